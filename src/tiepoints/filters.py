@@ -1,0 +1,90 @@
+"""Pixel operations shared by networks, pyramids and data: gray, derivatives, blur, resize.
+
+All functions take and return float tensors (B,C,H,W) and keep size, dtype and device unless they say otherwise.
+Resizing follows the half-pixel law ``(x + 0.5) * s - 0.5``; no function looks at value ranges.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Binomial weights of the 5-tap blur that the official PyTorch Key.Net applies before every reduction (spec 1.5, A).
+BINOMIAL_5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
+# ITU-R BT.601 luma, what OpenCV and Pillow use.
+LUMA = (0.299, 0.587, 0.114)
+
+
+def to_gray(image: Tensor) -> Tensor:
+    """(B,3,H,W) RGB to (B,1,H,W) luma (BT.601); (B,1,H,W) passes through."""
+    if image.shape[1] == 1:
+        return image
+    r, g, b = image[:, 0:1], image[:, 1:2], image[:, 2:3]
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+
+
+def pad_reflect(image: Tensor, pad: int) -> Tensor:
+    """Pad all four sides by mirror reflection that does not repeat the border pixel, for any size from 1 x 1 up."""
+    h, w = image.shape[-2:]
+    if pad < min(h, w):
+        return F.pad(image, (pad, pad, pad, pad), mode="reflect")
+    for dim, size in ((-2, h), (-1, w)):  # small sides bounce more than once, which F.pad refuses
+        index = torch.arange(-pad, size + pad, device=image.device)
+        period = max(2 * (size - 1), 1)
+        index = index.remainder(period)
+        image = image.index_select(dim, torch.where(index < size, index, period - index))
+    return image
+
+
+def blur_separable(image: Tensor, taps: Tensor, pad_mode: str = "reflect") -> Tensor:
+    """Correlate every channel with ``taps`` (odd length) along rows and columns; borders reflected or replicated."""
+    r = len(taps) // 2
+    padded = pad_reflect(image, r) if pad_mode == "reflect" else F.pad(image, (r, r, r, r), mode=pad_mode)
+    b, c, h, w = padded.shape
+    flat = padded.reshape(b * c, 1, h, w)
+    flat = F.conv2d(flat, taps.view(1, 1, -1, 1))
+    flat = F.conv2d(flat, taps.view(1, 1, 1, -1))
+    return flat.view(b, c, *flat.shape[-2:])
+
+
+def binomial_blur(image: Tensor) -> Tensor:
+    """5 x 5 binomial low-pass, mirror border."""
+    return blur_separable(image, image.new_tensor(BINOMIAL_5))
+
+
+def gaussian_taps(sigma: float, radius: int | None = None) -> Tensor:
+    """Normalised Gaussian weights (2*radius+1,), ``radius`` defaulting to three and a half sigma."""
+    radius = max(1, math.ceil(3.5 * sigma)) if radius is None else radius
+    x = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    taps = torch.exp(-0.5 * (x / sigma) ** 2)
+    return taps / taps.sum()
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian low-pass of standard deviation ``sigma`` pixels, replicated border; sigma 0 returns the image."""
+    if sigma <= 0:
+        return image
+    return blur_separable(image, gaussian_taps(sigma).to(image), pad_mode="replicate")
+
+
+def sobel(image: Tensor) -> tuple[Tensor, Tensor]:
+    """First derivatives (dx, dy) by the 3 x 3 Sobel operator divided by 8, border replicated.
+
+    x points right and y down, so a ramp rising by one a pixel gives 1. (B,1,H,W) -> two (B,1,H,W).
+    """
+    p = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    rows = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]  # (B,C,H,W+2)
+    cols = p[..., :-2] + 2 * p[..., 1:-1] + p[..., 2:]  # (B,C,H+2,W)
+    dx = (rows[..., 2:] - rows[..., :-2]) / 8
+    dy = (cols[..., 2:, :] - cols[..., :-2, :]) / 8
+    return dx, dy
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize to ``size`` = (height, width) by the half-pixel law, without low-pass."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
