@@ -43,11 +43,16 @@ def blur_separable(image: Tensor, taps: Tensor, pad_mode: str = "reflect") -> Te
     """Correlate every channel with ``taps`` (odd length) along rows and columns; borders reflected or replicated."""
     r = len(taps) // 2
     padded = pad_reflect(image, r) if pad_mode == "reflect" else F.pad(image, (r, r, r, r), mode=pad_mode)
-    b, c, h, w = padded.shape
-    flat = padded.reshape(b * c, 1, h, w)
-    flat = F.conv2d(flat, taps.view(1, 1, -1, 1))
-    flat = F.conv2d(flat, taps.view(1, 1, 1, -1))
-    return flat.view(b, c, *flat.shape[-2:])
+    h, w = image.shape[-2:]
+    # Sums of shifted views: several times faster on a CPU than a convolution with one channel.
+    weights = taps.tolist()
+    rows = padded[..., :h, :] * weights[0]
+    for i, weight in enumerate(weights[1:], start=1):
+        rows.add_(padded[..., i : i + h, :], alpha=weight)
+    out = rows[..., :w] * weights[0]
+    for i, weight in enumerate(weights[1:], start=1):
+        out.add_(rows[..., i : i + w], alpha=weight)
+    return out
 
 
 def binomial_blur(image: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""Points and frames: warp by a homography, resize and crop frames, distances, common areas.
+
+The coordinate law is in ``structs``: x right, y down, the centre of the first pixel is (0, 0), ``H_ab`` maps a to b.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
+    """Map points (...,N,2) of image a by homographies (...,3,3) into image b; points at infinity become inf or nan."""
+    H_ab = H_ab.to(xy)
+    ones = torch.ones_like(xy[..., :1])
+    mapped = torch.cat([xy, ones], dim=-1) @ H_ab.transpose(-1, -2)  # (...,N,3)
+    return mapped[..., :2] / mapped[..., 2:]
+
+
+def resize_points(xy: Tensor, factor_x: float, factor_y: float) -> Tensor:
+    """Points (N,2) of an image in its copy resized by these factors: ``(x + 0.5) * factor - 0.5``."""
+    factor = xy.new_tensor([factor_x, factor_y])
+    return (xy + 0.5) * factor - 0.5
+
+
+def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
+    """Centres of all pixels, (H*W,2) as x, y, row by row."""
+    y, x = torch.meshgrid(
+        torch.arange(height, device=like.device, dtype=like.dtype),
+        torch.arange(width, device=like.device, dtype=like.dtype),
+        indexing="ij",
+    )
+    return torch.stack([x.reshape(-1), y.reshape(-1)], dim=-1)
+
+
+def sample_at(image: Tensor, xy: Tensor, padding: str = "zeros") -> Tensor:
+    """Bilinear values of ``image`` (B,C,H,W) at pixel positions (B,...,2): (B,C,...).
+
+    ``padding`` is ``zeros``, ``border`` or ``reflection``, as in ``torch.nn.functional.grid_sample``.
+    """
+    b, _, h, w = image.shape
+    scale = xy.new_tensor([2.0 / w, 2.0 / h])
+    grid = (xy + 0.5) * scale - 1
+    grid = grid.nan_to_num(nan=2e6, posinf=2e6, neginf=-2e6)
+    flat = grid.reshape(b, 1, -1, 2)
+    values = F.grid_sample(image, flat, mode="bilinear", padding_mode=padding, align_corners=False)  # (B,C,1,N)
+    return values.reshape(b, image.shape[1], *xy.shape[1:-1])
+
+
+def warp_image(image: Tensor, H: Tensor, size: tuple[int, int] | None = None, padding: str = "zeros") -> Tensor:
+    """Move the content of ``image`` (B,C,H,W) by ``H`` (B,3,3): what was at p appears at H p. Bilinear.
+
+    ``size`` (height, width) of the result defaults to that of the image; outside the image lie zeros.
+    """
+    h, w = image.shape[-2:] if size is None else size
+    grid = pixel_grid(h, w, image)[None].expand(len(image), -1, -1)
+    source = warp_points(grid, torch.linalg.inv(H.to(torch.float64)).to(image))
+    return sample_at(image, source, padding).reshape(len(image), -1, h, w)
+
+
+def common_area(xy_a: Tensor, H_ab: Tensor, size_b: tuple[int, int], border: float = 0.0) -> Tensor:
+    """Which points (N,2) of image a fall into image b of ``size_b`` = (height, width), ``border`` px inside: bool (N,)."""
+    xy = warp_points(xy_a, H_ab)
+    h, w = size_b
+    inside_x = (xy[:, 0] >= border) & (xy[:, 0] <= w - 1 - border)
+    return inside_x & (xy[:, 1] >= border) & (xy[:, 1] <= h - 1 - border)

@@ -1,0 +1,130 @@
+"""Score map to keypoints: border, non-maximum suppression, strongest ones, sub-pixel position.
+
+Key.Net, section 5.2 and the published extraction code: a 15 x 15 suppression and a border of 15 pixels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Published window of the suppression and the border without points, in pixels.
+NMS_WINDOW = 15
+BORDER = 15
+
+
+def max_filter(score_map: Tensor, window: int) -> Tensor:
+    """Largest value in the ``window`` x ``window`` (odd) neighbourhood of every pixel; (...,H,W) -> (...,H,W).
+
+    Rows first, then columns, doubling the reach each time: about 2 log2(window) passes instead of window squared.
+    """
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be odd and positive, got {window}")
+    radius = window // 2
+    out = F.pad(score_map, (radius, radius, radius, radius), value=float("-inf"))
+    for dim in (-1, -2):
+        reach = 1
+        while reach < window:
+            step = min(reach, window - reach)
+            length = out.shape[dim] - step
+            out = torch.maximum(out.narrow(dim, 0, length), out.narrow(dim, step, length))
+            reach += step
+    return out
+
+
+def clear_border(score_map: Tensor, border: int) -> Tensor:
+    """A copy with the outer ``border`` rows and columns set to zero."""
+    out = torch.zeros_like(score_map)
+    h, w = score_map.shape[-2:]
+    if h > 2 * border and w > 2 * border:
+        inner = (..., slice(border, h - border), slice(border, w - border))
+        out[inner] = score_map[inner]
+    return out
+
+
+def local_maxima(score_map: Tensor, window: int = NMS_WINDOW, threshold: float = 0.0, *, unique: bool = True) -> Tensor:
+    """Pixels that are the maximum of their window and above ``threshold``: bool, same shape (B,1,H,W).
+
+    With ``unique`` a plateau gives one point (the first in reading order) instead of one a pixel.
+    """
+    found = (score_map == max_filter(score_map, window)) & (score_map > threshold)
+    if not unique:
+        return found
+    scores = score_map[found]
+    if scores.numel() == scores.unique().numel():
+        return found
+    # Equal neighbours: number the candidates backwards and let the highest number of each window win.
+    count = score_map[0].numel()
+    numbers = torch.arange(count, 0, -1, device=score_map.device, dtype=torch.float64).view(score_map[:1].shape)
+    numbers = numbers * found
+    return found & (numbers == max_filter(numbers, window))
+
+
+def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` strongest marked pixels of one map (H,W), strongest first: columns and rows (N,2) int64, score (N,).
+
+    Equal scores keep reading order.
+    """
+    yx = found.nonzero()
+    scores = score_map[yx[:, 0], yx[:, 1]]
+    order = scores.argsort(descending=True, stable=True)[:count]
+    return yx[order].flip(-1), scores[order]
+
+
+def refine(score_map: Tensor, xy: Tensor) -> Tensor:
+    """Sub-pixel positions (N,2) float32 of integer maxima ``xy`` (N,2) of one map (H,W).
+
+    The vertex of the paraboloid through the 3 x 3 neighbourhood, at most half a pixel away along each axis; points at
+    the edge of the map, and those whose neighbourhood has no proper maximum, stay.
+    """
+    h, w = score_map.shape
+    if not len(xy):
+        return xy.to(torch.float32)
+    x, y = xy[:, 0].clamp(1, max(w - 2, 1)), xy[:, 1].clamp(1, max(h - 2, 1))
+    movable = (x == xy[:, 0]) & (y == xy[:, 1])
+    if h < 3 or w < 3:
+        return xy.to(torch.float32)
+    flat = score_map.reshape(-1).to(torch.float64)
+    centre = y * w + x
+
+    def at(dy: int, dx: int) -> Tensor:
+        return flat[centre + dy * w + dx]
+
+    mid = at(0, 0)
+    gx, gy = (at(0, 1) - at(0, -1)) / 2, (at(1, 0) - at(-1, 0)) / 2
+    hxx, hyy = at(0, 1) + at(0, -1) - 2 * mid, at(1, 0) + at(-1, 0) - 2 * mid
+    hxy = (at(1, 1) + at(-1, -1) - at(1, -1) - at(-1, 1)) / 4
+    det = hxx * hyy - hxy * hxy
+    proper = movable & (det > 1e-12 * mid.square()) & (hxx < 0)
+    det = torch.where(proper, det, torch.ones_like(det))
+    step = torch.stack([(hxy * gy - hyy * gx) / det, (hxy * gx - hxx * gy) / det], dim=-1)
+    step = torch.where(proper[:, None], step, torch.zeros_like(step)).clamp(-0.5, 0.5)
+    return (xy.to(torch.float64) + step).to(torch.float32)
+
+
+def detect_peaks(
+    score_map: Tensor,
+    count: int,
+    *,
+    window: int = NMS_WINDOW,
+    border: int = BORDER,
+    threshold: float = 0.0,
+    unique: bool = True,
+    subpixel: bool = True,
+) -> list[tuple[Tensor, Tensor]]:
+    """Strongest peaks of each map of a batch (B,1,H,W): for every image xy (N,2) float32 and score (N,), N <= count.
+
+    The maxima are found before the border is dropped, so that a slope that rises into the border is no point.
+    With ``unique=False`` the published order is kept: the border is cleared first and plateaus stay.
+    """
+    inner = clear_border(score_map, border)
+    if unique:
+        found = local_maxima(score_map, window, threshold) & (clear_border(torch.ones_like(score_map), border) > 0)
+    else:
+        found = local_maxima(inner, window, threshold, unique=False)
+    peaks = []
+    for one, mask in zip(inner[:, 0], found[:, 0], strict=True):
+        xy, score = strongest(one, mask, count)
+        peaks.append((refine(one, xy) if subpixel else xy.to(torch.float32), score))
+    return peaks

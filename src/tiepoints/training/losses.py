@@ -1,0 +1,224 @@
+"""Losses for detectors: the index-proposal layer and the multi-scale index-proposal loss (M-SIP).
+
+Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses the same loss with other window weights. Where paper
+and published code disagree (docs/training.md lists it) the code is followed, because it made the published weights.
+All losses return ``(loss, numbers)``: a scalar tensor to minimise and a dict of floats for the log.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..geometry import warp_image
+
+#: Window sides in pixels and the weight of each (paper 5.3).
+WINDOWS = (8, 16, 24, 32, 40)
+WINDOW_WEIGHTS = (256.0, 64.0, 16.0, 4.0, 1.0)
+#: Constants of the published code: frame of pixels that never count, factor of the loss, guard against empty windows.
+BORDER = 16
+FACTOR = 1000.0
+EPS = 1e-6
+SOFTMAX_FACTOR = 100.0
+
+
+def _windows(maps: Tensor, window: int) -> Tensor:
+    """(B,1,H,W) -> (B,rows,cols,window*window), dropping what does not fill a window at the right and bottom."""
+    b, _, h, w = maps.shape
+    rows, cols = h // window, w // window
+    cut = maps[:, 0, : rows * window, : cols * window].reshape(b, rows, window, cols, window)
+    return cut.permute(0, 1, 3, 2, 4).reshape(b, rows, cols, window * window)
+
+
+def index_proposal(
+    score_map: Tensor, window: int, *, base: float = math.e, detach_max: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Soft position and soft score of the strongest point of every window (paper 4.1, equations 2 and 3).
+
+    Args:
+        score_map: (B,1,H,W), >= 0.
+        window: side of the non-overlapping windows in pixels, laid from the top left corner.
+        base: base of the spatial softmax (paper, table 1b).
+        detach_max: keep the gradient from flowing through the window maximum that normalises the scores.
+
+    Returns:
+        index (B,rows,cols,2): row and column inside the window, counted from 1; score (B,rows,cols).
+    """
+    if not base > 1:
+        raise ValueError(f"base must be above 1, got {base}")
+    values = _windows(score_map, window)  # (B,rows,cols,N*N)
+    peak = values.amax(dim=-1, keepdim=True)
+    if detach_max:
+        peak = peak.detach()
+    weights = torch.exp(values * (math.log(base) / (peak + EPS))) - 1 + EPS
+    total = weights.sum(dim=-1) + EPS  # (B,rows,cols)
+    count = torch.arange(1, window + 1, device=score_map.device, dtype=score_map.dtype)
+    axes = torch.stack([count.repeat_interleave(window), count.repeat(window)], dim=-1)  # (N*N,2) row, column
+    index = (weights @ axes) / total[..., None]
+    score = (weights * values).sum(dim=-1) / total
+    return index, score
+
+
+def hard_index(score_map: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Row and column (from 1) of each window's maximum, (B,rows,cols,2), and that maximum (B,rows,cols)."""
+    peak, place = _windows(score_map, window).max(dim=-1)
+    index = torch.stack([place // window + 1, place % window + 1], dim=-1)
+    return index.to(score_map.dtype), peak
+
+
+def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
+    """How much each window (B,rows,cols) counts by its soft score.
+
+    ``minmax``: from 0 to 1 within each image (REKD); ``softmax``: 100 times the softmax within each image
+    (Key.Net, TensorFlow); ``none``: 1.
+    """
+    flat = soft_score.detach().flatten(1)
+    if weighting == "minmax":
+        flat = flat - flat.amin(dim=1, keepdim=True)
+        flat = flat / (flat.amax(dim=1, keepdim=True) + EPS)
+    elif weighting == "softmax":
+        flat = SOFTMAX_FACTOR * flat.softmax(dim=1)
+    elif weighting == "none":
+        flat = torch.ones_like(flat)
+    else:
+        raise ValueError(f"weighting must be minmax, softmax or none; got {weighting!r}")
+    return flat.view_as(soft_score)
+
+
+def index_proposal_loss(
+    score_map: Tensor,
+    target_map: Tensor,
+    visible: Tensor,
+    window: int,
+    *,
+    base: float = math.e,
+    weighting: str = "minmax",
+    visibility: str = "any",
+    empty: str = "ignore",
+    detach_max: bool = True,
+    factor: float = FACTOR,
+) -> Tensor:
+    """One direction, one window size: squared distance of soft positions to the maxima of the other view.
+
+    ``mean over windows of factor * weight * |soft(score_map) - argmax(target_map)|^2 / window^2``.
+
+    Args:
+        score_map: (B,1,H,W), already zero where not visible; the gradient flows through it.
+        target_map: (B,1,H,W), the other view's scores in this frame, a constant.
+        visible: (B,1,H,W) in [0,1], the common area.
+        visibility: ``any`` weighs a window by its most visible pixel (published code); ``half`` counts only windows
+            more than half visible, so that a cut-off neighbour cannot be taken for the maximum.
+        empty: a window whose target holds no positive score is skipped (``ignore``) or takes position 0 (``zero``, REKD).
+
+    Returns:
+        scalar
+    """
+    index, score = index_proposal(score_map, window, base=base, detach_max=detach_max)
+    target, peak = hard_index(target_map, window)
+    weight = window_weights(score, weighting)
+    seen = _windows(visible, window)
+    if visibility == "any":
+        weight = weight * seen.amax(dim=-1)
+    elif visibility == "half":
+        weight = weight * (seen.mean(dim=-1) > 0.5)
+    else:
+        raise ValueError(f"visibility must be any or half, got {visibility!r}")
+    if empty == "ignore":
+        weight = weight * (peak > 0)
+    elif empty == "zero":
+        target = target * (peak > 0)[..., None]
+    else:
+        raise ValueError(f"empty must be ignore or zero, got {empty!r}")
+    distance = ((index - target) / window).square().sum(dim=-1)
+    return factor * (weight.detach() * distance).mean()
+
+
+def border_mask(like: Tensor, border: int = BORDER) -> Tensor:
+    """Ones (B,1,H,W) with a frame of zeros ``border`` pixels wide."""
+    h, w = like.shape[-2:]
+    inner = like.new_ones(len(like), 1, max(h - 2 * border, 0), max(w - 2 * border, 0))
+    left, top = min(border, w), min(border, h)
+    return F.pad(inner, (left, w - left - inner.shape[-1], top, h - top - inner.shape[-2]))
+
+
+def _meet(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor, H_ab: Tensor, H_ba: Tensor) -> tuple[Tensor, ...]:
+    """Both maps and their warped partners in each frame, zero outside the common area, and the two common areas."""
+    with torch.no_grad():
+        b_in_a, visible_a = warp_image(torch.cat([b * mask_b, mask_b], dim=1), H_ba).split(1, dim=1)
+        a_in_b, visible_b = warp_image(torch.cat([a * mask_a, mask_a], dim=1), H_ab).split(1, dim=1)
+        visible_a, visible_b = visible_a * mask_a, visible_b * mask_b
+    return a * visible_a, b * visible_b, b_in_a * visible_a, a_in_b * visible_b, visible_a, visible_b
+
+
+def msip_loss(
+    score_a: Tensor,
+    score_b: Tensor,
+    H_ab: Tensor,
+    *,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    windows: Sequence[int] = WINDOWS,
+    weights: Sequence[float] = WINDOW_WEIGHTS,
+    base: float = math.e,
+    weighting: str = "minmax",
+    visibility: str = "any",
+    empty: str = "ignore",
+    detach_max: bool = True,
+    border: int = BORDER,
+    factor: float = FACTOR,
+) -> tuple[Tensor, dict[str, float]]:
+    """Multi-scale index-proposal loss of a batch of pairs (paper 4.2, equation 5; both directions averaged).
+
+    Args:
+        score_a, score_b: (B,1,S,S) score maps >= 0 of both views.
+        H_ab: (B,3,3) homographies from a to b in pixels.
+        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default everywhere.
+        windows, weights: window sides and the weight of each.
+        base, weighting, visibility, empty, detach_max, factor: see ``index_proposal_loss``.
+        border: frame of each map that never counts.
+
+    Returns:
+        scalar loss and ``{"loss": ..., "loss_8": ..., ...}``.
+
+    Raises:
+        ValueError: shapes do not fit, or windows and weights differ in number.
+    """
+    if score_a.shape != score_b.shape or score_a.ndim != 4 or score_a.shape[1] != 1:
+        raise ValueError(f"score maps must be (B,1,H,W) of equal shape, got {score_a.shape} and {score_b.shape}")
+    if len(windows) != len(weights):
+        raise ValueError(f"{len(windows)} windows but {len(weights)} weights")
+    if min(score_a.shape[-2:]) < max(windows):
+        raise ValueError(f"maps of {tuple(score_a.shape[-2:])} pixels do not hold a window of {max(windows)}")
+    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
+    H_ab = H_ab.to(score_a)
+    frame = border_mask(score_a, border)
+    mask_a = frame if mask_a is None else frame * mask_a
+    mask_b = frame if mask_b is None else frame * mask_b
+    total = score_a.new_zeros(())
+    numbers: dict[str, float] = {}
+    # The windows cover only the part of the maps that they fill, and the published code cuts before it warps.
+    cuts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    for window, weight in zip(windows, weights, strict=True):
+        cut = (score_a.shape[-2] // window * window, score_a.shape[-1] // window * window)
+        if cut not in cuts:
+            cuts[cut] = _meet(*(t[..., : cut[0], : cut[1]] for t in (score_a, score_b, mask_a, mask_b)), H_ab, H_ba)
+        a, b, b_in_a, a_in_b, visible_a, visible_b = cuts[cut]
+        options = {
+            "base": base,
+            "weighting": weighting,
+            "visibility": visibility,
+            "empty": empty,
+            "detach_max": detach_max,
+            "factor": factor,
+        }
+        loss_a = index_proposal_loss(a, b_in_a, visible_a, window, **options)  # type: ignore[arg-type]
+        loss_b = index_proposal_loss(b, a_in_b, visible_b, window, **options)  # type: ignore[arg-type]
+        loss = (loss_a + loss_b) / 2
+        numbers[f"loss_{window}"] = loss.item()
+        total = total + weight * loss
+    numbers["loss"] = total.item()
+    return total, numbers
