@@ -1,0 +1,123 @@
+"""Anything that is an image to a tensor (1,1,H,W) gray float32 in [0,1].
+
+8 and 16 bit, float, gray, colour, alpha and palette images land in [0,1] by the range of their type, never by their own
+maximum; float arrays must already lie in [0,1]. Pixels are taken as stored: an EXIF orientation is ignored, because the
+coordinates of key points are those of the stored image (as COLMAP and OpenCV's pixel access see it). Alpha is dropped.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .errors import DataError
+from .filters import to_gray
+
+ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
+
+#: Images with more pixels than this are refused with a reason (about 8 GiB of work); resize them first.
+MAX_PIXELS = 120_000_000
+
+
+def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Gray image (1,1,H,W) float32 in [0,1] from a path, PIL image, array or tensor.
+
+    Arrays are (H,W), (H,W,1), (H,W,3) RGB or (H,W,4); tensors (H,W), (C,H,W) or (1,C,H,W) with C = 1, 3 or 4. Unsigned integers
+    are divided by the top of their type, bool counts as 0 and 1, floats must lie in [0,1].
+
+    Raises:
+        FileNotFoundError: no file at the path.
+        DataError: the file cannot be decoded, is empty, or is larger than ``max_pixels``.
+        ValueError: array of another shape, type or range.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _from_file(Path(source), max_pixels)
+    if isinstance(source, Image.Image):
+        return _from_pil(source)
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Tensor):
+        return _from_tensor(source)
+    raise ValueError(f"an image must be a path, PIL image, numpy array or torch tensor, got {type(source).__name__}")
+
+
+def _from_file(path: Path, max_pixels: int) -> Tensor:
+    if not path.exists():
+        raise FileNotFoundError(f"no image at {path}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not an image")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty")
+    try:
+        # Our own limit below speaks first; Pillow's guard against decompression bombs would only warn up to twice its own.
+        with Image.open(path) as photo:
+            width, height = photo.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"{path}: {width} x {height} is over the limit of {max_pixels / 1e6:.0f} million pixels; "
+                    "reduce the image first"
+                )
+            return _from_pil(photo)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{path} is too large ({error}); reduce the image first") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error}); convert it or restore it from its source") from error
+
+
+def _from_pil(photo: Image.Image) -> Tensor:
+    mode = photo.mode
+    if mode.startswith("I;16"):
+        return _from_array(np.asarray(photo).astype(np.uint16))
+    if mode == "I":  # Pillow opens 16-bit PNG so in some versions
+        return _from_array(np.asarray(photo).clip(0, 65535).astype(np.uint16))
+    if mode == "F":
+        return _from_array(np.asarray(photo))
+    if mode in ("1", "L", "LA", "La"):
+        return _from_array(np.asarray(photo.convert("L")))
+    return _from_array(np.asarray(photo.convert("RGB")))
+
+
+def _from_array(array: np.ndarray) -> Tensor:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"an image array must be (H,W), (H,W,1), (H,W,3) or (H,W,4), not empty; got {array.shape}")
+    return _from_tensor(torch.from_numpy(np.ascontiguousarray(_native(array))).permute(2, 0, 1))
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Integers that torch lacks or that have no fixed top, to float in [0,1]; others unchanged."""
+    if array.dtype in (np.uint16, np.uint32):
+        return (array / np.iinfo(array.dtype).max).astype(np.float32)
+    if array.dtype == np.uint8 or array.dtype == np.bool_ or array.dtype.kind == "f":
+        return array.astype(np.float32) if array.dtype.kind == "f" else array
+    raise ValueError(f"an image must be uint8, uint16, uint32, bool or float in [0,1]; got {array.dtype}")
+
+
+def _from_tensor(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 2:
+        tensor = tensor[None]
+    if tensor.ndim == 4 and len(tensor) == 1:
+        tensor = tensor[0]
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or tensor.numel() == 0:
+        raise ValueError(f"an image tensor must be (H,W), (C,H,W) or (1,C,H,W), C in 1, 3, 4; got {tuple(tensor.shape)}")
+    tensor = tensor[:3]
+    if tensor.dtype in (torch.uint8, torch.uint16):
+        tensor = tensor.to(torch.float32) / (255 if tensor.dtype == torch.uint8 else 65535)
+    elif tensor.dtype == torch.bool:
+        tensor = tensor.to(torch.float32)
+    elif tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)
+        low, high = float(tensor.min()), float(tensor.max())
+        if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches nan
+            raise ValueError(f"a float image must lie in [0,1] without NaN; got values from {low:g} to {high:g}")
+        tensor = tensor.clamp(0, 1)
+    else:
+        raise ValueError(f"an image must be uint8, uint16, bool or float in [0,1]; got {tensor.dtype}")
+    return to_gray(tensor[None])
