@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .geometry import sample_at
-from .pyramid import SCALE_STEP, Pyramid
+from .pyramid import Pyramid
 from .structs import Keypoints
 
 #: Half side of a patch in pixels of the level of its point, and samples along a side (spec 2.6, official PyTorch).
@@ -30,8 +28,8 @@ def extract_patches(
 
     A patch covers ``2 * half_side * scale`` pixels of the original image, turned by ``angle``; sample j of a row lies at
     ``half_side * ((2 j + 1) / size - 1)`` in the point's frame, so samples are centres of equal cells and the patch is
-    centred on the point. Bilinear; outside the image the border pixel is repeated. It is cut from the coarsest level whose
-    sampling step is at least about one pixel, so that coarse patches are low-passed.
+    centred on the point. Bilinear; outside the image the border pixel is repeated. It is cut from the coarsest level in
+    which samples lie at least a pixel apart, so that coarse patches are low-passed.
     """
     n = len(keypoints)
     out = keypoints.xy.new_zeros(n, 1, size, size)
@@ -39,8 +37,7 @@ def extract_patches(
         return out
     step = keypoints.scale * (2 * half_side / size)  # original pixels per sample, (N,)
     scales = torch.tensor([level.scale for level in pyramid.levels], device=step.device)
-    # coarsest level that still has a sample every SCALE_STEP of its pixels or more
-    wanted = (step[:, None] >= scales[None, :] * (1 / SCALE_STEP) * 1.35).sum(dim=1).sub(1).clamp(min=0)
+    wanted = (step[:, None] >= scales[None, :]).sum(dim=1).sub(1).clamp(min=0)  # levels are sorted by scale
     offset = half_side * ((2 * torch.arange(size, device=step.device, dtype=torch.float32) + 1) / size - 1)
     v, u = torch.meshgrid(offset, offset, indexing="ij")  # (P,P) down, right
     for number, level in enumerate(pyramid.levels):
@@ -55,8 +52,3 @@ def extract_patches(
             values = sample_at(image, xy[None], padding="border")  # (1,1,n*P*P)
             out[part] = values.reshape(len(part), 1, size, size)
     return out
-
-
-def support_radius(scale: float, half_side: float = HALF_SIDE) -> float:
-    """Radius in original pixels of the circle around a patch's square."""
-    return half_side * scale * math.sqrt(2.0)

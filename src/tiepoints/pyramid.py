@@ -88,11 +88,6 @@ def level_budgets(count: int, up: int, levels: int) -> list[int]:
     return [int(count * share / sum(shares)) for share in shares]
 
 
-def low_pass_needed(patch_step: float) -> bool:
-    """Whether sampling every ``patch_step`` pixels skips so many that the image should be reduced first."""
-    return patch_step > SCALE_STEP
-
-
 def as_batch(images: list[Tensor]) -> Tensor:
     """Equal-sized images (1,1,H,W) as one batch (B,1,H,W).
 

@@ -7,14 +7,17 @@ In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up.
 Out: score map (B,1,H,W), >= 0, without unit: only the order of scores within one network means something.
 
 The defaults are the official PyTorch network, 5,873 parameters (variant A in docs/models.md); the two other published
-variants, kept to reproduce old files, live in ``keynet_legacy``. ``KeyNet.fused()`` gives the same function for speed.
+variants, kept to reproduce old files, live in ``keynet_legacy``. ``KeyNet.fused()`` gives the same function, faster.
 """
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, resize, sobel
 
@@ -29,6 +32,7 @@ HANDCRAFTED_SETS = {
 }
 FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
+LANES = 8  # float32 values of a 256-bit vector register
 
 
 def handcrafted_features(image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SETS["both"]) -> Tensor:
@@ -186,3 +190,58 @@ class KeyNet(nn.Module):
         maps = [resize(self.blocks(self.first(level)), size) for level in self.level_images(image)]  # each (B,M,H,W)
         volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
         return volume if self.last is None else F.relu(self.last(volume))
+
+    def fused(self) -> FusedKeyNet:
+        """The same function for inference, faster: see ``FusedKeyNet``."""
+        return FusedKeyNet(self)
+
+
+class FusedKeyNet(nn.Module):
+    """A trained ``KeyNet`` for inference: batch normalisation folded into the filters, channels-last memory.
+
+    Equal to the network in eval mode up to rounding; about twice as fast on a CPU. It copies the weights, so later
+    training of the original does not show here.
+    """
+
+    def __init__(self, net: KeyNet):
+        super().__init__()
+        self.reference = copy.deepcopy(net).eval().requires_grad_(False)
+        folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]
+        self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
+        self.merges = net.last is not None
+        if net.last is not None:
+            weight = net.last.weight.detach()  # (1,C,k,k)
+            self.kernel_size = k = weight.shape[-1]
+            wide = weight.new_zeros(LANES, weight.shape[1], k, k + LANES - 1)
+            for column in range(LANES):
+                wide[column, :, :, column : column + k] = weight[0]
+            self.register_buffer("wide_weight", wide.contiguous(memory_format=torch.channels_last))
+            self.register_buffer("wide_bias", net.last.bias.detach().repeat(LANES))  # type: ignore[union-attr]
+
+    def _merge(self, volume: Tensor) -> Tensor:
+        """The last convolution, (B,C,H,W) -> (B,1,H,W).
+
+        With one output channel the library leaves most vector lanes empty, so ``LANES`` neighbouring columns are made
+        the output channels of one wider filter that moves by as many columns.
+        """
+        h, w = volume.shape[-2:]
+        k = self.kernel_size
+        right = -w % LANES
+        padded = F.pad(volume, (k // 2, k // 2 + right, 0, 0))
+        packed = F.conv2d(padded, self.wide_weight, self.wide_bias, stride=(1, LANES), padding=(k // 2, 0))
+        columns = packed.permute(0, 2, 3, 1).reshape(len(volume), 1, h, w + right)
+        return columns[..., :w]
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
+        net = self.reference
+        size = image.shape[-2:]
+        maps = []
+        for level in net.level_images(image):
+            features = net.first(level).contiguous(memory_format=torch.channels_last)
+            for conv in self.blocks:
+                features = F.relu_(conv(features))
+            maps.append(resize(features, size))
+        volume = torch.cat(maps, dim=1)
+        return F.relu(self._merge(volume)) if self.merges else volume

@@ -1,0 +1,330 @@
+"""Image to features: detector and descriptor on one shared pyramid.
+
+``build("keynet", "rootsift")`` gives an ``Extractor``; its ``extract`` takes a path, PIL image, array, tensor or a list.
+A score-map network becomes a detector here: levels, budget of points a level, merge (spec section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .descriptors.classical import RootSIFT
+from .detectors.keynet import KeyNet
+from .image import ImageLike, load_image
+from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
+from .patches import HALF_SIDE, extract_patches
+from .pyramid import DOWN_LEVELS, UP_LEVELS, Level, Pyramid, as_batch, build_pyramid, level_budgets
+from .structs import Features, Keypoints, PaddedFeatures
+from .weights import load
+
+#: Published default number of points (spec 2.1, PyTorch).
+NUM_POINTS = 5000
+MODES = ("default", "official")
+DETECTORS = ("keynet", "keynet-tiny")
+DESCRIPTORS = ("rootsift", "none")
+#: Two points of neighbouring levels are the same one when nearer than this, in pixels of the finer level.
+DUPLICATE_DISTANCE = 1.5
+#: Duplicates and masks cost points, so each level offers this much more than its budget.
+SPARE = 1.5
+DESCRIBE_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How points are taken from score maps.
+
+    Attributes:
+        num_points: largest number of points an image.
+        mode: ``default``, or ``official`` for the published extraction with its faults (docs/models.md).
+        up_levels, down_levels: enlarged and reduced pyramid levels; both 0 for a single scale.
+        nms_window: odd side of the suppression in pixels of the level.
+        border: pixels of each level without points.
+        threshold: least score; the network's response to a flat image is always excluded in ``default`` mode.
+    """
+
+    num_points: int = NUM_POINTS
+    mode: str = "default"
+    up_levels: int = UP_LEVELS
+    down_levels: int = DOWN_LEVELS
+    nms_window: int = NMS_WINDOW
+    border: int = BORDER
+    threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        if self.nms_window < 1 or self.nms_window % 2 == 0:
+            raise ValueError(f"nms_window must be odd and positive, got {self.nms_window}")
+        if min(self.up_levels, self.down_levels, self.border) < 0:
+            raise ValueError("up_levels, down_levels and border must not be negative")
+
+
+def response_floor(net: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> float:
+    """The score a network gives to an image without content, away from the border."""
+    with torch.inference_mode():
+        return float(net(torch.full((1, 1, 65, 65), 0.5, device=device))[0, 0, 32, 32])
+
+
+class ScoreMapDetector:
+    """A network image -> score map as a detector: pyramid -> key points of every image of the batch.
+
+    Args:
+        net: (B,1,H,W) in [0,1] -> (B,1,H,W) >= 0.
+        settings: see ``ExtractSettings``.
+        device: where the floor of the network's response is measured.
+    """
+
+    def __init__(self, net: Callable[[Tensor], Tensor], settings: ExtractSettings, device: torch.device | str = "cpu"):
+        self.net, self.settings = net, settings
+        floor = response_floor(net, device) if settings.mode == "default" else 0.0
+        # float noise lifts some pixels of a flat area a little above the floor
+        self.threshold = max(settings.threshold, floor * (1 + 1e-3) + 1e-6 if settings.mode == "default" else 0.0)
+
+    def __call__(self, pyramid: Pyramid, masks: Sequence[Tensor | None] | None = None) -> list[Keypoints]:
+        """Points of each image; ``masks`` (H,W) bool, true where points may lie."""
+        with torch.inference_mode():
+            maps = [self.net(level.image) for level in pyramid.levels]
+        masks = [None] * len(pyramid.image) if masks is None else masks
+        select = self._official if self.settings.mode == "official" else self._default
+        return [select(pyramid, [m[i, 0] for m in maps], masks[i]) for i in range(len(pyramid.image))]
+
+    def _official(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> list[Keypoints] | Keypoints:
+        """The published selection: border cleared first, plateaus kept, whole pixels, no half-pixel term."""
+        s = self.settings
+        budgets = level_budgets(s.num_points, pyramid.original, len(maps))
+        parts: list[Keypoints] = []
+        asked = taken = 0
+        for level, score_map, budget in zip(pyramid.levels, maps, budgets, strict=True):
+            asked += budget
+            inner = clear_border(score_map[None, None], s.border)
+            found = local_maxima(inner, s.nms_window, self.threshold, unique=False)[0, 0]
+            found &= _level_mask(mask, level, found)
+            xy, score = strongest(inner[0, 0], found, max(0, asked - taken))
+            taken += len(xy)
+            ratio = xy.new_tensor([level.ratio_x, level.ratio_y], dtype=torch.float64)
+            scale = torch.full_like(score, level.nominal_scale)
+            parts.append(Keypoints((xy * ratio).float(), scale, torch.zeros_like(score), score))
+        return Keypoints.concatenate(parts)
+
+    def _default(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> Keypoints:
+        """Exact mapping, sub-pixel positions, one point a plateau, no duplicates across levels, strongest first."""
+        s = self.settings
+        budgets = level_budgets(s.num_points, pyramid.original, len(maps))
+        spare = SPARE if len(maps) > 1 else 1.0
+        parts: list[Keypoints] = []
+        for level, score_map, budget in zip(pyramid.levels, maps, budgets, strict=True):
+            found = local_maxima(score_map[None, None], s.nms_window, self.threshold)
+            found = (clear_border(found.to(score_map.dtype), s.border) > 0)[0, 0]
+            found &= _level_mask(mask, level, found)
+            xy, score = strongest(score_map, found, int(spare * budget) + s.num_points - sum(budgets) + 1)
+            position = level.to_original(refine(score_map, xy))
+            scale = torch.full_like(score, level.scale)
+            parts.append(Keypoints(position, scale, torch.zeros_like(score), score))
+        rank = torch.cat([torch.arange(len(p)) for p in parts])  # place within its level
+        level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
+        points = Keypoints.concatenate(parts)
+        kept = ~_duplicates(points, level_of.to(points.xy.device))
+        chosen = _within_budgets(level_of, kept.cpu(), budgets, s.num_points, rank, points.score.cpu())
+        points = points[chosen.to(points.xy.device)]
+        order = points.score.argsort(descending=True, stable=True)
+        return points[order]
+
+
+def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
+    """``mask`` of the original image at a level: (h,w) bool."""
+    if mask is None:
+        return torch.ones_like(like)
+    resized = F.interpolate(mask[None, None].float(), size=like.shape, mode="nearest-exact")
+    return resized[0, 0].to(like.device) > 0
+
+
+def _duplicates(points: Keypoints, level_of: Tensor) -> Tensor:
+    """Points (N,) bool near a stronger one of the next finer or coarser level."""
+    drop = torch.zeros(len(points), dtype=torch.bool, device=points.xy.device)
+    for coarse in range(1, int(level_of.max()) + 1 if len(points) else 0):
+        a = (level_of == coarse - 1).nonzero()[:, 0]
+        b = (level_of == coarse).nonzero()[:, 0]
+        if not len(a) or not len(b):
+            continue
+        reach = DUPLICATE_DISTANCE * float(points.scale[a[0]])
+        for part in b.split(DESCRIBE_CHUNK):  # blocks bound the memory
+            near_b, near_a = (torch.cdist(points.xy[part], points.xy[a]) < reach).nonzero(as_tuple=True)
+            stronger = points.score[part[near_b]] > points.score[a[near_a]]
+            drop[a[near_a[stronger]]] = True
+            drop[part[near_b[~stronger]]] = True
+    return drop
+
+
+def _within_budgets(
+    level_of: Tensor, kept: Tensor, budgets: list[int], count: int, rank: Tensor, score: Tensor
+) -> Tensor:
+    """Indices of at most ``count`` points: each level's budget, what it leaves passed on, the rest by score."""
+    chosen: list[Tensor] = []
+    asked = taken = 0
+    for level, budget in enumerate(budgets):
+        asked += budget
+        mine = ((level_of == level) & kept).nonzero()[:, 0][: max(0, asked - taken)]
+        taken += len(mine)
+        chosen.append(mine)
+    index = torch.cat(chosen)
+    rest = kept.clone()
+    rest[index] = False
+    spare = rest.nonzero()[:, 0]
+    fill = spare[score[spare].argsort(descending=True, stable=True)[: count - len(index)]]
+    return torch.cat([index, fill])
+
+
+class PatchDescriptor:
+    """A network of patches (N,1,P,P) -> (N,D) as a descriptor of points."""
+
+    def __init__(self, net: Callable[[Tensor], Tensor], half_side: float = HALF_SIDE):
+        self.net, self.half_side = net, half_side
+
+    def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
+        """Descriptors (N,D) of the points of image ``index`` of the batch."""
+        with torch.inference_mode():
+            if not len(keypoints):
+                patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
+                return self.net(patches)
+            chunks = torch.arange(len(keypoints), device=keypoints.xy.device).split(DESCRIBE_CHUNK)
+            return torch.cat(
+                [
+                    self.net(extract_patches(pyramid, keypoints[part], index=index, half_side=self.half_side))
+                    for part in chunks
+                ]
+            )
+
+
+class Extractor:
+    """Features of images: a detector and, optionally, a descriptor that share one pyramid.
+
+    Args:
+        detect: (pyramid, masks) -> key points of each image of the batch.
+        describe: (pyramid, keypoints, index) -> (N,D), or None.
+        up_levels, down_levels: of the pyramid.
+        device: where images are moved.
+    """
+
+    def __init__(
+        self,
+        detect: Callable[..., list[Keypoints]],
+        describe: Callable[[Pyramid, Keypoints, int], Tensor] | None = None,
+        *,
+        up_levels: int = UP_LEVELS,
+        down_levels: int = DOWN_LEVELS,
+        device: torch.device | str = "cpu",
+    ):
+        self.detect, self.describe = detect, describe
+        self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
+
+    @overload
+    def extract(self, image: list[ImageLike], mask: list | None = None) -> list[Features]: ...
+
+    @overload
+    def extract(self, image: ImageLike, mask: np.ndarray | Tensor | None = None) -> Features: ...
+
+    def extract(self, image, mask=None):
+        """Features of an image, or a list of them for a list of images of any sizes.
+
+        Args:
+            image: path, PIL image, array or tensor (see ``image.load_image``), or a list of these.
+            mask: (H,W), non-zero where points may lie; for a list of images a list of masks or Nones.
+
+        Returns:
+            ``Features`` in pixels of the original image, strongest first (``official`` mode: level by level), on the CPU.
+        """
+        if isinstance(image, list):
+            masks = [None] * len(image) if mask is None else list(mask)
+            if len(masks) != len(image):
+                raise ValueError(f"{len(image)} images but {len(masks)} masks")
+            return [self.extract(one, m) for one, m in zip(image, masks, strict=True)]
+        return self._run(load_image(image), [mask])[0]
+
+    def extract_batch(self, images: list[ImageLike], masks: list | None = None) -> PaddedFeatures:
+        """Features of images of equal size at once, padded, with a ``valid`` mask (see ``PaddedFeatures``)."""
+        if not images:
+            raise ValueError("no images given")
+        batch = as_batch([load_image(image) for image in images])
+        return PaddedFeatures.pad(self._run(batch, masks or [None] * len(images)))
+
+    def _run(self, batch: Tensor, masks: list) -> list[Features]:
+        h, w = batch.shape[-2:]
+        pyramid = build_pyramid(batch.to(self.device), up=self.up_levels, down=self.down_levels)
+        checked = [_as_mask(mask, (h, w)) for mask in masks]
+        found = self.detect(pyramid, checked)
+        features = []
+        for index, keypoints in enumerate(found):
+            descriptors = None if self.describe is None else self.describe(pyramid, keypoints, index).cpu()
+            features.append(Features(keypoints.to("cpu"), descriptors, (w, h)))
+        return features
+
+
+def _as_mask(mask: np.ndarray | Tensor | None, size: tuple[int, int]) -> Tensor | None:
+    if mask is None:
+        return None
+    tensor = torch.as_tensor(np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask)
+    if tuple(tensor.shape) != size:
+        raise ValueError(f"mask must be (H,W) = {size} like its image, got {tuple(tensor.shape)}")
+    return tensor != 0
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, then Apple's MPS, then the CPU; other names are torch's.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
+
+
+def build(
+    detector: str | nn.Module = "keynet",
+    descriptor: str | None = "rootsift",
+    *,
+    single_scale: bool = False,
+    device: str = "auto",
+    settings: ExtractSettings | None = None,
+    **options,
+) -> Extractor:
+    """An extractor by names: ``build("keynet", "rootsift", num_points=2000)``.
+
+    Args:
+        detector: ``keynet``, ``keynet-tiny`` (embedded weights), or a network image -> score map.
+        descriptor: ``rootsift``, or ``none`` / None.
+        single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
+        device: ``auto``, ``cpu``, ``cuda``, ...
+        settings, options: ``ExtractSettings``, or its fields.
+
+    Raises:
+        ValueError: an unknown name or option value.
+    """
+    if descriptor is not None and descriptor not in DESCRIPTORS:
+        raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}; got {descriptor!r}")
+    if isinstance(detector, str) and detector not in DETECTORS:
+        raise ValueError(f"detector must be one of {', '.join(DETECTORS)} or a network; got {detector!r}")
+    chosen = replace(settings or ExtractSettings(), **options)
+    if single_scale:
+        chosen = replace(chosen, up_levels=0, down_levels=0)
+    where = choose_device(device)
+    net = load(detector) if isinstance(detector, str) else detector.eval()
+    runner = (net.fused() if isinstance(net, KeyNet) else net).to(where)
+    describe = PatchDescriptor(RootSIFT().to(where)) if descriptor == "rootsift" else None
+    detect = ScoreMapDetector(runner, chosen, where)
+    return Extractor(detect, describe, up_levels=chosen.up_levels, down_levels=chosen.down_levels, device=where)

@@ -1,0 +1,103 @@
+"""Trained weights by name: which class, settings, file, checksum and licence; ``load("keynet")`` gives the trained net.
+
+The table is ``data/index.toml``; files are safetensors. ``save`` writes the same format for anybody's own weights, with
+the network's settings in the header, and ``load`` reads them by path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .detectors.keynet import KeyNet
+from .errors import WeightsError
+
+DATA = Path(__file__).parent / "data"
+NETWORKS: dict[str, type[nn.Module]] = {"KeyNet": KeyNet}
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """Name -> entry of every embedded network, as written in ``data/index.toml``."""
+    return tomllib.loads((DATA / "index.toml").read_text())
+
+
+def file_checksum(path: Path) -> str:
+    """SHA-256 of a file in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None) -> None:
+    """Write a network's weights with its class, settings and ``facts`` as one safetensors file (atomically)."""
+    path = Path(path)
+    header = {
+        "network": type(net).__name__,
+        "settings": json.dumps(net.settings),
+        "facts": json.dumps(facts or {}, default=str),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, beside, metadata=header)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"weights {path} could not be written ({error})") from error
+
+
+def load(name: str | Path) -> nn.Module:
+    """The trained network ``name`` of the table, or the one in a weights file written by ``save``; in eval mode.
+
+    Raises:
+        WeightsError: no such name or file, or a file that is damaged or made for another network.
+    """
+    entry = table().get(str(name))
+    path = DATA / entry["file"] if entry else Path(name)
+    if not path.is_file():
+        raise WeightsError(f"no weights called {str(name)!r}; known names are {', '.join(table())}, or give a .safetensors file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path} is no readable safetensors file ({error}); official checkpoints are converted by `tiepoints weights import`"
+        ) from error
+    if header.get("network") not in NETWORKS:
+        raise WeightsError(f"{path} names no network of ours in its header ({header.get('network')!r}); was it written by tiepoints?")
+    net = NETWORKS[header["network"]](**json.loads(header["settings"]))
+    try:
+        net.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{path} does not fit a {header['network']} with its own settings: {error}") from error
+    return net.eval()
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """What ``save`` was told about a weights file."""
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {}).get("facts", "{}"))
+
+
+def verify(name: str) -> None:
+    """Check an embedded file against its checksum and load it.
+
+    Raises:
+        WeightsError: the file is missing, changed or does not load.
+    """
+    entry = table().get(name)
+    if entry is None:
+        raise WeightsError(f"no weights called {name!r}; known names are {', '.join(table())}")
+    path = DATA / entry["file"]
+    if not path.is_file():
+        raise WeightsError(f"{path} is missing; reinstall the package")
+    if file_checksum(path) != entry["sha256"]:
+        raise WeightsError(f"{path} differs from its checksum; reinstall the package")
+    load(name)
