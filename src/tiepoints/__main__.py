@@ -1,0 +1,5 @@
+"""``python -m tiepoints``."""
+
+from .cli import main
+
+main()
