@@ -17,9 +17,9 @@ _HOMES = {
     "Matches": "structs",
     "WeightsError": "errors",
     "build": "extract",
-    "estimate": "estimate",
+    "estimate": "estimation",
     "load": "weights",
-    "match": "match",
+    "match": "matching",
 }
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from .detectors.keynet import KeyNet as KeyNet
     from .errors import DataError as DataError
     from .errors import WeightsError as WeightsError
-    from .estimate import estimate as estimate
+    from .estimation import estimate as estimate
     from .extract import Extractor as Extractor
     from .extract import ExtractSettings as ExtractSettings
     from .extract import build as build
-    from .match import match as match
+    from .matching import match as match
     from .structs import Estimate as Estimate
     from .structs import Features as Features
     from .structs import Keypoints as Keypoints
