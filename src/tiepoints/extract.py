@@ -85,6 +85,7 @@ class ScoreMapDetector:
 
     def __init__(self, net: Callable[[Tensor], Tensor], settings: ExtractSettings, device: torch.device | str = "cpu"):
         self.net, self.settings = net, settings
+        self.offset = getattr(net, "offset", (0.0, 0.0))
         floor = response_floor(net, device) if settings.mode == "default" else 0.0
         # float noise lifts some pixels of a flat area a little above the floor
         self.threshold = max(settings.threshold, floor * (1 + 1e-3) + 1e-6 if settings.mode == "default" else 0.0)
@@ -97,7 +98,7 @@ class ScoreMapDetector:
         select = self._official if self.settings.mode == "official" else self._default
         return [select(pyramid, [m[i, 0] for m in maps], masks[i]) for i in range(len(pyramid.image))]
 
-    def _official(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> list[Keypoints] | Keypoints:
+    def _official(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> Keypoints:
         """The published selection: border cleared first, plateaus kept, whole pixels, no half-pixel term."""
         s = self.settings
         budgets = level_budgets(s.num_points, pyramid.original, len(maps))
@@ -126,7 +127,8 @@ class ScoreMapDetector:
             found = (clear_border(found.to(score_map.dtype), s.border) > 0)[0, 0]
             found &= _level_mask(mask, level, found)
             xy, score = strongest(score_map, found, int(spare * budget) + s.num_points - sum(budgets) + 1)
-            position = level.to_original(refine(score_map, xy))
+            refined = refine(score_map, xy)
+            position = level.to_original(refined - refined.new_tensor(self.offset))
             scale = torch.full_like(score, level.scale)
             parts.append(Keypoints(position, scale, torch.zeros_like(score), score))
         rank = torch.cat([torch.arange(len(p)) for p in parts])  # place within its level

@@ -88,7 +88,7 @@ def _from_array(array: np.ndarray) -> Tensor:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise ValueError(f"an image array must be (H,W), (H,W,1), (H,W,3) or (H,W,4), not empty; got {array.shape}")
-    return _from_tensor(torch.from_numpy(np.ascontiguousarray(_native(array))).permute(2, 0, 1))
+    return _from_tensor(torch.from_numpy(np.require(_native(array), requirements=["C", "W"])).permute(2, 0, 1))
 
 
 def _native(array: np.ndarray) -> np.ndarray:

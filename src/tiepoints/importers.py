@@ -84,7 +84,8 @@ def keynet_from_tensorflow(
     The moving statistics must be there, and are checked, even where they are not used.
     """
     net = LegacyKeyNet.tensorflow()
-    names, statistics = {}, set()
+    names: dict[str, str] = {}
+    statistics: set[str] = set()
     layers = [(f"blocks.{i}", f"conv_{i + 1}", f"batch_{i + 1}") for i in range(NUM_BLOCKS)]
     convolutions = [(f"{ours}.0", conv) for ours, conv, _ in layers] + [("last", "conv_last_layer")]
     norms = [(f"{ours}.1", norm) for ours, _, norm in layers] + [("last_norm", "batch_final")]
@@ -114,7 +115,7 @@ def keynet_from_rekd(content: Mapping[str, Any], file: str = "checkpoint") -> Le
             flat.update({f"{group}.{key}": value for key, value in entries.items()})
         else:
             flat[str(group)] = entries
-    names = {}
+    names: dict[str, str] = {}
     for i in range(NUM_BLOCKS):
         names |= {f"learner.conv_{i}.{kind}": f"blocks.{i}.0.{kind}" for kind in ("weight", "bias")}
         names |= {f"learner.bn_{i}.{kind}": f"blocks.{i}.1.{kind}" for kind in NORM_TENSORS}
@@ -147,7 +148,7 @@ def to_official_state_dict(net: KeyNet) -> dict[str, Tensor]:
 
 def _official_names() -> dict[str, str]:
     """Official PyTorch name -> our name, for all tensors of variant A."""
-    names = {}
+    names: dict[str, str] = {}
     for i in range(NUM_BLOCKS):
         prefix = f"feature_extractor.lb_block.conv{i}"
         names |= {f"{prefix}.0.{kind}": f"blocks.{i}.0.{kind}" for kind in ("weight", "bias")}
@@ -200,7 +201,7 @@ def _copy_into(
 ) -> None:
     """Fill ``net`` from ``source`` by ``names`` (theirs -> ours), both ways complete.
 
-    ``kernel_axes`` permutes four-dimensional tensors into our order; names of ours in ``leave`` are checked, not copied.
+    ``kernel_axes`` permutes four-dimensional tensors into our order; our names in ``leave`` are checked, not copied.
     """
     state = net.state_dict()
     problems = []

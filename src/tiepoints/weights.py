@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .detectors.keynet import KeyNet
+from .detectors.keynet_legacy import LegacyKeyNet
 from .errors import WeightsError
 
 DATA = Path(__file__).parent / "data"
-NETWORKS: dict[str, type[nn.Module]] = {"KeyNet": KeyNet}
+NETWORKS: dict[str, type[nn.Module]] = {"KeyNet": KeyNet, "LegacyKeyNet": LegacyKeyNet}
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -40,6 +41,7 @@ def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None) 
     header = {
         "network": type(net).__name__,
         "settings": json.dumps(net.settings),
+        "offset": json.dumps(getattr(net, "offset", (0.0, 0.0))),
         "facts": json.dumps(facts or {}, default=str),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +79,8 @@ def load(name: str | Path) -> nn.Module:
         net.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit a {header['network']} with its own settings: {error}") from error
+    if hasattr(net, "offset"):
+        net.offset = tuple(json.loads(header.get("offset", "[0.0, 0.0]")))
     return net.eval()
 
 

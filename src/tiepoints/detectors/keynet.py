@@ -144,6 +144,8 @@ class KeyNet(nn.Module):
             "handcrafted": handcrafted,
             "merge": merge,
         }
+        #: Constant (x, y) in pixels by which the trained network answers beside a thing; extraction takes it off.
+        self.offset = (0.0, 0.0)
         self.num_levels = num_levels
         self.first = FirstLayer(handcrafted, kernel_size)
         widths = [FIRST_LAYER_CHANNELS] + [num_filters] * num_blocks
@@ -205,6 +207,7 @@ class FusedKeyNet(nn.Module):
 
     def __init__(self, net: KeyNet):
         super().__init__()
+        self.offset = net.offset
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)

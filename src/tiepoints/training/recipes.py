@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..detectors.keynet import KeyNet
+from ..evaluation.bias import constant_offset
 from ..evaluation.metrics import mutual_repeatability
 from ..keypoints import detect_peaks
 from ..weights import save
@@ -156,6 +157,7 @@ def train_keynet(
     def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         best = MODELS[model]()
         best.load_state_dict(state)
+        best.offset = constant_offset(best.eval(), (pair["image_a"][None] for pair in validation))
         save(best, out, {"model": model, "preset": preset, "schedule": asdict(schedule), **facts})
 
     # Which photographs took part is part of the training's identity: resuming on others would silently mix two.

@@ -1,0 +1,50 @@
+"""Mirror bias: median offset between detections on an image and on its mirror image, flipped back.
+
+An unbiased detector finds mirrored points in the mirror image. For every level of the pyramid, the strongest 500 points
+of image and mirror image are paired (mutual nearest within 6 px of the level); half the median difference would be the
+offset of the detector itself; the whole median is printed, in pixels of the level.
+
+    python benchmarks/bias.py FOLDER [--systems keynet,keynet-tiny,FILE] [--out bias.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from common import load_network, sequence_images
+from torch import Tensor
+
+from tiepoints.evaluation.bias import mirror_offsets
+from tiepoints.image import load_image
+from tiepoints.pyramid import build_pyramid
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--systems", default="keynet,keynet-tiny")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for system in args.systems.split(","):
+        net, threshold = load_network(system)
+        levels: dict[int, dict[int, list[Tensor]]] = {}
+        for path in sequence_images(args.folder):
+            for number, level in enumerate(build_pyramid(load_image(path)).levels):
+                for flip in (-1, -2):
+                    found = mirror_offsets(net, level.image, flip, offset=net.offset, threshold=threshold)
+                    levels.setdefault(number, {-1: [], -2: []})[flip].append(found)
+        for number, both in levels.items():
+            x, y = (torch.cat(both[flip]) for flip in (-1, -2))
+            rows.append(
+                {"system": Path(system).name, "level": number - 1, "x": x.median().item(), "y": y.median().item(), "pairs": len(x)}
+            )
+            print(f"{Path(system).name:20s} level {number - 1:2d}  x {rows[-1]['x']:+.3f}  y {rows[-1]['y']:+.3f} px  ({len(x)} pairs)")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""What the benchmarks share: networks by name, sequences of a folder, facts about the machine."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tiepoints.detectors.keynet import KeyNet
+from tiepoints.extract import response_floor
+from tiepoints.importers import load_official
+from tiepoints.weights import load
+
+SEQUENCES = ("graf", "boat", "bikes", "leuven")
+
+
+def load_network(system: str):
+    """A network by embedded name or weights file (ours or official), ready to run, and its score threshold."""
+    path = Path(system)
+    net = load_official(path) if path.is_file() and path.suffix != ".safetensors" else load(system)
+    run = net.fused() if isinstance(net, KeyNet) else net
+    return run, response_floor(run) * 1.001 + 1e-6
+
+
+def sequence_images(folder: Path, first: int = 4) -> list[Path]:
+    """The first images of every sequence of an Oxford folder."""
+    return [folder / s / f"{k}.png" for s in SEQUENCES for k in range(1, first + 1)]
+
+
+def homography(folder: Path, sequence: str, k: int) -> torch.Tensor:
+    """(3,3) from image 1 to image k."""
+    return torch.from_numpy(np.loadtxt(folder / sequence / f"H_1_{k}"))
+
+
+def machine() -> dict[str, str]:
+    """Versions, processor and date to store beside every number."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }

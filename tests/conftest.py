@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: where the reference outputs and data lie, if this machine has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[1].parent / "shared"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "s" not in config.option.reportchars:  # print why tests were skipped
+        config.option.reportchars += "s"
+
+
+def _folder(name: str, holds: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"no {holds} beside the repository (../shared/{name})")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> Path:
+    """Outputs and checkpoints of the official implementations."""
+    return _folder("reference", "reference outputs")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Photographs and image pairs."""
+    return _folder("data", "image data")
