@@ -1,0 +1,32 @@
+# Every target works on a fresh machine with Python 3.11 or later and pip: the first one makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+# torch comes first and pinned: the registry's newest one would bring gigabytes of CUDA.
+.venv/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python examples/stereo_demo.py --out demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# OXFORD: a folder with the sequences graf, boat, bikes and leuven (PNG images 1..6 and H_1_k)
+OXFORD ?= ../shared/data/oxford
+bench: .venv/ready
+	$(BIN)/python benchmarks/repeatability.py $(OXFORD) --out benchmarks/results/repeatability.json
+	$(BIN)/python benchmarks/bias.py $(OXFORD) --out benchmarks/results/bias.json
+	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json
+
+clean:
+	rm -rf .venv build demo

@@ -1,0 +1,73 @@
+"""Features as the original authors' files: NAME.kpt.npy (N,4) x, y, scale, score and NAME.dsc.npy (N,D).
+
+We write float32. The published files are float64, and REKD's have the angle in degrees, counter-clockwise, as a fifth
+column; both are read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..errors import DataError
+from ..structs import Features, Keypoints
+
+
+def feature_paths(base: Path) -> tuple[Path, Path]:
+    """Files of key points and descriptors for ``base``, the image's path below the results folder."""
+    return base.with_name(base.name + ".kpt.npy"), base.with_name(base.name + ".dsc.npy")
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            np.save(file, array)
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_features(base: Path, features: Features) -> None:
+    """Write both files, each whole or not at all, the key points last: their file means that the image is done."""
+    points, descriptors = feature_paths(base)
+    if features.descriptors is not None:
+        _save(descriptors, features.descriptors.cpu().numpy().astype(np.float32))
+    columns = [features.xy, features.scale[:, None], features.score[:, None]]
+    _save(points, torch.cat(columns, dim=1).cpu().numpy().astype(np.float32))
+
+
+def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
+    """Features written by us or by the original code.
+
+    Raises:
+        FileNotFoundError: no key points at ``base``.
+        DataError: a file is damaged or has another shape.
+    """
+    points, descriptors = feature_paths(base)
+    if not points.is_file():
+        raise FileNotFoundError(f"no key points at {points}; extract the image first")
+    table = _read(points)
+    if table.ndim != 2 or table.shape[1] not in (4, 5):
+        raise DataError(f"{points}: expected (N,4) or (N,5), found {table.shape}; extract the image again")
+    angle = torch.zeros(len(table))
+    if table.shape[1] == 5:
+        angle = torch.from_numpy(np.remainder(-np.radians(table[:, 4]), 2 * np.pi).astype(np.float32))
+    values = torch.from_numpy(table[:, :4].astype(np.float32))
+    found = None
+    if descriptors.is_file():
+        found = torch.from_numpy(_read(descriptors).astype(np.float32))
+        if found.ndim != 2 or len(found) != len(values):
+            raise DataError(f"{descriptors}: expected ({len(values)},D), found {tuple(found.shape)}; extract the image again")
+    return Features(Keypoints(values[:, :2].clone(), values[:, 2].clone(), angle, values[:, 3].clone()), found, image_size)
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path} is damaged ({error}); extract the image again") from error
