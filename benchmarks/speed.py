@@ -1,0 +1,89 @@
+"""Detection of 2048 points in a 640 x 480 image on one thread, against kornia's KeyNetDetector with the same weights.
+
+Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by stage.
+
+    python benchmarks/speed.py [--image FILE] [--repeat 7] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from common import machine
+from PIL import Image
+
+from tiepoints.extract import build
+from tiepoints.image import load_image
+from tiepoints.importers import to_official_state_dict
+from tiepoints.pyramid import build_pyramid
+from tiepoints.weights import load
+
+POINTS = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--image", type=Path, help="default: scikit-image's motorcycle")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.image is None:
+        import skimage.data
+
+        picture = Image.fromarray(skimage.data.stereo_motorcycle()[0])
+    else:
+        picture = Image.open(args.image)
+    image = load_image(picture.convert("L").resize((640, 480), Image.Resampling.LANCZOS))
+
+    import kornia
+    from kornia.feature import KeyNetDetector
+
+    net = load("keynet")
+    theirs = KeyNetDetector(pretrained=False, num_features=POINTS).eval()
+    theirs.model.load_state_dict(to_official_state_dict(net), strict=True)
+    ours = build("keynet", "rootsift", num_points=POINTS, device="cpu")
+    single = build("keynet", None, num_points=POINTS, single_scale=True, device="cpu")
+    fused, pyramid = net.fused(), build_pyramid(image)
+    keypoints = ours.detect(pyramid)[0]
+
+    @torch.inference_mode()
+    def network() -> list:
+        return [fused(level.image) for level in pyramid.levels]
+
+    maps = network()
+    calls: dict[str, Callable[[], object]] = {
+        "kornia KeyNetDetector": torch.inference_mode()(lambda: theirs(image)),
+        "ours, detection": lambda: ours.detect(build_pyramid(image)),
+        "ours, single scale": lambda: single.detect(build_pyramid(image, up=0, down=0)),
+        "  stage: pyramid": lambda: build_pyramid(image),
+        "  stage: network, all levels": network,
+        "  stage: key points of the maps": torch.inference_mode()(lambda: ours.detect._default(pyramid, [m[0, 0] for m in maps], None)),
+        "  stage: rootsift (not in detection)": lambda: ours.describe(pyramid, keypoints, 0),  # type: ignore[misc]
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(args.repeat):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            times[name].append(1000 * (time.perf_counter() - started))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, value in medians.items():
+        print(f"{name:36s} {value:8.1f} ms")
+    ratio = medians["kornia KeyNetDetector"] / medians["ours, detection"]
+    print(f"kornia {kornia.__version__} / ours: {ratio:.2f}   ({len(keypoints)} points)")
+    if args.out:
+        content = {"machine": machine(), "kornia": kornia.__version__, "milliseconds": medians, "ratio": ratio}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

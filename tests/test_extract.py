@@ -1,0 +1,215 @@
+"""Extraction: the published output, and what the default mode promises."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiepoints
+from tiepoints.extract import ExtractSettings, build
+from tiepoints.importers import load_official
+from tiepoints.patches import extract_patches
+from tiepoints.pyramid import build_pyramid, level_budgets
+from tiepoints.structs import Keypoints
+
+
+@pytest.fixture(scope="module")
+def photo() -> np.ndarray:
+    """A textured gray image (H,W) uint8 with corners and blobs of many sizes."""
+    rng = np.random.default_rng(0)
+    image = torch.zeros(1, 1, 240, 320)
+    for size in (6, 15, 40, 120):
+        noise = torch.from_numpy(rng.random((1, 1, 240 // size + 2, 320 // size + 2))).float()
+        image += torch.nn.functional.interpolate(noise, size=(240, 320), mode="bicubic") * size**0.5
+    image = (image - image.min()) / (image.max() - image.min())
+    return (image[0, 0] * 255).round().to(torch.uint8).numpy()
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return build("keynet", "rootsift", num_points=400, device="cpu")
+
+
+@pytest.mark.parametrize("key", ["graf1_n1000", "graf2_n5000", "boat2_n5000", "graf3_single_scale_n1000"])
+def test_official_mode_gives_the_published_points(reference_dir, key):
+    expected = np.load(reference_dir / "keynet_keypoints.npz")[key]
+    image = np.load(reference_dir / "oxford_gray_inputs.npz")[key.split("_")[0]]
+    net = load_official(reference_dir / "checkpoints" / "keynet_pytorch.pth")
+    run = build(
+        net, None, mode="official", num_points=int(key.split("_n")[-1]), single_scale="single" in key, device="cpu"
+    )
+    found = run.extract(image)
+    assert len(found) == len(expected)
+    table = torch.cat([found.xy, found.scale[:, None], found.score[:, None]], dim=1).double().numpy()
+    real, ours = expected[expected[:, 3] > 1.2], table[table[:, 3] > 1.2]
+    same = np.zeros(len(real), bool)
+    if len(real) == len(ours):  # in the published order, so row by row
+        same = (np.abs(real[:, :2] - ours[:, :2]).max(axis=1) < 0.01) & (np.abs(real[:, 2] - ours[:, 2]) < 1e-4)
+        same &= np.abs(real[:, 3] / ours[:, 3] - 1) < 1e-3
+    assert same.mean() >= 0.99
+
+
+def test_budgets_of_the_spec():
+    assert level_budgets(5000, 1, 6) == [2539, 1269, 634, 317, 158, 79]
+    assert level_budgets(1500, 1, 7) == [755, 377, 188, 94, 47, 23, 11]
+
+
+def test_features_have_the_promised_form(extractor, photo):
+    f = extractor.extract(photo)
+    assert 100 < len(f) <= 400
+    assert f.xy.dtype == f.descriptors.dtype == torch.float32
+    assert f.descriptors.shape == (len(f), 128)
+    assert torch.allclose(f.descriptors.norm(dim=1), torch.ones(len(f)), atol=1e-4)
+    assert (f.score.diff() <= 0).all()
+    assert f.image_size == (320, 240)
+    assert ((f.xy >= -0.5) & (f.xy <= torch.tensor([319.5, 239.5]))).all()
+
+
+def test_all_kinds_of_input_agree(extractor, photo, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(photo).save(path)
+    first = extractor.extract(photo)
+    for other in (path, str(path), Image.fromarray(photo), torch.from_numpy(photo), np.stack([photo] * 3, axis=-1)):
+        again = extractor.extract(other)
+        assert len(again) == len(first)
+        assert torch.allclose(again.xy, first.xy, atol=2e-2)
+    assert len(extractor.extract([photo, photo[:100]])) == 2
+
+
+def test_batch_is_single_and_padded(extractor, photo):
+    other = np.ascontiguousarray(photo[::-1])
+    flat = np.full_like(photo, 128)
+    batch = extractor.extract_batch([photo, other, flat])
+    for row, image in enumerate((photo, other, flat)):
+        alone = extractor.extract(image)
+        assert int(batch.valid[row].sum()) == len(alone)
+        assert torch.allclose(batch.xy[row][batch.valid[row]], alone.xy, atol=1e-3)
+        assert torch.allclose(batch.descriptors[row][batch.valid[row]], alone.descriptors, atol=1e-3)
+    with pytest.raises(ValueError, match="one size"):
+        extractor.extract_batch([photo, photo[:100]])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 300), (31, 31), (49, 64), (97, 131)])
+def test_flat_and_small_images_give_no_points_and_no_error(extractor, shape):
+    f = extractor.extract(np.full(shape, 77, np.uint8))
+    assert len(f) == 0
+    assert f.descriptors.shape == (0, 128)
+
+
+def test_mask_keeps_points_out(extractor, photo):
+    mask = np.zeros(photo.shape, bool)
+    mask[:, 160:] = True
+    f = extractor.extract(photo, mask)
+    assert len(f) > 20
+    assert (f.xy[:, 0] > 157).all()
+    with pytest.raises(ValueError, match="mask"):
+        extractor.extract(photo, mask[:10])
+
+
+def test_single_scale_has_one_scale_and_many_levels_more(photo):
+    single = build("keynet", None, single_scale=True, num_points=300, device="cpu").extract(photo)
+    many = build("keynet", None, num_points=300, device="cpu").extract(photo)
+    assert set(single.scale.tolist()) == {1.0}
+    assert len(set(many.scale.tolist())) >= 3
+    assert single.descriptors is None
+
+
+def test_duplicates_across_scales_are_removed(photo):
+    f = build("keynet", None, num_points=2000, device="cpu").extract(photo)
+    near = torch.cdist(f.xy, f.xy) < 1.0 * torch.minimum(f.scale[:, None], f.scale[None])
+    ratio = f.scale[:, None] / f.scale[None]
+    close = near & (ratio > 1.2) & (ratio < 1.5)
+    assert not close.any()
+
+
+def test_points_follow_a_mirror_to_a_fraction_of_a_pixel(photo):
+    run = build("keynet", None, num_points=300, device="cpu")
+    a, b = run.extract(photo), run.extract(np.ascontiguousarray(photo[:, ::-1]))
+    mirrored = torch.stack([photo.shape[1] - 1 - b.xy[:, 0], b.xy[:, 1]], dim=1)
+    distance, nearest = torch.cdist(a.xy, mirrored).min(dim=1)
+    found = distance < 3
+    assert found.float().mean() > 0.7
+    assert abs((a.xy[:, 0] - mirrored[nearest][:, 0])[found].median()) < 0.2
+
+
+def test_levels_map_points_exactly():
+    pyramid = build_pyramid(torch.rand(1, 1, 201, 303))
+    for level in pyramid.levels:
+        h, w = level.image.shape[-2:]
+        corners = torch.tensor([[-0.5, -0.5], [w - 0.5, h - 0.5]])
+        assert torch.allclose(level.to_original(corners), torch.tensor([[-0.5, -0.5], [302.5, 200.5]]), atol=1e-3)
+        assert torch.allclose(level.from_original(level.to_original(corners)), corners, atol=1e-3)
+
+
+def test_patches_are_centred_turned_and_scaled():
+    y, x = torch.meshgrid(torch.arange(200.0), torch.arange(200.0), indexing="ij")
+    pyramid = build_pyramid(((x + 2 * y) / 600)[None, None])  # a ramp: every sample shows where it was taken
+    angle = 0.5
+    points = Keypoints(
+        torch.tensor([[90.25, 100.5], [100.0, 100.0]]),
+        torch.tensor([1.0, 2.0]), torch.tensor([angle, 0.0]), torch.ones(2),
+    )  # fmt: skip
+    patches = extract_patches(pyramid, points, size=16, half_side=11)
+    offset = 11 * ((2 * torch.arange(16.0) + 1) / 16 - 1)
+    v, u = torch.meshgrid(offset, offset, indexing="ij")
+    cos, sin = np.cos(angle), np.sin(angle)
+    expected = (90.25 + u * cos - v * sin + 2 * (100.5 + u * sin + v * cos)) / 600
+    assert torch.allclose(patches[0, 0], expected, atol=2e-3)
+    assert torch.allclose(patches[1, 0], (100 + 2 * u + 2 * (100 + 2 * v)) / 600, atol=4e-3)
+
+
+def test_threshold_num_points_border_and_window_count(photo):
+    many = build("keynet", None, num_points=1000, device="cpu").extract(photo)
+    assert len(build("keynet", None, num_points=50, device="cpu").extract(photo)) == 50
+    middle = float(many.score.median())
+    some = build("keynet", None, num_points=1000, threshold=middle, device="cpu").extract(photo)
+    assert 0 < len(some) < len(many)
+    assert float(some.score.min()) > middle
+    wide = build("keynet", None, num_points=1000, nms_window=31, device="cpu").extract(photo)
+    assert len(wide) < len(many)
+    inner = build("keynet", None, num_points=1000, border=40, single_scale=True, device="cpu").extract(photo)
+    assert (inner.xy >= 39).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (("nonsense",), {}),
+        (("keynet", "nonsense"), {}),
+        (("keynet",), {"mode": "x"}),
+        (("keynet",), {"num_points": 0}),
+        (("keynet",), {"nms_window": 4}),
+        (("keynet",), {"device": "nowhere"}),
+        (("keynet",), {"border": -1}),
+    ],
+)
+def test_wrong_words_are_refused(arguments, options):
+    with pytest.raises(ValueError, match=r"."):
+        build(*arguments, **options)
+
+
+def test_public_names_are_complete_and_load():
+    for name in tiepoints.__all__:
+        assert getattr(tiepoints, name) is not None
+    assert callable(tiepoints.match)
+    assert callable(tiepoints.estimate)
+    assert ExtractSettings().num_points == 5000
+    with pytest.raises(AttributeError, match="public names"):
+        _ = tiepoints.nonsense
+
+
+def test_fused_network_equals_the_network(photo):
+    image = torch.from_numpy(photo)[None, None].float() / 255
+    for name in ("keynet", "keynet-tiny"):
+        net = tiepoints.load(name)
+        for size in ((240, 320), (101, 77), (1, 1), (3, 50)):
+            part = image[..., : size[0], : size[1]]
+            with torch.inference_mode():
+                slow = net(part)
+            assert torch.allclose(net.fused()(part), slow, rtol=1e-4, atol=1e-4 * float(slow.max()) + 1e-6)
+
+
+def test_settings_are_plain_data():
+    json.dumps(vars(ExtractSettings()))
