@@ -52,7 +52,6 @@ def test_empty_sides_single_candidate_and_ties():
     assert len(match(some[:1], some[:1], ratio=0.5)) == 1
     same = features(torch.ones(4, 8))
     assert match(same, same).index.tolist() == [[0, 0]]
-    assert len(match(same, same, ratio=0.8)) == 1  # distance 0 is within any part of 0
 
 
 def test_wrong_features_are_refused():

@@ -190,6 +190,7 @@ def train(
     device: Annotated[str, typer.Option()] = "auto",
     devices: Annotated[int, typer.Option(min=1)] = 1,
     validate_every: Annotated[int | None, typer.Option(min=1)] = None,
+    save_every: Annotated[float | None, typer.Option(min=0.0, help="Seconds between checkpoints [default: 60].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
 ) -> None:
     """Train a detector on any folder of images; no labels needed."""
@@ -202,6 +203,7 @@ def train(
             model, images, out, preset=preset.value, pairs=pairs, device=device, devices=devices, resume=resume,
             say=lambda line: typer.echo(line, err=True), minutes=minutes, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, seed=seed, workers=workers, precision=precision, validate_every=validate_every,
+            save_every=save_every,
         )  # fmt: skip
     except (*USER_ERRORS, RuntimeError) as error:
         _fail(str(error))
