@@ -14,12 +14,13 @@ import json
 from pathlib import Path
 
 import torch
-from common import load_network, sequence_images
 from torch import Tensor
 
+from common import load_network, sequence_images
 from tiepoints.evaluation.bias import mirror_offsets
 from tiepoints.image import load_image
 from tiepoints.pyramid import build_pyramid
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import SEQUENCES, homography, load_network, machine
 from torch import Tensor
 
+from common import SEQUENCES, homography, load_network, machine
 from tiepoints.evaluation.metrics import mutual_repeatability
 from tiepoints.image import load_image
 from tiepoints.keypoints import detect_peaks

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from common import machine
 from PIL import Image
 
+from common import machine
 from tiepoints.extract import build
 from tiepoints.image import load_image
 from tiepoints.importers import to_official_state_dict

@@ -109,7 +109,9 @@ def test_index_proposal_equals_its_slow_twin(size, window, base):
 
 
 def test_softmax_base_sharpens():
-    score_map = noise(1, 1, 16, 16)
+    score_map = 0.2 * noise(1, 1, 16, 16)
+    score_map[0, 0, 2:5, 10:13] = 0.8
+    score_map[0, 0, 3, 11] = 1
     target, _ = hard_index(score_map, 16)
     distances = [(index_proposal(score_map, 16, base=base)[0] - target).norm().item() for base in (1.5, math.e, 1e4)]
     assert distances[0] > distances[1] > distances[2]
@@ -247,7 +249,7 @@ def test_maps_need_not_be_square(size):
     a, b = smooth_map(*size), smooth_map(*size, 1)
     loss, numbers = msip_loss(a, b, shift(2, 1), border=4)
     assert math.isfinite(loss.item())
-    assert all(value > 0 for value in numbers.values())
+    assert min(numbers["loss"], numbers["loss_8"], numbers["loss_16"]) > 0  # a window that is alone weighs 0
     turned, _ = msip_loss(a.mT, b.mT, shift(1, 2), border=4)  # windows at the same places
     assert turned.item() == pytest.approx(loss.item(), rel=1e-4)
 
@@ -310,7 +312,7 @@ def tensorflow(reference_dir):
 
 def frames(score_a, score_b, H_ab, window):
     """What the loss compares: both maps, their warped partners and the common areas, cut to whole windows."""
-    cut = [score.shape[-1] // window * window for score in (score_a,)][0]
+    cut = score_a.shape[-1] // window * window
     mask = border_mask(score_a)
     parts = [t[..., :cut, :cut] for t in (score_a, score_b, mask, mask)]
     return losses._meet(*parts, H_ab, torch.linalg.inv(H_ab.double()).float())
@@ -354,7 +356,7 @@ def test_rekd_indices(rekd, case, window):
 @pytest.mark.parametrize(("name", "weighting"), [("weighted", "softmax"), ("unweighted", "none")])
 def test_tensorflow_loss_and_gradients(tensorflow, rekd, name, weighting):
     a, b = (tensorflow[f"{side}_score_nhwc"].permute(0, 3, 1, 2).clone().requires_grad_() for side in ("src", "dst"))
-    loss, numbers = msip_loss(a, b, rekd["uniform/h_src_2_dst"], weighting=weighting, empty="ignore", detach_max=False)
+    loss, numbers = msip_loss(a, b, rekd["uniform/h_src_2_dst"], weighting=weighting, empty="ignore")
     assert loss.item() == pytest.approx(tensorflow[f"{name}/loss_total"].item(), rel=1e-4)
     windows = [numbers[f"loss_{w}"] for w in losses.WINDOWS]
     assert windows == pytest.approx(tensorflow[f"{name}/loss_per_window"].tolist(), rel=1e-4)

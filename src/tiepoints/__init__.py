@@ -21,7 +21,7 @@ _HOMES = {
     "load": "weights",
     "match": "matching",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from .detectors.keynet import KeyNet as KeyNet

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn

@@ -124,7 +124,8 @@ def detect_peaks(
     else:
         found = local_maxima(inner, window, threshold, unique=False)
     peaks = []
-    for one, mask in zip(inner[:, 0], found[:, 0], strict=True):
+    source = score_map if unique else inner
+    for one, mask in zip(source[:, 0], found[:, 0], strict=True):
         xy, score = strongest(one, mask, count)
         peaks.append((refine(one, xy) if subpixel else xy.to(torch.float32), score))
     return peaks

@@ -80,7 +80,7 @@ def load(name: str | Path) -> nn.Module:
     except RuntimeError as error:
         raise WeightsError(f"{path} does not fit a {header['network']} with its own settings: {error}") from error
     if hasattr(net, "offset"):
-        net.offset = tuple(json.loads(header.get("offset", "[0.0, 0.0]")))
+        net.offset = tuple(json.loads(header.get("offset", "[0.0, 0.0]")))  # type: ignore[assignment]
     return net.eval()
 
 

@@ -13,6 +13,8 @@ variants, kept to reproduce old files, live in ``keynet_legacy``. ``KeyNet.fused
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +138,7 @@ class KeyNet(nn.Module):
         self.scale_factor = DEFAULT_SCALE_FACTOR if scale_factor is None else float(scale_factor)
         if not self.scale_factor > 1:
             raise ValueError(f"scale_factor must be above 1, got {scale_factor}")
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "num_filters": num_filters,
             "num_blocks": num_blocks,
             "kernel_size": kernel_size,
@@ -146,7 +148,7 @@ class KeyNet(nn.Module):
             "merge": merge,
         }
         #: Constant (x, y) in pixels by which the trained network answers beside a thing; extraction takes it off.
-        self.offset = (0.0, 0.0)
+        self.offset: tuple[float, float] = (0.0, 0.0)
         self.num_levels = num_levels
         self.first = FirstLayer(handcrafted, kernel_size)
         widths = [FIRST_LAYER_CHANNELS] + [num_filters] * num_blocks
@@ -181,7 +183,7 @@ class KeyNet(nn.Module):
         levels = [image]
         for _ in range(self.num_levels - 1):
             previous = levels[-1]
-            size = pyramid_level_size(*previous.shape[-2:], self.scale_factor)
+            size = pyramid_level_size(previous.shape[-2], previous.shape[-1], self.scale_factor)
             levels.append(resize(binomial_blur(previous), size))
         return levels
 
@@ -189,7 +191,7 @@ class KeyNet(nn.Module):
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
         if image.ndim != 4 or image.shape[1] != 1:
             raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
-        size = image.shape[-2:]
+        size = (image.shape[-2], image.shape[-1])
         maps = [resize(self.blocks(self.first(level)), size) for level in self.level_images(image)]  # each (B,M,H,W)
         volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
         return volume if self.last is None else F.relu(self.last(volume))
@@ -203,7 +205,7 @@ def _strips(height: int, width: int) -> list[tuple[int, int]]:
     """Rows of an image cut into strips of about ``STRIP_PIXELS``: (top, bottom) of each."""
     count = max(1, round(height * width / STRIP_PIXELS))
     edges = [height * i // count for i in range(count + 1)]
-    return [(top, bottom) for top, bottom in zip(edges, edges[1:], strict=False) if bottom > top]
+    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
 
 
 def _resized_rows(maps: Tensor, low: int, high: int, height: int, width: int) -> Tensor:
@@ -231,9 +233,10 @@ class FusedKeyNet(nn.Module):
         super().__init__()
         self.offset = net.offset
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
-        folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]
+        folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
-        side = self.blocks[0].kernel_size[0] // 2
+        side = net.settings["kernel_size"] // 2
+        self.filters = net.settings["num_filters"]
         self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
         self.merges = net.last is not None
         if net.last is not None:
@@ -244,6 +247,9 @@ class FusedKeyNet(nn.Module):
                 wide[column, :, :, column : column + k] = weight[0]
             self.register_buffer("wide_weight", wide.contiguous(memory_format=torch.channels_last))
             self.register_buffer("wide_bias", net.last.bias.detach().repeat(LANES))  # type: ignore[union-attr]
+
+    wide_weight: Tensor
+    wide_bias: Tensor
 
     def _merge(self, volume: Tensor) -> Tensor:
         """The last convolution, (B,C,H,W) -> (B,1,H,W).
@@ -283,7 +289,7 @@ class FusedKeyNet(nn.Module):
         """
         h, w = level.shape[-2:]
         out = torch.empty(
-            (len(level), self.blocks[-1].out_channels, h, w), device=level.device, memory_format=torch.channels_last
+            (len(level), self.filters, h, w), device=level.device, memory_format=torch.channels_last
         )
         for top, bottom in _strips(h, w):
             low, high = max(0, top - self.reach), min(h, bottom + self.reach)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -212,6 +212,7 @@ def fit(
     step, total, spent, best, best_step = 0, settings.steps, 0.0, -math.inf, 0
     best_state: dict[str, Tensor] = {}
     rows: list[dict[str, float]] = []
+    recent = 0.0
     identity = {"settings": {**asdict(settings), "workers": 0, "save_every": 0.0}, "extra": dict(extra or {})}
     if resume and checkpoint.exists():
         state = read_checkpoint(checkpoint)
@@ -224,6 +225,7 @@ def fit(
             average.state = {k: v.to(fabric.device) for k, v in state["average"].items()}
             average.count = state["average_count"]
         step, total, spent = state["step"], state["total"], state["spent"]
+        recent = state["recent"]
         best, best_step, best_state, rows = state["best"], state["best_step"], state["best_state"], state["rows"]
     elif not resume:
         checkpoint.unlink(missing_ok=True)
@@ -243,7 +245,7 @@ def fit(
             "average": {} if average is None else average.state,
             "average_count": 0 if average is None else average.count,
             "step": step, "total": total, "spent": spent + time.monotonic() - started,
-            "best": best, "best_step": best_step, "best_state": best_state, "rows": rows,
+            "best": best, "best_step": best_step, "best_state": best_state, "rows": rows, "recent": recent,
         }  # fmt: skip
         try:
             save_atomically(state, checkpoint)
@@ -267,9 +269,8 @@ def fit(
     limit = total or 10**9
     dataset = make_batches(limit * settings.batch_size)
     loader: DataLoader | None = None
-    stream = iter(())
+    stream: Iterator[dict[str, Tensor]] = iter(())
     bar = tqdm(total=total or None, initial=step, unit="step", disable=not (progress and main), dynamic_ncols=True)
-    recent = 0.0
     timer = time.monotonic()
     with logs, bar:
         while not total or step < total:
@@ -360,8 +361,9 @@ class _Logs:
     """``log.csv``, rewritten from the rows kept in the checkpoint when resuming, and TensorBoard where installed."""
 
     def __init__(self, folder: Path | None, rows: list[dict[str, float]]):
-        self.folder, self.board = folder, None
-        self.file = None
+        self.folder = folder
+        self.board: Any = None
+        self.file: Any = None
         self.rows = list(rows)
 
     def __enter__(self) -> _Logs:
@@ -383,7 +385,7 @@ class _Logs:
         if first:
             self.writer.writerow(row)
         self.writer.writerow([f"{v:.6g}" for v in row.values()])
-        self.file.flush()  # type: ignore[union-attr]
+        self.file.flush()
 
     def write(self, row: Mapping[str, float]) -> None:
         if self.file is None:

@@ -145,8 +145,9 @@ def border_mask(like: Tensor, border: int = BORDER) -> Tensor:
     return F.pad(inner, (left, w - left - inner.shape[-1], top, h - top - inner.shape[-2]))
 
 
-def _meet(a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor, H_ab: Tensor, H_ba: Tensor) -> tuple[Tensor, ...]:
+def _meet(views: list[Tensor], H_ab: Tensor, H_ba: Tensor) -> tuple[Tensor, ...]:
     """Both maps and their warped partners in each frame, zero outside the common area, and the two common areas."""
+    a, b, mask_a, mask_b = views
     with torch.no_grad():
         b_in_a, visible_a = warp_image(torch.cat([b * mask_b, mask_b], dim=1), H_ba).split(1, dim=1)
         a_in_b, visible_b = warp_image(torch.cat([a * mask_a, mask_a], dim=1), H_ab).split(1, dim=1)
@@ -205,7 +206,7 @@ def msip_loss(
     for window, weight in zip(windows, weights, strict=True):
         cut = (score_a.shape[-2] // window * window, score_a.shape[-1] // window * window)
         if cut not in cuts:
-            cuts[cut] = _meet(*(t[..., : cut[0], : cut[1]] for t in (score_a, score_b, mask_a, mask_b)), H_ab, H_ba)
+            cuts[cut] = _meet([t[..., : cut[0], : cut[1]] for t in (score_a, score_b, mask_a, mask_b)], H_ab, H_ba)
         a, b, b_in_a, a_in_b, visible_a, visible_b = cuts[cut]
         options = {
             "base": base,

@@ -65,7 +65,7 @@ def write_pairs(
             file.write(len(text).to_bytes(8, "little") + text)
             os.posix_fallocate(file.fileno(), 0, 8 + len(text) + offset)  # a full disk shows now, not at the end
         arrays = {
-            name: np.memmap(beside, NAMES[kind], "r+", 8 + len(text) + header[name]["data_offsets"][0], shape)  # type: ignore[call-overload]
+            name: np.memmap(beside, NAMES[kind], "r+", 8 + len(text) + header[name]["data_offsets"][0], shape)
             for name, (kind, shape) in layout.items()
         }
         loader = DataLoader(_Raw(dataset), batch_size=None, num_workers=workers)
@@ -117,7 +117,7 @@ class PairFile(Dataset):
                 header = json.loads(file.read(min(start, 100_000)))
             self.info = json.loads(header["__metadata__"]["pairs"])
             self.arrays = {
-                name: np.memmap(self.path, NAMES[kind], "r", 8 + start + header[name]["data_offsets"][0], shape)  # type: ignore[call-overload]
+                name: np.memmap(self.path, NAMES[kind], "r", 8 + start + header[name]["data_offsets"][0], shape)
                 for name, (kind, shape) in _layout(self.info["count"], self.info["size"]).items()
             }
         except (ValueError, KeyError, OSError, UnicodeDecodeError) as error:

@@ -161,7 +161,7 @@ def train_keynet(
         best.load_state_dict(state)
         if model == "keynet-tiny" and preset != "paper":
             with torch.no_grad():
-                best.blocks[-1][1].bias += TINY_BIAS  # type: ignore[operator,index,union-attr]
+                best.blocks[-1][1].bias += TINY_BIAS  # type: ignore[index]
         best.offset = constant_offset(best.eval(), (pair["image_a"][None] for pair in validation))
         save(best, out, {"model": model, "preset": preset, "schedule": asdict(schedule), **facts})
 

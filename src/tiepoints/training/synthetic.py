@@ -223,7 +223,7 @@ def degrade(gray: np.ndarray, rng: np.random.Generator, settings: PairSettings) 
     if rng.random() < settings.jpeg:
         buffer = io.BytesIO()
         Image.fromarray(gray).save(buffer, "JPEG", quality=int(rng.integers(20, 91)))
-        gray = np.asarray(Image.open(buffer))
+        gray = np.array(Image.open(buffer))
     return gray
 
 
@@ -419,6 +419,8 @@ class PairDataset(Dataset):
         )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.length:
+            raise IndexError(f"pair {index} of {self.length}")
         return as_tensors(self.pair(index))
 
 
