@@ -315,7 +315,7 @@ def frames(score_a, score_b, H_ab, window):
     cut = score_a.shape[-1] // window * window
     mask = border_mask(score_a)
     parts = [t[..., :cut, :cut] for t in (score_a, score_b, mask, mask)]
-    return losses._meet(*parts, H_ab, torch.linalg.inv(H_ab.double()).float())
+    return losses._meet(parts, H_ab, torch.linalg.inv(H_ab.double()).float())
 
 
 def close_gradient(ours, theirs):
