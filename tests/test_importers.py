@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.detectors.keynet import KeyNet, handcrafted_features
+from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
 from tiepoints.detectors.keynet_legacy import LegacyKeyNet, blur_taps, divide_by_maximum, level_size, normalise_contrast
 from tiepoints.errors import WeightsError
 from tiepoints.importers import load_official, to_official_state_dict
@@ -179,7 +179,7 @@ def test_variant_a_gives_the_official_inner_maps(reference_dir: Path) -> None:
     net = load_official(reference_dir / "checkpoints" / FILES["A"])
     assert isinstance(net, KeyNet)
     gold = np.load(reference_dir / "keynet_scoremaps.npz")
-    made = handcrafted_features(as_image(gold["graf1_crop_image"]))
+    made = torch.cat(handcrafted_channels(as_image(gold["graf1_crop_image"])), dim=1)
     np.testing.assert_allclose(made[0].numpy(), gold["graf1_crop_handcrafted"], rtol=1e-4, atol=1e-7)
     with torch.inference_mode():
         learned = net.blocks(made)[0].numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiepoints.detectors.keynet import HANDCRAFTED_SETS, KeyNet, handcrafted_features, pyramid_level_size
+from tiepoints.detectors.keynet import HANDCRAFTED_SETS, KeyNet, handcrafted_channels, pyramid_level_size
 
 
 def seeded(**arguments) -> KeyNet:
@@ -92,7 +92,7 @@ def test_handcrafted_channels_of_known_images():
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
     names = HANDCRAFTED_SETS["both"]
     # 0.5 x^2 + 2 x y: dx = x + 2y, dy = 2x, dxx = 1, dxy = 2, dyy = 0
-    features = handcrafted_features((0.5 * x**2 + 2 * x * y)[None, None])[0, :, 8, 9]
+    features = torch.cat(handcrafted_channels((0.5 * x**2 + 2 * x * y)[None, None]), dim=1)[0, :, 8, 9]
     at = dict(zip(names, features.tolist(), strict=True))
     wanted = {"dx": 25, "dy": 18, "dx^2": 625, "dy^2": 324, "dx*dy": 450}
     wanted |= {"dxy": 2, "dxy^2": 4, "dxx": 1, "dyy": 0, "dxx*dyy": 0}

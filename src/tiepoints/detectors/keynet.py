@@ -35,11 +35,11 @@ HANDCRAFTED_SETS = {
 FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
 LANES = 8  # float32 values of a 256-bit vector register
-STRIP_PIXELS = 100_000  # a strip's feature maps stay in the processor's cache
+STRIP_PIXELS = 300_000  # bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
 
 
-def handcrafted_features(image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SETS["both"]) -> Tensor:
-    """Derivative channels ``names`` of a gray image (paper 3.1): (B,1,H,W) -> (B,len(names),H,W).
+def handcrafted_channels(image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SETS["both"]) -> list[Tensor]:
+    """Derivative channels ``names`` of a gray image (paper 3.1): (B,1,H,W) -> (B,1,H,W) each.
 
     Second derivatives are the Sobel operator applied twice, border replicated each time.
     """
@@ -57,7 +57,7 @@ def handcrafted_features(image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SET
             channels.append(made[left] * made[right])
         else:
             channels.append(made[name])
-    return torch.cat(channels, dim=1)
+    return channels
 
 
 def pyramid_level_size(height: int, width: int, factor: float) -> tuple[int, int]:
@@ -75,10 +75,14 @@ class FirstLayer(nn.Module):
         self.learned = nn.Conv2d(1, learned, kernel_size, padding=kernel_size // 2) if learned else None
 
     def forward(self, image: Tensor) -> Tensor:
-        parts = [handcrafted_features(image, self.names)] if self.names else []
+        return torch.cat(self.parts(image), dim=1)
+
+    def parts(self, image: Tensor) -> list[Tensor]:
+        """The channels before they are put together."""
+        parts = handcrafted_channels(image, self.names) if self.names else []
         if self.learned is not None:
             parts.append(self.learned(image))
-        return torch.cat(parts, dim=1)
+        return parts
 
 
 class LearnedBlock(nn.Sequential):
@@ -208,20 +212,6 @@ def _strips(height: int, width: int) -> list[tuple[int, int]]:
     return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
 
 
-def _resized_rows(maps: Tensor, low: int, high: int, height: int, width: int) -> Tensor:
-    """Rows ``low`` to ``high`` of ``resize(maps, (height, width))``."""
-    h = maps.shape[-2]
-    if (h, maps.shape[-1]) == (height, width):
-        return maps[:, :, low:high]
-    place = ((torch.arange(low, high, device=maps.device) + 0.5) * (h / height) - 0.5).clamp(min=0)
-    above = place.long().clamp(max=h - 1)
-    first, last = int(above[0]), min(int(above[-1]) + 2, h)
-    part = F.interpolate(maps[:, :, first:last], size=(last - first, width), mode="bilinear", align_corners=False)
-    below = (above + 1).clamp(max=h - 1)
-    weight = (place - above)[:, None].to(maps.dtype)
-    return torch.lerp(part[:, :, above - first], part[:, :, below - first], weight)
-
-
 class FusedKeyNet(nn.Module):
     """A trained ``KeyNet`` for inference: batch normalisation folded into the filters, channels-last memory, strips of rows.
 
@@ -241,45 +231,50 @@ class FusedKeyNet(nn.Module):
         self.merges = net.last is not None
         if net.last is not None:
             weight = net.last.weight.detach()  # (1,C,k,k)
-            self.kernel_size = k = weight.shape[-1]
+            k = weight.shape[-1]
             wide = weight.new_zeros(LANES, weight.shape[1], k, k + LANES - 1)
             for column in range(LANES):
                 wide[column, :, :, column : column + k] = weight[0]
             self.register_buffer("wide_weight", wide.contiguous(memory_format=torch.channels_last))
-            self.register_buffer("wide_bias", net.last.bias.detach().repeat(LANES))  # type: ignore[union-attr]
+            self.register_buffer("weight", weight)
+            self.register_buffer("bias", net.last.bias.detach())  # type: ignore[union-attr]
 
     wide_weight: Tensor
-    wide_bias: Tensor
+    weight: Tensor
+    bias: Tensor
 
-    def _merge(self, volume: Tensor) -> Tensor:
-        """The last convolution, (B,C,H,W) -> (B,1,H,W).
+    def _merge(self, maps: Tensor, level: int) -> Tensor:
+        """What one level's maps (B,M,H,W), at full size, add to the score: its part of the last convolution, (B,1,H,W).
 
         With one output channel the library leaves most vector lanes empty, so ``LANES`` neighbouring columns are made
-        the output channels of one wider filter that moves by as many columns.
+        the output channels of one wider filter that moves by as many columns; the plain filter does the columns left.
         """
-        h, w = volume.shape[-2:]
-        k = self.kernel_size
-        right = -w % LANES
-        padded = F.pad(volume, (k // 2, k // 2 + right, 0, 0))
-        packed = F.conv2d(padded, self.wide_weight, self.wide_bias, stride=(1, LANES), padding=(k // 2, 0))
-        columns = packed.permute(0, 2, 3, 1).reshape(len(volume), 1, h, w + right)
-        return columns[..., :w]
+        h, w = maps.shape[-2:]
+        part = slice(level * self.filters, (level + 1) * self.filters)
+        side = self.weight.shape[-1] // 2
+        out = maps.new_empty(len(maps), 1, h, w)
+        packed = w - w % LANES
+        if packed:
+            columns = F.conv2d(maps, self.wide_weight[:, part], None, stride=(1, LANES), padding=side)
+            out[..., :packed] = columns.permute(0, 2, 3, 1).reshape(len(maps), 1, h, packed)
+        if packed < w:
+            left = min(side, packed)
+            rest = F.pad(maps[..., packed - left :], (side - left, side, side, side))
+            out[..., packed:] = F.conv2d(rest, self.weight[:, part])
+        return out
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
-        maps = [self._learned(level) for level in self.reference.level_images(image)]  # (B,M,h,w) each
+        levels = self.reference.level_images(image)
         if not self.merges:
-            return maps[0]
-        h, w = image.shape[-2:]
-        reach = self.kernel_size // 2
-        out = image.new_empty(len(image), 1, h, w)
-        for top, bottom in _strips(h, w):
-            low, high = max(0, top - reach), min(h, bottom + reach)
-            volume = torch.cat([_resized_rows(m, low, high, h, w) for m in maps], dim=1)
-            merged = self._merge(volume)[:, :, top - low : top - low + bottom - top]
-            out[:, :, top:bottom] = F.relu(merged)
-        return out
+            return self._learned(levels[0])
+        size = (image.shape[-2], image.shape[-1])
+        # The last convolution is a sum over levels: adding up its parts spares a volume of all levels' maps.
+        score = self.bias.view(1, 1, 1, 1)
+        for i, level in enumerate(levels):
+            score = score + self._merge(resize(self._learned(level), size), i)
+        return F.relu(score)
 
     def _learned(self, level: Tensor) -> Tensor:
         """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip.
@@ -288,13 +283,21 @@ class FusedKeyNet(nn.Module):
         padded wrongly, its edges at the border of the image rightly.
         """
         h, w = level.shape[-2:]
-        out = torch.empty(
-            (len(level), self.filters, h, w), device=level.device, memory_format=torch.channels_last
-        )
-        for top, bottom in _strips(h, w):
+        strips = _strips(h, w)
+        out = self._empty(level, self.filters, h)
+        for top, bottom in strips:
             low, high = max(0, top - self.reach), min(h, bottom + self.reach)
-            features = self.reference.first(level[:, :, low:high]).contiguous(memory_format=torch.channels_last)
+            features = self._empty(level, FIRST_LAYER_CHANNELS, high - low)
+            # Straight into channels-last: one pass less than to concatenate and convert.
+            torch.cat(self.reference.first.parts(level[:, :, low:high]), dim=1, out=features)
             for conv in self.blocks:
                 features = F.relu_(conv(features))
+            if len(strips) == 1:
+                return features
             out[:, :, top:bottom] = features[:, :, top - low : top - low + bottom - top]
         return out
+
+    @staticmethod
+    def _empty(like: Tensor, channels: int, height: int) -> Tensor:
+        shape = (len(like), channels, height, like.shape[-1])
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..detectors.keynet import KeyNet
 from ..evaluation.bias import constant_offset
-from ..evaluation.metrics import mutual_repeatability
+from ..evaluation.metrics import mutual_matches
 from ..keypoints import detect_peaks
 from ..weights import save
 from .loop import FitResult, FitSettings, fit
@@ -64,16 +64,18 @@ MODELS: dict[str, Callable[[], KeyNet]] = {"keynet": KeyNet, "keynet-tiny": KeyN
 
 
 def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
-    """Mean 3 px mutual repeatability of a score-map network (in eval mode) on pairs of equal size."""
+    """Mean 3 px mutual repeatability of a score-map network (in eval mode) on pairs of equal size.
+
+    Matches are divided by ``VALIDATION_POINTS``, not by the points found: a net must not gain by finding few.
+    """
     scores = []
     device = next(net.parameters()).device
     for pair in pairs:
         both = torch.stack([pair["image_a"], pair["image_b"]]).to(device, memory_format=torch.channels_last)
         (xy_a, _), (xy_b, _) = detect_peaks(net(both).float().cpu(), 1000)
         size = tuple(pair["image_a"].shape[-2:])
-        scores.append(
-            mutual_repeatability(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
-        )
+        matches, _, _ = mutual_matches(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
+        scores.append(matches / VALIDATION_POINTS)
     return float(np.mean(scores)) if scores else 0.0
 
 
