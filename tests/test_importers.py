@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
 from tiepoints.detectors.keynet_legacy import LegacyKeyNet, blur_taps, divide_by_maximum, level_size, normalise_contrast
 from tiepoints.errors import WeightsError
+from tiepoints.extract import build
 from tiepoints.importers import load_official, to_official_state_dict
 
 CROPS = ("graf1_crop", "boat1_crop", "leuven1")
@@ -222,6 +223,26 @@ def test_synthetic_image_gives_the_values_of_appendix_a1(
     assert divmod(int(found.argmax()), 80) == at
     measured = [found.min(), found.max(), found.mean(), *(found[point] for point in POINTS)]
     np.testing.assert_allclose(measured, [smallest, largest, mean, *values], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("key", "restore", "down_levels"), [("as_shipped", False, 5), ("full_restore", True, 5), (None, False, 4)]
+)
+def test_official_mode_gives_the_published_tensorflow_points(reference_dir, key, restore, down_levels) -> None:
+    """Appendix A2 (the file published beside the code) and both stored extractions: every point, scale and score."""
+    cv2 = pytest.importorskip("cv2")
+    folder = reference_dir / "checkpoints"
+    image = cv2.cvtColor(cv2.imread(str(folder / "tf_test_im.ppm")), cv2.COLOR_BGR2GRAY)
+    file = folder / "tf_test_im.ppm.kpt.npy" if key is None else reference_dir / "tf_keypoints_graf1.npz"
+    gold = np.load(file) if key is None else np.load(file)[key]
+    net = load_official(folder / FILES["B"], restore_statistics=restore)
+    found = build(net, None, mode="official", num_points=1500, down_levels=down_levels, device="cpu").extract(image)
+    assert len(found) == len(gold)
+    made = np.column_stack([found.xy, found.scale, found.score])
+    by_place = [np.lexsort((rows[:, 0].round(2), rows[:, 1].round(2), rows[:, 2].round(2))) for rows in (made, gold)]
+    np.testing.assert_allclose(made[by_place[0]][:, :3], gold[by_place[1]][:, :3], atol=1e-3)
+    scores = gold[by_place[1]][:, 3]
+    np.testing.assert_allclose(made[by_place[0]][:, 3], scores, rtol=3e-4, atol=3e-5 * scores.max())
 
 
 def test_variant_c_loads_and_scores_a_photograph(reference_dir: Path) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .descriptors.classical import RootSIFT
 from .detectors.keynet import KeyNet
+from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
 from .image import ImageLike, load_image
 from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
 from .patches import HALF_SIDE, extract_patches
@@ -328,5 +329,17 @@ def build(
     net = load(detector) if isinstance(detector, str) else detector.eval()
     runner = (net.fused() if isinstance(net, KeyNet) else net).to(where)
     describe = PatchDescriptor(RootSIFT().to(where)) if descriptor == "rootsift" else None
-    detect = ScoreMapDetector(runner, chosen, where)
+    detect: Callable[..., list[Keypoints]]
+    if isinstance(net, LegacyKeyNet) and chosen.mode == "official":
+        detect = LegacyDetector(
+            net.to(where),
+            num_points=chosen.num_points,
+            up_levels=chosen.up_levels,
+            down_levels=chosen.down_levels,
+            nms_window=chosen.nms_window,
+            border=chosen.border,
+            threshold=chosen.threshold,
+        )
+    else:
+        detect = ScoreMapDetector(runner, chosen, where)
     return Extractor(detect, describe, up_levels=chosen.up_levels, down_levels=chosen.down_levels, device=where)

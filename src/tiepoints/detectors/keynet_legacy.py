@@ -10,11 +10,14 @@ are kept because weights only work with the preprocessing they saw; this file ex
 
 In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up; each image is divided by its own maximum inside.
 Out: score map (B,1,H,W), >= 0, without unit.
+
+``LegacyDetector`` is the published TensorFlow extraction around them, which ``mode="official"`` uses for these networks.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,6 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..filters import blur_separable, pad_reflect
+from ..keypoints import clear_border, local_maxima
+from ..pyramid import SCALE_STEP, Pyramid, level_budgets
+from ..structs import Keypoints
 
 NUM_FILTERS = 8  # paper 5.3, the only published width
 NUM_BLOCKS = 3
@@ -149,8 +155,7 @@ class LegacyKeyNet(nn.Module):
         return cls(last_kernel=1, norm_eps=PYTORCH_EPS, float32_sizes=False)
 
     def level_images(self, image: Tensor) -> list[Tensor]:
-        """Contrast-normalised levels (B,1,h,w) of an image in [0,1], all cut from the full resolution."""
-        image = divide_by_maximum(image)
+        """Contrast-normalised levels (B,1,h,w) of an image divided by its maximum, all cut from the full resolution."""
         blurred = blur_separable(image, blur_taps(), pad_mode="constant")
         levels = [image]
         height, width = image.shape[-2:]
@@ -162,7 +167,127 @@ class LegacyKeyNet(nn.Module):
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
         if image.ndim != 4 or image.shape[1] != 1:
             raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
+        return self.score(divide_by_maximum(image))
+
+    def score(self, image: Tensor) -> Tensor:
+        """``forward`` of an image already divided: the published pyramid is made of the divided image."""
         size = (image.shape[-2], image.shape[-1])
         levels = self.level_images(image)
         maps = [_resize_corners(self.blocks(legacy_features(level)), size) for level in levels]  # each (B,8,H,W)
         return F.relu(self.last(self.last_norm(torch.cat(maps, dim=1))))
+
+
+def _lines_at(image: Tensor, place: Tensor, dim: int) -> Tensor:
+    """Linear interpolation of rows (dim -2) or columns (-1) at fractional places, mirrored at the border's centre."""
+    last = image.shape[dim] - 1
+    place = place.abs()
+    place = torch.where(place > last, 2 * last - place, place).clamp(0, last)
+    below = place.long()
+    weight = (place - below).view((-1, 1) if dim == -2 else (1, -1))
+    above = (below + 1).clamp(max=last)
+    return torch.lerp(image.index_select(dim, below), image.index_select(dim, above), weight)
+
+
+def _resize_by(image: Tensor, size: tuple[int, int], steps: tuple[float, float]) -> Tensor:
+    """Bilinear ``size`` samples at ``(i + 0.5) * step - 0.5``; (B,1,H,W) -> (B,1,h,w)."""
+    for dim, count, step in ((-2, size[0], steps[0]), (-1, size[1], steps[1])):
+        image = _lines_at(image, (torch.arange(count, dtype=image.dtype, device=image.device) + 0.5) * step - 0.5, dim)
+    return image
+
+
+def _blur_before_reduction(image: Tensor) -> Tensor:
+    """Gaussian of sigma 2 * sqrt(2) / 6, five taps, border mirrored with its edge pixel repeated (scikit-image's pyramid)."""
+    u = torch.arange(-2, 3, dtype=image.dtype, device=image.device)
+    taps = torch.exp(-0.5 * (u / (2 * SCALE_STEP / 6)) ** 2)
+    taps = taps / taps.sum()
+    for dim in (-2, -1):
+        n = image.shape[dim]
+        rows = torch.arange(-2, n + 2, device=image.device)
+        rows = torch.where(rows < 0, -1 - rows, torch.where(rows >= n, 2 * n - 1 - rows, rows)).clamp(0, n - 1)
+        padded = image.index_select(dim, rows)
+        image = sum(taps[i] * padded.narrow(dim, i, n) for i in range(5))  # type: ignore[assignment]
+    return image
+
+
+def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tuple[Tensor, float]]:
+    """Levels of the published TensorFlow and REKD pyramids, finest first, with their nominal scales (spec 2.3).
+
+    Enlarged copies all come from the image itself (factor exact, size rounded); reduced ones from the level before
+    (size rounded up). ``image`` (B,1,H,W) is float64, as there. Levels under ``min_side`` are left out.
+    """
+    h, w = image.shape[-2:]
+    levels = []
+    for i in range(up, 0, -1):
+        factor = SCALE_STEP**i
+        levels.append((_resize_by(image, (round(h * factor), round(w * factor)), (1 / factor, 1 / factor)), 1 / factor))
+    levels.append((image, 1.0))
+    for i in range(1, down + 1):
+        rows, cols = image.shape[-2:]
+        size = math.ceil(rows / SCALE_STEP), math.ceil(cols / SCALE_STEP)
+        if size == (rows, cols) or min(size) < min_side:
+            break
+        image = _resize_by(_blur_before_reduction(image), size, (rows / size[0], cols / size[1]))
+        levels.append((image, SCALE_STEP**i))
+    return levels
+
+
+class LegacyDetector:
+    """The published TensorFlow extraction: pyramid -> key points of every image of the batch (spec 2.3-2.5, column TF).
+
+    Faults kept: points map back by the nominal factor without the half pixel, ties at the last place of a level are cut in
+    reading order. Only the image of the pyramid is used, the levels are its own.
+
+    Args:
+        net: variant B or C.
+        num_points: largest number of points an image (published: 1500).
+        up_levels, down_levels: enlarged and reduced levels (published: 1 and 5; the published sample file: 1 and 4).
+        nms_window, border: of each level, in pixels.
+        threshold: scores must be above it.
+    """
+
+    def __init__(
+        self,
+        net: LegacyKeyNet,
+        *,
+        num_points: int,
+        up_levels: int,
+        down_levels: int,
+        nms_window: int,
+        border: int,
+        threshold: float = 0.0,
+    ):
+        self.net, self.num_points = net, num_points
+        self.up_levels, self.down_levels = up_levels, down_levels
+        self.nms_window, self.border, self.threshold = nms_window, border, max(0.0, threshold)
+
+    @torch.inference_mode()
+    def __call__(self, pyramid: Pyramid, masks: Sequence[Tensor | None] | None = None) -> list[Keypoints]:
+        """Points of each image, strongest first; ``masks`` (H,W) bool, true where points may lie."""
+        masks = [None] * len(pyramid.image) if masks is None else masks
+        return [self._one(image[None], mask) for image, mask in zip(pyramid.image, masks, strict=True)]
+
+    def _one(self, image: Tensor, mask: Tensor | None) -> Keypoints:
+        divided = divide_by_maximum(image.double())
+        levels = legacy_levels(divided, self.up_levels, self.down_levels, 2 * self.border + 1)
+        budgets = level_budgets(self.num_points, self.up_levels, self.up_levels + 1 + self.down_levels)
+        parts: list[Keypoints] = []
+        asked = taken = 0
+        for (level, nominal), budget in zip(levels, budgets, strict=False):
+            asked += budget
+            inner = clear_border(self.net.score(level.float()), self.border)
+            found = local_maxima(inner, self.nms_window, self.threshold, unique=False)[0, 0]
+            if mask is not None:
+                shape = found.shape
+                found &= F.interpolate(mask[None, None].float(), size=shape, mode="nearest-exact")[0, 0].to(found.device) > 0
+            yx, score = found.nonzero(), inner[0, 0][found]
+            count = asked - taken
+            if len(score) > count:
+                least = score.topk(count).values[-1] if count > 0 else torch.inf
+                kept = (score >= least).nonzero()[:count, 0]
+                yx, score = yx[kept], score[kept]
+            taken += len(score)
+            xy = (yx.flip(-1).double() * nominal).float()
+            scale = torch.full_like(score, nominal * math.sqrt(1 + np.finfo(np.float32).eps))
+            parts.append(Keypoints(xy, scale, torch.zeros_like(score), score))
+        points = Keypoints.concatenate(parts)
+        return points[points.score.argsort(descending=True, stable=True)[: self.num_points]]
