@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,10 +84,10 @@ def floored_tiny() -> KeyNet:
     can be found. The state is that of ``KeyNet.tiny()``.
     """
     net = KeyNet.tiny()
-    conv, norm = net.blocks[0][0], UncentredNorm(1)
-    net.blocks[0][1] = norm
-    conv.bias.requires_grad_(False)
-    norm.bias.requires_grad_(False)
+    block = cast(nn.Sequential, net.blocks[0])
+    block[1] = UncentredNorm(1)
+    cast(nn.Conv2d, block[0]).bias.requires_grad_(False)  # type: ignore[union-attr]
+    block[1].bias.requires_grad_(False)
     return net
 
 
