@@ -1,4 +1,7 @@
-"""The command line: ``tiepoints extract | match | train | pairs | weights``. Each command is a thin door to one function."""
+"""The command line: ``tiepoints extract | match | train | pairs | evaluate | report | data | weights``.
+
+Each command is a thin door to one function.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from .errors import DataError, WeightsError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Tie points: find, match, train.")
 weights_app = typer.Typer(no_args_is_help=True, help="Trained weights: list, show, import, verify.")
 app.add_typer(weights_app, name="weights")
+data_app = typer.Typer(no_args_is_help=True, help="Data sets: fetch and check.")
+app.add_typer(data_app, name="data")
 
 #: What a user can mend; anything else is our fault and shows its trace.
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsError, OSError)
@@ -249,6 +254,102 @@ def pairs(
     except USER_ERRORS as error:
         _fail(str(error))
     typer.echo(f"{count} pairs of {len(photos)} photographs -> {out}")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+@app.command()
+def evaluate(
+    dataset: Annotated[Path, typer.Argument(help="Folder of homography sequences (HPatches or Oxford layout), or a list of posed pairs.")],
+    systems: Annotated[str, typer.Option(help="Names with commas between: keynet,keynet-tiny,sift,fast+rootsift,FILE,random,lattice ...")],
+    protocol: Annotated[str, typer.Option(help="Some of keynet,rekd,mutual,homography,pose.")] = "keynet,rekd,mutual,homography,pose",
+    extras: Annotated[str, typer.Option(help="Some of rotation,scale,bias, on the first image of each sequence.")] = "",
+    num_points: Annotated[int, typer.Option(min=1, help="Points compared.")] = 1000,
+    mode: Annotated[str, typer.Option(help="ti = one scale, si = pyramid.")] = "ti",
+    split: Annotated[str, typer.Option(help="full, view, illum, d2net, view_test, illum_test, or FILE.json[:KEY].")] = "full",
+    out: Annotated[Path | None, typer.Option(help="Results folder [default: evaluation/DATASET-MODE].")] = None,
+    features: Annotated[list[Path] | None, typer.Option(help="Features on disk (folder of .kpt.npy or hloc .h5); may be repeated.")] = None,
+    resize: Annotated[str | None, typer.Option(help="Posed pairs: W,H or the longest side, as in the papers.")] = None,
+    device: Annotated[str, typer.Option()] = "cpu",
+    workers: Annotated[int, typer.Option(min=1, help="Processes; each works on one sequence of one system.")] = 1,
+) -> None:
+    """Measure systems on pairs with known geometry; run again to go on, then `tiepoints report OUT`."""
+    from .evaluation.datasets import homography_sequences, posed_pairs
+    from .evaluation.run import RunSettings, read_rows
+    from .evaluation.run import evaluate as run
+
+    try:
+        posed = dataset.is_file() or (dataset / "pairs_with_gt.txt").is_file()
+        found = posed_pairs(dataset) if posed else homography_sequences(dataset, split)
+        if resize is not None and not all(part.isdigit() and int(part) > 0 for part in resize.split(",")):
+            raise ValueError(f"--resize is SIDE or W,H in pixels, got {resize!r}")
+        settings = RunSettings(
+            systems=_words(systems) + tuple(str(f) for f in features or []), num_points=num_points, mode=mode,
+            protocols=_words(protocol), extras=_words(extras), device=device,
+            resize=tuple(int(part) for part in resize.split(",")) if resize else None,
+        )  # fmt: skip
+        if not settings.systems:
+            raise ValueError("no systems given; name some with --systems")
+        folder = out or Path("evaluation") / f"{found.name}-{mode}"
+        run(
+            found, settings, folder, workers=workers, progress=sys.stderr.isatty(),
+            say=lambda line: typer.echo(line, err=True), versions=_versions(),
+        )  # fmt: skip
+    except USER_ERRORS as error:
+        _fail(str(error))
+    rows = [row for place in sorted((folder / "rows").glob("*.jsonl")) for row in read_rows(place)]
+    failed = sum(not row["ok"] for row in rows)
+    typer.echo(f"{len(rows)} rows, {failed} of them failed -> {folder}; tables and pictures: tiepoints report {folder}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "processor": platform.processor() or platform.machine()}
+    for name in ("tiepoints", "torch", "poselib", "opencv-contrib-python-headless", "kornia"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Results of `tiepoints evaluate`; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the report [default: the first results folder].")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Pairs shown as pictures.")] = 4,
+) -> None:
+    """One self-contained HTML page and a Markdown table from evaluation results."""
+    from .evaluation.report import write_report
+
+    try:
+        written = write_report(folders if len(folders) > 1 else folders[0], out, pictures=pictures)
+    except USER_ERRORS as error:
+        _fail(str(error))
+    typer.echo(f"report  {written.html}")
+    typer.echo(f"table   {written.markdown}")
+
+
+@data_app.command("hpatches")
+def data_hpatches(
+    to: Annotated[Path, typer.Option(help="Folder to put hpatches-sequences-release into (1.3 GB).")],
+    mirror: Annotated[list[str] | None, typer.Option(help="Address to try instead of the known ones; may be repeated.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Checksum the archive must have.")] = None,
+) -> None:
+    """Fetch and check the HPatches sequences."""
+    from .evaluation.datasets import HPATCHES_MIRRORS, fetch_hpatches
+
+    try:
+        folder = fetch_hpatches(to, mirrors=mirror or HPATCHES_MIRRORS, sha256=sha256, say=lambda line: typer.echo(line, err=True))
+    except USER_ERRORS as error:
+        _fail(str(error))
+    typer.echo(f"116 sequences -> {folder}")
 
 
 @weights_app.command("list")

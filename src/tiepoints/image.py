@@ -93,6 +93,7 @@ def _from_array(array: np.ndarray) -> Tensor:
 
 def _native(array: np.ndarray) -> np.ndarray:
     """Integers that torch lacks or that have no fixed top, to float in [0,1]; others unchanged."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype in (np.uint16, np.uint32):
         return (array / np.iinfo(array.dtype).max).astype(np.float32)
     if array.dtype == np.uint8 or array.dtype == np.bool_ or array.dtype.kind == "f":

@@ -184,8 +184,8 @@ class Estimate:
     """A geometric model estimated from matches; failure is a value.
 
     Attributes:
-        kind: ``homography`` or ``fundamental``.
-        model: (3,3) float64, or None where ``ok`` is false.
+        kind: ``homography``, ``fundamental`` or ``pose``.
+        model: (3,3) float64, of a pose (3,4) [R | t]; None where ``ok`` is false.
         inliers: (K,) bool over the matches given.
         ok: whether there is a model to trust.
         reason: why not, in words; empty where ``ok``.

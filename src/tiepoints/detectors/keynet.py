@@ -139,6 +139,7 @@ class KeyNet(nn.Module):
             raise ValueError("scale_factor has no meaning with num_levels=1; leave it out")
         if not merge and (num_filters != 1 or num_levels != 1):
             raise ValueError("merge=False needs num_filters=1 and num_levels=1, because nothing else makes one map")
+        num_filters, num_blocks, num_levels, kernel_size = int(num_filters), int(num_blocks), int(num_levels), int(kernel_size)
         self.scale_factor = DEFAULT_SCALE_FACTOR if scale_factor is None else float(scale_factor)
         if not self.scale_factor > 1:
             raise ValueError(f"scale_factor must be above 1, got {scale_factor}")

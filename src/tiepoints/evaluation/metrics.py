@@ -1,13 +1,271 @@
-"""Measures of keypoints on image pairs with known homography: pure functions of arrays."""
+"""Measures of points and matches on image pairs whose geometry is known: pure functions of tensors.
+
+Three protocols that are often taken for one another stand side by side; docs/evaluation.md compares them.
+
+- ``keynet_*``: Key.Net, section 6 (Barroso-Laguna et al., ICCV 2019), as its published evaluation code computes it.
+- ``rekd_*``: REKD, section 4 (Lee et al., CVPR 2022).
+- ``mutual_*``: repeatability at small pixel thresholds, one to one, which separates detectors best.
+
+Sizes are (height, width), points (N,2) in pixels and strongest first, ``H_ab`` (3,3) maps image a to image b.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..geometry import common_area, warp_points
+
+#: Key.Net's protocol: frame without points, share of a mask pixel that must be covered, common radius, least overlap.
+BORDER = 15
+COVERED = 0.75
+RADIUS = 30.0
+MIN_OVERLAP = 0.6
+POSSIBLE_DISTANCE = 5.0
+SCORE_THRESHOLDS = tuple(range(1, 11))
+#: Circles of equal radius 30 overlap by 0.6 at 11.86 pixels, unequal ones at less: no pair farther apart can count.
+REACH = 12.0
+NUM_POINTS = 1000
+MUTUAL_THRESHOLDS = (1.0, 2.0, 3.0, 5.0)
+#: Smallest weight of OpenCV's bilinear sampling, which the published masks went through.
+MASK_STEP = 32
+FLOAT32_EPS = 1.1920928955078125e-07
+
+
+def _double(xy: Tensor) -> Tensor:
+    return torch.as_tensor(xy).to(torch.float64)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distances (N,M), exact for near points (no matrix product)."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# ---- what both images see
+
+
+def in_both_images(xy: Tensor, size: tuple[int, int], H: Tensor, other_size: tuple[int, int], border: float = BORDER) -> Tensor:
+    """Points (N,2) that lie ``border`` pixels inside their image and, mapped by ``H``, inside the other one: bool (N,)."""
+    xy, H = _double(xy), _double(H)
+    h, w = size
+    inside = (xy[:, 0] >= border) & (xy[:, 0] <= w - 1 - border) & (xy[:, 1] >= border) & (xy[:, 1] <= h - 1 - border)
+    return inside & common_area(xy, H, other_size, border)
+
+
+def in_official_mask(xy: Tensor, size: tuple[int, int], H: Tensor, other_size: tuple[int, int]) -> Tensor:
+    """The published common area (spec 6.1): bool (N,).
+
+    A frame of 15 pixels is cut from the other image's mask, which is warped here with OpenCV's bilinear sampling (places in
+    steps of 1/32 pixel), cut at 0.75 and framed again; a point counts by the mask pixel it rounds to.
+    """
+    at = _double(xy).round()
+    h, w = size
+    own = (at[:, 0] >= BORDER) & (at[:, 0] < w - BORDER) & (at[:, 1] >= BORDER) & (at[:, 1] < h - BORDER)
+    there = (warp_points(at, _double(H)) * MASK_STEP).round() / MASK_STEP
+    h, w = other_size
+    far = torch.tensor([w - BORDER, h - BORDER], dtype=torch.float64)
+    covered = torch.minimum(there - (BORDER - 1), far - there).clamp(0, 1).prod(dim=1)
+    return own & (covered >= COVERED)
+
+
+# ---- Key.Net's repeatability
+
+
+def projected_scale(xy: Tensor, scale: Tensor, H: Tensor) -> Tensor:
+    """Scales (N,) after a homography: times the square root of the determinant of its Jacobian at ``xy``."""
+    xy, H = _double(xy), _double(H)
+    depth = xy @ H[2, :2] + H[2, 2]
+    area = torch.linalg.det(H).abs() / depth.abs() ** 3
+    return ((_double(scale).square() + FLOAT32_EPS) * area).sqrt()
+
+
+def circle_overlap(distance: Tensor, radius_a: Tensor, radius_b: Tensor) -> Tensor:
+    """Intersection over union of circles: three tensors of one shape -> the same shape, 0..1."""
+    d = distance.clamp(min=1e-300)
+    small, large = torch.minimum(radius_a, radius_b), torch.maximum(radius_a, radius_b)
+    a2, b2 = radius_a.square(), radius_b.square()
+    angle_a = ((d * d + a2 - b2) / (2 * d * radius_a)).clamp(-1, 1).arccos()
+    angle_b = ((d * d + b2 - a2) / (2 * d * radius_b)).clamp(-1, 1).arccos()
+    kite = (radius_a + radius_b - d) * (d + radius_a - radius_b) * (d - radius_a + radius_b) * (d + radius_a + radius_b)
+    lens = a2 * angle_a + b2 * angle_b - kite.clamp(min=0).sqrt() / 2
+    shared = torch.where(distance <= large - small, math.pi * small.square(), lens)
+    shared = torch.where(distance >= radius_a + radius_b, torch.zeros_like(lens), shared)
+    return shared / (math.pi * (a2 + b2) - shared + 1e-6)
+
+
+def one_to_one(index_a: Tensor, index_b: Tensor, value: Tensor) -> Tensor:
+    """Greedy assignment: candidates (K,) by falling ``value``, each end used once: places (C,) in the candidate list."""
+    order = value.argsort(descending=True, stable=True)
+    used_a: set[int] = set()
+    used_b: set[int] = set()
+    taken = []
+    for place, i, j in zip(order.tolist(), index_a[order].tolist(), index_b[order].tolist(), strict=True):
+        if i not in used_a and j not in used_b:
+            used_a.add(i)
+            used_b.add(j)
+            taken.append(place)
+    return torch.tensor(taken, dtype=torch.int64)
+
+
+def near_pairs(xy_a: Tensor, xy_b_in_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of points that could overlap enough: indices of a and of b and distances, (K,) each, by rising b, then a."""
+    distance = _distances(_double(xy_b_in_a), _double(xy_a))
+    b, a = (distance <= REACH).nonzero(as_tuple=True)
+    return a, b, distance[b, a]
+
+
+def overlap_correspondences(
+    near: tuple[Tensor, Tensor, Tensor], radius_a: Tensor | None = None, radius_b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Key.Net's correspondences among ``near_pairs`` (spec 6.2): (C,2) indices of a and b as accepted, overlaps (C,).
+
+    The larger circle of a pair gets a radius of 30 pixels and the smaller one shrinks along; the distance does not. Without
+    radii both are 30: the location-only measure (L). Only overlaps of at least 0.6 count.
+    """
+    a, b, distance = near
+    if radius_a is None or radius_b is None:
+        ra = rb = torch.full_like(distance, RADIUS)
+    else:
+        ra, rb = _double(radius_a)[a], _double(radius_b)[b]
+        factor = RADIUS / torch.maximum(ra, rb)
+        ra, rb = ra * factor, rb * factor
+    overlap = circle_overlap(distance, ra, rb)
+    good = overlap >= MIN_OVERLAP
+    a, b, overlap = a[good], b[good], overlap[good]
+    taken = one_to_one(b, a, overlap)
+    return torch.stack([a[taken], b[taken]], dim=1), overlap[taken]
+
+
+def keynet_points(
+    xy_a: Tensor,
+    xy_b: Tensor,
+    H_ab: Tensor,
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    *,
+    num_points: int = NUM_POINTS,
+    official: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Indices of the points that Key.Net's protocol compares: the first ``num_points`` of those that both images see.
+
+    ``official`` uses the published masks, otherwise exact positions do.
+    """
+    H_ab = _double(H_ab)
+    test = in_official_mask if official else in_both_images
+    a = test(xy_a, size_a, H_ab, size_b).nonzero()[:num_points, 0]
+    b = test(xy_b, size_b, torch.linalg.inv(H_ab), size_a).nonzero()[:num_points, 0]
+    return a, b
+
+
+def keynet_repeatability(
+    xy_a: Tensor, scale_a: Tensor, xy_b_in_a: Tensor, scale_b_in_a: Tensor, *, official: bool = False
+) -> dict[str, float | None]:
+    """Repeatability of points already chosen and brought into image a (Key.Net 6.2; spec 6.2).
+
+    ``rep = correspondences / min(points of a, points of b)``, ``err = mean(1 - overlap)``, for scale and location (SL) and
+    for location alone (L); ``possible``: points of a with any point of b within 5 pixels. Without correspondences ``err`` is
+    None; the published code (``official``) writes 0, which passes for a perfect overlap in its means.
+
+    Returns:
+        rep_SL, rep_L (0..1), err_SL, err_L, corr_SL, corr_L, points, possible.
+    """
+    found: dict[str, float | None] = {}
+    count = min(len(xy_a), len(xy_b_in_a))
+    near = near_pairs(xy_a, xy_b_in_a)
+    for name, radii in (("SL", (scale_a, scale_b_in_a)), ("L", (None, None))):
+        pairs, overlap = overlap_correspondences(near, *radii)
+        found[f"rep_{name}"] = len(pairs) / count if count else 0.0
+        found[f"err_{name}"] = float((1 - overlap).mean()) if len(pairs) else (0.0 if official else None)
+        found[f"corr_{name}"] = len(pairs)
+    found["points"] = count
+    found["possible"] = len(near[0][near[2] <= POSSIBLE_DISTANCE].unique())
+    return found
+
+
+def keynet_matching(xy_a: Tensor, xy_b_in_a: Tensor, matches: Tensor, possible: int) -> dict[str, float | None]:
+    """Matching score and MMA at 1..10 pixels in image a, strictly below (Key.Net 6.3; spec 6.3).
+
+    ``score@t = correct / min(points of a, points of b)`` is what Key.Net's code calls MMA; ``mma@t = correct / matches`` is the
+    usual mean matching accuracy (0 without matches); ``possible@t = correct / (possible + 1e-6)``.
+
+    Args:
+        matches: (K,2) indices of a and b, mutual nearest neighbours of the chosen points.
+        possible: see ``keynet_repeatability``.
+    """
+    distance = (_double(xy_a)[matches[:, 0]] - _double(xy_b_in_a)[matches[:, 1]]).norm(dim=1)
+    count = min(len(xy_a), len(xy_b_in_a))
+    found: dict[str, float | None] = {"matches": len(matches)}
+    for t in SCORE_THRESHOLDS:
+        correct = int((distance < t).sum())
+        found[f"correct@{t}"] = correct
+        found[f"score@{t}"] = correct / count if count else 0.0
+        found[f"mma@{t}"] = correct / len(matches) if len(matches) else 0.0
+        found[f"possible@{t}"] = correct / (possible + 1e-6)
+    return found
+
+
+# ---- REKD's measures
+
+
+def rekd_repeatability(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, threshold: float = 3.0) -> float:
+    """Share of all points of a that land, in image b, strictly nearer than ``threshold`` to any point of b (spec 6.4).
+
+    One way, many to one, points that leave image b included.
+    """
+    if not len(xy_a) or not len(xy_b):
+        return 0.0
+    distance = _distances(warp_points(_double(xy_a), _double(H_ab)).nan_to_num(nan=1e9), _double(xy_b))
+    return float((distance.amin(dim=1) < threshold).double().mean())
+
+
+def match_errors(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, matches: Tensor) -> Tensor:
+    """Distance in image b between each match's point of b and its mapped point of a: (K,) px."""
+    return (warp_points(_double(xy_a)[matches[:, 0]], _double(H_ab)) - _double(xy_b)[matches[:, 1]]).norm(dim=1)
+
+
+def matching_accuracy(errors: Tensor, thresholds: Sequence[float] = (1, 2, 3, 4, 5)) -> dict[str, float]:
+    """REKD's and D2-Net's MMA: share of matches with an error of at most each threshold; 0 without matches."""
+    return {f"mma@{t}": float((errors <= t).double().mean()) if len(errors) else 0.0 for t in thresholds}
+
+
+def orientation_filter(angle_a: Tensor, angle_b: Tensor, matches: Tensor, tolerance: float = 30.0) -> Tensor:
+    """Matches (K,2) whose difference of angles (radians) agrees with the most frequent one within ``tolerance`` degrees.
+
+    REKD's outlier filter (its rows with a star; spec 5.9).
+    """
+    if not len(matches):
+        return matches
+    degrees = torch.rad2deg(_double(angle_b)[matches[:, 1]] - _double(angle_a)[matches[:, 0]]).remainder(360)
+    votes = torch.histc(degrees, bins=36, min=0, max=360)
+    # the mean of the winning bin and its neighbours, on the circle
+    centre = float(votes.argmax()) * 10 + 5
+    offset = (degrees - centre + 180).remainder(360) - 180
+    centre += float(offset[offset.abs() <= 15].mean())
+    offset = (degrees - centre + 180).remainder(360) - 180
+    return matches[offset.abs() <= tolerance]
+
+
+# ---- small thresholds, one to one
+
+
+def _mutual_distances(
+    xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a: tuple[int, int], size_b: tuple[int, int], num_points: int, border: float
+) -> tuple[Tensor, int, int]:
+    """Distances in b of mutual nearest points of the common area, and how many points took part on each side."""
+    H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
+    xy_a = xy_a[common_area(xy_a, H_ab, size_b, border)][:num_points]
+    xy_b = xy_b[common_area(xy_b, torch.linalg.inv(H_ab), size_a, border)][:num_points]
+    if not len(xy_a) or not len(xy_b):
+        return xy_a.new_zeros(0), len(xy_a), len(xy_b)
+    distance = _distances(warp_points(xy_a, H_ab), xy_b)
+    nearest_b, nearest_a = distance.argmin(dim=1), distance.argmin(dim=0)
+    index = torch.arange(len(xy_a))
+    mutual = nearest_a[nearest_b] == index
+    return distance[index, nearest_b][mutual], len(xy_a), len(xy_b)
 
 
 def mutual_matches(
@@ -17,31 +275,17 @@ def mutual_matches(
     size_a: tuple[int, int],
     size_b: tuple[int, int],
     *,
-    num_points: int = 1000,
+    num_points: int = NUM_POINTS,
     threshold: float = 3.0,
-    border: float = 15.0,
+    border: float = BORDER,
 ) -> tuple[int, int, int]:
     """How many points are found again within ``threshold`` pixels, one to one, and of how many: (matches, of a, of b).
 
     Points outside the common area (with ``border``) are left out, then the first ``num_points`` of each image are kept;
     points of a are mapped into b, and mutual nearest neighbours no farther apart than the threshold count.
-
-    Args:
-        xy_a, xy_b: (N,2), (M,2), strongest first.
-        H_ab: (3,3) from a to b.
-        size_a, size_b: (height, width).
     """
-    H_ab = H_ab.to(torch.float64)
-    xy_a, xy_b = xy_a.to(torch.float64), xy_b.to(torch.float64)
-    xy_a = xy_a[common_area(xy_a, H_ab, size_b, border)][:num_points]
-    xy_b = xy_b[common_area(xy_b, torch.linalg.inv(H_ab), size_a, border)][:num_points]
-    if not len(xy_a) or not len(xy_b):
-        return 0, len(xy_a), len(xy_b)
-    distance = torch.cdist(warp_points(xy_a, H_ab), xy_b)
-    nearest_b, nearest_a = distance.argmin(dim=1), distance.argmin(dim=0)
-    index = torch.arange(len(xy_a))
-    mutual = (nearest_a[nearest_b] == index) & (distance[index, nearest_b] <= threshold)
-    return int(mutual.sum()), len(xy_a), len(xy_b)
+    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, border)
+    return int((distance <= threshold).sum()), count_a, count_b
 
 
 def mutual_repeatability(
@@ -53,3 +297,110 @@ def mutual_repeatability(
     """
     matches, count_a, count_b = mutual_matches(xy_a, xy_b, H_ab, size_a, size_b, **options)
     return matches / min(count_a, count_b) if matches else 0.0
+
+
+def localisation(
+    xy_a: Tensor,
+    xy_b: Tensor,
+    H_ab: Tensor,
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    *,
+    num_points: int = NUM_POINTS,
+    thresholds: Sequence[float] = MUTUAL_THRESHOLDS,
+) -> dict[str, float | None]:
+    """``mutual_repeatability`` (rep@t) and the mean distance of the pairs it counts (err@t, px, None without) at each threshold."""
+    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER)
+    found: dict[str, float | None] = {"points_a": count_a, "points_b": count_b}
+    for t in thresholds:
+        near = distance[distance <= t]
+        found[f"rep@{t:g}"] = len(near) / min(count_a, count_b) if len(near) else 0.0
+        found[f"err@{t:g}"] = float(near.mean()) if len(near) else None
+    return found
+
+
+def turned(xy: Tensor, size: tuple[int, int]) -> Tensor:
+    """Points (N,2) of an image turned by 180 degrees about its centre.
+
+    The chance level of a repeatability: the same number, spacing and order of points, without any relation to the
+    content. A dense or regular set of points repeats by chance, and that much is taken off.
+    """
+    h, w = size
+    return torch.tensor([w - 1.0, h - 1.0], dtype=torch.float64) - _double(xy)
+
+
+def above_chance(value: float, chance: float) -> float:
+    """``(value - chance) / (1 - chance)``: 0 for what chance gives, 1 for perfect, negative below chance."""
+    return (value - chance) / (1 - chance) if chance < 1 else 0.0
+
+
+def scale_range(scale: Tensor) -> float | None:
+    """S_range: largest over smallest scale of the points of an image (Key.Net, table 2); None without points."""
+    return float(scale.max() / scale.min()) if len(scale) else None
+
+
+# ---- geometry
+
+
+def homography_dlt(xy_a: Tensor, xy_b: Tensor) -> Tensor | None:
+    """Least-squares homography (3,3) of matches by the normalised direct linear transform; None with fewer than 4."""
+    if len(xy_a) < 4:
+        return None
+    frames = []
+    for xy in (_double(xy_a), _double(xy_b)):
+        centre = xy.mean(dim=0)
+        spread = float((xy - centre).norm(dim=1).mean())
+        if not spread > 0:
+            return None
+        s = math.sqrt(2) / spread
+        frame = torch.tensor([[s, 0, -s * centre[0]], [0, s, -s * centre[1]], [0, 0, 1]], dtype=torch.float64)
+        frames.append((frame, warp_points(xy, frame)))
+    (T_a, a), (T_b, b) = frames
+    one, zero = torch.ones(len(a), 1, dtype=torch.float64), torch.zeros(len(a), 3, dtype=torch.float64)
+    p = torch.cat([a, one], dim=1)
+    rows = torch.cat([torch.cat([p, zero, -b[:, :1] * p], dim=1), torch.cat([zero, p, -b[:, 1:] * p], dim=1)])
+    H = torch.linalg.svd(rows, full_matrices=True).Vh[-1].reshape(3, 3)
+    return torch.linalg.inv(T_b) @ H @ T_a
+
+
+def corner_error(H: Tensor, H_true: Tensor, size_a: tuple[int, int]) -> float:
+    """Mean distance in image b of the four corners of image a mapped by both homographies; inf where one is not finite."""
+    h, w = size_a
+    corners = torch.tensor([[0, 0], [w - 1, 0], [0, h - 1], [w - 1, h - 1]], dtype=torch.float64)
+    error = (warp_points(corners, _double(H)) - warp_points(corners, _double(H_true))).norm(dim=1).mean()
+    return float(error) if torch.isfinite(error) else math.inf
+
+
+def pose_error(R: Tensor, t: Tensor, T_ab: Tensor) -> float:
+    """The larger of rotation error and angle between translations, in degrees (0..180; the sign of t counts for nothing)."""
+    R, t, T_ab = _double(R), _double(t), _double(T_ab)
+    cosine = ((R.T @ T_ab[:3, :3]).trace() - 1) / 2
+    rotation = math.degrees(math.acos(float(cosine.clamp(-1, 1))))
+    true = T_ab[:3, 3]
+    norm = float(t.norm() * true.norm())
+    if not norm > 0:
+        return 180.0
+    direction = math.degrees(math.acos(min(1.0, abs(float(t @ true)) / norm)))
+    return max(rotation, direction)
+
+
+def error_auc(errors: Sequence[float | None], thresholds: Sequence[float]) -> list[float]:
+    """Area under the curve of recall against error, up to each threshold and divided by it (0..1).
+
+    Failures (None, inf, nan) count as never reached. The curve is linear between errors, as in SuperGlue's evaluation.
+    """
+    finite = sorted(math.inf if e is None or not math.isfinite(e) else e for e in errors)
+    if not finite:
+        return [0.0 for _ in thresholds]
+    recall = [(i + 1) / len(finite) for i in range(len(finite))]
+    areas = []
+    for limit in thresholds:
+        x, y = [0.0], [0.0]
+        for e, r in zip(finite, recall, strict=True):
+            if e < limit:
+                x.append(e)
+                y.append(r)
+        x.append(float(limit))
+        y.append(y[-1])
+        areas.append(sum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1)) / limit)
+    return areas

@@ -1,0 +1,285 @@
+"""What an evaluation left in its folder, read back: rows, sweeps, biases, features, and means over the rows.
+
+The layout is in docs/evaluation.md. Nothing here computes a metric; what is damaged or half written is left out and said.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..image import load_image
+from ..structs import Features, Keypoints
+
+#: In the order of the report.
+SPLITS = {"all": "All pairs", "view": "Viewpoint", "illum": "Illumination", "other": "Other changes"}
+#: Detectors taken for controls where ``run.json`` does not say.
+CONTROLS = ("random", "lattice")
+REMEDY = "make one with `tiepoints evaluate DATASET --out DIR` and give that DIR"
+
+
+def finite(value: Any) -> float | None:
+    """A number as float; None for anything else, infinity and NaN."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One system on one pair, as stored; ``place`` is the name of its file, which that of its features' folder equals."""
+
+    place: str
+    system: str
+    sequence: str
+    kind: str
+    pair: str
+    image_a: str = ""
+    image_b: str = ""
+    H_ab: list[list[float]] | None = None
+    ok: bool = True
+    reason: str = ""
+    seconds: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, metric: str) -> float | None:
+        """A metric, None where it is absent, null or not finite."""
+        return finite(self.metrics.get(metric))
+
+
+@dataclass(frozen=True)
+class ExtraRow:
+    """One step of a sweep (``value`` in degrees, or a factor) or one bias of a system on an image, as stored."""
+
+    system: str
+    image: str
+    kind: str
+    value: float | None = None
+    ok: bool = True
+    reason: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def number(self, metric: str) -> float | None:
+        """As ``PairRow.value``."""
+        return finite(self.metrics.get(metric))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of results, read.
+
+    Attributes:
+        facts: ``run.json``, empty where there is none.
+        rows, sweeps, bias: the last one written where something was done again.
+        systems: names in the order of ``run.json``; controls come last.
+        notes: what could not be read, in words.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    rows: list[PairRow]
+    sweeps: list[ExtraRow]
+    bias: list[ExtraRow]
+    systems: list[str]
+    controls: set[str]
+    notes: list[str]
+
+    @property
+    def real(self) -> list[str]:
+        """The systems that are no controls."""
+        return [name for name in self.systems if name not in self.controls]
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """The entry ``dataset`` of ``run.json``; a bare name there stands for its name."""
+        entry = self.facts.get("dataset") or {}
+        return entry if isinstance(entry, dict) else {"name": str(entry)}
+
+    @property
+    def name(self) -> str:
+        """Of the dataset, or of the folder where that is not known."""
+        return str(self.dataset.get("name") or self.folder.resolve().name)
+
+    def role(self, system: str) -> str:
+        """``control`` or ``real``."""
+        return "control" if system in self.controls else "real"
+
+
+def read_run(folder: Path) -> Run:
+    """What ``tiepoints evaluate`` wrote into ``folder``.
+
+    A line that cannot be read (a run that was stopped leaves half a line) is left out and noted.
+
+    Raises:
+        DataError: no such folder, no rows in it, or a damaged ``run.json``.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder of results; {REMEDY}")
+    notes: list[str] = []
+    rows: dict[tuple[str, str, str], PairRow] = {}
+    for place, entry in _lines(folder / "rows", ("system", "sequence", "pair"), notes):
+        row = _pair_row(place, entry)
+        rows[row.system, row.sequence, row.pair] = row
+    if not rows:
+        raise DataError(f"{folder} holds no rows (rows/*.jsonl); {REMEDY}")
+    facts = _facts(folder / "run.json")
+    found = {row.system for row in rows.values()}
+    listed = facts.get("systems")
+    names = [str(name) for name in listed] if isinstance(listed, list) else []
+    if missing := [name for name in names if name not in found]:
+        notes.append(f"No rows yet of {', '.join(missing)}: the run was stopped or is still going on.")
+    order = [name for name in dict.fromkeys(names) if name in found]
+    order += sorted(found - set(order))
+    stated = facts.get("controls")
+    controls = set(stated) & found if isinstance(stated, list) else {name for name in found if name.split("+")[0] in CONTROLS}
+    order.sort(key=lambda name: name in controls)
+    sweeps, bias = (_extras(folder / part, notes) for part in ("sweeps", "bias"))
+    return Run(folder, facts, list(rows.values()), sweeps, bias, order, controls, notes)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    remedy = "remove it (the rows are enough) or run the evaluation again"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
+    if not isinstance(facts, dict):
+        raise DataError(f"{path} must hold one JSON object; {remedy}")
+    return facts
+
+
+def _lines(folder: Path, needed: Sequence[str], notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """(stem of the file, JSON object) of the lines in the files of a folder that have the ``needed`` keys."""
+    entries = []
+    for path in sorted(folder.glob("*.jsonl")):
+        bad = 0
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                entry = None
+            if isinstance(entry, dict) and all(key in entry for key in needed) and isinstance(entry.get("metrics"), dict | None):
+                entries.append((path.stem, entry))
+            else:
+                bad += 1
+        if bad:
+            notes.append(f"{bad} line{'s' if bad > 1 else ''} of {folder.name}/{path.name} could not be read and left out.")
+    return entries
+
+
+def _pair_row(place: str, entry: dict[str, Any]) -> PairRow:
+    return PairRow(
+        place=place,
+        system=str(entry["system"]),
+        sequence=str(entry["sequence"]),
+        kind=str(entry.get("kind") or "other"),
+        pair=str(entry["pair"]),
+        image_a=str(entry.get("image_a") or ""),
+        image_b=str(entry.get("image_b") or ""),
+        H_ab=entry.get("H_ab"),
+        ok=bool(entry.get("ok", True)),
+        reason=str(entry.get("reason") or ""),
+        seconds=finite(entry.get("seconds")),
+        metrics=entry.get("metrics") or {},
+    )
+
+
+def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
+    """Rows of sweeps or biases; a failure of a whole sweep (no value) is gone once that sweep has succeeded."""
+    rows: dict[tuple[str, str, str, float | None], ExtraRow] = {}
+    for _, entry in _lines(folder, ("system", "kind"), notes):
+        row = ExtraRow(
+            system=str(entry["system"]),
+            image=str(entry.get("image") or ""),
+            kind=str(entry["kind"]),
+            value=finite(entry.get("value")),
+            ok=bool(entry.get("ok", True)),
+            reason=str(entry.get("reason") or ""),
+            metrics=entry.get("metrics") or {},
+        )
+        if row.ok:
+            for kind in (row.kind, "bias"):
+                rows.pop((row.system, row.image, kind, None), None)
+        rows[row.system, row.image, row.kind, row.value] = row
+    return list(rows.values())
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there; None of none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+class Rows:
+    """The pairs of a run by split and system; poses are a split of their own."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._by: dict[tuple[str, str], list[PairRow]] = {}
+        for row in run.rows:
+            split = row.kind if row.kind in ("view", "illum", "pose") else "other"
+            for name in [split] if split == "pose" else [split, "all"]:
+                self._by.setdefault((name, row.system), []).append(row)
+        present = [split for split in SPLITS if any((split, name) in self._by for name in run.systems)]
+        #: Splits of homography pairs; where all pairs are of one kind, that kind alone.
+        self.splits = present[1:] if len(present) == 2 else present
+
+    def all(self, split: str, system: str) -> list[PairRow]:
+        """Every pair of a split, failed ones too."""
+        return self._by.get((split, system), [])
+
+    def good(self, split: str, system: str) -> list[PairRow]:
+        """The pairs that succeeded."""
+        return [row for row in self.all(split, system) if row.ok]
+
+    def mean(self, split: str, system: str, metric: str, factor: float = 1.0) -> float | None:
+        """Mean of a metric over the pairs that have it, times ``factor``."""
+        value = mean(row.value(metric) for row in self.good(split, system))
+        return None if value is None else value * factor
+
+    def seconds(self, split: str, system: str) -> float | None:
+        """Mean seconds an image."""
+        return mean(row.seconds for row in self.good(split, system))
+
+    def count(self, split: str, system: str) -> int | str:
+        """Pairs that succeeded, and of how many where some failed."""
+        good, every = len(self.good(split, system)), len(self.all(split, system))
+        return good if good == every else f"{good} of {every}"
+
+
+def stored_features(run: Run, row: PairRow, image: str) -> Features | None:
+    """Features a run stored for an image of a pair; None where they are missing or cannot be read."""
+    path = run.folder / "features" / row.place / row.sequence / f"{Path(image).stem}.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float32)) for name in file.files}
+        none = torch.zeros(len(stored["xy"]))
+        points = Keypoints(stored["xy"], *(stored.get(name, none) for name in ("scale", "angle", "score")))
+        width, height = (int(v) for v in stored["image_size"].tolist())
+        return Features(points, stored.get("descriptors"), (width, height))
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
+
+
+def stored_image(run: Run, path: str) -> Tensor | None:
+    """The image at a stored path, as written or below the dataset's folder; None where it is gone."""
+    roots = [Path(), run.folder] + ([Path(str(run.dataset["root"]))] if run.dataset.get("root") else [])
+    for root in roots:
+        if path and (root / path).is_file():
+            try:
+                return load_image(root / path)
+            except (DataError, OSError, ValueError):
+                return None
+    return None

@@ -1,0 +1,250 @@
+"""Systems that an evaluation compares, by name: ours, OpenCV's, other libraries', features on disk, content-free controls.
+
+A system is a callable image -> ``Features``. ``system("sift+rootsift")`` makes one; ``SYSTEMS`` lists the names, and adding one
+is one function under its name.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..descriptors.classical import RootSIFT
+from ..detectors.external import EXTERNAL_SYSTEMS, external_system
+from ..detectors.opencv import OPENCV_SYSTEMS, opencv_detect
+from ..errors import DataError
+from ..extract import PatchDescriptor, build
+from ..formats.npy import read_features
+from ..image import ImageLike, load_image
+from ..importers import load_official
+from ..keypoints import detect_peaks
+from ..pyramid import SCALE_STEP, build_pyramid, level_budgets
+from ..structs import Features, Keypoints
+from ..weights import load
+
+System: TypeAlias = Callable[[ImageLike], Features]
+
+OURS = ("keynet", "keynet-tiny")
+#: They never look at the image. What they score is what a measure gives for nothing.
+CONTROLS = ("random", "lattice")
+SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
+#: Points a system hands over for each point that is compared: the common area is chosen first, the strongest after it.
+SPARE = 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every system is asked for.
+
+    Attributes:
+        num_points: points an image, strongest first.
+        single_scale: no scale pyramid (the papers' TI) for detectors that can do without.
+        device: for networks.
+    """
+
+    num_points: int = 1000 * SPARE
+    single_scale: bool = False
+    device: str = "cpu"
+
+
+def system(name: str, options: Options | None = None) -> System:
+    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+rootsift`` for described patches instead of its own descriptors.
+
+    DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``FILE@official`` for the published extraction), a
+    folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
+
+    Raises:
+        ValueError: unknown name.
+        ImportError: a library is missing; the message names it.
+    """
+    options = options or Options()
+    detector, _, descriptor = name.partition("+")
+    if descriptor not in ("", "rootsift", "none"):
+        raise ValueError(f"descriptor must be rootsift or none, got {descriptor!r} in {name!r}")
+    make: System
+    if detector in CONTROLS:
+        make = _control(detector, options)
+    elif detector in OPENCV_SYSTEMS:
+        make = _opencv(detector, options)
+    elif detector in EXTERNAL_SYSTEMS:
+        make = external_system(detector, num_points=options.num_points)
+    elif detector in OURS or (Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))):
+        return _ours(detector, descriptor or "rootsift", options)
+    elif Path(detector).exists():
+        make = from_disk(detector)
+    else:
+        raise ValueError(f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
+    if descriptor == "none":
+        return _without_descriptors(make)
+    return _with_patches(make) if descriptor == "rootsift" else make
+
+
+def _ours(name: str, descriptor: str, options: Options) -> System:
+    file, _, mode = name.partition("@")
+    if mode not in ("", "official", "default"):
+        raise ValueError(f"after @ stands official or default, got {mode!r} in {name!r}")
+    net: Any = file
+    if file not in OURS:
+        net = load(file) if file.endswith(".safetensors") else load_official(Path(file))
+    return build(
+        net, descriptor, single_scale=options.single_scale, device=options.device, num_points=options.num_points, mode=mode or "default"
+    ).extract
+
+
+def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) -> Features:
+    return Features(points, descriptors, (image.shape[-1], image.shape[-2]))
+
+
+def _opencv(name: str, options: Options) -> System:
+    def run(source: ImageLike) -> Features:
+        image = load_image(source)
+        gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
+        # MSER has no order of strength: all its points are handed over, and the evaluation averages random picks.
+        points, descriptors = opencv_detect(name, gray, options.num_points)
+        return _sized(image, points, descriptors)
+
+    return run
+
+
+def _with_patches(make: System) -> System:
+    describe = PatchDescriptor(RootSIFT())
+
+    def run(source: ImageLike) -> Features:
+        found = make(source)
+        pyramid = build_pyramid(load_image(source))
+        return replace(found, descriptors=describe(pyramid, found.keypoints, 0))
+
+    return run
+
+
+def _without_descriptors(make: System) -> System:
+    def run(source: ImageLike) -> Features:
+        return replace(make(source), descriptors=None)
+
+    return run
+
+
+# ---- controls
+
+
+def _seed(image: Tensor) -> int:
+    """A number that differs from image to image and is the same in every run."""
+    return zlib.crc32((image[0, 0] * 255).to(torch.uint8).numpy().tobytes())
+
+
+def _control(name: str, options: Options) -> System:
+    """Uniform random points, or a square lattice turned and shifted at random; both with random scores.
+
+    Random points pass the same 15 x 15 suppression as a network's. With many scales, each point gets the scale of a level as
+    often as Key.Net's budgets would.
+    """
+
+    def run(source: ImageLike) -> Features:
+        image = load_image(source)
+        h, w = image.shape[-2:]
+        rng = torch.Generator().manual_seed(_seed(image))
+        if name == "random":
+            scores = torch.zeros(h * w)
+            places = torch.randperm(h * w, generator=rng)[: min(options.num_points, h * w)]
+            scores[places] = torch.rand(len(places), generator=rng) + 1e-6
+            xy = detect_peaks(scores.view(1, 1, h, w), options.num_points, subpixel=False)[0][0]
+        else:
+            xy = _lattice(h, w, rng)
+        scale = torch.ones(len(xy))
+        if not options.single_scale:
+            budgets = torch.tensor(level_budgets(10_000, 1, 6), dtype=torch.float32)
+            level = torch.multinomial(budgets, len(xy), replacement=True, generator=rng) if len(xy) else torch.zeros(0)
+            scale = SCALE_STEP ** (level.float() - 1)
+        score = torch.rand(len(xy), generator=rng)
+        order = score.argsort(descending=True)
+        return _sized(image, Keypoints(xy[order], scale[order], torch.zeros(len(xy)), score[order]))
+
+    return run
+
+
+def _lattice(h: int, w: int, rng: torch.Generator, nodes: int = 1000) -> Tensor:
+    step = math.sqrt(h * w / nodes)
+    angle, px, py = (float(v) for v in torch.rand(3, generator=rng))
+    angle *= math.pi / 2
+    reach = math.ceil(math.hypot(h, w) / step) + 1
+    i = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    u, v = torch.meshgrid((i + px) * step, (i + py) * step, indexing="ij")
+    x = u * math.cos(angle) - v * math.sin(angle) + w / 2
+    y = u * math.sin(angle) + v * math.cos(angle) + h / 2
+    xy = torch.stack([x.reshape(-1), y.reshape(-1)], dim=-1)
+    inside = (xy >= 0).all(dim=1) & (xy[:, 0] <= w - 1) & (xy[:, 1] <= h - 1)
+    return xy[inside]
+
+
+# ---- features on disk
+
+
+def from_disk(place: str | Path) -> System:
+    """Features made elsewhere: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` mirroring the images' paths, or hloc's HDF5 file.
+
+    An image is looked up by the longest end of its path that exists there (``graf/1.png`` before ``1.png``).
+
+    Raises (when called):
+        DataError: the image has no features there, or it was not given as a path.
+    """
+    place = Path(place)
+
+    def run(source: ImageLike) -> Features:
+        if not isinstance(source, str | Path):
+            raise DataError(f"features of {place} belong to image files; give paths")
+        path = Path(source)
+        image = load_image(path)
+        size = (image.shape[-1], image.shape[-2])
+        parts = path.parts
+        names = ["/".join(parts[i:]) for i in range(len(parts))]
+        names = [n.lstrip("/") for n in names]
+        if place.is_dir():
+            for name in names:
+                if (place / (name + ".kpt.npy")).is_file():
+                    return _strongest_first(read_features(place / name, size))
+        else:
+            found = _from_hdf5(place, names, size)
+            if found is not None:
+                return _strongest_first(found)
+        raise DataError(f"{place} holds no features of {path}: looked for {', '.join(names[-3:])}")
+
+    return run
+
+
+def _from_hdf5(file: Path, names: list[str], size: tuple[int, int]) -> Features | None:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("HDF5 features need h5py: pip install 'tiepoints[hdf5]'") from error
+    with h5py.File(file, "r") as content:
+        for name in names:
+            group = content.get(name)
+            if group is None:
+                continue
+            if "keypoints" not in group:
+                raise DataError(f"{file}: {name} has no data set 'keypoints'")
+            xy = torch.from_numpy(group["keypoints"][()]).float()
+            if xy.ndim != 2 or xy.shape[1] < 2:
+                raise DataError(f"{file}: keypoints of {name} must be (N,2), found {tuple(xy.shape)}")
+
+            def column(key: str, default: float, group: Any = group, count: int = len(xy)) -> Tensor:
+                return torch.from_numpy(group[key][()]).float().reshape(-1) if key in group else torch.full((count,), default)
+
+            descriptors = torch.from_numpy(group["descriptors"][()]).float().T if "descriptors" in group else None
+            points = Keypoints(xy[:, :2].contiguous(), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0))
+            return Features(points, descriptors, size)
+    return None
+
+
+def _strongest_first(features: Features) -> Features:
+    descriptors = features.descriptors
+    if descriptors is not None:
+        features = replace(features, descriptors=torch.nn.functional.normalize(descriptors.float(), dim=1))
+    return features[features.score.argsort(descending=True, stable=True)]

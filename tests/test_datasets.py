@@ -1,0 +1,202 @@
+"""Finding sequences and posed pairs, and what is said of broken ones."""
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiepoints.errors import DataError
+from tiepoints.evaluation.datasets import (
+    fetch_hpatches,
+    homography_sequences,
+    posed_pairs,
+    resize_target,
+    resized_intrinsics,
+    turned_intrinsics,
+    turned_pose,
+    unpack,
+)
+
+
+def sequence(folder: Path, count: int = 3, *, oxford: bool = False, suffix: str = ".png") -> Path:
+    folder.mkdir(parents=True)
+    for k in range(1, count + 1):
+        Image.new("L", (40, 30), k).save(folder / f"{'img' if oxford else ''}{k}{suffix}")
+        if k > 1:
+            H = np.eye(3)
+            H[0, 2] = k
+            np.savetxt(folder / (f"H1to{k}p" if oxford else f"H_1_{k}"), H)
+    return folder
+
+
+def test_both_layouts_any_format_and_number(tmp_path):
+    sequence(tmp_path / "v_wall", 4, suffix=".ppm")
+    sequence(tmp_path / "i_lamp", 2, suffix=".jpg")
+    sequence(tmp_path / "graf", 3, oxford=True, suffix=".bmp")
+    (tmp_path / "notes").mkdir()
+    found = homography_sequences(tmp_path)
+    assert [(p.sequence, p.name, p.kind) for p in found.pairs] == [
+        ("graf", "1-2", "view"), ("graf", "1-3", "view"), ("i_lamp", "1-2", "illum"),
+        ("v_wall", "1-2", "view"), ("v_wall", "1-3", "view"), ("v_wall", "1-4", "view"),
+    ]  # fmt: skip
+    assert found.pairs[1].H_ab[0, 2] == 3
+    assert found.layout == "hpatches"
+    assert homography_sequences(tmp_path / "graf").sequences == ["graf"]
+
+
+def test_splits(tmp_path):
+    for name in ("v_wall", "v_talent", "i_dc", "i_lamp"):
+        sequence(tmp_path / name, 2)
+    (tmp_path / "mine.json").write_text('["v_wall", "v_gone"]')
+    (tmp_path / "splits.json").write_text('{"a": {"test": ["i_dc"], "train": ["v_wall"]}}')
+
+    def names(split):
+        return homography_sequences(tmp_path, split).sequences
+
+    assert names("view") == ["v_talent", "v_wall"]
+    assert names("illum") == ["i_dc", "i_lamp"]
+    assert names("d2net") == ["i_lamp", "v_wall"]
+    assert names(f"{tmp_path}/splits.json:a") == ["i_dc"]
+    mine = homography_sequences(tmp_path, f"{tmp_path}/mine.json")
+    assert mine.sequences == ["v_wall"]
+    assert "v_gone" in mine.problems[0]
+    with pytest.raises(ValueError, match="split must be"):
+        names("everything")
+
+
+@pytest.mark.parametrize("damage", ["no image", "no homography", "words", "singular", "empty image"])
+def test_a_broken_sequence_names_the_file_and_is_left_out(tmp_path, damage):
+    bad = sequence(tmp_path / "v_bad")
+    sequence(tmp_path / "v_good")
+    named = "H_1_3"
+    if damage == "no image":
+        (bad / "3.png").unlink()
+    elif damage == "no homography":
+        (bad / "H_1_3").unlink()
+    elif damage == "words":
+        (bad / "H_1_3").write_text("one two")
+    elif damage == "singular":
+        np.savetxt(bad / "H_1_3", np.ones((3, 3)))
+    else:
+        (bad / "3.png").write_bytes(b"")
+        named = "3.png"
+    found = homography_sequences(tmp_path)
+    assert found.sequences == ["v_good"]
+    assert len(found.problems) == 1
+    assert named in found.problems[0]
+    assert "v_bad left out" in found.problems[0]
+
+
+def test_nothing_usable(tmp_path):
+    with pytest.raises(DataError, match="no usable homography sequence"):
+        homography_sequences(tmp_path)
+    with pytest.raises(FileNotFoundError, match="data hpatches"):
+        homography_sequences(tmp_path / "none")
+
+
+def test_posed_pairs_of_a_list(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("L", (40, 30)).save(tmp_path / "images" / f"{name}.png")
+    K = "500 0 20 0 510 15 0 0 1"
+    T = "1 0 0 0.5 0 1 0 0 0 0 1 0 0 0 0 1"
+    lines = [f"a.png b.png 0 1 {K} {K} {T}", "a.png b.png 0 0 1 2", f"a.png gone.png 0 0 {K} {K} {T}", ""]
+    (tmp_path / "pairs_with_gt.txt").write_text("\n".join(lines))
+    found = posed_pairs(tmp_path)
+    assert len(found.pairs) == 1
+    pair = found.pairs[0]
+    assert pair.K_a[1, 1] == 510
+    assert pair.T_ab[0, 3] == 0.5
+    assert (pair.turns_a, pair.turns_b) == (0, 1)
+    assert "line 2" in found.problems[0]
+    assert "38 expected" in found.problems[0]
+    assert "gone.png" in found.problems[1]
+
+
+def test_real_posed_pairs(data_dir):
+    found = posed_pairs(data_dir / "pose_pairs")
+    assert len(found.pairs) == 8
+    for pair in found.pairs:
+        torch.testing.assert_close(pair.T_ab[:3, :3] @ pair.T_ab[:3, :3].T, torch.eye(3, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+def test_resizing_as_in_the_papers():
+    assert resize_target(1296, 968, (640, 480)) == (640, 480)
+    assert resize_target(1000, 500, (1600,)) == (1600, 800)
+    assert resize_target(7, 5, None) == (7, 5)
+
+
+def project(K, X):
+    x = X @ K.T
+    return x[:, :2] / x[:, 2:]
+
+
+def test_intrinsics_follow_resizing_and_turning():
+    """A projected point moved by hand is the point projected with the new intrinsics (and turned axes)."""
+    K = torch.tensor([[500.0, 0, 21], [0, 510, 14], [0, 0, 1]], dtype=torch.float64)
+    X = torch.tensor([[0.1, -0.2, 4.0], [-0.3, 0.1, 5.0]], dtype=torch.float64)
+    xy = project(K, X)
+    small = resized_intrinsics(K, (40, 30), (20, 10))
+    torch.testing.assert_close(project(small, X), (xy + 0.5) * torch.tensor([0.5, 1 / 3], dtype=torch.float64) - 0.5)
+    image = torch.zeros(30, 40)
+    image[12, 33] = 1
+    for turns in range(4):
+        y, x = (torch.rot90(image, turns) > 0).nonzero()[0].tolist()
+        T = turned_pose(torch.eye(4, dtype=torch.float64), 0, turns)
+        ray = torch.linalg.inv(K) @ torch.tensor([33.0, 12, 1], dtype=torch.float64)
+        moved = project(turned_intrinsics(K, (40, 30), turns), (T[:3, :3] @ ray)[None])[0]
+        torch.testing.assert_close(moved, torch.tensor([x, y], dtype=torch.float64))
+
+
+def hpatches(folder: Path, count: int = 116) -> Path:
+    for i in range(count):
+        sequence(folder / "hpatches-sequences-release" / f"{'v' if i % 2 else 'i'}_{i}", 6, suffix=".ppm")
+    return folder
+
+
+def test_hpatches_is_fetched_checked_and_unpacked(tmp_path):
+    source = hpatches(tmp_path / "source")
+    archive = tmp_path / "hpatches.tar.gz"
+    with tarfile.open(archive, "w:gz") as content:
+        content.add(source / "hpatches-sequences-release", "hpatches-sequences-release")
+    gone = (tmp_path / "gone.zip").as_uri()
+    said: list[str] = []
+    folder = fetch_hpatches(tmp_path / "to", mirrors=[gone, archive.as_uri()], say=said.append)
+    assert len(homography_sequences(tmp_path / "to").pairs) == 580
+    assert any("sha256" in line for line in said)
+    assert [f.name for f in (tmp_path / "to").iterdir()] == [folder.name]
+    fetch_hpatches(tmp_path / "to", mirrors=[gone], say=said.append)  # complete: nothing is fetched
+    assert "complete" in said[-1]
+    with pytest.raises(DataError, match="Offline"):
+        fetch_hpatches(tmp_path / "other", mirrors=[gone], say=said.append)
+    with pytest.raises(DataError, match="expected 00"):
+        fetch_hpatches(tmp_path / "other", mirrors=[archive.as_uri()], sha256="00", say=said.append)
+
+
+def test_incomplete_hpatches_is_refused(tmp_path):
+    archive = tmp_path / "h.zip"
+    with zipfile.ZipFile(archive, "w") as content:
+        content.writestr("hpatches-sequences-release/v_wall/1.ppm", b"P5 1 1 255 0")
+    with pytest.raises(DataError, match="1 sequences, 116 expected"):
+        fetch_hpatches(tmp_path / "to", mirrors=[archive.as_uri()], say=lambda line: None)
+
+
+def test_an_archive_may_not_leave_its_folder(tmp_path):
+    bad = tmp_path / "bad.zip"
+    with zipfile.ZipFile(bad, "w") as content:
+        content.writestr("../outside.txt", "x")
+    with pytest.raises(DataError, match="would leave"):
+        unpack(bad, tmp_path / "in")
+    tar = tmp_path / "bad.tar"
+    with tarfile.open(tar, "w") as content:
+        member = tarfile.TarInfo("../outside.txt")
+        member.size = 1
+        content.addfile(member, io.BytesIO(b"x"))
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        unpack(tar, tmp_path / "in")
+    assert not (tmp_path / "outside.txt").exists()
