@@ -1,26 +1,23 @@
 """Classical detectors as systems to compare with: OpenCV's (4.10 or newer, and 5), and SURF (``detectors.surf``).
 
-``opencv_detect("sift", gray)`` gives key points and the detector's own descriptors; ``opencv_system("sift")`` is a callable from
-an image to ``Features``. Parameters are OpenCV's defaults, except where ``_DETECTORS`` says so and why.
+``opencv_detect("sift", gray)`` gives key points and the detector's own descriptors. Parameters are OpenCV's defaults, except where
+``_DETECTORS`` says so and why.
 
-What to know of each (measured with OpenCV 5.0.0 and 4.14.0):
-- Positions are OpenCV's, not corrected. Its convention is ours (first pixel's centre at 0). Mean shift of points when an image is
-  mirrored, halved (px in x, y; Oxford images; 0 = unbiased): see ``docs/evaluation.md`` and ``evaluation.bias``. **sift** lies
-  0.25 px too far right and below at the usual setting (``enable_precise_upscale`` off); **harris-laplace** rounds down to whole
-  pixels; **orb**, **brisk** and **akaze** map coarse levels with their own half-pixel errors.
-- **mser**: OpenCV 5.0.0 drops nearly all stable regions (issue 29652: it compares the variation of a region with
-  ``min_diversity``). With ``min_diversity`` 0 it finds exactly the regions of 4.x, which ignores that value for gray images, so
-  this module always sets it. Regions have no strength: all scores are 1 and the order is a random one drawn from ``seed`` and the image.
+What to know of each (seen alike in OpenCV 5.0.0 and 4.14.0; offsets are half the mean mirror offset of four Oxford images):
+- Positions are OpenCV's, whose convention is ours (first pixel's centre at 0), with its errors. **sift** lies 0.25 px too far right
+  and below (none with ``enable_precise_upscale``, which is off by default); **harris-laplace** 0.4 px, on a grid as coarse as the
+  scale; **orb** multiplies the positions of a level without the half pixel and misses by up to 0.8 px left and above; **brisk** 0.2
+  to 0.4 px left and above at coarse scales. The others have no offset; **akaze** 0.2 px in x at its coarsest scale alone.
+- **mser**: OpenCV 5.0.0 drops nine regions of ten, the most stable ones (opencv issue 29652: it compares their variation with
+  ``min_diversity``). With ``min_diversity`` 0 it finds exactly the regions of 4.14, which ignores that value for gray images, so this
+  module always sets it. Regions have no strength: all scores are 1 and the order is a random one drawn from ``seed`` and the image.
 - **surf** is in OpenCV only when built with its non-free part, which no wheel is; ours is used everywhere, so that results agree.
-  (mahotas has one too; its sub-pixel step goes the wrong way.)
 - **kaze, akaze, brisk** are in the main module of OpenCV 4 and in contrib of 5; **harris-laplace** is in contrib of both.
-- Images narrower than ``MIN_SIDE`` (AKAZE of OpenCV 4 corrupts memory on some of them) and images of one value have no points.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..formats.interop import from_cv2
-from ..image import ImageLike, load_image
-from ..structs import Features, Keypoints
+from ..structs import Keypoints
 from .surf import surf
 
-#: Images with a shorter side have no points.
+#: Images with a shorter side have no points: BRISK and others refuse those below 6 px.
 MIN_SIDE = 8
 #: ORB takes the number of points as a budget per level, so it is given at least this many and the strongest are kept.
 ORB_POINTS = 5000
@@ -76,9 +72,7 @@ _DETECTORS = {
     "orb": _Detector("ORB_create", 31.0, {"nfeatures": ORB_POINTS}, "binary", 256),
     "brisk": _Detector("BRISK_create", 12.0, {}, "binary", 512),
     "shi-tomasi": _Detector("GFTTDetector_create", 3.0, {"maxCorners": 0}),
-    "harris": _Detector(
-        "GFTTDetector_create", 3.0, {"maxCorners": 0, "useHarrisDetector": True, "qualityLevel": HARRIS_QUALITY}
-    ),
+    "harris": _Detector("GFTTDetector_create", 3.0, {"maxCorners": 0, "useHarrisDetector": True, "qualityLevel": HARRIS_QUALITY}),
 }
 
 OPENCV_SYSTEMS: tuple[str, ...] = (
@@ -95,9 +89,6 @@ OPENCV_SYSTEMS: tuple[str, ...] = (
     "harris",
 )
 
-#: (image (1,1,H,W) in [0,1], key points) -> descriptors (N,D) of unit length.
-Describe = Callable[[Tensor, Keypoints], Tensor]
-
 
 def opencv_detect(
     name: str, gray: NDArray[np.uint8], num_points: int = 1000, seed: int = 0, *, describe: bool = True
@@ -106,7 +97,7 @@ def opencv_detect(
 
     Args:
         name: one of ``OPENCV_SYSTEMS``.
-        gray: (H,W) uint8.
+        gray: (H,W) uint8. An image of one value, or with a side below ``MIN_SIDE``, has no points.
         num_points: at most so many; equal responses keep the detector's order.
         seed: of the random order of ``mser``, whose regions have no strength; the other detectors ignore it.
         describe: false saves the time of descriptors.
@@ -128,8 +119,7 @@ def opencv_detect(
         raise ValueError(f"num_points must be at least 1, got {num_points}")
     empty = min(gray.shape) < MIN_SIDE or gray.min() == gray.max()
     if name == "surf":
-        points, rows = surf(gray / 255.0, 0 if empty else num_points, describe=describe)
-        return points, rows if describe else None
+        return surf(torch.from_numpy(gray) / 255, 0 if empty else num_points, describe=describe)
     spec = _DETECTORS[name]
     detector = _make(name, spec, num_points)
     described = describe and bool(spec.descriptor)
@@ -150,43 +140,6 @@ def opencv_detect(
     if values is None or not len(found):
         return points, torch.zeros(0, spec.length)
     return points, _unit(torch.from_numpy(values[order]), spec.descriptor)
-
-
-def opencv_system(
-    name: str, num_points: int = 1000, *, descriptor: str | None = "own", describe: Describe | None = None, seed: int = 0
-) -> Callable[[ImageLike], Features]:
-    """A detector as a system: image -> ``Features``.
-
-    Args:
-        name, num_points, seed: see ``opencv_detect``.
-        descriptor: ``own`` for the detector's descriptor, or ``describe`` where it has none; ``rootsift`` for ``describe`` in any
-            case; None for no descriptors.
-        describe: (image (1,1,H,W), key points) -> (N,D), such as RootSIFT on patches. This module lies below
-            ``extract.PatchDescriptor`` and so is given it. Without it ``own`` leaves detectors without a descriptor so.
-
-    Raises:
-        ValueError: unknown name, or ``rootsift`` without ``describe``.
-        ImportError: see ``opencv_detect``; raised here, not at the first image.
-    """
-    if descriptor not in ("own", "rootsift", None):
-        raise ValueError(f"descriptor must be own, rootsift or None; got {descriptor!r}")
-    if descriptor == "rootsift" and describe is None:
-        raise ValueError("rootsift needs describe=, a function (image, keypoints) -> (N,128)")
-    opencv_detect(name, np.zeros((1, 1), np.uint8), num_points)  # a missing library or a wrong name speaks up now
-
-    def system(image: ImageLike) -> Features:
-        tensor = load_image(image)
-        points, rows = opencv_detect(name, to_uint8(tensor), num_points, seed, describe=descriptor == "own")
-        if descriptor is not None and rows is None and describe is not None:
-            rows = describe(tensor, points)
-        return Features(points, rows, (tensor.shape[3], tensor.shape[2]))
-
-    return system
-
-
-def to_uint8(image: Tensor) -> NDArray[np.uint8]:
-    """(1,1,H,W) in [0,1] to (H,W) bytes, exactly the stored ones for 8-bit gray images."""
-    return (image[0, 0] * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
 def _make(name: str, spec: _Detector, num_points: int) -> Any:

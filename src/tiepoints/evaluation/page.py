@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,6 +40,7 @@ class Column:
             return ABSENT
         if isinstance(value, str) or self.digits is None:
             return str(value)
+        value = round(value, self.digits) + 0.0  # no minus before a zero
         return f"{value:,.{self.digits}f}" if abs(value) >= 10_000 else f"{value:.{self.digits}f}"
 
 
@@ -80,11 +80,11 @@ class Table:
         return Table(self.caption, [self.columns[k] for k in kept], rows, self.published_head, self.corner, self.note)
 
     def best(self, k: int) -> str | None:
-        """The best value of column ``k`` among real rows as printed, so that what looks equal is marked alike; None with one row."""
+        """The best value of column ``k`` among real rows as printed, so that equal looks are marked alike; None where all look equal."""
         column = self.columns[k]
         values = [row.cells[k] for row in self.rows if row.role == "real"]
         numbers = [value for value in values if isinstance(value, int | float)]
-        if not column.better or len(numbers) < 2:
+        if not column.better or len({column.show(number) for number in numbers}) < 2:
             return None
         return column.show(max(numbers) if column.better > 0 else min(numbers))
 
@@ -115,7 +115,8 @@ class Table:
                     below.append(f'<th scope="col" class="key{edge}" data-c="{k + j + 1}" data-b="{one.better}">{e(one.label)}</th>')
             else:
                 rows = " rowspan=2" if grouped else ""
-                top.append(f'<th scope="col" class="key edge"{rows} data-c="{k + 1}" data-b="{column.better}">{e(column.label)}</th>')
+                text = "" if column.digits is not None else " text"
+                top.append(f'<th scope="col" class="key edge{text}"{rows} data-c="{k + 1}" data-b="{column.better}">{e(column.label)}</th>')
             k += span
         head = f"<tr>{''.join(top)}</tr>" + (f"<tr>{''.join(below)}</tr>" if below else "")
         starts = [not c.group or not k or self.columns[k - 1].group != c.group for k, c in enumerate(self.columns)]
@@ -134,7 +135,7 @@ class Table:
                 for (text, marked), column, value, start in zip(
                     self._printed(row, bests), self.columns, row.cells, starts, strict=True
                 ):
-                    kind = " ".join(["text"] * (column.digits is None) + ["edge"] * start)
+                    kind = " ".join(["text"] * (column.digits is None) + ["edge"] * start + ["absent"] * (value is None))
                     sort = f' data-v="{float(value):.9g}"' if isinstance(value, int | float) else ""
                     inside = f"<b>{e(text)}</b>" if marked else e(text)
                     cells.append(f"<td{f' class={kind!r}' if kind else ''}{sort}>{inside}</td>")
@@ -210,11 +211,11 @@ class Definitions:
 
 @dataclass(frozen=True)
 class Charts:
-    """SVG charts with one legend; the first ``shown`` at once, the others unfolded. The numbers stand in a table, all that Markdown has."""
+    """SVG charts with one legend; the first ``shown`` at once, the others unfolded. The numbers stand in tables, all that Markdown has."""
 
     charts: list[str]
     legend: str
-    numbers: Table | None
+    numbers: list[Table]
     shown: int = 12
 
     def html(self) -> str:
@@ -224,12 +225,11 @@ class Charts:
         out = self.legend + grid(self.charts[: self.shown])
         if rest := self.charts[self.shown :]:
             out += f"<details><summary>{len(rest)} more charts</summary>{grid(rest)}</details>"
-        if self.numbers is not None:
-            out += f"<details><summary>The numbers</summary>{self.numbers.html()}</details>"
+        out += f"<details><summary>The numbers</summary>{''.join(table.html() for table in self.numbers)}</details>"
         return f'<div class="charts">{out}</div>'
 
     def markdown(self) -> str:
-        return self.numbers.markdown() if self.numbers is not None else ""
+        return "\n\n".join(table.markdown() for table in self.numbers)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,8 @@ class Picture:
     def html(self) -> str:
         tags = "".join(f'<img src="{address}" alt="{html.escape(alt)}" loading="lazy">' for address, alt in self.images)
         kind, extra = ("scroll wide", ' tabindex="0" role="region" aria-label="wide picture"') if self.wide else ("beside", "")
-        return f'<figure class="picture"><figcaption>{html.escape(self.caption)}</figcaption><div class="{kind}"{extra}>{tags}</div></figure>'
+        caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"
+        return f'<figure class="picture">{caption}<div class="{kind}"{extra}>{tags}</div></figure>'
 
     def markdown(self) -> str:
         return f"- {escape_markdown(self.caption)}"
@@ -289,6 +290,8 @@ class Page:
         e = html.escape
         anchors = [re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-") for section in self.sections]
         facts = "".join(f"<div><dt>{e(name)}</dt><dd>{e(value)}</dd></div>" for name, value in self.facts)
+        lead = "".join(f"<p>{e(text)}</p>" for text in self.lead)
+        lead = f'<aside class="lead" aria-label="Read this first">{lead}</aside>' if lead else ""
         links = "".join(f'<a href="#{a}">{e(s.title)}</a>' for a, s in zip(anchors, self.sections, strict=True))
         body = "".join(
             f'<section id="{a}"><h2>{e(s.title)}</h2>{"".join(block.html() for block in s.blocks)}</section>'
@@ -301,36 +304,33 @@ class Page:
             '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
             f"<title>{e(self.title)}</title><style>{STYLE}{CHART_STYLE}</style></head><body><main>"
             f'<header><h1>{e(self.title)}</h1><dl class="facts">{facts}</dl></header>'
-            f'<aside class="lead" aria-label="Read this first">{"".join(f"<p>{e(text)}</p>" for text in self.lead)}</aside>'
-            f'<nav aria-label="Sections">{links}</nav>{body}</main><script>{SCRIPT}</script></body></html>\n'
+            f'{lead}<nav aria-label="Sections">{links}</nav>{body}</main><script>{SCRIPT}</script></body></html>\n'
         )
 
     def markdown(self) -> str:
         """The same without charts and pictures."""
         parts = [f"# {escape_markdown(self.title)}"]
         parts.append("\n".join(f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in self.facts))
-        parts.append("\n>\n".join(f"> {escape_markdown(text)}" for text in self.lead))
+        parts += ["\n>\n".join(f"> {escape_markdown(text)}" for text in self.lead)] * bool(self.lead)
         for section in self.sections:
-            texts = _joined([(block, block.markdown()) for block in section.blocks])
-            if texts:
-                parts += [f"## {escape_markdown(section.title)}", texts]
+            parts += [f"## {escape_markdown(section.title)}", _joined(section.blocks)]
         return "\n\n".join(parts) + "\n"
 
 
-def _joined(blocks: list[tuple[Block, str]], is_item: Callable[[Block], bool] = lambda b: isinstance(b, Picture)) -> str:
-    """Blocks apart by an empty line, captions of pictures as one list."""
+def _joined(blocks: list[Block]) -> str:
+    """Blocks as Markdown apart by an empty line, captions of pictures as one list."""
     out = ""
-    before = False
-    for block, text in blocks:
-        if text:
-            item = is_item(block)
-            out += ("\n" if item and before else "\n\n" if out else "") + text
-            before = item
+    listed = False
+    for block in blocks:
+        item = isinstance(block, Picture)
+        out += ("\n" if item and listed else "\n\n" if out else "") + block.markdown()
+        listed = item
     return out
 
 
 STYLE = """
-:root{--bg:#fff;--ink:#1b2430;--soft:#596474;--line:#d6dce4;--panel:#f3f5f8;--accent:#0b5cad;--lead:#fff7e3;--edge:#c77c02;color-scheme:light dark}
+:root{--bg:#fff;--ink:#1b2430;--soft:#596474;--line:#d6dce4;--panel:#f3f5f8;--accent:#0b5cad;--lead:#fff7e3;--edge:#c77c02;
+color-scheme:light dark}
 @media screen and (prefers-color-scheme:dark){
 :root{--bg:#13171d;--ink:#e7ebf1;--soft:#a2adbb;--line:#343c47;--panel:#1c222a;--accent:#7db8f2;--lead:#2a2313;--edge:#e0a030}}
 *{box-sizing:border-box}
@@ -345,7 +345,7 @@ small{font-size:.72em;color:var(--soft);font-weight:400;white-space:nowrap}
 .facts dt{color:var(--soft);font-size:.82rem}.facts dd{margin:0;overflow-wrap:anywhere}
 .lead{background:var(--lead);border-left:5px solid var(--edge);border-radius:4px;padding:.5rem 1rem;margin:1.2rem 0}
 .lead p:first-child{font-weight:600}.lead p{max-width:none}
-nav{display:flex;flex-wrap:wrap;gap:.4rem;font-size:.88rem}
+nav{display:flex;flex-wrap:wrap;gap:.4rem;font-size:.88rem;margin-top:1rem}
 nav a{color:var(--accent);text-decoration:none;border:1px solid var(--line);border-radius:1rem;padding:.15rem .7rem}
 nav a:hover{background:var(--panel)}
 a:focus-visible,button:focus-visible,.scroll:focus-visible,summary:focus-visible{outline:2px solid var(--accent);outline-offset:1px}
@@ -354,17 +354,19 @@ figure{margin:1rem 0}figcaption{font-weight:600;font-size:.92rem;margin-bottom:.
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:separate;border-spacing:0;width:100%;font-size:.82rem;font-variant-numeric:tabular-nums}
 th,td{padding:.28rem .5rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-td.text{text-align:left;white-space:normal;min-width:5rem;overflow-wrap:anywhere}
-thead th{background:var(--panel);font-weight:600;vertical-align:bottom}
-thead th.group{text-align:center;white-space:normal;border-left:1px solid var(--line)}
+td.text,thead th.text{text-align:left}td.text{white-space:normal;min-width:5rem;overflow-wrap:anywhere}
+td.absent{color:var(--line)}
+thead th{background:var(--panel);font-weight:600;vertical-align:bottom;white-space:normal}
+thead th.group{text-align:center;border-left:1px solid var(--line)}
 th.edge,td.edge{border-left:1px solid var(--line)}
-th[scope=row],th.name{position:sticky;left:0;z-index:1;text-align:left;background:var(--bg);font-weight:500;border-right:1px solid var(--line)}
-th[scope=row]{white-space:normal;overflow-wrap:anywhere;min-width:6.5rem;max-width:38vw}
+th[scope=row],th.name{position:sticky;left:0;z-index:1;text-align:left;background:var(--bg);font-weight:500;
+border-right:1px solid var(--line)}
 th.name{background:var(--panel)}
 tr.head th{text-align:left;background:var(--panel);color:var(--soft);font-size:.92em;font-weight:600}
 tr.head span{position:sticky;left:.5rem;white-space:normal}
-tbody.control td,tbody.control th[scope=row]{background:var(--panel);color:var(--soft);font-style:italic}
-tbody.published td,tbody.published th[scope=row]{color:var(--soft)}
+tbody.control td,tbody.control th[scope=row]{background:var(--panel);font-style:italic}
+tbody.control td:not(.absent),tbody.control th[scope=row]{color:var(--soft)}
+tbody.published td:not(.absent),tbody.published th[scope=row]{color:var(--soft)}
 td b{font-weight:750}
 table button{all:unset;cursor:pointer;font:inherit}
 th[aria-sort] button::after{content:" \\25BE";color:var(--accent)}th[aria-sort=ascending] button::after{content:" \\25B4"}
@@ -376,14 +378,18 @@ details{margin:.6rem 0}summary{cursor:pointer;color:var(--accent)}
 .beside img{flex:1 1 300px;min-width:0;width:100%;max-width:600px}
 .wide{border:0}.wide img{width:100%;max-width:1206px}
 dt{font-weight:600}dd{margin:0 0 .5rem;max-width:80ch}
-@media (max-width:640px){main{padding:.7rem}.wide img{width:640px;max-width:none}th,td{padding:.3rem .42rem}h1{font-size:1.35rem}}
+@media screen and (max-width:640px){
+th[scope=row]{white-space:normal;overflow-wrap:anywhere;min-width:6.5rem;max-width:38vw}
+main{padding:.7rem}.wide img{width:640px;max-width:none}th,td{padding:.3rem .42rem}h1{font-size:1.35rem}}
 @media print{
 @page{size:A4 landscape;margin:11mm}
 body{font-size:10pt}main{max-width:none;padding:0}nav,summary{display:none}
 .scroll{overflow:visible;border:0}table{font-size:7.6pt}th,td{padding:1.2pt 3pt}
 th[scope=row],th.name,tr.head span{position:static}
-thead{display:table-header-group}tr,.grid>div,.picture{break-inside:avoid}h2,h3,figcaption{break-after:avoid}
-.grid{grid-template-columns:repeat(3,1fr)}.beside img{flex:1 1 45%;max-width:48%}.wide img{width:100%;max-width:230mm}
+thead{display:table-header-group}tr,.charts,.grid>div,.picture{break-inside:avoid}h2,h3,figcaption,section>p{break-after:avoid}
+.grid{grid-template-columns:repeat(3,1fr)}.picture{display:inline-block;width:49%;vertical-align:top;margin:.4rem .5% .4rem 0}
+.picture figcaption{font-size:8pt}
+.beside{flex-wrap:nowrap}.beside img{flex:1 1 45%;max-width:49%}.wide img{width:100%}
 .lead,thead th,.control td,.control th,tr.head th{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 }
 """

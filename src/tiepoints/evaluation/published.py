@@ -22,6 +22,16 @@ class Detection(NamedTuple):
     err_L: float
     s_range: float | None
 
+    def printed(self) -> dict[str, str | None]:
+        """Metric of our rows -> the value as the paper prints it; None is a dash there."""
+        return {
+            "keynet.rep_SL": f"{self.rep_SL:.1f}",
+            "keynet.rep_L": f"{self.rep_L:.1f}",
+            "keynet.err_SL": f"{self.err_SL:.2f}",
+            "keynet.err_L": f"{self.err_L:.2f}",
+            "s_range": None if self.s_range is None else f"{self.s_range:g}",
+        }
+
 
 class Rekd(NamedTuple):
     """One row of REKD's tables: repeatability (%), mean matching accuracy (%) at 3 and 5 px, matches a pair."""

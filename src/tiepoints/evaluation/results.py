@@ -1,6 +1,6 @@
 """What an evaluation left in its folder, read back: rows, sweeps, biases, features, and means over the rows.
 
-The layout is in docs/evaluation.md. Nothing here computes a metric; what is damaged or half written is left out and said.
+Nothing here computes a metric; what is damaged or half written is left out and said.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Run:
     """A folder of results, read.
 
     Attributes:
-        facts: ``run.json``, empty where there is none.
+        facts: ``run.json``.
         rows, sweeps, bias: the last one written where something was done again.
         systems: names in the order of ``run.json``; controls come last.
         notes: what could not be read, in words.
@@ -119,10 +119,11 @@ def read_run(folder: Path) -> Run:
     A line that cannot be read (a run that was stopped leaves half a line) is left out and noted.
 
     Raises:
-        DataError: no such folder, no rows in it, or a damaged ``run.json``.
+        DataError: no such folder, no rows in it, or a missing or damaged ``run.json``.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of results; {REMEDY}")
+    facts = _facts(folder)
     notes: list[str] = []
     rows: dict[tuple[str, str, str], PairRow] = {}
     for place, entry in _lines(folder / "rows", ("system", "sequence", "pair"), notes):
@@ -130,7 +131,6 @@ def read_run(folder: Path) -> Run:
         rows[row.system, row.sequence, row.pair] = row
     if not rows:
         raise DataError(f"{folder} holds no rows (rows/*.jsonl); {REMEDY}")
-    facts = _facts(folder / "run.json")
     found = {row.system for row in rows.values()}
     listed = facts.get("systems")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
@@ -145,16 +145,16 @@ def read_run(folder: Path) -> Run:
     return Run(folder, facts, list(rows.values()), sweeps, bias, order, controls, notes)
 
 
-def _facts(path: Path) -> dict[str, Any]:
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
     if not path.is_file():
-        return {}
-    remedy = "remove it (the rows are enough) or run the evaluation again"
+        raise DataError(f"{folder} has no run.json and is no folder of results; {REMEDY}")
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} cannot be read ({error}); {remedy}") from error
+        raise DataError(f"{path} cannot be read ({error}); run the evaluation again") from error
     if not isinstance(facts, dict):
-        raise DataError(f"{path} must hold one JSON object; {remedy}")
+        raise DataError(f"{path} must hold one JSON object; run the evaluation again")
     return facts
 
 
@@ -232,9 +232,9 @@ class Rows:
             split = row.kind if row.kind in ("view", "illum", "pose") else "other"
             for name in [split] if split == "pose" else [split, "all"]:
                 self._by.setdefault((name, row.system), []).append(row)
-        present = [split for split in SPLITS if any((split, name) in self._by for name in run.systems)]
-        #: Splits of homography pairs; where all pairs are of one kind, that kind alone.
-        self.splits = present[1:] if len(present) == 2 else present
+        kinds = [split for split in list(SPLITS)[1:] if any((split, name) in self._by for name in run.systems)]
+        #: Splits of homography pairs: all and each kind, or where all are of one kind, that kind alone.
+        self.splits = ["all", *kinds] if len(kinds) > 1 else ["all" if kind == "other" else kind for kind in kinds]
 
     def all(self, split: str, system: str) -> list[PairRow]:
         """Every pair of a split, failed ones too."""
@@ -259,27 +259,23 @@ class Rows:
         return good if good == every else f"{good} of {every}"
 
 
-def stored_features(run: Run, row: PairRow, image: str) -> Features | None:
-    """Features a run stored for an image of a pair; None where they are missing or cannot be read."""
+def stored_features(run: Run, row: PairRow, image: str, *, described: bool = True) -> Features | None:
+    """Features a run stored for an image of a pair; None where they are missing or damaged. ``described=False`` skips descriptors."""
     path = run.folder / "features" / row.place / row.sequence / f"{Path(image).stem}.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float32)) for name in file.files}
-        none = torch.zeros(len(stored["xy"]))
-        points = Keypoints(stored["xy"], *(stored.get(name, none) for name in ("scale", "angle", "score")))
+            names = [name for name in file.files if described or name != "descriptors"]
+            stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float32)) for name in names}
+        points = Keypoints(*(stored[name] for name in ("xy", "scale", "angle", "score")))
         width, height = (int(v) for v in stored["image_size"].tolist())
         return Features(points, stored.get("descriptors"), (width, height))
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 
-def stored_image(run: Run, path: str) -> Tensor | None:
-    """The image at a stored path, as written or below the dataset's folder; None where it is gone."""
-    roots = [Path(), run.folder] + ([Path(str(run.dataset["root"]))] if run.dataset.get("root") else [])
-    for root in roots:
-        if path and (root / path).is_file():
-            try:
-                return load_image(root / path)
-            except (DataError, OSError, ValueError):
-                return None
-    return None
+def stored_image(path: str) -> Tensor | None:
+    """The image at the path a row names; None where it is gone or damaged."""
+    try:
+        return load_image(path)
+    except (DataError, OSError, ValueError):
+        return None
