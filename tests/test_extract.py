@@ -118,10 +118,23 @@ def test_single_scale_has_one_scale_and_many_levels_more(photo):
 
 def test_duplicates_across_scales_are_removed(photo):
     f = build("keynet", None, num_points=2000, device="cpu").extract(photo)
-    near = torch.cdist(f.xy, f.xy) < 1.0 * torch.minimum(f.scale[:, None], f.scale[None])
-    ratio = f.scale[:, None] / f.scale[None]
-    close = near & (ratio > 1.2) & (ratio < 1.5)
-    assert not close.any()
+    distance = torch.cdist(f.xy, f.xy) + torch.eye(len(f)) * 100
+    assert distance.min() > 1.5
+    every = build("keynet", None, num_points=2000, scales="all", device="cpu").extract(photo)
+    distance = torch.cdist(every.xy, every.xy) + torch.eye(len(every)) * 100
+    assert (distance.min(dim=1).values < 1.5).float().mean() > 0.3
+    levels = torch.log2(every.scale) * 2
+    assert (levels - levels.round()).abs().max() < 0.05  # its points have the scales of the levels, up to whole pixels
+
+
+def test_scale_follows_the_image(photo):
+    run = build("keynet", None, num_points=400, device="cpu")
+    large = np.asarray(Image.fromarray(photo).resize((640, 480), Image.Resampling.BICUBIC))
+    a, b = run.extract(photo), run.extract(large)
+    distance, nearest = torch.cdist(a.xy * 2 + 0.5, b.xy).min(dim=1)
+    ratio = (b.scale[nearest] / a.scale)[distance < 3]
+    assert len(ratio) > 100
+    assert 1.3 < ratio.median() < 2.2
 
 
 def test_points_follow_a_mirror_to_a_fraction_of_a_pixel(photo):
@@ -163,9 +176,10 @@ def test_patches_are_centred_turned_and_scaled():
 def test_threshold_num_points_border_and_window_count(photo):
     many = build("keynet", None, num_points=1000, device="cpu").extract(photo)
     assert len(build("keynet", None, num_points=50, device="cpu").extract(photo)) == 50
-    middle = float(many.score.median())
-    some = build("keynet", None, num_points=1000, threshold=middle, device="cpu").extract(photo)
-    assert 0 < len(some) < len(many)
+    one = build("keynet", None, num_points=1000, single_scale=True, device="cpu").extract(photo)
+    middle = float(one.score.median())
+    some = build("keynet", None, num_points=1000, single_scale=True, threshold=middle, device="cpu").extract(photo)
+    assert 0 < len(some) < len(one)
     assert float(some.score.min()) > middle
     wide = build("keynet", None, num_points=1000, nms_window=31, device="cpu").extract(photo)
     assert len(wide) < len(many)
@@ -179,6 +193,7 @@ def test_threshold_num_points_border_and_window_count(photo):
         (("nonsense",), {}),
         (("keynet", "nonsense"), {}),
         (("keynet",), {"mode": "x"}),
+        (("keynet",), {"scales": "x"}),
         (("keynet",), {"num_points": 0}),
         (("keynet",), {"nms_window": 4}),
         (("keynet",), {"device": "nowhere"}),

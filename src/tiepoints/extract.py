@@ -6,6 +6,7 @@ A score-map network becomes a detector here: levels, budget of points a level, m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
@@ -18,22 +19,24 @@ from torch import Tensor, nn
 from .descriptors.classical import RootSIFT
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
+from .geometry import sample_at
 from .image import ImageLike, load_image
 from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
 from .patches import HALF_SIDE, extract_patches
-from .pyramid import DOWN_LEVELS, UP_LEVELS, Level, Pyramid, as_batch, build_pyramid, level_budgets
+from .pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, Level, Pyramid, as_batch, build_pyramid, level_budgets
 from .structs import Features, Keypoints, PaddedFeatures
 from .weights import load
 
 #: Published default number of points (spec 2.1, PyTorch).
 NUM_POINTS = 5000
 MODES = ("default", "official")
+SCALES = ("one", "all")
 DETECTORS = ("keynet", "keynet-tiny")
 DESCRIPTORS = ("rootsift", "none")
-#: Two points of neighbouring levels are the same one when nearer than this, in pixels of the finer level.
-DUPLICATE_DISTANCE = 1.5
+#: Two points of different levels are the same one when nearer than this, in pixels of the finer level.
+DUPLICATE_DISTANCE = 3.0
 #: Duplicates and masks cost points, so each level offers this much more than its budget.
-SPARE = 1.5
+SPARE = 2.0
 DESCRIBE_CHUNK = 2048
 
 
@@ -47,7 +50,11 @@ class ExtractSettings:
         up_levels, down_levels: enlarged and reduced pyramid levels; both 0 for a single scale.
         nms_window: odd side of the suppression in pixels of the level.
         border: pixels of each level without points.
-        threshold: least score; the network's response to a flat image is always excluded in ``default`` mode.
+        scales: ``one`` keeps a place once, on the level where it is strongest, with a continuous scale; ``all`` keeps it on
+            every level that finds it, with the level's scale: the same corner several times, for matching across large
+            changes of scale. ``official`` mode always does the latter.
+        threshold: least response, before it is weighted by area; the network's response to a flat image is always excluded in
+            ``default`` mode.
     """
 
     num_points: int = NUM_POINTS
@@ -56,11 +63,14 @@ class ExtractSettings:
     down_levels: int = DOWN_LEVELS
     nms_window: int = NMS_WINDOW
     border: int = BORDER
+    scales: str = "one"
     threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.scales not in SCALES:
+            raise ValueError(f"scales must be one of {', '.join(SCALES)}; got {self.scales!r}")
         if self.num_points < 1:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")
         if self.nms_window < 1 or self.nms_window % 2 == 0:
@@ -87,7 +97,7 @@ class ScoreMapDetector:
     def __init__(self, net: Callable[[Tensor], Tensor], settings: ExtractSettings, device: torch.device | str = "cpu"):
         self.net, self.settings = net, settings
         self.offset = getattr(net, "offset", (0.0, 0.0))
-        floor = response_floor(net, device) if settings.mode == "default" else 0.0
+        self.floor = floor = response_floor(net, device) if settings.mode == "default" else 0.0
         # float noise lifts some pixels of a flat area a little above the floor
         self.threshold = max(settings.threshold, floor * (1 + 1e-3) + 1e-6 if settings.mode == "default" else 0.0)
 
@@ -123,7 +133,7 @@ class ScoreMapDetector:
         budgets = level_budgets(s.num_points, pyramid.original, len(maps))
         spare = SPARE if len(maps) > 1 else 1.0
         parts: list[Keypoints] = []
-        for level, score_map, budget in zip(pyramid.levels, maps, budgets, strict=True):
+        for i, (level, score_map, budget) in enumerate(zip(pyramid.levels, maps, budgets, strict=True)):
             found = local_maxima(score_map[None, None], s.nms_window, self.threshold)
             found = (clear_border(found.to(score_map.dtype), s.border) > 0)[0, 0]
             found &= _level_mask(mask, level, found)
@@ -131,15 +141,40 @@ class ScoreMapDetector:
             refined = refine(score_map, xy)
             position = level.to_original(refined - refined.new_tensor(self.offset))
             scale = torch.full_like(score, level.scale)
+            if s.scales == "one":
+                scale = scale * self._persistence(pyramid, maps, i, position)
             parts.append(Keypoints(position, scale, torch.zeros_like(score), score))
         rank = torch.cat([torch.arange(len(p)) for p in parts])  # place within its level
         level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
         points = Keypoints.concatenate(parts)
-        kept = ~_duplicates(points, level_of.to(points.xy.device))
+        kept = torch.ones(len(points), dtype=torch.bool)
+        if s.scales == "one":
+            kept = ~_duplicates(points, level_of.to(points.xy.device), [level.scale for level in pyramid.levels])
+        # A coarse point stands for a larger area: without this weight the finest level would outnumber all others.
+        area = torch.tensor([level.scale**2 for level in pyramid.levels])[level_of].to(points.score)
+        points = replace(points, score=points.score * area)
         chosen = _within_budgets(level_of, kept.cpu(), budgets, s.num_points, rank, points.score.cpu())
         points = points[chosen.to(points.xy.device)]
         order = points.score.argsort(descending=True, stable=True)
         return points[order]
+
+    def _persistence(self, pyramid: Pyramid, maps: list[Tensor], index: int, position: Tensor) -> Tensor:
+        """Factors (N,) >= 1 from the scale of level ``index`` to that of each of its points (N,2).
+
+        A corner answers alike on all levels up to the one where its surroundings interfere, and that one moves with the scale of
+        the image where the strongest level hardly does (docs/diary.md). Each coarser level counts by the square root of its score
+        there relative to the point's own.
+        """
+        own = None
+        reach = torch.zeros(len(position), device=position.device)
+        for level, score_map in zip(pyramid.levels[index:], maps[index:], strict=True):
+            at = level.from_original(position) + position.new_tensor(self.offset)
+            value = (sample_at(score_map[None, None], at[None], padding="border")[0, 0] - self.floor).clamp(min=0)
+            if own is None:
+                own = value.clamp(min=1e-9)
+            else:
+                reach = reach + (value / own).clamp(max=1).sqrt()
+        return SCALE_STEP**reach
 
 
 def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
@@ -150,17 +185,15 @@ def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
     return resized[0, 0].to(like.device) > 0
 
 
-def _duplicates(points: Keypoints, level_of: Tensor) -> Tensor:
-    """Points (N,) bool near a stronger one of the next finer or coarser level."""
+def _duplicates(points: Keypoints, level_of: Tensor, scales: list[float]) -> Tensor:
+    """Points (N,) bool near a stronger one of any other level; ``scales`` of the levels, finest first."""
     drop = torch.zeros(len(points), dtype=torch.bool, device=points.xy.device)
-    for coarse in range(1, int(level_of.max()) + 1 if len(points) else 0):
-        a = (level_of == coarse - 1).nonzero()[:, 0]
-        b = (level_of == coarse).nonzero()[:, 0]
+    for fine, scale in enumerate(scales):
+        a, b = (level_of == fine).nonzero()[:, 0], (level_of > fine).nonzero()[:, 0]
         if not len(a) or not len(b):
             continue
-        reach = DUPLICATE_DISTANCE * float(points.scale[a[0]])
         for part in b.split(DESCRIBE_CHUNK):  # blocks bound the memory
-            near_b, near_a = (torch.cdist(points.xy[part], points.xy[a]) < reach).nonzero(as_tuple=True)
+            near_b, near_a = (torch.cdist(points.xy[part], points.xy[a]) < DUPLICATE_DISTANCE * scale).nonzero(as_tuple=True)
             stronger = points.score[part[near_b]] > points.score[a[near_a]]
             drop[a[near_a[stronger]]] = True
             drop[part[near_b[~stronger]]] = True

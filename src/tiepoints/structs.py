@@ -25,9 +25,9 @@ class Keypoints:
 
     Attributes:
         xy: (N,2) float32, pixels of the original image.
-        scale: (N,) float32, pixels of the original image per pixel of the level where the point was found.
+        scale: (N,) float32, pixels of the original image; 1 stands for one pixel of an image at its original resolution.
         angle: (N,) float32, radians; zeros where the detector gives none.
-        score: (N,) float32, strongest first; comparable only within one detector.
+        score: (N,) float32, strongest first; comparable only within one detector (networks: response times squared scale of the level).
     """
 
     xy: Tensor

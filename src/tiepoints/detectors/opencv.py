@@ -119,7 +119,7 @@ def opencv_detect(
         raise ValueError(f"num_points must be at least 1, got {num_points}")
     empty = min(gray.shape) < MIN_SIDE or gray.min() == gray.max()
     if name == "surf":
-        return surf(torch.from_numpy(gray) / 255, 0 if empty else num_points, describe=describe)
+        return surf(torch.from_numpy(gray.copy()) / 255, 0 if empty else num_points, describe=describe)
     spec = _DETECTORS[name]
     detector = _make(name, spec, num_points)
     described = describe and bool(spec.descriptor)

@@ -103,6 +103,8 @@ def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) 
 
 
 def _opencv(name: str, options: Options) -> System:
+    opencv_detect(name, torch.zeros(1, 1, dtype=torch.uint8).numpy())  # a missing library speaks up before the first image
+
     def run(source: ImageLike) -> Features:
         image = load_image(source)
         gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
