@@ -277,7 +277,8 @@ def evaluate(
 ) -> None:
     """Measure systems on pairs with known geometry; run again to go on, then `tiepoints report OUT`."""
     from .evaluation.datasets import homography_sequences, posed_pairs
-    from .evaluation.run import RunSettings, read_rows
+    from .evaluation.results import read_rows
+    from .evaluation.run import RunSettings
     from .evaluation.run import evaluate as run
 
     try:

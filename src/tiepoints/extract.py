@@ -6,7 +6,6 @@ A score-map network becomes a detector here: levels, budget of points a level, m
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import overload

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..keypoints import detect_peaks
+from .metrics import mutual_nearest
 
 #: Points are paired when nearer than this, in pixels, among the strongest so many of image and mirror image.
 REACH = 6.0
@@ -33,13 +34,9 @@ def mirror_offsets(
     )
     axis = 0 if dim == -1 else 1
     mirrored[:, axis] = image.shape[dim] - 1 - mirrored[:, axis]
-    if not len(xy) or not len(mirrored):
-        return xy.new_zeros(0)
-    distance = torch.cdist(xy, mirrored)
-    index = torch.arange(len(xy), device=xy.device)
-    nearest = distance.argmin(dim=1)
-    mutual = (distance.argmin(dim=0)[nearest] == index) & (distance[index, nearest] < REACH)
-    return (xy - mirrored[nearest])[mutual, axis]
+    a, b, distance = mutual_nearest(xy, mirrored)
+    near = distance < REACH
+    return (xy[a] - mirrored[b])[near, axis]
 
 
 def constant_offset(net: Callable[[Tensor], Tensor], images: Iterable[Tensor]) -> tuple[float, float]:

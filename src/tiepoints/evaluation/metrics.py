@@ -252,6 +252,18 @@ def orientation_filter(angle_a: Tensor, angle_b: Tensor, matches: Tensor, tolera
 # ---- small thresholds, one to one
 
 
+def mutual_nearest(xy_a: Tensor, xy_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (N,2) and (M,2) of one frame that are each other's nearest: indices of a and of b and distances, (K,) each."""
+    if not len(xy_a) or not len(xy_b):
+        none = torch.zeros(0, dtype=torch.int64, device=xy_a.device)
+        return none, none, xy_a.new_zeros(0)
+    distance = _distances(xy_a, xy_b)
+    nearest = distance.argmin(dim=1)
+    index = torch.arange(len(xy_a), device=xy_a.device)
+    mutual = distance.argmin(dim=0)[nearest] == index
+    return index[mutual], nearest[mutual], distance[index, nearest][mutual]
+
+
 def _mutual_distances(
     xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a: tuple[int, int], size_b: tuple[int, int], num_points: int, border: float
 ) -> tuple[Tensor, int, int]:
@@ -259,13 +271,7 @@ def _mutual_distances(
     H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
     xy_a = xy_a[common_area(xy_a, H_ab, size_b, border)][:num_points]
     xy_b = xy_b[common_area(xy_b, torch.linalg.inv(H_ab), size_a, border)][:num_points]
-    if not len(xy_a) or not len(xy_b):
-        return xy_a.new_zeros(0), len(xy_a), len(xy_b)
-    distance = _distances(warp_points(xy_a, H_ab), xy_b)
-    nearest_b, nearest_a = distance.argmin(dim=1), distance.argmin(dim=0)
-    index = torch.arange(len(xy_a))
-    mutual = nearest_a[nearest_b] == index
-    return distance[index, nearest_b][mutual], len(xy_a), len(xy_b)
+    return mutual_nearest(warp_points(xy_a, H_ab), xy_b)[2], len(xy_a), len(xy_b)
 
 
 def mutual_matches(

@@ -1,4 +1,4 @@
-"""What an evaluation left in its folder, read back: rows, sweeps, biases, features, and means over the rows.
+"""The folder of an evaluation: rows, sweeps, biases and features as stored, read back, and means over the rows.
 
 Nothing here computes a metric; what is damaged or half written is left out and said.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +21,10 @@ from torch import Tensor
 from ..errors import DataError
 from ..image import load_image
 from ..structs import Features, Keypoints
+from .systems import CONTROLS
 
 #: In the order of the report.
 SPLITS = {"all": "All pairs", "view": "Viewpoint", "illum": "Illumination", "other": "Other changes"}
-#: Detectors taken for controls where ``run.json`` does not say.
-CONTROLS = ("random", "lattice")
 REMEDY = "make one with `tiepoints evaluate DATASET --out DIR` and give that DIR"
 
 
@@ -158,19 +158,35 @@ def _facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The JSON objects of a file of lines, and how many lines hold none: a run that was killed leaves half a line."""
+    objects, bad = [], 0
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            entry = None
+        if isinstance(entry, dict):
+            objects.append(entry)
+        else:
+            bad += 1
+    return objects, bad
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file as stored; of rows for the same thing the last one counts. None where there is no file."""
+    keys = ("system", "sequence", "pair", "image", "kind", "value")
+    return list({tuple(str(row.get(key)) for key in keys): row for row in _objects(path)[0]}.values())
+
+
 def _lines(folder: Path, needed: Sequence[str], notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
     """(stem of the file, JSON object) of the lines in the files of a folder that have the ``needed`` keys."""
     entries = []
     for path in sorted(folder.glob("*.jsonl")):
-        bad = 0
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                entry = None
-            if isinstance(entry, dict) and all(key in entry for key in needed) and isinstance(entry.get("metrics"), dict | None):
+        objects, bad = _objects(path)
+        for entry in objects:
+            if all(key in entry for key in needed) and isinstance(entry.get("metrics"), dict | None):
                 entries.append((path.stem, entry))
             else:
                 bad += 1
@@ -261,14 +277,30 @@ class Rows:
 
 def stored_features(run: Run, row: PairRow, image: str, *, described: bool = True) -> Features | None:
     """Features a run stored for an image of a pair; None where they are missing or damaged. ``described=False`` skips descriptors."""
-    path = run.folder / "features" / row.place / row.sequence / f"{Path(image).stem}.npz"
+    found = load_features(run.folder / "features" / row.place / row.sequence / f"{Path(image).stem}.npz", described=described)
+    return None if found is None else found[0]
+
+
+def save_features(place: Path, features: Features, seconds: float) -> None:
+    """Features of one image as .npz, descriptors in half precision; written beside and renamed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")}
+    arrays |= {"image_size": np.array(features.image_size), "seconds": np.array(seconds)}
+    if features.descriptors is not None:
+        arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16)
+    beside = place.with_name(f".{place.stem}.{os.getpid()}.part.npz")
+    np.savez(beside, **arrays)
+    os.replace(beside, place)
+
+
+def load_features(place: Path, *, described: bool = True) -> tuple[Features, float] | None:
+    """What ``save_features`` wrote and the seconds; None where there is nothing or it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if described or name != "descriptors"]
-            stored = {name: torch.from_numpy(np.asarray(file[name], dtype=np.float32)) for name in names}
-        points = Keypoints(*(stored[name] for name in ("xy", "scale", "angle", "score")))
-        width, height = (int(v) for v in stored["image_size"].tolist())
-        return Features(points, stored.get("descriptors"), (width, height))
+        with np.load(place, allow_pickle=False) as content:
+            parts = [torch.from_numpy(content[k]) for k in ("xy", "scale", "angle", "score")]
+            descriptors = torch.from_numpy(content["descriptors"]).float() if described and "descriptors" in content else None
+            width, height = (int(v) for v in content["image_size"])
+            return Features(Keypoints(*parts), descriptors, (width, height)), float(content["seconds"])
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 

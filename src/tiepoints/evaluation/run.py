@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, WeightsError
 from ..estimation import estimate, relative_pose
 from ..geometry import warp_image, warp_points
 from ..image import ImageLike, load_image
 from ..matching import match
 from ..structs import Features, Keypoints
 from . import metrics as m
+from .bias import REACH
 from .datasets import Dataset, HomographyPair, PosePair, resize_target, resized_intrinsics, turned_intrinsics, turned_pose
+from .results import load_features, read_rows, save_features
 from .systems import CONTROLS, SPARE, Options, System, system
 
 PROTOCOLS = ("keynet", "rekd", "mutual", "homography", "pose")
@@ -40,8 +42,6 @@ EXTRAS = ("rotation", "scale", "bias")
 RANDOM_PICKS = 10
 ROTATIONS = tuple(range(0, 360, 15))
 FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
-#: A mirrored or turned image's points are paired within this distance to measure the bias, px.
-BIAS_REACH = 6.0
 HOMOGRAPHY_THRESHOLD = 3.0
 #: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by SuperGlue as 1 px over the focal length.
 POSE_THRESHOLD = 1.0
@@ -220,7 +220,7 @@ def run(
 
 
 def timed(detect: Callable[[Any], Any], source: ImageLike) -> tuple[Features, float]:
-    """Features of one image and the seconds it took, reading the image left out where it is a path."""
+    """Features of one image and the seconds it took, reading the file included."""
     image = load_image(source)
     started = time.perf_counter()
     found = as_features(detect(source), (image.shape[-1], image.shape[-2]))
@@ -252,7 +252,7 @@ def _row(pair, name: str, get, detect, num_points: int, protocols: Sequence[str]
             T_ab = turned_pose(pair.T_ab, pair.turns_a, pair.turns_b)
             row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_points=num_points)
         row["seconds"] = (seconds_a + seconds_b) / 2
-    except (DataError, ValueError, FileNotFoundError, RuntimeError, OSError) as error:
+    except (DataError, WeightsError, ValueError, RuntimeError, OSError) as error:
         row |= {"ok": False, "reason": f"{type(error).__name__}: {error}", "metrics": {}}
     return row
 
@@ -339,14 +339,11 @@ def bias(detect: System, image: ImageLike, *, num_points: int = m.NUM_POINTS) ->
         for dim in dims:
             b[:, 0 if dim == -1 else 1] = original.shape[dim] - 1 - b[:, 0 if dim == -1 else 1]
         numbers: dict[str, float | None] = {"dx": None, "dy": None, "points": 0}
-        if len(a) and len(b):
-            distance = torch.cdist(a, b)
-            nearest = distance.argmin(dim=1)
-            index = torch.arange(len(a))
-            near = (distance.argmin(dim=0)[nearest] == index) & (distance[index, nearest] < BIAS_REACH)
-            if near.any():
-                dx, dy = (a - b[nearest])[near].median(dim=0).values.tolist()
-                numbers = {"dx": dx, "dy": dy, "points": int(near.sum())}
+        index_a, index_b, distance = m.mutual_nearest(a, b)
+        near = distance < REACH
+        if near.any():
+            dx, dy = (a[index_a] - b[index_b])[near].median(dim=0).values.tolist()
+            numbers = {"dx": dx, "dy": dy, "points": int(near.sum())}
         rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
     return rows
 
@@ -416,6 +413,11 @@ def evaluate(
         ValueError: unknown system (before anything is computed).
     """
     folder = Path(folder)
+    if dataset.pairs and isinstance(dataset.pairs[0], PosePair):
+        controls = [name for name in settings.systems if name in CONTROLS]
+        if controls:
+            say(f"left out: {', '.join(controls)}: controls have no descriptors, and a pose needs matches")
+            settings = replace(settings, systems=tuple(name for name in settings.systems if name not in controls))
     _check_folder(folder, dataset, settings, versions or {})
     for name in settings.systems:
         system(name, settings.options)  # a wrong name or missing library is said now, not in an hour
@@ -497,20 +499,6 @@ def _append(place: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def read_rows(place: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a line cut short by a kill is dropped, of repeated rows the last one counts."""
-    rows: dict[tuple, dict[str, Any]] = {}
-    if place.is_file():
-        for line in place.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            key = tuple(str(row.get(k)) for k in ("system", "sequence", "pair", "image", "kind", "value"))
-            rows[key] = row
-    return list(rows.values())
-
-
 def _done(place: Path) -> set[tuple[str, str]]:
     return {(row["sequence"], row["pair"]) for row in read_rows(place) if row["ok"]}
 
@@ -572,30 +560,3 @@ def _sequence(task: tuple, settings: RunSettings, folder: Path) -> tuple[list[di
             made = [{"kind": extra, "ok": False, "reason": f"{type(error).__name__}: {error}", "metrics": {}}]
         found += [(extra, {"system": name, "image": str(image), **row}) for row in made]
     return rows, found
-
-
-def save_features(place: Path, features: Features, seconds: float) -> None:
-    """Features of one image as .npz, descriptors in half precision; written beside and renamed."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")}
-    arrays |= {"image_size": np.array(features.image_size), "seconds": np.array(seconds)}
-    if features.descriptors is not None:
-        arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16)
-    beside = place.with_name(f".{place.stem}.{os.getpid()}.part.npz")
-    np.savez(beside, **arrays)
-    os.replace(beside, place)
-
-
-def load_features(place: Path) -> tuple[Features, float] | None:
-    """What ``save_features`` wrote; None where there is nothing or it is damaged."""
-    if not place.is_file():
-        return None
-    try:
-        with np.load(place, allow_pickle=False) as content:
-            parts = [torch.from_numpy(content[k]) for k in ("xy", "scale", "angle", "score")]
-            described = torch.from_numpy(content["descriptors"]).float() if "descriptors" in content else None
-            width, height = (int(v) for v in content["image_size"])
-            features = Features(Keypoints(*parts), described, (width, height))
-            return features, float(content["seconds"])
-    except (OSError, ValueError, KeyError, EOFError):
-        return None

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..descriptors.classical import RootSIFT
@@ -57,7 +58,8 @@ class Options:
 def system(name: str, options: Options | None = None) -> System:
     """The system called ``name``: ``DETECTOR``, or ``DETECTOR+rootsift`` for described patches instead of its own descriptors.
 
-    DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``FILE@official`` for the published extraction), a
+    DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
+    extraction, ``NAME@all`` for a place at all its scales), a
     folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
 
     Raises:
@@ -88,14 +90,16 @@ def system(name: str, options: Options | None = None) -> System:
 
 def _ours(name: str, descriptor: str, options: Options) -> System:
     file, _, mode = name.partition("@")
-    if mode not in ("", "official", "default"):
-        raise ValueError(f"after @ stands official or default, got {mode!r} in {name!r}")
+    if mode not in ("", "official", "all"):
+        raise ValueError(f"after @ stands official or all, got {mode!r} in {name!r}")
     net: Any = file
     if file not in OURS:
         net = load(file) if file.endswith(".safetensors") else load_official(Path(file))
-    return build(
-        net, descriptor, single_scale=options.single_scale, device=options.device, num_points=options.num_points, mode=mode or "default"
+    choice: dict[str, Any] = {"official": {"mode": "official"}, "all": {"scales": "all"}}.get(mode, {})
+    extract = build(
+        net, descriptor, single_scale=options.single_scale, device=options.device, num_points=options.num_points, **choice
     ).extract
+    return lambda image: _strongest_first(extract(image))  # the published extraction goes level by level
 
 
 def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) -> Features:
@@ -197,6 +201,8 @@ def from_disk(place: str | Path) -> System:
         DataError: the image has no features there, or it was not given as a path.
     """
     place = Path(place)
+    if not place.is_dir():
+        _h5py()  # said now, not for every image
 
     def run(source: ImageLike) -> Features:
         if not isinstance(source, str | Path):
@@ -220,12 +226,16 @@ def from_disk(place: str | Path) -> System:
     return run
 
 
-def _from_hdf5(file: Path, names: list[str], size: tuple[int, int]) -> Features | None:
+def _h5py() -> Any:
     try:
         import h5py
     except ImportError as error:
         raise ImportError("HDF5 features need h5py: pip install 'tiepoints[hdf5]'") from error
-    with h5py.File(file, "r") as content:
+    return h5py
+
+
+def _from_hdf5(file: Path, names: list[str], size: tuple[int, int]) -> Features | None:
+    with _h5py().File(file, "r") as content:
         for name in names:
             group = content.get(name)
             if group is None:
@@ -248,5 +258,5 @@ def _from_hdf5(file: Path, names: list[str], size: tuple[int, int]) -> Features 
 def _strongest_first(features: Features) -> Features:
     descriptors = features.descriptors
     if descriptors is not None:
-        features = replace(features, descriptors=torch.nn.functional.normalize(descriptors.float(), dim=1))
+        features = replace(features, descriptors=F.normalize(descriptors.float(), dim=1))
     return features[features.score.argsort(descending=True, stable=True)]

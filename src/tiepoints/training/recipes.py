@@ -194,7 +194,7 @@ def train_keynet(
 
     # Which photographs took part is part of the training's identity: resuming on others would silently mix two.
     extra = {"model": model, "preset": preset, "photos": len(photos), "pairs": str(pairs or "")}
-    return fit(
+    result = fit(
         net,
         make_batches,
         loss,
@@ -209,4 +209,6 @@ def train_keynet(
         extra=extra,
         on_best=keep,
     )
-
+    if result.best <= 0:
+        say("the network scores nothing on the held-out photographs; train again with another --seed or a lower --learning-rate")
+    return result
