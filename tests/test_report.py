@@ -190,7 +190,8 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
     ones, descriptors = np.ones(len(xy), np.float32), np.eye(len(xy), dtype=np.float16)[order]
     for stem, moved in (("1", 0.0), ("2", np.where(np.arange(len(xy)) < 100, 1.0, 4.0)[:, None])):
         points = (xy[order] + moved).astype(np.float32)
-        np.savez(store / f"{stem}.npz", xy=points, scale=ones, angle=ones, score=ones, descriptors=descriptors, image_size=(160, 120), seconds=0.1)
+        stored = {"xy": points, "scale": ones, "angle": ones, "score": ones, "descriptors": descriptors}
+        np.savez(store / f"{stem}.npz", **stored, image_size=(160, 120), seconds=0.1)
     images = {"image_a": str(tmp_path / "1.png"), "image_b": str(tmp_path / "2.png")}
     page, markdown = read(write(tmp_path, [row("one", "v_a", "1-2", **images, metrics={"mutual.rep@3": 2 / 3})]), pictures=1)
     assert sum(address.startswith("data:image/") for address in page.addresses) == 3

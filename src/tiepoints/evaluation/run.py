@@ -43,6 +43,8 @@ RANDOM_PICKS = 10
 ROTATIONS = tuple(range(0, 360, 15))
 FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 HOMOGRAPHY_THRESHOLD = 3.0
+#: Failed pairs that a run names at its end.
+SHOWN = 5
 #: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by SuperGlue as 1 px over the focal length.
 POSE_THRESHOLD = 1.0
 
@@ -433,11 +435,12 @@ def evaluate(
                 tasks.append((name, pairs, extras, _first_image(dataset, sequence)))
     total = sum(len(t[1]) + len(t[2]) for t in tasks)
     bar = _bar(total, progress)
-    failed = 0
+    failed: list[str] = []
     for rows, extra in _work(tasks, settings, folder, workers):
         for row in rows:
             _append(folder / "rows" / f"{file_name(row['system'])}.jsonl", row)
-            failed += not row["ok"]
+            if not row["ok"]:
+                failed.append(f"{row['system']}, {row['sequence']} {row['pair']}: {row['reason']}")
             bar.update(1)
         for kind, row in extra:
             part = "bias" if kind == "bias" else "sweeps"
@@ -445,7 +448,9 @@ def evaluate(
         bar.update(len({(kind, row["image"]) for kind, row in extra}))
     bar.close()
     if failed:
-        say(f"{failed} pairs failed; their reasons are in {folder / 'rows'}")
+        for line in failed[:SHOWN]:
+            say(f"failed: {line}")
+        say(f"{len(failed)} pairs failed; all reasons are in {folder / 'rows'}")
     return folder
 
 
@@ -495,8 +500,12 @@ def _write(place: Path, text: str) -> None:
 
 def _append(place: Path, row: dict[str, Any]) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with place.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill left half a line
+                file.write(b"\n")
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def _done(place: Path) -> set[tuple[str, str]]:

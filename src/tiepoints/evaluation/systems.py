@@ -77,7 +77,7 @@ def system(name: str, options: Options | None = None) -> System:
         make = _opencv(detector, options)
     elif detector in EXTERNAL_SYSTEMS:
         make = external_system(detector, num_points=options.num_points, device=options.device)
-    elif detector in OURS or (Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))):
+    elif detector.split("@")[0] in OURS or (Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))):
         return _ours(detector, descriptor or "rootsift", options)
     elif Path(detector).exists():
         make = from_disk(detector)

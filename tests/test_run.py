@@ -1,0 +1,263 @@
+"""Runs: rows of any callable, what is kept on disk, what an interrupted or failing run does, sweeps and bias."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from tiepoints.cli import app
+from tiepoints.errors import DataError
+from tiepoints.evaluation import run as module
+from tiepoints.evaluation.datasets import homography_sequences
+from tiepoints.evaluation.results import load_features, read_rows, save_features
+from tiepoints.evaluation.run import RunSettings, as_features, bias, evaluate, homography_metrics, run, sweep
+from tiepoints.evaluation.systems import Options, from_disk, system
+from tiepoints.formats.npy import write_features
+from tiepoints.image import load_image
+from tiepoints.keypoints import detect_peaks
+from tiepoints.structs import Features, Keypoints
+
+SHIFT = 6
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two sequences of three images; images 2 and 3 are image 1 moved by SHIFT and 2 SHIFT pixels to the left."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "data"
+    for name in ("v_one", "i_two"):
+        folder = root / name
+        folder.mkdir(parents=True)
+        coarse = rng.integers(0, 255, (24, 36), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(coarse).resize((288, 192), Image.Resampling.BICUBIC)) * 0.9
+        wide = (smooth + rng.uniform(0, 25, smooth.shape)).astype(np.uint8)  # noise: no two pixels of a peak are alike
+        for k in (1, 2, 3):
+            left = SHIFT * (k - 1)
+            Image.fromarray(wide[:, left : left + 240]).save(folder / f"{k}.png")
+            if k > 1:
+                np.savetxt(folder / f"H_1_{k}", [[1, 0, -left], [0, 1, 0], [0, 0, 1]])
+    return root
+
+
+def corners(source):
+    """A detector that needs no weights: (N,4) x, y, scale, score."""
+    image = load_image(source)
+    x, y = (image - image.roll(2, dims=d) for d in (-1, -2))
+    response = (x * y).abs().roll((-1, -1), dims=(-2, -1))  # of the pixels around a point, so that it mirrors
+    xy, score = detect_peaks(response, 300, window=5, border=4, subpixel=False)[0]
+    return torch.cat([xy, torch.ones(len(xy), 1), score[:, None]], dim=1)
+
+
+def test_library_use_in_three_lines_with_any_callable(dataset):
+    rows = run(homography_sequences(dataset).pairs, corners, protocols=("keynet", "mutual", "rekd"))
+    assert [(r["sequence"], r["kind"], r["pair"]) for r in rows] == [
+        ("i_two", "illum", "1-2"), ("i_two", "illum", "1-3"), ("v_one", "view", "1-2"), ("v_one", "view", "1-3")
+    ]  # fmt: skip
+    for row in rows:
+        assert row["ok"]
+        assert row["seconds"] > 0
+        # the very same pixels: all points found again but for those a limit of 300 cuts off near the border
+        assert row["metrics"]["mutual.rep@1"] > 0.85
+        assert row["metrics"]["mutual.err@1"] < 0.05
+        assert row["metrics"]["keynet.rep_L"] >= row["metrics"]["mutual.rep@3"] - 1e-9
+        assert "keynet.mma@3" not in row["metrics"]  # no descriptors, no matches
+
+
+def test_points_turned_round_are_the_chance_level(dataset):
+    pair = homography_sequences(dataset).pairs[0]
+    a, b = (as_features(corners(p), (240, 192)) for p in (pair.image_a, pair.image_b))
+    numbers = homography_metrics(a, b, pair.H_ab)
+    turned = Features(Keypoints(torch.tensor([239.0, 191]) - b.xy, b.scale, b.keypoints.angle, b.score), None, b.image_size)
+    chance = homography_metrics(a, turned, pair.H_ab)["mutual.rep@3"]
+    assert numbers["chance.rep@3"] == pytest.approx((numbers["mutual.rep@3"] - chance) / (1 - chance))
+
+
+def test_a_failing_pair_is_a_row_with_a_reason(dataset):
+    def broken(source):
+        if str(source).endswith("3.png"):
+            raise RuntimeError("no luck with three")
+        return corners(source)
+
+    rows = run(homography_sequences(dataset).pairs, broken, protocols=("mutual",))
+    assert [r["ok"] for r in rows] == [True, False, True, False]
+    assert rows[1]["metrics"] == {}
+    assert "no luck with three" in rows[1]["reason"]
+
+
+def test_no_points_are_numbers_not_a_failure(dataset):
+    rows = run(homography_sequences(dataset).pairs[:1], lambda _: torch.zeros(0, 2))
+    assert rows[0]["ok"]
+    assert rows[0]["metrics"]["mutual.rep@3"] == 0
+    assert rows[0]["metrics"]["keynet.err_SL"] is None
+
+
+def test_equal_scores_are_averaged_over_random_picks(dataset):
+    pair = homography_sequences(dataset).pairs[0]
+    xy = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([239.0, 191])
+    same = Features(Keypoints(xy, torch.ones(400), torch.zeros(400), torch.ones(400)), None, (240, 192))
+    found = homography_metrics(same, same, torch.eye(3), num_points=100, protocols=("mutual",))
+    ordered = Features(Keypoints(xy, torch.ones(400), torch.zeros(400), torch.linspace(1, 0, 400)), None, (240, 192))
+    assert homography_metrics(ordered, ordered, torch.eye(3), num_points=100, protocols=("mutual",))["mutual.rep@1"] == 1
+    assert 0.1 < found["mutual.rep@1"] < 0.6  # two random hundreds of some 300 share a third
+    assert pair is not None
+
+
+def test_wrong_arguments(dataset):
+    with pytest.raises(ValueError, match="nonsense"):
+        run(homography_sequences(dataset).pairs, corners, protocols=("nonsense",))
+    with pytest.raises(ValueError, match="si"):
+        RunSettings(("keynet",), mode="x")
+    with pytest.raises(ValueError, match="unknown system 'sitf'"):
+        system("sitf")
+    with pytest.raises(ValueError, match="official or all"):
+        system("keynet@nonsense")
+    row = run(homography_sequences(dataset).pairs[:1], lambda _: torch.zeros(3, 7))[0]
+    assert not row["ok"]
+    assert "(N,2..4)" in row["reason"]
+
+
+def settings(**changes):
+    return RunSettings(("random", "lattice"), **{"protocols": ("keynet", "mutual"), **changes})
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", homography_sequences(dataset)
+    evaluate(data, settings(), out)
+    first = {name: (out / "rows" / f"{name}.jsonl").read_text() for name in ("random", "lattice")}
+    assert all(len(text.splitlines()) == 4 for text in first.values())
+    # a kill in the middle of the last line
+    cut = out / "rows" / "random.jsonl"
+    cut.write_text(first["random"][:-40])
+    calls = []
+    real = module.run
+    monkeypatch.setattr(module, "run", lambda pairs, *args, **options: calls.extend(pairs) or real(pairs, *args, **options))
+    evaluate(data, settings(), out)
+    assert [(p.sequence, p.name) for p in calls] == [("v_one", "1-3")]
+    rows = read_rows(cut)
+    assert len(rows) == 4
+    assert [r["metrics"] for r in rows] == [json.loads(line)["metrics"] for line in first["random"].splitlines()]
+    calls.clear()
+    evaluate(data, settings(), out)
+    assert not calls
+
+
+def test_results_of_other_settings_are_not_mixed(dataset, tmp_path):
+    out, data = tmp_path / "out", homography_sequences(dataset)
+    evaluate(data, settings(), out)
+    with pytest.raises(DataError, match="num_points = 1000"):
+        evaluate(data, settings(num_points=50), out)
+    with pytest.raises(DataError, match="mode = ti"):
+        evaluate(data, settings(mode="si"), out)
+
+
+def test_workers_give_the_same_rows(dataset, tmp_path):
+    data = homography_sequences(dataset)
+    for name, workers in (("one", 1), ("two", 2)):
+        evaluate(data, settings(extras=("bias",)), tmp_path / name, workers=workers)
+    for part in ("rows/random.jsonl", "rows/lattice.jsonl", "bias/random.jsonl"):
+        one, two = (
+            sorted((r["sequence"] if "sequence" in r else r["image"], r.get("pair", r["kind"]), json.dumps(r["metrics"])) for r in rows)
+            for rows in (read_rows(tmp_path / "one" / part), read_rows(tmp_path / "two" / part))
+        )
+        assert one == two
+        assert one
+
+
+def test_stored_features_come_back(tmp_path):
+    points = Keypoints(torch.rand(5, 2) * 50, torch.rand(5), torch.rand(5), torch.rand(5))
+    described = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
+    place = tmp_path / "a" / "1.npz"
+    save_features(place, Features(points, described, (64, 48)), 0.25)
+    found, seconds = load_features(place)
+    assert torch.equal(found.xy, points.xy)
+    assert torch.equal(found.scale, points.scale)
+    assert found.image_size == (64, 48)
+    assert torch.allclose(found.descriptors, described, atol=1e-3)
+    assert seconds == 0.25
+    place.write_bytes(place.read_bytes()[:100])
+    assert load_features(place) is None
+    assert load_features(tmp_path / "none.npz") is None
+
+
+def test_features_made_elsewhere_in_both_formats(dataset, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    data = homography_sequences(dataset)
+    folder, file = tmp_path / "npy", tmp_path / "features.h5"
+    for path in {p for pair in data.pairs for p in (pair.image_a, pair.image_b)}:
+        table = corners(path)
+        n = len(table)
+        points = Keypoints(table[:, :2].contiguous(), table[:, 2], torch.zeros(n), table[:, 3])
+        described = torch.nn.functional.normalize(torch.randn(n, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        features = Features(points, described, (240, 192))
+        write_features(folder / path.parent.name / path.name, features)
+        with h5py.File(file, "a") as content:
+            group = content.create_group(f"{path.parent.name}/{path.name}")
+            group["keypoints"], group["scores"], group["descriptors"] = table[:, :2].numpy(), table[:, 3].numpy(), described.numpy().T
+    expected = [r["metrics"]["mutual.rep@2"] for r in run(data.pairs, corners, protocols=("mutual",))]
+    for place in (folder, file):
+        rows = run(data.pairs, from_disk(place), protocols=("mutual", "rekd"))
+        assert [r["metrics"]["mutual.rep@2"] for r in rows] == expected
+        assert all(r["metrics"]["rekd.matches"] > 0 for r in rows)
+    Image.new("L", (64, 64)).save(tmp_path / "other.png")
+    with pytest.raises(DataError, match=r"no features of .*other\.png"):
+        from_disk(folder)(tmp_path / "other.png")
+
+
+@pytest.mark.parametrize("kind", ["rotation", "scale"])
+def test_sweeps_know_where_points_went(dataset, kind):
+    image = dataset / "v_one" / "1.png"
+    values = (0, 90, 180, 30) if kind == "rotation" else (1.0, 0.71)
+    rows = sweep(system("keynet+none", Options(1500, True)), image, kind, values, num_points=200)
+    found = [r["metrics"]["mutual.rep@3"] for r in rows]
+    assert found[0] == 1
+    assert all(v > 0.5 for v in found)
+    if kind == "rotation":
+        assert rows[1]["metrics"]["mutual.err@3"] < 1.0
+
+
+def test_bias_is_twice_the_offset_of_a_detector_that_answers_beside(dataset):
+    image = dataset / "v_one" / "1.png"
+    straight = {r["kind"]: r["metrics"] for r in bias(corners, image)}
+    assert all(abs(straight[k][d]) < 0.01 for k in straight for d in ("dx", "dy"))
+
+    def beside(source):
+        table = corners(source)
+        return torch.cat([table[:, :2] + torch.tensor([0.5, -0.25]), table[:, 2:]], dim=1)
+
+    found = {r["kind"]: r["metrics"] for r in bias(beside, image)}
+    assert found["mirror_x"]["dx"] == pytest.approx(1.0)
+    assert found["mirror_x"]["dy"] == pytest.approx(0)
+    assert found["mirror_y"]["dy"] == pytest.approx(-0.5)
+    assert (found["rotation_180"]["dx"], found["rotation_180"]["dy"]) == (pytest.approx(1.0), pytest.approx(-0.5))
+
+
+def test_controls_do_not_look_and_repeat_by_chance(dataset):
+    for name in ("random", "lattice"):
+        detect = system(name, Options(1000, True))
+        image = dataset / "v_one" / "1.png"
+        a, again, other = detect(image), detect(image), detect(dataset / "v_one" / "2.png")
+        assert torch.equal(a.xy, again.xy)  # the same in every run
+        assert len(a) != len(other) or not torch.allclose(a.xy, other.xy)
+    rows = run(homography_sequences(dataset).pairs, system("random", Options(5000, True)), protocols=("mutual",))
+    assert abs(np.mean([r["metrics"]["chance.rep@3"] for r in rows])) < 0.15
+
+
+def test_command_line_from_folder_to_report(dataset, tmp_path):
+    out = tmp_path / "out"
+    runner = CliRunner()
+    words = ["evaluate", str(dataset), "--systems", "keynet-tiny,random", "--num-points", "100", "--out", str(out), "--extras", "bias"]
+    done = runner.invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert "8 rows, 0 of them failed" in done.output
+    made = runner.invoke(app, ["report", str(out), "--pictures", "1"])
+    assert made.exit_code == 0, made.output
+    assert "keynet-tiny" in (out / "report.md").read_text()
+    (dataset / "v_one" / "3.png").write_bytes(b"not an image")
+    failing = runner.invoke(app, [*words[:-4], "--out", str(tmp_path / "other")])
+    assert failing.exit_code == 1
+    assert "v_one" in failing.output
+    assert runner.invoke(app, ["evaluate", str(dataset), "--systems", "nonsense"]).exit_code == 2
