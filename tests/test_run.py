@@ -153,6 +153,13 @@ def test_results_of_other_settings_are_not_mixed(dataset, tmp_path):
         evaluate(data, settings(mode="si"), out)
 
 
+def test_labels_name_rows_and_files(dataset, tmp_path):
+    evaluate(homography_sequences(dataset), RunSettings(("chance=random",), protocols=("mutual",)), tmp_path / "out")
+    assert {row["system"] for row in read_rows(tmp_path / "out" / "rows" / "chance.jsonl")} == {"chance"}
+    facts = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert facts["systems"] == facts["controls"] == ["chance"]
+
+
 def test_workers_give_the_same_rows(dataset, tmp_path):
     data = homography_sequences(dataset)
     for name, workers in (("one", 1), ("two", 2)):

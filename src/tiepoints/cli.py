@@ -263,7 +263,7 @@ def _words(text: str) -> tuple[str, ...]:
 @app.command()
 def evaluate(
     dataset: Annotated[Path, typer.Argument(help="Folder of homography sequences (HPatches or Oxford layout), or a list of posed pairs.")],
-    systems: Annotated[str, typer.Option(help="Names with commas between: keynet,keynet-tiny,sift,fast+rootsift,FILE,random,lattice ...")],
+    systems: Annotated[str, typer.Option(help="Names with commas between: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,lattice ...")],
     protocol: Annotated[str, typer.Option(help="Some of keynet,rekd,mutual,homography,pose.")] = "keynet,rekd,mutual,homography,pose",
     extras: Annotated[str, typer.Option(help="Some of rotation,scale,bias, on the first image of each sequence.")] = "",
     num_points: Annotated[int, typer.Option(min=1, help="Points compared.")] = 1000,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from .detectors.keynet import KeyNet
@@ -47,7 +47,8 @@ def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None) 
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, beside, metadata=header)
+        # bytes through an ordinary file: save_file makes one that only its owner may read
+        beside.write_bytes(to_bytes({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, metadata=header))
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ GLOSSARY = [
 # ---- tables
 
 
-def _bias_px(run: Run, system: str) -> float | None:
+def bias_px(run: Run, system: str) -> float | None:
     """Mean over the images of the length of a detector's constant offset: x and y from the mirrors, else from the half turn."""
     offsets: dict[str, dict[str, float]] = {}
     for kind, axes in (("rotation_180", ("dx", "dy")), ("mirror_x", ("dx",)), ("mirror_y", ("dy",))):
@@ -114,7 +114,7 @@ def _main_table(rows: Rows, split: str) -> Table | None:
     lines = []
     for system in run.systems:
         if rows.all(split, system):
-            extra: list[Cell] = [_bias_px(run, system), rows.seconds(split, system), rows.count(split, system)]
+            extra: list[Cell] = [bias_px(run, system), rows.seconds(split, system), rows.count(split, system)]
             lines.append(Row(system, _values(rows, split, system, MAIN) + extra, run.role(system)))
     if split in ("view", "illum"):
         for name, halves in published.TABLE_2.items():
@@ -221,7 +221,7 @@ def _bias(run: Run) -> Section | None:
         for kind, (_, axes) in kinds.items():
             chosen = [row for row in run.bias if row.system == system and row.kind == kind and row.ok]
             cells += [mean(row.number(axis) for row in chosen) for axis in axes]
-        lines.append(Row(system, [*cells, _bias_px(run, system)], run.role(system)))
+        lines.append(Row(system, [*cells, bias_px(run, system)], run.role(system)))
     note = "Shift of the points between a picture and its mirrored or turned copy, moved back: twice what each point is off (bias px)."
     table = Table("Constant shift of the points, mean over the images", columns, lines, note=note).trimmed()
     return Section("Bias", [table]) if table else None

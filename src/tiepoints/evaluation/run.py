@@ -358,7 +358,7 @@ class RunSettings:
     """What a folder of results was made with; stored in its ``run.json``.
 
     Attributes:
-        systems: names, see ``systems.system``.
+        systems: names, see ``systems.system``; ``LABEL=NAME`` gives one another name in rows and tables.
         num_points: points compared.
         mode: ``ti`` (one scale) or ``si``.
         protocols: some of ``PROTOCOLS``.
@@ -388,6 +388,15 @@ class RunSettings:
     @property
     def options(self) -> Options:
         return Options(self.num_points * SPARE, self.mode == "ti", self.device)
+
+
+def _label(name: str) -> str:
+    """What rows call the system ``name`` or ``LABEL=NAME``."""
+    return name.split("=", 1)[0]
+
+
+def _make(name: str, settings: RunSettings) -> System:
+    return system(name.split("=", 1)[-1], settings.options)
 
 
 def file_name(name: str) -> str:
@@ -422,17 +431,18 @@ def evaluate(
             settings = replace(settings, systems=tuple(name for name in settings.systems if name not in controls))
     _check_folder(folder, dataset, settings, versions or {})
     for name in settings.systems:
-        system(name, settings.options)  # a wrong name or missing library is said now, not in an hour
+        _make(name, settings)  # a wrong name or missing library is said now, not in an hour
     for problem in dataset.problems:
         say(f"left out: {problem}")
     tasks = []
-    for name in settings.systems:
+    for spec in settings.systems:
+        name = _label(spec)
         done = _done(folder / "rows" / f"{file_name(name)}.jsonl")
         for sequence in dataset.sequences:
             pairs = [p for p in dataset.pairs if p.sequence == sequence and (sequence, p.name) not in done]
             extras = [x for x in settings.extras if not _has_extra(folder, name, x, _first_image(dataset, sequence))]
             if pairs or extras:
-                tasks.append((name, pairs, extras, _first_image(dataset, sequence)))
+                tasks.append((spec, pairs, extras, _first_image(dataset, sequence)))
     total = sum(len(t[1]) + len(t[2]) for t in tasks)
     bar = _bar(total, progress)
     failed: list[str] = []
@@ -469,7 +479,8 @@ def _check_folder(folder: Path, dataset: Dataset, settings: RunSettings, version
     content: dict[str, Any] = {
         "dataset": {"name": dataset.name, "layout": dataset.layout, "root": str(dataset.root), "sequences": dataset.sequences},
         **json.loads(json.dumps(asdict(settings))),
-        "controls": [s for s in settings.systems if s.split("+")[0] in CONTROLS],
+        "systems": [_label(name) for name in settings.systems],
+        "controls": [_label(name) for name in settings.systems if name.split("=", 1)[-1].split("+")[0] in CONTROLS],
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -535,8 +546,8 @@ def _one_thread() -> None:
 
 def _sequence(task: tuple, settings: RunSettings, folder: Path) -> tuple[list[dict[str, Any]], list[tuple[str, dict[str, Any]]]]:
     """Rows of one sequence for one system, features taken from disk or computed and stored; and its sweeps and bias."""
-    name, pairs, extras, image = task
-    detect = system(name, settings.options)
+    spec, pairs, extras, image = task
+    name, detect = _label(spec), _make(spec, settings)
     store = folder / "features" / file_name(name)
 
     def features(path: Path, sequence: str) -> tuple[Features, float]:
