@@ -41,6 +41,11 @@ class Mode(StrEnum):
     official = "official"
 
 
+class Scales(StrEnum):
+    one = "one"
+    all = "all"
+
+
 class Model(StrEnum):
     homography = "homography"
     fundamental = "fundamental"
@@ -82,6 +87,7 @@ def extract(
     descriptor: Annotated[Descriptor, typer.Option()] = Descriptor.rootsift,
     single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
     mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
+    scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
     weights: Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Extract again what is done already.")] = False,
@@ -99,11 +105,12 @@ def extract(
     try:
         tasks, refused = collect(images or [], list_images, root_images)
         extractor = build(
-            _network(detector, weights), descriptor, single_scale=single_scale, device=device, num_points=num_points, mode=mode.value
+            _network(detector, weights), descriptor, single_scale=single_scale, device=device, num_points=num_points, mode=mode.value,
+            scales=scales.value,
         )
         settings = {
             "detector": detector.value, "descriptor": descriptor.value, "num_points": num_points, "mode": mode.value,
-            "single_scale": single_scale, "weights": None if weights is None else str(weights),
+            "scales": scales.value, "single_scale": single_scale, "weights": None if weights is None else str(weights),
         }  # fmt: skip
         if tasks:
             check_settings(results_dir / name, settings, overwrite)
