@@ -37,12 +37,12 @@ def match(
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     if not len(a) or not len(b):
         return Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
-    forward, best, second = _nearest(a.descriptors, b.descriptors)
+    forward, best, second, backward = _nearest(a.descriptors, b.descriptors, want_second=ratio is not None)
     keep = torch.ones(len(a), dtype=torch.bool)
     if mutual:
-        backward = _nearest(b.descriptors, a.descriptors)[0]
         keep &= backward[forward] == torch.arange(len(a))
     if ratio is not None:
+        assert second is not None
         keep &= _distance(best) <= ratio * _distance(second)
     if min_similarity is not None:
         keep &= best >= min_similarity
@@ -55,14 +55,22 @@ def _distance(similarity: Tensor) -> Tensor:
     return (2 - 2 * similarity).clamp(min=0).sqrt()
 
 
-def _nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of ``a``: index of its nearest row of ``b``, its cosine, and the second one's (-inf without)."""
+def _nearest(a: Tensor, b: Tensor, *, want_second: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """For each row of ``a``: index of its nearest row of ``b``, its cosine, and the second one's (-inf without); for each row of
+    ``b`` the index of its nearest row of ``a``. Blocks of rows bound the memory."""
+    a, b = a.float(), b.float()
     index, best, second = [], [], []
-    for rows in a.float().split(BLOCK):
-        similarity = rows @ b.float().T
-        top, place = similarity.max(dim=1)  # the first of equal ones
+    back = torch.zeros(len(b), dtype=torch.int64)
+    back_best = torch.full((len(b),), float("-inf"))
+    for start in range(0, len(a), BLOCK):
+        similarity = a[start : start + BLOCK] @ b.T
+        value, place = similarity.max(dim=0)
+        better = value > back_best  # of equal ones the first stays
+        back[better], back_best[better] = place[better] + start, value[better]
+        value, place = similarity.max(dim=1)
         index.append(place)
-        best.append(top)
-        similarity.scatter_(1, place[:, None], float("-inf"))
-        second.append(similarity.amax(dim=1))
-    return torch.cat(index), torch.cat(best), torch.cat(second)
+        best.append(value)
+        if want_second:
+            similarity.scatter_(1, place[:, None], float("-inf"))
+            second.append(similarity.amax(dim=1))
+    return torch.cat(index), torch.cat(best), torch.cat(second) if want_second else None, back

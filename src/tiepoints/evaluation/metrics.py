@@ -365,7 +365,7 @@ def homography_dlt(xy_a: Tensor, xy_b: Tensor) -> Tensor | None:
     one, zero = torch.ones(len(a), 1, dtype=torch.float64), torch.zeros(len(a), 3, dtype=torch.float64)
     p = torch.cat([a, one], dim=1)
     rows = torch.cat([torch.cat([p, zero, -b[:, :1] * p], dim=1), torch.cat([zero, p, -b[:, 1:] * p], dim=1)])
-    H = torch.linalg.svd(rows, full_matrices=True).Vh[-1].reshape(3, 3)
+    H = torch.linalg.svd(rows, full_matrices=len(rows) < 9).Vh[-1].reshape(3, 3)
     return torch.linalg.inv(T_b) @ H @ T_a
 
 

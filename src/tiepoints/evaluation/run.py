@@ -118,18 +118,20 @@ def _homography_metrics(
         found |= {f"mutual.{k}": v for k, v in local.items()}
         chance = m.localisation(a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_points=num_points)
         found["chance.rep@3"] = m.above_chance(local["rep@3"] or 0.0, chance["rep@3"] or 0.0)
+    first_a, first_b = a[:num_points], b[:num_points]
+    pairs = torch.zeros(0, 2, dtype=torch.int64)
+    if described and ("rekd" in protocols or "homography" in protocols):
+        pairs = match(first_a, first_b).index
     if "rekd" in protocols:
-        first_a, first_b = a[:num_points], b[:num_points]
         found["rekd.repeatability"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab)
         found["rekd.points"] = (len(first_a) + len(first_b)) / 2
         if described:
-            pairs = match(first_a, first_b).index
             found |= {f"rekd.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, pairs).items()}
             if bool(first_a.angle.any()):
                 kept = m.orientation_filter(first_a.angle, first_b.angle, pairs)
                 found |= {f"rekd*.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, kept).items()}
     if "homography" in protocols and described:
-        found |= _homography(a, b, H_ab, size_a, num_points)
+        found |= _homography(first_a.xy[pairs[:, 0]], first_b.xy[pairs[:, 1]], H_ab, size_a)
     return found
 
 
@@ -158,10 +160,7 @@ def _accuracy(a: Features, b: Features, H_ab: Tensor, pairs: Tensor) -> dict[str
     return {"matches": len(pairs), **m.matching_accuracy(m.match_errors(a.xy, b.xy, H_ab, pairs))}
 
 
-def _homography(a: Features, b: Features, H_ab: Tensor, size_a, num_points: int) -> dict[str, float | None]:
-    first_a, first_b = a[:num_points], b[:num_points]
-    pairs = match(first_a, first_b).index
-    xy_a, xy_b = first_a.xy[pairs[:, 0]], first_b.xy[pairs[:, 1]]
+def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, float | None]:
     robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD)
     found: dict[str, float | None] = {"homography.ok": float(robust.ok)}
     plain = m.homography_dlt(xy_a, xy_b)
