@@ -34,9 +34,8 @@ def mirror_offsets(
     )
     axis = 0 if dim == -1 else 1
     mirrored[:, axis] = image.shape[dim] - 1 - mirrored[:, axis]
-    a, b, distance = mutual_nearest(xy, mirrored)
-    near = distance < REACH
-    return (xy[a] - mirrored[b])[near, axis]
+    a, b, _ = mutual_nearest(xy, mirrored, REACH)
+    return (xy[a] - mirrored[b])[:, axis]
 
 
 def constant_offset(net: Callable[[Tensor], Tensor], images: Iterable[Tensor]) -> tuple[float, float]:

@@ -40,11 +40,6 @@ def _double(xy: Tensor) -> Tensor:
     return torch.as_tensor(xy).to(torch.float64)
 
 
-def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """Euclidean distances (N,M), exact for near points (no matrix product)."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-
 # ---- what both images see
 
 
@@ -111,11 +106,23 @@ def one_to_one(index_a: Tensor, index_b: Tensor, value: Tensor) -> Tensor:
     return torch.tensor(taken, dtype=torch.int64)
 
 
-def near_pairs(xy_a: Tensor, xy_b_in_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of points that could overlap enough: indices of a and of b and distances, (K,) each, by rising b, then a."""
-    distance = _distances(_double(xy_b_in_a), _double(xy_a))
-    b, a = (distance <= REACH).nonzero(as_tuple=True)
-    return a, b, distance[b, a]
+def near_pairs(xy_a: Tensor, xy_b_in_a: Tensor, reach: float = REACH) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of points at most ``reach`` px apart: indices of a and of b and distances, (K,) each, by rising b, then a.
+
+    Only points in the same vertical strip are compared, which saves the full table of distances.
+    """
+    a, b = _double(xy_a), _double(xy_b_in_a)
+    by_x = a[:, 0].argsort(stable=True)
+    x = a[by_x, 0].contiguous()
+    first = torch.searchsorted(x, b[:, 0].contiguous() - reach)
+    count = torch.searchsorted(x, b[:, 0].contiguous() + reach, right=True) - first
+    index_b = torch.arange(len(b), device=b.device).repeat_interleave(count)
+    within = torch.arange(len(index_b), device=b.device) - (count.cumsum(0) - count).repeat_interleave(count)
+    index_a = by_x[first.repeat_interleave(count) + within]
+    distance = (a[index_a] - b[index_b]).square().sum(dim=1).sqrt()
+    near = (distance <= reach).nonzero()[:, 0]
+    near = near[(index_b[near] * len(a) + index_a[near]).argsort()]
+    return index_a[near], index_b[near], distance[near]
 
 
 def overlap_correspondences(
@@ -216,10 +223,10 @@ def rekd_repeatability(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, threshold: floa
 
     One way, many to one, points that leave image b included.
     """
-    if not len(xy_a) or not len(xy_b):
+    if not len(xy_a):
         return 0.0
-    distance = _distances(warp_points(_double(xy_a), _double(H_ab)).nan_to_num(nan=1e9), _double(xy_b))
-    return float((distance.amin(dim=1) < threshold).double().mean())
+    _, there, distance = near_pairs(_double(xy_b), warp_points(_double(xy_a), _double(H_ab)), threshold)
+    return len(there[distance < threshold].unique()) / len(xy_a)
 
 
 def match_errors(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, matches: Tensor) -> Tensor:
@@ -252,26 +259,33 @@ def orientation_filter(angle_a: Tensor, angle_b: Tensor, matches: Tensor, tolera
 # ---- small thresholds, one to one
 
 
-def mutual_nearest(xy_a: Tensor, xy_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Points (N,2) and (M,2) of one frame that are each other's nearest: indices of a and of b and distances, (K,) each."""
-    if not len(xy_a) or not len(xy_b):
-        none = torch.zeros(0, dtype=torch.int64, device=xy_a.device)
-        return none, none, xy_a.new_zeros(0)
-    distance = _distances(xy_a, xy_b)
-    nearest = distance.argmin(dim=1)
-    index = torch.arange(len(xy_a), device=xy_a.device)
-    mutual = distance.argmin(dim=0)[nearest] == index
-    return index[mutual], nearest[mutual], distance[index, nearest][mutual]
+def mutual_nearest(xy_a: Tensor, xy_b: Tensor, reach: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Points (N,2) and (M,2) of one frame that are each other's nearest, at most ``reach`` px apart: indices of a and of b and
+    distances, (K,) each."""
+    a, b, distance = near_pairs(xy_a, xy_b, reach)
+    rank = distance.argsort(stable=True).argsort()
+    best_a, best_b = (
+        rank.new_full((count,), len(rank)).scatter_reduce(0, index, rank, "amin") for count, index in ((len(xy_a), a), (len(xy_b), b))
+    )
+    mutual = (best_a[a] == rank) & (best_b[b] == rank)
+    return a[mutual], b[mutual], distance[mutual]
 
 
 def _mutual_distances(
-    xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a: tuple[int, int], size_b: tuple[int, int], num_points: int, border: float
+    xy_a: Tensor,
+    xy_b: Tensor,
+    H_ab: Tensor,
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    num_points: int,
+    border: float,
+    reach: float,
 ) -> tuple[Tensor, int, int]:
-    """Distances in b of mutual nearest points of the common area, and how many points took part on each side."""
+    """Distances in b, up to ``reach``, of mutual nearest points of the common area, and how many points took part on each side."""
     H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
     xy_a = xy_a[common_area(xy_a, H_ab, size_b, border)][:num_points]
     xy_b = xy_b[common_area(xy_b, torch.linalg.inv(H_ab), size_a, border)][:num_points]
-    return mutual_nearest(warp_points(xy_a, H_ab), xy_b)[2], len(xy_a), len(xy_b)
+    return mutual_nearest(warp_points(xy_a, H_ab), xy_b, reach)[2], len(xy_a), len(xy_b)
 
 
 def mutual_matches(
@@ -290,8 +304,8 @@ def mutual_matches(
     Points outside the common area (with ``border``) are left out, then the first ``num_points`` of each image are kept;
     points of a are mapped into b, and mutual nearest neighbours no farther apart than the threshold count.
     """
-    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, border)
-    return int((distance <= threshold).sum()), count_a, count_b
+    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, border, threshold)
+    return len(distance), count_a, count_b
 
 
 def mutual_repeatability(
@@ -316,7 +330,7 @@ def localisation(
     thresholds: Sequence[float] = MUTUAL_THRESHOLDS,
 ) -> dict[str, float | None]:
     """``mutual_repeatability`` (rep@t) and the mean distance of the pairs it counts (err@t, px, None without) at each threshold."""
-    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER)
+    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER, max(thresholds))
     found: dict[str, float | None] = {"points_a": count_a, "points_b": count_b}
     for t in thresholds:
         near = distance[distance <= t]

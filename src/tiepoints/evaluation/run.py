@@ -340,11 +340,10 @@ def bias(detect: System, image: ImageLike, *, num_points: int = m.NUM_POINTS) ->
         for dim in dims:
             b[:, 0 if dim == -1 else 1] = original.shape[dim] - 1 - b[:, 0 if dim == -1 else 1]
         numbers: dict[str, float | None] = {"dx": None, "dy": None, "points": 0}
-        index_a, index_b, distance = m.mutual_nearest(a, b)
-        near = distance < REACH
-        if near.any():
-            dx, dy = (a[index_a] - b[index_b])[near].median(dim=0).values.tolist()
-            numbers = {"dx": dx, "dy": dy, "points": int(near.sum())}
+        index_a, index_b, _ = m.mutual_nearest(a, b, REACH)
+        if len(index_a):
+            dx, dy = (a[index_a] - b[index_b]).median(dim=0).values.tolist()
+            numbers = {"dx": dx, "dy": dy, "points": len(index_a)}
         rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
     return rows
 
