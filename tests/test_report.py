@@ -196,6 +196,12 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
     page, markdown = read(write(tmp_path, [row("one", "v_a", "1-2", **images, metrics={"mutual.rep@3": 2 / 3})]), pictures=1)
     assert sum(address.startswith("data:image/") for address in page.addresses) == 3
     assert "one on v\\_a 1-2: 100 of 150 points" in markdown
+    named = write_report(tmp_path, pairs=["v_a:1-2"], only=["one"]).markdown.read_text()
+    assert "one on v\\_a 1-2: 100 of 150 points" in named
+    with pytest.raises(ValueError, match=r"no pair 'v_a:1-9'; pairs are named like v_a:1-2"):
+        write_report(tmp_path, pairs=["v_a:1-9"])
+    with pytest.raises(ValueError, match="no system 'two'"):
+        write_report(tmp_path, pairs=["v_a:1-2"], only=["two"])
     assert "150 mutual matches, 100 right within 3 px (blue), 50 wrong" in markdown
     assert page.tables["repeatability % by number of points"] == {"100": ["100.0"], "250": ["66.7"], "500": ["66.7"], "1000": ["66.7"]}
     assert "Pictures" not in read(tmp_path, pictures=0)[0].headings

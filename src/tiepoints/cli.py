@@ -332,12 +332,14 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="Results of `tiepoints evaluate`; several are compared.")],
     out: Annotated[Path | None, typer.Option(help="Folder of the report [default: the first results folder].")] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Pairs shown as pictures.")] = 4,
+    pair: Annotated[list[str] | None, typer.Option(help="SEQUENCE:PAIR to show instead, such as graf:1-4; may be repeated.")] = None,
+    systems: Annotated[str, typer.Option(help="Systems in the pictures [default: the first and the best of the others].")] = "",
 ) -> None:
     """One self-contained HTML page and a Markdown table from evaluation results."""
     from .evaluation.report import write_report
 
     try:
-        written = write_report(folders if len(folders) > 1 else folders[0], out, pictures=pictures)
+        written = write_report(folders, out, pictures=pictures, pairs=pair or (), only=_words(systems))
     except USER_ERRORS as error:
         _fail(str(error))
     typer.echo(f"report  {written.html}")

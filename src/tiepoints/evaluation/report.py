@@ -469,15 +469,34 @@ def _ranking(rows: Rows) -> list[tuple[float, str]]:
     return sorted(((value, name) for value, name in values if value is not None), key=lambda item: -item[0])
 
 
-def _pictures(rows: Rows, count: int) -> Section | None:
-    """The first real system of the run and the best of the others on each chosen pair; a control on the first one."""
+def _named_pairs(rows: Rows, names: Sequence[str]) -> list[tuple[str, str]]:
+    """``SEQUENCE:PAIR`` as (sequence, pair).
+
+    Raises:
+        ValueError: the run has no such pair.
+    """
+    known = {(row.sequence, row.pair) for row in rows.run.rows}
+    places = []
+    for name in names:
+        sequence, _, pair = name.rpartition(":")
+        if (sequence, pair) not in known:
+            some = ", ".join(f"{s}:{p}" for s, p in sorted(known)[:5])
+            raise ValueError(f"{rows.run.folder} has no pair {name!r}; pairs are named like {some}")
+        places.append((sequence, pair))
+    return places
+
+
+def _pictures(rows: Rows, places: Sequence[tuple[str, str]], only: Sequence[str] = ()) -> Section | None:
+    """Systems ``only`` on each pair, or the first real one of the run and the best of the others, and a control on the first pair."""
     run = rows.run
+    if unknown := [name for name in only if name not in run.systems]:
+        raise ValueError(f"{run.folder} has no system {unknown[0]!r}; it has {', '.join(run.systems)}")
     limit = int(finite(run.facts.get("num_points")) or 1000)
     first = run.real[:1]
     shown = first + [name for _, name in _ranking(rows) if name not in first][:1]
     blocks = list[Block]()
-    for k, place in enumerate(_chosen_pairs(rows, count)):
-        systems = shown + [name for name in reversed(run.systems) if name in run.controls and not k][:1]
+    for k, place in enumerate(places):
+        systems = list(only) or shown + [name for name in reversed(run.systems) if name in run.controls and not k][:1]
         found = {row.system: row for row in run.rows if (row.sequence, row.pair) == place and row.ok and row.H_ab is not None}
         pictures = [picture for name in systems if name in found for picture in _pair_pictures(run, found[name], limit)]
         if pictures:
@@ -539,7 +558,7 @@ def _lead(rows: Rows) -> list[str]:
     return out
 
 
-def build_page(runs: Sequence[Run], *, pictures: int = 4) -> Page:
+def build_page(runs: Sequence[Run], *, pictures: int = 4, pairs: Sequence[str] = (), only: Sequence[str] = ()) -> Page:
     """The report of the first run; the others only add their number of points to the curves."""
     run = runs[0]
     same = []
@@ -558,7 +577,7 @@ def build_page(runs: Sequence[Run], *, pictures: int = 4) -> Page:
         _sweeps(run),
         _bias(run),
         _sequences(rows),
-        _pictures(rows, pictures) if pictures > 0 else None,
+        _pictures(rows, _named_pairs(rows, pairs) or _chosen_pairs(rows, pictures), only),
         _sizes(rows),
         _failures(run),
         Section("What the columns mean", [Definitions(GLOSSARY)]),
@@ -574,7 +593,14 @@ class ReportFiles:
     markdown: Path
 
 
-def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | None = None, *, pictures: int = 4) -> ReportFiles:
+def write_report(
+    folder: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    pictures: int = 4,
+    pairs: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> ReportFiles:
     """Write ``report.html`` (one file, no network, no other file) and ``report.md`` of a run of ``tiepoints evaluate``.
 
     Args:
@@ -582,15 +608,17 @@ def write_report(folder: str | Path | Sequence[str | Path], out: str | Path | No
         out: where to write, ``folder`` (the first) by default; a name ending in ``.html`` gives the page that name, and the
             Markdown the same with ``.md``.
         pictures: how many pairs to show.
+        pairs: ``SEQUENCE:PAIR`` to show instead, such as ``graf:1-4``.
+        only: systems in the pictures, by default the first and the best of the others.
 
     Raises:
-        ValueError: no folder given.
+        ValueError: no folder given, or an unknown pair or system.
         DataError: a folder that is missing, holds no rows, or has no readable ``run.json``.
     """
     folders = [Path(folder)] if isinstance(folder, str | os.PathLike) else [Path(f) for f in folder]
     if not folders:
         raise ValueError("no folder of results given; name at least one")
-    page = build_page([read_run(path) for path in folders], pictures=pictures)
+    page = build_page([read_run(path) for path in folders], pictures=pictures, pairs=pairs, only=only)
     target = folders[0] if out is None else Path(out)
     html = target if target.suffix == ".html" else target / "report.html"
     html.parent.mkdir(parents=True, exist_ok=True)
