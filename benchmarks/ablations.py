@@ -5,7 +5,7 @@ Every network sees the same pairs in the same order and differs from the paper's
 only, overlap 0.6, top 25). Rows are written one by one; a run that is started again goes on where it stopped.
 
     python benchmarks/ablations.py PHOTOS --out ablations.json [--steps 200] [--batch-size 4] [--size 160] [--only NAME]
-    python benchmarks/ablations.py --table ablations.json
+    python benchmarks/ablations.py --table seed0.json seed1.json
 """
 
 from __future__ import annotations
@@ -108,19 +108,22 @@ def train(row: dict[str, Any], pairs: Path, validation: list[dict[str, Tensor]],
         return {**scores(fused, validation), "seconds": round(seconds, 1)}
 
 
-def markdown(content: dict[str, Any]) -> str:
-    """The table of the results, differences to the full network in brackets."""
-    known = {row["name"]: row for row in content["rows"]}
-    base = known.get(FULL)
+def markdown(contents: list[dict[str, Any]]) -> str:
+    """A table of results files of different seeds: means, and each seed's value behind them."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in variants()}
+    for content in contents:
+        for row in content["rows"]:
+            rows[row["name"]].append(row)
     lines = ["| part | choice | parameters | ours % | paper's measure % | published % |", "|---|---|---|---|---|---|"]
-    for name, row in known.items():
-        cells = [row["part"], name, f"{row['parameters']:,}"]
-        if row["seed"] != content["budget"]["seed"]:
-            cells[1] += f" (seed {row['seed']}: scores fell to zero before)"
+    for name, found in rows.items():
+        if not found:
+            continue
+        cells = [found[0]["part"], name, f"{found[0]['parameters']:,}"]
         for key in ("ours", "paper"):
-            gain = f" ({100 * (row[key] - base[key]):+.1f})" if base and name != FULL else ""
-            cells.append(f"{100 * row[key]:.1f}{gain}")
-        cells.append("" if row["published"] is None else f"{row['published']:.1f}")
+            values = [100 * row[key] for row in found]
+            each = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1f}{each}")
+        cells.append("" if found[0]["published"] is None else f"{found[0]['published']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -135,10 +138,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="rows whose name contains this")
-    parser.add_argument("--table", type=Path, help="print the table of a results file and end")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of results files of different seeds and end")
     args = parser.parse_args()
     if args.table:
-        print(markdown(json.loads(args.table.read_text())))
+        print(markdown([json.loads(path.read_text()) for path in args.table]))
         return
     if args.photos is None or args.out is None:
         parser.error("PHOTOS and --out are needed (or --table FILE)")
