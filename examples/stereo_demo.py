@@ -59,7 +59,8 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "matches.png"
-    draw_matches(Image.fromarray(left), Image.fromarray(right), xy_a, xy_b, right_ones, path=picture)
+    # a match whose true disparity is unknown is neither right nor wrong
+    draw_matches(Image.fromarray(left), Image.fromarray(right), xy_a[known], xy_b[known], right_ones[known], path=picture)
     share = 100 * right_ones.sum().item() / max(1, int(known.sum()))
     print(f"points                       {len(a)} and {len(b)}")
     print(f"matches                      {len(matches)}")
