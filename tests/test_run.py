@@ -267,4 +267,6 @@ def test_command_line_from_folder_to_report(dataset, tmp_path):
     failing = runner.invoke(app, [*words[:-4], "--out", str(tmp_path / "other")])
     assert failing.exit_code == 1
     assert "v_one" in failing.output
-    assert runner.invoke(app, ["evaluate", str(dataset), "--systems", "nonsense"]).exit_code == 2
+    nowhere = tmp_path / "nowhere"
+    assert runner.invoke(app, ["evaluate", str(dataset), "--systems", "nonsense", "--out", str(nowhere)]).exit_code == 2
+    assert not nowhere.exists()

@@ -427,9 +427,9 @@ def evaluate(
         if controls:
             say(f"left out: {', '.join(controls)}: controls have no descriptors, and a pose needs matches")
             settings = replace(settings, systems=tuple(name for name in settings.systems if name not in controls))
-    _check_folder(folder, dataset, settings, versions or {})
     for name in settings.systems:
         _make(name, settings)  # a wrong name or missing library is said now, not in an hour
+    _check_folder(folder, dataset, settings, versions or {})
     for problem in dataset.problems:
         say(f"left out: {problem}")
     tasks = []
