@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import read_run, stored_features
-from tiepoints.evaluation.run import homography_metrics
 
 
 def main() -> None:

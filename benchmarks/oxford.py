@@ -14,9 +14,10 @@ from typing import Any
 
 from common import machine
 from tiepoints.evaluation.datasets import homography_sequences
+from tiepoints.evaluation.metrics import mean
 from tiepoints.evaluation.page import Column, Row, Table
 from tiepoints.evaluation.report import MAIN, bias_px
-from tiepoints.evaluation.results import Run, mean, read_run
+from tiepoints.evaluation.results import Run, read_run
 from tiepoints.evaluation.run import RunSettings, evaluate
 
 SYSTEMS = (

@@ -11,10 +11,12 @@ from typer.testing import CliRunner
 from tiepoints.cli import app
 from tiepoints.errors import DataError
 from tiepoints.evaluation import run as module
-from tiepoints.evaluation.datasets import homography_sequences
+from tiepoints.evaluation.datasets import homography_sequences, posed_pairs
+from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import load_features, read_rows, save_features
-from tiepoints.evaluation.run import RunSettings, as_features, bias, evaluate, homography_metrics, run, sweep
-from tiepoints.evaluation.systems import Options, from_disk, system
+from tiepoints.evaluation.run import RunSettings, evaluate, run
+from tiepoints.evaluation.sweeps import bias, sweep
+from tiepoints.evaluation.systems import Options, as_features, from_disk, system
 from tiepoints.formats.npy import write_features
 from tiepoints.image import load_image
 from tiepoints.keypoints import detect_peaks
@@ -132,8 +134,8 @@ def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path, monkeypa
     cut = out / "rows" / "random.jsonl"
     cut.write_text(first["random"][:-40])
     calls = []
-    real = module.run
-    monkeypatch.setattr(module, "run", lambda pairs, *args, **options: calls.extend(pairs) or real(pairs, *args, **options))
+    real = module._row
+    monkeypatch.setattr(module, "_row", lambda pair, *rest: calls.append(pair) or real(pair, *rest))
     evaluate(data, settings(), out)
     assert [(p.sequence, p.name) for p in calls] == [("v_one", "1-3")]
     rows = read_rows(cut)
@@ -142,6 +144,39 @@ def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path, monkeypa
     calls.clear()
     evaluate(data, settings(), out)
     assert not calls
+
+
+def test_a_kill_between_pairs_keeps_the_rows_before_it(dataset, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", homography_sequences(dataset)
+    real = module._row
+
+    def killed(pair, *rest):
+        if (pair.sequence, pair.name) == ("i_two", "1-3"):
+            raise KeyboardInterrupt
+        return real(pair, *rest)
+
+    monkeypatch.setattr(module, "_row", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, settings(), out)
+    assert [(r["sequence"], r["pair"]) for r in read_rows(out / "rows" / "random.jsonl")] == [("i_two", "1-2")]
+    monkeypatch.setattr(module, "_row", real)
+    evaluate(data, settings(), out)
+    assert len((out / "rows" / "random.jsonl").read_text().splitlines()) == 4  # no pair twice
+
+
+def test_a_kill_while_detecting_leaves_no_half_features(dataset, tmp_path, monkeypatch):
+    out, data = tmp_path / "out", homography_sequences(dataset)
+
+    def killed(source):
+        if str(source).endswith("3.png"):
+            raise KeyboardInterrupt
+        return corners(source)
+
+    monkeypatch.setattr(module, "system", lambda *_: killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(data, settings(), out)
+    assert sorted(p.name for p in (out / "features" / "random").rglob("*")) == ["1.npz", "2.npz", "i_two"]
+    assert len(read_rows(out / "rows" / "random.jsonl")) == 1
 
 
 def test_results_of_other_settings_are_not_mixed(dataset, tmp_path):
@@ -158,6 +193,70 @@ def test_labels_name_rows_and_files(dataset, tmp_path):
     assert {row["system"] for row in read_rows(tmp_path / "out" / "rows" / "chance.jsonl")} == {"chance"}
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["systems"] == facts["controls"] == ["chance"]
+    assert facts["made_by"] == {"chance": "random"}
+
+
+def test_a_label_belongs_to_one_system(dataset, tmp_path):
+    data, out = homography_sequences(dataset), tmp_path / "out"
+
+    def named(*systems):
+        return RunSettings(systems, protocols=("mutual",))
+
+    evaluate(data, named("chance=random"), out)
+    with pytest.raises(DataError, match="holds results of random called chance; give lattice another name"):
+        evaluate(data, named("chance=lattice"), out)
+    with pytest.raises(DataError, match="holds results of random called chance"):
+        evaluate(data, named("chance/=random"), out)  # the same file
+    evaluate(data, named("other=lattice"), out)
+    evaluate(data, named("chance=random"), out)  # of the first run, which the second did not name
+    assert json.loads((out / "run.json").read_text())["made_by"] == {"chance": "random", "other": "lattice"}
+
+
+def test_two_systems_of_one_file_are_refused():
+    for systems in (("one/net.safetensors", "two/net.safetensors"), ("sift", "sift=orb"), ("a/b=sift", "a-b=orb"), ("sift", "sift")):
+        with pytest.raises(ValueError, match=r"two systems called .*; name one LABEL=NAME"):
+            RunSettings(systems)
+    assert RunSettings(("one/net.safetensors", "second=two/net.safetensors"))
+
+
+def test_features_of_posed_pairs_are_kept(tmp_path, monkeypatch):
+    pytest.importorskip("cv2")
+    rng, images = np.random.default_rng(0), tmp_path / "set" / "images"
+    numbers = "100 0 60 0 100 40 0 0 1 " * 2 + "1 0 0 1 0 1 0 0 0 0 1 0 0 0 0 1"
+    lines = []
+    for scene in ("first", "second"):  # the same file names in both
+        folder = images / scene / "color"
+        folder.mkdir(parents=True)
+        for name in ("1.png", "2.png"):
+            Image.fromarray(rng.integers(0, 255, (80, 120), dtype=np.uint8)).save(folder / name)
+        lines += [f"{scene}/color/1.png {scene}/color/2.png {turns} 0 {numbers}" for turns in (0, 1)]
+    (tmp_path / "set" / "pairs_with_gt.txt").write_text("\n".join(lines) + "\n")
+    data = posed_pairs(tmp_path / "set")
+    seen = []
+
+    def detect(image):
+        seen.append(tuple(image.shape[-2:]))
+        table = corners(image)
+        described = torch.nn.functional.normalize(torch.rand(len(table), 8, generator=torch.Generator().manual_seed(0)), dim=1)
+        points = Keypoints(table[:, :2].contiguous(), table[:, 2], torch.zeros(len(table)), table[:, 3])
+        return Features(points, described, (image.shape[-1], image.shape[-2]))
+
+    monkeypatch.setattr(module, "system", lambda *_: detect)
+    chosen = RunSettings(("orb",), resize=(60,))
+    out = evaluate(data, chosen, tmp_path / "out")
+    rows = read_rows(out / "rows" / "orb.jsonl")
+    assert [r["ok"] for r in rows] == [True] * 4, rows[0]["reason"]
+    # image 1 straight and turned, image 2: three of each scene, however many pairs use them
+    assert sorted(seen) == [(40, 60)] * 4 + [(60, 40)] * 2
+    stored = sorted(p.stem for p in (out / "features" / "orb" / "set").glob("*.npz"))
+    assert len(stored) == 6
+    assert sum(name.startswith("second-color-1") for name in stored) == 2
+    assert sum(name.endswith("-turned1") for name in stored) == 2
+    (out / "rows" / "orb.jsonl").unlink()
+    seen.clear()
+    evaluate(data, chosen, out)
+    assert not seen
+    assert [r["metrics"] for r in read_rows(out / "rows" / "orb.jsonl")] == [r["metrics"] for r in rows]
 
 
 def test_workers_give_the_same_rows(dataset, tmp_path):
@@ -165,6 +264,8 @@ def test_workers_give_the_same_rows(dataset, tmp_path):
     for name, workers in (("one", 1), ("two", 2)):
         evaluate(data, settings(extras=("bias",)), tmp_path / name, workers=workers)
     for part in ("rows/random.jsonl", "rows/lattice.jsonl", "bias/random.jsonl"):
+        # one line each, none lost and none twice
+        assert len({len((tmp_path / name / part).read_text().splitlines()) for name in ("one", "two")}) == 1
         one, two = (
             sorted((r["sequence"] if "sequence" in r else r["image"], r.get("pair", r["kind"]), json.dumps(r["metrics"])) for r in rows)
             for rows in (read_rows(tmp_path / "one" / part), read_rows(tmp_path / "two" / part))

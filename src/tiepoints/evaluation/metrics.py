@@ -12,7 +12,7 @@ Sizes are (height, width), points (N,2) in pixels and strongest first, ``H_ab`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,12 @@ FLOAT32_EPS = 1.1920928955078125e-07
 
 def _double(xy: Tensor) -> Tensor:
     return torch.as_tensor(xy).to(torch.float64)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there; None of none."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
 
 
 # ---- what both images see

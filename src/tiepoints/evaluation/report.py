@@ -23,9 +23,9 @@ from ..geometry import common_area, warp_points
 from ..matching import match
 from . import published
 from .figures import Look, Series, bar_chart, data_uri, legend, line_chart, matches_picture, points_picture
-from .metrics import BORDER, error_auc, localisation
+from .metrics import BORDER, error_auc, localisation, mean, mutual_nearest
 from .page import Block, Cell, Charts, Column, Definitions, Heading, Page, Picture, Row, Section, Table, Text
-from .results import SPLITS, PairRow, Rows, Run, finite, mean, read_run, stored_features, stored_image
+from .results import SPLITS, PairRow, Rows, Run, finite, read_run, stored_features, stored_image
 
 REACH = 3.0  # px: of a repeated point and a right match in the pictures
 #: Numbers of points of the curve that is computed from stored features, below the number the run was made with.
@@ -227,15 +227,15 @@ def _bias(run: Run) -> Section | None:
     return Section("Bias", [table]) if table else None
 
 
-def _parameters(system: str) -> int | None:
+def _parameters(run: Run, system: str) -> int | None:
     """Learnable numbers of a system's detector, if it is a network of ours."""
-    name = system.split("+")[0]
+    name = str((run.facts.get("made_by") or {}).get(system, system)).split("+")[0].split("@")[0]
     return sum(p.numel() for p in weights.load(name).parameters()) if name in weights.table() else None
 
 
 def _sizes(rows: Rows) -> Section | None:
     columns = [Column("learnable parameters", "", 0), Column("s / image", "", 3, -1)]
-    counts = {system: count for system in rows.run.real if (count := _parameters(system)) is not None}
+    counts = {system: count for system in rows.run.real if (count := _parameters(rows.run, system)) is not None}
     lines = [Row(s, [count, mean([rows.seconds("all", s), rows.seconds("pose", s)])]) for s, count in counts.items()]
     for name, count in published.TABLE_4.items():
         seconds = published.SECONDS_600.get(name)
@@ -404,12 +404,8 @@ def _sequences(rows: Rows) -> Section | None:
 def repeated_points(a: Tensor, b: Tensor, H_ab: Tensor, reach: float = REACH) -> tuple[Tensor, Tensor]:
     """Which points of a (N,2) and b (M,2) are each other's nearest within ``reach`` px in image b: bool (N,) and (M,)."""
     found_a, found_b = torch.zeros(len(a), dtype=torch.bool), torch.zeros(len(b), dtype=torch.bool)
-    if len(a) and len(b):
-        distance = torch.cdist(warp_points(a.double(), H_ab), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
-        forward = distance.argmin(dim=1)
-        index = torch.arange(len(a))
-        found_a = (distance.argmin(dim=0)[forward] == index) & (distance[index, forward] <= reach)
-        found_b[forward[found_a]] = True
+    index_a, index_b, _ = mutual_nearest(warp_points(a.double(), H_ab), b, reach)
+    found_a[index_a], found_b[index_b] = True, True
     return found_a, found_b
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..image import load_image
 from ..structs import Features, Keypoints
-from .systems import CONTROLS
+from .metrics import mean
 
 #: In the order of the report.
 SPLITS = {"all": "All pairs", "view": "Viewpoint", "illum": "Illumination", "other": "Other changes"}
@@ -139,7 +139,7 @@ def read_run(folder: Path) -> Run:
     order = [name for name in dict.fromkeys(names) if name in found]
     order += sorted(found - set(order))
     stated = facts.get("controls")
-    controls = set(stated) & found if isinstance(stated, list) else {name for name in found if name.split("+")[0] in CONTROLS}
+    controls = set(stated) & found if isinstance(stated, list) else set[str]()
     order.sort(key=lambda name: name in controls)
     sweeps, bias = (_extras(folder / part, notes) for part in ("sweeps", "bias"))
     return Run(folder, facts, list(rows.values()), sweeps, bias, order, controls, notes)
@@ -230,12 +230,6 @@ def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
                 rows.pop((row.system, row.image, kind, None), None)
         rows[row.system, row.image, row.kind, row.value] = row
     return list(rows.values())
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None of none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
 
 
 class Rows:

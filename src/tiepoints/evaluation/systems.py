@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -135,6 +136,24 @@ def _without_descriptors(make: System) -> System:
         return replace(make(source), descriptors=None)
 
     return run
+
+
+def as_features(found: Any, size: tuple[int, int]) -> Features:
+    """What a system returned, as ``Features`` of an image of ``size`` (width, height).
+
+    ``Features``, ``Keypoints``, or an array or tensor (N,2), (N,3) with scale, (N,4) with scale and score, strongest first.
+    """
+    if isinstance(found, Features):
+        return found
+    if isinstance(found, Keypoints):
+        return Features(found, None, size)
+    table = torch.as_tensor(np.asarray(found) if not isinstance(found, Tensor) else found).float()
+    if table.ndim != 2 or not 2 <= table.shape[1] <= 4:
+        raise ValueError(f"a system must return Features, Keypoints or (N,2..4) numbers; got shape {tuple(table.shape)}")
+    n = len(table)
+    scale = table[:, 2] if table.shape[1] > 2 else torch.ones(n)
+    score = table[:, 3] if table.shape[1] > 3 else torch.linspace(1, 0.5, n)
+    return Features(Keypoints(table[:, :2].contiguous(), scale, torch.zeros(n), score), None, size)
 
 
 # ---- controls

@@ -1,0 +1,132 @@
+"""All numbers of one pair of images whose geometry is known: features -> ``protocol.name`` -> value.
+
+docs/evaluation.md has each protocol; the measures themselves are in ``metrics``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..estimation import estimate, relative_pose
+from ..geometry import warp_points
+from ..matching import match
+from ..structs import Features
+from . import metrics as m
+
+PROTOCOLS = ("keynet", "rekd", "mutual", "homography", "pose")
+#: Where points have no order of strength, each protocol is averaged over so many random picks (Key.Net, table 2, MSER).
+RANDOM_PICKS = 10
+HOMOGRAPHY_THRESHOLD = 3.0
+#: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by SuperGlue as 1 px over the focal length.
+POSE_THRESHOLD = 1.0
+
+
+def homography_metrics(
+    a: Features,
+    b: Features,
+    H_ab: Tensor,
+    *,
+    num_points: int = m.NUM_POINTS,
+    protocols: Sequence[str] = PROTOCOLS,
+    official: bool = False,
+) -> dict[str, float | None]:
+    """All numbers of a pair with known homography: ``protocol.name`` -> value (docs/evaluation.md); shares are 0..1.
+
+    Points without an order of strength (all scores equal) are picked at random ten times and the results averaged.
+    """
+    options = {"num_points": num_points, "protocols": protocols, "official": official}
+    if not (_unordered(a, num_points) or _unordered(b, num_points)):
+        return _homography_metrics(a, b, H_ab, **options)  # type: ignore[arg-type]
+    picks = []
+    for seed in range(RANDOM_PICKS):
+        rng = torch.Generator().manual_seed(seed)
+        pick_a, pick_b = (f[torch.randperm(len(f), generator=rng)] for f in (a, b))
+        picks.append(_homography_metrics(pick_a, pick_b, H_ab, **options))  # type: ignore[arg-type]
+    return {key: m.mean([p[key] for p in picks]) for key in picks[0]}
+
+
+def _unordered(features: Features, num_points: int) -> bool:
+    return len(features) > num_points and bool((features.score == features.score[0]).all())
+
+
+def _homography_metrics(
+    a: Features, b: Features, H_ab: Tensor, *, num_points: int, protocols: Sequence[str], official: bool
+) -> dict[str, float | None]:
+    H_ab = torch.as_tensor(H_ab, dtype=torch.float64)
+    size_a, size_b = a.image_size[::-1], b.image_size[::-1]
+    found: dict[str, float | None] = {"points_a": len(a), "points_b": len(b)}
+    found["s_range"] = m.mean([m.scale_range(a.scale), m.scale_range(b.scale)])
+    described = a.descriptors is not None and b.descriptors is not None
+    if "keynet" in protocols:
+        found |= _keynet(a, b, H_ab, size_a, size_b, num_points, official, described)
+    if "mutual" in protocols:
+        local = m.localisation(a.xy, b.xy, H_ab, size_a, size_b, num_points=num_points)
+        found |= {f"mutual.{k}": v for k, v in local.items()}
+        chance = m.localisation(a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_points=num_points)
+        found["chance.rep@3"] = m.above_chance(local["rep@3"] or 0.0, chance["rep@3"] or 0.0)
+    first_a, first_b = a[:num_points], b[:num_points]
+    pairs = torch.zeros(0, 2, dtype=torch.int64)
+    if described and ("rekd" in protocols or "homography" in protocols):
+        pairs = match(first_a, first_b).index
+    if "rekd" in protocols:
+        found["rekd.repeatability"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab)
+        found["rekd.points"] = (len(first_a) + len(first_b)) / 2
+        if described:
+            found |= {f"rekd.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, pairs).items()}
+            if bool(first_a.angle.any()):
+                kept = m.orientation_filter(first_a.angle, first_b.angle, pairs)
+                found |= {f"rekd*.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, kept).items()}
+    if "homography" in protocols and described:
+        found |= _homography(first_a.xy[pairs[:, 0]], first_b.xy[pairs[:, 1]], H_ab, size_a)
+    return found
+
+
+def _keynet(a: Features, b: Features, H_ab: Tensor, size_a, size_b, num_points: int, official: bool, described: bool):
+    back = torch.linalg.inv(H_ab)
+
+    def compare(xy_b: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, float | None]]:
+        chosen_a, chosen_b = m.keynet_points(a.xy, xy_b, H_ab, size_a, size_b, num_points=num_points, official=official)
+        there = xy_b[chosen_b]
+        in_a, scale = warp_points(there.double(), back), m.projected_scale(there, b.scale[chosen_b], back)
+        return chosen_a, chosen_b, in_a, m.keynet_repeatability(a.xy[chosen_a], a.scale[chosen_a], in_a, scale, official=official)
+
+    chosen_a, chosen_b, in_a, rep = compare(b.xy)
+    chance = compare(m.turned(b.xy, size_b))[3]
+    found = {f"keynet.{k}": v for k, v in rep.items()}
+    for name in ("SL", "L"):
+        found[f"chance.rep_{name}"] = m.above_chance(rep[f"rep_{name}"] or 0.0, chance[f"rep_{name}"] or 0.0)
+    if described:
+        pairs = match(a[chosen_a], b[chosen_b]).index
+        matching = m.keynet_matching(a.xy[chosen_a], in_a, pairs, int(rep["possible"] or 0))
+        found |= {f"keynet.{k}": v for k, v in matching.items()}
+    return found
+
+
+def _accuracy(a: Features, b: Features, H_ab: Tensor, pairs: Tensor) -> dict[str, float | None]:
+    return {"matches": len(pairs), **m.matching_accuracy(m.match_errors(a.xy, b.xy, H_ab, pairs))}
+
+
+def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, float | None]:
+    robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD)
+    found: dict[str, float | None] = {"homography.ok": float(robust.ok)}
+    plain = m.homography_dlt(xy_a, xy_b)
+    for name, H in (("error", robust.model), ("error_dlt", plain)):
+        error = math.inf if H is None else m.corner_error(H, H_ab, size_a)
+        found[f"homography.{name}"] = error if math.isfinite(error) else None
+    return found
+
+
+def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_points: int) -> dict[str, float | None]:
+    """Pose error in degrees by PoseLib and by OpenCV (180 = failed), number of matches."""
+    a, b = a[:num_points], b[:num_points]
+    pairs = match(a, b).index
+    xy_a, xy_b = a.xy[pairs[:, 0]], b.xy[pairs[:, 1]]
+    found: dict[str, float | None] = {"points_a": len(a), "points_b": len(b), "pose.matches": len(pairs)}
+    for backend in ("poselib", "opencv"):
+        pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD)
+        found[f"pose.error_{backend}"] = 180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
+    return found

@@ -1,0 +1,93 @@
+"""One photograph against itself: turned, resized (repeatability) and mirrored (bias), for any system."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import warp_image
+from ..image import ImageLike, load_image
+from ..matching import match
+from . import metrics as m
+from .bias import REACH
+from .pair import homography_metrics
+from .systems import System, as_features
+
+ROTATIONS = tuple(range(0, 360, 15))
+FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+
+
+def _moved(image: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
+    """The image moved by a linear map (2,2), on a canvas that holds all of it: new image and H (3,3)."""
+    h, w = image.shape[-2:]
+    corners = torch.tensor([[-0.5, -0.5], [w - 0.5, -0.5], [-0.5, h - 0.5], [w - 0.5, h - 0.5]], dtype=torch.float64)
+    mapped = corners @ M.T
+    low, high = mapped.amin(dim=0), mapped.amax(dim=0)
+    size = (high - low - 1e-6).ceil().clamp(min=1)
+    H = torch.eye(3, dtype=torch.float64)
+    H[:2, :2] = M
+    H[:2, 2] = -low - 0.5 + (size - (high - low)) / 2
+    return warp_image(image, H[None], (int(size[1]), int(size[0])), padding="reflection").clamp(0, 1), H
+
+
+def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
+    """Image (1,1,H,W) turned clockwise as seen, nothing cut off, mirrored content outside; and H to it."""
+    turn = math.radians(degrees)
+    c, s = math.cos(turn), math.sin(turn)
+    if degrees % 90 == 0:
+        c, s = round(c), round(s)
+    return _moved(image, torch.tensor([[c, -s], [s, c]], dtype=torch.float64))
+
+
+def rescaled(image: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """Image (1,1,H,W) resized by about ``factor`` with a low-pass before shrinking, and the exact H to it."""
+    h, w = image.shape[-2:]
+    size = max(1, round(h * factor)), max(1, round(w * factor))
+    sy, sx = size[0] / h, size[1] / w
+    resized = torch.nn.functional.interpolate(image, size=size, mode="bilinear", antialias=True).clamp(0, 1)
+    return resized, torch.tensor([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]], dtype=torch.float64)
+
+
+def sweep(detect: System, image: ImageLike, kind: str, values: Sequence[float], *, num_points: int = m.NUM_POINTS) -> list[dict[str, Any]]:
+    """Repeatability of one photograph against itself turned (``rotation``, degrees) or resized (``scale``, factors)."""
+    make = {"rotation": rotated, "scale": rescaled}[kind]
+    original = load_image(image)
+    size = (original.shape[-1], original.shape[-2])
+    a = as_features(detect(original), size)
+    rows = []
+    for value in values:
+        moved, H = make(original, value)
+        b = as_features(detect(moved), (moved.shape[-1], moved.shape[-2]))
+        numbers = homography_metrics(a, b, H, num_points=num_points, protocols=("mutual",))
+        if a.descriptors is not None and b.descriptors is not None:
+            pairs = match(a[:num_points], b[:num_points]).index
+            accuracy = m.matching_accuracy(m.match_errors(a.xy, b.xy, H, pairs))
+            numbers |= {"mma@3": accuracy["mma@3"], "matches": len(pairs)}
+        rows.append({"kind": kind, "value": value, "ok": True, "reason": "", "metrics": {**numbers, "points": len(b)}})
+    return rows
+
+
+def bias(detect: System, image: ImageLike, *, num_points: int = m.NUM_POINTS) -> list[dict[str, Any]]:
+    """Median displacement (dx, dy) in px between detections on an image and on its mirrored or turned copy, moved back.
+
+    A detector that answers everything at a constant offset shows twice that offset. None without paired points.
+    """
+    original = load_image(image)
+    h, w = original.shape[-2:]
+    a = as_features(detect(original), (w, h)).xy[:num_points].double()
+    rows = []
+    for kind, dims in (("mirror_x", (-1,)), ("mirror_y", (-2,)), ("rotation_180", (-2, -1))):
+        b = as_features(detect(original.flip(dims)), (w, h)).xy[:num_points].double()
+        for dim in dims:
+            b[:, 0 if dim == -1 else 1] = original.shape[dim] - 1 - b[:, 0 if dim == -1 else 1]
+        numbers: dict[str, float | None] = {"dx": None, "dy": None, "points": 0}
+        index_a, index_b, _ = m.mutual_nearest(a, b, REACH)
+        if len(index_a):
+            dx, dy = (a[index_a] - b[index_b]).median(dim=0).values.tolist()
+            numbers = {"dx": dx, "dy": dy, "points": len(index_a)}
+        rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
+    return rows
