@@ -1,6 +1,7 @@
 """Detection of 2048 points in a 640 x 480 image on one thread, against kornia's KeyNetDetector with the same weights.
 
-Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by stage.
+Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by stage; the convolutions of the
+network are timed by torch's profiler (self CPU time) and their operations counted, a multiplication and an addition being two.
 
     python benchmarks/speed.py [--image FILE] [--repeat 7] [--out FILE.json]
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
 from common import machine
 from tiepoints.extract import build
@@ -25,6 +27,15 @@ from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
 
 POINTS = 2048
+CONVOLUTIONS = "    of which convolutions"
+
+
+def convolutions(call: Callable[[], object]) -> tuple[float, float]:
+    """Milliseconds that one call spends in convolutions, and their GFLOP (strips that overlap and padded filters counted as computed)."""
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+        call()
+    found = [event for event in seen.key_averages() if "conv" in event.key]
+    return sum(event.self_cpu_time_total for event in found) / 1e3, sum(event.flops for event in found) / 1e9
 
 
 def main() -> None:
@@ -75,13 +86,27 @@ def main() -> None:
             started = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - started))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    profiled = [convolutions(network) for _ in range(args.repeat)]  # afterwards: the profiler slows the other stages down
+    medians: dict[str, float] = {}
+    for name, values in times.items():
+        medians[name] = statistics.median(values)
+        if calls[name] is network:
+            medians[CONVOLUTIONS] = statistics.median(milliseconds for milliseconds, _ in profiled)
+    gflop = profiled[0][1]
+    rate = 1000 * gflop / medians[CONVOLUTIONS]
     for name, value in medians.items():
-        print(f"{name:36s} {value:8.1f} ms")
+        print(f"{name:36s} {value:8.1f} ms" + (f", {gflop:.1f} GFLOP: {rate:.0f} GFLOP/s" if name == CONVOLUTIONS else ""))
     ratio = medians["kornia KeyNetDetector"] / medians["ours, detection"]
     print(f"kornia {kornia.__version__} / ours: {ratio:.2f}   ({len(keypoints)} points)")
     if args.out:
-        content = {"machine": machine(), "kornia": kornia.__version__, "milliseconds": medians, "ratio": ratio}
+        content = {
+            "machine": machine(),
+            "kornia": kornia.__version__,
+            "milliseconds": medians,
+            "ratio": ratio,
+            "GFLOP": gflop,
+            "GFLOP/s": rate,
+        }
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
