@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .descriptors.classical import RootSIFT
+from .descriptors.patchnets import PatchNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
 from .geometry import sample_at
@@ -31,12 +32,19 @@ NUM_POINTS = 5000
 MODES = ("default", "official")
 SCALES = ("one", "all")
 DETECTORS = ("keynet", "keynet-tiny")
-DESCRIPTORS = ("rootsift", "none")
+PATCH_NETS = ("hardnet", "hynet", "sosnet")
+DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
+#: What is taken where nobody chooses.
+DETECTOR, DESCRIPTOR = "keynet", "rootsift"
+PRECISIONS = ("auto", "float32", "bfloat16")
 #: Two points of different levels are the same one when nearer than this, in pixels of the finer level.
 DUPLICATE_DISTANCE = 3.0
 #: Duplicates and masks cost points, so each level offers this much more than its budget.
 SPARE = 2.0
-DESCRIBE_CHUNK = 2048
+#: Rows of distances between points held at a time.
+BLOCK = 2048
+#: Patches described at a time: their maps stay in a processor's cache, and memory is bounded.
+DESCRIBE_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -191,7 +199,7 @@ def _duplicates(points: Keypoints, level_of: Tensor, scales: list[float]) -> Ten
         a, b = (level_of == fine).nonzero()[:, 0], (level_of > fine).nonzero()[:, 0]
         if not len(a) or not len(b):
             continue
-        for part in b.split(DESCRIBE_CHUNK):  # blocks bound the memory
+        for part in b.split(BLOCK):  # blocks bound the memory
             near_b, near_a = (torch.cdist(points.xy[part], points.xy[a]) < DUPLICATE_DISTANCE * scale).nonzero(as_tuple=True)
             stronger = points.score[part[near_b]] > points.score[a[near_a]]
             drop[a[near_a[stronger]]] = True
@@ -227,16 +235,8 @@ class PatchDescriptor:
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """Descriptors (N,D) of the points of image ``index`` of the batch."""
         with torch.inference_mode():
-            if not len(keypoints):
-                patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
-                return self.net(patches)
-            chunks = torch.arange(len(keypoints), device=keypoints.xy.device).split(DESCRIBE_CHUNK)
-            return torch.cat(
-                [
-                    self.net(extract_patches(pyramid, keypoints[part], index=index, half_side=self.half_side))
-                    for part in chunks
-                ]
-            )
+            patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
+            return torch.cat([self.net(part) for part in patches.split(DESCRIBE_CHUNK)])
 
 
 class Extractor:
@@ -329,12 +329,43 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
 
 
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes it faster than float32, which many processors only emulate.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def describer(
+    descriptor: str | nn.Module | None, *, device: torch.device | str = "cpu", precision: str = "auto"
+) -> PatchDescriptor | None:
+    """A descriptor of points by name, or around a network patches -> (N,D); arguments as ``build``."""
+    device = torch.device(device)
+    if descriptor is None or descriptor == "none":
+        return None
+    dtype = choose_precision(precision, device)
+    if descriptor == "rootsift":
+        return PatchDescriptor(RootSIFT().to(device))
+    net = load(descriptor) if isinstance(descriptor, str) else descriptor.eval()
+    return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device))
+
+
 def build(
-    detector: str | nn.Module = "keynet",
-    descriptor: str | None = "rootsift",
+    detector: str | nn.Module = DETECTOR,
+    descriptor: str | nn.Module | None = DESCRIPTOR,
     *,
     single_scale: bool = False,
     device: str = "auto",
+    precision: str = "auto",
     settings: ExtractSettings | None = None,
     **options,
 ) -> Extractor:
@@ -342,16 +373,18 @@ def build(
 
     Args:
         detector: ``keynet``, ``keynet-tiny`` (embedded weights), or a network image -> score map.
-        descriptor: ``rootsift``, or ``none`` / None.
+        descriptor: ``hardnet``, ``hynet``, ``sosnet`` (embedded weights), ``rootsift``, a network patches -> (N,D), or
+            ``none`` / None.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         device: ``auto``, ``cpu``, ``cuda``, ...
+        precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto`` (the faster of the two).
         settings, options: ``ExtractSettings``, or its fields.
 
     Raises:
         ValueError: an unknown name or option value.
     """
-    if descriptor is not None and descriptor not in DESCRIPTORS:
-        raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}; got {descriptor!r}")
+    if isinstance(descriptor, str) and descriptor not in DESCRIPTORS:
+        raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}; or a network; got {descriptor!r}")
     if isinstance(detector, str) and detector not in DETECTORS:
         raise ValueError(f"detector must be one of {', '.join(DETECTORS)} or a network; got {detector!r}")
     chosen = replace(settings or ExtractSettings(), **options)
@@ -360,7 +393,7 @@ def build(
     where = choose_device(device)
     net = load(detector) if isinstance(detector, str) else detector.eval()
     runner = (net.fused() if isinstance(net, KeyNet) else net).to(where)
-    describe = PatchDescriptor(RootSIFT().to(where)) if descriptor == "rootsift" else None
+    describe = describer(descriptor, device=where, precision=precision)
     detect: Callable[..., list[Keypoints]]
     if isinstance(net, LegacyKeyNet) and chosen.mode == "official":
         detect = LegacyDetector(

@@ -15,14 +15,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
+from .descriptors.patchnets import HardNet, HyNet, SOSNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyKeyNet
 from .errors import WeightsError
 
 DATA = Path(__file__).parent / "data"
-NETWORKS: dict[str, type[nn.Module]] = {"KeyNet": KeyNet, "LegacyKeyNet": LegacyKeyNet}
+NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, HardNet, HyNet, SOSNet)}
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -35,9 +36,17 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None) -> None:
-    """Write a network's weights with its class, settings and ``facts`` as one safetensors file (atomically)."""
+def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None, *, half: bool = False) -> None:
+    """Write a network's weights with its class, settings and ``facts`` as one safetensors file (atomically).
+
+    With ``half`` the filters are stored in half precision; ``load`` gives float32 all the same.
+    """
     path = Path(path)
+
+    def stored(value: Tensor) -> Tensor:
+        value = value.detach().cpu().contiguous()
+        return value.half() if half and value.ndim == 4 else value
+
     header = {
         "network": type(net).__name__,
         "settings": json.dumps(net.settings),
@@ -48,7 +57,7 @@ def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None) 
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         # bytes through an ordinary file: save_file makes one that only its owner may read
-        beside.write_bytes(to_bytes({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, metadata=header))
+        beside.write_bytes(to_bytes({k: stored(v) for k, v in net.state_dict().items()}, metadata=header))
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

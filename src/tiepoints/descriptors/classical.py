@@ -1,6 +1,6 @@
-"""Descriptors without learned weights: RootSIFT of a patch (Lowe 2004; Arandjelovic and Zisserman 2012).
+"""Descriptors without learned weights: RootSIFT of a patch (Lowe 2004; Arandjelovic and Zisserman 2012), and its raw pixels.
 
-In: patches (N,1,P,P) in [0,1]. Out: (N,128), unit length.
+In: patches (N,1,P,P) in [0,1]. Out: (N,D), unit length.
 
 A patch is divided into 4 x 4 cells with 8 directions of gradient each; every pixel votes with its gradient magnitude
 under a Gaussian window, shared between neighbouring cells and directions. The histogram is normalised, cut at 0.2,
@@ -57,3 +57,23 @@ class RootSIFT(nn.Module):
         histogram = cells.permute(0, 2, 3, 1).flatten(1) + 1e-12
         histogram = F.normalize(histogram, dim=1).clamp(max=CLIP)
         return torch.sqrt(F.normalize(histogram, p=1, dim=1))
+
+
+class RawPatch(nn.Module):
+    """The pixels themselves, mean taken off: their dot product is normalised cross-correlation. What learning must beat.
+
+    Args:
+        size: side to which patches are reduced first, by whole blocks; the result has ``size * size`` numbers.
+    """
+
+    def __init__(self, size: int = 16):
+        super().__init__()
+        self.size = size
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N,1,P,P), P a multiple of ``size`` -> (N,size*size); a flat patch gives the uniform descriptor."""
+        side = patches.shape[-1]
+        if patches.ndim != 4 or patches.shape[1:] != (1, side, side) or side % self.size:
+            raise ValueError(f"patches must be (N,1,P,P) with P a multiple of {self.size}, got {tuple(patches.shape)}")
+        pixels = F.avg_pool2d(patches, side // self.size).flatten(1)
+        return F.normalize(pixels - pixels.mean(dim=1, keepdim=True) + 1e-10, dim=1, eps=1e-20)

@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..descriptors.classical import RootSIFT
+from ..descriptors.classical import RawPatch
 from ..detectors.external import EXTERNAL_SYSTEMS, external_system
 from ..detectors.opencv import OPENCV_SYSTEMS, opencv_detect
 from ..errors import DataError
-from ..extract import PatchDescriptor, build
+from ..extract import DESCRIPTOR, DESCRIPTORS, PatchDescriptor, build, describer
 from ..formats.npy import read_features
 from ..image import ImageLike, load_image
 from ..importers import load_official
@@ -36,6 +36,8 @@ System: TypeAlias = Callable[[ImageLike], Features]
 OURS = ("keynet", "keynet-tiny")
 #: They never look at the image. What they score is what a measure gives for nothing.
 CONTROLS = ("random", "lattice")
+#: What may stand behind the plus sign of a system's name.
+PATCH_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
 #: Points a system hands over for each point that is compared: the common area is chosen first, the strongest after it.
 SPARE = 5
@@ -57,8 +59,9 @@ class Options:
 
 
 def system(name: str, options: Options | None = None) -> System:
-    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+rootsift`` for described patches instead of its own descriptors.
+    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` for described patches instead of its own descriptors.
 
+    DESCRIPTOR is one of ``PATCH_DESCRIPTORS`` or a weights file of ours.
     DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
     extraction, ``NAME@all`` for a place at all its scales), a
     folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
@@ -69,8 +72,8 @@ def system(name: str, options: Options | None = None) -> System:
     """
     options = options or Options()
     detector, _, descriptor = name.partition("+")
-    if descriptor not in ("", "rootsift", "none"):
-        raise ValueError(f"descriptor must be rootsift or none, got {descriptor!r} in {name!r}")
+    if descriptor and descriptor not in PATCH_DESCRIPTORS and not Path(descriptor).is_file():
+        raise ValueError(f"descriptor must be {', '.join(PATCH_DESCRIPTORS)} or a weights file, got {descriptor!r} in {name!r}")
     make: System
     if detector in CONTROLS:
         make = _control(detector, options)
@@ -79,14 +82,14 @@ def system(name: str, options: Options | None = None) -> System:
     elif detector in EXTERNAL_SYSTEMS:
         make = external_system(detector, num_points=options.num_points, device=options.device)
     elif detector.split("@")[0] in OURS or (Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))):
-        return _ours(detector, descriptor or "rootsift", options)
+        return _ours(detector, descriptor or DESCRIPTOR, options)
     elif Path(detector).exists():
         make = from_disk(detector)
     else:
         raise ValueError(f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
     if descriptor == "none":
         return _without_descriptors(make)
-    return _with_patches(make) if descriptor == "rootsift" else make
+    return _with_patches(make, descriptor, options) if descriptor else make
 
 
 def _ours(name: str, descriptor: str, options: Options) -> System:
@@ -98,9 +101,16 @@ def _ours(name: str, descriptor: str, options: Options) -> System:
         net = load(file) if file.endswith(".safetensors") else load_official(Path(file))
     choice: dict[str, Any] = {"official": {"mode": "official"}, "all": {"scales": "all"}}.get(mode, {})
     extract = build(
-        net, descriptor, single_scale=options.single_scale, device=options.device, num_points=options.num_points, **choice
+        net, _network(descriptor), single_scale=options.single_scale, device=options.device, num_points=options.num_points, **choice
     ).extract
     return lambda image: _strongest_first(extract(image))  # the published extraction goes level by level
+
+
+def _network(descriptor: str) -> str | nn.Module:
+    """What ``build`` takes for a descriptor of an evaluation: a name of its own, or a network."""
+    if descriptor in DESCRIPTORS:
+        return descriptor
+    return RawPatch() if descriptor == "raw" else load(descriptor)
 
 
 def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) -> Features:
@@ -120,13 +130,14 @@ def _opencv(name: str, options: Options) -> System:
     return run
 
 
-def _with_patches(make: System) -> System:
-    describe = PatchDescriptor(RootSIFT())
+def _with_patches(make: System, descriptor: str, options: Options) -> System:
+    describe = describer(_network(descriptor), device=options.device)
+    assert isinstance(describe, PatchDescriptor)
 
     def run(source: ImageLike) -> Features:
         found = make(source)
-        pyramid = build_pyramid(load_image(source))
-        return replace(found, descriptors=describe(pyramid, found.keypoints, 0))
+        pyramid = build_pyramid(load_image(source).to(options.device))
+        return replace(found, descriptors=describe(pyramid, found.keypoints.to(options.device), 0).cpu())
 
     return run
 

@@ -40,8 +40,10 @@ class FitSettings:
         steps: optimiser steps; where 0, ``minutes`` decides after timing the first steps.
         minutes: time to train for, used where ``steps`` is 0.
         batch_size: pairs a step, over all devices.
-        learning_rate: peak of Adam's learning rate.
-        warmup: steps of linear rise to it; then it falls along a cosine to ``final_rate`` times the peak.
+        optimiser: ``adam``, or ``sgd`` with momentum and dampening 0.9 (HardNet's).
+        learning_rate: peak of the learning rate.
+        warmup: steps of linear rise to it; then it falls to ``final_rate`` times the peak.
+        decay: how it falls: ``cosine`` or ``linear``.
         weight_decay: L2 term added to the gradient.
         clip: largest norm of the gradient; 0 = unlimited.
         average: decay of the running average of the weights that is validated and kept; 0 = none.
@@ -55,8 +57,10 @@ class FitSettings:
     steps: int = 0
     minutes: float = 30.0
     batch_size: int = 8
+    optimiser: str = "adam"
     learning_rate: float = 3e-3
     warmup: int = 50
+    decay: str = "cosine"
     final_rate: float = 0.02
     weight_decay: float = 1e-5
     clip: float = 1.0
@@ -66,6 +70,12 @@ class FitSettings:
     seed: int = 0
     workers: int = 1
     precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        if self.optimiser not in ("adam", "sgd"):
+            raise ValueError(f"optimiser must be adam or sgd, got {self.optimiser!r}")
+        if self.decay not in ("cosine", "linear"):
+            raise ValueError(f"decay must be cosine or linear, got {self.decay!r}")
 
 
 @dataclass
@@ -92,12 +102,21 @@ class _FromStep(Sampler[int]):
 
 
 def learning_rate_at(step: int, total: int, settings: FitSettings) -> float:
-    """Linear warm-up, then half a cosine down to ``final_rate`` times the peak."""
+    """Linear warm-up, then half a cosine or a straight line down to ``final_rate`` times the peak."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
+    left = 1 - done if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     low = settings.final_rate
-    return settings.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+    return settings.learning_rate * (low + (1 - low) * left)
+
+
+def _optimiser(net: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    if settings.optimiser == "sgd":
+        return torch.optim.SGD(
+            net.parameters(), lr=settings.learning_rate, momentum=0.9, dampening=0.9, weight_decay=settings.weight_decay
+        )
+    return torch.optim.Adam(net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def save_atomically(state: Any, path: Path) -> None:
@@ -177,6 +196,7 @@ def fit(
     device: str = "auto",
     devices: int = 1,
     progress: bool = True,
+    score_name: str = "repeatability",
     extra: Mapping[str, Any] | None = None,
     on_best: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
 ) -> FitResult:
@@ -191,6 +211,7 @@ def fit(
         checkpoint: where the state of the training is kept (atomically).
         log_dir: folder for ``log.csv`` and TensorBoard files; none = no logs.
         resume: go on from ``checkpoint`` if it is there.
+        score_name: what ``validate`` gives, for the log.
         device, devices: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, and how many.
         extra: stored in the checkpoint, checked when resuming.
         on_best: called with state dict and facts each time the validation improves.
@@ -206,8 +227,7 @@ def fit(
     share = settings.batch_size // fabric.world_size
     main = fabric.is_global_zero
 
-    optimiser = torch.optim.Adam(net.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    wrapped, optimiser = fabric.setup(net, optimiser)
+    wrapped, optimiser = fabric.setup(net, _optimiser(net, settings))
     average = RunningAverage(net, settings.average) if settings.average else None
     step, total, spent, best, best_step = 0, settings.steps, 0.0, -math.inf, 0
     best_state: dict[str, Tensor] = {}
@@ -313,7 +333,7 @@ def fit(
                 bar.total = total
             if total and (step % settings.validate_every == 0 or step == total):
                 score = check()
-                row = {"step": step, "loss": recent, "repeatability": score, "learning_rate": rate,
+                row = {"step": step, "loss": recent, score_name: score, "learning_rate": rate,
                        "seconds": round(spent + time.monotonic() - started, 1), **numbers}  # fmt: skip
                 row["loss"] = recent
                 rows.append(row)
@@ -321,8 +341,8 @@ def fit(
                 if score >= best:
                     best, best_step, best_state = score, step, current()
                     if on_best is not None and main:
-                        on_best(best_state, {"step": step, "repeatability": score, "seconds": row["seconds"]})
-            bar.set_postfix(loss=f"{recent:.0f}", repeatability=f"{max(best, 0):.3f}", refresh=False)
+                        on_best(best_state, {"step": step, score_name: score, "seconds": row["seconds"]})
+            bar.set_postfix({"loss": f"{recent:.4g}", score_name: f"{max(best, 0):.3f}"}, refresh=False)
             bar.update(1)
             if total and (time.monotonic() - saved > settings.save_every or step == total):
                 save()

@@ -1,4 +1,4 @@
-"""Losses for detectors: the index-proposal layer and the multi-scale index-proposal loss (M-SIP).
+"""Losses: the multi-scale index-proposal loss (M-SIP) of detectors; triplet, second order and hybrid losses of descriptors.
 
 Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses the same loss with other window weights. Where paper
 and published code disagree (docs/training.md lists it) the code is followed, because it made the published weights.
@@ -223,3 +223,143 @@ def msip_loss(
         total = total + weight * loss
     numbers["loss"] = total.item()
     return total, numbers
+
+
+# Descriptors ------------------------------------------------------------------------------------------------------------
+
+#: Entries nearer than this are taken for the same point seen twice, not for a negative (HardNet, HyNet: published code).
+SAME_POINT = 0.008
+#: Larger than any distance of unit vectors: what is no candidate for the nearest negative.
+FAR = 10.0
+
+
+def pairwise_distances(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
+    """Distances (N,M) of unit vectors (N,D) and (M,D): ``sqrt(|a|^2 + |b|^2 - 2 a b + eps)``, never below sqrt(eps)."""
+    squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None] - 2 * a @ b.T
+    return (squared.clamp(min=0) + eps).sqrt()
+
+
+def _check_pairs(anchor: Tensor, positive: Tensor) -> None:
+    if anchor.ndim != 2 or anchor.shape != positive.shape:
+        raise ValueError(f"descriptors must be two (N,D) of one shape, got {tuple(anchor.shape)} and {tuple(positive.shape)}")
+    if len(anchor) < 2:
+        raise ValueError("a batch needs at least two pairs: the negatives of one are the others")
+
+
+def _negatives(distances: Tensor) -> Tensor:
+    """(N,N) distances with the pairs themselves and suspected repetitions of one point put far away."""
+    same = torch.eye(len(distances), dtype=torch.bool, device=distances.device) | (distances.detach() < SAME_POINT)
+    return distances + FAR * same
+
+
+def hardest_negatives(anchor: Tensor, positive: Tensor, *, within: bool = False) -> tuple[Tensor, Tensor]:
+    """Distances (N,) of each pair and to its nearest negative, from either side (anchor swap).
+
+    ``within`` also searches among the anchors and among the positives (SOSNet, HyNet).
+    """
+    across = pairwise_distances(anchor, positive)
+    negatives = _negatives(across)
+    nearest = torch.minimum(negatives.amin(dim=1), negatives.amin(dim=0))
+    if within:
+        for side in (anchor, positive):
+            nearest = torch.minimum(nearest, _negatives(pairwise_distances(side, side)).amin(dim=1))
+    return across.diagonal(), nearest
+
+
+def hardnet_loss(
+    anchor: Tensor, positive: Tensor, *, margin: float = 1.0, anchor_swap: bool = True
+) -> tuple[Tensor, dict[str, float]]:
+    """HardNet's triplet loss with the hardest negative of the batch (Mishchuk et al. 2017, equation 1).
+
+    ``mean max(0, margin + d_pos - d_neg)``.
+
+    Args:
+        anchor, positive: (N,D) unit descriptors, N >= 2; row i of both shows the same place.
+        margin: wanted difference of the distances.
+        anchor_swap: the negative is the nearer of those to the anchor and to the positive.
+
+    Returns:
+        scalar and the numbers ``loss, positive, negative`` (mean distances).
+    """
+    _check_pairs(anchor, positive)
+    if anchor_swap:
+        near, far = hardest_negatives(anchor, positive)
+    else:
+        across = pairwise_distances(anchor, positive)
+        near, far = across.diagonal(), _negatives(across).amin(dim=1)
+    loss = (margin + near - far).clamp(min=0).mean()
+    return loss, {"loss": loss.item(), "positive": near.mean().item(), "negative": far.mean().item()}
+
+
+def nearest_neighbours(distances: Tensor, k: int) -> Tensor:
+    """Which of the others are among the ``k`` nearest of each row: (N,N) bool; the diagonal is left out."""
+    blocked = distances.detach() + FAR * torch.eye(len(distances), device=distances.device)
+    index = blocked.topk(min(k, len(distances) - 1), dim=1, largest=False).indices
+    return torch.zeros_like(blocked, dtype=torch.bool).scatter_(1, index, True)
+
+
+def second_order_term(anchor: Tensor, positive: Tensor, *, neighbours: int = 8) -> Tensor:
+    """SOSNet's second order similarity (Tian et al. 2019, equation 5): distances among anchors equal those among positives.
+
+    ``mean_i sqrt(sum_j A_ij (|a_i - a_j| - |p_i - p_j|)^2 + 1e-6)`` with A the union, made symmetric, of the ``neighbours``
+    nearest within the anchors, within the positives and across.
+    """
+    left, right = pairwise_distances(anchor, anchor), pairwise_distances(positive, positive)
+    across = pairwise_distances(anchor, positive)
+    graph = nearest_neighbours(left, neighbours) | nearest_neighbours(right, neighbours) | nearest_neighbours(across, neighbours)
+    graph = graph | graph.T
+    return ((left - right).square() * graph).sum(dim=1).add(1e-6).sqrt().mean()
+
+
+def sosnet_loss(
+    anchor: Tensor, positive: Tensor, *, margin: float = 1.0, neighbours: int = 8, second_order: float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """SOSNet's loss: squared hinge on the hardest negative of four sets, and ``second_order`` times that term.
+
+    Means over the batch, where the published code sums. Arguments and result as ``hardnet_loss``.
+    """
+    _check_pairs(anchor, positive)
+    near, far = hardest_negatives(anchor, positive, within=True)
+    first = (margin + near - far).clamp(min=0).square().mean()
+    second = second_order_term(anchor, positive, neighbours=neighbours)
+    loss = first + second_order * second
+    return loss, {
+        "loss": loss.item(), "first": first.item(), "second": second.item(),
+        "positive": near.mean().item(), "negative": far.mean().item(),
+    }  # fmt: skip
+
+
+def hynet_loss(
+    raw_anchor: Tensor,
+    raw_positive: Tensor,
+    *,
+    margin: float = 1.2,
+    alpha: float = 2.0,
+    length: float = 0.1,
+    second_order: float = 0.0,
+) -> tuple[Tensor, dict[str, float]]:
+    """HyNet's triplet on the hybrid similarity, and its regularisation of the lengths (Tian et al. 2020, 3.2 and 3.3).
+
+    A distance d counts as ``d + alpha d^2 / 2``: of d alone the gradient is too strong for near pairs, of the inner product
+    too weak. ``mean max(0, margin + s_pos - s_neg) + length mean (|x_a| - |x_p|)^2``; the published code sums.
+
+    Args:
+        raw_anchor, raw_positive: (N,D) descriptors before their length is set to 1, N >= 2.
+        second_order: weight of SOSNet's term, which the paper tries and leaves out.
+
+    Returns:
+        scalar and numbers, as ``hardnet_loss``.
+    """
+    _check_pairs(raw_anchor, raw_positive)
+    lengths = [(x.square().sum(dim=1) + 1e-6).sqrt() for x in (raw_anchor, raw_positive)]
+    anchor, positive = (x / norm[:, None] for x, norm in zip((raw_anchor, raw_positive), lengths, strict=True))
+    near, far = hardest_negatives(anchor, positive, within=True)
+    hinge = (margin + (near + alpha / 2 * near.square()) - (far + alpha / 2 * far.square())).clamp(min=0).mean()
+    drift = (lengths[0] - lengths[1]).square().mean()
+    loss = hinge + length * drift
+    numbers = {"hinge": hinge.item(), "drift": drift.item(), "positive": near.mean().item(), "negative": far.mean().item()}
+    if second_order:
+        second = second_order_term(anchor, positive)
+        loss = loss + second_order * second
+        numbers["second"] = second.item()
+    return loss, {"loss": loss.item(), **numbers}

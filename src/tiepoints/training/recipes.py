@@ -13,14 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..descriptors.patchnets import HardNet, HyNet, PatchNet, SOSNet
 from ..detectors.keynet import KeyNet
+from ..errors import WeightsError
 from ..evaluation.bias import constant_offset
 from ..evaluation.metrics import mutual_matches
+from ..extract import ExtractSettings, ScoreMapDetector
 from ..keypoints import detect_peaks
-from ..weights import save
+from ..pyramid import build_pyramid
+from ..weights import load, save
 from .loop import FitResult, FitSettings, fit
-from .losses import msip_loss
+from .losses import hardnet_loss, hynet_loss, msip_loss, sosnet_loss
 from .pairs import PairFile
+from .patchdata import PatchPairs, matching_checks, matching_score, peaks_of
+from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from .synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
 
 #: Validation: pairs of held-out photographs, their side and seed, and how many points of each are compared.
@@ -107,6 +113,38 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
     return float(np.mean(scores)) if scores else 0.0
 
 
+def _place(out: str | Path) -> Path:
+    """Where the weights go.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+    """
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into")
+    return out
+
+
+def _given(overrides: dict[str, Any]) -> dict[str, Any]:
+    """What the caller chose himself; minutes count only where the preset's steps do not."""
+    given = {k: v for k, v in overrides.items() if v is not None}
+    if given.get("minutes") is not None and "steps" not in given:
+        given["steps"] = 0
+    return given
+
+
+def _photographs(images: str | Path, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
+    """Photographs to train on and to validate on; what cannot be used is named."""
+    photos, refused = usable_photos(list_photos(images))
+    for line in refused[:10]:
+        say(f"left out: {line}")
+    if len(refused) > 10:
+        say(f"left out: {len(refused) - 10} more images")
+    training, held_out = split_photos(photos)
+    say(f"{len(training)} photographs to train on, {len(held_out)} to validate on")
+    return training, held_out
+
+
 def train_keynet(
     model: str,
     images: str | Path,
@@ -139,25 +177,15 @@ def train_keynet(
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
     if preset not in RECIPES:
         raise ValueError(f"preset must be one of {', '.join(RECIPES)}; got {preset!r}")
-    out = Path(out)
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {out.parent} to write {out.name} into")
+    out = _place(out)
     recipe = RECIPES[preset]
-    given = {k: v for k, v in overrides.items() if v is not None}
-    if given.get("minutes") is not None and "steps" not in given:
-        given["steps"] = 0
+    given = _given(overrides)
     if model == "keynet-tiny" and "learning_rate" not in given:
         given["learning_rate"] = TINY_LEARNING_RATE if preset != "paper" else recipe.fit.learning_rate
     schedule = dataclasses.replace(recipe.fit, **given)
     pair_settings = PRESETS[recipe.pairs]
 
-    photos, refused = usable_photos(list_photos(images))
-    for line in refused[:10]:
-        say(f"left out: {line}")
-    if len(refused) > 10:
-        say(f"left out: {len(refused) - 10} more images")
-    training, held_out = split_photos(photos)
-    say(f"{len(training)} photographs to train on, {len(held_out)} to validate on")
+    training, held_out = _photographs(images, say)
 
     def make_batches(length: int) -> Dataset:
         if pairs is not None:
@@ -193,7 +221,7 @@ def train_keynet(
         save(best, out, {"model": model, "preset": preset, "schedule": asdict(schedule), **facts})
 
     # Which photographs took part is part of the training's identity: resuming on others would silently mix two.
-    extra = {"model": model, "preset": preset, "photos": len(photos), "pairs": str(pairs or "")}
+    extra = {"model": model, "preset": preset, "photos": len(training) + len(held_out), "pairs": str(pairs or "")}
     result = fit(
         net,
         make_batches,
@@ -212,3 +240,179 @@ def train_keynet(
     if result.best <= 0:
         say("the network scores nothing on the held-out photographs; train again with another --seed or a lower --learning-rate")
     return result
+
+
+@dataclass(frozen=True)
+class PatchRecipe:
+    """How a patch descriptor is trained.
+
+    Attributes:
+        fit: schedule; ``batch_size`` counts views of ``PatchSettings.per_view`` pairs each, of ``PatchBatches`` whole batches.
+        dropout: of the network, before its last convolution.
+        pairs, augment: of ``PatchBatches``, where published patches are trained on.
+    """
+
+    fit: FitSettings
+    dropout: float = 0.1
+    pairs: int = 1024
+    augment: str = "fliprot"
+
+
+DESCRIPTORS: dict[str, type[PatchNet]] = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
+#: Eight views of 48 pairs a step: 384 pairs, each with 47 negatives of its own view.
+PATCH_FIT = FitSettings(batch_size=8, learning_rate=2e-3, warmup=30, clip=0.0, average=0.99, validate_every=100)
+#: One item is a whole batch of published patches. HardNet: 10 epochs of 5 million pairs, SGD from 10 (sic) along a line to 0.
+_HARDNET = FitSettings(
+    steps=48_830, batch_size=1, optimiser="sgd", learning_rate=10.0, warmup=0, decay="linear", final_rate=0.0, weight_decay=1e-4,
+    clip=0.0, average=0.0, validate_every=2_000,
+)  # fmt: skip
+#: 200 epochs of Liberty, Adam at a constant rate. SOSNet's authors published no training; HyNet's repository has its loss.
+_HYNET = FitSettings(
+    steps=88_000, batch_size=1, learning_rate=1e-2, warmup=0, final_rate=1.0, weight_decay=0.0, clip=0.0, average=0.0, validate_every=2_000
+)
+PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
+    "default": dict.fromkeys(DESCRIPTORS, PatchRecipe(PATCH_FIT)),
+    "quick": dict.fromkeys(DESCRIPTORS, PatchRecipe(dataclasses.replace(PATCH_FIT, steps=100, validate_every=50))),
+    "paper": {
+        "hardnet": PatchRecipe(_HARDNET, dropout=0.3),
+        "hynet": PatchRecipe(_HYNET, dropout=0.3, pairs=512, augment="turns"),
+        "sosnet": PatchRecipe(_HYNET, dropout=0.1, pairs=512, augment="turns"),
+    },
+}
+#: Validation: pairs of views of held-out photographs, their side, and points looked for in each.
+MATCHING_PAIRS = 24
+MATCHING_SIZE = 320
+MATCHING_POINTS = 200
+
+
+def descriptor_loss(model: str, net: nn.Module, anchor: Tensor, positive: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """The published loss of ``model`` on patches (N,1,P,P) of N places, both views passed through the net at once."""
+    both = torch.cat([anchor, positive])
+    if model == "hynet":
+        return hynet_loss(*net(both, raw=True).float().chunk(2))
+    return (sosnet_loss if model == "sosnet" else hardnet_loss)(*net(both).float().chunk(2))
+
+
+def open_patches(folder: str | Path) -> list[PatchSet]:
+    """Published patches of a folder: a PhotoTour set, a folder of such sets, or HPatches' sequences.
+
+    Raises:
+        FileNotFoundError, DataError: see ``patchsets``.
+    """
+    folder = Path(folder)
+    if (folder / "info.txt").is_file():
+        return [open_phototour(folder)]
+    tours = sorted(path.parent for path in folder.glob("*/info.txt"))
+    return [open_phototour(tour) for tour in tours] if tours else open_hpatches(folder)
+
+
+def train_descriptor(
+    model: str,
+    images: str | Path,
+    out: str | Path,
+    *,
+    preset: str = "default",
+    patches: str | Path | None = None,
+    init: str | Path | None = None,
+    device: str = "auto",
+    devices: int = 1,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    **overrides: Any,
+) -> FitResult:
+    """Train ``hardnet``, ``hynet`` or ``sosnet`` on a folder of images and write the weights that validated best to ``out``.
+
+    Arguments, files and guarantees as ``train_keynet``. Validation: the part of repeated Key.Net points of held-out views that
+    mutual nearest descriptors match rightly.
+
+    Args:
+        preset: ``default``, ``quick``, or ``paper``: the published schedule, on published patches alone.
+        patches: folder of PhotoTour or HPatches patches to train on; ``images`` then serve to validate.
+        init: weights to start from (a name or a file): those of the same layers are taken over.
+
+    Raises:
+        FileNotFoundError, DataError: no folder, or fewer than two usable images.
+        ValueError: unknown model or preset.
+        WeightsError: ``init`` names no weights, or weights without such layers.
+    """
+    if model not in DESCRIPTORS:
+        raise ValueError(f"model must be one of {', '.join(DESCRIPTORS)}; got {model!r}")
+    if preset not in PATCH_RECIPES:
+        raise ValueError(f"preset must be one of {', '.join(PATCH_RECIPES)}; got {preset!r}")
+    if preset == "paper" and patches is None:
+        raise ValueError("the paper preset trains on published patches; name a folder of PhotoTour or HPatches patches")
+    out = _place(out)
+    recipe = PATCH_RECIPES[preset][model]
+    if patches is not None and preset != "paper":
+        recipe = dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, batch_size=1))
+    schedule = dataclasses.replace(recipe.fit, **_given(overrides))
+    training, held_out = _photographs(images, say)
+    sets = None if patches is None else open_patches(patches)
+    finder = load("keynet-tiny").fused()  # type: ignore[operator]
+
+    def make_batches(length: int) -> Dataset:
+        if sets is not None:
+            return PatchBatches(sets, batch=recipe.pairs, length=length, seed=schedule.seed, augment=recipe.augment)
+        return PatchPairs(training, peaks_of(finder), seed=schedule.seed, length=length)
+
+    make_batches(1)[0]  # a folder without any texture is found out before the training starts
+    detector = ScoreMapDetector(load("keynet").fused(), ExtractSettings(num_points=MATCHING_POINTS))  # type: ignore[operator]
+    checks = matching_checks(
+        held_out,
+        lambda image: detector(build_pyramid(image))[0],
+        views=dataclasses.replace(PRESETS["patches"], size=MATCHING_SIZE),
+        seed=VALIDATION_SEED,
+        count=MATCHING_PAIRS,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(schedule.seed)
+        net = DESCRIPTORS[model](dropout=recipe.dropout)
+    if init is not None:
+        say(f"{take_over(net, load(init), str(init))} tensors taken over from {init}")
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        anchor, positive = (batch[k].flatten(0, 1).contiguous(memory_format=torch.channels_last) for k in ("anchor", "positive"))
+        return descriptor_loss(model, network, anchor, positive)
+
+    def validate(network: nn.Module) -> float:
+        where = next(network.parameters()).device
+        return matching_score(lambda patches: network(patches.to(where)).float().cpu(), checks)
+
+    def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        best = DESCRIPTORS[model](dropout=recipe.dropout)
+        best.load_state_dict(state)
+        save(best, out, {**told, "schedule": asdict(schedule), **facts}, half=True)
+
+    told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": str(init or "")}
+    return fit(
+        net,
+        make_batches,
+        loss,
+        validate,
+        schedule,
+        out.with_name(out.name + ".checkpoint"),
+        log_dir=out.with_name(out.name + ".log"),
+        resume=resume,
+        device=device,
+        devices=devices,
+        progress=progress,
+        score_name="matching",
+        extra={**told, "photos": len(training) + len(held_out)},
+        on_best=keep,
+    )
+
+
+def take_over(net: nn.Module, source: nn.Module, name: str) -> int:
+    """Copy every tensor of ``source`` that ``net`` has by the same name and shape; returns their number.
+
+    Raises:
+        WeightsError: there is none.
+    """
+    mine, theirs = net.state_dict(), source.state_dict()
+    common = {k: v for k, v in theirs.items() if k in mine and mine[k].shape == v.shape}
+    if not common:
+        raise WeightsError(f"weights {name} have no layer in common with a {type(net).__name__}; start from a patch descriptor's")
+    net.load_state_dict({**mine, **common})
+    return len(common)

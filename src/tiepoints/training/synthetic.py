@@ -44,7 +44,7 @@ class PairSettings:
     Attributes:
         size: side of the square windows.
         scale: range of the size of things in b over their size in a, drawn log-uniformly.
-        rotation: largest rotation to either side.
+        rotation: largest rotation to either side; ``rotation_power`` > 1 makes small ones more frequent.
         skew: largest skew to either side; ``skew_power`` > 1 makes small ones more frequent.
         perspective: largest relative change of scale between window centre and edge.
         jitter: largest shift of the window centre of b.
@@ -60,6 +60,7 @@ class PairSettings:
     rotation: float = 60.0
     skew: float = 0.8
     skew_power: float = 1.0
+    rotation_power: float = 1.0
     perspective: float = 0.0
     jitter: float = 0.0
     mirror: float = 0.0
@@ -82,6 +83,11 @@ PRESETS: dict[str, PairSettings] = {
     "default": PairSettings(
         scale=(0.5, 2.2), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
         gamma=0.3, blur=0.2, noise=0.25, jpeg=0.25, min_overlap=0.2,
+    ),
+    # for descriptors of upright patches: cameras are held about level, and a mirrored patch is another patch
+    "patches": PairSettings(
+        size=256, scale=(0.55, 1.8), rotation=45, rotation_power=1.5, skew=0.7, skew_power=2.0, perspective=0.25, jitter=16,
+        gamma=0.3, blur=0.25, noise=0.3, jpeg=0.3, min_overlap=0.25,
     ),
 }  # fmt: skip
 
@@ -231,7 +237,8 @@ def draw_transform(rng: np.random.Generator, settings: PairSettings) -> np.ndarr
     """Content transform from a to b about the window centres (at the origin): (3,3) float64."""
     low, high = settings.scale
     scale = math.exp(rng.uniform(math.log(low), math.log(high)))
-    angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
+    turn = rng.uniform(-1, 1)
+    angle = math.radians(settings.rotation * math.copysign(abs(turn) ** settings.rotation_power, turn))
     skew = rng.uniform(-1, 1)
     skew = settings.skew * math.copysign(abs(skew) ** settings.skew_power, skew)
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

@@ -1,0 +1,175 @@
+"""HardNet, HyNet, SOSNet: against kornia's, folded against plain, odd patches, fast normalisation against its slow twin."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tiepoints.descriptors.patchnets import (
+    FilterResponseNorm,
+    HardNet,
+    HyNet,
+    SOSNet,
+    ThresholdedLinear,
+    _ResponseNorm,
+    to_side,
+    unit,
+)
+
+NETS = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
+PARAMETERS = {"hardnet": 1_334_560, "hynet": 1_336_355, "sosnet": 1_334_560}  # spec 7
+
+
+def random_net(cls, seed: int = 0):
+    """A net none of whose numbers is a default: statistics, scales and thresholds too."""
+    torch.manual_seed(seed)
+    net = cls()
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if name.endswith("running_var"):
+                value.uniform_(0.3, 2)
+            elif name.endswith(("running_mean", "bias")):
+                value.normal_(0, 0.2)
+            elif name.endswith("tau"):
+                value.uniform_(-1, 0)
+            elif name.endswith("weight") and value.shape[0] == 1 and value.ndim == 4 and value.shape[2:] == (1, 1):
+                value.uniform_(0.5, 1.5)
+    return net.eval()
+
+
+@pytest.fixture(params=NETS)
+def name(request):
+    return request.param
+
+
+def textured(n: int, side: int = 32, seed: int = 1):
+    """Smooth random patches of very different brightness and contrast."""
+    rng = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(n, 1, 6, 6, generator=rng)
+    patches = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
+    return patches * torch.linspace(0.05, 1, n)[:, None, None, None]
+
+
+def test_shapes_lengths_and_sizes(name):
+    net = random_net(NETS[name])
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
+    out = net(textured(5))
+    assert out.shape == (5, 128)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.norm(dim=1), torch.ones(5))
+    assert net(torch.zeros(0, 1, 32, 32)).shape == (0, 128)
+    with pytest.raises(ValueError, match=r"\(N,1,P,P\).*\(2, 3, 32, 32\)"):
+        net(torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ValueError, match="P,P"):
+        net(torch.zeros(2, 1, 32, 31))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_flat_patches_give_finite_unit_vectors(name, trained):
+    net = random_net(NETS[name]) if trained else NETS[name]().eval()
+    for level in (0.0, 0.5, 1.0):
+        out = net(torch.full((3, 1, 32, 32), level))
+        assert torch.isfinite(out).all()
+        torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
+
+
+def test_batch_equals_single_and_other_sides(name):
+    net = random_net(NETS[name])
+    patches = textured(4)
+    torch.testing.assert_close(torch.cat([net(p[None]) for p in patches]), net(patches), atol=1e-5, rtol=0)
+    big = textured(4, 64)
+    torch.testing.assert_close(net(big), net(F.avg_pool2d(big, 2)))
+    similar = (net(textured(4, 65)) * net(big)).sum(dim=1)
+    assert (similar > 0.98).all()
+
+
+def test_hardnet_and_sosnet_do_not_see_gain_and_offset():
+    for cls in (HardNet, SOSNet):
+        net = random_net(cls)
+        patches = 0.2 + 0.6 * textured(4)[3:]
+        torch.testing.assert_close(net(patches), net(0.5 * patches + 0.1), atol=1e-3, rtol=0)
+
+
+def test_folded_is_the_same_function(name):
+    net = random_net(NETS[name])
+    patches = textured(16)
+    with torch.inference_mode():
+        plain, folded = net(patches), net.fused()(patches)
+        half = net.fused(torch.bfloat16)(patches)
+    torch.testing.assert_close(folded, plain, atol=2e-5, rtol=0)
+    assert half.dtype == torch.float32
+    assert ((half * plain).sum(dim=1) > 0.99).all()
+    assert net.training is False
+    assert any(key.endswith("running_mean") for key in net.state_dict())
+
+
+def test_response_norm_equals_its_slow_twin():
+    torch.manual_seed(3)
+    norm, limit = FilterResponseNorm(5).double(), ThresholdedLinear(5).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        limit.tau.uniform_(-1, 0.5)
+    maps = torch.randn(3, 5, 7, 6, dtype=torch.float64, requires_grad=True)
+    inputs = [maps, norm.weight, norm.bias, limit.tau]
+    slow, fast = limit(norm(maps)), _ResponseNorm.apply(maps, norm.weight, norm.bias, limit.tau, norm.eps)
+    torch.testing.assert_close(fast, slow)
+    pull = torch.randn_like(slow)
+    for a, b in zip(torch.autograd.grad((slow * pull).sum(), inputs), torch.autograd.grad((fast * pull).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_reach_every_parameter(name):
+    net = NETS[name]().train()
+    (net(textured(8)) * torch.randn(8, 128)).sum().backward()
+    for key, parameter in net.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
+        # gray levels are never below HyNet's first threshold of -1
+        assert parameter.grad.abs().sum() > 0 or key == "activations.0.tau", key
+
+
+def to_kornia(name, net):
+    """The same numbers in kornia's class, by the order of their layers."""
+    kf = pytest.importorskip("kornia.feature")
+    other = {"hardnet": kf.HardNet, "hynet": kf.HyNet, "sosnet": kf.SOSNet}[name](pretrained=False).eval()
+    mine = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    if name == "hynet":
+        layout = [("norms.0", "layer1.0"), ("activations.0", "layer1.1"), ("convolutions.0", "layer1.2"), ("norms.1", "layer1.3")]
+        layout += [("activations.1", "layer1.4")]
+        for k in range(2, 7):
+            parts = ((f"convolutions.{k - 1}", 0), (f"norms.{k}", 1), (f"activations.{k}", 2))
+            layout += [(part, f"layer{k}.{place}") for part, place in parts]
+        layout += [("convolutions.6", "layer7.1"), ("last_norm", "layer7.2")]
+    else:
+        kept, first = ("layers", 1) if name == "sosnet" else ("features", 0)
+        places = [first + 3 * k for k in range(6)] + [first + 19]
+        layout = [(f"convolutions.{k}", f"{kept}.{place}") for k, place in enumerate(places)]
+        layout += [(f"norms.{k}", f"{kept}.{place + 1}") for k, place in enumerate(places)]
+    renamed = {}
+    for key, value in mine.items():
+        for mine_part, their_part in layout:
+            if key.startswith(mine_part + "."):
+                renamed[their_part + key[len(mine_part) :]] = value
+    assert len(renamed) == len(mine)
+    missing = [key for key in other.load_state_dict(renamed, strict=False).missing_keys if not key.endswith("num_batches_tracked")]
+    assert not missing
+    return other
+
+
+def test_equals_kornia(name):
+    net = random_net(NETS[name])
+    other = to_kornia(name, net)
+    patches = textured(32)[8:]
+    # kornia's HyNet and SOSNet leave the range to the caller; the published weights saw gray levels
+    theirs = patches if name == "hardnet" else patches * 255
+    with torch.inference_mode():
+        torch.testing.assert_close(net(patches), other(theirs), atol=1e-5, rtol=0)
+        torch.testing.assert_close(net.fused()(patches), other(theirs), atol=2e-5, rtol=0)
+
+
+def test_small_tools():
+    torch.testing.assert_close(unit(torch.zeros(1, 4)), torch.full((1, 4), 0.5))
+    patches = textured(2, 64)
+    torch.testing.assert_close(to_side(patches, 32), F.avg_pool2d(patches, 2))
+    assert to_side(textured(2, 20), 32).shape == (2, 1, 32, 32)
+    with pytest.raises(ValueError, match="dropout"):
+        HardNet(dropout=1.0)
