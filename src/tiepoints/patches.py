@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -16,23 +19,39 @@ PATCH_SIZE = 32
 CHUNK = 2048
 
 
+@overload
 def extract_patches(
-    pyramid: Pyramid,
-    keypoints: Keypoints,
-    *,
-    index: int = 0,
-    size: int = PATCH_SIZE,
-    half_side: float = HALF_SIDE,
-) -> Tensor:
-    """Patches (N,1,size,size) around the points of image ``index`` of the batch.
+    pyramid: Pyramid, keypoints: Keypoints, *, index: int = 0, size: int = PATCH_SIZE, half_side: float = HALF_SIDE
+) -> Tensor: ...
+
+
+@overload
+def extract_patches(
+    pyramid: Pyramid, keypoints: Sequence[Keypoints], *, size: int = PATCH_SIZE, half_side: float = HALF_SIDE
+) -> list[Tensor]: ...
+
+
+def extract_patches(pyramid, keypoints, *, index: int = 0, size: int = PATCH_SIZE, half_side: float = HALF_SIDE):
+    """Patches (N,1,size,size) around the points of image ``index`` of the batch, or a list of them for the points of each image.
 
     A patch covers ``2 * half_side * scale`` pixels of the original image, turned by ``angle``; sample j of a row lies at
     ``half_side * ((2 j + 1) / size - 1)`` in the point's frame, so samples are centres of equal cells and the patch is
     centred on the point. Bilinear; outside the image the border pixel is repeated. It is cut from the coarsest level in
-    which samples lie at least a pixel apart, so that coarse patches are low-passed.
+    which samples lie at least a pixel apart, so that coarse patches are low-passed. Gradients flow to the image and, but for the
+    choice of the level, to positions, scales and angles. Memory: the result and the samples of ``CHUNK`` patches.
+
+    Raises:
+        ValueError: not one set of points for each image of the batch.
     """
+    if not isinstance(keypoints, Keypoints):
+        if len(keypoints) != len(pyramid.image):
+            raise ValueError(f"{len(keypoints)} sets of points for a batch of {len(pyramid.image)} images")
+        return [
+            extract_patches(pyramid, points, index=number, size=size, half_side=half_side)
+            for number, points in enumerate(keypoints)
+        ]
     n = len(keypoints)
-    out = keypoints.xy.new_zeros(n, 1, size, size)
+    out = pyramid.image.new_zeros(n, 1, size, size)
     if not n:
         return out
     step = keypoints.scale * (2 * half_side / size)  # original pixels per sample, (N,)
