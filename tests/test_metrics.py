@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -286,3 +287,24 @@ def test_chance_level_takes_a_lattice_down_to_nothing():
     assert abs(metrics.above_chance(value, chance)) < 0.3
     assert metrics.above_chance(1.0, 0.5) == 1
     assert metrics.above_chance(0.5, 0.5) == 0
+
+
+def test_epipolar_errors_are_zero_for_right_matches_and_the_distance_for_others():
+    """Points seen by two cameras; moved by d pixels across its epipolar line a match is off by d in both images' lines."""
+    K = torch.tensor([[500.0, 0, 320], [0, 480, 240], [0, 0, 1]], dtype=torch.float64)
+    c, s = math.cos(0.2), math.sin(0.2)
+    T = torch.tensor([[c, 0, s, 1.0], [0, 1, 0, 0.2], [-s, 0, c, 0.1]], dtype=torch.float64)
+    X = torch.rand(20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 + torch.tensor([-1, -1, 4.0])
+
+    def seen(points):
+        x = points @ K.T
+        return x[:, :2] / x[:, 2:]
+
+    a, b = seen(X), seen(X @ T[:, :3].T + T[:, 3])
+    assert metrics.epipolar_errors(a, b, K, K, T).max() < 1e-20
+    # a sideways camera has level epipolar lines
+    level = torch.eye(4, dtype=torch.float64)
+    level[0, 3] = 2.0
+    moved = seen(X + torch.tensor([2.0, 0, 0])) + torch.tensor([0, 4.8])
+    found = metrics.epipolar_errors(a, moved, K, K, level)
+    torch.testing.assert_close(found, torch.full((20,), 2 * 0.01**2, dtype=torch.float64))

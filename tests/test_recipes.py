@@ -1,9 +1,19 @@
-"""Recipes: what each adds to a network for its training."""
+"""Recipes: what each adds to a network for its training; descriptors trained from photographs and from published patches."""
 
+import csv
+
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
+from tiepoints import build, load
+from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet
-from tiepoints.training.recipes import floored_tiny
+from tiepoints.errors import DataError, WeightsError
+from tiepoints.training import loop
+from tiepoints.training.recipes import descriptor_loss, floored_tiny, open_patches, take_over, train_descriptor
+from tiepoints.weights import save
 
 
 def test_tiny_in_training_is_a_tiny_that_scores_flat_images_zero() -> None:
@@ -21,3 +31,116 @@ def test_tiny_in_training_is_a_tiny_that_scores_flat_images_zero() -> None:
         assert net(images).max() > 0.01
         torch.testing.assert_close(net(images), plain(images))
         assert plain(torch.full((1, 1, 20, 20), 0.4)).abs().max() == 0
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        coarse = Image.fromarray(rng.integers(0, 256, (36, 44, 3), dtype=np.uint8))
+        coarse.resize((330, 270), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory):
+    """A PhotoTour set of one mosaic: 64 points of four patches each, brighter or darker."""
+    folder = tmp_path_factory.mktemp("tours") / "liberty"
+    folder.mkdir()
+    rng = np.random.default_rng(1)
+    tiles = []
+    for _ in range(64):
+        coarse = Image.fromarray(rng.integers(60, 196, (8, 8), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        tiles += [np.asarray(coarse).astype(float) + offset for offset in (-40, -10, 10, 40)]
+    mosaic = np.stack(tiles).reshape(16, 16, 64, 64).transpose(0, 2, 1, 3).reshape(1024, 1024)
+    Image.fromarray(mosaic.clip(0, 255).astype(np.uint8)).save(folder / "patches0000.bmp")
+    (folder / "info.txt").write_text("".join(f"{i // 4} 0\n" for i in range(256)))
+    return folder
+
+
+def train(model, photos, out, **options):
+    options = {"steps": 2, "batch_size": 2, "validate_every": 2, "workers": 0, **options}
+    return train_descriptor(model, photos, out, progress=False, device="cpu", say=lambda line: None, **options)
+
+
+@pytest.mark.parametrize(("model", "kind"), [("hardnet", HardNet), ("hynet", HyNet), ("sosnet", SOSNet)])
+def test_each_descriptor_trains_and_its_file_extracts(model, kind, photos, tmp_path):
+    out = tmp_path / f"{model}.safetensors"
+    result = train(model, photos, out)
+    assert result.steps == 2
+    assert 0 < result.best <= 1
+    assert out.stat().st_size < 3_000_000  # half precision
+    net = load(out)
+    assert type(net) is kind
+    assert all(value.dtype == torch.float32 for value in net.parameters())
+    features = build("keynet-tiny", str(out), num_points=50, device="cpu").extract(photos / "0.png")
+    assert features.descriptors.shape == (len(features), 128)
+    with open(out.with_name(out.name + ".log") / "log.csv") as file:
+        assert float(list(csv.DictReader(file))[-1]["matching"]) == pytest.approx(result.best, abs=1e-4)
+
+
+def test_a_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    train("hardnet", photos, whole, steps=4)
+
+    class Stop(Exception):
+        pass
+
+    original = loop.learning_rate_at
+
+    def fail_at_three(step, total, settings):
+        if step == 3:
+            raise Stop
+        return original(step, total, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate_at", fail_at_three)
+        with pytest.raises(Stop):
+            train("hardnet", photos, broken, steps=4, save_every=0.0)
+    train("hardnet", photos, broken, steps=4, resume=True)
+    one, two = load(whole).state_dict(), load(broken).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_published_patches_train_too(photos, tour, tmp_path):
+    assert len(open_patches(tour)) == len(open_patches(tour.parent)) == 1
+    out = tmp_path / "tour.safetensors"
+    with pytest.raises(DataError, match="64 points"):  # a published batch holds 1,024
+        train("hardnet", photos, out, patches=tour)
+    with pytest.raises(ValueError, match="published patches"):
+        train("hardnet", photos, out, preset="paper")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train("hardnet", photos, out, patches="nowhere")
+
+
+def test_hynets_loss_sees_the_lengths():
+    """Its regularisation needs descriptors before normalisation: scaling one branch's last layer must change the loss."""
+    torch.manual_seed(0)
+    net = HyNet().train()
+    a, b = torch.rand(6, 1, 32, 32), torch.rand(6, 1, 32, 32)
+    assert "drift" in descriptor_loss("hynet", net, a, b)[1]
+    assert "second" in descriptor_loss("sosnet", SOSNet().train(), a, b)[1]
+
+
+def test_weights_to_start_from(tmp_path):
+    hardnet, sosnet, hynet = HardNet(), SOSNet(), HyNet()
+    assert take_over(sosnet, hardnet, "x") == len(hardnet.state_dict())
+    assert torch.equal(sosnet.convolutions[3].weight, hardnet.convolutions[3].weight)
+    assert take_over(hynet, hardnet, "x") == 7  # the filters alone
+    with pytest.raises(WeightsError, match="no layer in common"):
+        take_over(hardnet, KeyNet(), "keynet")
+
+
+def test_wrong_descriptors_are_named(photos, tmp_path):
+    with pytest.raises(ValueError, match="model must be one of hardnet"):
+        train("softnet", photos, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match="preset must be"):
+        train("hardnet", photos, tmp_path / "x.safetensors", preset="fast")
+    with pytest.raises(ValueError, match=r"descriptor must be one of hardnet.*'surf'"):
+        build("keynet-tiny", "surf")
+    save(KeyNet(), tmp_path / "detector.safetensors")
+    with pytest.raises(ValueError, match="describes no patches"):
+        build("keynet-tiny", str(tmp_path / "detector.safetensors"))
+    with pytest.raises(ValueError, match="precision must be"):
+        build("keynet-tiny", "rootsift", precision="half")

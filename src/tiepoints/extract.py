@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -350,12 +351,19 @@ def describer(
 ) -> PatchDescriptor | None:
     """A descriptor of points by name, or around a network patches -> (N,D); arguments as ``build``."""
     device = torch.device(device)
+    dtype = choose_precision(precision, device)
     if descriptor is None or descriptor == "none":
         return None
-    dtype = choose_precision(precision, device)
     if descriptor == "rootsift":
         return PatchDescriptor(RootSIFT().to(device))
-    net = load(descriptor) if isinstance(descriptor, str) else descriptor.eval()
+    if isinstance(descriptor, str):
+        if descriptor not in DESCRIPTORS and not Path(descriptor).is_file():
+            raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}, a weights file or a network; got {descriptor!r}")
+        net = load(descriptor)
+        if not isinstance(net, PatchNet):
+            raise ValueError(f"{descriptor} holds a {type(net).__name__}, which describes no patches")
+    else:
+        net = descriptor.eval()
     return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device))
 
 
@@ -373,8 +381,8 @@ def build(
 
     Args:
         detector: ``keynet``, ``keynet-tiny`` (embedded weights), or a network image -> score map.
-        descriptor: ``hardnet``, ``hynet``, ``sosnet`` (embedded weights), ``rootsift``, a network patches -> (N,D), or
-            ``none`` / None.
+        descriptor: ``hardnet``, ``hynet``, ``sosnet`` (embedded weights), ``rootsift``, a weights file of ours, a network
+            patches -> (N,D), or ``none`` / None.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         device: ``auto``, ``cpu``, ``cuda``, ...
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto`` (the faster of the two).
@@ -383,17 +391,15 @@ def build(
     Raises:
         ValueError: an unknown name or option value.
     """
-    if isinstance(descriptor, str) and descriptor not in DESCRIPTORS:
-        raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}; or a network; got {descriptor!r}")
     if isinstance(detector, str) and detector not in DETECTORS:
         raise ValueError(f"detector must be one of {', '.join(DETECTORS)} or a network; got {detector!r}")
     chosen = replace(settings or ExtractSettings(), **options)
     if single_scale:
         chosen = replace(chosen, up_levels=0, down_levels=0)
     where = choose_device(device)
+    describe = describer(descriptor, device=where, precision=precision)
     net = load(detector) if isinstance(detector, str) else detector.eval()
     runner = (net.fused() if isinstance(net, KeyNet) else net).to(where)
-    describe = describer(descriptor, device=where, precision=precision)
     detect: Callable[..., list[Keypoints]]
     if isinstance(net, LegacyKeyNet) and chosen.mode == "official":
         detect = LegacyDetector(

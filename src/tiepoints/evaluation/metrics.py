@@ -20,6 +20,8 @@ from torch import Tensor
 
 from ..geometry import common_area, warp_points
 
+#: Squared epipolar distance below which a match of a posed pair is called right (SuperGlue's evaluation).
+RIGHT_EPIPOLAR = 5e-4
 #: Key.Net's protocol: frame without points, share of a mask pixel that must be covered, common radius, least overlap.
 BORDER = 15
 COVERED = 0.75
@@ -408,6 +410,26 @@ def pose_error(R: Tensor, t: Tensor, T_ab: Tensor) -> float:
         return 180.0
     direction = math.degrees(math.acos(min(1.0, abs(float(t @ true)) / norm)))
     return max(rotation, direction)
+
+
+def epipolar_errors(xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: Tensor) -> Tensor:
+    """Squared symmetric distances (K,) of matches (K,2) to their epipolar lines under the true pose, in focal lengths squared.
+
+    ``(x_b E x_a)^2 (1 / |l_a|^2 + 1 / |l_b|^2)`` on normalised coordinates: SuperGlue's measure of a right match.
+
+    Args:
+        T_ab: (3,4) or (4,4) pose of camera b in terms of a; its translation must not be zero.
+    """
+    rays = []
+    for xy, K in ((xy_a, K_a), (xy_b, K_b)):
+        ones = torch.ones(len(xy), 1, dtype=torch.float64)
+        rays.append(torch.cat([_double(xy), ones], dim=1) @ torch.linalg.inv(_double(K)).T)
+    R, t = _double(T_ab)[:3, :3], _double(T_ab)[:3, 3]
+    t = t / t.norm()
+    E = torch.stack([torch.linalg.cross(t, R[:, k]) for k in range(3)], dim=1)  # [t]x R
+    line_b, line_a = rays[0] @ E.T, rays[1] @ E
+    residual = (rays[1] * line_b).sum(dim=1).square()
+    return residual * (1 / line_a[:, :2].square().sum(dim=1) + 1 / line_b[:, :2].square().sum(dim=1))
 
 
 def error_auc(errors: Sequence[float | None], thresholds: Sequence[float]) -> list[float]:

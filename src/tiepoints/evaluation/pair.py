@@ -121,11 +121,13 @@ def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, f
 
 
 def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_points: int) -> dict[str, float | None]:
-    """Pose error in degrees by PoseLib and by OpenCV (180 = failed), number of matches."""
+    """Pose error in degrees by PoseLib and by OpenCV (180 = failed); matches, how many are right, and the share of these."""
     a, b = a[:num_points], b[:num_points]
     pairs = match(a, b).index
     xy_a, xy_b = a.xy[pairs[:, 0]], b.xy[pairs[:, 1]]
     found: dict[str, float | None] = {"points_a": len(a), "points_b": len(b), "pose.matches": len(pairs)}
+    right = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
+    found |= {"pose.right": right, "pose.precision": right / len(pairs) if len(pairs) else 0.0}
     for backend in ("poselib", "opencv"):
         pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD)
         found[f"pose.error_{backend}"] = 180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)

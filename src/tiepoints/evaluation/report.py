@@ -201,11 +201,14 @@ def _geometry(rows: Rows) -> Section | None:
         if table := Table(f"Homography by {how}: mean error of the image corners", columns, lines).trimmed():
             blocks.append(table)
     columns = [*_auc_columns(degrees, "°", "PoseLib: AUC %"), *_auc_columns(degrees, "°", "OpenCV: AUC %")]
+    columns += [Column("right", "matches", 0, 1), Column("right %", "matches", 1, 1)]
     columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
     lines = []
     for system in run.systems:
         if rows.all("pose", system):
-            cells = [cell for name in ("poselib", "opencv") for cell in _auc(rows.good("pose", system), f"pose.error_{name}", degrees)]
+            cells: list[Cell] = [cell for name in ("poselib", "opencv") for cell in _auc(rows.good("pose", system), f"pose.error_{name}", degrees)]
+            right, share = (mean(row.value(f"pose.{n}") for row in rows.good("pose", system)) for n in ("right", "precision"))
+            cells += [right, None if share is None else 100 * share]
             lines.append(Row(system, [*cells, rows.seconds("pose", system), rows.count("pose", system)], run.role(system)))
     if table := Table("Relative pose: the larger error of rotation and translation direction", columns, lines).trimmed():
         blocks.append(table)

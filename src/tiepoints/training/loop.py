@@ -292,7 +292,7 @@ def fit(
     stream: Iterator[dict[str, Tensor]] = iter(())
     bar = tqdm(total=total or None, initial=step, unit="step", disable=not (progress and main), dynamic_ncols=True)
     timer = time.monotonic()
-    with logs, bar:
+    with torch.random.fork_rng(), logs, bar:
         while not total or step < total:
             if loader is None:
                 first = step * share
@@ -305,6 +305,7 @@ def fit(
                 )
                 stream = iter(loader)
             batch = {k: v.to(fabric.device) for k, v in next(stream).items()}
+            torch.manual_seed(settings.seed * 10**9 + step)  # dropout of step i depends on i alone, also after a resume
             rate = learning_rate_at(step, total or 10**9, settings)
             for group in optimiser.param_groups:
                 group["lr"] = rate

@@ -283,6 +283,8 @@ PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
 MATCHING_PAIRS = 24
 MATCHING_SIZE = 320
 MATCHING_POINTS = 200
+#: Few photographs give no more than this many pairs of views each.
+VIEWS_PER_PHOTO = 4
 
 
 def descriptor_loss(model: str, net: nn.Module, anchor: Tensor, positive: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -363,7 +365,7 @@ def train_descriptor(
         lambda image: detector(build_pyramid(image))[0],
         views=dataclasses.replace(PRESETS["patches"], size=MATCHING_SIZE),
         seed=VALIDATION_SEED,
-        count=MATCHING_PAIRS,
+        count=min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out)),
     )
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
