@@ -5,6 +5,7 @@ Each command is a thin door to one function.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -31,9 +32,10 @@ class Detector(StrEnum):
     keynet_tiny = "keynet-tiny"
 
 
-class Descriptor(StrEnum):
-    rootsift = "rootsift"
-    none = "none"
+class Format(StrEnum):
+    npy = "npy"
+    h5 = "h5"
+    colmap = "colmap"
 
 
 class Mode(StrEnum):
@@ -62,6 +64,17 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
+DESCRIPTOR_HELP = "A name that tiepoints.build knows, a weights file, or none [default: that of tiepoints.build]."
+CAMERA_HELP = "COLMAP: auto (EXIF or a guess, an image), single (one for all) or MODEL:p1,p2,... (known)."
+
+
+def _descriptor(name: str | None) -> str:
+    """The name given, or the default of ``build``, which is asked only when a command runs: it brings torch."""
+    from .extract import DESCRIPTOR
+
+    return name or DESCRIPTOR
+
+
 def _network(detector: str, weights: Path | None):
     """A detector's name, or the network in a weights file of ours or of the original authors."""
     if weights is None:
@@ -79,53 +92,64 @@ def _network(detector: str, weights: Path | None):
 def extract(
     images: Annotated[list[str] | None, typer.Argument(help="Images, folders or patterns.")] = None,
     list_images: Annotated[Path | None, typer.Option(help="Text file with one image path a line.")] = None,
-    root_images: Annotated[Path | None, typer.Option(help="Folder that the listed paths start from.")] = None,
+    root_images: Annotated[Path | None, typer.Option(help="Folder that listed paths start from, and names in h5 and colmap.")] = None,
     results_dir: Annotated[Path, typer.Option(help="Results go to RESULTS_DIR/METHOD_NAME/relative/path.")] = Path("extracted_features"),
     method_name: Annotated[str | None, typer.Option(help="Name of the results [default: DETECTOR-DESCRIPTOR].")] = None,
+    form: Annotated[Format, typer.Option("--format", help="npy: two files an image; h5: hloc's file; colmap: a database.")] = Format.npy,
     num_points: Annotated[int, typer.Option("--num-points", "--num-kpts", min=1, help="Most points an image.")] = 5000,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
-    descriptor: Annotated[Descriptor, typer.Option()] = Descriptor.rootsift,
+    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
     single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
     mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
     scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
     weights: Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")] = None,
+    camera: Annotated[str, typer.Option(help=CAMERA_HELP)] = "auto",
+    half: Annotated[bool, typer.Option("--half", help="h5: descriptors as float16.")] = False,
     device: Annotated[str, typer.Option()] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Extract again what is done already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Extract again what is done (colmap: begin anew).")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads that read and write.")] = 2,
 ) -> None:
-    """Write NAME.kpt.npy (N x 4: x, y, scale, score) and NAME.dsc.npy (N x 128) for each image."""
+    """Write the features of images: files of numbers, an HDF5 file for hloc, or a COLMAP database (docs/formats.md)."""
     from .extract import build
-    from .jobs import check_settings, collect, extract_to_files
+    from .jobs import FORMATS, Report, check_settings, collect, extract_to_files, open_store, settings_place
 
     if not images and list_images is None:
         _fail("no images given; name images, folders or patterns, or use --list-images")
-    name = method_name or f"{detector}-{descriptor}"
+    chosen = _descriptor(descriptor)
+    name = method_name or f"{detector}-{Path(chosen).stem}"
     if name in (".", "..") or "/" in name or "\\" in name:
         _fail(f"--method-name is the name of one folder, not a path; got {name!r}")
+    folder = results_dir / name
     try:
-        tasks, refused = collect(images or [], list_images, root_images)
+        tasks, refused = collect(images or [], list_images, root_images, inside=form != Format.npy)
         extractor = build(
-            _network(detector, weights), descriptor, single_scale=single_scale, device=device, num_points=num_points, mode=mode.value,
+            _network(detector, weights), chosen, single_scale=single_scale, device=device, num_points=num_points, mode=mode.value,
             scales=scales.value,
         )
         settings = {
-            "detector": detector.value, "descriptor": descriptor.value, "num_points": num_points, "mode": mode.value,
+            "detector": detector.value, "descriptor": chosen, "num_points": num_points, "mode": mode.value,
             "scales": scales.value, "single_scale": single_scale, "weights": None if weights is None else str(weights),
+            **({"half": True} if half and form == Format.h5 else {}), **({"camera": camera} if form == Format.colmap else {}),
         }  # fmt: skip
+        report, seconds = Report(), 0.0
         if tasks:
-            check_settings(results_dir / name, settings, overwrite)
+            store = open_store(form.value, folder, camera=camera, half=half)
+            with store:
+                check_settings(settings_place(store), settings, overwrite, store.clear, store.path)
+                if overwrite and form == Format.colmap:
+                    store.clear()
+                started = time.monotonic()
+                report = extract_to_files(
+                    tasks, extractor, store, described=chosen != "none", overwrite=overwrite, workers=workers,
+                    progress=sys.stderr.isatty(),
+                )  # fmt: skip
+            seconds = time.monotonic() - started
     except USER_ERRORS as error:
         _fail(str(error))
-    started = time.monotonic()
-    report = extract_to_files(
-        tasks, extractor, results_dir / name, described=descriptor != Descriptor.none, overwrite=overwrite, workers=workers,
-        progress=sys.stderr.isatty(),
-    )  # fmt: skip
     report.failed = refused + report.failed
-    seconds = time.monotonic() - started
     typer.echo(
         f"{report.done} extracted ({report.points} points, {seconds:.1f} s), {report.skipped} done before, "
-        f"{len(report.failed)} failed -> {results_dir / name}"
+        f"{len(report.failed)} failed -> {folder / FORMATS[form.value]}"
     )
     for path, reason in report.failed:
         typer.echo(f"failed: {path}: {reason}", err=True)
@@ -135,27 +159,92 @@ def extract(
 
 @app.command()
 def match(
-    a: Annotated[str, typer.Argument(help="First image.")],
-    b: Annotated[str, typer.Argument(help="Second image.")],
-    output: Annotated[Path | None, typer.Option(help="Picture of the matches.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(help="Two images; or folders, patterns and more images.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Two images: picture of the matches. Many: .h5 for hloc or .db of COLMAP.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="List of pairs, two names a line [default: all pairs].")] = None,
+    sequential: Annotated[int | None, typer.Option(min=1, help="Each image with so many after it, in natural order of names.")] = None,
+    features: Annotated[Path | None, typer.Option(help="Features made before: folder, .h5 or .db [default: extract now].")] = None,
+    root_images: Annotated[Path | None, typer.Option(help="Folder that the names of many images start from.")] = None,
     num_points: Annotated[int, typer.Option(min=1)] = 2048,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
-    model: Annotated[Model, typer.Option(help="Geometry that right matches obey.")] = Model.fundamental,
+    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
+    model: Annotated[
+        Model | None, typer.Option(help="Geometry that right matches obey [default: fundamental; of many pairs none].")
+    ] = None,
     ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
     threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 2.0,
     single_scale: Annotated[bool, typer.Option("--single-scale")] = False,
     weights: Annotated[Path | None, typer.Option()] = None,
+    camera: Annotated[str, typer.Option(help=CAMERA_HELP)] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Match again what is done already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Match two images: mutual nearest neighbours, ratio test, robust geometry."""
-    from .estimation import estimate
+    """Match two images, or many pairs into one file: mutual nearest neighbours, ratio test, robust geometry."""
+    images = images or []
+    chosen = _descriptor(descriptor)
+    if chosen == "none":
+        _fail("matching needs descriptors; --descriptor none has none")
+    if pairs is not None and sequential is not None:
+        _fail("give --pairs or --sequential, not both")
+    to_file = output is not None and output.suffix in (".h5", ".hdf5", ".db")
+    many = len(images) != 2 or any(Path(name).is_dir() for name in images)
+    many = many or to_file or any(option is not None for option in (pairs, sequential, features))
+    if many and not images and features is None:
+        _fail("no images given; name two images, or folders, or give --features")
+    options = {
+        "detector": detector.value, "descriptor": chosen, "num_points": num_points, "single_scale": single_scale,
+        "weights": None if weights is None else str(weights),
+    }  # fmt: skip
+    if not many:
+        _match_two(images[0], images[1], output, options, device, model or Model.fundamental, ratio, threshold, as_json)
+        return
+    if output is None or not to_file:
+        came = "nothing" if output is None else output.name
+        _fail(f"matches of many pairs need --output FILE.h5 (hloc) or FILE.db (COLMAP); got {came}")
+    from .jobs import match_images
+
+    kind = None if model is None else model.value
+    try:
+        report = match_images(
+            images, output, pair_list=pairs, sequential=sequential, features=features, descriptor=descriptor, root=root_images,
+            build=lambda: _extractor(options, device), extraction=options, camera=camera, ratio=ratio, kind=kind, threshold=threshold,
+            overwrite=overwrite, progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except USER_ERRORS as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(report), "output": str(output)}))
+    else:
+        geometry = "" if report.verified is None else f", {report.verified} pairs with a geometry"
+        typer.echo(
+            f"{report.done} pairs matched ({report.matches} matches{geometry}), {report.skipped} done before, "
+            f"{len(report.failed)} failed -> {output}"
+        )
+    for name, reason in report.failed:
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _extractor(options: dict, device: str):
+    """The extractor of the options of ``match``."""
     from .extract import build
+
+    words = {key: value for key, value in options.items() if key not in ("detector", "weights")}
+    weights = options["weights"]
+    return build(_network(options["detector"], None if weights is None else Path(weights)), device=device, **words)
+
+
+def _match_two(
+    a: str, b: str, output: Path | None, options: dict, device: str, model: Model, ratio: float, threshold: float, as_json: bool
+) -> None:
+    from .estimation import estimate
     from .image import load_image
     from .matching import match as match_features
 
     try:
-        extractor = build(_network(detector, weights), "rootsift", single_scale=single_scale, device=device, num_points=num_points)
+        extractor = _extractor(options, device)
         image_a, image_b = load_image(a), load_image(b)
         features_a, features_b = extractor.extract(image_a), extractor.extract(image_b)
         found = match_features(features_a, features_b, ratio=None if ratio >= 1 else ratio)
@@ -238,8 +327,6 @@ def pairs(
     preview: Annotated[Path | None, typer.Option(help="Picture of the first pairs.")] = None,
 ) -> None:
     """Write training pairs once, for trainings that can be compared."""
-    import dataclasses
-
     from .training.pairs import PairFile, write_pairs
     from .training.pairs import preview as draw
     from .training.synthetic import PRESETS, list_photos, split_photos, usable_photos

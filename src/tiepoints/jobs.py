@@ -1,25 +1,60 @@
-"""Extraction of many images to files: what to read, where to write, what is done already, what failed and why."""
+"""Many images and many pairs to files: what to read, where to write, what is done already, what failed and why."""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
-from collections import deque
+import re
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .errors import DataError
+from .estimation import estimate
 from .extract import Extractor
-from .formats.npy import write_features
+from .formats.colmap import ColmapDatabase
+from .formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
+from .formats.npy import FeatureFolder
 from .image import load_image
+from .matching import match
+from .structs import Features, Matches
+
+#: Formats of features -> file below the results folder; npy is two files an image.
+FORMATS = {"npy": "", "h5": "features.h5", "colmap": "database.db"}
+HDF5_SUFFIXES = (".h5", ".hdf5")
+#: Images whose features are kept in memory while pairs are matched.
+CACHE = 64
+
+
+class FeatureStore(Protocol):
+    """Where features of many images are kept by name: ``FeatureFolder``, ``FeatureFile`` or ``ColmapDatabase``."""
+
+    path: Path
+
+    def __contains__(self, name: str) -> bool: ...
+    def names(self) -> list[str]: ...
+    def done(self, name: str, *, described: bool) -> bool: ...
+    def write(self, name: str, features: Features, image: Path | None = None) -> None: ...
+    def read(self, name: str) -> Features: ...
+    def clear(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class MatchStore(Protocol):
+    """Where matches of many pairs are kept by names: ``MatchFile`` or ``ColmapDatabase``."""
+
+    def has_matches(self, a: str, b: str) -> bool: ...
+    def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,12 +92,13 @@ def _inside(name: str) -> PurePosixPath:
 
 
 def collect(
-    images: Iterable[str], list_file: Path | None = None, root: Path | None = None
+    images: Iterable[str], list_file: Path | None = None, root: Path | None = None, *, inside: bool = False
 ) -> tuple[list[Task], list[tuple[str, str]]]:
     """Images named on the command line (files, folders, patterns) and in a list file, and those refused with a reason.
 
     Listed images lie below ``root`` and keep their line as their path; files and folders keep the path as typed, from
-    the folder's own name on where that is absolute.
+    the folder's own name on where that is absolute. With ``inside`` their path begins at ``root``, or without it inside the
+    folder given, as hloc and COLMAP name images.
 
     Raises:
         FileNotFoundError: no list file.
@@ -82,6 +118,13 @@ def collect(
             return
         tasks[relative] = Task(path, relative)
 
+    def add_inside(path: Path, folder: Path) -> None:
+        start = folder if root is None else root
+        try:
+            add(path, path.resolve().relative_to(start.resolve()).as_posix())
+        except ValueError:
+            refused.append((str(path), f"not below --root-images {start}"))
+
     kinds = set(Image.registered_extensions())
     for given in images:
         found = [given] if os.path.exists(given) else sorted(glob.glob(given, recursive=True))
@@ -95,7 +138,12 @@ def collect(
                 if not inner:
                     refused.append((name, "no image in this folder"))
                 for p in inner:
+                    if inside:
+                        add_inside(p, path)
+                        continue
                     add(p, os.path.relpath(p.resolve() if base != Path() else p, base))
+            elif inside:
+                add_inside(path, path.parent)
             elif path.is_absolute() or ".." in path.parts:
                 add(path, path.name)
             else:
@@ -109,34 +157,84 @@ def collect(
     return list(tasks.values()), refused
 
 
-def check_settings(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Write ``settings.json`` of a results folder, or compare with the one there.
+def check_settings(place: Path, settings: dict[str, Any], overwrite: bool, clear: Callable[[], None], what: Path | None = None) -> None:
+    """Write the settings of results to ``place`` (JSON), or compare with those there.
+
+    Args:
+        clear: removes the results that are there; called where ``overwrite`` lets other settings replace them, so that settings
+            and results always belong together.
+        what: the results, for the message [default: the folder of ``place``].
 
     Raises:
-        DataError: the folder holds results made with other settings.
+        DataError: there are results made with other settings.
     """
-    place = folder / "settings.json"
-    if place.is_file() and not overwrite:
+    if place.is_file():
         try:
             before = json.loads(place.read_text())
         except ValueError as error:
-            raise DataError(f"{place} is damaged ({error}); use --overwrite") from error
+            if not overwrite:
+                raise DataError(f"{place} is damaged ({error}); use --overwrite") from error
+            before = None
         if before != settings:
-            keys = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
-            changed = ", ".join(f"{k}: {before.get(k)} there, {settings.get(k)} now" for k in keys)
-            raise DataError(
-                f"{folder} holds results of other settings ({changed}); use --overwrite or another --method-name"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f".settings.{os.getpid()}.part"
+            if not overwrite:
+                keys = [k for k in {**before, **settings} if before.get(k) != settings.get(k)]
+                changed = ", ".join(f"{k}: {before.get(k)} there, {settings.get(k)} now" for k in keys)
+                raise DataError(
+                    f"{what or place.parent} holds results of other settings ({changed}); use --overwrite or another place for these"
+                )
+            clear()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
     beside.write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(beside, place)
+
+
+def settings_place(store: Any) -> Path:
+    """Where the settings of what a store holds are kept."""
+    folder = isinstance(store, FeatureFolder)
+    return store.path / "settings.json" if folder else store.path.with_suffix(".settings.json")
+
+
+def open_store(form: str, folder: Path, *, camera: str = "auto", half: bool = False) -> Any:
+    """The store of a format of ``FORMATS`` below ``folder``, for writing.
+
+    Raises:
+        ValueError, DataError, ImportError: as ``FeatureFile`` and ``ColmapDatabase``.
+    """
+    if form == "h5":
+        return FeatureFile(folder / FORMATS[form], write=True, half=half)
+    if form == "colmap":
+        return ColmapDatabase(folder / FORMATS[form], camera=camera, write=True)
+    return FeatureFolder(folder)
+
+
+def open_features(place: Path) -> Any:
+    """Features made before, for reading: a folder of npy files, an ``.h5`` file, a COLMAP ``.db``, or a folder that holds one of these.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        DataError: no features there.
+    """
+    if place.is_dir():
+        inner = [place / name for name in FORMATS.values() if name and (place / name).is_file()]
+        inner += [place / f"{name}.journal" for name in FORMATS.values() if (place / f"{name}.journal").is_file()]
+        folder = FeatureFolder(place)
+        if next(place.rglob("*.kpt.npy"), None) is not None:
+            return folder
+        if not inner:
+            raise DataError(f"{place} holds no features; make some with: tiepoints extract IMAGES")
+        place = place / inner[0].name.removesuffix(".journal")
+    if place.suffix == ".db":
+        return ColmapDatabase(place)
+    if not place.is_file() and not place.with_name(place.name + ".journal").is_file():
+        raise FileNotFoundError(f"no features at {place}; make some with: tiepoints extract IMAGES --format h5")
+    return FeatureFile(place)
 
 
 def extract_to_files(
     tasks: list[Task],
     extractor: Extractor,
-    folder: Path,
+    store: FeatureStore,
     *,
     described: bool,
     overwrite: bool = False,
@@ -144,17 +242,14 @@ def extract_to_files(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Report:
-    """Extract each task into ``folder``; reading and writing run in ``workers`` threads beside the computing.
+    """Extract each task into ``store``; reading and writing run in ``workers`` threads beside the computing.
 
     An image that cannot be read or worked on becomes a line of the report; the others go on.
     """
     report = Report()
     todo: deque[Task] = deque()
     for task in tasks:
-        base = folder / task.relative
-        ready = base.with_name(base.name + ".kpt.npy").is_file()
-        ready = ready and (not described or base.with_name(base.name + ".dsc.npy").is_file())
-        if ready and not overwrite:
+        if store.done(str(task.relative), described=described) and not overwrite:
             report.skipped += 1
         else:
             todo.append(task)
@@ -167,13 +262,8 @@ def extract_to_files(
             try:
                 future.result()
                 report.done += 1
-            except OSError as error:
+            except (OSError, DataError) as error:
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
-
-    def write(task: Task, features) -> None:
-        base = folder / task.relative
-        base.parent.mkdir(parents=True, exist_ok=True)
-        write_features(base, features)
 
     ahead = max(1, workers) + 1
     bar = tqdm(total=len(todo), unit="image", disable=not progress, dynamic_ncols=True)
@@ -186,7 +276,7 @@ def extract_to_files(
             try:
                 features = extractor.extract(future.result())
                 report.points += len(features)
-                writing.append((task, writers.submit(write, task, features)))
+                writing.append((task, writers.submit(store.write, str(task.relative), features, task.path)))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
                 report.failed.append((str(task.path), str(error).splitlines()[0] if str(error) else type(error).__name__))
                 if say is not None:
@@ -195,3 +285,246 @@ def extract_to_files(
             bar.update(1)
         settle(0)
     return report
+
+
+# ---- pairs
+
+
+@dataclass
+class MatchReport:
+    """How a run over pairs went: pairs done, skipped because they were there, and what failed with reasons.
+
+    Attributes:
+        matches: kept matches of the pairs done.
+        verified: pairs done that have a geometry; None where none was asked for.
+        failed: (image or pair, reason); a pair fails with its image.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    matches: int = 0
+    verified: int | None = None
+    failed: list[tuple[str, str]] = field(default_factory=list)
+
+
+def natural(name: str) -> list[Any]:
+    """Sorting key that puts img2 before img10."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+def choose_pairs(names: Iterable[str], sequential: int | None = None) -> list[tuple[str, str]]:
+    """All pairs of ``names``, or of each with the ``sequential`` ones after it; names in natural order."""
+    ordered = sorted(names, key=natural)
+    if sequential is None:
+        return list(combinations(ordered, 2))
+    return [(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 : i + 1 + sequential]]
+
+
+def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
+    """The names in ``store`` of images: the longest end of their path that it holds; and images that it lacks."""
+    found, lacking = [], []
+    for task in tasks:
+        parts = task.path.resolve().parts[1:]
+        ends = ["/".join(parts[i:]) for i in range(len(parts))]
+        name = next((end for end in (str(task.relative), *ends) if end in store), None)
+        if name is None:
+            lacking.append((str(task.path), f"{store.path} holds no features of it"))
+        else:
+            found.append(name)
+    return found, lacking
+
+
+def match_to_file(
+    pairs: Iterable[tuple[str, str]],
+    features: FeatureStore,
+    store: MatchStore,
+    *,
+    ratio: float | None = None,
+    kind: str | None = None,
+    threshold: float = 2.0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MatchReport:
+    """Match each pair of names and keep its matches; with a ``kind`` of geometry only those that agree with one.
+
+    A pair is done once, whichever way round it comes. An image without features fails once, with the number of its pairs.
+    """
+    report = MatchReport(verified=None if kind is None else 0)
+    cache: OrderedDict[str, Features] = OrderedDict()
+    broken: dict[str, str] = {}
+    cost: dict[str, int] = {}
+    groups: dict[str, tuple[str, str]] = {}
+
+    def get(name: str) -> Features | None:
+        """Features of an image; None where it has none to match, which is then counted."""
+        if name not in cache and name not in broken:
+            try:
+                if name not in features:
+                    raise DataError(f"{features.path} holds no features of it{_such_as(features)}")
+                cache[name] = features.read(name)
+                if cache[name].descriptors is None:
+                    raise DataError(f"{features.path} has no descriptors of it; extract with a descriptor")
+            except (DataError, OSError) as error:
+                broken[name] = str(error)
+        if name in broken:
+            cache.pop(name, None)
+            cost[name] = cost.get(name, 0) + 1
+            return None
+        cache.move_to_end(name)
+        while len(cache) > CACHE:
+            cache.popitem(last=False)
+        return cache[name]
+
+    todo: dict[frozenset[str], tuple[str, str]] = {}
+    for a, b in pairs:
+        if a == b:
+            report.failed.append((f"{a} {b}", "an image is not matched with itself"))
+        else:
+            todo.setdefault(frozenset((a, b)), (a, b))
+    for a, b in tqdm(todo.values(), unit="pair", disable=not progress, dynamic_ncols=True):
+        label = f"{a} {b}"
+        if isinstance(store, MatchFile):
+            # hloc turns / into -, which can give two pairs one name
+            other = groups.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
+            if other != (a, b):
+                report.failed.append((label, f"hloc would file it under the same name as {' '.join(other)}; rename an image"))
+                continue
+        if not overwrite and store.has_matches(a, b):
+            report.skipped += 1
+            continue
+        one, two = get(a), get(b)
+        if one is None or two is None:
+            continue
+        try:
+            found = match(one, two, ratio=ratio)
+            if kind is not None:
+                result = estimate(one.xy[found.index[:, 0]], two.xy[found.index[:, 1]], kind, threshold=threshold)
+                report.verified = (report.verified or 0) + result.ok
+                found = Matches(found.index[result.inliers], found.score[result.inliers])
+            store.write_matches(a, b, found, len(one))
+        except (ValueError, DataError, OSError) as error:
+            report.failed.append((label, str(error)))
+            continue
+        report.done += 1
+        report.matches += len(found)
+    report.failed += [(name, f"{broken[name]} ({count} pairs)") for name, count in cost.items()]
+    return report
+
+
+def _such_as(features: FeatureStore) -> str:
+    names = features.names()
+    return f"; its names are such as {names[0]}" if names else "; it is empty"
+
+
+def match_images(
+    images: list[str],
+    output: Path,
+    *,
+    build: Callable[[], Extractor],
+    extraction: dict[str, Any],
+    pair_list: Path | None = None,
+    sequential: int | None = None,
+    features: Path | None = None,
+    descriptor: str | None = None,
+    root: Path | None = None,
+    camera: str = "auto",
+    ratio: float = 1.0,
+    kind: str | None = None,
+    threshold: float = 2.0,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> MatchReport:
+    """Pairs of many images into one file of matches: hloc's ``.h5``, or a COLMAP ``.db``, whose pairs COLMAP then verifies.
+
+    Args:
+        images: files, folders, patterns; with ``features`` they choose among its names, and may be left out.
+        build: makes the extractor, where there is something to extract: into ``NAME.features.h5`` beside ``NAME.h5``, or into
+            the database itself. Each image once, and not again in the next run.
+        extraction: its settings, which are compared with those of the run before.
+        pair_list, sequential: see ``read_pairs`` and ``choose_pairs``; by default all pairs. Pairs that were chosen here are written
+            to ``NAME.pairs.txt``, which hloc asks for.
+        features: made before, see ``open_features``.
+        descriptor: what they must be, where that is known; None = whatever they are.
+        root: see ``collect``.
+
+    Raises:
+        ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do not fit; the message has the remedy.
+    """
+    pairs = None if pair_list is None else list(read_pairs(pair_list))
+    if pairs is not None and not pairs:
+        raise DataError(f"{pair_list} lists no pairs; it needs two names a line")
+    tasks, refused = collect(images, root=root, inside=True)
+    if images and not tasks and pairs is None:
+        raise DataError(f"no images: {refused[0][0]}: {refused[0][1]}" if refused else "no images given")
+    database = output.suffix == ".db"
+    failed = list(refused)
+    settings: dict[str, Any] = {"ratio": ratio, "model": kind, "threshold": threshold}
+    with ExitStack() as stack:
+        if features is None:
+            if pairs is not None:
+                listed = {name for pair in pairs for name in pair}
+                tasks = [task for task in tasks if str(task.relative) in listed]
+            source: Any
+            if database:
+                source = stack.enter_context(ColmapDatabase(output, camera=camera, write=True))
+                extraction = {**extraction, "camera": camera}
+            else:
+                source = stack.enter_context(FeatureFile(_beside(output, "features.h5"), write=True))
+            check_settings(settings_place(source), extraction, overwrite, source.clear, source.path)
+            extracted = extract_to_files(tasks, build(), source, described=True, progress=progress)
+            failed += extracted.failed
+            names = [str(task.relative) for task in tasks if str(task.relative) in source]
+            settings["features"] = extraction
+        elif database and features.resolve() == output.resolve():
+            source = stack.enter_context(ColmapDatabase(output, write=True))
+            names, lacking = stored_names(tasks, source) if images else (source.names(), [])
+            failed += lacking
+        else:
+            if database:
+                raise ValueError(f"a database gets matches of its own features: give --features {output}, or leave --features out")
+            source = stack.enter_context(open_features(features))
+            names, lacking = stored_names(tasks, source) if images else (source.names(), [])
+            failed += lacking
+            settings["features"] = facts = _facts(features, source)
+            if descriptor is not None and facts.get("descriptor", descriptor) != descriptor:
+                there = facts["descriptor"]
+                raise DataError(f"{features} has {there} descriptors, not {descriptor}; leave --descriptor out or extract again")
+        if pairs is None:
+            pairs = choose_pairs(names, sequential)
+            if not pairs:
+                reason = f"; {failed[0][0]}: {failed[0][1]}" if failed else ""
+                raise DataError(f"{len(names)} images with features, and two are needed{reason}")
+            if not database:
+                _write_pairs(_beside(output, "pairs.txt"), pairs)
+        store: Any = source if database else stack.enter_context(MatchFile(output, write=True))
+        place = _beside(output, "matches.settings.json" if database else "settings.json")
+        check_settings(place, settings, overwrite, store.clear_matches if database else store.clear, output)
+        report = match_to_file(
+            pairs, source, store, ratio=None if ratio >= 1 else ratio, kind=kind, threshold=threshold, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+        if database:
+            report.verified = store.verify(pair for pair in pairs if store.has_matches(*pair))
+    report.failed = failed + report.failed
+    return report
+
+
+def _beside(output: Path, end: str) -> Path:
+    return output.with_name(f"{output.stem}.{end}")
+
+
+def _facts(features: Path, store: Any) -> dict[str, Any]:
+    """What tells features from others: their settings where we made them, and where they lie."""
+    place = settings_place(store)
+    try:
+        return {"path": str(features), **json.loads(place.read_text())}
+    except (OSError, ValueError):
+        return {"path": str(features)}
+
+
+def _write_pairs(place: Path, pairs: list[tuple[str, str]]) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    between = "\t" if any(" " in name for pair in pairs for name in pair) else " "
+    beside.write_text("".join(f"{a}{between}{b}\n" for a, b in pairs))
+    os.replace(beside, place)

@@ -66,6 +66,51 @@ def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
     return Features(Keypoints(values[:, :2].clone(), values[:, 2].clone(), angle, values[:, 3].clone()), found, image_size)
 
 
+class FeatureFolder:
+    """A folder of such files; an image's name is its path below the folder, / between parts."""
+
+    def __init__(self, folder: str | Path):
+        self.path = Path(folder)
+
+    def __enter__(self) -> FeatureFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+    def __contains__(self, name: str) -> bool:
+        return feature_paths(self.path / name)[0].is_file()
+
+    def names(self) -> list[str]:
+        """Names of the images with key points, sorted."""
+        found = self.path.rglob("*.kpt.npy")
+        return sorted(p.relative_to(self.path).as_posix().removesuffix(".kpt.npy") for p in found if not p.name.startswith("."))
+
+    def done(self, name: str, *, described: bool) -> bool:
+        """Whether the image has key points, and descriptors where they are asked for."""
+        points, descriptors = feature_paths(self.path / name)
+        return points.is_file() and (not described or descriptors.is_file())
+
+    def write(self, name: str, features: Features, image: Path | None = None) -> None:
+        """Keep the features of an image."""
+        base = self.path / name
+        base.parent.mkdir(parents=True, exist_ok=True)
+        write_features(base, features)
+
+    def read(self, name: str) -> Features:
+        """Features of an image; errors as ``read_features``."""
+        return read_features(self.path / name)
+
+    def clear(self) -> None:
+        """Remove the features of all images."""
+        for end in ("kpt", "dsc"):
+            for path in self.path.rglob(f"*.{end}.npy"):
+                path.unlink()
+
+
 def _read(path: Path) -> np.ndarray:
     try:
         return np.load(path, allow_pickle=False)

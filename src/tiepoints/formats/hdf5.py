@@ -1,0 +1,431 @@
+"""hloc's HDF5 files of features and of matches, written so that a kill at any moment loses nothing finished.
+
+A group an image, named by its path below the image folder: ``keypoints`` (N,2), ``descriptors`` (D,N), ``scores`` (N,),
+``image_size`` (width, height); beside them ``scales`` and ``oris`` (N,), which hloc ignores. hloc keeps our coordinates (centre of
+the first pixel = (0, 0)) in these files and adds COLMAP's half pixel on import, so positions go in as they are.
+A group a pair, ``a-name/b-name`` with each / in a name turned into -: ``matches0`` (N_a,) point of b or -1, ``matching_scores0``.
+
+HDF5 cannot be appended to safely: a process killed inside a write leaves a file that nobody can open. So what is finished goes to
+``FILE.journal``, a plain file that only grows and whose torn tail is recognised; ``close`` merges it into a copy of the file, which is
+renamed into place. A journal left by a kill is read along with the file and merged by the next writer.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..structs import Features, Keypoints, Matches
+
+#: Standard deviation of a point in pixels, as hloc's own extractors state it by default.
+UNCERTAINTY = 1.0
+#: Starts each record of a journal; then length of the header, length of the data, checksum of both.
+_MAGIC = b"TPJ1"
+_HEAD = struct.Struct("<4sIQI")
+
+
+def _h5py() -> Any:
+    try:
+        import h5py
+    except ImportError as error:
+        raise ImportError("HDF5 files need h5py: pip install 'tiepoints[hdf5]'") from error
+    return h5py
+
+
+class _Journal:
+    """Records (name, arrays, attributes) in a file that only grows."""
+
+    def __init__(self, path: Path, *, write: bool):
+        self.path, self.writing = path, write
+        self.index: dict[str, tuple[int, frozenset[str]]] = {}  # name -> where its record begins, keys of its arrays
+        self._lock = threading.Lock()
+        if not write and not path.is_file():
+            self._file = None
+            return
+        self._file = open(path, "a+b" if write else "rb", buffering=0)  # noqa: SIM115
+        try:
+            if write:
+                self._lock_file()
+            end = self._scan()
+            if write and end < os.fstat(self._file.fileno()).st_size:
+                self._file.truncate(end)  # the tail that a kill tore off
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock_file(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on Windows
+            return
+        busy = f"another run is writing {self.path.with_name(self.path.name.removesuffix('.journal'))}; let it end first"
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(busy) from error
+        if not self.path.is_file() or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino:
+            raise DataError(busy)  # it ended, and removed its journal, between our opening and our locking
+
+    def _scan(self) -> int:
+        """Fill the index; where the last whole record ends."""
+        assert self._file is not None
+        self._file.seek(0)
+        end = 0
+        while (record := self._read_at(end)) is not None:
+            header, data = record
+            self.index[header["name"]] = end, frozenset(key for key, _, _ in header["arrays"])
+            end += _HEAD.size + header["length"] + len(data)
+        return end
+
+    def _read_at(self, offset: int) -> tuple[dict, bytes] | None:
+        assert self._file is not None
+        self._file.seek(offset)
+        head = self._file.read(_HEAD.size)
+        if len(head) < _HEAD.size:
+            return None
+        magic, header_length, data_length, checksum = _HEAD.unpack(head)
+        remaining = os.fstat(self._file.fileno()).st_size - offset - _HEAD.size
+        if magic != _MAGIC or header_length + data_length > remaining:
+            return None
+        words, data = _read(self._file, header_length), _read(self._file, data_length)
+        if zlib.crc32(data, zlib.crc32(words)) != checksum:
+            return None
+        return {**json.loads(words), "length": header_length}, data
+
+    def append(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]) -> None:
+        arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+        described = [[key, value.dtype.str, list(value.shape)] for key, value in arrays.items()]
+        words = json.dumps({"name": name, "arrays": described, "attributes": attributes}).encode()
+        data = b"".join(value.tobytes() for value in arrays.values())
+        head = _HEAD.pack(_MAGIC, len(words), len(data), zlib.crc32(data, zlib.crc32(words)))
+        assert self._file is not None
+        with self._lock:
+            offset = self._file.seek(0, os.SEEK_END)
+            try:
+                record = memoryview(head + words + data)
+                while record:
+                    record = record[self._file.write(record) :]
+            except OSError:
+                self._file.truncate(offset)  # a full disk must not leave a torn record in the middle
+                raise
+            self.index[name] = offset, frozenset(arrays)
+
+    def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+        with self._lock:
+            record = self._read_at(self.index[name][0])
+        if record is None:
+            raise DataError(f"{self.path} has changed while it was read; try again")
+        header, data = record
+        arrays, start = {}, 0
+        for key, kind, shape in header["arrays"]:
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays[key] = np.frombuffer(data, kind, count, start).reshape(shape)
+            start += arrays[key].nbytes
+        return arrays, header["attributes"]
+
+    def clear(self) -> None:
+        if self._file is not None:
+            self._file.truncate(0)
+        self.index.clear()
+
+    def close(self, *, remove: bool = False) -> None:
+        if self._file is not None:
+            if remove:
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def _read(file: Any, length: int) -> bytes:
+    """``length`` bytes; an unbuffered read may return fewer than asked for."""
+    parts = []
+    while length > 0 and (part := file.read(length)):
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+class _GroupFile:
+    """Groups of arrays in an HDF5 file and its journal. ``with`` or ``close`` merges the journal."""
+
+    def __init__(self, path: str | Path, *, write: bool = False):
+        self.path, self.writing = Path(path), write
+        self._file: Any = None
+        self._h5py = _h5py()
+        place = self.path.with_name(self.path.name + ".journal")
+        if not write and not self.path.is_file() and not place.is_file():
+            raise FileNotFoundError(f"no file at {self.path}")
+        if write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = _Journal(place, write=write)
+        try:
+            if write:
+                for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
+                    left.unlink(missing_ok=True)  # of a merge that was killed; we hold the lock
+            self._open()
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def _open(self) -> None:
+        if not self.path.is_file():
+            return
+        try:
+            self._file = self._h5py.File(self.path, "r")
+        except OSError as error:
+            raise DataError(
+                f"{self.path} is no HDF5 file or is damaged ({str(error).splitlines()[0]}); delete it and make it again"
+            ) from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def clear(self) -> None:
+        """Begin with an empty file."""
+        self._journal.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self.path.unlink(missing_ok=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._journal.index or (self._file is not None and name in self._file)
+
+    def names(self) -> list[str]:
+        """Names of the groups that hold arrays, sorted."""
+        found = set(self._journal.index)
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, self._h5py.Dataset):
+                found.add(name.rpartition("/")[0])
+
+        if self._file is not None:
+            self._file.visititems(visit)
+        return sorted(found)
+
+    def _get(self, name: str) -> dict[str, np.ndarray]:
+        if name in self._journal.index:
+            return self._journal.read(name)[0]
+        group = self._file[name]
+        try:
+            return {key: item[()] for key, item in group.items() if isinstance(item, self._h5py.Dataset)}
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{self.path} is damaged at {name} ({error}); delete it and make it again") from error
+
+    def _put(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]] | None = None) -> None:
+        if not self.writing:
+            raise ValueError(f"{self.path} was opened for reading; open it with write=True")
+        self._journal.append(name, arrays, attributes or {})
+
+    def close(self) -> None:
+        """Merge what was written into the file; the file is the old or the new one at any moment."""
+        try:
+            if self.writing and self._journal.index:
+                self._merge()
+                self._journal.close(remove=True)
+            self._journal.close(remove=self.writing and not self._journal.index)
+        finally:
+            self._journal.close()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def _merge(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            if self.path.is_file():
+                shutil.copyfile(self.path, beside)
+            with self._h5py.File(beside, "a") as file:
+                for name in self._journal.index:
+                    if name in file:
+                        del file[name]
+                    arrays, attributes = self._journal.read(name)
+                    group = file.create_group(name)
+                    for key, value in arrays.items():
+                        group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
+            with open(beside, "rb+") as written:
+                os.fsync(written.fileno())  # before the name points to it
+            os.replace(beside, self.path)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise OSError(f"{self.path} could not be written ({error}); nothing is lost, mend that and run again") from error
+
+
+class FeatureFile(_GroupFile):
+    """hloc's file of features, read and written; see the module for its content.
+
+    Args:
+        path: the ``.h5`` file.
+        write: open for writing too; one process at a time.
+        half: descriptors as float16; positions always stay float32.
+
+    Raises:
+        FileNotFoundError: nothing to read.
+        DataError: not an HDF5 file, a damaged one, or another process writes it.
+        ImportError: h5py is missing.
+    """
+
+    def __init__(self, path: str | Path, *, write: bool = False, half: bool = False):
+        super().__init__(path, write=write)
+        self.half = half
+
+    def done(self, name: str, *, described: bool) -> bool:
+        """Whether the image has points, and descriptors where they are asked for."""
+        if name not in self:
+            return False
+        keys = self._journal.index[name][1] if name in self._journal.index else self._file[name]
+        return "keypoints" in keys and (not described or "descriptors" in keys)
+
+    def write(self, name: str, features: Features, image: Path | None = None) -> None:
+        """Keep the features of the image called ``name`` (path below the image folder, / between parts)."""
+        arrays: dict[str, np.ndarray] = {
+            "keypoints": features.xy.cpu().numpy().astype(np.float32),
+            "scores": features.score.cpu().numpy().astype(np.float32),
+            "scales": features.scale.cpu().numpy().astype(np.float32),
+            "oris": features.angle.cpu().numpy().astype(np.float32),
+            "image_size": np.array(features.image_size, dtype=np.int64),
+        }
+        if features.descriptors is not None:
+            arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16 if self.half else np.float32).T
+        self._put(name, arrays, {"keypoints": {"uncertainty": UNCERTAINTY}})
+
+    def read(self, name: str, image_size: tuple[int, int] | None = None) -> Features:
+        """Features of one image; scales 1, angles 0 and scores 1 where the file has none.
+
+        Args:
+            name: as in ``names()``.
+            image_size: (width, height) for files that do not state it.
+
+        Raises:
+            DataError: no such image, or arrays of other shapes.
+        """
+        if name not in self:
+            raise DataError(f"{self.path} holds no features of {name!r}")
+        group = self._get(name)
+        if "keypoints" not in group:
+            raise DataError(f"{self.path}: {name} has no data set 'keypoints'; is this a file of features?")
+        xy = group["keypoints"]
+        if xy.ndim != 2 or xy.shape[1] < 2:
+            raise DataError(f"{self.path}: keypoints of {name} must be (N,2), found {xy.shape}")
+        count = len(xy)
+
+        def column(key: str, default: float) -> Tensor:
+            if key not in group:
+                return torch.full((count,), default)
+            if group[key].size != count:
+                raise DataError(f"{self.path}: {key} of {name} must be ({count},), found {group[key].shape}")
+            return _tensor(group[key].reshape(-1))
+
+        descriptors = None
+        if "descriptors" in group:
+            if group["descriptors"].ndim != 2 or group["descriptors"].shape[1] != count:
+                raise DataError(f"{self.path}: descriptors of {name} must be (D,{count}), found {group['descriptors'].shape}")
+            descriptors = _tensor(group["descriptors"].T)
+        stated = group.get("image_size")
+        size = image_size if image_size is not None else (0, 0) if stated is None else (int(stated[0]), int(stated[1]))
+        points = Keypoints(_tensor(xy[:, :2]), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0))
+        return Features(points, descriptors, size)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
+
+
+def pair_name(a: str, b: str) -> str:
+    """hloc's name of the group of a pair."""
+    return f"{a.replace('/', '-')}/{b.replace('/', '-')}"
+
+
+class MatchFile(_GroupFile):
+    """hloc's file of matches, read and written; arguments and errors as ``FeatureFile``."""
+
+    def _key(self, a: str, b: str) -> tuple[str, bool] | None:
+        """Group of a pair, and whether it holds it the other way round."""
+        for key, swapped in ((pair_name(a, b), False), (pair_name(b, a), True)):
+            if key in self:
+                return key, swapped
+        return None
+
+    def has_matches(self, a: str, b: str) -> bool:
+        """Whether the pair is there, either way round."""
+        return self._key(a, b) is not None
+
+    def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
+        """Keep the matches of the images called ``a`` and ``b``; ``count`` is the number of points of a.
+
+        Raises:
+            ValueError: a point of a has several matches, or one lies beyond ``count``.
+        """
+        index = matches.index.cpu().numpy()
+        if len(index) and (len(np.unique(index[:, 0])) < len(index) or index[:, 0].max() >= count):
+            raise ValueError(f"hloc keeps one match for each of the {count} points of {a}; match with mutual=True")
+        partner = np.full(count, -1, dtype=np.int32)
+        score = np.zeros(count, dtype=np.float32)
+        partner[index[:, 0]] = index[:, 1]
+        score[index[:, 0]] = matches.score.cpu().numpy()
+        arrays: dict[str, np.ndarray] = {"matches0": partner, "matching_scores0": score}
+        self._put(pair_name(a, b), arrays)
+
+    def read_matches(self, a: str, b: str) -> Matches:
+        """Matches of a pair in the order of the points of ``a``, whichever way round they are kept.
+
+        Raises:
+            DataError: no such pair, or arrays of other shapes.
+        """
+        found = self._key(a, b)
+        if found is None:
+            raise DataError(f"{self.path} holds no matches of {a!r} and {b!r}")
+        group = self._get(found[0])
+        if "matches0" not in group or group["matches0"].ndim != 1:
+            raise DataError(f"{self.path}: {found[0]} needs 'matches0' (N,); is this a file of matches?")
+        partner = group["matches0"].astype(np.int64)
+        chosen = np.flatnonzero(partner >= 0)
+        score = group.get("matching_scores0", np.ones(len(partner)))[chosen].astype(np.float32)
+        index = np.stack([chosen, partner[chosen]], axis=1)
+        if found[1]:
+            order = np.argsort(index[:, 1], kind="stable")
+            index, score = index[order][:, ::-1], score[order]
+        return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score))
+
+
+def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Pairs of a list: two names a line with white space between (hloc), or a tab where names have spaces; # begins a remark.
+
+    Raises:
+        FileNotFoundError: no list.
+        DataError: a line has not two names; the message has its number.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no list of pairs at {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text ({error}); a list of pairs has two image names a line") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        names = [part.strip() for part in line.split("\t") if part.strip()] if "\t" in line else line.split()
+        if len(names) != 2:
+            raise DataError(f"{path}, line {number}: expected two names, found {len(names)}: {line.strip()[:80]!r}")
+        yield names[0], names[1]

@@ -1,0 +1,263 @@
+"""COLMAP's database, read with sqlite alone, by COLMAP itself and by us; cameras; kills; a model of real photographs."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from test_formats import some
+from tiepoints.errors import DataError
+from tiepoints.extract import build
+from tiepoints.formats.colmap import ColmapDatabase
+from tiepoints.formats.hdf5 import FeatureFile
+from tiepoints.matching import match
+from tiepoints.structs import Features, Matches
+
+pycolmap = pytest.importorskip("pycolmap")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def stereo():
+    """Features of two real photographs."""
+    left, right, _ = pytest.importorskip("skimage.data").stereo_motorcycle()
+    return build("keynet", "rootsift", num_points=600, device="cpu").extract([left, right])
+
+
+def tables(path, query):
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_features_there_and_back(tmp_path, n):
+    features = some(n)  # signed numbers, which COLMAP's SIFT cannot be
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        database.write("sub/a.png", features)
+        assert database.done("sub/a.png", described=True)
+    with ColmapDatabase(tmp_path / "d.db") as database:
+        assert database.names() == ["sub/a.png"]
+        found = database.read("sub/a.png")
+        with pytest.raises(DataError, match=r"no image 'b\.png'"):
+            database.read("b.png")
+    assert torch.allclose(found.xy, features.xy, atol=1e-5)  # to the last digit of float32, from which half a pixel was taken again
+    assert torch.equal(found.scale, features.scale)
+    assert torch.equal(found.angle, features.angle)
+    assert found.image_size == (100, 80)
+    if n:
+        assert torch.equal(found.descriptors, features.descriptors)
+
+
+def test_the_file_has_the_half_pixel_and_the_columns(tmp_path):
+    features = some(7)
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        database.write("a.png", features)
+    ((rows, columns, data),) = tables(tmp_path / "d.db", "SELECT rows, cols, data FROM keypoints")
+    table = np.frombuffer(data, np.float32).reshape(rows, columns)
+    assert table.shape == (7, 4)
+    assert np.allclose(table[:, :2], features.xy.numpy() + 0.5, atol=1e-5)
+    assert np.array_equal(table[:, 2], features.scale.numpy())
+    assert np.array_equal(table[:, 3], features.angle.numpy())
+    ((x, y, *_),) = [k.todict().values() for k in pycolmap.keypoints_from_matrix(table[:1].copy())]
+    assert (x, y) == tuple(table[0, :2])
+
+
+def test_hloc_writes_the_same_points_from_our_hdf5(tmp_path):
+    """hloc adds half a pixel to the keypoints of the file when it fills a database."""
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        file.write("a.png", some(7))
+    import h5py
+
+    with h5py.File(tmp_path / "f.h5") as file:
+        theirs = np.array(file["a.png"]["keypoints"]) + 0.5
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        database.write("a.png", some(7))
+    with pycolmap.Database.open(tmp_path / "d.db") as database:
+        assert np.allclose(database.read_keypoints(1)[:, :2], theirs, atol=1e-5)
+
+
+def test_colmap_matches_our_rootsift_as_we_do(tmp_path, stereo):
+    a, b = stereo
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        for name, features in (("a.png", a), ("b.png", b)):
+            database.write(name, features)
+        again = database.read("a.png").descriptors
+    assert ((again * a.descriptors).sum(dim=1) > 0.999).all()  # uint8
+    pycolmap.match_exhaustive(tmp_path / "d.db")
+    ours = {tuple(pair) for pair in match(a, b, ratio=0.8).index.tolist()}
+    with ColmapDatabase(tmp_path / "d.db") as database:
+        theirs = {tuple(pair) for pair in database.read_matches("a.png", "b.png").index.tolist()}
+        assert len(database.read_inliers("a.png", "b.png")) > 40
+    assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)) > 50
+
+
+def test_matches_either_way_round_and_verified(tmp_path, stereo):
+    a, b = stereo
+    found = match(a, b, ratio=0.95)
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        for name, features in (("a.png", a), ("b.png", b), ("c.png", b[:0])):
+            database.write(name, features)
+        database.write_matches("b.png", "a.png", Matches(found.index.flip(1), found.score))
+        database.write_matches("a.png", "c.png", Matches(found.index[:0], found.score[:0]))
+        assert torch.equal(database.read_matches("a.png", "b.png").index, found.index)
+        assert not database.has_matches("b.png", "c.png")
+        assert not database.has_matches("b.png", "nothing.png")
+        pairs = [("b.png", "a.png"), ("a.png", "c.png")]
+        assert database.verify(pairs) == 1
+        inliers = database.read_inliers("a.png", "b.png")
+        assert 40 < len(inliers) <= len(found)
+        assert {tuple(p) for p in inliers.index.tolist()} <= {tuple(p) for p in found.index.tolist()}
+        # the pair is rectified: what COLMAP keeps lies on the same line
+        assert (a.xy[inliers.index[:, 0], 1] - b.xy[inliers.index[:, 1], 1]).abs().max() < 8
+        assert len(database.read_inliers("a.png", "c.png")) == 0
+        with pytest.raises(DataError, match="already"):
+            database.write("a.png", a)
+        database.clear_matches()
+        assert not database.has_matches("a.png", "b.png")
+        assert database.done("a.png", described=True)
+        database.clear()
+        assert database.names() == []
+
+
+def test_cameras(tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned, which COLMAP ignores as we do
+    exif.get_ifd(0x8769)[0xA405] = 28  # focal length on 35 mm film
+    photo.save(tmp_path / "exif.jpg", exif=exif)
+    photo.save(tmp_path / "plain.webp")
+    with ColmapDatabase(tmp_path / "auto.db", write=True) as database:
+        database.write("exif.jpg", some(3), tmp_path / "exif.jpg")
+        database.write("plain.webp", some(3), tmp_path / "plain.webp")
+    rows = tables(tmp_path / "auto.db", "SELECT width, height, params, prior_focal_length FROM cameras")
+    assert [row[:2] for row in rows] == [(100, 80)] * 2
+    focal = [np.frombuffer(row[2])[0] for row in rows]
+    assert 70 < focal[0] < 85
+    assert focal[1] == 120
+    assert [row[3] for row in rows] == [1, 0]
+    assert tables(tmp_path / "auto.db", "SELECT COUNT(*) FROM frames") == [(2,)]
+
+    for camera, params in (("single", [120, 50, 40, 0]), ("PINHOLE:90,91,50,40", [90, 91, 50, 40])):
+        path = tmp_path / f"{camera[:3]}.db"
+        for again in range(2):  # the second time in a database that has the camera
+            with ColmapDatabase(path, camera=camera, write=True) as database:
+                database.write(f"{again}.webp", some(3))
+                other = Features(some(3).keypoints, None, (50, 80))
+                with pytest.raises(DataError, match="50 x 80 but the single camera is 100 x 80"):
+                    database.write("other.png", other)
+                assert "other.png" not in database
+        ((model, data, known),) = tables(path, "SELECT model, params, prior_focal_length FROM cameras")
+        assert np.frombuffer(data).tolist() == params
+        assert (model, known) == ((1, 1) if camera != "single" else (2, 0))
+        assert tables(path, "SELECT COUNT(*), COUNT(DISTINCT rig_id) FROM frames") == [(2, 1)]
+
+
+@pytest.mark.parametrize("camera", ["pinhole", "PINHOLE", "PINHOLE:1,2", "NOTHING:1,2,3,4", "PINHOLE:a,b,c,d"])
+def test_wrong_cameras_are_told(tmp_path, camera):
+    with pytest.raises(ValueError, match=r"auto, single or MODEL|has the parameters"):
+        ColmapDatabase(tmp_path / "d.db", camera=camera, write=True)
+
+
+def test_files_that_are_none_of_colmaps(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no database"):
+        ColmapDatabase(tmp_path / "none.db")
+    (tmp_path / "d.db").write_bytes(b"nonsense, and more of it " * 100)
+    with pytest.raises(DataError, match="no database of COLMAP"):
+        ColmapDatabase(tmp_path / "d.db")
+    with ColmapDatabase(tmp_path / "e.db", write=True) as database, pytest.raises(DataError, match="size of the image"):
+        database.write("a.png", Features(some(3).keypoints, None, (0, 0)))
+
+
+#: As in test_hdf5.py: children write and are killed, and tell a pipe what they have finished.
+KILLS = """
+import os, random, signal, sys, time
+import torch
+from tiepoints.formats.colmap import ColmapDatabase
+from tiepoints.structs import Features, Keypoints, Matches
+
+torch.set_num_threads(1)
+path, rounds = sys.argv[1], int(sys.argv[2])
+chance = random.Random(0)
+finished, killed = set(), 0
+
+def features(i):
+    g = torch.Generator().manual_seed(i)
+    n = 200 + 40 * (i % 50)
+    return Features(Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ()))), torch.rand(n, 128, generator=g) - 0.5, (9, 9))
+
+for turn in range(rounds):
+    end, start = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(end)
+            with ColmapDatabase(path, write=True) as database:
+                for i in range(1000):
+                    database.write(f"{turn}-{i}.png", features(i))
+                    os.write(start, f"{turn}-{i}.png {i}\\n".encode())
+        finally:
+            os._exit(7)
+    os.close(start)
+    time.sleep(chance.uniform(0.05, 0.3))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    with os.fdopen(end) as told:
+        finished |= {tuple(line.split()) for line in told if line.endswith("\\n")}
+    with ColmapDatabase(path) as database:
+        there = database.names()
+        assert {name for name, _ in finished} <= set(there), "finished images are lost"
+        assert all(database.done(name, described=True) for name in there), "half an image"
+        for name, i in list(finished)[-20:]:
+            assert torch.equal(database.read(name).descriptors, features(int(i)).descriptors), name
+print(len(finished), killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_lose_nothing_finished(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, tmp_path / "d.db", "12"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    finished, killed = (int(word) for word in done.stdout.split())
+    assert killed == 12
+    assert finished > 20
+    assert tables(tmp_path / "d.db", "PRAGMA integrity_check") == [("ok",)]
+
+
+def test_photographs_become_one_model(data_dir, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "to_colmap.py", data_dir / "sacre_coeur", "--out", tmp_path, "--points", "1500",
+         "--threads", "1", "--json", tmp_path / "numbers.json"],
+        capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "numbers.json").read_text())
+    assert row["images"] == 10
+    assert row["verified_pairs"] >= 30
+    assert row["registered"] >= 8
+    assert row["points"] > 200
+    assert 0 < row["error"] < 2
+    model = pycolmap.Reconstruction(next(tmp_path.glob("*/models/0")))
+    assert model.num_reg_images() > 0
+
+
+def test_the_example_tells_what_is_wrong(tmp_path):
+    for words in (["nothing"], [str(tmp_path)]):
+        done = subprocess.run(
+            [sys.executable, ROOT / "examples" / "to_colmap.py", *words, "--out", tmp_path / "o"], capture_output=True, text=True
+        )
+        assert done.returncode == 1
+        assert "error:" in done.stderr
+        assert "Traceback" not in done.stderr

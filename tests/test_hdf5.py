@@ -1,0 +1,328 @@
+"""hloc's files: there and back, as hloc reads and writes them, and after kills at any moment."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from test_formats import some
+from tiepoints.errors import DataError
+from tiepoints.extract import build
+from tiepoints.formats import hdf5
+from tiepoints.formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
+from tiepoints.matching import match
+from tiepoints.structs import Matches
+
+h5py = pytest.importorskip("h5py")
+
+
+def same(a, b) -> None:
+    for name in ("xy", "scale", "angle", "score", "descriptors"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.image_size == b.image_size
+
+
+# What hloc does with its files, written anew from its documented layout: the peer that ours must agree with.
+
+
+def hloc_names(path):
+    found = set()
+    with h5py.File(path, "r") as file:
+        file.visititems(lambda _, item: found.add(item.parent.name.strip("/")) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def hloc_matcher_input(path, name):
+    """Every data set of an image as a float tensor, and an image of its size made of nothing."""
+    with h5py.File(path, "r") as file:
+        tensors = {key: torch.from_numpy(np.array(item)).float() for key, item in file[name].items()}
+        width, height = (int(v) for v in file[name]["image_size"])
+    return tensors, torch.empty(1, height, width)
+
+
+def hloc_matches(path, a, b):
+    with h5py.File(path, "r") as file:
+        key, back = "/".join(n.replace("/", "-") for n in (a, b)), "/".join(n.replace("/", "-") for n in (b, a))
+        swapped = key not in file
+        partner, score = (np.array(file[back if swapped else key][k]) for k in ("matches0", "matching_scores0"))
+    (own,) = np.where(partner != -1)
+    table = np.stack([own, partner[own]], axis=1)
+    return (table[:, ::-1] if swapped else table), score[own]
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_features_there_and_back(tmp_path, n):
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        file.write("sub/a.png", some(n))
+        assert file.done("sub/a.png", described=True)
+        same(file.read("sub/a.png"), some(n))  # of the journal
+    assert [p.name for p in tmp_path.iterdir()] == ["f.h5"]
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert file.names() == ["sub/a.png"]
+        assert file.done("sub/a.png", described=True)
+        assert not file.done("b.png", described=False)
+        same(file.read("sub/a.png"), some(n))
+        with pytest.raises(DataError, match=r"no features of 'b\.png'"):
+            file.read("b.png")
+
+
+def test_hloc_reads_what_we_write(tmp_path):
+    features = some(7)
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        file.write("sub/a.png", features)
+        file.write("b.png", some(5))
+    assert hloc_names(tmp_path / "f.h5") == {"sub/a.png", "b.png"}
+    tensors, image = hloc_matcher_input(tmp_path / "f.h5", "sub/a.png")
+    assert image.shape == (1, 80, 100)
+    assert torch.equal(tensors["keypoints"], features.xy)  # hloc's files have the half pixel no more than we do
+    assert torch.equal(tensors["descriptors"], features.descriptors.T)
+    assert torch.equal(tensors["scores"], features.score)
+    with h5py.File(tmp_path / "f.h5") as file:
+        points = file["sub/a.png"]["keypoints"]
+        assert points.dtype == np.float32
+        assert points.attrs["uncertainty"] == 1.0
+        assert file["sub/a.png"]["descriptors"].shape == (128, 7)
+
+
+def test_we_read_what_hloc_writes(tmp_path):
+    """Half precision throughout, no scales, no angles."""
+    features = some(7)
+    with h5py.File(tmp_path / "f.h5", "a", libver="latest") as file:
+        group = file.create_group("sub/a.png")
+        for key, value in (("keypoints", features.xy), ("descriptors", features.descriptors.T), ("scores", features.score)):
+            group.create_dataset(key, data=value.numpy().astype(np.float16))
+        group.create_dataset("image_size", data=np.array([100, 80]))
+        file.create_group("g.png").create_dataset("global_descriptor", data=np.zeros(4))
+    with FeatureFile(tmp_path / "f.h5") as file:
+        found = file.read("sub/a.png")
+        assert (found.xy - features.xy).abs().max() < 0.05
+        assert (found.descriptors - features.descriptors).abs().max() < 1e-3
+        assert found.xy.dtype == found.descriptors.dtype == torch.float32
+        assert found.image_size == (100, 80)
+        assert found.scale.tolist() == [1.0] * 7
+        with pytest.raises(DataError, match="keypoints"):
+            file.read("g.png")
+
+
+def test_half_touches_descriptors_alone(tmp_path):
+    with FeatureFile(tmp_path / "f.h5", write=True, half=True) as file:
+        file.write("a.png", some(7))
+    with h5py.File(tmp_path / "f.h5") as file:
+        assert file["a.png"]["descriptors"].dtype == np.float16
+        assert file["a.png"]["keypoints"].dtype == np.float32
+    with FeatureFile(tmp_path / "f.h5") as file:
+        assert torch.equal(file.read("a.png").xy, some(7).xy)
+
+
+def test_matches_of_real_images_there_and_back_and_as_hloc_reads_them(tmp_path):
+    data = pytest.importorskip("skimage.data")
+    left, right, _ = data.stereo_motorcycle()
+    a, b = build("keynet", "rootsift", num_points=300, device="cpu").extract([left, right])
+    found = match(a, b, ratio=0.95)
+    assert len(found) > 50
+    with MatchFile(tmp_path / "m.h5", write=True) as file:
+        file.write_matches("s/a.png", "b.png", found, len(a))
+        file.write_matches("e/a.png", "b.png", Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)), 0)
+    assert hloc_names(tmp_path / "m.h5") == {"s-a.png/b.png", "e-a.png/b.png"}
+    with MatchFile(tmp_path / "m.h5") as file:
+        assert file.has_matches("b.png", "s/a.png")
+        assert not file.has_matches("b.png", "a.png")
+        again, back = file.read_matches("s/a.png", "b.png"), file.read_matches("b.png", "s/a.png")
+        assert len(file.read_matches("e/a.png", "b.png")) == 0
+        with pytest.raises(DataError, match="no matches"):
+            file.read_matches("b.png", "a.png")
+    assert torch.equal(again.index, found.index)
+    assert torch.equal(again.score, found.score)
+    assert (back.index[1:, 0] >= back.index[:-1, 0]).all()
+    assert {(j, i) for i, j in back.index.tolist()} == {(i, j) for i, j in found.index.tolist()}
+    for names in (("s/a.png", "b.png"), ("b.png", "s/a.png")):
+        table, score = hloc_matches(tmp_path / "m.h5", *names)
+        ours = found.index if names[0] == "s/a.png" else found.index.flip(1)
+        assert table.tolist() == ours.tolist()
+        assert score.tolist() == found.score.tolist()
+
+
+def test_matches_need_one_partner_a_point(tmp_path):
+    double = Matches(torch.tensor([[1, 2], [1, 3]]), torch.ones(2))
+    with MatchFile(tmp_path / "m.h5", write=True) as file:
+        with pytest.raises(ValueError, match="mutual"):
+            file.write_matches("a", "b", double, 5)
+        with pytest.raises(ValueError, match="one match"):
+            file.write_matches("a", "b", Matches(torch.tensor([[5, 2]]), torch.ones(1)), 5)
+    assert not list(tmp_path.iterdir())  # nothing written, nothing left behind
+    assert pair_name("x/a.png", "b.png") == "x-a.png/b.png"
+
+
+def test_more_is_appended_and_the_same_is_replaced(tmp_path):
+    path = tmp_path / "f.h5"
+    for names, n in ((("a", "b"), 3), (("c", "b"), 6)):
+        with FeatureFile(path, write=True) as file:
+            for name in names:
+                file.write(name, some(n))
+    with FeatureFile(path) as file:
+        assert [len(file.read(name)) for name in ("a", "b", "c")] == [3, 6, 6]
+        with pytest.raises(ValueError, match="reading"):
+            file.write("d", some(1))
+    with FeatureFile(path, write=True) as file:
+        file.clear()
+        assert file.names() == []
+    assert not path.exists()
+
+
+def test_a_second_writer_is_told_and_a_reader_sees_the_journal(tmp_path):
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        file.write("a", some(3))
+        with pytest.raises(DataError, match="another run"), FeatureFile(tmp_path / "f.h5", write=True):
+            pass
+        with FeatureFile(tmp_path / "f.h5") as reader:
+            same(reader.read("a"), some(3))
+    with FeatureFile(tmp_path / "f.h5") as reader:
+        same(reader.read("a"), some(3))
+
+
+def test_a_journal_cut_anywhere_gives_all_whole_records(tmp_path):
+    """What a kill inside a write leaves: the file up to some byte."""
+    path, place = tmp_path / "f.h5", tmp_path / "f.h5.journal"
+    file = FeatureFile(path, write=True)
+    ends = []
+    for i in range(3):
+        file.write(f"{i}", some(i + 2, d=4))
+        ends.append(place.stat().st_size)
+    whole = place.read_bytes()
+    file.clear()
+    file.close()
+    for size in [*range(ends[0], len(whole), 7), *ends]:
+        place.write_bytes(whole[:size])
+        with FeatureFile(path, write=True) as file:
+            count = sum(end <= size for end in ends)
+            assert file.names() == [f"{i}" for i in range(count)]
+            file.write("new", some(1, d=4))  # follows the last whole record
+        with FeatureFile(path) as file:
+            assert file.names() == [*(f"{i}" for i in range(count)), "new"]
+            for i in range(count):
+                same(file.read(f"{i}"), some(i + 2, d=4))
+        path.unlink()
+
+
+def test_a_failing_disk_leaves_the_file_and_the_journal(tmp_path, monkeypatch):
+    path = tmp_path / "f.h5"
+    with FeatureFile(path, write=True) as file:
+        file.write("a", some(3))
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hdf5.shutil, "copyfile", full)
+        with pytest.raises(OSError, match="nothing is lost"), FeatureFile(path, write=True) as file:
+            file.write("b", some(4))
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5", "f.h5.journal"]
+    with FeatureFile(path, write=True):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f.h5"]
+    with FeatureFile(path) as file:
+        same(file.read("b"), some(4))
+
+
+#: Children of one process write, and are killed at random moments, inside writes and merges; each tells a pipe what it has finished.
+KILLS = """
+import os, random, signal, sys, time
+import torch
+from tiepoints.formats.hdf5 import FeatureFile
+from tiepoints.structs import Features, Keypoints
+
+torch.set_num_threads(1)
+
+def features(i):
+    g = torch.Generator().manual_seed(i)
+    n = 200 + 40 * (i % 50)
+    return Features(Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ()))), torch.rand(n, 64, generator=g), (9, 9))
+
+path, rounds = sys.argv[1], int(sys.argv[2])
+chance = random.Random(0)
+finished, killed = set(), 0
+for turn in range(rounds):
+    end, start = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.close(end)
+            for part in range(100):
+                with FeatureFile(path, write=True) as file:
+                    for i in range(chance.randrange(1, 6)):
+                        name = f"sub{turn}/{part}-{i}.png"
+                        file.write(name, features(hash((turn, part, i)) % 1000))
+                        os.write(start, f"{name} {hash((turn, part, i)) % 1000}\\n".encode())
+        finally:
+            os._exit(7)
+    os.close(start)
+    time.sleep(chance.uniform(0.02, 0.25))
+    os.kill(child, signal.SIGKILL)
+    killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    with os.fdopen(end) as told:
+        finished |= {tuple(line.split()) for line in told if line.endswith("\\n")}
+    with FeatureFile(path) as file:
+        there = set(file.names())
+        assert {name for name, _ in finished} <= there, "finished images are lost"
+        for name, i in list(finished)[-20:]:
+            assert torch.equal(file.read(name).descriptors, features(int(i)).descriptors), name
+with FeatureFile(path, write=True) as file:
+    pass
+print(len(finished), killed)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kills_lose_nothing_finished(tmp_path):
+    path = tmp_path / "f.h5"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, path, "25"], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    finished, killed = (int(word) for word in done.stdout.split())
+    assert killed == 25
+    assert finished > 50
+    assert len(hloc_names(path)) >= finished  # whole for hloc too, once merged
+    assert [p.name for p in tmp_path.iterdir()] == ["f.h5"]
+
+
+def test_files_that_are_none_of_ours(tmp_path):
+    path = Path(tmp_path / "f.h5")
+    with pytest.raises(FileNotFoundError, match=r"f\.h5"):
+        FeatureFile(path)
+    path.write_bytes(b"nonsense")
+    for write in (False, True):
+        with pytest.raises(DataError, match=r"f\.h5 is no HDF5 file or is damaged"):
+            FeatureFile(path, write=write)
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file["a/keypoints"] = np.zeros((3, 3, 1))
+        file["b/keypoints"] = np.zeros((3, 2))
+        file["b/descriptors"] = np.zeros((3, 128))
+        file["c/keypoints"] = np.zeros((3, 2))
+        file["c/scores"] = np.zeros(4)
+    with FeatureFile(path) as file:
+        for name, words in (("a", "keypoints of a"), ("b", r"descriptors of b must be \(D,3\)"), ("c", "scores of c")):
+            with pytest.raises(DataError, match=words):
+                file.read(name)
+
+
+def test_lists_of_pairs(tmp_path):
+    place = tmp_path / "pairs.txt"
+    place.write_text("\ufeffa.png  s/b.png\n\n# remark\nmy photo.png\tc.png\r\n", encoding="utf-8")
+    assert list(read_pairs(place)) == [("a.png", "s/b.png"), ("my photo.png", "c.png")]
+    place.write_text("a b\nmy photo.png c.png\n")
+    with pytest.raises(DataError, match="line 2"):
+        list(read_pairs(place))
+    place.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(DataError, match="no text"):
+        list(read_pairs(place))
+    with pytest.raises(FileNotFoundError, match="list of pairs"):
+        list(read_pairs(tmp_path / "none.txt"))
