@@ -1,131 +1,412 @@
-"""Matching and robust geometry: a slow twin, known answers, and inputs without one."""
+"""Matching: a slow twin, ties, votes, learned matchers, and inputs without an answer."""
+
+from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 
 from tiepoints import matching
-from tiepoints.estimation import estimate
-from tiepoints.geometry import warp_points
-from tiepoints.matching import match
-from tiepoints.structs import Features, Keypoints
+from tiepoints.errors import WeightsError
+from tiepoints.matching import LightGlueMatcher, keep_common_rotation, keep_common_scale, match
+from tiepoints.structs import Features, Keypoints, Matches
 
 
-def features(descriptors: torch.Tensor) -> Features:
+def features(descriptors: torch.Tensor, angle: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Features:
     n = len(descriptors)
-    points = Keypoints(torch.rand(n, 2), torch.ones(n), torch.zeros(n), torch.ones(n))
+    points = Keypoints(
+        9 * torch.rand(n, 2), torch.ones(n) if scale is None else scale, torch.zeros(n) if angle is None else angle, torch.ones(n)
+    )
     return Features(points, torch.nn.functional.normalize(descriptors, dim=1), (10, 10))
 
 
+def noisy_pair(n_a: int = 40, common: int = 25, extra: int = 20, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    a = torch.randn(n_a, size, generator=rng)
+    return a, torch.cat([a[:common] + 0.5 * torch.randn(common, size, generator=rng), torch.randn(extra, size, generator=rng)])
+
+
+def pairs(matches: Matches) -> list[tuple[int, int]]:
+    return [(i, j) for i, j in matches.index.tolist()]
+
+
+# ---- nearest neighbours
+
+
 def slow_match(a: torch.Tensor, b: torch.Tensor, mutual: bool, ratio: float | None) -> list[tuple[int, int]]:
+    def distances(row: torch.Tensor, others: torch.Tensor) -> list[float]:
+        return [math.sqrt(max(0.0, 2 - 2 * float(row @ other))) for other in others]
+
+    def distinct(found: list[float]) -> bool:
+        if ratio is None or ratio == 1 or len(found) == 1:
+            return True
+        first, second = sorted(found)[:2]
+        return first < second and first <= ratio * second
+
     found = []
     for i in range(len(a)):
-        distances = [math.sqrt(max(0.0, 2 - 2 * float(a[i] @ b[j]))) for j in range(len(b))]
-        j = distances.index(min(distances))
-        back = [float(a[k] @ b[j]) for k in range(len(a))]
-        if mutual and back.index(max(back)) != i:
-            continue
-        others = [d for k, d in enumerate(distances) if k != j]
-        if ratio is not None and others and distances[j] > ratio * min(others):
-            continue
-        found.append((i, j))
+        there = distances(a[i], b)
+        j = there.index(min(there))
+        back = distances(b[j], a)
+        if distinct(there) and (not mutual or (back.index(min(back)) == i and distinct(back))):
+            found.append((i, j))
     return found
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mutual", [True, False])
-@pytest.mark.parametrize("ratio", [None, 0.9, 1.0])
-def test_equals_the_slow_twin_and_blocks_change_nothing(mutual, ratio, monkeypatch):
-    generator = torch.Generator().manual_seed(1)
-    a = torch.randn(40, 16, generator=generator)
-    b = torch.cat([a[:25] + 0.5 * torch.randn(25, 16, generator=generator), torch.randn(20, 16, generator=generator)])
-    fa, fb = features(a), features(b)
-    expected = slow_match(fa.descriptors, fb.descriptors, mutual, ratio)
-    assert [tuple(r) for r in match(fa, fb, mutual=mutual, ratio=ratio).index.tolist()] == expected
-    monkeypatch.setattr(matching, "BLOCK", 7)
-    assert [tuple(r) for r in match(fa, fb, mutual=mutual, ratio=ratio).index.tolist()] == expected
+@pytest.mark.parametrize("ratio", [None, 0.8, 0.9, 1.0])
+def test_equals_the_slow_twin_and_blocks_change_nothing(mutual, ratio, dtype, monkeypatch):
+    a, b = (features(d.to(dtype)) for d in noisy_pair())
+    assert a.descriptors.dtype == dtype
+    as_float = [torch.nn.functional.normalize(f.descriptors.float(), dim=1) for f in (a, b)]
+    expected = slow_match(*as_float, mutual, ratio)
+    assert 10 < len(expected) <= 40
+    assert pairs(match(a, b, mutual=mutual, ratio=ratio)) == expected
+    for block, group in ((7, 3), (1, 1), (16, 64)):
+        monkeypatch.setattr(matching, "BLOCK", block)
+        monkeypatch.setattr(matching, "GROUP", group)
+        assert pairs(match(a, b, mutual=mutual, ratio=ratio)) == expected
 
 
-def test_empty_sides_single_candidate_and_ties():
+def test_mutual_ratio_is_tested_from_both_sides():
+    # b0 is far nearer to a0 than b1 is, but a1 is about as near to b0 as a0 is
+    angles_a, angles_b = torch.tensor([0.0, 0.25]), torch.tensor([0.1, 1.5])
+    a, b = (features(torch.stack([t.cos(), t.sin()], dim=1)) for t in (angles_a, angles_b))
+    assert pairs(match(a, b)) == [(0, 0)]
+    assert pairs(match(a, b, ratio=0.6, mutual=False)) == [(0, 0), (1, 0)]
+    assert pairs(match(a, b, ratio=0.6)) == []
+    assert pairs(match(a, b, ratio=0.7)) == [(0, 0)]
+
+
+@pytest.mark.parametrize("ratio", [0.7, 0.8, 0.95])
+def test_equals_kornia(ratio):
+    kornia = pytest.importorskip("kornia.feature")
+    a, b = (features(d) for d in noisy_pair(300, 200, 80, 32))
+    _, index = kornia.match_smnn(a.descriptors, b.descriptors, ratio)
+    assert sorted(pairs(match(a, b, ratio=ratio))) == sorted(map(tuple, index.tolist()))
+    _, index = kornia.match_mnn(a.descriptors, b.descriptors)
+    assert sorted(pairs(match(a, b))) == sorted(map(tuple, index.tolist()))
+
+
+def test_empty_sides_and_a_single_candidate():
     some, none = features(torch.randn(3, 8)), features(torch.zeros(0, 8))
-    assert len(match(some, none)) == len(match(none, some)) == len(match(none, none)) == 0
-    assert len(match(some[:1], some[:1], ratio=0.5)) == 1
+    for options in ({}, {"ratio": 0.8}, {"mutual": False}, {"rotation_tolerance": 0.5, "scale_tolerance": 2.0}):
+        assert len(match(some, none, **options)) == len(match(none, some, **options)) == len(match(none, none, **options)) == 0
+    assert match(none, none).index.shape == (0, 2)
+    assert pairs(match(some[:1], some[:1], ratio=0.5)) == [(0, 0)]
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 2048])
+def test_of_equal_descriptors_the_first_is_taken_once(block, monkeypatch):
+    monkeypatch.setattr(matching, "BLOCK", block)
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.nn.functional.normalize(torch.randn(3, 128, generator=rng), dim=1)
+    a, b = features(rows[[0, 1, 0, 2, 1, 0]]), features(rows[[2, 2, 0, 0, 0]])
+    assert pairs(match(a, b)) == [(0, 2), (3, 0)]
+    assert pairs(match(b, a)) == [(0, 3), (2, 0)]
+    everyone = pairs(match(a, b, mutual=False))
+    assert [(i, j) for i, j in everyone if i in (0, 2, 3, 5)] == [(0, 2), (2, 2), (3, 0), (5, 2)]
+    assert pairs(match(a, b, ratio=0.99)) == []  # nothing says which of them is meant
+    assert pairs(match(a, b, ratio=1.0)) == pairs(match(a, b))
     same = features(torch.ones(4, 8))
-    assert match(same, same).index.tolist() == [[0, 0]]
+    assert pairs(match(same, same)) == [(0, 0)]
 
 
-def test_wrong_features_are_refused():
+def test_no_point_has_two_mutual_matches_among_many_ties():
+    rng = torch.Generator().manual_seed(2)
+    a, b = (features(torch.randint(0, 2, (200, 5), generator=rng).float() + 0.1) for _ in range(2))
+    found = match(a, b)
+    assert len(found) > 5
+    assert all(len(column.unique()) == len(column) for column in found.index.T)
+    assert pairs(found) == pairs(match(a, b))
+
+
+def test_score_is_the_cosine_and_has_a_floor():
+    a, b = (features(d) for d in noisy_pair())
+    found = match(a, b)
+    cosine = (a.descriptors[found.index[:, 0]] * b.descriptors[found.index[:, 1]]).sum(dim=1)
+    torch.testing.assert_close(found.score, cosine)
+    floor = float(found.score.median())
+    assert pairs(match(a, b, min_similarity=floor)) == [p for p, s in zip(pairs(found), found.score, strict=True) if s >= floor]
+
+
+def test_never_more_than_a_tile_of_the_matrix(monkeypatch):
+    monkeypatch.setattr(matching, "BLOCK", 64)
+    sizes = []
+    plain = matching._two_largest
+    monkeypatch.setattr(matching, "_two_largest", lambda values, dim: (sizes.append(values.numel()), plain(values, dim))[1])
+    a = features(torch.randn(300, 8))
+    assert pairs(match(a, a)) == [(i, i) for i in range(300)]
+    assert max(sizes) == 64 * 64
+
+
+def test_descriptors_that_require_gradients_are_taken():
+    descriptors = torch.nn.functional.normalize(torch.randn(5, 8), dim=1).requires_grad_()
+    a = Features(features(torch.randn(5, 8)).keypoints, descriptors, (10, 10))
+    assert not match(a, a, ratio=0.9).score.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same_and_keeps_it():
+    a, b = (features(d) for d in noisy_pair(300, 200, 80, 32))
+    on_gpu = [Features(f.keypoints.to("cuda"), f.descriptors.cuda(), f.image_size) for f in (a, b)]
+    found = match(*on_gpu, ratio=0.9, rotation_tolerance=0.5, scale_tolerance=2.0)
+    assert found.index.device.type == found.score.device.type == "cuda"
+    assert pairs(found) == pairs(match(a, b, ratio=0.9))
+
+
+def test_wrong_features_and_options_are_refused():
     a, b = features(torch.randn(3, 8)), features(torch.randn(3, 16))
     with pytest.raises(ValueError, match="compared"):
         match(a, b)
-    with pytest.raises(ValueError, match="descriptor"):
+    with pytest.raises(ValueError, match="needs descriptors"):
         match(Features(a.keypoints, None, (1, 1)), a)
     with pytest.raises(ValueError, match="ratio"):
         match(a, a, ratio=2.0)
+    with pytest.raises(ValueError, match="floating"):
+        match(Features(a.keypoints, torch.ones(3, 8, dtype=torch.uint8), (1, 1)), a)
+    broken = a.descriptors.clone()
+    broken[1, 2] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        match(a, Features(a.keypoints, broken, (1, 1)))
+    for wrong in (0.0, -1.0, 4.0, math.nan):
+        with pytest.raises(ValueError, match="rotation"):
+            match(a, a, rotation_tolerance=wrong)
+    for wrong in (1.0, 0.5, math.inf, math.nan):
+        with pytest.raises(ValueError, match="scale"):
+            match(a, a, scale_tolerance=wrong)
 
 
-H = torch.tensor([[1.1, 0.1, 20.0], [-0.05, 0.95, 10.0], [1e-4, -5e-5, 1.0]], dtype=torch.float64)
+# ---- common rotation and scale
 
 
-def test_homography_is_found_among_outliers():
-    generator = torch.Generator().manual_seed(3)
-    a = 500 * torch.rand(200, 2, generator=generator, dtype=torch.float64)
-    b = warp_points(a, H)
-    b[120:] = 500 * torch.rand(80, 2, generator=generator, dtype=torch.float64)
-    result = estimate(a, b, "homography")
-    assert result.ok
-    assert result.inliers[:120].all()
-    assert result.inliers[120:].sum() < 3
-    assert torch.allclose(warp_points(a[:120], result.model), b[:120], atol=0.1)
+def slow_rotation(angle_a: list[float], angle_b: list[float], index: list[list[int]], tolerance: float = 30.0) -> list[int]:
+    """REKD's filter, read from its rule: degrees, the most frequent rounded difference, those near it on the circle."""
+    turns = [(math.degrees(angle_b[j]) - math.degrees(angle_a[i])) % 360 for i, j in index]
+    rounded = [round(t) % 360 for t in turns]
+    votes = {r: rounded.count(r) for r in rounded}  # in the order met
+    common = max(votes, key=lambda r: votes[r])
+    off = [abs((t - common + 180) % 360 - 180) for t in turns]
+    return [k for k, o in enumerate(off) if o <= tolerance + 1e-3]
 
 
-def test_fundamental_is_found_among_outliers():
-    generator = torch.Generator().manual_seed(4)
-    world = torch.rand(200, 3, generator=generator, dtype=torch.float64) * 4 + torch.tensor([-2.0, -2.0, 4.0])
-    camera = torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]], dtype=torch.float64)
-    cos, sin = math.cos(0.2), math.sin(0.2)
-    turn = torch.tensor([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=torch.float64)
-
-    def see(points: torch.Tensor) -> torch.Tensor:
-        seen = points @ camera.T
-        return seen[:, :2] / seen[:, 2:]
-
-    a, b = see(world), see(world @ turn.T + torch.tensor([0.5, 0.1, 0.0]))
-    b[140:] = 400 * torch.rand(60, 2, generator=generator, dtype=torch.float64)
-    result = estimate(a, b, "fundamental", threshold=1.0)
-    assert result.ok
-    assert result.inliers[:140].float().mean() > 0.95
-    one = torch.ones(140, 1, dtype=torch.float64)
-    lines = torch.cat([a[:140], one], 1) @ result.model.T
-    error = (lines * torch.cat([b[:140], one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)
-    assert error.median() < 0.1
+def all_matches(n: int) -> Matches:
+    rng = torch.Generator().manual_seed(5)
+    return Matches(torch.stack([torch.arange(n), torch.randperm(n, generator=rng)], dim=1), torch.rand(n, generator=rng))
 
 
-@pytest.mark.parametrize("kind", ["homography", "fundamental"])
-def test_inputs_without_an_answer_are_not_ok(kind):
-    generator = torch.Generator().manual_seed(5)
-    line = torch.stack([torch.arange(50.0), 2 * torch.arange(50.0)], dim=1)
-    cases = {
-        "none": (torch.zeros(0, 2), torch.zeros(0, 2)),
-        "few": (torch.rand(3, 2), torch.rand(3, 2)),
-        "one place": (torch.ones(50, 2), torch.ones(50, 2)),
-        "line": (line, line + 3),
-        "nan": (torch.full((50, 2), float("nan")), torch.rand(50, 2)),
-    }
-    for name, (a, b) in cases.items():
-        result = estimate(a, b, kind)
-        assert not result.ok, name
-        assert result.reason, name
-        assert result.model is None, name
-        assert result.inliers.shape == (len(a),), name
-    a, b = (1000 * torch.rand(40, 2, generator=generator) for _ in range(2))
-    assert not estimate(a, b, kind, threshold=0.5).ok
+@pytest.mark.parametrize("turn", [0, 10, 90, 180, 350])
+@pytest.mark.parametrize("step", [10.0, 0.1])  # REKD's 36 directions, and continuous ones
+def test_rotation_equals_the_slow_twin(turn, step):
+    rng = torch.Generator().manual_seed(turn)
+    n = 120
+    matches = all_matches(n)
+    angle_a = torch.randint(0, int(360 / step), (n,), generator=rng) * step
+    angle_b = torch.empty(n)
+    angle_b[matches.index[:, 1]] = angle_a + turn + step * torch.randint(-1, 2, (n,), generator=rng)
+    wrong = matches.index[70:, 1]
+    angle_b[wrong] = torch.randint(0, int(360 / step), (len(wrong),), generator=rng) * step
+    a, b = (features(torch.ones(n, 2), angle=torch.deg2rad(t).remainder(2 * math.pi)) for t in (angle_a, angle_b))
+    kept = keep_common_rotation(a, b, matches)
+    expected = slow_rotation(a.angle.double().tolist(), b.angle.double().tolist(), matches.index.tolist())
+    assert kept.index.tolist() == matches.index[expected].tolist()
+    torch.testing.assert_close(kept.score, matches.score[expected])
+    assert set(range(70)) <= set(expected)
+    assert len(expected) < 70 + 0.4 * 50
 
 
-def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="kind"):
-        estimate(torch.rand(9, 2), torch.rand(9, 2), "affine")
-    with pytest.raises(ValueError, match="points"):
-        estimate(torch.rand(9, 2), torch.rand(8, 2))
-    with pytest.raises(ValueError, match="threshold"):
-        estimate(torch.rand(9, 2), torch.rand(9, 2), threshold=0)
+def test_rotation_limit_is_kept_ties_take_the_first_met_and_no_angles_change_nothing():
+    index = torch.arange(5)[:, None].expand(5, 2)
+    zero, matches = torch.zeros(5), Matches(index.contiguous(), torch.ones(5))
+    a = features(torch.ones(5, 2), angle=zero)
+    b = features(torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([350.0, 350.0, 20.0, 320.0, 21.0])))
+    assert keep_common_rotation(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
+    b = features(torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([100.0, 7.0, 7.0, 100.0, 200.0])))
+    assert keep_common_rotation(a, b, matches).index[:, 0].tolist() == [0, 3]
+    assert len(keep_common_rotation(a, a, matches)) == 5
+    assert len(keep_common_rotation(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)))) == 0
+
+
+def test_scale_keeps_the_common_zoom():
+    matches = all_matches(6)
+    scale_a = torch.tensor([1.0, 2.0, 4.0, 1.5, 1.0, 1.0])
+    zoom = torch.tensor([3.0, 3.1, 2.9, 5.5, 13.0, 0.0])  # a scale of 0 agrees with nothing
+    scale_b = torch.empty(6)
+    scale_b[matches.index[:, 1]] = scale_a * zoom
+    a, b = features(torch.ones(6, 2), scale=scale_a), features(torch.ones(6, 2), scale=scale_b)
+    assert keep_common_scale(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
+    assert keep_common_scale(a, b, matches, 1.3).index[:, 0].tolist() == [0, 1, 2]
+    assert keep_common_scale(a, b, matches, 8.0).index[:, 0].tolist() == [0, 1, 2, 3, 4]
+    nothing = features(torch.ones(6, 2), scale=torch.zeros(6))
+    assert len(keep_common_scale(nothing, b, matches)) == 0
+    assert len(keep_common_scale(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)))) == 0
+
+
+def test_match_votes_over_its_matches():
+    rng = torch.Generator().manual_seed(3)
+    descriptors = torch.randn(20, 16, generator=rng)
+    angle, scale = torch.full((20,), 0.5), torch.full((20,), 2.0)
+    angle[3], scale[7] = 2.0, 9.0
+    a, b = features(descriptors), features(descriptors, angle=angle, scale=scale)
+    assert len(match(a, b)) == 20
+    assert 3 not in match(a, b, rotation_tolerance=math.pi / 6).index[:, 0]
+    assert 7 not in match(a, b, scale_tolerance=2.0).index[:, 0]
+    both = match(a, b, rotation_tolerance=math.pi / 6, scale_tolerance=2.0)
+    assert [i for i, _ in pairs(both)] == [i for i in range(20) if i not in (3, 7)]
+
+
+# ---- matchers
+
+
+def test_a_matcher_takes_the_place_of_nearest_neighbours():
+    a, b = features(torch.randn(3, 8)), features(torch.randn(4, 8), angle=torch.tensor([0.0, 0, 2, 0]))
+    found = Matches(torch.tensor([[2, 3], [0, 1], [1, 2]]), torch.tensor([0.2, 0.9, 0.5]))
+    assert match(a, b, matcher=lambda x, y: found) is found
+    assert pairs(match(a, b, matcher=lambda x, y: found, rotation_tolerance=0.5)) == [(2, 3), (0, 1)]
+    plain = Features(a.keypoints, None, (10, 10))
+    assert match(plain, b, matcher=lambda x, y: found) is found  # whether it needs descriptors is its own affair
+
+    def never(x, y):
+        raise AssertionError("called without points")
+
+    assert len(match(a[:0], b, matcher=never)) == len(match(a, b[:0], matcher=never)) == len(match(plain[:0], b, matcher=never)) == 0
+
+
+def test_wrong_matchers_are_refused():
+    a = features(torch.randn(3, 8))
+    for options in ({"ratio": 0.9}, {"min_similarity": 0.5}, {"mutual": False}):
+        with pytest.raises(ValueError, match="matcher"):
+            match(a, a, matcher=match, **options)
+    with pytest.raises(ValueError, match="must return Matches"):
+        match(a, a, matcher=lambda x, y: [(0, 0)])
+    for index in ([[0, 3]], [[-1, 0]]):
+        with pytest.raises(ValueError, match="do not exist"):
+            match(a, a, matcher=lambda x, y, index=index: Matches(torch.tensor(index), torch.ones(1)))
+
+
+SMALL = {"n_layers": 2, "filter_threshold": 0.0, "depth_confidence": -1, "width_confidence": -1}
+LIGHTGLUES = ("disk", "sift", "doghardnet", "keynet_affnet_hardnet")
+
+
+def random_lightglue(name: str, seed: int = 0, **options) -> torch.nn.Module:
+    kornia = pytest.importorskip("kornia.feature")
+    torch.manual_seed(seed)
+    conf = {k: v for k, v in kornia.LightGlue.features[name].items() if k != "weights"} | SMALL | options
+    return kornia.LightGlue(None, **conf).eval()
+
+
+def scene(n: int, size: tuple[int, int], seed: int) -> Features:
+    rng = torch.Generator().manual_seed(seed)
+    xy = torch.rand(n, 2, generator=rng) * torch.tensor(size) - 0.5
+    scale, angle = 1 + 3 * torch.rand(n, generator=rng), 2 * math.pi * torch.rand(n, generator=rng)
+    descriptors = torch.nn.functional.normalize(torch.randn(n, 128, generator=rng), dim=1)
+    return Features(Keypoints(xy, scale, angle, torch.ones(n)), descriptors, size)
+
+
+@pytest.mark.parametrize("name", LIGHTGLUES)
+def test_lightglue_is_given_what_kornia_gives_it(name, monkeypatch):
+    integrated = pytest.importorskip("kornia.feature.integrated")
+    from tiepoints.formats.interop import to_laf
+
+    net = random_lightglue(name)
+    monkeypatch.setattr(integrated, "LightGlue", lambda *_, **__: net)
+    a, b = scene(60, (640, 480), 0), scene(50, (300, 500), 1)
+    a.xy.clamp_(min=0), b.xy.clamp_(min=0)  # kornia refuses points outside the outermost pixel centres
+    score, index = integrated.LightGlueMatcher(name)(
+        a.descriptors, b.descriptors, to_laf(a.keypoints), to_laf(b.keypoints), a.image_size[::-1], b.image_size[::-1]
+    )
+    found = match(a, b, matcher=LightGlueMatcher(net))
+    assert len(found) > 5
+    assert found.index.tolist() == index.tolist()
+    torch.testing.assert_close(found.score, score[:, 0], rtol=1e-4, atol=1e-6)
+
+
+def test_lightglue_respects_the_image_size():
+    net = random_lightglue("disk")
+    matcher = LightGlueMatcher(net)
+    a, b = scene(60, (640, 480), 0), scene(50, (300, 500), 1)
+    found = matcher(a, b)
+
+    def resized(f: Features, factor: int) -> Features:
+        points = Keypoints(f.xy.clamp(min=0) * factor, f.scale, f.angle, f.score)
+        return Features(points, f.descriptors, (f.image_size[0] * factor, f.image_size[1] * factor))
+
+    twice = matcher(resized(a, 2), resized(b, 2))
+    assert twice.index.tolist() == found.index.tolist()
+    assert torch.equal(twice.score, found.score)  # doubling is exact
+    other = matcher(Features(a.keypoints, a.descriptors, (2000, 2000)), b)
+    assert not torch.equal(other.score, found.score)
+    with pytest.raises(ValueError, match="outside"):
+        matcher(Features(a.keypoints, a.descriptors, (480, 480)), b)
+    with pytest.raises(ValueError, match="128 numbers, got 64"):
+        matcher(*(Features(f.keypoints, f.descriptors[:, :64], f.image_size) for f in (a, b)))
+
+
+def test_lightglue_of_empty_and_single_sides():
+    matcher = LightGlueMatcher(random_lightglue("disk"))
+    a, none = scene(20, (100, 100), 0), scene(0, (100, 100), 1)
+    for x, y in ((a, none), (none, a), (none, none)):
+        assert len(matcher(x, y)) == len(match(x, y, matcher=matcher)) == 0
+    assert len(matcher(a[:1], a)) <= 1
+    half = Features(a.keypoints, a.descriptors.bfloat16(), a.image_size)
+    assert matcher(half, a).score.dtype == torch.float32
+
+
+def test_lightglue_runs_on_features_of_an_image():
+    from tiepoints.extract import build
+
+    rng = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40, generator=rng), scale_factor=6, mode="bicubic").clamp(0, 1)
+    extractor = build("keynet", "rootsift", num_points=100, device="cpu")
+    a = extractor.extract(image)
+    b = extractor.extract(image.flip(-1))
+    assert len(a) > 20
+    found = match(a, b, matcher=LightGlueMatcher(random_lightglue("keynet_affnet_hardnet")), rotation_tolerance=1.0)
+    assert 0 < len(found) <= min(len(a), len(b))
+    assert 0 <= float(found.score.min()) <= float(found.score.max()) <= 1
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", None])
+def test_lightglue_takes_your_copy_of_the_weights(suffix, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    net = random_lightglue("disk", seed=7)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)  # nothing is fetched
+    state = {}
+    for key, value in net.state_dict().items():  # as published
+        parts = key.split(".")
+        state[".".join([parts[2], parts[1], *parts[3:]] if parts[0] == "transformers" else parts)] = value.contiguous()
+    del state["confidence_thresholds"]
+    weights = state
+    if suffix is not None:
+        weights = tmp_path / f"disk{suffix}"
+        save_file(state, weights) if suffix == ".safetensors" else torch.save(state, weights)
+    a, b = scene(60, (640, 480), 0), scene(50, (300, 500), 1)
+    theirs = LightGlueMatcher("disk", weights=weights, **SMALL)(a, b)
+    ours = LightGlueMatcher(net)(a, b)
+    assert theirs.index.tolist() == ours.index.tolist()
+    torch.testing.assert_close(theirs.score, ours.score)
+
+
+def test_lightglue_refuses_wrong_arguments(tmp_path, monkeypatch):
+    net = random_lightglue("disk")
+    state = net.state_dict()
+    with pytest.raises(ValueError, match=r"knows no features 'orb'.*disk"):
+        LightGlueMatcher("orb")
+    with pytest.raises(ValueError, match="go with a name"):
+        LightGlueMatcher(net, weights=state)
+    with pytest.raises(ValueError, match="half_side"):
+        LightGlueMatcher(net, half_side=0)
+    with pytest.raises(FileNotFoundError, match=r"none\.pth"):
+        LightGlueMatcher("disk", weights=tmp_path / "none.pth", **SMALL)
+    with pytest.raises(WeightsError, match="disk"):
+        LightGlueMatcher("disk", weights={k: v for k, v in state.items() if "posenc" not in k}, **SMALL)
+    with pytest.raises(WeightsError, match="disk"):
+        LightGlueMatcher("disk", weights=random_lightglue("sift").state_dict(), **SMALL)
+    monkeypatch.setitem(sys.modules, "kornia", None)
+    with pytest.raises(ImportError, match=r"tiepoints\[interop\]"):
+        LightGlueMatcher("disk")
