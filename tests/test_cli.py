@@ -6,13 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from tiepoints.cli import app
 from tiepoints.errors import DataError
+from tiepoints.formats.colmap import ColmapDatabase
+from tiepoints.formats.hdf5 import FeatureFile, MatchFile
+from tiepoints.jobs import open_features
+from tiepoints.structs import Features, Keypoints
 from tiepoints.training.pairs import PairFile, write_pairs
 from tiepoints.training.synthetic import PRESETS, list_photos
 from tiepoints.weights import load
@@ -187,3 +194,204 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
     whole, again = load(tmp_path / "whole.safetensors"), load(tmp_path / "broken.safetensors")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def views(tmp_path_factory):
+    """Three real views of a scene, cut from one photograph so that neighbours overlap, and one without any content."""
+    data = pytest.importorskip("skimage.data")
+    folder = tmp_path_factory.mktemp("views") / "v"
+    (folder / "sub").mkdir(parents=True)
+    photo = Image.fromarray(data.stereo_motorcycle()[0]).convert("L")
+    for i, name in enumerate(("v2.png", "v10.png", "sub/v3.png")):
+        photo.crop((60 * i, 20 * i, 60 * i + 360, 20 * i + 300)).save(folder / name)
+    Image.fromarray(np.full((90, 120), 128, np.uint8)).save(folder / "flat.png")
+    return folder
+
+
+NAMES = ["flat.png", "sub/v3.png", "v10.png", "v2.png"]
+
+
+def call(*words) -> tuple[int, str]:
+    """The command in this process: its exit code and all it said."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize("form", ["h5", "colmap"])
+def test_extract_into_one_file(form, views, tmp_path):
+    pytest.importorskip({"h5": "h5py", "colmap": "pycolmap"}[form])
+    words = ["extract", views, "--format", form, "--results-dir", tmp_path, "--method-name", "m", "--descriptor", "rootsift"]
+    (views / "broken.png").write_bytes(b"\x89PNG nonsense")
+    code, said = call(*words, "--num-points", 80)
+    (views / "broken.png").unlink()
+    assert code == 1
+    assert "4 extracted" in said
+    assert "broken.png" in said
+    with open_features(tmp_path / "m") as store:
+        assert store.names() == NAMES
+        counts = [len(store.read(name)) for name in NAMES]
+        assert counts[0] == 0
+        assert min(counts[1:]) > 60
+        assert store.read("v2.png").descriptors.shape == (counts[3], 128)
+        assert store.read("v2.png").image_size == (360, 300)
+    assert "0 extracted" in call(*words, "--num-points", 80)[1]
+    code, said = call(*words, "--num-points", 40)
+    assert code == 2
+    assert "num_points: 80 there, 40 now" in said
+    assert "--overwrite" in said
+    code, said = call(*words, "--num-points", 40, "--overwrite")
+    assert "4 extracted" in said, said
+    code, said = call("extract", views / "v2.png", views / "sub", "--root-images", views, *words[2:], "--num-points", 40)
+    assert "2 done before" in said, said
+    code, said = call("extract", views, "--root-images", tmp_path, *words[2:], "--num-points", 40)
+    assert code == 1
+    assert "not below --root-images" in said
+
+
+def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
+    pytest.importorskip("h5py")
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(8):
+        Image.fromarray(textured(i)).save(folder / f"{i}.png")
+    words = ["extract", "many", "--format", "h5", "--num-points", "300", "--method-name", "m", "--device", "cpu"]
+    command = [sys.executable, "-m", "tiepoints", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    journal = tmp_path / "extracted_features" / "m" / "features.h5.journal"
+    deadline = time.monotonic() + 200
+    while not (journal.is_file() and journal.stat().st_size > 100_000) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with open_features(journal.parent) as store:
+        before = {name: store.read(name) for name in store.names()}
+    assert 0 < len(before) <= 8
+    done = run(*words, cwd=tmp_path)
+    assert f"{8 - len(before)} extracted" in done.stdout
+    assert f"{len(before)} done before" in done.stdout
+    with open_features(journal.parent) as store:
+        assert store.names() == [f"{i}.png" for i in range(8)]
+        for name, features in before.items():
+            assert torch.equal(store.read(name).descriptors, features.descriptors)
+    assert not journal.exists()
+
+
+def test_match_folders_into_a_file_for_hloc(views, tmp_path):
+    pytest.importorskip("h5py")
+    output = tmp_path / "m.h5"
+    words = ["match", views, "--output", output, "--num-points", 150, "--descriptor", "rootsift"]
+    code, said = call(*words)
+    assert code == 0, said
+    assert "6 pairs matched" in said
+    assert (tmp_path / "m.pairs.txt").read_text().splitlines()[:2] == ["flat.png sub/v3.png", "flat.png v2.png"]
+    with MatchFile(output) as file, FeatureFile(tmp_path / "m.features.h5") as features:
+        assert features.names() == NAMES
+        assert len(file.read_matches("flat.png", "v2.png")) == 0
+        found = file.read_matches("v2.png", "v10.png")
+        a, b = features.read("v2.png"), features.read("v10.png")
+        move = a.xy[found.index[:, 0]] - b.xy[found.index[:, 1]] - torch.tensor([60.0, 20.0])
+        assert (move.norm(dim=1) < 2).float().mean() > 0.8
+        assert len(found) > 40
+    code, said = call(*words)
+    assert "0 pairs matched" in said
+    assert "6 done before" in said
+    code, said = call(*words, "--ratio", 0.8)
+    assert code == 2
+    assert f"{output} holds results of other settings (ratio: 0.95 there, 0.8 now)" in said
+    code, said = call(*words, "--ratio", 0.8, "--model", "homography", "--overwrite", "--json")
+    content = json.loads(said)
+    assert (content["done"], content["verified"]) == (6, 3)
+    # features made before: neighbours in natural order, from the file and from npy files
+    call("extract", views, "--results-dir", tmp_path, "--method-name", "npy", "--num-points", 150, "--descriptor", "rootsift")
+    for features in (tmp_path / "m.features.h5", tmp_path / "npy"):
+        place = tmp_path / f"{features.name}.m.h5"
+        code, said = call("match", views, "--features", features, "--sequential", 1, "--output", place)
+        assert code == 0, said
+        assert "3 pairs matched" in said
+        listed = place.with_name(f"{place.stem}.pairs.txt").read_text().split()
+        assert [name.rpartition("/")[2] for name in listed] == ["flat.png", "v3.png", "v3.png", "v2.png", "v2.png", "v10.png"]
+
+
+def test_match_a_list_of_pairs_and_what_is_missing(views, tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "pairs.txt").write_text("# two names a line\nv2.png sub/v3.png\nsub/v3.png v2.png\nv2.png gone.png\nv2.png v2.png\n")
+    code, said = call("match", views, "--pairs", tmp_path / "pairs.txt", "--output", tmp_path / "m.h5", "--num-points", 100)
+    assert code == 1
+    assert "1 pairs matched" in said
+    assert "gone.png: " in said
+    assert "holds no features of it" in said
+    assert "such as sub/v3.png" in said
+    assert "not matched with itself" in said
+    with FeatureFile(tmp_path / "m.features.h5") as file:
+        assert file.names() == ["sub/v3.png", "v2.png"]  # only what the list names
+
+
+def test_match_into_a_database_of_colmap(views, tmp_path):
+    pytest.importorskip("pycolmap")
+    output = tmp_path / "d.db"
+    images = [views / "v2.png", views / "v10.png", views / "sub", views / "flat.png"]
+    words = ["match", *images, "--root-images", views, "--output", output, "--num-points", 150, "--descriptor", "rootsift"]
+    code, said = call(*words, "--camera", "PINHOLE:400,400,180,150")
+    assert code == 1  # the image without content has another size than the one camera
+    assert "flat.png is 120 x 90 but the single camera is 360 x 300" in said
+    assert "3 pairs matched" in said
+    assert "3 pairs with a geometry" in said
+    with ColmapDatabase(output) as database:
+        assert database.names() == NAMES[1:]
+        assert len(database.read_inliers("v2.png", "v10.png")) > 30
+    code, said = call("match", "--features", output, "--output", output)
+    assert code == 2
+    assert "features: " in said
+    code, said = call("match", "--features", output, "--output", output, "--overwrite")
+    assert code == 0, said
+    assert "3 pairs matched" in said
+    code, said = call("match", "--features", output, "--output", tmp_path / "other.db")
+    assert code == 2
+    assert "its own features" in said
+
+
+def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
+    pytest.importorskip("h5py")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "none.txt").write_text("\n")
+    (tmp_path / "three.txt").write_text("a b c\n")
+    features = Keypoints(torch.rand(9, 2), torch.ones(9), torch.zeros(9), torch.ones(9))
+    with FeatureFile("f.h5", write=True) as file:
+        file.write("a.png", Features(features, torch.rand(9, 128), (9, 9)))
+        file.write("b.png", Features(features, torch.rand(9, 64), (9, 9)))
+        file.write("c.png", Features(features, None, (9, 9)))
+    with FeatureFile("one.h5", write=True) as file:
+        file.write("a.png", Features(features, torch.rand(9, 128), (9, 9)))
+    Path("f.settings.json").write_text(json.dumps({"descriptor": "rootsift"}))
+    for words, message in (
+        (["match"], "no images given"),
+        (["match", views], "--output FILE.h5"),
+        (["match", views, "--output", "m.png"], "got m.png"),
+        (["match", "empty", "--output", "m.h5"], "no image in this folder"),
+        (["match", "gone", "--output", "m.h5"], "no such file"),
+        (["match", views / "v2.png", "--output", "m.h5"], "1 images with features, and two are needed"),
+        (["match", views, "--pairs", "gone.txt", "--output", "m.h5"], "no list of pairs at gone.txt"),
+        (["match", views, "--pairs", "none.txt", "--output", "m.h5"], "none.txt lists no pairs"),
+        (["match", views, "--pairs", "three.txt", "--output", "m.h5"], "three.txt, line 1: expected two names"),
+        (["match", views, "--pairs", "three.txt", "--sequential", 2, "--output", "m.h5"], "not both"),
+        (["match", "--features", "gone.h5", "--output", "m.h5"], "no features at gone.h5"),
+        (["match", "--features", "empty", "--output", "m.h5"], "empty holds no features; make some with: tiepoints extract"),
+        (["match", "--features", "one.h5", "--output", "m.h5"], "two are needed"),
+        (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"], "--descriptor none has none"),
+        (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "sosnet"], "f.h5 has rootsift descriptors, not sosnet"),
+        (["match", views, "--output", "m.h5", "--descriptor", "nonsense"], "rootsift"),
+        (["match", views, "--output", "m.db", "--camera", "nonsense"], "camera must be auto, single or"),
+        (["extract", views, "--format", "colmap", "--camera", "PINHOLE:1"], "PINHOLE has the parameters"),
+        (["extract", views, "--format", "nonsense"], "npy"),
+    ):
+        code, said = call(*words)
+        assert code == 2, (words, said)
+        assert message in " ".join(said.split()), (words, said)
+    code, said = call("match", "--features", "f.h5", "--output", "m.h5")
+    assert code == 1
+    assert "a.png b.png: f.h5 has descriptors of 128 and 64 numbers of them; extract both with one descriptor" in said
+    assert "c.png: f.h5 has no descriptors of it; extract with a descriptor (2 pairs)" in said

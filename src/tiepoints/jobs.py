@@ -395,6 +395,11 @@ def match_to_file(
         one, two = get(a), get(b)
         if one is None or two is None:
             continue
+        lengths = [f.descriptors.shape[1] for f in (one, two) if f.descriptors is not None]
+        if lengths[0] != lengths[1]:
+            reason = f"{features.path} has descriptors of {lengths[0]} and {lengths[1]} numbers of them; extract both with one descriptor"
+            report.failed.append((label, reason))
+            continue
         try:
             found = match(one, two, ratio=ratio)
             if kind is not None:
