@@ -2,7 +2,7 @@
 
     python examples/to_colmap.py photos/ --out model/ [--points 2048] [--camera single] [--compare-sift]
 
-The folder ``model/NAME/`` gets ``database.db`` for any COLMAP tool, and the models as COLMAP's binary files. Needs pycolmap:
+The folder ``model/NAME/`` gets ``database.db`` for any COLMAP tool, and models as COLMAP's binary files. Needs pycolmap:
 pip install 'tiepoints[colmap]', and OpenCV for SIFT.
 """
 
@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, help="two names a line; default: all pairs")
     parser.add_argument("--camera", default="auto", help="auto, single, or MODEL:p1,p2,... (see docs/formats.md)")
     parser.add_argument("--compare-sift", action="store_true", help="the same with OpenCV's SIFT and RootSIFT")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tries", type=int, default=3, help="the mapper's first pair is luck: start again until all images fit, so often")
+    parser.add_argument("--every-try", action="store_true", help="do not stop at the first model with all images")
     parser.add_argument("--threads", type=int, default=-1, help="of the mapper; 1 repeats exactly")
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     args = parser.parse_args()
@@ -55,7 +56,8 @@ def main() -> None:
         sys.exit(f"error: {args.pairs} names {unknown[0]!r}, which is not in {args.images}" if unknown else "error: no pairs of images")
 
     words = {} if args.descriptor is None else {"descriptor": args.descriptor}
-    systems = {"-".join([args.detector, *words.values()]): tiepoints.build(args.detector, num_points=args.points, **words).extract}
+    name = "-".join(Path(word).stem for word in (args.detector, *words.values()))
+    systems = {name: tiepoints.build(args.detector, num_points=args.points, **words).extract}
     if args.compare_sift:
         systems["sift"] = system("sift", Options(num_points=args.points))
     rows = []
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def run(name: str, extract, images: dict[str, Path], pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict:
-    """One system from photographs to a model; its numbers."""
+    """One system from photographs to a model; its numbers, and those of every try."""
     folder = args.out / name
     shutil.rmtree(folder / "models", ignore_errors=True)
     seconds, features = {}, {}
@@ -85,15 +87,20 @@ def run(name: str, extract, images: dict[str, Path], pairs: list[tuple[str, str]
             database.write_matches(a, b, matches)
             count += len(matches)
         seconds["match"], started = time.perf_counter() - started, time.perf_counter()
-        verified = database.verify(pairs, seed=args.seed)
+        verified = database.verify(pairs)
         inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
     seconds["verify"], started = time.perf_counter() - started, time.perf_counter()
-    model = reconstruct(folder / "database.db", args.images, folder / "models", seed=args.seed, threads=args.threads)
+    tries = []
+    for seed in range(args.tries):
+        model = reconstruct(folder / "database.db", args.images, folder / "models" / str(seed), seed=seed, threads=args.threads)
+        tries.append({**dataclasses.asdict(model), "folder": str(model.folder), "seed": seed})
+        if model.registered == len(images) and not args.every_try:
+            break
     seconds["map"] = time.perf_counter() - started
-    numbers = {key: value for key, value in dataclasses.asdict(model).items() if key != "folder"}
+    best = max(tries, key=lambda row: (row["registered"], row["points"]))
     return {
         "system": name, "images": len(images), "points_an_image": sum(map(len, features.values())) / len(features), "pairs": len(pairs),
-        "verified_pairs": verified, "matches": count, "inliers": inliers, **numbers, "seconds": seconds,
+        "verified_pairs": verified, "matches": count, "inliers": inliers, **best, "tries": tries, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -103,7 +110,7 @@ def line(row: dict, images: int) -> str:
         f"{row['system']:18s} {row['registered']}/{images} images in one of {row['models']} models, {row['points']} 3D points, "
         f"track length {row['track_length']:.2f}, reprojection error {row['error']:.2f} px "
         f"({row['points_an_image']:.0f} points an image, {row['verified_pairs']}/{row['pairs']} pairs verified, "
-        f"{row['inliers']} of {row['matches']} matches)"
+        f"{row['inliers']} of {row['matches']} matches; best of {len(row['tries'])} tries) -> {row['folder']}"
     )
 
 
