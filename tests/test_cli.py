@@ -395,3 +395,23 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
     assert code == 1
     assert "a.png b.png: f.h5 has descriptors of 128 and 64 numbers of them; extract both with one descriptor" in said
     assert "c.png: f.h5 has no descriptors of it; extract with a descriptor (2 pairs)" in said
+
+
+def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
+    out = tmp_path / "x.safetensors"
+    for words, said in (
+        (("softnet",), "must be one of keynet, keynet-tiny, hardnet, hynet, sosnet"),
+        (("hardnet", "--pairs", "p"), "--pairs is for detectors"),
+        (("keynet", "--init", "keynet"), "--init and --patches are for descriptors"),
+        (("hardnet", "--preset", "paper"), "published patches"),
+        (("hardnet", "--init", "keynet"), "no layer in common"),
+    ):
+        done = run("train", words[0], "--images", photos, "--out", out, *words[1:], ok=False)
+        assert done.returncode == 2
+        assert said in done.stderr
+        assert not out.exists()
+    done = run("evaluate-patches", tmp_path, "--descriptors", "rootsift", ok=False)
+    assert done.returncode == 2
+    assert "no sequence with a ref.png" in done.stderr
+    done = run("evaluate-patches", tmp_path, "--descriptors", "surf", ok=False)
+    assert "rootsift, raw or a weights file" in done.stderr

@@ -206,8 +206,9 @@ def _geometry(rows: Rows) -> Section | None:
     lines = []
     for system in run.systems:
         if rows.all("pose", system):
-            cells: list[Cell] = [cell for name in ("poselib", "opencv") for cell in _auc(rows.good("pose", system), f"pose.error_{name}", degrees)]
-            right, share = (mean(row.value(f"pose.{n}") for row in rows.good("pose", system)) for n in ("right", "precision"))
+            good = rows.good("pose", system)
+            cells: list[Cell] = [cell for name in ("poselib", "opencv") for cell in _auc(good, f"pose.error_{name}", degrees)]
+            right, share = (mean(row.value(f"pose.{n}") for row in good) for n in ("right", "precision"))
             cells += [right, None if share is None else 100 * share]
             lines.append(Row(system, [*cells, rows.seconds("pose", system), rows.count("pose", system)], run.role(system)))
     if table := Table("Relative pose: the larger error of rotation and translation direction", columns, lines).trimmed():

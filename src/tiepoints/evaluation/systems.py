@@ -113,6 +113,20 @@ def _network(descriptor: str) -> str | nn.Module:
     return RawPatch() if descriptor == "raw" else load(descriptor)
 
 
+def patch_network(descriptor: str, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
+    """A descriptor (of ``PATCH_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32) in [0,1] -> (N,D).
+
+    Raises:
+        ValueError: unknown name, or ``none``.
+    """
+    if descriptor == "none" or (descriptor not in PATCH_DESCRIPTORS and not Path(descriptor).is_file()):
+        names = ", ".join(name for name in PATCH_DESCRIPTORS if name != "none")
+        raise ValueError(f"descriptor must be {names} or a weights file, got {descriptor!r}")
+    found = describer(_network(descriptor), device=device)
+    assert found is not None
+    return found.net
+
+
 def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) -> Features:
     return Features(points, descriptors, (image.shape[-1], image.shape[-2]))
 
