@@ -406,12 +406,12 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
         (("hardnet", "--preset", "paper"), "published patches"),
         (("hardnet", "--init", "keynet"), "no layer in common"),
     ):
-        done = run("train", words[0], "--images", photos, "--out", out, *words[1:], ok=False)
+        done = run("train", words[0], "--images", photos, "--out", out, *words[1:], cwd=tmp_path, ok=False)
         assert done.returncode == 2
         assert said in done.stderr
         assert not out.exists()
-    done = run("evaluate-patches", tmp_path, "--descriptors", "rootsift", ok=False)
+    done = run("evaluate-patches", tmp_path, "--descriptors", "rootsift", cwd=tmp_path, ok=False)
     assert done.returncode == 2
     assert "no sequence with a ref.png" in done.stderr
-    done = run("evaluate-patches", tmp_path, "--descriptors", "surf", ok=False)
+    done = run("evaluate-patches", tmp_path, "--descriptors", "surf", cwd=tmp_path, ok=False)
     assert "rootsift, raw or a weights file" in done.stderr
