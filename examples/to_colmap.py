@@ -42,10 +42,6 @@ def main() -> None:
     args = parser.parse_args()
     if not args.images.is_dir():
         sys.exit(f"error: {args.images} is no folder of photographs")
-    import pycolmap
-
-    pycolmap.logging.minloglevel = 2  # COLMAP tells every image and step otherwise
-
     tasks, refused = collect([str(args.images)], root=args.images, inside=True)
     for name, reason in refused:
         print(f"left out: {name}: {reason}", file=sys.stderr)

@@ -323,7 +323,7 @@ def test_match_a_list_of_pairs_and_what_is_missing(views, tmp_path):
     assert "1 pairs matched" in said
     assert "gone.png: " in said
     assert "holds no features of it" in said
-    assert "such as sub/v3.png" in said
+    assert "it has 2 with names such as sub/v3.png" in said
     assert "not matched with itself" in said
     with FeatureFile(tmp_path / "m.features.h5") as file:
         assert file.names() == ["sub/v3.png", "v2.png"]  # only what the list names
@@ -384,6 +384,8 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"], "--descriptor none has none"),
         (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "sosnet"], "f.h5 has rootsift descriptors, not sosnet"),
         (["match", views, "--output", "m.h5", "--descriptor", "nonsense"], "rootsift"),
+        (["match", "--features", "f.h5", "--output", "m.h5", "--ratio", 0], "ratio must lie in (0, 1]"),
+        (["match", "--features", "f.h5", "--output", "m.h5", "--threshold", 0], "threshold must be positive"),
         (["match", views, "--output", "m.db", "--camera", "nonsense"], "camera must be auto, single or"),
         (["extract", views, "--format", "colmap", "--camera", "PINHOLE:1"], "PINHOLE has the parameters"),
         (["extract", views, "--format", "nonsense"], "npy"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -348,19 +349,24 @@ def match_to_file(
     """Match each pair of names and keep its matches; with a ``kind`` of geometry only those that agree with one.
 
     A pair is done once, whichever way round it comes. An image without features fails once, with the number of its pairs.
+
+    Raises:
+        ValueError: ratio or threshold are out of range.
     """
+    _check_options(ratio, threshold)
     report = MatchReport(verified=None if kind is None else 0)
     cache: OrderedDict[str, Features] = OrderedDict()
     broken: dict[str, str] = {}
     cost: dict[str, int] = {}
     groups: dict[str, tuple[str, str]] = {}
+    names = lru_cache(features.names)
 
     def get(name: str) -> Features | None:
         """Features of an image; None where it has none to match, which is then counted."""
         if name not in cache and name not in broken:
             try:
                 if name not in features:
-                    raise DataError(f"{features.path} holds no features of it{_such_as(features)}")
+                    raise DataError(f"{features.path} holds no features of it; it has {len(names())}{_such_as(names())}")
                 cache[name] = features.read(name)
                 if cache[name].descriptors is None:
                     raise DataError(f"{features.path} has no descriptors of it; extract with a descriptor")
@@ -416,9 +422,15 @@ def match_to_file(
     return report
 
 
-def _such_as(features: FeatureStore) -> str:
-    names = features.names()
-    return f"; its names are such as {names[0]}" if names else "; it is empty"
+def _check_options(ratio: float | None, threshold: float) -> None:
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+    if not threshold > 0:
+        raise ValueError(f"threshold must be positive, got {threshold}")
+
+
+def _such_as(names: list[str]) -> str:
+    return f" with names such as {names[0]}" if names else ""
 
 
 def match_images(
@@ -455,6 +467,7 @@ def match_images(
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do not fit; the message has the remedy.
     """
+    _check_options(ratio, threshold)  # before anything is extracted or written
     pairs = None if pair_list is None else list(read_pairs(pair_list))
     if pairs is not None and not pairs:
         raise DataError(f"{pair_list} lists no pairs; it needs two names a line")
@@ -519,12 +532,11 @@ def _beside(output: Path, end: str) -> Path:
 
 
 def _facts(features: Path, store: Any) -> dict[str, Any]:
-    """What tells features from others: their settings where we made them, and where they lie."""
-    place = settings_place(store)
+    """What tells features from others: their settings where we made them, else where they lie."""
     try:
-        return {"path": str(features), **json.loads(place.read_text())}
+        return json.loads(settings_place(store).read_text())
     except (OSError, ValueError):
-        return {"path": str(features)}
+        return {"path": str(features.resolve())}
 
 
 def _write_pairs(place: Path, pairs: list[tuple[str, str]]) -> None:

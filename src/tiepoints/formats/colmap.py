@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -303,7 +304,8 @@ class ColmapDatabase:
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder) / "pairs.txt"
                 place.write_text("".join(f"{a} {b}\n" for a, b in todo))
-                self._colmap.verify_matches(self.path, place, options)
+                with _quiet(self._colmap):
+                    self._colmap.verify_matches(self.path, place, options)
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
 
     def read_inliers(self, a: str, b: str) -> Matches:
@@ -321,6 +323,17 @@ def _as_matches(table: np.ndarray) -> Matches:
     index = torch.from_numpy(np.asarray(table).astype(np.int64).reshape(-1, 2))
     index = index[index[:, 0].argsort(stable=True)]
     return Matches(index, torch.ones(len(index)))
+
+
+@contextmanager
+def _quiet(colmap: Any) -> Iterator[None]:
+    """COLMAP's log without its notes on every image and step; warnings stay."""
+    before = colmap.logging.minloglevel
+    colmap.logging.minloglevel = max(before, 1)
+    try:
+        yield
+    finally:
+        colmap.logging.minloglevel = before
 
 
 def _first_line(error: Exception) -> str:
@@ -350,14 +363,18 @@ class Reconstruction:
     folder: Path | None
 
 
-def reconstruct(database: str | Path, images: str | Path, out: str | Path, *, seed: int = 0, threads: int = -1) -> Reconstruction:
+def reconstruct(
+    database: str | Path, images: str | Path, out: str | Path, *, seed: int = 0, threads: int = -1, verbose: bool = False
+) -> Reconstruction:
     """COLMAP's incremental mapper with its default options on a database of verified matches.
 
     Args:
         database: ``.db`` file.
         images: folder that the names of the images start from.
         out: folder of the models, ``0``, ``1``, ...
+        seed: of its draws, the first pair of images among them; with one thread the result repeats.
         threads: -1 = all.
+        verbose: COLMAP tells each step.
     """
     colmap = _pycolmap()
     options = colmap.IncrementalPipelineOptions()
@@ -365,7 +382,8 @@ def reconstruct(database: str | Path, images: str | Path, out: str | Path, *, se
     options.num_threads = threads
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    models = colmap.incremental_mapping(Path(database), Path(images), out, options)
+    with nullcontext() if verbose else _quiet(colmap):
+        models = colmap.incremental_mapping(Path(database), Path(images), out, options)
     if not models:
         return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
     place, best = max(models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D()))
