@@ -1,4 +1,4 @@
-"""Published Key.Net checkpoints: gold numbers of the official code, strict import, and the way back to kornia."""
+"""Published checkpoints: gold numbers of the official code, strict import, and the way back to kornia."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
 from tiepoints.detectors.keynet_legacy import LegacyKeyNet, blur_taps, divide_by_maximum, level_size, normalise_contrast
 from tiepoints.errors import WeightsError
@@ -385,7 +386,7 @@ def test_only_the_default_network_has_official_names() -> None:
     with pytest.raises(ValueError, match="handcrafted='both'"):
         to_official_state_dict(KeyNet(handcrafted="first"))
     with pytest.raises(ValueError, match="LegacyKeyNet"):
-        to_official_state_dict(LegacyKeyNet.tensorflow())  # type: ignore[arg-type]
+        to_official_state_dict(LegacyKeyNet.tensorflow())
     to_official_state_dict(KeyNet(scale_factor=1.2))  # the default, said aloud
 
 
@@ -523,3 +524,162 @@ def test_statistics_are_checked_even_where_they_are_not_used(tensors, tmp_path: 
     del tensors["B"][name]
     with pytest.raises(WeightsError, match=name):
         load_official(write("B", tensors["B"], tmp_path / "weights"))
+
+
+# ---- patch descriptors
+
+TRUNK = ((32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3), (128, 128, 8, 8))
+STATISTICS = ("running_mean", "running_var")
+DESCRIPTORS = {"HardNet": HardNet, "SOSNet": SOSNet, "HyNet": HyNet}
+
+
+def descriptor_shapes(kind: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the official files, without the counters of batches."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind == "HyNet":
+        for layer, shape in enumerate(TRUNK[:6], 1):
+            at = 2 if layer == 1 else 0
+            channels = shape[0]
+            shapes |= {f"layer{layer}.{at}.weight": shape, f"layer{layer}.{at}.bias": (channels,)}
+            shapes |= {f"layer{layer}.{at + 1}.{name}": (1, channels, 1, 1) for name in ("weight", "bias")}
+            shapes |= {f"layer{layer}.{at + 1}.eps": (1,), f"layer{layer}.{at + 2}.tau": (1, channels, 1, 1)}
+        shapes |= {"layer1.0.weight": (1, 1, 1, 1), "layer1.0.bias": (1, 1, 1, 1), "layer1.0.eps": (1,), "layer1.1.tau": (1, 1, 1, 1)}
+        return shapes | {"layer7.1.weight": TRUNK[6]} | {f"layer7.2.{name}": (128,) for name in STATISTICS}
+    prefix, places = ("features", (0, 3, 6, 9, 12, 15, 19)) if kind == "HardNet" else ("layers", (1, 4, 7, 10, 13, 16, 20))
+    for place, shape in zip(places, TRUNK, strict=True):
+        shapes |= {f"{prefix}.{place}.weight": shape} | {f"{prefix}.{place + 1}.{name}": (shape[0],) for name in STATISTICS}
+    return shapes
+
+
+def descriptor_tensors(kind: str, *, counters: bool = True, seed: int = 11) -> dict[str, torch.Tensor]:
+    """A checkpoint of random numbers of the size that trained ones have; every tensor counts in the result."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in descriptor_shapes(kind).items():
+        draw = torch.randn(shape, generator=generator)
+        if len(shape) == 4 and shape[-1] > 1:
+            made[name] = draw * math.sqrt(2 / math.prod(shape[1:]))
+        elif name.endswith("running_var"):
+            made[name] = draw.abs() + 0.3
+        elif name.endswith("eps"):
+            made[name] = draw.abs() * 1e-2
+        elif name.endswith("weight"):
+            made[name] = 1 + 0.3 * draw
+        elif name.endswith("tau"):
+            made[name] = 0.5 * draw - 0.5
+        else:
+            made[name] = 0.2 * draw
+        if counters and name.endswith("running_var"):
+            made[name.replace("running_var", "num_batches_tracked")] = torch.tensor(7)
+    return made
+
+
+def write_descriptor(kind: str, tensors: dict[str, torch.Tensor], path: Path, *, bare: bool | None = None) -> Path:
+    """As published: HardNet's file is a dictionary of an epoch and a state dict, of the old kind; the others are bare."""
+    bare = kind != "HardNet" if bare is None else bare
+    content = OrderedDict(tensors) if bare else {"epoch": 10, "state_dict": OrderedDict(tensors)}
+    torch.save(content, path, _use_new_zipfile_serialization=kind != "HardNet")
+    return path
+
+
+def random_patches() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(12)
+    patches = torch.rand(24, 1, 32, 32, generator=generator)
+    return patches * torch.linspace(0.15, 1, 24)[:, None, None, None]
+
+
+def real_patches(data_dir: Path) -> torch.Tensor:
+    from PIL import Image
+
+    gray = np.asarray(Image.open(sorted((data_dir / "oxford" / "graf").glob("*1.p*"))[0]).convert("L")).astype(np.float32) / 255
+    tiles = torch.from_numpy(gray).unfold(0, 32, 48).unfold(1, 32, 48).reshape(-1, 1, 32, 32)
+    return tiles[tiles.flatten(1).std(dim=1) > 0.04]
+
+
+@pytest.mark.parametrize("kind", list(DESCRIPTORS))
+@pytest.mark.parametrize("counters", [True, False])
+@pytest.mark.parametrize("patches_from", ["random", "photograph"])
+def test_descriptor_checkpoints_give_what_kornia_gives(kind, counters, patches_from, request, tmp_path: Path) -> None:
+    feature = pytest.importorskip("kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'")
+    patches = random_patches() if patches_from == "random" else real_patches(request.getfixturevalue("data_dir"))
+    assert len(patches) >= 24
+    tensors = descriptor_tensors(kind, counters=counters)
+    net = load_official(write_descriptor(kind, tensors, tmp_path / "weights.pth"))
+    assert type(net) is DESCRIPTORS[kind]
+    assert not net.training
+    other = getattr(feature, kind)(pretrained=False)
+    other.load_state_dict(tensors, strict=counters)
+    # theirs takes the range of the published training as it is, ours brings [0,1] there itself
+    theirs = score(other.eval(), patches if kind == "HardNet" else patches * 255)
+    ours = score(net, patches)
+    assert theirs.std(dim=0).max() > 0.01  # descriptors of different patches differ
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(DESCRIPTORS))
+def test_descriptor_checkpoints_arrive_key_by_key_and_go_back(kind, tmp_path: Path) -> None:
+    tensors = descriptor_tensors(kind)
+    for bare in (True, False):
+        net = load_official(write_descriptor(kind, tensors, tmp_path / "any.name", bare=bare))
+        state = net.state_dict()
+        assert len(state) == len(tensors)
+        back = to_official_state_dict(net)
+        assert set(back) == set(tensors)
+        for name, value in tensors.items():
+            torch.testing.assert_close(back[name], value, rtol=0, atol=0)
+        assert sorted(v.double().sum().item() for v in state.values()) == sorted(v.double().sum().item() for v in tensors.values())
+
+
+@pytest.mark.parametrize("kind", list(DESCRIPTORS))
+def test_our_untrained_descriptors_run_in_kornia(kind) -> None:
+    feature = pytest.importorskip("kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'")
+    net = DESCRIPTORS[kind]().eval()
+    other = getattr(feature, kind)(pretrained=False)
+    other.load_state_dict(to_official_state_dict(net))
+    patches = random_patches()
+    theirs = score(other.eval(), patches if kind == "HardNet" else patches * 255)
+    torch.testing.assert_close(score(net, patches), theirs, rtol=0, atol=1e-5)
+
+
+def test_fused_descriptors_have_no_official_names() -> None:
+    with pytest.raises(ValueError, match="fused or changed"):
+        to_official_state_dict(HardNet().fused())
+
+
+@pytest.mark.parametrize("kind", list(DESCRIPTORS))
+def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
+    tensors = descriptor_tensors(kind)
+    name = {"HardNet": "features.6.weight", "SOSNet": "layers.7.weight", "HyNet": "layer3.0.weight"}[kind]
+    path = tmp_path / "weights.pth"
+
+    def message(**changed: object) -> str:
+        content = {k: v for k, v in (tensors | changed).items() if v is not None}
+        with pytest.raises(WeightsError) as caught:
+            load_official(write_descriptor(kind, content, path))
+        return str(caught.value)
+
+    assert f"{name}: expected shape (64, 32, 3, 3), found (32, 64, 3, 3)" in message(**{name: torch.zeros(32, 64, 3, 3)})
+    assert f"{name}: expected shape (64, 32, 3, 3), found nothing" in message(**{name: None})
+    assert f"{name}: expected finite numbers" in message(**{name: torch.full((64, 32, 3, 3), math.inf)})
+    assert f"{name}_2: not expected" in message(**{f"{name}_2": torch.zeros(1)})
+    statistics = next(n for n in tensors if n.endswith("running_mean"))
+    assert f"{statistics}: expected shape" in message(**{statistics: None})
+    assert f"does not fit {kind}" in message(**{name: None})
+    assert str(path) in message(**{name: None})
+
+
+@pytest.mark.parametrize(
+    ("added", "words"),
+    [
+        ({"features.0.bias": (32,), "features.1.weight": (32,)}, "HardNetPS"),
+        ({"features.1.weight": (32,), "features.1.bias": (32,)}, "HardNetPS"),
+        ({"features.22.weight": (512, 256, 8, 8), "components": (512, 128), "mean": (512,)}, "HardNet8"),
+        ({"features.1.weight": (32, 1, 7, 7), "descr.0.weight": (128, 4096)}, "TFeat"),
+    ],
+)
+def test_related_networks_are_refused_with_the_reason(added, words, tmp_path: Path) -> None:
+    tensors = descriptor_tensors("HardNet") | {name: torch.zeros(shape) for name, shape in added.items()}
+    with pytest.raises(WeightsError, match=f"{words}.* another network and not supported.*HardNet, SOSNet and HyNet"):
+        load_official(write_descriptor("HardNet", tensors, tmp_path / "weights.pth"))
+    with pytest.raises(WeightsError, match="another network"):
+        load_official(write_descriptor("SOSNet", descriptor_tensors("SOSNet") | {"layers.0.weight": torch.zeros(1)}, tmp_path / "w"))
