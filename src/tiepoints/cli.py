@@ -146,6 +146,8 @@ def extract(
             seconds = time.monotonic() - started
     except USER_ERRORS as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", 130)
     report.failed = refused + report.failed
     typer.echo(
         f"{report.done} extracted ({report.points} points, {seconds:.1f} s), {report.skipped} done before, "
@@ -213,6 +215,8 @@ def match(
         )  # fmt: skip
     except USER_ERRORS as error:
         _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", 130)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(report), "output": str(output)}))
     else:

@@ -5,9 +5,9 @@ A group an image, named by its path below the image folder: ``keypoints`` (N,2),
 the first pixel = (0, 0)) in these files and adds COLMAP's half pixel on import, so positions go in as they are.
 A group a pair, ``a-name/b-name`` with each / in a name turned into -: ``matches0`` (N_a,) point of b or -1, ``matching_scores0``.
 
-HDF5 cannot be appended to safely: a process killed inside a write leaves a file that nobody can open. So what is finished goes to
-``FILE.journal``, a plain file that only grows and whose torn tail is recognised; ``close`` merges it into a copy of the file, which is
-renamed into place. A journal left by a kill is read along with the file and merged by the next writer.
+HDF5 cannot be appended to safely: a kill inside a write can lose images that were finished before (docs/formats.md). So what is
+finished goes to ``FILE.journal``, a plain file that only grows and whose torn tail is recognised; ``close`` merges it into a copy of
+the file, which is renamed into place. A journal left by a kill is read along with the file and merged by the next writer.
 """
 
 from __future__ import annotations
