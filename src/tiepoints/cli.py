@@ -64,7 +64,7 @@ def _fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
-DESCRIPTOR_HELP = "A name that tiepoints.build knows, a weights file, or none [default: that of tiepoints.build]."
+DESCRIPTOR_HELP = "Such as hardnet or rootsift; a weights file; none (default: that of tiepoints.build)."
 CAMERA_HELP = "COLMAP: auto (EXIF or a guess, an image), single (one for all) or MODEL:p1,p2,... (known)."
 
 
@@ -94,7 +94,7 @@ def extract(
     list_images: Annotated[Path | None, typer.Option(help="Text file with one image path a line.")] = None,
     root_images: Annotated[Path | None, typer.Option(help="Folder that listed paths start from, and names in h5 and colmap.")] = None,
     results_dir: Annotated[Path, typer.Option(help="Results go to RESULTS_DIR/METHOD_NAME/relative/path.")] = Path("extracted_features"),
-    method_name: Annotated[str | None, typer.Option(help="Name of the results [default: DETECTOR-DESCRIPTOR].")] = None,
+    method_name: Annotated[str | None, typer.Option(help="Name of the results (default: DETECTOR-DESCRIPTOR).")] = None,
     form: Annotated[Format, typer.Option("--format", help="npy: two files an image; h5: hloc's file; colmap: a database.")] = Format.npy,
     num_points: Annotated[int, typer.Option("--num-points", "--num-kpts", min=1, help="Most points an image.")] = 5000,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
@@ -163,15 +163,15 @@ def extract(
 def match(
     images: Annotated[list[str] | None, typer.Argument(help="Two images; or folders, patterns and more images.")] = None,
     output: Annotated[Path | None, typer.Option(help="Two images: picture of the matches. Many: .h5 for hloc or .db of COLMAP.")] = None,
-    pairs: Annotated[Path | None, typer.Option(help="List of pairs, two names a line [default: all pairs].")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="List of pairs, two names a line (default: all pairs).")] = None,
     sequential: Annotated[int | None, typer.Option(min=1, help="Each image with so many after it, in natural order of names.")] = None,
-    features: Annotated[Path | None, typer.Option(help="Features made before: folder, .h5 or .db [default: extract now].")] = None,
+    features: Annotated[Path | None, typer.Option(help="Features made before: folder, .h5 or .db (default: extract now).")] = None,
     root_images: Annotated[Path | None, typer.Option(help="Folder that the names of many images start from.")] = None,
     num_points: Annotated[int, typer.Option(min=1)] = 2048,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
     descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
     model: Annotated[
-        Model | None, typer.Option(help="Geometry that right matches obey [default: fundamental; of many pairs none].")
+        Model | None, typer.Option(help="Geometry that right matches obey (default: fundamental; of many pairs none).")
     ] = None,
     ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
     threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 2.0,
@@ -309,7 +309,7 @@ def train(
     device: Annotated[str, typer.Option()] = "auto",
     devices: Annotated[int, typer.Option(min=1)] = 1,
     validate_every: Annotated[int | None, typer.Option(min=1)] = None,
-    save_every: Annotated[float | None, typer.Option(min=0.0, help="Seconds between checkpoints [default: 60].")] = None,
+    save_every: Annotated[float | None, typer.Option(min=0.0, help="Seconds between checkpoints (default: 60).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
 ) -> None:
     """Train a detector or a descriptor on any folder of images; no labels needed."""
@@ -389,7 +389,7 @@ def evaluate_patches(
     folder: Annotated[Path, typer.Argument(help="A PhotoTour set (or a folder of them), or HPatches' folder of sequences.")],
     descriptors: Annotated[str, typer.Option(help="Names (also rootsift, raw) or weights files, commas between.")] = "hardnet,rootsift",
     pairs: Annotated[str, typer.Option(help="PhotoTour: file of test pairs in the set.")] = "m50_100000_100000_0.txt",
-    tasks: Annotated[Path | None, typer.Option(help="HPatches: folder of the benchmark's task files [default: drawn].")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="HPatches: folder of the benchmark's task files (default: drawn).")] = None,
     split: Annotated[str, typer.Option(help="HPatches: full, view, illum, or one of splits.json.")] = "full",
     out: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
     device: Annotated[str, typer.Option()] = "auto",
@@ -422,7 +422,7 @@ def evaluate(
     num_points: Annotated[int, typer.Option(min=1, help="Points compared.")] = 1000,
     mode: Annotated[str, typer.Option(help="ti = one scale, si = pyramid.")] = "ti",
     split: Annotated[str, typer.Option(help="full, view, illum, d2net, view_test, illum_test, or FILE.json[:KEY].")] = "full",
-    out: Annotated[Path | None, typer.Option(help="Results folder [default: evaluation/DATASET-MODE].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder (default: evaluation/DATASET-MODE).")] = None,
     features: Annotated[list[Path] | None, typer.Option(help="Features on disk (folder of .kpt.npy or hloc .h5); may be repeated.")] = None,
     resize: Annotated[str | None, typer.Option(help="Posed pairs: W,H or the longest side, as in the papers.")] = None,
     device: Annotated[str, typer.Option()] = "cpu",
@@ -476,10 +476,10 @@ def _versions() -> dict[str, str]:
 @app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Results of `tiepoints evaluate`; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the report [default: the first results folder].")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report (default: the first results folder).")] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Pairs shown as pictures.")] = 4,
     pair: Annotated[list[str] | None, typer.Option(help="SEQUENCE:PAIR to show instead, such as graf:1-4; may be repeated.")] = None,
-    systems: Annotated[str, typer.Option(help="Systems in the pictures [default: the first and the best of the others].")] = "",
+    systems: Annotated[str, typer.Option(help="Systems in the pictures (default: the first and the best of the others).")] = "",
 ) -> None:
     """One self-contained HTML page and a Markdown table from evaluation results."""
     from .evaluation.report import write_report
