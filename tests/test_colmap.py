@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 
 from test_formats import some
+from test_hdf5 import hloc_matches
 from tiepoints.errors import DataError
 from tiepoints.extract import build
 from tiepoints.formats.colmap import ColmapDatabase
-from tiepoints.formats.hdf5 import FeatureFile
+from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.matching import match
 from tiepoints.structs import Features, Matches
 
@@ -72,18 +73,47 @@ def test_the_file_has_the_half_pixel_and_the_columns(tmp_path):
     assert (x, y) == tuple(table[0, :2])
 
 
-def test_hloc_writes_the_same_points_from_our_hdf5(tmp_path):
-    """hloc adds half a pixel to the keypoints of the file when it fills a database."""
-    with FeatureFile(tmp_path / "f.h5", write=True) as file:
-        file.write("a.png", some(7))
-    import h5py
+def test_hlocs_road_from_our_files_to_a_database_ends_where_ours_does(tmp_path, stereo):
+    """hloc fills a database from features, matches and a list of pairs: half a pixel added, then COLMAP's verification."""
+    h5py = pytest.importorskip("h5py")
+    names, found = ("s/a.png", "b.png"), match(*stereo, ratio=0.95)
+    with FeatureFile(tmp_path / "f.h5", write=True) as file, MatchFile(tmp_path / "m.h5", write=True) as pairs:
+        for name, features in zip(names, stereo, strict=True):
+            file.write(name, features)
+        pairs.write_matches(*names, found, len(stereo[0]))
+    (tmp_path / "pairs.txt").write_text(" ".join(names) + "\n")
+    with pycolmap.Database.open(tmp_path / "theirs.db") as database, h5py.File(tmp_path / "f.h5") as file:
+        for number, name in enumerate(names, 1):
+            width, height = (int(v) for v in file[name]["image_size"])
+            params = [1.2 * max(width, height), width / 2, height / 2, 0]
+            camera = pycolmap.Camera(model="SIMPLE_RADIAL", width=width, height=height, params=params)
+            database.write_image(pycolmap.Image(name=name, camera_id=database.write_camera(camera)))
+            database.write_keypoints(number, np.array(file[name]["keypoints"]) + 0.5)
+        database.write_matches(1, 2, hloc_matches(tmp_path / "m.h5", *names)[0].astype(np.uint32))
+    options = pycolmap.TwoViewGeometryOptions()
+    options.ransac.random_seed = 0
+    pycolmap.verify_matches(tmp_path / "theirs.db", tmp_path / "pairs.txt", options)
+    with ColmapDatabase(tmp_path / "ours.db", write=True) as database:
+        for name, features in zip(names, stereo, strict=True):
+            database.write(name, features)
+        database.write_matches(*names, found)
+        database.verify([names])
+    with ColmapDatabase(tmp_path / "ours.db") as ours, ColmapDatabase(tmp_path / "theirs.db") as theirs:
+        for name in names:
+            assert torch.allclose(ours.read(name).xy, theirs.read(name).xy, atol=1e-5)
+        assert torch.equal(ours.read_matches(*names).index, theirs.read_matches(*names).index)
+        kept = [{tuple(pair) for pair in database.read_inliers(*names).index.tolist()} for database in (ours, theirs)]
+    assert len(kept[0] & kept[1]) > 0.95 * len(kept[0] | kept[1]) > 40
 
-    with h5py.File(tmp_path / "f.h5") as file:
-        theirs = np.array(file["a.png"]["keypoints"]) + 0.5
-    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
-        database.write("a.png", some(7))
-    with pycolmap.Database.open(tmp_path / "d.db") as database:
-        assert np.allclose(database.read_keypoints(1)[:, :2], theirs, atol=1e-5)
+
+def test_missing_libraries_name_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycolmap", None)
+    with pytest.raises(ImportError, match=r"tiepoints\[colmap\]"):
+        ColmapDatabase(tmp_path / "d.db", write=True)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"tiepoints\[hdf5\]"):
+        FeatureFile(tmp_path / "f.h5", write=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_colmap_matches_our_rootsift_as_we_do(tmp_path, stereo):
