@@ -29,7 +29,7 @@ from tiepoints.evaluation.patchtasks import (
     verification,
     verification_scores,
 )
-from tiepoints.training.patchsets import COLUMNS, open_phototour
+from tiepoints.training.patchsets import COLUMNS, open_phototour, shrink
 
 # ---- slow twins
 
@@ -349,8 +349,6 @@ def test_rows_name_the_right_patches(hpatches):
     assert described.descriptors.shape == (16 * 21, 1024)
     for name, image, noise, column in (("v_boat", 3, "hard", "h3"), ("v_wall", 0, "tough", "ref"), ("i_lamp", 5, "easy", "e5")):
         file = np.asarray(Image.open(hpatches / name / f"{column}.png")).reshape(-1, 65, 65)
-        from tiepoints.training.patchsets import shrink
-
         np.testing.assert_allclose(patch_of(described, name, image, 4, noise), shrink(file)[4].ravel() / 255, atol=1e-6)
         number = described.names.index(name)
         row = described.rows(np.array([number]), np.array([image]), np.array([4]), noise)

@@ -1,8 +1,8 @@
 """How well a descriptor tells patches apart: PhotoTour's false positive rate and the three tasks of HPatches.
 
 - ``fpr95``: false positives at 95 % recall (Brown, Hua and Winder, PAMI 2011, section 4), the number of every PhotoTour table.
-- verification, matching, retrieval: Balntas et al., CVPR 2017, section 5, in the terms of the benchmark's Python code, which
-  published tables were made with. docs/patchdata.md says where that differs from the paper, and from here.
+- verification, matching, retrieval: Balntas et al., CVPR 2017, section 5, in the terms of the benchmark's Python code.
+  docs/patchdata.md says where that differs from the paper, and from here.
 
 The measures are pure functions of arrays. A tie between a right and a wrong answer counts as wrong everywhere: a descriptor that
 calls all patches equal must not score. A network is any callable patches (N,1,32,32) float32 in [0,1] -> (N,D), already in
