@@ -538,11 +538,13 @@ def weights_show(name: str) -> None:
 
 @weights_app.command("import")
 def weights_import(
-    checkpoint: Annotated[Path, typer.Argument(help="Official checkpoint: Key.Net PyTorch, kornia, TensorFlow (.npz), REKD's keyNet.pt.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Official checkpoint: Key.Net (PyTorch, kornia, TensorFlow .npz, REKD), HardNet, SOSNet, HyNet.")
+    ],
     out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
     restore_statistics: Annotated[bool, typer.Option("--restore-statistics", help="TensorFlow: the true batch statistics.")] = False,
 ) -> None:
-    """Convert an official checkpoint into a weights file for --weights."""
+    """Convert an official checkpoint into a weights file for --weights or --descriptor."""
     from .importers import load_official
     from .weights import save
 
