@@ -37,8 +37,8 @@ def _pycolmap() -> Any:
         import pycolmap
     except ImportError as error:
         raise ImportError("COLMAP databases need pycolmap: pip install 'tiepoints[colmap]'") from error
-    if not hasattr(pycolmap, "Database") or not hasattr(pycolmap.Database, "open"):
-        raise ImportError("COLMAP databases need pycolmap 3.13 or newer: pip install -U 'tiepoints[colmap]'")
+    if not hasattr(pycolmap, "FeatureDescriptors"):
+        raise ImportError("COLMAP databases need pycolmap 4.0 or newer: pip install -U 'tiepoints[colmap]'")
     return pycolmap
 
 
