@@ -4,6 +4,8 @@ The mapper draws its first pair at random and sometimes ends with two images, wh
 the table has the median of those that placed most images.
 
     python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--descriptors hardnet,rootsift] [--points 2048] [--seeds 5] --out FILE.json
+
+Rows of FILE.json that are not measured again stay in it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = []
+    rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
         folder, _, camera = given.partition(":")
         for ratio in args.ratios.split(","):
@@ -40,11 +42,16 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as out:
                     numbers = Path(out) / "numbers.json"
                     subprocess.run([sys.executable, EXAMPLE, folder, "--out", out, "--json", numbers, *words], check=True)
-                    rows += [{"data": Path(folder).name, "ratio": float(ratio), **row} for row in json.loads(numbers.read_text())]
-    for row in rows:
-        row.update(summary(row))
-    args.out.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
-    print(table(rows))
+                    new = [{"data": Path(folder).name, "ratio": float(ratio), **row} for row in json.loads(numbers.read_text())]
+                for row in new:
+                    row.update(summary(row), camera=camera or "auto", **{"machine": machine()})
+                rows = [row for row in rows if not any(_key(row) == _key(other) for other in new)] + new
+                args.out.write_text(json.dumps({"rows": sorted(rows, key=_key)}, indent=1) + "\n")
+    print(table(sorted(rows, key=_key)))
+
+
+def _key(row: dict) -> tuple:
+    return row["data"], row["camera"], row["ratio"], row["system"]
 
 
 def summary(row: dict) -> dict:

@@ -327,9 +327,9 @@ def _as_matches(table: np.ndarray) -> Matches:
 
 @contextmanager
 def _quiet(colmap: Any) -> Iterator[None]:
-    """COLMAP's log without its notes on every image and step; warnings stay."""
+    """COLMAP's log without its notes on every image and its warnings of a mapper's usual steps; errors stay."""
     before = colmap.logging.minloglevel
-    colmap.logging.minloglevel = max(before, 1)
+    colmap.logging.minloglevel = max(before, 2)
     try:
         yield
     finally:
