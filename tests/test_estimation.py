@@ -1,75 +1,440 @@
-"""Robust geometry: known answers, and inputs without one."""
+"""Robust geometry: known answers from every backend, chance, and inputs that leave the answer open."""
+
+from __future__ import annotations
 
 import math
+import sys
 
+import numpy as np
 import pytest
 import torch
 
-from tiepoints.estimation import estimate
+from tiepoints import estimation
+from tiepoints.estimation import backends, estimate, relative_pose
 from tiepoints.geometry import warp_points
+from tiepoints.structs import Estimate
 
+KINDS = ("homography", "fundamental", "essential", "pose")
+WIDTH, HEIGHT = 640, 480
 H = torch.tensor([[1.1, 0.1, 20.0], [-0.05, 0.95, 10.0], [1e-4, -5e-5, 1.0]], dtype=torch.float64)
+K_A = torch.tensor([[500.0, 0, 320], [0, 480, 240], [0, 0, 1]], dtype=torch.float64)
+K_B = torch.tensor([[620.0, 3, 300], [0, 610, 260], [0, 0, 1]], dtype=torch.float64)
 
 
-def test_homography_is_found_among_outliers():
-    generator = torch.Generator().manual_seed(3)
-    a = 500 * torch.rand(200, 2, generator=generator, dtype=torch.float64)
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def anywhere(n: int, rng: torch.Generator) -> torch.Tensor:
+    return torch.rand(n, 2, generator=rng, dtype=torch.float64) * torch.tensor([WIDTH, HEIGHT])
+
+
+def turn(x: float, y: float, z: float) -> torch.Tensor:
+    return torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64))
+
+
+R = turn(0.03, -0.15, 0.05)
+T = torch.nn.functional.normalize(torch.tensor([1.0, 0.15, 0.2], dtype=torch.float64), dim=0)
+#: A movement towards what is seen, not straight at the plane below.
+TOWARDS = torch.nn.functional.normalize(torch.tensor([0.5, -0.2, -1.0], dtype=torch.float64), dim=0)
+
+
+def project(K: torch.Tensor, world: torch.Tensor) -> torch.Tensor:
+    seen = world @ K.T
+    return seen[:, :2] / seen[:, 2:]
+
+
+def views(n: int, rng: torch.Generator, t: torch.Tensor = T, flat: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points of a scene 4 to 9 baselines away (or of a plane), without noise."""
+    depth = 4 + 5 * torch.rand(n, 1, generator=rng, dtype=torch.float64)
+    rays = torch.cat([anywhere(n, rng), torch.ones(n, 1, dtype=torch.float64)], dim=1) @ torch.linalg.inv(K_A).T
+    if flat:
+        depth = 5 / (rays @ torch.tensor([[0.3], [0.2], [1.0]], dtype=torch.float64))
+    world = rays * depth
+    return project(K_A, world), project(K_B, world @ R.T + t)
+
+
+def spoiled(a: torch.Tensor, b: torch.Tensor, rng: torch.Generator, noise: float = 0.5, outliers: float = 0.5):
+    """Noise on both, and the last part of the matches wrong."""
+    right = round((1 - outliers) * len(a))
+    a = a + noise * torch.randn(a.shape, generator=rng, dtype=torch.float64)
+    b = b + noise * torch.randn(b.shape, generator=rng, dtype=torch.float64)
+    b[right:] = anywhere(len(b) - right, rng)
+    return a, b, right
+
+
+def cameras(kind: str) -> dict[str, torch.Tensor]:
+    return {"K_a": K_A, "K_b": K_B} if kind in ("essential", "pose") else {}
+
+
+def essential(pose: torch.Tensor) -> torch.Tensor:
+    x, y, z = pose[:, 3].tolist()
+    return torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64) @ pose[:, :3]
+
+
+def degrees(cosine: torch.Tensor) -> float:
+    return math.degrees(math.acos(min(1.0, max(-1.0, float(cosine)))))
+
+
+def assert_failed(result: Estimate, n: int) -> None:
+    assert not result.ok
+    assert result.reason
+    assert result.model is None
+    assert result.inliers.shape == (n,)
+    assert result.inliers.dtype == torch.bool
+
+
+# ---- known answers
+
+
+def check_answer(result: Estimate, loose: bool) -> None:
+    """Stated tolerances: 1 px and 1 degree (4 degrees for the direction of t); twice that for plain RANSAC, which does not refine."""
+    assert result.ok, result.reason
+    model, factor = result.model, 2.0 if loose else 1.0
+    assert model.dtype == torch.float64
+    a, b = views(200, generator(99))
+    if result.kind == "homography":
+        a = anywhere(200, generator(99))
+        assert (warp_points(a, model) - warp_points(a, H)).norm(dim=1).max() < 2 * factor
+        assert model[2, 2] == 1
+    elif result.kind == "fundamental":
+        one = torch.ones(len(a), 1, dtype=torch.float64)
+        lines = torch.cat([a, one], 1) @ model.T
+        assert ((lines * torch.cat([b, one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)).median() < factor
+        assert torch.linalg.svdvals(model)[2] < 1e-6
+    elif result.kind == "essential":
+        assert (model - essential(torch.cat([R, T[:, None]], 1))).norm() < 0.1 * factor
+        torch.testing.assert_close(torch.linalg.svdvals(model), torch.tensor([1.0, 1, 0], dtype=torch.float64), atol=1e-6, rtol=0)
+    else:
+        assert degrees((torch.trace(model[:, :3] @ R.T) - 1) / 2) < factor
+        assert degrees(model[:, 3] @ T) < 4 * factor
+        torch.testing.assert_close(model[:, :3] @ model[:, :3].T, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
+        assert float(model[:, 3].norm()) == pytest.approx(1)
+
+
+def drawn(kind: str, seed: int, n: int = 300) -> tuple[torch.Tensor, torch.Tensor, int]:
+    rng = generator(seed)
+    if kind == "homography":
+        a = anywhere(n, rng)
+        return spoiled(a, warp_points(a, H), rng)
+    return spoiled(*views(n, rng), rng)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k)])
+def test_known_answers_among_noise_and_half_outliers(kind, backend, seed):
+    a, b, right = drawn(kind, seed)
+    result = estimate(a, b, kind, backend=backend, threshold=2.0, **cameras(kind))
+    check_answer(result, loose=backend == "opencv")
+    assert result.inliers[:right].float().mean() > (0.8 if backend == "opencv" else 0.9)
+    assert result.inliers[right:].float().mean() < 0.1
+
+
+def test_relative_pose_is_the_pose():
+    a, b, _ = drawn("pose", 0)
+    result = relative_pose(a, b, K_A, K_B, threshold=2.0)
+    check_answer(result, loose=False)
+    same = estimate(a, b, "pose", threshold=2.0, confidence=0.99999, **cameras("pose"))
+    assert torch.equal(result.model, same.model)
+    E = estimate(a, b, "essential", threshold=2.0, confidence=0.99999, **cameras("essential"))
+    torch.testing.assert_close(E.model, essential(result.model))
+    assert torch.equal(E.inliers, result.inliers)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inliers_are_those_of_poselib(kind):
+    poselib = pytest.importorskip("poselib")
+    a, b, _ = drawn(kind, 4)
+    result = estimate(a, b, kind, threshold=2.0, **cameras(kind))
+    options = {"max_reproj_error": 2.0, "max_epipolar_error": 2.0, "max_iterations": 10_000, "success_prob": 0.9999, "seed": 0}
+    if kind in ("homography", "fundamental"):
+        info = getattr(poselib, f"estimate_{kind}")(a.numpy(), b.numpy(), options, {})[1]
+    else:
+        models = [
+            {"model": "PINHOLE", "width": 1, "height": 1, "params": [float(K[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2))]}
+            for K in (K_A, K_B)
+        ]
+        info = poselib.estimate_relative_pose(a.numpy(), b.numpy(), *models, options, {})[1]
+    theirs = torch.tensor(info["inliers"], dtype=torch.bool)
+    assert (theirs != result.inliers).float().mean() < 0.02  # they mark them before the last refinement
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_types_of_points_make_no_difference_and_seeds_repeat(kind):
+    a, b, _ = drawn(kind, 5)
+    a, b = a.float(), b.float()
+    first = estimate(a, b, kind, **cameras(kind))
+    assert first.ok
+    for x, y in ((a.double(), b), (a.numpy(), b.numpy()), (a.tolist(), b.tolist()), (a.clone().requires_grad_(), b)):
+        again = estimate(x, y, kind, **cameras(kind))
+        torch.testing.assert_close(again.model, first.model, rtol=1e-5, atol=1e-6)
+        assert not again.model.requires_grad
+    assert torch.equal(estimate(a, b, kind, **cameras(kind)).model, first.model)
+    assert estimate(a.round().long(), b.round().long(), kind, **cameras(kind)).ok
+    K = {name: K.float().requires_grad_() for name, K in cameras(kind).items()}
+    assert estimate(a, b, kind, seed=7, **K).ok
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_points_on_two_devices():
+    a, b, _ = drawn("pose", 0)
+    result = estimate(a.cuda(), b, "pose", K_a=K_A.cuda(), K_b=K_B)
+    assert result.ok
+    assert result.model.device.type == result.inliers.device.type == "cpu"
+
+
+# ---- chance
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+@pytest.mark.parametrize(("n", "threshold", "seeds"), [(8, 3.0, 20), (12, 1.0, 20), (25, 5.0, 8), (60, 2.0, 6), (300, 4.0, 2)])
+@pytest.mark.parametrize("kind", ["homography", "fundamental", "pose"])  # an essential matrix is found as the pose
+def test_random_matches_have_no_answer(kind, n, threshold, seeds, clustered):
+    for seed in range(seeds):
+        rng = generator(seed)
+
+        def draw(rng=rng) -> torch.Tensor:
+            centres = anywhere(5, rng)[torch.randint(5, (n,), generator=rng)]
+            return centres + 8 * torch.randn(n, 2, generator=rng, dtype=torch.float64) if clustered else anywhere(n, rng)
+
+        assert_failed(estimate(draw(), draw(), kind, threshold=threshold, seed=seed, **cameras(kind)), n)
+
+
+@pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k) if b != "poselib"])
+def test_random_matches_have_no_answer_from_opencv_either(kind, backend):
+    for seed in range(3):
+        for n in (9, 40):
+            a, b = anywhere(n, generator(seed)), anywhere(n, generator(100 + seed))
+            assert_failed(estimate(a, b, kind, backend=backend, threshold=3.0, max_iterations=500, **cameras(kind)), n)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_threshold_as_large_as_the_scene_proves_nothing(kind):
+    a, b, _ = drawn(kind, 0, n=60)
+    assert_failed(estimate(a / 100, b / 100, "homography", threshold=5.0), 60)
+    assert_failed(estimate(a, b, kind, threshold=800.0, **cameras(kind)), 60)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_match_seen_many_times_counts_once(kind):
+    rng = generator(0)
+    a, b = (anywhere(6, rng).repeat(20, 1) for _ in range(2))
+    jitter = 0.4 * torch.randn(2, 120, 2, generator=rng, dtype=torch.float64)
+    for x, y in ((a, b), (a + jitter[0], b + jitter[1])):
+        assert_failed(estimate(x, y, kind, threshold=3.0, **cameras(kind)), 120)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_matches_that_all_agree_are_enough(kind):
+    rng = generator(1)
+    n = {"homography": 8, "fundamental": 14}.get(kind, 12)
+    a = anywhere(n, rng)
+    a, b = (a, warp_points(a, H)) if kind == "homography" else views(n, rng)
+    result = estimate(a, b, kind, threshold=1.0, **cameras(kind))
+    assert result.ok, result.reason
+    assert result.inliers.all()
+
+
+def test_false_alarms_equal_the_formula():
+    n, k, sample, chance = 30, 11, 4, 0.07
+    rng = generator(0)
+    matches = estimation._Matches("homography", anywhere(n, rng), anywhere(n, rng), None, 1.0)
+    agreeing = torch.arange(n) < k
+    tail = sum(math.comb(n - sample, j) * chance**j * (1 - chance) ** (n - sample - j) for j in range(k - sample, n - sample + 1))
+    found = estimation._false_alarms(matches, agreeing, sample, 3, chance)
+    assert found == pytest.approx(3 * math.comb(n, sample) * tail)
+    twice = estimation._Matches("homography", matches.a.repeat(2, 1), matches.b.repeat(2, 1), None, 1.0)
+    assert estimation._false_alarms(twice, agreeing.repeat(2), sample, 3, chance) == pytest.approx(found)
+    assert estimation._false_alarms(matches, torch.arange(n) < sample, sample, 3, chance) == math.inf
+
+
+# ---- inputs without an answer
+
+
+LINE = torch.stack([torch.arange(50.0), 2 * torch.arange(50.0)], dim=1)
+WITHOUT = {
+    "none": (torch.zeros(0, 2), torch.zeros(0, 2)),
+    "one": (torch.rand(1, 2), torch.rand(1, 2)),
+    "four": (100 * torch.rand(4, 2), 100 * torch.rand(4, 2)),
+    "eight": (100 * torch.rand(8, 2), 100 * torch.rand(8, 2)),
+    "one place": (torch.ones(50, 2), torch.ones(50, 2)),
+    "to one place": (100 * torch.rand(50, 2), torch.ones(50, 2)),
+    "line": (LINE, LINE + 3),
+    "to a line": (100 * torch.rand(50, 2), LINE),
+    "nan": (torch.full((50, 2), math.nan), torch.rand(50, 2)),
+    "one inf": (torch.rand(50, 2), torch.rand(50, 2).index_fill(0, torch.tensor(7), math.inf)),
+    "huge": (1e30 * torch.rand(50, 2), torch.rand(50, 2)),
+    "tiny": (1e-30 * torch.rand(50, 2), 1e-30 * torch.rand(50, 2)),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k)])
+def test_inputs_without_an_answer_are_not_ok(kind, backend, name):
+    a, b = WITHOUT[name]
+    assert_failed(estimate(a, b, kind, backend=backend, max_iterations=200, **cameras(kind)), len(a))
+
+
+@pytest.mark.parametrize("backend", backends("homography"))
+def test_identical_images_have_a_homography_and_nothing_else(backend):
+    a = anywhere(100, generator(0))
+    same = estimate(a, a, "homography", backend=backend)
+    assert same.ok, same.reason
+    torch.testing.assert_close(same.model, torch.eye(3, dtype=torch.float64), atol=1e-5, rtol=0)
+    for kind in KINDS[1:]:
+        K = {"K_a": K_A, "K_b": K_A} if cameras(kind) else {}
+        assert_failed(estimate(a, a, kind, backend=backend, **K), 100)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["poselib", "opencv", "usac_magsac"])
+def test_a_camera_that_only_turned_has_no_pose(backend, noise):
+    if backend not in backends("pose"):
+        pytest.skip("needs OpenCV")
+    for seed in range(3):
+        rng = generator(seed)
+        a, b, right = spoiled(*views(200, rng, t=torch.zeros(3, dtype=torch.float64)), rng, noise=noise, outliers=0.3)
+        result = estimate(a, b, "homography", backend=backend)
+        assert result.ok, result.reason
+        for kind in KINDS[1:]:
+            result = estimate(a, b, kind, backend=backend, **cameras(kind))
+            assert_failed(result, 200)
+            assert "turned" in result.reason
+            assert result.inliers[:right].float().mean() > 0.6  # that they agree is known
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("backend", ["poselib", "opencv", "usac_magsac"])
+def test_a_plane_has_no_fundamental_matrix_and_may_have_two_poses(backend, noise):
+    if backend not in backends("pose"):
+        pytest.skip("needs OpenCV")
+    for seed, t in ((0, T), (1, T), (2, TOWARDS), (3, TOWARDS)):
+        rng = generator(seed)
+        a, b, _ = spoiled(*views(200, rng, t=t, flat=True), rng, noise=noise, outliers=0.3)
+        assert estimate(a, b, "homography", backend=backend).ok
+        result = estimate(a, b, "fundamental", backend=backend)
+        assert_failed(result, 200)
+        assert "plane" in result.reason
+        for kind in ("essential", "pose"):
+            result = estimate(a, b, kind, backend=backend, **cameras(kind))
+            if t is T and (result.ok or backend == "poselib"):  # the other pose would have points behind the cameras,
+                check_answer(result, loose=True)  # which OpenCV does not look at and may choose
+            else:
+                assert_failed(result, 200)
+                assert "two poses" in result.reason
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_enough_points_beside_the_plane_settle_it(kind):
+    rng = generator(0)
+    plane, rest = views(150, rng, flat=True), views(60, rng)
+    a, b, _ = spoiled(*(torch.cat(pair) for pair in zip(plane, rest, strict=True)), rng, outliers=0.0)
+    wrong = anywhere(60, rng), anywhere(60, rng)
+    result = estimate(torch.cat([a, wrong[0]]), torch.cat([b, wrong[1]]), kind, **cameras(kind))
+    check_answer(result, loose=True)
+
+
+def test_a_line_and_two_points_leave_the_homography_open():
+    rng = generator(3)
+    along = 600 * torch.rand(40, 1, generator=rng, dtype=torch.float64)
+    line = along * torch.tensor([[0.9, 0.4]], dtype=torch.float64) + 20
+    a = torch.cat([line, anywhere(12, rng)])
     b = warp_points(a, H)
-    b[120:] = 500 * torch.rand(80, 2, generator=generator, dtype=torch.float64)
+    full = estimate(a, b, "homography")
+    assert full.ok, full.reason
+    b[42:] = anywhere(10, rng)
     result = estimate(a, b, "homography")
-    assert result.ok
-    assert result.inliers[:120].all()
-    assert result.inliers[120:].sum() < 3
-    assert torch.allclose(warp_points(a[:120], result.model), b[:120], atol=0.1)
+    assert_failed(result, 52)
+    assert "line" in result.reason
 
 
-def test_fundamental_is_found_among_outliers():
-    generator = torch.Generator().manual_seed(4)
-    world = torch.rand(200, 3, generator=generator, dtype=torch.float64) * 4 + torch.tensor([-2.0, -2.0, 4.0])
-    camera = torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]], dtype=torch.float64)
-    cos, sin = math.cos(0.2), math.sin(0.2)
-    turn = torch.tensor([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=torch.float64)
-
-    def see(points: torch.Tensor) -> torch.Tensor:
-        seen = points @ camera.T
-        return seen[:, :2] / seen[:, 2:]
-
-    a, b = see(world), see(world @ turn.T + torch.tensor([0.5, 0.1, 0.0]))
-    b[140:] = 400 * torch.rand(60, 2, generator=generator, dtype=torch.float64)
-    result = estimate(a, b, "fundamental", threshold=1.0)
-    assert result.ok
-    assert result.inliers[:140].float().mean() > 0.95
-    one = torch.ones(140, 1, dtype=torch.float64)
-    lines = torch.cat([a[:140], one], 1) @ result.model.T
-    error = (lines * torch.cat([b[:140], one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)
-    assert error.median() < 0.1
+def test_planes_seen_across_their_horizon_are_refused():
+    rng = generator(0)
+    a = anywhere(60, rng)
+    across = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1 / 320.5, 0, -1.0]], dtype=torch.float64)  # the horizon cuts the points in two
+    b = warp_points(a, across)
+    b = b / b.abs().max() * 1e5
+    result = estimate(a, b, "homography")
+    if result.ok:  # then of one side only
+        depth = torch.cat([a, torch.ones(60, 1, dtype=torch.float64)], 1) @ result.model[2]
+        assert len(depth[result.inliers].sign().unique()) == 1
 
 
-@pytest.mark.parametrize("kind", ["homography", "fundamental"])
-def test_inputs_without_an_answer_are_not_ok(kind):
-    generator = torch.Generator().manual_seed(5)
-    line = torch.stack([torch.arange(50.0), 2 * torch.arange(50.0)], dim=1)
-    cases = {
-        "none": (torch.zeros(0, 2), torch.zeros(0, 2)),
-        "few": (torch.rand(3, 2), torch.rand(3, 2)),
-        "one place": (torch.ones(50, 2), torch.ones(50, 2)),
-        "line": (line, line + 3),
-        "nan": (torch.full((50, 2), float("nan")), torch.rand(50, 2)),
-    }
-    for name, (a, b) in cases.items():
-        result = estimate(a, b, kind)
-        assert not result.ok, name
-        assert result.reason, name
-        assert result.model is None, name
-        assert result.inliers.shape == (len(a),), name
-    a, b = (1000 * torch.rand(40, 2, generator=generator) for _ in range(2))
-    assert not estimate(a, b, kind, threshold=0.5).ok
+def test_poses_of_a_plane_hold_the_right_one():
+    normal, distance = torch.nn.functional.normalize(torch.tensor([0.3, 0.2, 1.0], dtype=torch.float64), dim=0), 5.0
+    plane = R + T[:, None] * normal[None] / distance
+    found = estimation._poses_of_plane(3.0 * plane)
+    assert len(found) == 4
+    assert min(float((pose - torch.cat([R, T[:, None]], 1)).abs().max()) for pose in found) < 1e-9
+    for pose in found:
+        assert float(torch.linalg.det(pose[:, :3])) == pytest.approx(1)
+    assert estimation._poses_of_plane(R) == []
+
+
+# ---- arguments
 
 
 def test_wrong_arguments_are_refused():
+    a = 100 * torch.rand(9, 2)
     with pytest.raises(ValueError, match="kind"):
-        estimate(torch.rand(9, 2), torch.rand(9, 2), "affine")
-    with pytest.raises(ValueError, match="points"):
-        estimate(torch.rand(9, 2), torch.rand(8, 2))
-    with pytest.raises(ValueError, match="threshold"):
-        estimate(torch.rand(9, 2), torch.rand(9, 2), threshold=0)
+        estimate(a, a, "affine")
+    for wrong in (torch.rand(9, 3), torch.rand(18), torch.rand(1, 9, 2), None, "points", [[1.0, 2.0], [3.0]]):
+        with pytest.raises(ValueError, match=r"\(K,2\)"):
+            estimate(a, wrong)
+        with pytest.raises(ValueError, match=r"\(K,2\)"):
+            estimate(wrong, a)
+    with pytest.raises(ValueError, match="pairs, got 9 and 8"):
+        estimate(a, a[:8])
+    with pytest.raises(ValueError, match="real"):
+        estimate(a > 50, a)
+    for name, values in {
+        "threshold": (0, -1.0, math.nan, math.inf),
+        "confidence": (0.0, 1.0, math.nan),
+        "max_iterations": (0, -5),
+        "seed": (-1,),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=name):
+                estimate(a, a, **{name: value})
+
+
+def test_wrong_intrinsics_are_refused():
+    a, eye = 100 * torch.rand(9, 2), torch.eye(3)
+    for kind, K in (("pose", {}), ("essential", {"K_a": eye}), ("homography", {"K_a": eye}), ("fundamental", {"K_a": eye, "K_b": eye})):
+        with pytest.raises(ValueError, match="K_a and K_b"):
+            estimate(a, a, kind, **K)
+    wrong = [
+        eye[:2],
+        torch.full((3, 3), math.nan),
+        2 * eye,
+        torch.diag(torch.tensor([-1.0, 1, 1])),
+        torch.diag(torch.tensor([1.0, 0, 1])),
+        K_A.T,
+    ]
+    for K in wrong:
+        with pytest.raises(ValueError, match="K_b"):
+            relative_pose(a, a, eye, K)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_backends_are_refused_with_the_known_ones(kind, monkeypatch):
+    a = 100 * torch.rand(9, 2)
+    if "opencv" in backends(kind):
+        with pytest.raises(ValueError, match=r"poselib, opencv, usac_.*got 'ransac'"):
+            estimate(a, a, kind, backend="ransac", **cameras(kind))
+        assert ("usac_fm_8pts" in backends(kind)) == (kind == "fundamental")
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert backends(kind) == ["poselib"]
+    for backend in ("opencv", "usac_magsac"):
+        with pytest.raises(ImportError, match=r"tiepoints\[opencv\]"):
+            estimate(a, a, kind, backend=backend, **cameras(kind))
+    with pytest.raises(ValueError, match="poselib"):
+        estimate(a, a, kind, backend="ransac", **cameras(kind))
+
+
+def test_numpy_is_no_part_of_the_answer():
+    a, b, _ = drawn("pose", 0)
+    result = relative_pose(np.asarray(a), np.asarray(b), K_A.numpy(), K_B.numpy())
+    assert isinstance(result.model, torch.Tensor)
+    assert isinstance(result.inliers, torch.Tensor)

@@ -164,7 +164,7 @@ class Matches:
 
     Attributes:
         index: (K,2) int64, point of a and point of b.
-        score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors).
+        score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors, or what a learned matcher gives).
     """
 
     index: Tensor
@@ -184,9 +184,10 @@ class Estimate:
     """A geometric model estimated from matches; failure is a value.
 
     Attributes:
-        kind: ``homography``, ``fundamental`` or ``pose``.
-        model: (3,3) float64, of a pose (3,4) [R | t]; None where ``ok`` is false.
-        inliers: (K,) bool over the matches given.
+        kind: ``homography``, ``fundamental``, ``essential`` or ``pose``.
+        model: (3,3) float64, of a pose (3,4) [R | t] with |t| = 1; None where ``ok`` is false.
+        inliers: (K,) bool over the matches given: which agree. Where ``ok`` is false none, unless they agree on more than one
+            model (a plane has no one fundamental matrix).
         ok: whether there is a model to trust.
         reason: why not, in words; empty where ``ok``.
     """
