@@ -36,7 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     left, right, disparity = skimage.data.stereo_motorcycle()
 
-    extractor = tiepoints.build("keynet", "rootsift", num_points=args.num_points)
+    extractor = tiepoints.build(num_points=args.num_points)
     extractor.extract(np.zeros((64, 64), np.uint8))  # the first call pays for set-up
     times: dict[str, float] = {}
     features = []

@@ -64,8 +64,8 @@ def test_extract_writes_mirrored_files_skips_done_ones_and_reports_bad_ones(phot
         assert word in done.stdout + done.stderr
     (photos / "broken.png").unlink()
     (photos / "empty.jpg").unlink()
-    points = np.load(tmp_path / "keynet-rootsift" / "photos" / "sub" / "p1.png.kpt.npy")
-    descriptors = np.load(tmp_path / "keynet-rootsift" / "photos" / "sub" / "p1.png.dsc.npy")
+    points = np.load(tmp_path / "keynet-hardnet" / "photos" / "sub" / "p1.png.kpt.npy")
+    descriptors = np.load(tmp_path / "keynet-hardnet" / "photos" / "sub" / "p1.png.dsc.npy")
     assert points.dtype == descriptors.dtype == np.float32
     assert points.shape[1] == 4
     assert descriptors.shape == (len(points), 128)
@@ -141,7 +141,7 @@ def test_import_of_the_official_weights_and_extraction_with_them(reference_dir, 
         "extract", photos / "p0.png", "--weights", "o.safetensors", "--mode", "official", "--results-dir", "r",
         "--num-points", 100, cwd=tmp_path,
     )  # fmt: skip
-    assert len(np.load(tmp_path / "r" / "keynet-rootsift" / "p0.png.kpt.npy")) > 50
+    assert len(np.load(tmp_path / "r" / "keynet-hardnet" / "p0.png.kpt.npy")) > 50
 
 
 def test_pair_files_are_the_same_from_any_number_of_workers(photos, tmp_path):
@@ -383,7 +383,7 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         (["match", "--features", "one.h5", "--output", "m.h5"], "two are needed"),
         (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"], "--descriptor none has none"),
         (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "sosnet"], "f.h5 has rootsift descriptors, not sosnet"),
-        (["match", views, "--output", "m.h5", "--descriptor", "nonsense"], "rootsift"),
+        (["match", views, "--output", "m.h5", "--descriptor", "surf"], "--descriptor must be one of hardnet"),
         (["match", "--features", "f.h5", "--output", "m.h5", "--ratio", 0], "ratio must lie in (0, 1]"),
         (["match", "--features", "f.h5", "--output", "m.h5", "--threshold", 0], "threshold must be positive"),
         (["match", views, "--output", "m.db", "--camera", "nonsense"], "camera must be auto, single or"),

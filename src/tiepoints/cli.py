@@ -70,9 +70,12 @@ CAMERA_HELP = "COLMAP: auto (EXIF or a guess, an image), single (one for all) or
 
 def _descriptor(name: str | None) -> str:
     """The name given, or the default of ``build``, which is asked only when a command runs: it brings torch."""
-    from .extract import DESCRIPTOR
+    from .extract import DESCRIPTOR, DESCRIPTORS
 
-    return name or DESCRIPTOR
+    chosen = name or DESCRIPTOR
+    if chosen not in DESCRIPTORS and not Path(chosen).is_file():
+        _fail(f"--descriptor must be one of {', '.join(DESCRIPTORS)}, or a weights file; got {chosen!r}")
+    return chosen
 
 
 def _network(detector: str, weights: Path | None):

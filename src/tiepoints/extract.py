@@ -1,6 +1,6 @@
 """Image to features: detector and descriptor on one shared pyramid.
 
-``build("keynet", "rootsift")`` gives an ``Extractor``; its ``extract`` takes a path, PIL image, array, tensor or a list.
+``build("keynet", "hardnet")`` gives an ``Extractor``; its ``extract`` takes a path, PIL image, array, tensor or a list.
 A score-map network becomes a detector here: levels, budget of points a level, merge (spec section 2).
 """
 
@@ -36,7 +36,7 @@ DETECTORS = ("keynet", "keynet-tiny")
 PATCH_NETS = ("hardnet", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
 #: What is taken where nobody chooses.
-DETECTOR, DESCRIPTOR = "keynet", "rootsift"
+DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 PRECISIONS = ("auto", "float32", "bfloat16")
 #: Two points of different levels are the same one when nearer than this, in pixels of the finer level.
 DUPLICATE_DISTANCE = 3.0
@@ -377,7 +377,7 @@ def build(
     settings: ExtractSettings | None = None,
     **options,
 ) -> Extractor:
-    """An extractor by names: ``build("keynet", "rootsift", num_points=2000)``.
+    """An extractor by names: ``build("keynet", "hardnet", num_points=2000)``.
 
     Args:
         detector: ``keynet``, ``keynet-tiny`` (embedded weights), or a network image -> score map.

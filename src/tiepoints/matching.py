@@ -236,7 +236,7 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
 
 def _check_descriptors(a: Features, b: Features) -> None:
     if a.descriptors is None or b.descriptors is None:
-        raise ValueError("matching needs descriptors; extract with a descriptor such as rootsift")
+        raise ValueError("matching needs descriptors; extract with a descriptor such as hardnet")
     if a.descriptors.shape[1] != b.descriptors.shape[1]:
         raise ValueError(f"descriptors of {a.descriptors.shape[1]} and {b.descriptors.shape[1]} numbers cannot be compared")
     if a.descriptors.device != b.descriptors.device:

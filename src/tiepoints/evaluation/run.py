@@ -1,6 +1,6 @@
 """Dataset x system -> one row a pair, in memory or on disk.
 
-    rows = run(homography_sequences("oxford").pairs, tiepoints.build("keynet", "rootsift").extract)
+    rows = run(homography_sequences("oxford").pairs, tiepoints.build("keynet", "hardnet").extract)
 
 On disk (``evaluate``) features are computed once and kept, rows are appended pair by pair, and an interrupted run goes on where
 it stopped. What can fail for one pair is a row with a reason: it is neither an exception nor a zero. docs/evaluation.md lists
@@ -159,7 +159,7 @@ def _row(
             row["metrics"] = homography_metrics(a, b, pair.H_ab, num_points=num_points, protocols=protocols)
         else:
             if a.descriptors is None or b.descriptors is None:
-                raise DataError("the system gives no descriptors, a pose needs matches; name it DETECTOR+rootsift")
+                raise DataError("the system gives no descriptors, a pose needs matches; name it DETECTOR+hardnet")
             K_a, K_b = view_a.intrinsics(pair.K_a), view_b.intrinsics(pair.K_b)
             T_ab = turned_pose(pair.T_ab, pair.turns_a, pair.turns_b)
             row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_points=num_points)
