@@ -438,3 +438,16 @@ def test_numpy_is_no_part_of_the_answer():
     result = relative_pose(np.asarray(a), np.asarray(b), K_A.numpy(), K_B.numpy())
     assert isinstance(result.model, torch.Tensor)
     assert isinstance(result.inliers, torch.Tensor)
+
+
+def test_without_judgement_the_backends_answer_comes_as_it_is():
+    """Random matches: nothing to trust, but protocols measure whatever was found."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(60, 2, generator=rng) * 500 for _ in range(2))
+    K = torch.tensor([[500.0, 0, 250], [0, 500, 250], [0, 0, 1]])
+    for kind, intrinsics in (("homography", {}), ("fundamental", {}), ("pose", {"K_a": K, "K_b": K})):
+        assert not estimate(a, b, kind, **intrinsics).ok
+        raw = estimate(a, b, kind, judge=False, **intrinsics)
+        assert raw.ok
+        assert raw.model is not None
+        assert raw.inliers.shape == (60,)

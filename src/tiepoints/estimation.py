@@ -45,6 +45,7 @@ def estimate(
     confidence: float = 0.9999,
     max_iterations: int = 10_000,
     seed: int = 0,
+    judge: bool = True,
 ) -> Estimate:
     """Geometry that the matches obey.
 
@@ -59,6 +60,7 @@ def estimate(
         max_iterations: number of samples, at least 1, at which it stops anyway.
         seed: of PoseLib's samples; OpenCV's estimators have a fixed generator of their own, so every backend but
             ``usac_parallel`` gives the same answer to the same matches.
+        judge: False gives what the backend found, however few matches agree: the protocols of papers measure that.
 
     Returns:
         an ``Estimate`` on the CPU. ``ok`` is false, with the reason, for too few, degenerate or disagreeing matches, and
@@ -99,7 +101,9 @@ def estimate(
     if not models:
         return matches.failed(f"{backend} found no {kind}")
     model = max((_oriented(matches, m) for m in models), key=lambda m: int(matches.inliers(m).sum()))
-    return _judged(matches, model)
+    if judge:
+        return _judged(matches, model)
+    return Estimate(kind, _scaled(kind, model), matches.inliers(model), True)
 
 
 def relative_pose(
@@ -113,13 +117,14 @@ def relative_pose(
     confidence: float = 0.99999,
     max_iterations: int = 10_000,
     seed: int = 0,
+    judge: bool = True,
 ) -> Estimate:
     """Pose between two calibrated cameras: ``model`` (3,4) = [R | t], |t| = 1, camera a to camera b.
 
     ``estimate(..., "pose")`` with the defaults of the papers on poses: arguments, result and errors are its own.
     """
     options: dict[str, Any] = {"threshold": threshold, "confidence": confidence, "max_iterations": max_iterations, "seed": seed}
-    return estimate(xy_a, xy_b, "pose", K_a=K_a, K_b=K_b, backend=backend, **options)
+    return estimate(xy_a, xy_b, "pose", K_a=K_a, K_b=K_b, backend=backend, judge=judge, **options)
 
 
 def backends(kind: str = "fundamental") -> list[str]:
@@ -355,14 +360,17 @@ def _judged(matches: _Matches, model: Tensor) -> Estimate:
     inliers = matches.inliers(model)
     if by_chance(inliers):
         return matches.failed("most matches that agree lie behind a camera or the horizon")
-    if matches.kind == "homography":
+    return Estimate(matches.kind, _scaled(matches.kind, model), inliers, True)
+
+
+def _scaled(kind: str, model: Tensor) -> Tensor:
+    """A model with the free factor set; the essential matrix of a pose where that is asked for."""
+    if kind == "homography":
         corner = float(model[2, 2])
-        model = model / (corner if abs(corner) > 1e-12 * float(model.norm()) else model.norm())
-    elif matches.kind == "fundamental":
-        model = model / model.norm()
-    elif matches.kind == "essential":
-        model = _essential(model)
-    return Estimate(matches.kind, model, inliers, True)
+        return model / (corner if abs(corner) > 1e-12 * float(model.norm()) else model.norm())
+    if kind == "fundamental":
+        return model / model.norm()
+    return _essential(model) if kind == "essential" else model
 
 
 def _chance(matches: _Matches, model: Tensor) -> float:

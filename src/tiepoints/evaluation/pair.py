@@ -111,7 +111,7 @@ def _accuracy(a: Features, b: Features, H_ab: Tensor, pairs: Tensor) -> dict[str
 
 
 def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, float | None]:
-    robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD)
+    robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD, judge=False)
     found: dict[str, float | None] = {"homography.ok": float(robust.ok)}
     plain = m.homography_dlt(xy_a, xy_b)
     for name, H in (("error", robust.model), ("error_dlt", plain)):
@@ -129,6 +129,6 @@ def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tenso
     right = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
     found |= {"pose.right": right, "pose.precision": right / len(pairs) if len(pairs) else 0.0}
     for backend in ("poselib", "opencv"):
-        pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD)
+        pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, judge=False)
         found[f"pose.error_{backend}"] = 180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
     return found
