@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
-from tiepoints.detectors.keynet_legacy import LegacyKeyNet, blur_taps, divide_by_maximum, level_size, normalise_contrast
+from tiepoints.detectors.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
+from tiepoints.filters import bright_blur_taps, normalise_contrast
 from tiepoints.errors import WeightsError
 from tiepoints.extract import build
 from tiepoints.importers import load_official, to_official_state_dict
@@ -279,7 +280,7 @@ def test_learnable_parameters(net: torch.nn.Module, count: int) -> None:
 
 
 def test_blur_kernel_is_appendix_a3() -> None:
-    kernel = torch.outer(blur_taps(), blur_taps())
+    kernel = torch.outer(bright_blur_taps(), bright_blur_taps())
     np.testing.assert_allclose([kernel[3, 3], kernel[0, 0], kernel.sum()], [0.26596152, 0.00487126, 3.62994], rtol=2e-6)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -85,6 +85,16 @@ class ExtractSettings:
             raise ValueError(f"nms_window must be odd and positive, got {self.nms_window}")
         if min(self.up_levels, self.down_levels, self.border) < 0:
             raise ValueError("up_levels, down_levels and border must not be negative")
+
+
+def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
+    """A network's score map alone: of one that gives an angle map too, the first of both."""
+
+    def scores(image: Tensor) -> Tensor:
+        found = net(image)
+        return found if isinstance(found, Tensor) else found[0]
+
+    return scores
 
 
 def response_floor(net: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> float:

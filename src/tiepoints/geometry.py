@@ -18,6 +18,22 @@ def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
     return mapped[..., :2] / mapped[..., 2:]
 
 
+def local_rotation(xy: Tensor, H_ab: Tensor) -> Tensor:
+    """By how much homographies (...,3,3) turn what lies at points (...,N,2) of a: (...,N) radians, clockwise as seen, in (-pi, pi].
+
+    The rotation nearest to the derivative of the homography there. What is mirrored has none.
+    """
+    H_ab = H_ab.to(xy)
+    mapped = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1) @ H_ab.transpose(-1, -2)
+    w = mapped[..., 2]
+    u, v = mapped[..., 0] / w, mapped[..., 1] / w
+
+    def derivative(row: int, axis: int, value: Tensor) -> Tensor:
+        return (H_ab[..., row, axis, None] - value * H_ab[..., 2, axis, None]) / w
+
+    return torch.atan2(derivative(1, 0, v) - derivative(0, 1, u), derivative(0, 0, u) + derivative(1, 1, v))
+
+
 def resize_points(xy: Tensor, factor_x: float, factor_y: float) -> Tensor:
     """Points (N,2) of an image in its copy resized by these factors: ``(x + 0.5) * factor - 0.5``."""
     factor = xy.new_tensor([factor_x, factor_y])

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from .descriptors.patchnets import HardNet, HyNet, SOSNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyKeyNet
+from .detectors.rekd import REKD
 from .errors import WeightsError
 
 DATA = Path(__file__).parent / "data"
-NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, HardNet, HyNet, SOSNet)}
+NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, HardNet, HyNet, SOSNet)}
 
 
 def table() -> dict[str, dict[str, Any]]:

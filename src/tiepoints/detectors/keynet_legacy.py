@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..filters import blur_separable, pad_reflect
+from ..filters import blur_separable, bright_blur_taps, normalise_contrast
 from ..keypoints import clear_border, local_maxima
 from ..pyramid import SCALE_STEP, Pyramid, level_budgets
 from ..structs import Keypoints
@@ -34,24 +34,11 @@ NUM_BLOCKS = 3
 KERNEL_SIZE = 5
 NUM_LEVELS = 3
 SCALE_FACTOR = 1.2
-BLUR_SIGMA = 1.5
-BLUR_RADIUS = 3
-CONTRAST_RADIUS = 32  # windows of 65 x 65 pixels
 TENSORFLOW_EPS = 1e-3  # defaults of the batch normalisation in the two frameworks
 PYTORCH_EPS = 1e-5
 
 #: Handcrafted channels in the order of both published weight files (not the order of ``KeyNet``).
 CHANNELS = ("dx", "dx^2", "dxx", "dy", "dy^2", "dyy", "dx*dy", "dxx*dyy", "dxy", "dxy^2")
-
-
-def blur_taps() -> Tensor:
-    """Seven float64 taps whose outer product is the published blur: centre 0.26596, sum 3.62994.
-
-    The published kernel divides the two-dimensional Gaussian by the constant of the one-dimensional one, so that it
-    brightens the image; each direction here carries the square root of that constant.
-    """
-    u = torch.arange(-BLUR_RADIUS, BLUR_RADIUS + 1, dtype=torch.float64)
-    return torch.exp(-0.5 * (u / BLUR_SIGMA) ** 2) / (2 * math.pi * BLUR_SIGMA**2) ** 0.25
 
 
 def level_size(height: int, width: int, level: int, *, float32: bool) -> tuple[int, int]:
@@ -71,20 +58,6 @@ def divide_by_maximum(image: Tensor) -> Tensor:
     """Each image of (B,1,H,W) divided by its own largest value; black images stay black."""
     largest = image.amax(dim=(1, 2, 3), keepdim=True)
     return image / torch.where(largest > 0, largest, torch.ones_like(largest))
-
-
-def _window_mean(image: Tensor) -> Tensor:
-    # Rows then columns: seven times faster than 65 x 65 at once, equal to it in exact arithmetic.
-    side = 2 * CONTRAST_RADIUS + 1
-    columns = F.avg_pool2d(pad_reflect(image, CONTRAST_RADIUS), (side, 1), stride=1)
-    return F.avg_pool2d(columns, (1, side), stride=1)
-
-
-def normalise_contrast(image: Tensor) -> Tensor:
-    """(value - mean) / (1 + deviation) over the 65 x 65 pixels around each pixel, mirror border; keeps (B,1,H,W)."""
-    mean = _window_mean(image)
-    variance = (_window_mean(image.square()) - mean.square()).abs()
-    return (image - mean) / (1 + variance.sqrt() + 1e-10)
 
 
 def _sobel_undivided(image: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +129,7 @@ class LegacyKeyNet(nn.Module):
 
     def level_images(self, image: Tensor) -> list[Tensor]:
         """Contrast-normalised levels (B,1,h,w) of an image divided by its maximum, all cut from the full resolution."""
-        blurred = blur_separable(image, blur_taps(), pad_mode="constant")
+        blurred = blur_separable(image, bright_blur_taps(), pad_mode="constant")
         levels = [image]
         height, width = image.shape[-2:]
         for level in range(1, NUM_LEVELS):

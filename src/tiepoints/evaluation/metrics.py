@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..geometry import common_area, warp_points
+from ..geometry import common_area, local_rotation, warp_points
 
 #: Squared epipolar distance below which a match of a posed pair is called right (SuperGlue's evaluation).
 RIGHT_EPIPOLAR = 5e-4
@@ -277,6 +277,34 @@ def mutual_nearest(xy_a: Tensor, xy_b: Tensor, reach: float) -> tuple[Tensor, Te
     )
     mutual = (best_a[a] == rank) & (best_b[b] == rank)
     return a[mutual], b[mutual], distance[mutual]
+
+
+def repeated_points(
+    xy_a: Tensor,
+    xy_b: Tensor,
+    H_ab: Tensor,
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    *,
+    num_points: int = NUM_POINTS,
+    threshold: float = 3.0,
+    border: float = BORDER,
+) -> tuple[Tensor, Tensor]:
+    """The points that ``mutual_matches`` counts: indices into ``xy_a`` and ``xy_b``, (K,) each."""
+    H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
+    seen_a = common_area(xy_a, H_ab, size_b, border).nonzero()[:num_points, 0]
+    seen_b = common_area(xy_b, torch.linalg.inv(H_ab), size_a, border).nonzero()[:num_points, 0]
+    a, b, _ = mutual_nearest(warp_points(xy_a[seen_a], H_ab), xy_b[seen_b], threshold)
+    return seen_a[a], seen_b[b]
+
+
+def orientation_errors(xy_a: Tensor, angle_a: Tensor, angle_b: Tensor, H_ab: Tensor) -> Tensor:
+    """Error of the change of angle (radians, (K,) each) of points of a (K,2) and their partners: (K,) degrees, 0..180.
+
+    Truth is the rotation of the homography at the point (``geometry.local_rotation``).
+    """
+    turn = _double(angle_b) - _double(angle_a) - local_rotation(_double(xy_a), _double(H_ab))
+    return torch.rad2deg((turn + math.pi).remainder(2 * math.pi) - math.pi).abs()
 
 
 def _mutual_distances(

@@ -43,7 +43,7 @@ class FitSettings:
         optimiser: ``adam``, or ``sgd`` with momentum and dampening 0.9 (HardNet's).
         learning_rate: peak of the learning rate.
         warmup: steps of linear rise to it; then it falls to ``final_rate`` times the peak.
-        decay: how it falls: ``cosine`` or ``linear``.
+        decay: how it falls: ``cosine``, ``linear``, or ``step``, at once after half of the steps.
         weight_decay: L2 term added to the gradient.
         clip: largest norm of the gradient; 0 = unlimited.
         average: decay of the running average of the weights that is validated and kept; 0 = none.
@@ -74,8 +74,8 @@ class FitSettings:
     def __post_init__(self) -> None:
         if self.optimiser not in ("adam", "sgd"):
             raise ValueError(f"optimiser must be adam or sgd, got {self.optimiser!r}")
-        if self.decay not in ("cosine", "linear"):
-            raise ValueError(f"decay must be cosine or linear, got {self.decay!r}")
+        if self.decay not in ("cosine", "linear", "step"):
+            raise ValueError(f"decay must be cosine, linear or step, got {self.decay!r}")
 
 
 @dataclass
@@ -102,11 +102,11 @@ class _FromStep(Sampler[int]):
 
 
 def learning_rate_at(step: int, total: int, settings: FitSettings) -> float:
-    """Linear warm-up, then half a cosine or a straight line down to ``final_rate`` times the peak."""
+    """Linear warm-up, then half a cosine, a straight line or one step down to ``final_rate`` times the peak."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
-    left = 1 - done if settings.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    left = {"linear": 1 - done, "step": float(done < 0.5)}.get(settings.decay, 0.5 * (1 + math.cos(math.pi * done)))
     low = settings.final_rate
     return settings.learning_rate * (low + (1 - low) * left)
 

@@ -1,4 +1,4 @@
-"""Losses: the multi-scale index-proposal loss (M-SIP) of detectors; triplet, second order and hybrid losses of descriptors.
+"""Losses: multi-scale index-proposal (M-SIP) and orientation alignment of detectors; triplet, second order and hybrid of descriptors.
 
 Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses the same loss with other window weights. Where paper
 and published code disagree (docs/training.md lists it) the code is followed, because it made the published weights.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import warp_image
+from ..geometry import local_rotation, pixel_grid, warp_image
 
 #: Window sides in pixels and the weight of each (paper 5.3).
 WINDOWS = (8, 16, 24, 32, 40)
@@ -223,6 +223,70 @@ def msip_loss(
         total = total + weight * loss
     numbers["loss"] = total.item()
     return total, numbers
+
+
+# Orientation ------------------------------------------------------------------------------------------------------------
+
+
+def shift_bins(histogram: Tensor, bins: Tensor) -> Tensor:
+    """Histograms (B,N,H,W) moved on by ``bins`` (B,1,H,W or 1,1), cyclically; parts of a bin by linear interpolation."""
+    n = histogram.shape[1]
+    whole = bins.floor()
+    part = bins - whole
+    target = torch.arange(n, device=histogram.device).view(1, n, 1, 1)
+    source = ((target - whole.long()) % n).expand(histogram.shape)
+    near = histogram.gather(1, source)
+    return near + part * (histogram.gather(1, (source - 1) % n) - near)
+
+
+def orientation_loss(
+    histogram_a: Tensor,
+    histogram_b: Tensor,
+    H_ab: Tensor,
+    *,
+    mask_a: Tensor | None = None,
+    bins: Tensor | None = None,
+    border: int = 0,
+) -> tuple[Tensor, dict[str, float]]:
+    """Dense orientation alignment loss (REKD, section 3.3): turned by the ground truth, both views' histograms agree.
+
+    Cross-entropy ``-sum_k A[k - d] log(B[k] + 1e-7)`` of the histogram of a, moved on by the turn ``d``, and that of b warped into a,
+    mean over the common area. Gradients flow through both.
+
+    Args:
+        histogram_a, histogram_b: (B,N,H,W) probabilities over N; bin k is a direction of k 360/N degrees counter-clockwise.
+        H_ab: (B,3,3) homographies from a to b in pixels, without mirroring.
+        mask_a: (B,1,H,W), 1 where the pixel of a counts; default wherever b covers it.
+        bins: (B,1,1,1) shift in bins, counter-clockwise; default ``local_rotation`` at each pixel, parts of bins interpolated. The
+            published code cuts the angle to whole bins (of ``360 // N`` degrees) towards zero.
+        border: frame that never counts.
+
+    Returns:
+        scalar loss and ``{"loss": ..., "agree": share of pixels whose strongest bins agree to one bin}``.
+
+    Raises:
+        ValueError: the histograms differ in shape.
+    """
+    if histogram_a.shape != histogram_b.shape or histogram_a.ndim != 4:
+        raise ValueError(f"histograms must be (B,N,H,W) of equal shape, got {histogram_a.shape} and {histogram_b.shape}")
+    b, n, h, w = histogram_a.shape
+    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(histogram_a)
+    there = warp_image(torch.cat([histogram_b, torch.ones_like(histogram_b[:, :1])], dim=1), H_ba)
+    in_a, covered = there[:, :n], there[:, n:].detach()
+    mask = (covered > 0).to(in_a) if mask_a is None else (covered > 0.999) * mask_a
+    if border:
+        mask = mask * border_mask(mask, border)
+    if bins is None:
+        turn = local_rotation(pixel_grid(h, w, H_ab.to(torch.float64)), H_ab).view(b, 1, h, w)  # clockwise; bins are not
+        bins = -turn.to(histogram_a) * (n / (2 * math.pi))
+    expected = shift_bins(histogram_a, bins)
+    each = -(expected * torch.log(in_a + 1e-7)).sum(dim=1, keepdim=True)
+    count = mask.sum().clamp(min=1)
+    loss = (each * mask).sum() / count
+    with torch.no_grad():
+        off = (expected.argmax(dim=1, keepdim=True) - in_a.argmax(dim=1, keepdim=True) + n // 2) % n - n // 2
+        agree = ((off.abs() <= 1) * mask).sum() / count
+    return loss, {"loss": loss.item(), "agree": agree.item()}
 
 
 # Descriptors ------------------------------------------------------------------------------------------------------------

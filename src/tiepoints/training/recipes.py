@@ -15,40 +15,46 @@ from torch.utils.data import Dataset
 
 from ..descriptors.patchnets import HardNet, HyNet, PatchNet, SOSNet
 from ..detectors.keynet import KeyNet
+from ..detectors.rekd import REKD, histogram_angle
 from ..errors import WeightsError
 from ..evaluation.bias import constant_offset
-from ..evaluation.metrics import mutual_matches
-from ..extract import ExtractSettings, ScoreMapDetector
+from ..evaluation.metrics import mutual_matches, orientation_errors, repeated_points
+from ..extract import ExtractSettings, ScoreMapDetector, score_maps
 from ..keypoints import detect_peaks
 from ..pyramid import build_pyramid
 from ..weights import load, save
-from .loop import FitResult, FitSettings, fit
-from .losses import hardnet_loss, hynet_loss, msip_loss, sosnet_loss
+from .loop import FitResult, FitSettings, Loss, fit
+from .losses import BORDER, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
 from .pairs import PairFile
 from .patchdata import PatchPairs, matching_checks, matching_score, peaks_of
 from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from .synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
 
-#: Validation: pairs of held-out photographs, their side and seed, and how many points of each are compared.
-VALIDATION_PAIRS = 60
-VALIDATION_SIZE = 320
+#: Validation: seed of the pairs of held-out photographs, how many points of each are compared, and in degrees what turn is right.
 VALIDATION_SEED = 7
 VALIDATION_POINTS = 150
+RIGHT_TURN = 15.0
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a Key.Net is trained.
+    """How a detector is trained.
 
     Attributes:
         pairs: name of the pair preset (``synthetic.PRESETS``).
         fit: schedule (``loop.FitSettings``).
         loss: options of ``losses.msip_loss``.
+        balance: weight of the orientation loss, where there is one (REKD: 100).
+        checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
 
     pairs: str = "default"
     fit: FitSettings = field(default_factory=FitSettings)
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
+    balance: float = 0.0
+    checks: str = "default"
+    check_pairs: int = 60
+    check_size: int = 320
 
 
 RECIPES: dict[str, Recipe] = {
@@ -65,6 +71,24 @@ RECIPES: dict[str, Recipe] = {
 #: Tiny-Key.Net has few parameters and takes larger steps.
 TINY_LEARNING_RATE = 2e-2
 MODELS: dict[str, Callable[[], KeyNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny}
+#: The published size, and one that costs a ninth.
+REKD_SIZES: dict[str, dict[str, Any]] = {"rekd": {"group": 36, "dims": (2, 2, 2)}, "rekd-light": {"group": 12, "dims": (2, 2, 2)}}
+#: Its maps of all orientations are large: fewer and smaller pairs to validate on.
+_OURS = Recipe(pairs="turns", fit=FitSettings(batch_size=4, validate_every=100), balance=100.0, checks="turns", check_pairs=30, check_size=256)
+REKD_RECIPES: dict[str, Recipe] = {
+    "default": _OURS,
+    # Released code: 20 epochs of 9,000 pairs, Adam 1e-3, halved once after ten, decay 0.1 on everything; whole-bin shifts are not taken over.
+    "paper": dataclasses.replace(
+        _OURS,
+        pairs="rekd",
+        fit=FitSettings(
+            steps=11_240, batch_size=16, learning_rate=1e-3, warmup=0, decay="step", final_rate=0.5, weight_decay=0.1, clip=0.0,
+            average=0.0, validate_every=562,
+        ),
+        loss={"weighting": "minmax", "visibility": "any", "empty": "zero", "detach_max": False},
+    ),
+    "quick": dataclasses.replace(_OURS, fit=FitSettings(steps=200, batch_size=2, validate_every=100)),
+}  # fmt: skip
 
 
 class UncentredNorm(nn.BatchNorm2d):
@@ -111,6 +135,29 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
         matches, _, _ = mutual_matches(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
         scores.append(matches / VALIDATION_POINTS)
     return float(np.mean(scores)) if scores else 0.0
+
+
+def oriented_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
+    """As ``validation_score`` for a network with orientation: repeated points whose turn is right within 15 degrees."""
+    scores = []
+    device = next(net.parameters()).device
+    for pair in pairs:
+        both = torch.stack([pair["image_a"], pair["image_b"]]).to(device, memory_format=torch.channels_last)
+        score, histogram = net(both)
+        angle = histogram_angle(histogram.float()).cpu()
+        (xy_a, _), (xy_b, _) = detect_peaks(score.float().cpu(), 1000)
+        size = tuple(pair["image_a"].shape[-2:])
+        a, b = repeated_points(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
+        turned = [_at(angle[i : i + 1], xy) for i, xy in ((0, xy_a[a]), (1, xy_b[b]))]
+        right = orientation_errors(xy_a[a], *turned, pair["H_ab"]) <= RIGHT_TURN
+        scores.append(int(right.sum()) / VALIDATION_POINTS)
+    return float(np.mean(scores)) if scores else 0.0
+
+
+def _at(angles: Tensor, xy: Tensor) -> Tensor:
+    """Values (K,) of an angle map (1,1,H,W) at the pixels nearest to points (K,2): angles cannot be interpolated."""
+    x, y = xy.round().long().unbind(dim=-1)
+    return angles[0, 0, y, x]
 
 
 def _place(out: str | Path) -> Path:
@@ -175,58 +222,155 @@ def train_keynet(
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
-    if preset not in RECIPES:
-        raise ValueError(f"preset must be one of {', '.join(RECIPES)}; got {preset!r}")
-    out = _place(out)
-    recipe = RECIPES[preset]
+    recipe = _recipe(RECIPES, preset)
     given = _given(overrides)
     if model == "keynet-tiny" and "learning_rate" not in given:
         given["learning_rate"] = TINY_LEARNING_RATE if preset != "paper" else recipe.fit.learning_rate
-    schedule = dataclasses.replace(recipe.fit, **given)
-    pair_settings = PRESETS[recipe.pairs]
 
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        scores = network(_both_views(batch)).float().chunk(2)
+        return msip_loss(*scores, batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss)  # type: ignore[misc]
+
+    return _train_detector(
+        images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **given)),
+        floored_tiny if model == "keynet-tiny" and preset != "paper" else MODELS[model], MODELS[model], loss, validation_score,
+        told={"model": model, "preset": preset}, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
+    )  # fmt: skip
+
+
+def train_rekd(
+    model: str,
+    images: str | Path,
+    out: str | Path,
+    *,
+    group_size: int | None = None,
+    dims: tuple[int, int, int] | None = None,
+    init: str | Path | None = None,
+    preset: str = "default",
+    pairs: str | Path | None = None,
+    device: str = "auto",
+    devices: int = 1,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    **overrides: Any,
+) -> FitResult:
+    """Train ``rekd`` or ``rekd-light``; arguments, files and guarantees as ``train_keynet``.
+
+    Args:
+        group_size, dims: of the network; default the model's own (``REKD_SIZES``).
+        init: weights to start from (a name or a file); of another group size they are interpolated (``REKD.regrouped``).
+        preset: ``default``, ``paper`` or ``quick`` (``REKD_RECIPES``).
+
+    Raises:
+        FileNotFoundError, DataError: no folder, or fewer than two usable images.
+        ValueError: unknown model or preset, an impossible size, or pairs that are mirrored.
+        WeightsError: ``init`` names no weights, or those of another network.
+    """
+    if model not in REKD_SIZES:
+        raise ValueError(f"model must be one of {', '.join(REKD_SIZES)}; got {model!r}")
+    recipe = _recipe(REKD_RECIPES, preset)
+    group = REKD_SIZES[model]["group"] if group_size is None else group_size
+    settings = {"group": group, "dims": tuple(REKD_SIZES[model]["dims"] if dims is None else dims)}
+
+    def fresh() -> REKD:
+        return REKD(**settings)
+
+    def begin() -> REKD:
+        net = fresh()
+        if init is None:
+            return net
+        source = load(init)
+        if not isinstance(source, REKD) or source.settings["dims"] != net.settings["dims"]:
+            what = f"a {type(source).__name__}" + (f" of dims {source.settings['dims']}" if isinstance(source, REKD) else "")
+            raise WeightsError(f"weights {init} are {what}; this training starts from a REKD of dims {net.settings['dims']}")
+        say(f"starting from {init}, {source.group} orientations")
+        return (source if source.group == group else source.regrouped(group)).train()
+
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        scores, histograms = network(_both_views(batch))
+        score_a, score_b = scores.float().chunk(2)
+        masks = {"mask_a": batch["mask_a"], "mask_b": batch["mask_b"]}
+        place, numbers = msip_loss(score_a, score_b, batch["H_ab"], **masks, **recipe.loss)
+        histogram_a, histogram_b = histograms.float().chunk(2)
+        turn, more = orientation_loss(histogram_a, histogram_b, batch["H_ab"], mask_a=batch["mask_a"], border=BORDER)
+        total = place + recipe.balance * turn
+        return total, {**numbers, "loss": total.item(), "place": place.item(), "orientation": turn.item(), "agree": more["agree"]}
+
+    told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": str(init or "")}
+    return _train_detector(
+        images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **_given(overrides))),
+        begin, fresh, loss, oriented_score,
+        told=told, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
+    )  # fmt: skip
+
+
+def _recipe(recipes: dict[str, Recipe], preset: str) -> Recipe:
+    if preset not in recipes:
+        raise ValueError(f"preset must be one of {', '.join(recipes)}; got {preset!r}")
+    return recipes[preset]
+
+
+def _both_views(batch: dict[str, Tensor]) -> Tensor:
+    """Both images of every pair, (2B,1,S,S), those of a first."""
+    return torch.cat([batch["image_a"], batch["image_b"]]).contiguous(memory_format=torch.channels_last)
+
+
+def _train_detector(
+    images: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    begin: Callable[[], nn.Module],
+    fresh: Callable[[], nn.Module],
+    loss: Loss,
+    score: Callable[[nn.Module, list[dict[str, Tensor]]], float],
+    *,
+    told: dict[str, Any],
+    pairs: str | Path | None,
+    device: str,
+    devices: int,
+    resume: bool,
+    progress: bool,
+    say: Callable[[str], None],
+) -> FitResult:
+    """Pairs of photographs, validation, files: what the training of every score-map network shares.
+
+    Args:
+        begin, fresh: make the network that is trained, and the one that is written.
+        loss, score: of a batch, and of the held-out pairs.
+        told: what identifies the training beside its schedule.
+    """
+    out = _place(out)
+    schedule = recipe.fit
     training, held_out = _photographs(images, say)
 
     def make_batches(length: int) -> Dataset:
         if pairs is not None:
             return PairFile(pairs, length=length, seed=schedule.seed)
-        return PairDataset(training, pair_settings, seed=schedule.seed, length=length)
+        return PairDataset(training, PRESETS[recipe.pairs], seed=schedule.seed, length=length)
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
-    checks = PairDataset(
-        held_out,
-        dataclasses.replace(PRESETS["default"], size=VALIDATION_SIZE),
-        seed=VALIDATION_SEED,
-        length=VALIDATION_PAIRS,
-    )
+    views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size)
+    checks = PairDataset(held_out, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
     validation = [checks[i] for i in range(len(checks))]
 
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
-        net = floored_tiny() if model == "keynet-tiny" and preset != "paper" else MODELS[model]()
+        net = begin()
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        n = len(batch["image_a"])
-        both = torch.cat([batch["image_a"], batch["image_b"]]).contiguous(memory_format=torch.channels_last)
-        scores = network(both).float()
-        return msip_loss(
-            scores[:n], scores[n:], batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss
-        )
-
     def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        best = MODELS[model]()
+        best: Any = fresh()
         best.load_state_dict(state)
-        best.offset = constant_offset(best.eval(), (pair["image_a"][None] for pair in validation))
-        save(best, out, {"model": model, "preset": preset, "schedule": asdict(schedule), **facts})
+        finder = best.eval().fused() if isinstance(best, REKD) else best.eval()
+        best.offset = constant_offset(score_maps(finder), (pair["image_a"][None] for pair in validation))
+        save(best, out, {**told, "schedule": asdict(schedule), **facts})
 
-    # Which photographs took part is part of the training's identity: resuming on others would silently mix two.
-    extra = {"model": model, "preset": preset, "photos": len(training) + len(held_out), "pairs": str(pairs or "")}
     result = fit(
         net,
         make_batches,
         loss,
-        lambda network: validation_score(network, validation),
+        lambda network: score(network, validation),
         schedule,
         out.with_name(out.name + ".checkpoint"),
         log_dir=out.with_name(out.name + ".log"),
@@ -234,7 +378,8 @@ def train_keynet(
         device=device,
         devices=devices,
         progress=progress,
-        extra=extra,
+        # Which photographs took part is part of the training's identity: resuming on others would silently mix two.
+        extra={**told, "photos": len(training) + len(held_out), "pairs": str(pairs or "")},
         on_best=keep,
     )
     if result.best <= 0:
