@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from enum import StrEnum
@@ -30,6 +31,15 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 class Detector(StrEnum):
     keynet = "keynet"
     keynet_tiny = "keynet-tiny"
+    rekd = "rekd"
+    rekd_light = "rekd-light"
+
+
+class Orientation(StrEnum):
+    none = "none"
+    rekd = "rekd"
+    rekd_light = "rekd-light"
+    dominant = "dominant"
 
 
 class Format(StrEnum):
@@ -65,6 +75,8 @@ def _fail(message: str, code: int = 2) -> NoReturn:
 
 
 DESCRIPTOR_HELP = "Such as hardnet or rootsift; a weights file; none (default: that of tiepoints.build)."
+ORIENTATION_HELP = "Angles of the points: of a network, or of the dominant gradient (default: REKD's own; others none)."
+UPRIGHT_HELP = "Describe patches that are not turned by the angles (REKD's published tables)."
 CAMERA_HELP = "COLMAP: auto (EXIF or a guess, an image), single (one for all) or MODEL:p1,p2,... (known)."
 
 
@@ -76,6 +88,10 @@ def _descriptor(name: str | None) -> str:
     if chosen not in DESCRIPTORS and not Path(chosen).is_file():
         _fail(f"--descriptor must be one of {', '.join(DESCRIPTORS)}, or a weights file; got {chosen!r}")
     return chosen
+
+
+def _value(choice: StrEnum | None) -> str | None:
+    return None if choice is None else choice.value
 
 
 def _network(detector: str, weights: Path | None):
@@ -102,6 +118,8 @@ def extract(
     num_points: Annotated[int, typer.Option("--num-points", "--num-kpts", min=1, help="Most points an image.")] = 5000,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
     descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
+    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
+    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
     single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
     mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
     scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
@@ -127,11 +145,12 @@ def extract(
         tasks, refused = collect(images or [], list_images, root_images, inside=form != Format.npy)
         extractor = build(
             _network(detector, weights), chosen, single_scale=single_scale, device=device, num_points=num_points, mode=mode.value,
-            scales=scales.value,
+            scales=scales.value, orientation=_value(orientation), upright=upright,
         )
         settings = {
             "detector": detector.value, "descriptor": chosen, "num_points": num_points, "mode": mode.value,
             "scales": scales.value, "single_scale": single_scale, "weights": None if weights is None else str(weights),
+            **({} if orientation is None else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
             **({"half": True} if half and form == Format.h5 else {}), **({"camera": camera} if form == Format.colmap else {}),
         }  # fmt: skip
         report, seconds = Report(), 0.0
@@ -173,6 +192,11 @@ def match(
     num_points: Annotated[int, typer.Option(min=1)] = 2048,
     detector: Annotated[Detector, typer.Option()] = Detector.keynet,
     descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
+    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
+    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
+    rotation_tolerance: Annotated[
+        float | None, typer.Option(min=0.1, max=180.0, help="Drop matches that turn otherwise than most by more degrees (REKD: 30).")
+    ] = None,
     model: Annotated[
         Model | None, typer.Option(help="Geometry that right matches obey (default: fundamental; of many pairs none).")
     ] = None,
@@ -200,9 +224,11 @@ def match(
     options = {
         "detector": detector.value, "descriptor": chosen, "num_points": num_points, "single_scale": single_scale,
         "weights": None if weights is None else str(weights),
+        **({} if orientation is None else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
     }  # fmt: skip
+    rotation = None if rotation_tolerance is None else math.radians(rotation_tolerance)
     if not many:
-        _match_two(images[0], images[1], output, options, device, model or Model.fundamental, ratio, threshold, as_json)
+        _match_two(images[0], images[1], output, options, device, model or Model.fundamental, ratio, rotation, threshold, as_json)
         return
     if output is None or not to_file:
         came = "nothing" if output is None else output.name
@@ -213,8 +239,8 @@ def match(
     try:
         report = match_images(
             images, output, pair_list=pairs, sequential=sequential, features=features, descriptor=descriptor, root=root_images,
-            build=lambda: _extractor(options, device), extraction=options, camera=camera, ratio=ratio, kind=kind, threshold=threshold,
-            overwrite=overwrite, progress=sys.stderr.isatty(),
+            build=lambda: _extractor(options, device), extraction=options, camera=camera, ratio=ratio, rotation=rotation, kind=kind,
+            threshold=threshold, overwrite=overwrite, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except USER_ERRORS as error:
         _fail(str(error))
@@ -244,7 +270,16 @@ def _extractor(options: dict, device: str):
 
 
 def _match_two(
-    a: str, b: str, output: Path | None, options: dict, device: str, model: Model, ratio: float, threshold: float, as_json: bool
+    a: str,
+    b: str,
+    output: Path | None,
+    options: dict,
+    device: str,
+    model: Model,
+    ratio: float,
+    rotation: float | None,
+    threshold: float,
+    as_json: bool,
 ) -> None:
     from .estimation import estimate
     from .image import load_image
@@ -254,7 +289,7 @@ def _match_two(
         extractor = _extractor(options, device)
         image_a, image_b = load_image(a), load_image(b)
         features_a, features_b = extractor.extract(image_a), extractor.extract(image_b)
-        found = match_features(features_a, features_b, ratio=None if ratio >= 1 else ratio)
+        found = match_features(features_a, features_b, ratio=None if ratio >= 1 else ratio, rotation_tolerance=rotation)
         xy_a, xy_b = features_a.xy[found.index[:, 0]], features_b.xy[found.index[:, 1]]
         result = estimate(xy_a, xy_b, model.value, threshold=threshold)
         if output is not None:
@@ -293,7 +328,7 @@ def keep_memory() -> None:
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="keynet, keynet-tiny (detectors); hardnet, hynet, sosnet (descriptors).")],
+    model: Annotated[str, typer.Argument(help="keynet, keynet-tiny, rekd, rekd-light (detectors); hardnet, hynet, sosnet (descriptors).")],
     images: Annotated[Path, typer.Option(help="Folder of photographs, searched to the bottom; a tenth is held out to validate on.")],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
     preset: Annotated[Preset, typer.Option(help="paper = the published schedule.")] = Preset.default,
@@ -308,7 +343,9 @@ def train(
     patches: Annotated[
         Path | None, typer.Option(help="Descriptors: folder of PhotoTour or HPatches patches to train on instead of --images.")
     ] = None,
-    init: Annotated[str | None, typer.Option(help="Descriptors: weights to start from, a name or a file.")] = None,
+    init: Annotated[str | None, typer.Option(help="REKD and descriptors: weights to start from, a name or a file.")] = None,
+    group_size: Annotated[int | None, typer.Option(min=1, help="REKD: number of orientations (default: 36, light 12).")] = None,
+    dims: Annotated[tuple[int, int, int] | None, typer.Option(help="REKD: fields of its three layers (default: 2 2 2).")] = None,
     device: Annotated[str, typer.Option()] = "auto",
     devices: Annotated[int, typer.Option(min=1)] = 1,
     validate_every: Annotated[int | None, typer.Option(min=1)] = None,
@@ -316,7 +353,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
 ) -> None:
     """Train a detector or a descriptor on any folder of images; no labels needed."""
-    from .training.recipes import DESCRIPTORS, MODELS, train_descriptor, train_keynet
+    from .training.recipes import DESCRIPTORS, MODELS, REKD_SIZES, train_descriptor, train_keynet, train_rekd
 
     keep_memory()
     if steps is not None and minutes is not None:
@@ -326,22 +363,29 @@ def train(
         "minutes": minutes, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
         "workers": workers, "precision": precision, "validate_every": validate_every, "save_every": save_every,
     }  # fmt: skip
-    if model not in (*MODELS, *DESCRIPTORS):
-        _fail(f"the model must be one of {', '.join((*MODELS, *DESCRIPTORS))}; got {model!r}")
+    known = (*MODELS, *REKD_SIZES, *DESCRIPTORS)
+    if model not in known:
+        _fail(f"the model must be one of {', '.join(known)}; got {model!r}")
     if model in DESCRIPTORS and pairs is not None:
         _fail("--pairs is for detectors; a descriptor trains on --images, or on --patches")
-    if model in MODELS and (init is not None or patches is not None):
-        _fail("--init and --patches are for descriptors (hardnet, hynet, sosnet)")
+    if model not in DESCRIPTORS and patches is not None:
+        _fail("--patches is for descriptors (hardnet, hynet, sosnet)")
+    if model in MODELS and init is not None:
+        _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet)")
+    if model not in REKD_SIZES and (group_size is not None or dims is not None):
+        _fail("--group-size and --dims are for rekd and rekd-light")
     try:
         if model in DESCRIPTORS:
             result = train_descriptor(model, images, out, patches=patches, init=init, **options)
+        elif model in REKD_SIZES:
+            result = train_rekd(model, images, out, pairs=pairs, init=init, group_size=group_size, dims=dims, **options)
         else:
             result = train_keynet(model, images, out, pairs=pairs, **options)
     except (*USER_ERRORS, RuntimeError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(f"stopped; go on with --resume ({out}.checkpoint)", 130)
-    measure = "matching score" if model in DESCRIPTORS else "repeatability"
+    measure = "matching score" if model in DESCRIPTORS else "repeatability" + " with the right turn" * (model in REKD_SIZES)
     typer.echo(
         f"{result.steps} steps, {measure} {result.best:.3f} on held-out photographs at step {result.best_step} -> {out}"
     )
@@ -352,7 +396,7 @@ def pairs(
     images: Annotated[Path, typer.Option(help="Folder of photographs.")],
     out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
     count: Annotated[int, typer.Option(min=1)] = 12_000,
-    preset: Annotated[str, typer.Option(help="keynet-paper, keynet-code, rekd or default.")] = "default",
+    preset: Annotated[str, typer.Option(help="keynet-paper, keynet-code, rekd, turns or default.")] = "default",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int | None, typer.Option(min=16, help="Side of the windows.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or all of the photographs.")] = "train",
@@ -574,6 +618,64 @@ def weights_verify(names: Annotated[list[str] | None, typer.Argument()] = None) 
             failed = True
             typer.echo(f"{name}: {error}", err=True)
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def imc(
+    images: Annotated[Path, typer.Argument(help="Folder of the benchmark's images: DATASET/SEQUENCE/*.jpg, or in set_100/images below.")],
+    out: Annotated[Path, typer.Option(help="Folder of the submission.")],
+    label: Annotated[str, typer.Option(help="Its name: lower case letters, digits, '-' and '.'.")],
+    num_points: Annotated[int, typer.Option(min=1, help="Most points an image; the categories are 2048 and 8000.")] = 2048,
+    detector: Annotated[Detector, typer.Option()] = Detector.keynet,
+    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
+    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
+    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
+    single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
+    mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
+    scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
+    weights: Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")] = None,
+    matches: Annotated[bool, typer.Option("--matches", help="Add our own matches, verified by a fundamental matrix.")] = False,
+    ratio: Annotated[float, typer.Option(min=0.1, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
+    threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 0.5,
+    device: Annotated[str, typer.Option()] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Extract and match again what is done.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read and write.")] = 2,
+) -> None:
+    """Write a submission to the Image Matching Challenge 2021 and check it (docs/formats.md)."""
+    from .formats.imc import slug
+    from .submission import export_imc
+
+    chosen = _descriptor(descriptor)
+    if chosen == "none":
+        _fail("a submission needs descriptors; --descriptor none has none")
+    options = {
+        "detector": detector.value, "descriptor": chosen, "num_points": num_points, "mode": mode.value, "scales": scales.value,
+        "single_scale": single_scale, "weights": None if weights is None else str(weights),
+        **({} if orientation is None else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
+    }  # fmt: skip
+    try:
+        result = export_imc(
+            images, out, label, build=lambda: _extractor(options, device), extraction=options,
+            keypoint=detector.value if weights is None else slug(weights.stem), descriptor=slug(Path(chosen).stem),
+            num_points=num_points, matches=matches, ratio=ratio, threshold=threshold, overwrite=overwrite, workers=workers,
+            progress=sys.stderr.isatty(),
+        )  # fmt: skip
+    except USER_ERRORS as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped; the same command goes on from here", 130)
+    matched = result.matched
+    pairs_done = "" if matched is None else f"; {matched.done} pairs matched ({matched.matches} matches), {matched.skipped} done before"
+    typer.echo(
+        f"{result.extracted.done} extracted ({result.extracted.points} points), {result.extracted.skipped} done before{pairs_done}; "
+        f"{len(result.failed)} failed -> {result.sequences} sequences in {out}"
+    )
+    for name, reason in result.failed:
+        typer.echo(f"failed: {name}: {reason}", err=True)
+    for violation in result.violations:
+        typer.echo(f"refused by the challenge: {violation}", err=True)
+    if result.failed or result.violations:
         raise typer.Exit(1)
 
 

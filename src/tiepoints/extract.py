@@ -20,9 +20,11 @@ from .descriptors.classical import RootSIFT
 from .descriptors.patchnets import PatchNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
+from .detectors.rekd import REKD
 from .geometry import sample_at
 from .image import ImageLike, load_image
 from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
+from .orientation import DominantOrientation, NetOrientation, angle_at
 from .patches import HALF_SIDE, extract_patches
 from .pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, Level, Pyramid, as_batch, build_pyramid, level_budgets
 from .structs import Features, Keypoints, PaddedFeatures
@@ -32,9 +34,13 @@ from .weights import load
 NUM_POINTS = 5000
 MODES = ("default", "official")
 SCALES = ("one", "all")
-DETECTORS = ("keynet", "keynet-tiny")
+DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light")
+#: Where the angle of a point comes from; REKD's detectors measure it themselves.
+ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
 PATCH_NETS = ("hardnet", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
+#: Levels of REKD's published extraction.
+REKD_UP_LEVELS, REKD_DOWN_LEVELS = 2, 5
 #: What is taken where nobody chooses.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -55,7 +61,8 @@ class ExtractSettings:
     Attributes:
         num_points: largest number of points an image.
         mode: ``default``, or ``official`` for the published extraction with its faults (docs/models.md).
-        up_levels, down_levels: enlarged and reduced pyramid levels; both 0 for a single scale.
+        up_levels, down_levels: enlarged and reduced pyramid levels, both 0 for a single scale; None = as published for the
+            network: 1 and 4, REKD's 2 and 5.
         nms_window: odd side of the suppression in pixels of the level.
         border: pixels of each level without points.
         scales: ``one`` keeps a place once, on the level where it is strongest, with a continuous scale; ``all`` keeps it on
@@ -67,8 +74,8 @@ class ExtractSettings:
 
     num_points: int = NUM_POINTS
     mode: str = "default"
-    up_levels: int = UP_LEVELS
-    down_levels: int = DOWN_LEVELS
+    up_levels: int | None = None
+    down_levels: int | None = None
     nms_window: int = NMS_WINDOW
     border: int = BORDER
     scales: str = "one"
@@ -83,7 +90,7 @@ class ExtractSettings:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")
         if self.nms_window < 1 or self.nms_window % 2 == 0:
             raise ValueError(f"nms_window must be odd and positive, got {self.nms_window}")
-        if min(self.up_levels, self.down_levels, self.border) < 0:
+        if min(self.up_levels or 0, self.down_levels or 0, self.border) < 0:
             raise ValueError("up_levels, down_levels and border must not be negative")
 
 
@@ -100,14 +107,14 @@ def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
 def response_floor(net: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> float:
     """The score a network gives to an image without content, away from the border."""
     with torch.inference_mode():
-        return float(net(torch.full((1, 1, 65, 65), 0.5, device=device))[0, 0, 32, 32])
+        return float(score_maps(net)(torch.full((1, 1, 65, 65), 0.5, device=device))[0, 0, 32, 32])
 
 
 class ScoreMapDetector:
     """A network image -> score map as a detector: pyramid -> key points of every image of the batch.
 
     Args:
-        net: (B,1,H,W) in [0,1] -> (B,1,H,W) >= 0.
+        net: (B,1,H,W) in [0,1] -> (B,1,H,W) >= 0, or that and an angle map (B,1,H,W) in radians, which gives the points' angles.
         settings: see ``ExtractSettings``.
         device: where the floor of the network's response is measured.
     """
@@ -122,18 +129,23 @@ class ScoreMapDetector:
     def __call__(self, pyramid: Pyramid, masks: Sequence[Tensor | None] | None = None) -> list[Keypoints]:
         """Points of each image; ``masks`` (H,W) bool, true where points may lie."""
         with torch.inference_mode():
-            maps = [self.net(level.image) for level in pyramid.levels]
+            found = [self.net(level.image) for level in pyramid.levels]
+        maps = [one if isinstance(one, Tensor) else one[0] for one in found]
+        angles = None if isinstance(found[0], Tensor) else [one[1] for one in found]
         masks = [None] * len(pyramid.image) if masks is None else masks
         select = self._official if self.settings.mode == "official" else self._default
-        return [select(pyramid, [m[i, 0] for m in maps], masks[i]) for i in range(len(pyramid.image))]
+        return [
+            select(pyramid, [m[i, 0] for m in maps], masks[i], None if angles is None else [a[i, 0] for a in angles])
+            for i in range(len(pyramid.image))
+        ]
 
-    def _official(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> Keypoints:
-        """The published selection: border cleared first, plateaus kept, whole pixels, no half-pixel term."""
+    def _official(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None) -> Keypoints:
+        """The published selection: border cleared first, plateaus kept, whole pixels, no half-pixel term; angles of the level."""
         s = self.settings
         budgets = level_budgets(s.num_points, pyramid.original, len(maps))
         parts: list[Keypoints] = []
         asked = taken = 0
-        for level, score_map, budget in zip(pyramid.levels, maps, budgets, strict=True):
+        for i, (level, score_map, budget) in enumerate(zip(pyramid.levels, maps, budgets, strict=True)):
             asked += budget
             inner = clear_border(score_map[None, None], s.border)
             found = local_maxima(inner, s.nms_window, self.threshold, unique=False)[0, 0]
@@ -142,10 +154,11 @@ class ScoreMapDetector:
             taken += len(xy)
             ratio = xy.new_tensor([level.ratio_x, level.ratio_y], dtype=torch.float64)
             scale = torch.full_like(score, level.nominal_scale)
-            parts.append(Keypoints((xy * ratio).float(), scale, torch.zeros_like(score), score))
+            angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], xy)
+            parts.append(Keypoints((xy * ratio).float(), scale, angle, score))
         return Keypoints.concatenate(parts)
 
-    def _default(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None) -> Keypoints:
+    def _default(self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None) -> Keypoints:
         """Exact mapping, sub-pixel positions, one point a plateau, no duplicates across levels, strongest first."""
         s = self.settings
         budgets = level_budgets(s.num_points, pyramid.original, len(maps))
@@ -161,7 +174,8 @@ class ScoreMapDetector:
             scale = torch.full_like(score, level.scale)
             if s.scales == "one":
                 scale = scale * self._persistence(pyramid, maps, i, position)
-            parts.append(Keypoints(position, scale, torch.zeros_like(score), score))
+            angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], refined)
+            parts.append(Keypoints(position, scale, angle, score))
         rank = torch.cat([torch.arange(len(p)) for p in parts])  # place within its level
         level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
         points = Keypoints.concatenate(parts)
@@ -238,13 +252,18 @@ def _within_budgets(
 
 
 class PatchDescriptor:
-    """A network of patches (N,1,P,P) -> (N,D) as a descriptor of points."""
+    """A network of patches (N,1,P,P) -> (N,D) as a descriptor of points.
 
-    def __init__(self, net: Callable[[Tensor], Tensor], half_side: float = HALF_SIDE):
-        self.net, self.half_side = net, half_side
+    Patches are turned by the points' angles; with ``upright`` they are not, as in REKD's published evaluation.
+    """
+
+    def __init__(self, net: Callable[[Tensor], Tensor], half_side: float = HALF_SIDE, *, upright: bool = False):
+        self.net, self.half_side, self.upright = net, half_side, upright
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """Descriptors (N,D) of the points of image ``index`` of the batch."""
+        if self.upright:
+            keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
         with torch.inference_mode():
             patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
             return torch.cat([self.net(part) for part in patches.split(DESCRIBE_CHUNK)])
@@ -256,6 +275,7 @@ class Extractor:
     Args:
         detect: (pyramid, masks) -> key points of each image of the batch.
         describe: (pyramid, keypoints, index) -> (N,D), or None.
+        orient: (pyramid, keypoints, index) -> angles (N,) in place of the detector's, or None.
         up_levels, down_levels: of the pyramid.
         device: where images are moved.
     """
@@ -265,11 +285,12 @@ class Extractor:
         detect: Callable[..., list[Keypoints]],
         describe: Callable[[Pyramid, Keypoints, int], Tensor] | None = None,
         *,
+        orient: Callable[[Pyramid, Keypoints, int], Tensor] | None = None,
         up_levels: int = UP_LEVELS,
         down_levels: int = DOWN_LEVELS,
         device: torch.device | str = "cpu",
     ):
-        self.detect, self.describe = detect, describe
+        self.detect, self.describe, self.orient = detect, describe, orient
         self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
 
     @overload
@@ -309,6 +330,8 @@ class Extractor:
         found = self.detect(pyramid, checked)
         features = []
         for index, keypoints in enumerate(found):
+            if self.orient is not None:
+                keypoints = replace(keypoints, angle=self.orient(pyramid, keypoints, index))
             descriptors = None if self.describe is None else self.describe(pyramid, keypoints, index).cpu()
             features.append(Features(keypoints.to("cpu"), descriptors, (w, h)))
         return features
@@ -357,7 +380,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def describer(
-    descriptor: str | nn.Module | None, *, device: torch.device | str = "cpu", precision: str = "auto"
+    descriptor: str | nn.Module | None, *, device: torch.device | str = "cpu", precision: str = "auto", upright: bool = False
 ) -> PatchDescriptor | None:
     """A descriptor of points by name, or around a network patches -> (N,D); arguments as ``build``."""
     device = torch.device(device)
@@ -365,7 +388,7 @@ def describer(
     if descriptor is None or descriptor == "none":
         return None
     if descriptor == "rootsift":
-        return PatchDescriptor(RootSIFT().to(device))
+        return PatchDescriptor(RootSIFT().to(device), upright=upright)
     if isinstance(descriptor, str):
         if descriptor not in DESCRIPTORS and not Path(descriptor).is_file():
             raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}, a weights file or a network; got {descriptor!r}")
@@ -374,7 +397,24 @@ def describer(
             raise ValueError(f"{descriptor} holds a {type(net).__name__}, which describes no patches")
     else:
         net = descriptor.eval()
-    return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device))
+    return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device), upright=upright)
+
+
+def orienter(orientation: str | None, device: torch.device | str = "cpu") -> Callable[[Pyramid, Keypoints, int], Tensor] | None:
+    """What gives points their angles, by name (``ORIENTATIONS``); None leaves the detector's.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if orientation is None:
+        return None
+    if orientation not in ORIENTATIONS:
+        raise ValueError(f"orientation must be one of {', '.join(ORIENTATIONS)}, or None for the detector's own; got {orientation!r}")
+    if orientation == "none":
+        return lambda pyramid, keypoints, index: torch.zeros_like(keypoints.angle)
+    if orientation == "dominant":
+        return DominantOrientation()
+    return NetOrientation(load(orientation).fused().to(device))  # type: ignore[operator]
 
 
 def build(
@@ -384,18 +424,23 @@ def build(
     single_scale: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    orientation: str | None = None,
+    upright: bool = False,
     settings: ExtractSettings | None = None,
     **options,
 ) -> Extractor:
     """An extractor by names: ``build("keynet", "hardnet", num_points=2000)``.
 
     Args:
-        detector: ``keynet``, ``keynet-tiny`` (embedded weights), or a network image -> score map.
+        detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light`` (embedded weights), or a network image -> score map.
         descriptor: ``hardnet``, ``hynet``, ``sosnet`` (embedded weights), ``rootsift``, a weights file of ours, a network
             patches -> (N,D), or ``none`` / None.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         device: ``auto``, ``cpu``, ``cuda``, ...
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto`` (the faster of the two).
+        orientation: where the points' angles come from: ``none``, ``rekd``, ``rekd-light``, ``dominant`` (gradient); default: from
+            the detector if it measures them (REKD's), else all 0.
+        upright: describe patches that are not turned by the angles.
         settings, options: ``ExtractSettings``, or its fields.
 
     Raises:
@@ -407,20 +452,23 @@ def build(
     if single_scale:
         chosen = replace(chosen, up_levels=0, down_levels=0)
     where = choose_device(device)
-    describe = describer(descriptor, device=where, precision=precision)
+    describe = describer(descriptor, device=where, precision=precision, upright=upright)
+    orient = orienter(orientation, where)
     net = load(detector) if isinstance(detector, str) else detector.eval()
-    runner = (net.fused() if isinstance(net, KeyNet) else net).to(where)
+    up, down = (REKD_UP_LEVELS, REKD_DOWN_LEVELS) if isinstance(net, REKD) else (UP_LEVELS, DOWN_LEVELS)
+    up, down = (default if given is None else given for given, default in ((chosen.up_levels, up), (chosen.down_levels, down)))
+    runner = (net.fused() if isinstance(net, KeyNet | REKD) else net).to(where)
     detect: Callable[..., list[Keypoints]]
     if isinstance(net, LegacyKeyNet) and chosen.mode == "official":
         detect = LegacyDetector(
             net.to(where),
             num_points=chosen.num_points,
-            up_levels=chosen.up_levels,
-            down_levels=chosen.down_levels,
+            up_levels=up,
+            down_levels=down,
             nms_window=chosen.nms_window,
             border=chosen.border,
             threshold=chosen.threshold,
         )
     else:
         detect = ScoreMapDetector(runner, chosen, where)
-    return Extractor(detect, describe, up_levels=chosen.up_levels, down_levels=chosen.down_levels, device=where)
+    return Extractor(detect, describe, orient=orient, up_levels=up, down_levels=down, device=where)

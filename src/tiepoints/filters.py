@@ -110,12 +110,14 @@ def bright_blur_taps() -> Tensor:
 
 
 def _window_mean(image: Tensor, boxes: int) -> Tensor:
-    # Rows then columns: seven times faster than 65 x 65 at once, equal to it in exact arithmetic.
     radius = CONTRAST_RADIUS // boxes
     side = 2 * radius + 1
     for _ in range(boxes):
-        image = F.avg_pool2d(pad_reflect(image, radius), (side, 1), stride=1)
-        image = F.avg_pool2d(image, (1, side), stride=1)
+        image = pad_reflect(image, radius)
+        for dim in (-2, -1):  # differences of running sums: the cost does not depend on the window
+            total = F.pad(image.to(torch.float64).cumsum(dim), (0, 0, 1, 0) if dim == -2 else (1, 0))
+            length = total.shape[dim] - side
+            image = (total.narrow(dim, side, length) - total.narrow(dim, 0, length)) / side
     return image
 
 
@@ -124,6 +126,6 @@ def normalise_contrast(image: Tensor, *, floor: float = 1.0, boxes: int = 1) -> 
 
     With two ``boxes`` of half the side the window falls off towards its edge and is nearly round, so that it turns with the image.
     """
-    mean = _window_mean(image, boxes)
-    variance = (_window_mean(image.square(), boxes) - mean.square()).abs()
-    return (image - mean) / (floor + variance.sqrt() + 1e-10)
+    mean = _window_mean(image, boxes)  # float64: the difference of two large numbers follows
+    deviation = (_window_mean(image.to(torch.float64).square(), boxes) - mean.square()).abs().sqrt()
+    return ((image - mean) / (floor + deviation + 1e-10)).to(image.dtype)

@@ -341,6 +341,7 @@ def match_to_file(
     store: MatchStore,
     *,
     ratio: float | None = None,
+    rotation: float | None = None,
     kind: str | None = None,
     threshold: float = 2.0,
     overwrite: bool = False,
@@ -407,7 +408,7 @@ def match_to_file(
             report.failed.append((label, reason))
             continue
         try:
-            found = match(one, two, ratio=ratio)
+            found = match(one, two, ratio=ratio, rotation_tolerance=rotation)
             if kind is not None:
                 result = estimate(one.xy[found.index[:, 0]], two.xy[found.index[:, 1]], kind, threshold=threshold)
                 report.verified = (report.verified or 0) + result.ok
@@ -446,6 +447,7 @@ def match_images(
     root: Path | None = None,
     camera: str = "auto",
     ratio: float = 1.0,
+    rotation: float | None = None,
     kind: str | None = None,
     threshold: float = 2.0,
     overwrite: bool = False,
@@ -463,6 +465,7 @@ def match_images(
         features: made before, see ``open_features``.
         descriptor: what they must be, where that is known; None = whatever they are.
         root: see ``collect``.
+        rotation: largest difference of a match's turn from the common one, radians (``matching.keep_common_rotation``); None = any.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do not fit; the message has the remedy.
@@ -477,6 +480,8 @@ def match_images(
     database = output.suffix == ".db"
     failed = list(refused)
     settings: dict[str, Any] = {"ratio": ratio, "model": kind, "threshold": threshold}
+    if rotation is not None:
+        settings["rotation"] = rotation
     with ExitStack() as stack:
         if features is None:
             if pairs is not None:
@@ -518,8 +523,8 @@ def match_images(
         place = _beside(output, "matches.settings.json" if database else "settings.json")
         check_settings(place, settings, overwrite, store.clear_matches if database else store.clear, output)
         report = match_to_file(
-            pairs, source, store, ratio=None if ratio >= 1 else ratio, kind=kind, threshold=threshold, overwrite=overwrite,
-            progress=progress,
+            pairs, source, store, ratio=None if ratio >= 1 else ratio, rotation=rotation, kind=kind, threshold=threshold,
+            overwrite=overwrite, progress=progress,
         )  # fmt: skip
         if database:
             report.verified = store.verify(pair for pair in pairs if store.has_matches(*pair))

@@ -9,8 +9,8 @@ Out: score map (B,1,H,W), >= 0, without unit, and orientation histograms (B,N,H,
      direction of ``k * 360 / N`` degrees counter-clockwise as seen, from a zero that training chose. Only differences
      between views mean something; ``histogram_angle`` gives them in the project's law.
 
-``REKD.fused()`` gives score and angle maps from ordinary convolutions, strip by strip. ``preprocessing="published"`` is the
-published input path, for imported weights (docs/models.md says what ours changes).
+``REKD.fused()`` gives score and angle maps from ordinary convolutions, strip by strip. ``variant="published"`` is the network as
+published, for imported weights; docs/models.md says what ours changes and why.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, blur_separable, bright_blur_taps, normalise_contrast, resize
-from .equivariant import FieldNorm, GroupConv, LiftingConv, group_pool
+from ..winograd import PAD, WinogradConv, pack
+from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
 
 #: Published defaults (paper 4.1 and the released options).
 GROUP_SIZE = 36
@@ -34,7 +35,7 @@ DIMS = (2, 2, 2)
 NUM_LEVELS = 3
 SCALE_FACTOR = 1.2
 KERNEL_SIZE = 5
-PREPROCESSINGS = ("default", "published")
+VARIANTS = ("default", "published")
 #: Deviation in grey levels (of 255) below which the contrast is not raised to full: 1 in the published code, where the noise of a
 #: smooth sky then weighs like a corner.
 CONTRAST_FLOOR = 5.0
@@ -45,14 +46,14 @@ STRIP_PIXELS = 150_000
 class Trunk(nn.Module):
     """The three equivariant layers, shared by all levels: (B,1,H,W) -> (B,d3*N,H,W)."""
 
-    def __init__(self, group: int, dims: tuple[int, int, int], kernel_size: int):
+    def __init__(self, group: int, dims: tuple[int, int, int], rings: tuple[Ring, ...] | None):
         super().__init__()
         first, second, third = dims
         self.convs = nn.ModuleList(
             [
-                LiftingConv(group, 1, first, kernel_size),
-                GroupConv(group, first, second, kernel_size),
-                GroupConv(group, second, third, kernel_size),
+                LiftingConv(group, 1, first, KERNEL_SIZE, rings),
+                GroupConv(group, first, second, KERNEL_SIZE, rings),
+                GroupConv(group, second, third, KERNEL_SIZE, rings),
             ]
         )
         self.norms = nn.ModuleList(FieldNorm(group, dim) for dim in dims)
@@ -72,9 +73,8 @@ class REKD(nn.Module):
         dims: regular fields of the three layers (``dim_first, dim_second, dim_third``).
         num_levels: pyramid levels inside the network.
         scale_factor: size ratio of neighbouring levels, > 1.
-        kernel_size: odd side of the filters of the three layers.
-        preprocessing: ``default``, or ``published`` for imported weights: levels cut from the full image after a blur that
-            brightens, contrast normalised on each, corners aligned.
+        variant: ``default``, or ``published`` for imported weights: levels cut from the full image after a blur that brightens,
+            contrast normalised on each, corners aligned, filters that weigh the corners of their window, a ReLU before the score.
         input_range: largest grey value that the weights were trained with (published training 255, its extraction 1).
 
     Raises:
@@ -88,8 +88,7 @@ class REKD(nn.Module):
         dims: tuple[int, int, int] = DIMS,
         num_levels: int = NUM_LEVELS,
         scale_factor: float = SCALE_FACTOR,
-        kernel_size: int = KERNEL_SIZE,
-        preprocessing: str = "default",
+        variant: str = "default",
         input_range: float = 255.0,
     ):
         super().__init__()
@@ -99,20 +98,20 @@ class REKD(nn.Module):
             raise ValueError(f"num_levels must be at least 1, got {num_levels}")
         if not scale_factor > 1:
             raise ValueError(f"scale_factor must be above 1, got {scale_factor}")
-        if preprocessing not in PREPROCESSINGS:
-            raise ValueError(f"preprocessing must be one of {', '.join(PREPROCESSINGS)}; got {preprocessing!r}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}")
         if not input_range > 0:
             raise ValueError(f"input_range must be positive, got {input_range}")
         first, second, third = (int(dim) for dim in dims)
         self.settings: dict[str, Any] = {
             "group": group, "dims": [first, second, third], "num_levels": num_levels, "scale_factor": scale_factor,
-            "kernel_size": kernel_size, "preprocessing": preprocessing, "input_range": input_range,
+            "variant": variant, "input_range": input_range,
         }  # fmt: skip
         #: Constant (x, y) in pixels by which the trained network answers beside a thing; extraction takes it off.
         self.offset: tuple[float, float] = (0.0, 0.0)
         self.group, self.num_levels, self.scale_factor = group, num_levels, float(scale_factor)
-        self.published, self.input_range = preprocessing == "published", float(input_range)
-        self.trunk = Trunk(group, (first, second, third), kernel_size)
+        self.published, self.input_range = variant == "published", float(input_range)
+        self.trunk = Trunk(group, (first, second, third), None if self.published else SMOOTH_RINGS)
         self.orientation = GroupConv(group, third, 1, 1)
         self.score_norm = nn.BatchNorm2d(third * num_levels)
         self.score = nn.Conv2d(third * num_levels, 1, 1)
@@ -152,7 +151,8 @@ class REKD(nn.Module):
             levels.append(normalise_contrast(F.interpolate(blurred, size=size, mode="bilinear", align_corners=True)))
         return levels
 
-    def _resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+    def resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps (B,C,h,w) of a level at another size."""
         if self.published:
             return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
         return resize(maps, size)
@@ -165,14 +165,18 @@ class REKD(nn.Module):
         pooled, directions = [], []
         for level in self.level_images(image):
             maps = self.trunk(level)
-            pooled.append(self._resize(group_pool(maps, self.group), size))
-            directions.append(self._resize(self.orientation(maps), size))
-        score = F.relu(self.score(self.score_norm(torch.cat(pooled, dim=1))))
+            pooled.append(self.resize(group_pool(maps, self.group), size))
+            directions.append(self.resize(self.orientation(maps), size))
+        score = self.positive(self.score(self.score_norm(torch.cat(pooled, dim=1))))
         return score, torch.stack(directions).sum(dim=0).softmax(dim=1)
+
+    def positive(self, response: Tensor) -> Tensor:
+        """Scores from responses of either sign. A ReLU, as published, cuts off weak corners for good (docs/diary.md)."""
+        return F.relu(response) if self.published else F.softplus(response)
 
     def regrouped(self, group: int) -> REKD:
         """About the same function with another number of orientations: a cheap small group starts a large one."""
-        net = REKD(**{**self.settings, "group": group})  # type: ignore[arg-type]
+        net = REKD(**{**self.settings, "group": group})
         state = self.state_dict()
         turned = {"orientation.coefficients": self.orientation.regrouped(group).coefficients.detach()}
         for i, conv in enumerate(self.trunk.convs):
@@ -224,11 +228,15 @@ class FusedREKD(nn.Module):
             for conv, norm in zip(trunk.convs, trunk.norms, strict=True)
         )
         self.direction = self.reference.orientation.frozen()
+        # twice as fast as the library's on a CPU, where it is used
+        self.quick = [WinogradConv(conv.weight, conv.bias) for conv in self.convs[1:]]  # type: ignore[arg-type]
         self.reach = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
         norm, score = self.reference.score_norm, self.reference.score
-        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+        assert norm.running_var is not None
+        assert norm.running_mean is not None
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()
         self.register_buffer("weight", score.weight * factor.view(1, -1, 1, 1))
-        shift = norm.bias - norm.running_mean * factor  # type: ignore[operator]
+        shift = norm.bias - norm.running_mean * factor
         self.register_buffer("bias", score.bias + (score.weight[:, :, 0, 0] @ shift))  # type: ignore[operator]
 
     weight: Tensor
@@ -254,23 +262,44 @@ class FusedREKD(nn.Module):
         for i, level in enumerate(levels):
             rows = self._rows(level.shape[-2], size[0], top, bottom, level)
             low, high = int(rows.min()), min(int(rows.max()) + 2, level.shape[-2])
-            maps = self._trunk(level, low, high)
-            part = self.weight[:, i * fields : (i + 1) * fields]
-            both = torch.cat([F.conv2d(group_pool(maps, self.group), part), self.direction(maps)], dim=1)
             # Resizing is linear, so it may follow the sums over fields: fewer maps to resize.
-            both = self._to_strip(both, rows - low, size[1])
-            strength = strength + both[:, :1]
-            direction = direction + both[:, 1:]
-        return F.relu(strength), logits_angle(direction, self.group)  # type: ignore[arg-type]
+            answers = self._answers(level, low, high, self.weight[0, i * fields : (i + 1) * fields, 0, 0])
+            pooled, directions = (self._to_strip(maps, rows - low, size[1]) for maps in answers)
+            strength = strength + pooled
+            direction = directions if i == 0 else direction.add_(directions)  # type: ignore[union-attr]
+        return self.reference.positive(strength), logits_angle(direction, self.group)  # type: ignore[arg-type]
 
-    def _trunk(self, level: Tensor, low: int, high: int) -> Tensor:
-        """Rows ``low`` to ``high`` of the trunk's maps, made from as many rows more as the filters reach."""
-        h = level.shape[-2]
+    def _answers(self, level: Tensor, low: int, high: int, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What rows ``low`` to ``high`` of a level say: (B,1,rows,w) for the score and (B,N,rows,w) for the direction.
+
+        Made from as many rows more as the filters reach, which are then dropped.
+        """
+        h, w = level.shape[-2:]
         first, last = max(0, low - self.reach), min(h, high + self.reach)
-        maps = level[:, :, first:last].contiguous(memory_format=torch.channels_last)
-        for conv in self.convs:
-            maps = F.relu_(conv(maps))
-        return maps[:, :, low - first : high - first]
+        maps = F.relu_(self.convs[0](level[:, :, first:last].contiguous(memory_format=torch.channels_last)))
+        mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)
+        if maps.device.type != "cpu" or maps.dtype != torch.float32:
+            for conv in self.convs[1:]:
+                maps = F.relu_(conv(maps))
+            maps = maps[:, :, low - first : high - first].permute(0, 2, 3, 1)
+            return self._pooled(maps, weight).permute(0, 3, 1, 2), (maps @ mixed).permute(0, 3, 1, 2)
+        parts = []
+        for image in maps.permute(0, 2, 3, 1):
+            packed = pack(image)
+            for quick in self.quick:
+                packed = quick(packed, last - first, w)
+            packed = packed[PAD + low - first : PAD + high - first]
+            flat = packed.flatten(0, 2)
+            shape = (*packed.shape[:3], -1)
+            both = [self._pooled(flat, weight).view(shape), (flat @ mixed).view(shape)]
+            parts.append([answer.permute(0, 2, 1, 3).flatten(1, 2)[:, PAD : PAD + w].permute(2, 0, 1) for answer in both])
+        if len(parts) == 1:  # stacking copies
+            return parts[0][0][None], parts[0][1][None]
+        return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
+
+    def _pooled(self, maps: Tensor, weight: Tensor) -> Tensor:
+        """Strongest orientation of each field of (...,fields*N), weighed: (...,1)."""
+        return (maps.unflatten(-1, (-1, self.group)).amax(dim=-1) * weight).sum(dim=-1, keepdim=True)
 
     def _rows(self, level: int, height: int, top: int, bottom: int, like: Tensor) -> Tensor:
         """Where rows ``top`` to ``bottom`` of the image lie in a level, as the resize of the network has it."""
@@ -288,5 +317,4 @@ class FusedREKD(nn.Module):
             maps = torch.lerp(maps[:, :, whole.long()], maps[:, :, below], weight)
         if maps.shape[-1] == width:
             return maps
-        align = True if self.reference.published else False
-        return F.interpolate(maps, size=(maps.shape[-2], width), mode="bilinear", align_corners=align)
+        return self.reference.resize(maps, (maps.shape[-2], width))

@@ -22,7 +22,7 @@ from ..descriptors.classical import RawPatch
 from ..detectors.external import EXTERNAL_SYSTEMS, external_system
 from ..detectors.opencv import OPENCV_SYSTEMS, opencv_detect
 from ..errors import DataError
-from ..extract import DESCRIPTOR, DESCRIPTORS, PatchDescriptor, build, describer
+from ..extract import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS, PatchDescriptor, build, describer
 from ..formats.npy import read_features
 from ..image import ImageLike, load_image
 from ..importers import load_official
@@ -33,9 +33,11 @@ from ..weights import load
 
 System: TypeAlias = Callable[[ImageLike], Features]
 
-OURS = ("keynet", "keynet-tiny")
+OURS = DETECTORS
 #: They never look at the image. What they score is what a measure gives for nothing.
 CONTROLS = ("random", "lattice")
+#: What may stand behind the @ of one of ours: a way of extraction, or where its angles come from.
+MODES = ("", "official", "all", "upright", *ORIENTATIONS)
 #: What may stand behind the plus sign of a system's name.
 PATCH_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
@@ -63,8 +65,8 @@ def system(name: str, options: Options | None = None) -> System:
 
     DESCRIPTOR is one of ``PATCH_DESCRIPTORS`` or a weights file of ours.
     DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
-    extraction, ``NAME@all`` for a place at all its scales), a
-    folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
+    extraction, ``NAME@all`` for a place at all its scales, ``NAME@upright`` for patches that are not turned, ``NAME@dominant`` and
+    the other ``extract.ORIENTATIONS`` for other angles), a folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
 
     Raises:
         ValueError: unknown name.
@@ -94,12 +96,15 @@ def system(name: str, options: Options | None = None) -> System:
 
 def _ours(name: str, descriptor: str, options: Options) -> System:
     file, _, mode = name.partition("@")
-    if mode not in ("", "official", "all"):
-        raise ValueError(f"after @ stands official or all, got {mode!r} in {name!r}")
+    if mode not in MODES:
+        raise ValueError(f"after @ stands {', '.join(MODES[1:])}; got {mode!r} in {name!r}")
     net: Any = file
     if file not in OURS:
         net = load(file) if file.endswith(".safetensors") else load_official(Path(file))
-    choice: dict[str, Any] = {"official": {"mode": "official"}, "all": {"scales": "all"}}.get(mode, {})
+    choices: dict[str, dict[str, Any]] = {"official": {"mode": "official"}, "all": {"scales": "all"}, "upright": {"upright": True}}
+    choice = choices.get(mode, {})
+    if mode in ORIENTATIONS:
+        choice = {"orientation": mode}
     extract = build(
         net, _network(descriptor), single_scale=options.single_scale, device=options.device, num_points=options.num_points, **choice
     ).extract

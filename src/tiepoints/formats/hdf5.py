@@ -20,6 +20,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,40 @@ _MAGIC = b"TPJ1"
 _HEAD = struct.Struct("<4sIQI")
 
 
-def _h5py() -> Any:
+def need_h5py() -> Any:
+    """The library, imported only where a file is opened."""
     try:
         import h5py
     except ImportError as error:
         raise ImportError("HDF5 files need h5py: pip install 'tiepoints[hdf5]'") from error
     return h5py
+
+
+@contextmanager
+def whole_file(path: Path, *, keep: bool = False) -> Iterator[Any]:
+    """An open ``h5py.File`` that takes the place of ``path`` once it is whole: a kill leaves the old file.
+
+    Args:
+        keep: begin with a copy of what is there, instead of empty.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if keep and path.is_file():
+            shutil.copyfile(path, beside)
+        with need_h5py().File(beside, "a" if keep else "w") as file:
+            yield file
+        with open(beside, "rb+") as written:
+            os.fsync(written.fileno())  # before the name points to it
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def remove_parts(path: Path) -> None:
+    """Remove what killed writers of ``path`` left beside it; only for who holds the lock."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        left.unlink(missing_ok=True)
 
 
 class _Journal:
@@ -165,7 +194,7 @@ class _GroupFile:
     def __init__(self, path: str | Path, *, write: bool = False):
         self.path, self.writing = Path(path), write
         self._file: Any = None
-        self._h5py = _h5py()
+        self._h5py = need_h5py()
         place = self.path.with_name(self.path.name + ".journal")
         if not write and not self.path.is_file() and not place.is_file():
             raise FileNotFoundError(f"no file at {self.path}")
@@ -174,8 +203,7 @@ class _GroupFile:
         self._journal = _Journal(place, write=write)
         try:
             if write:
-                for left in self.path.parent.glob(f".{glob.escape(self.path.name)}.*.part"):
-                    left.unlink(missing_ok=True)  # of a merge that was killed; we hold the lock
+                remove_parts(self.path)
             self._open()
         except BaseException:
             self._journal.close()
@@ -251,11 +279,8 @@ class _GroupFile:
         if self._file is not None:
             self._file.close()
             self._file = None
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            if self.path.is_file():
-                shutil.copyfile(self.path, beside)
-            with self._h5py.File(beside, "a") as file:
+            with whole_file(self.path, keep=True) as file:
                 for name in self._journal.index:
                     if name in file:
                         del file[name]
@@ -263,11 +288,7 @@ class _GroupFile:
                     group = file.create_group(name)
                     for key, value in arrays.items():
                         group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
-            with open(beside, "rb+") as written:
-                os.fsync(written.fileno())  # before the name points to it
-            os.replace(beside, self.path)
         except OSError as error:
-            beside.unlink(missing_ok=True)
             raise OSError(f"{self.path} could not be written ({error}); nothing is lost, mend that and run again") from error
 
 

@@ -38,6 +38,8 @@ def write_features(base: Path, features: Features) -> None:
     if features.descriptors is not None:
         _save(descriptors, features.descriptors.cpu().numpy().astype(np.float32))
     columns = [features.xy, features.scale[:, None], features.score[:, None]]
+    if bool(features.angle.any()):
+        columns.append(torch.rad2deg(-features.angle).remainder(360)[:, None])
     _save(points, torch.cat(columns, dim=1).cpu().numpy().astype(np.float32))
 
 
