@@ -586,17 +586,18 @@ def weights_show(name: str) -> None:
 @weights_app.command("import")
 def weights_import(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Official checkpoint: Key.Net (PyTorch, kornia, TensorFlow .npz, REKD), HardNet, SOSNet, HyNet.")
+        Path, typer.Argument(help="Official checkpoint: Key.Net (PyTorch, kornia, TensorFlow .npz, REKD's), REKD, HardNet, SOSNet, HyNet.")
     ],
     out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
     restore_statistics: Annotated[bool, typer.Option("--restore-statistics", help="TensorFlow: the true batch statistics.")] = False,
+    input_range: Annotated[float, typer.Option(help="REKD: white inside the network; 1 as its extraction, 255 as its training.")] = 1.0,
 ) -> None:
     """Convert an official checkpoint into a weights file for --weights or --descriptor."""
     from .importers import load_official
     from .weights import save
 
     try:
-        net = load_official(checkpoint, restore_statistics=restore_statistics)
+        net = load_official(checkpoint, restore_statistics=restore_statistics, input_range=input_range)
         save(net, out, {"imported_from": checkpoint.name})
     except USER_ERRORS as error:
         _fail(str(error))

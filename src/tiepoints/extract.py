@@ -23,7 +23,7 @@ from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
 from .detectors.rekd import REKD
 from .geometry import sample_at
 from .image import ImageLike, load_image
-from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
+from .keypoints import BORDER, NMS_SHAPES, NMS_WINDOW, clear_border, local_maxima, refine, strongest
 from .orientation import DominantOrientation, NetOrientation, angle_at
 from .patches import HALF_SIDE, extract_patches
 from .pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, Level, Pyramid, as_batch, build_pyramid, level_budgets
@@ -64,6 +64,7 @@ class ExtractSettings:
         up_levels, down_levels: enlarged and reduced pyramid levels, both 0 for a single scale; None = as published for the
             network: 1 and 4, REKD's 2 and 5.
         nms_window: odd side of the suppression in pixels of the level.
+        nms_shape: ``square`` as published, or ``round``; None = round for REKD, whose points should not depend on the image's turn.
         border: pixels of each level without points.
         scales: ``one`` keeps a place once, on the level where it is strongest, with a continuous scale; ``all`` keeps it on
             every level that finds it, with the level's scale: the same corner several times, for matching across large
@@ -77,6 +78,7 @@ class ExtractSettings:
     up_levels: int | None = None
     down_levels: int | None = None
     nms_window: int = NMS_WINDOW
+    nms_shape: str | None = None
     border: int = BORDER
     scales: str = "one"
     threshold: float = 0.0
@@ -90,6 +92,8 @@ class ExtractSettings:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")
         if self.nms_window < 1 or self.nms_window % 2 == 0:
             raise ValueError(f"nms_window must be odd and positive, got {self.nms_window}")
+        if self.nms_shape not in (None, *NMS_SHAPES):
+            raise ValueError(f"nms_shape must be one of {', '.join(NMS_SHAPES)}, or None for the network's; got {self.nms_shape!r}")
         if min(self.up_levels or 0, self.down_levels or 0, self.border) < 0:
             raise ValueError("up_levels, down_levels and border must not be negative")
 
@@ -165,7 +169,7 @@ class ScoreMapDetector:
         spare = SPARE if len(maps) > 1 else 1.0
         parts: list[Keypoints] = []
         for i, (level, score_map, budget) in enumerate(zip(pyramid.levels, maps, budgets, strict=True)):
-            found = local_maxima(score_map[None, None], s.nms_window, self.threshold)
+            found = local_maxima(score_map[None, None], s.nms_window, self.threshold, shape=s.nms_shape or "square")
             found = (clear_border(found.to(score_map.dtype), s.border) > 0)[0, 0]
             found &= _level_mask(mask, level, found)
             xy, score = strongest(score_map, found, int(spare * budget) + s.num_points - sum(budgets) + 1)
@@ -455,6 +459,8 @@ def build(
     describe = describer(descriptor, device=where, precision=precision, upright=upright)
     orient = orienter(orientation, where)
     net = load(detector) if isinstance(detector, str) else detector.eval()
+    if isinstance(net, REKD) and chosen.nms_shape is None and chosen.mode == "default":
+        chosen = replace(chosen, nms_shape="round")
     up, down = (REKD_UP_LEVELS, REKD_DOWN_LEVELS) if isinstance(net, REKD) else (UP_LEVELS, DOWN_LEVELS)
     up, down = (default if given is None else given for given, default in ((chosen.up_levels, up), (chosen.down_levels, down)))
     runner = (net.fused() if isinstance(net, KeyNet | REKD) else net).to(where)

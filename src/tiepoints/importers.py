@@ -5,6 +5,7 @@ What is recognised, by content and never by name or ending (specification 1.6 to
 * the official PyTorch Key.Net: a torch file holding ``{"state_dict": ...}``, or the bare state dict as kornia keeps it;
 * the official TensorFlow Key.Net: its variables in an ``.npz``, kernels (kh, kw, in, out);
 * the Key.Net retrained by the REKD authors: a torch file holding ``{"learner": ..., "last_layer_learner": ...}``;
+* REKD itself (``best_model.pt``): the bare state dict of a network of e2cnn, with ``ori_learner.0...`` among its keys;
 * HardNet (``HardNet++.pth``, ``checkpoint_liberty_with_aug.pth``, ...): ``{"epoch": ..., "state_dict": ...}`` or the bare state dict
   with ``features.0.weight``; SOSNet (``sosnet-32x32-liberty.pth``, ...): ``layers.1.weight``; HyNet (``HyNet_LIB.pth``, ...):
   ``layer1.0.weight``. kornia's networks of these names have the same keys. Our networks take patches in [0,1] and bring them to
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,14 +30,16 @@ import torch
 from torch import Tensor, nn
 
 from .descriptors.patchnets import HardNet, HyNet, SOSNet
+from .detectors.equivariant import GroupConv, LiftingConv, polar_basis
 from .detectors.keynet import DEFAULT_SCALE_FACTOR, KeyNet
 from .detectors.keynet_legacy import NUM_BLOCKS, LegacyKeyNet
+from .detectors.rekd import KERNEL_SIZE, REKD
 from .errors import WeightsError
 
 HWIO_TO_OIHW = (3, 2, 0, 1)  # TensorFlow kernels (kh, kw, in, out) to PyTorch (out, in, kh, kw)
 TENSORFLOW_PREFIX = "model_deep_detector_"
 ACCEPTED = (
-    "the official PyTorch Key.Net (.pth), the official TensorFlow Key.Net (.npz), REKD's keyNet.pt, "
+    "the official PyTorch Key.Net (.pth), the official TensorFlow Key.Net (.npz), REKD's keyNet.pt and best_model.pt, "
     "and the official HardNet, SOSNet and HyNet (.pth)"
 )
 #: Places of the seven convolutions in HardNet's published ``features``; batch normalisation follows each. SOSNet's ``layers`` begin
@@ -43,9 +47,13 @@ ACCEPTED = (
 HARDNET_CONVOLUTIONS = (0, 3, 6, 9, 12, 15, 19)
 SHOWN_PROBLEMS = 4  # a file for another network has dozens; the first few say enough
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+REKD_MARKS = ("ori_learner.", "last_layer_learner.")
+#: What rounding may do to a filter, as part of its largest value. e2cnn's own float32 does 1e-6; a filter turned the wrong way differs
+#: by about itself.
+FILTER_TOLERANCE = 1e-4
 
 
-def load_official(path: str | os.PathLike[str], *, restore_statistics: bool = False) -> nn.Module:
+def load_official(path: str | os.PathLike[str], *, restore_statistics: bool = False, input_range: float = 1.0) -> nn.Module:
     """The network in a published checkpoint, on the CPU, float32, in eval mode.
 
     Args:
@@ -54,14 +62,20 @@ def load_official(path: str | os.PathLike[str], *, restore_statistics: bool = Fa
             alone, so its batch normalisation ran with mean 0 and variance 1, and so does the default here. True
             loads the stored statistics, as training meant it: other scores, about two thirds of the same keypoints.
             PyTorch files always bring their statistics along.
+        input_range: for REKD's ``best_model.pt`` alone: the grey value that a white pixel has inside the network. Published
+            training showed it 0 to 255, the published extraction [0,1]; the numbers of the paper are the extraction's, and so is the
+            default. The contrast is divided by 1 + its deviation, so [0,1] leaves it several times weaker than in training; 255
+            is what the weights learned, and finds other points.
 
     Returns:
-        ``KeyNet`` (official PyTorch) or ``LegacyKeyNet`` (TensorFlow and REKD): image (B,1,H,W) in [0,1] -> score map; ``HardNet``,
-        ``SOSNet`` or ``HyNet``: patches (N,1,P,P) in [0,1] -> descriptors (N,128).
+        ``KeyNet`` (official PyTorch) or ``LegacyKeyNet`` (TensorFlow and REKD's ``keyNet.pt``): image (B,1,H,W) in [0,1] -> score map;
+        ``REKD``: the same image -> score map and histograms; ``HardNet``, ``SOSNet`` or ``HyNet``: patches (N,1,P,P) in [0,1] ->
+        descriptors (N,128).
 
     Raises:
         FileNotFoundError: nothing lies at ``path``.
         WeightsError: the file cannot be read, holds something else, or differs from the published layout.
+        ValueError: ``input_range`` is not positive.
     """
     path = Path(path)
     content = _read(path)
@@ -71,6 +85,8 @@ def load_official(path: str | os.PathLike[str], *, restore_statistics: bool = Fa
     if "learner" in content or "last_layer_learner" in content:
         return keynet_from_rekd(content, file)
     state = content.get("state_dict", content)
+    if isinstance(state, Mapping) and any(str(k).removeprefix("module.").startswith(REKD_MARKS) for k in state):
+        return rekd_from_e2cnn(state, file, input_range=input_range)
     if isinstance(state, Mapping) and any(str(k).startswith(("feature_extractor.", "last_conv.")) for k in state):
         return keynet_from_pytorch(state, file)
     if isinstance(state, Mapping) and any(str(k).startswith(("features.", "layers.", "layer1.")) for k in state):
@@ -138,6 +154,132 @@ def keynet_from_rekd(content: Mapping[str, Any], file: str = "checkpoint") -> Le
     net = LegacyKeyNet.rekd_port()
     _copy_into(net, flat, names, file)
     return net.eval()
+
+
+def rekd_from_e2cnn(state: Mapping[str, Any], file: str = "checkpoint", *, input_range: float = 1.0) -> REKD:
+    """REKD from the state dict of e2cnn's network; arguments as in ``load_official``, sizes from the shapes.
+
+    The coefficients in the file belong to basis filters whose order only the library knows that wrote it. So they are never read as ours:
+    the ordinary filters, stored as they are or as coefficients and basis, are fitted by ours, and a rest is an error.
+
+    Raises:
+        WeightsError: a tensor is missing, unexpected or unusable, filters disagree or are no rotated filters.
+        ValueError: ``input_range`` is not positive.
+    """
+    names = [str(key) for key in state]
+    prefix = "module." if all(name.startswith("module.") for name in names) else ""
+    rest = {name.removeprefix(prefix): value for name, value in zip(names, state.values(), strict=True)}
+    group, dims, levels = _rekd_sizes(rest, file)
+    problems: list[str] = []
+    filters = {}
+    layers = [("block1", 1, dims[0]), ("block2", *dims[:2]), ("block3", *dims[1:]), ("ori_learner", dims[2], 1)]
+    bases = {name: value for name, value in rest.items() if "._basisexpansion." in name}
+    for layer, fields_in, fields_out in layers:
+        made = _e2cnn_filter(rest, bases, f"{layer}.0", group, fields_in, fields_out, problems)
+        if made is not None:
+            filters[layer] = made
+    # places of channels, which follow from the sizes: of use to e2cnn alone
+    places = [f"block{i}.1.indices_{group}" for i in (1, 2, 3)] + [f"gpool.{side}_indices_{group}" for side in ("in", "out")]
+    problems += [problem for name in places if name in rest for problem in _tensor_problem(name, rest.pop(name), (2,), torch.int64)]
+    _refuse(problems, file, "REKD")
+    net = REKD(group=group, dims=dims, num_levels=levels, variant="published", input_range=input_range)
+    for (layer, _, _), conv in zip(layers, [*net.trunk.convs, net.orientation], strict=True):
+        assert isinstance(conv, LiftingConv | GroupConv)
+        residual, largest = _fit(conv, filters[layer]), float(filters[layer].abs().max())
+        if residual > FILTER_TOLERANCE * largest:
+            raise WeightsError(
+                f"{file}: the filters of {layer}.0 are not those of one filter turned to {group} orientations: the nearest ones differ "
+                f"by up to {residual:.2g}, of {largest:.2g} at most (allowed: {FILTER_TOLERANCE * largest:.2g})"
+            )
+    ours = {f"block{i + 1}.1.batch_norm_[{group}].{kind}": f"trunk.norms.{i}.norm.{kind}" for i in range(3) for kind in NORM_TENSORS}
+    ours |= {f"last_layer_learner.0.{kind}": f"score_norm.{kind}" for kind in NORM_TENSORS}
+    ours |= {f"last_layer_learner.1.{kind}": f"score.{kind}" for kind in ("weight", "bias")}
+    _copy_into(net, rest, ours, file)
+    return net.eval()
+
+
+def _rekd_sizes(state: Mapping[str, Any], file: str) -> tuple[int, tuple[int, int, int], int]:
+    """Orientations, fields of the three layers and levels of an e2cnn state dict."""
+    matches = [re.fullmatch(r"block1\.1\.batch_norm_\[([1-9]\d{0,3})\]\.weight", name) for name in state]
+    groups = {match[1] for match in matches if match}
+    group = groups.pop() if len(groups) == 1 else "N"
+    widths, problems = [], []
+    for name in (*(f"block{i}.1.batch_norm_[{group}].weight" for i in (1, 2, 3)), "last_layer_learner.0.weight"):
+        value = state.get(name)
+        if isinstance(value, Tensor) and value.ndim == 1 and len(value):
+            widths.append(len(value))
+        else:
+            found = "nothing" if value is None else f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            problems.append(f"{name}: expected one number per field, found {found}")
+    if not problems and widths[3] % widths[2]:
+        problems.append(f"last_layer_learner.0.weight: expected a multiple of {widths[2]} fields, found {widths[3]}")
+    _refuse(problems, file, "REKD")
+    return int(group), (widths[0], widths[1], widths[2]), widths[3] // widths[2]
+
+
+def _e2cnn_filter(
+    rest: dict[str, Any], bases: Mapping[str, Any], layer: str, group: int, fields_in: int, fields_out: int, problems: list[str]
+) -> Tensor | None:
+    """The ordinary filters (out, in, k, k) of a convolution of e2cnn, or ``problems`` more; takes what it reads out of ``rest``."""
+    lifting, k = layer.startswith("block1"), 1 if layer.startswith("ori") else KERNEL_SIZE
+    wide_in = 1 if lifting else group
+    count = polar_basis(k, [0.0]).shape[1] * wide_in
+    kind = "('irrep_0', 'regular')" if lifting else "('regular', 'regular')"
+    basis_name = f"{layer}._basisexpansion.block_expansion_{kind}.sampled_basis"
+    expected = {
+        f"{layer}.filter": (fields_out * group, fields_in * wide_in, k, k),
+        f"{layer}.weights": (fields_out * fields_in * count,),
+        basis_name: (count, group, wide_in, k * k),
+    }
+    tensors = {name: rest.pop(name, None) for name in expected}
+    if tensors[basis_name] is None and layer == "block3.0":  # the two layers share one basis
+        tensors[basis_name] = bases.get(basis_name.replace("block3", "block2"))
+    found = {name: value for name, value in tensors.items() if value is not None}
+    wrong = [line for name, value in found.items() for line in _tensor_problem(name, value, expected[name], torch.float32)]
+    if wrong:
+        problems += wrong
+        return None
+    stored, weights, basis = (None if value is None else value.double() for value in tensors.values())
+    if weights is None or basis is None:
+        if stored is None:
+            problems.append(
+                f"{layer}: neither filters ({layer}.filter) nor coefficients with their basis ({layer}.weights, sampled_basis). "
+                "Coefficients alone mean nothing here: e2cnn and escnn order the elements of their basis differently under "
+                "the same names. Save the network's state dict after eval(), which stores the filters"
+            )
+        return stored
+    made = (weights.view(-1, count) @ basis.flatten(1)).view(fields_out, fields_in, group, wide_in, k, k)
+    made = made.transpose(1, 2).reshape(expected[f"{layer}.filter"])
+    if stored is None:
+        return made
+    apart, largest = float((made - stored).abs().max()), float(stored.abs().max())
+    if apart > FILTER_TOLERANCE * largest:
+        problems.append(
+            f"{layer}.filter: differs by up to {apart:.2g}, of {largest:.2g} at most, from what weights and sampled_basis make; "
+            "the file contradicts itself"
+        )
+        return None
+    return stored
+
+
+@torch.no_grad()
+def _fit(conv: LiftingConv | GroupConv, filters: Tensor) -> float:
+    """Set ``conv`` to the nearest of its functions to ordinary ``filters``; the largest difference that remains.
+
+    Every pair of fields, and in a group convolution every difference h of orientations, is a least-squares problem of its own, with the
+    same matrix: pixels of all N turned filters by basis.
+    """
+    n, k = conv.group, conv.kernel_size
+    basis = conv.basis.double()  # (g,K,y,x)
+    inverse = torch.linalg.pinv(basis.permute(0, 2, 3, 1).flatten(0, 2)).view(-1, n, k, k)
+    fields_out, fields_in = conv.coefficients.shape[:2]
+    target = filters.double().view(fields_out, n, fields_in, -1, k, k).transpose(1, 2)  # (o,i,g,g + h,y,x)
+    if isinstance(conv, GroupConv):
+        target = target[:, :, torch.arange(n)[None], (torch.arange(n)[None] + torch.arange(n)[:, None]) % n]  # (o,i,h,g,y,x)
+    else:
+        target = target.transpose(2, 3)
+    conv.coefficients.copy_(torch.einsum("oihgyx,kgyx->oihk", target, inverse))
+    return float((conv.filters().double() - filters).abs().max())
 
 
 def descriptor_from_pytorch(state: Mapping[str, Any], file: str = "checkpoint") -> HardNet | SOSNet | HyNet:
@@ -293,29 +435,40 @@ def _copy_into(
         axes = kernel_axes if kernel_axes is not None and len(expected) == 4 else None
         if axes is not None:  # what the file should say, in its own order of axes
             expected = tuple(expected[axes.index(axis)] for axis in range(4))
-        what = f"expected shape {expected}"
         if theirs not in source:
             if ours in optional:
                 continue
-            problems.append(f"{theirs}: {what}, found nothing")
+            problems.append(f"{theirs}: expected shape {expected}, found nothing")
             continue
         value = source[theirs]
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        if not isinstance(value, Tensor):
-            found = f"{value.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
-            problems.append(f"{theirs}: {what}, found a {found}")
-        elif tuple(value.shape) != expected:
-            problems.append(f"{theirs}: {what}, found {tuple(value.shape)}")
-        elif value.is_floating_point() != state[ours].is_floating_point():
-            problems.append(f"{theirs}: expected {state[ours].dtype}, found {value.dtype}")
-        elif not torch.isfinite(value).all():
-            problems.append(f"{theirs}: expected finite numbers, found NaN or infinity")
-        elif ours not in leave:
+        wrong = _tensor_problem(theirs, value, expected, state[ours].dtype)
+        problems += wrong
+        if not wrong and ours not in leave:
             state[ours] = value if axes is None else value.permute(axes)
     problems += [f"{key}: not expected, found in the file" for key in source if key not in names]
+    _refuse(problems, file, type(net).__name__)
+    net.load_state_dict(state)  # copies, casts to float32
+
+
+def _tensor_problem(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    """What is wrong with a tensor of a file: a line, or none. Of the type it matters whether it holds fractions."""
+    if not isinstance(value, Tensor):
+        found = f"{value.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
+        return [f"{name}: expected shape {shape}, found a {found}"]
+    if tuple(value.shape) != shape:
+        return [f"{name}: expected shape {shape}, found {tuple(value.shape)}"]
+    if value.is_floating_point() != dtype.is_floating_point:
+        return [f"{name}: expected {dtype}, found {value.dtype}"]
+    if not torch.isfinite(value).all():
+        return [f"{name}: expected finite numbers, found NaN or infinity"]
+    return []
+
+
+def _refuse(problems: list[str], file: str, network: str) -> None:
+    """Raise ``problems`` as one error, if there are any."""
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         lines = problems[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise WeightsError(f"{file}: does not fit {type(net).__name__}:\n  " + "\n  ".join(lines))
-    net.load_state_dict(state)  # copies, casts to float32
+        raise WeightsError(f"{file}: does not fit {network}:\n  " + "\n  ".join(lines))

@@ -23,14 +23,44 @@ def max_filter(score_map: Tensor, window: int) -> Tensor:
         raise ValueError(f"window must be odd and positive, got {window}")
     radius = window // 2
     out = F.pad(score_map, (radius, radius, radius, radius), value=float("-inf"))
-    for dim in (-1, -2):
-        reach = 1
-        while reach < window:
-            step = min(reach, window - reach)
-            length = out.shape[dim] - step
-            out = torch.maximum(out.narrow(dim, 0, length), out.narrow(dim, step, length))
-            reach += step
+    return _running_max(_running_max(out, window, -1), window, -2)
+
+
+def round_max_filter(score_map: Tensor, window: int) -> Tensor:
+    """As ``max_filter`` in the disc of diameter ``window`` around every pixel, which is the same whichever way the image is turned."""
+    radius = window // 2
+    h = score_map.shape[-2]
+    padded = F.pad(score_map, (0, 0, radius, radius), value=float("-inf"))
+    out = score_map
+    for width in sorted({_chord(radius, dy) for dy in range(radius + 1)}):
+        wide = max_filter_rows(padded, width)
+        for dy in range(-radius, radius + 1):
+            if _chord(radius, dy) == width:
+                out = torch.maximum(out, wide[..., radius + dy : radius + dy + h, :])
     return out
+
+
+def _chord(radius: int, dy: int) -> int:
+    """Width in pixels of a disc's row ``dy`` rows from its middle; the disc reaches half a pixel beyond ``radius``."""
+    return 2 * int(((radius + 0.5) ** 2 - dy * dy) ** 0.5) + 1
+
+
+def max_filter_rows(score_map: Tensor, width: int) -> Tensor:
+    """Largest value among the ``width`` (odd) pixels of its row around every pixel; same shape."""
+    return _running_max(F.pad(score_map, (width // 2, width // 2), value=float("-inf")), width, -1)
+
+
+def _running_max(padded: Tensor, window: int, dim: int) -> Tensor:
+    reach = 1
+    while reach < window:
+        step = min(reach, window - reach)
+        length = padded.shape[dim] - step
+        padded = torch.maximum(padded.narrow(dim, 0, length), padded.narrow(dim, step, length))
+        reach += step
+    return padded
+
+
+NMS_SHAPES = {"square": max_filter, "round": round_max_filter}
 
 
 def clear_border(score_map: Tensor, border: int) -> Tensor:
@@ -43,12 +73,15 @@ def clear_border(score_map: Tensor, border: int) -> Tensor:
     return out
 
 
-def local_maxima(score_map: Tensor, window: int = NMS_WINDOW, threshold: float = 0.0, *, unique: bool = True) -> Tensor:
-    """Pixels that are the maximum of their window and above ``threshold``: bool, same shape (B,1,H,W).
+def local_maxima(
+    score_map: Tensor, window: int = NMS_WINDOW, threshold: float = 0.0, *, unique: bool = True, shape: str = "square"
+) -> Tensor:
+    """Pixels that are the maximum of their window (of a ``shape`` of ``NMS_SHAPES``) and above ``threshold``: bool, same shape (B,1,H,W).
 
     With ``unique`` a plateau gives one point (the first in reading order) instead of one a pixel.
     """
-    found = (score_map == max_filter(score_map, window)) & (score_map > threshold)
+    largest = NMS_SHAPES[shape]
+    found = (score_map == largest(score_map, window)) & (score_map > threshold)
     if not unique:
         return found
     scores = score_map[found]
@@ -58,7 +91,7 @@ def local_maxima(score_map: Tensor, window: int = NMS_WINDOW, threshold: float =
     count = score_map[0].numel()
     numbers = torch.arange(count, 0, -1, device=score_map.device, dtype=torch.float64).view(score_map[:1].shape)
     numbers = numbers * found
-    return found & (numbers == max_filter(numbers, window))
+    return found & (numbers == largest(numbers, window))
 
 
 def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -112,6 +145,7 @@ def detect_peaks(
     threshold: float = 0.0,
     unique: bool = True,
     subpixel: bool = True,
+    shape: str = "square",
 ) -> list[tuple[Tensor, Tensor]]:
     """Strongest peaks of each map of a batch (B,1,H,W): for every image xy (N,2) float32 and score (N,), N <= count.
 
@@ -120,7 +154,7 @@ def detect_peaks(
     """
     inner = clear_border(score_map, border)
     if unique:
-        found = local_maxima(score_map, window, threshold) & (clear_border(torch.ones_like(score_map), border) > 0)
+        found = local_maxima(score_map, window, threshold, shape=shape) & (clear_border(torch.ones_like(score_map), border) > 0)
     else:
         found = local_maxima(inner, window, threshold, unique=False)
     peaks = []

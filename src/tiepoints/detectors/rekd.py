@@ -135,7 +135,8 @@ class REKD(nn.Module):
             image = image * self.input_range
             if self.published:
                 return self._published_levels(image)
-            levels = [normalise_contrast(image, floor=CONTRAST_FLOOR * self.input_range / 255, boxes=2)]
+            # The blur takes away what the pixel grid shows differently from turn to turn.
+            levels = [normalise_contrast(binomial_blur(image), floor=CONTRAST_FLOOR * self.input_range / 255, boxes=2)]
             for _ in range(self.num_levels - 1):
                 h, w = levels[-1].shape[-2:]
                 size = max(1, int(h // self.scale_factor)), max(1, int(w // self.scale_factor))
@@ -192,23 +193,23 @@ class REKD(nn.Module):
 
 
 def histogram_angle(histogram: Tensor) -> Tensor:
-    """Angle of the strongest bin of histograms or their logits (B,N,H,W): (B,1,H,W) radians in [0, 2 pi), by the coordinate law.
+    """Angle of the strongest bin of histograms (B,N,H,W): (B,1,H,W) radians in [0, 2 pi), by the coordinate law.
 
-    Between bins by the vertex of the parabola through the logarithms of the strongest bin and its neighbours: of logits, which
-    are logarithms, directly; so both give one angle. The law's angles are clockwise as seen, bins counter-clockwise.
+    Between bins by the vertex of the parabola through the logarithms of the strongest bin and its neighbours. The law's angles are
+    clockwise as seen, bins counter-clockwise.
     """
-    n = histogram.shape[1]
-    values = histogram.log() if bool((histogram >= 0).all()) else histogram
-    return logits_angle(values, n)
+    return logits_angle(histogram.clamp(min=1e-30).log())
 
 
-def logits_angle(logits: Tensor, n: int) -> Tensor:
-    """As ``histogram_angle``, of logits alone."""
+def logits_angle(logits: Tensor) -> Tensor:
+    """As ``histogram_angle``, of the logarithms (B,N,H,W) up to a constant for each pixel: what the softmax takes."""
+    n = logits.shape[1]
     peak, best = logits.max(dim=1, keepdim=True)
     before, after = (logits.gather(1, (best + step) % n) for step in (-1, 1))
     bend = before + after - 2 * peak  # <= 0
     shift = torch.where(bend < 0, 0.5 * (before - after) / bend.clamp(max=-1e-12), torch.zeros_like(bend)).clamp(-0.5, 0.5)
-    return (-(best + shift) * (2 * math.pi / n)).remainder(2 * math.pi)
+    angle = (-(best + shift) * (2 * math.pi / n)).remainder(2 * math.pi)
+    return torch.where(angle < 2 * math.pi, angle, torch.zeros_like(angle))  # a tiny negative one rounds to the whole turn
 
 
 class FusedREKD(nn.Module):
@@ -267,7 +268,7 @@ class FusedREKD(nn.Module):
             pooled, directions = (self._to_strip(maps, rows - low, size[1]) for maps in answers)
             strength = strength + pooled
             direction = directions if i == 0 else direction.add_(directions)  # type: ignore[union-attr]
-        return self.reference.positive(strength), logits_angle(direction, self.group)  # type: ignore[arg-type]
+        return self.reference.positive(strength), logits_angle(direction)  # type: ignore[arg-type]
 
     def _answers(self, level: Tensor, low: int, high: int, weight: Tensor) -> tuple[Tensor, Tensor]:
         """What rows ``low`` to ``high`` of a level say: (B,1,rows,w) for the score and (B,N,rows,w) for the direction.

@@ -202,6 +202,7 @@ def write_config(folder: str | Path, config: list[dict[str, Any]]) -> None:
     """Write ``config.json``, whole or not at all."""
     place = Path(folder) / CONFIG
     place.parent.mkdir(parents=True, exist_ok=True)
+    remove_parts(place)
     beside = place.with_name(f".{place.name}.{os.getpid()}.part")
     beside.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, place)
@@ -448,8 +449,11 @@ class _Check:
         say = self.say(CONFIG)
         try:
             self.methods = read_config(self.folder)
-        except (FileNotFoundError, DataError) as error:
-            say("", str(error).replace(str(self.folder / CONFIG), "the file"), _AGAIN)
+        except FileNotFoundError:
+            say("", "is missing", _AGAIN)
+            return
+        except DataError as error:
+            say("", str(error).removeprefix(f"{self.folder / CONFIG} "), _AGAIN)
             return
         for method in self.methods:
             data = method.get("metadata")

@@ -74,7 +74,10 @@ def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
     """How much each window (B,rows,cols) counts by its soft score.
 
     ``minmax``: from 0 to 1 within each image (REKD); ``softmax``: 100 times the softmax within each image
-    (Key.Net, TensorFlow); ``none``: 1.
+    (Key.Net, TensorFlow); ``rank``: the place in the order of the image's windows, from 0 to 1; ``none``: 1.
+
+    With ``minmax`` a network can lower the loss by making its few strongest answers ever larger, so that nothing else counts;
+    ranks give it no such way (docs/diary.md).
     """
     flat = soft_score.detach().flatten(1)
     if weighting == "minmax":
@@ -82,10 +85,12 @@ def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
         flat = flat / (flat.amax(dim=1, keepdim=True) + EPS)
     elif weighting == "softmax":
         flat = SOFTMAX_FACTOR * flat.softmax(dim=1)
+    elif weighting == "rank":
+        flat = flat.argsort(dim=1).argsort(dim=1).to(flat) / max(flat.shape[1] - 1, 1)
     elif weighting == "none":
         flat = torch.ones_like(flat)
     else:
-        raise ValueError(f"weighting must be minmax, softmax or none; got {weighting!r}")
+        raise ValueError(f"weighting must be minmax, softmax, rank or none; got {weighting!r}")
     return flat.view_as(soft_score)
 
 
