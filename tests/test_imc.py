@@ -170,7 +170,7 @@ def test_custom_matches_of_every_pair(submission):
 # ---- each rule broken once
 
 
-def change(path: str, key: str, value) -> None:
+def change(path: str, key: str, value):
     """Replace, add (or with None remove) one array of a file."""
 
     def apply(folder: Path) -> None:
@@ -281,7 +281,7 @@ BROKEN = [
     (move(f"{P}/matches.h5", f"{P}/matches_multiview.h5"), "matches_stereo.h5", "", "missing", "add"),
     (copy(f"{P}/matches.h5", f"{P}/matches_stereo_1.h5"), "matches_stereo_1.h5", "", "no such file", "remove"),
     # config
-    (remove("config.json"), "config.json", "", "no the file", "again"),
+    (remove("config.json"), "config.json", "", "is missing", "again"),
     (text("config.json", "[{]"), "config.json", "", "no JSON", "again"),
     (text("config.json", "{}"), "config.json", "", "list of methods", "again"),
     (setting("metadata", None), "config.json", "metadata", "missing", "who"),
@@ -396,7 +396,7 @@ def test_bad_words_are_refused_before_anything_is_made(images, tmp_path, option,
 def test_folders_that_are_not_the_benchmarks(images, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder at"):
         imc.find_sequences(tmp_path / "none")
-    with pytest.raises(DataError, match="must hold the benchmark's data sets.*found sacre_coeur"):
+    with pytest.raises(DataError, match=r"must hold the benchmark's data sets.*found sacre_coeur"):
         imc.find_sequences(images / "phototourism")
     draw(images / "photos" / "mine" / "a.png", 3)
     draw(images / "pragueparks" / "wall" / "x.jpg", 3)
@@ -454,7 +454,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from test_imc import Fake, export
 print("ready", flush=True)
-export(Path(sys.argv[1]), Path(sys.argv[2]), Fake(wait=0.1), workers=1)
+export(Path(sys.argv[1]), Path(sys.argv[2]), Fake(wait=0.3), workers=1)
 """
 
 
