@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
 from tiepoints.detectors.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
-from tiepoints.filters import bright_blur_taps, normalise_contrast
 from tiepoints.errors import WeightsError
 from tiepoints.extract import build
+from tiepoints.filters import bright_blur_taps, normalise_contrast
 from tiepoints.importers import load_official, to_official_state_dict
 
 CROPS = ("graf1_crop", "boat1_crop", "leuven1")

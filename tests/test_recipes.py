@@ -10,9 +10,10 @@ from PIL import Image
 from tiepoints import build, load
 from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet
+from tiepoints.detectors.rekd import REKD
 from tiepoints.errors import DataError, WeightsError
 from tiepoints.training import loop
-from tiepoints.training.recipes import descriptor_loss, floored_tiny, open_patches, take_over, train_descriptor
+from tiepoints.training.recipes import descriptor_loss, floored_tiny, open_patches, take_over, train_descriptor, train_rekd
 from tiepoints.weights import save
 
 
@@ -144,3 +145,76 @@ def test_wrong_descriptors_are_named(photos, tmp_path):
         build("keynet-tiny", str(tmp_path / "detector.safetensors"))
     with pytest.raises(ValueError, match="precision must be"):
         build("keynet-tiny", "rootsift", precision="half")
+
+
+REKD_TINY = {"dims": (1, 1, 1), "batch_size": 2, "validate_every": 2, "workers": 0, "progress": False, "say": lambda line: None}
+
+
+def test_rekd_trains_resumes_and_starts_another_group(photos, tmp_path, monkeypatch):
+    whole = train_rekd("rekd-light", photos, tmp_path / "whole.safetensors", group_size=4, steps=4, **REKD_TINY)
+    assert whole.steps == 4
+    with (tmp_path / "whole.safetensors.log" / "log.csv").open() as file:
+        row = list(csv.DictReader(file))[-1]
+    assert {"orientation", "agree", "place"} <= set(row)
+
+    class Stopped(Exception):
+        pass
+
+    save_it = loop.save_atomically
+
+    def stop_after_two(state, path):
+        save_it(state, path)
+        if state["step"] == 2:
+            raise Stopped
+
+    monkeypatch.setattr(loop, "save_atomically", stop_after_two)
+    part = {"group_size": 4, "steps": 4, "save_every": 0.0, **REKD_TINY}
+    with pytest.raises(Stopped):
+        train_rekd("rekd-light", photos, tmp_path / "part.safetensors", **part)
+    monkeypatch.setattr(loop, "save_atomically", save_it)
+    train_rekd("rekd-light", photos, tmp_path / "part.safetensors", resume=True, **part)
+    one, other = (load(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert isinstance(one, REKD)
+    assert one.settings["dims"] == [1, 1, 1]
+
+    init = {"init": tmp_path / "whole.safetensors", "steps": 1, **REKD_TINY}
+    train_rekd("rekd", photos, tmp_path / "large.safetensors", group_size=8, **init)
+    assert load(tmp_path / "large.safetensors").settings["group"] == 8
+    with pytest.raises(WeightsError, match="dims"):
+        train_rekd("rekd", photos, tmp_path / "no.safetensors", **{**init, "dims": (2, 2, 2)})
+    with pytest.raises(WeightsError, match="KeyNet"):
+        train_rekd("rekd", photos, tmp_path / "no.safetensors", **{**init, "init": "keynet"})
+    features = build(one, "none", single_scale=True, num_points=20, device="cpu").extract(photos / "0.png")
+    assert len(features) > 0
+
+
+def test_rekd_learns_on_one_pair():
+    """Thirty steps bring both losses down, with the same curve for the same seed."""
+    from tiepoints.training.losses import msip_loss, orientation_loss
+
+    rng = torch.Generator().manual_seed(0)
+    image = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 100, 100, generator=rng), 5, 1)
+    image = (image - image.min()) / (image.max() - image.min())
+    both = torch.cat([image, image.rot90(1, (-2, -1))])
+    H = torch.tensor([[[0.0, 1, 0], [-1, 0, 95], [0, 0, 1]]])  # counter-clockwise as seen
+    curves = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        net = REKD(group=4, dims=(1, 1, 1))
+        with torch.no_grad():
+            net.orientation.coefficients.mul_(0.1)  # begin without an opinion
+        optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+        curve = []
+        for _ in range(30):
+            score, histogram = net(both)
+            place = msip_loss(score[:1], score[1:], H, weighting="rank", windows=(8,), weights=(1.0,))[0]
+            turn = orientation_loss(histogram[:1], histogram[1:], H, border=4)[0]
+            optimiser.zero_grad()
+            (place + 100 * turn).backward()
+            optimiser.step()
+            curve.append((place.item(), turn.item()))
+        curves.append(curve)
+    assert curves[0] == curves[1]
+    first, last = (np.mean(part, axis=0) for part in (curves[0][:3], curves[0][-3:]))
+    assert (last < 0.9 * first).all()

@@ -83,7 +83,8 @@ def test_angle_is_exact_to_a_part_of_a_bin():
 def test_fused_is_the_same_function_in_any_number_of_strips(variant, size, pixels, monkeypatch):
     monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
     # a small range keeps the histograms from saturating, where the softmax loses what the logits still tell
-    net, image = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0)), torch.cat([picture(*size), picture(*size, seed=2)])
+    net = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0))
+    image = torch.cat([picture(*size), picture(*size, seed=2)])
     with torch.inference_mode():
         score, histogram = net(image)
         fast, angle = net.fused()(image)

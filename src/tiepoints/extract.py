@@ -41,6 +41,8 @@ PATCH_NETS = ("hardnet", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
 #: Levels of REKD's published extraction.
 REKD_UP_LEVELS, REKD_DOWN_LEVELS = 2, 5
+#: Its scores are of normalised contrast, which does not fall from level to level; chosen on warped held-out photographs.
+REKD_SCALE_POWER = 1.0
 #: What is taken where nobody chooses.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -121,10 +123,13 @@ class ScoreMapDetector:
         net: (B,1,H,W) in [0,1] -> (B,1,H,W) >= 0, or that and an angle map (B,1,H,W) in radians, which gives the points' angles.
         settings: see ``ExtractSettings``.
         device: where the floor of the network's response is measured.
+        scale_power: scores of different levels are compared times the level's scale to this power.
     """
 
-    def __init__(self, net: Callable[[Tensor], Tensor], settings: ExtractSettings, device: torch.device | str = "cpu"):
-        self.net, self.settings = net, settings
+    def __init__(
+        self, net: Callable[[Tensor], Any], settings: ExtractSettings, device: torch.device | str = "cpu", *, scale_power: float = 2.0
+    ):
+        self.net, self.settings, self.scale_power = net, settings, scale_power
         self.offset = getattr(net, "offset", (0.0, 0.0))
         self.floor = floor = response_floor(net, device) if settings.mode == "default" else 0.0
         # float noise lifts some pixels of a flat area a little above the floor
@@ -187,7 +192,7 @@ class ScoreMapDetector:
         if s.scales == "one":
             kept = ~_duplicates(points, level_of.to(points.xy.device), [level.scale for level in pyramid.levels])
         # A coarse point stands for a larger area: without this weight the finest level would outnumber all others.
-        area = torch.tensor([level.scale**2 for level in pyramid.levels])[level_of].to(points.score)
+        area = torch.tensor([level.scale**self.scale_power for level in pyramid.levels])[level_of].to(points.score)
         points = replace(points, score=points.score * area)
         chosen = _within_budgets(level_of, kept.cpu(), budgets, s.num_points, rank, points.score.cpu())
         points = points[chosen.to(points.xy.device)]
@@ -476,5 +481,5 @@ def build(
             threshold=chosen.threshold,
         )
     else:
-        detect = ScoreMapDetector(runner, chosen, where)
+        detect = ScoreMapDetector(runner, chosen, where, scale_power=REKD_SCALE_POWER if isinstance(net, REKD) else 2.0)
     return Extractor(detect, describe, orient=orient, up_levels=up, down_levels=down, device=where)

@@ -51,6 +51,11 @@ REKD_MARKS = ("ori_learner.", "last_layer_learner.")
 #: What rounding may do to a filter, as part of its largest value. e2cnn's own float32 does 1e-6; a filter turned the wrong way differs
 #: by about itself.
 FILTER_TOLERANCE = 1e-4
+NO_FILTERS = "neither filters nor coefficients with their basis"
+WITHOUT_BASIS = (
+    "Coefficients alone cannot be read: the order of the basis they belong to cannot be verified, and e2cnn and escnn are known to "
+    "order it differently under the same names. Save the network's state dict after eval(), which stores the filters"
+)
 
 
 def load_official(path: str | os.PathLike[str], *, restore_statistics: bool = False, input_range: float = 1.0) -> nn.Module:
@@ -181,7 +186,7 @@ def rekd_from_e2cnn(state: Mapping[str, Any], file: str = "checkpoint", *, input
     # places of channels, which follow from the sizes: of use to e2cnn alone
     places = [f"block{i}.1.indices_{group}" for i in (1, 2, 3)] + [f"gpool.{side}_indices_{group}" for side in ("in", "out")]
     problems += [problem for name in places if name in rest for problem in _tensor_problem(name, rest.pop(name), (2,), torch.int64)]
-    _refuse(problems, file, "REKD")
+    _refuse(problems, file, "REKD", WITHOUT_BASIS if any(NO_FILTERS in problem for problem in problems) else "")
     net = REKD(group=group, dims=dims, num_levels=levels, variant="published", input_range=input_range)
     for (layer, _, _), conv in zip(layers, [*net.trunk.convs, net.orientation], strict=True):
         assert isinstance(conv, LiftingConv | GroupConv)
@@ -242,11 +247,7 @@ def _e2cnn_filter(
     stored, weights, basis = (None if value is None else value.double() for value in tensors.values())
     if weights is None or basis is None:
         if stored is None:
-            problems.append(
-                f"{layer}: neither filters ({layer}.filter) nor coefficients with their basis ({layer}.weights, sampled_basis). "
-                "Coefficients alone mean nothing here: e2cnn and escnn order the elements of their basis differently under "
-                "the same names. Save the network's state dict after eval(), which stores the filters"
-            )
+            problems.append(f"{layer}: {NO_FILTERS} ({layer}.filter; {layer}.weights with its sampled_basis)")
         return stored
     made = (weights.view(-1, count) @ basis.flatten(1)).view(fields_out, fields_in, group, wide_in, k, k)
     made = made.transpose(1, 2).reshape(expected[f"{layer}.filter"])
@@ -466,9 +467,9 @@ def _tensor_problem(name: str, value: Any, shape: tuple[int, ...], dtype: torch.
     return []
 
 
-def _refuse(problems: list[str], file: str, network: str) -> None:
-    """Raise ``problems`` as one error, if there are any."""
+def _refuse(problems: list[str], file: str, network: str, advice: str = "") -> None:
+    """Raise ``problems`` as one error, if there are any; ``advice`` ends it."""
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         lines = problems[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
-        raise WeightsError(f"{file}: does not fit {network}:\n  " + "\n  ".join(lines))
+        raise WeightsError(f"{file}: does not fit {network}:\n  " + "\n  ".join(lines) + (f"\n{advice}" if advice else ""))

@@ -21,7 +21,7 @@ from .structs import Keypoints
 BINS = 36
 SMOOTHINGS = 6
 #: Gradients count to this radius, in pixels of a point's own scale, weighted by a Gaussian of a third of it.
-RADIUS = 16.0
+RADIUS = 20.0
 SIZE = 32
 
 

@@ -38,7 +38,7 @@ KERNEL_SIZE = 5
 VARIANTS = ("default", "published")
 #: Deviation in grey levels (of 255) below which the contrast is not raised to full: 1 in the published code, where the noise of a
 #: smooth sky then weighs like a corner.
-CONTRAST_FLOOR = 5.0
+CONTRAST_FLOOR = 15.0
 #: Rows of the image computed at a time, as pixels: bounds the memory of the maps of all orientations.
 STRIP_PIXELS = 150_000
 

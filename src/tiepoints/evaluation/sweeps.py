@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,29 +19,34 @@ from .pair import homography_metrics
 from .systems import System, as_features
 
 ROTATIONS = tuple(range(0, 360, 15))
+#: Degrees within which a point's turn counts as right.
+RIGHT_TURN = 15.0
 FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
-def _moved(image: Tensor, M: Tensor) -> tuple[Tensor, Tensor]:
-    """The image moved by a linear map (2,2), on a canvas that holds all of it: new image and H (3,3)."""
+def _moved(image: Tensor, M: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The image moved by a linear map (2,2) and shifted, on a canvas that holds all of it: new image and H (3,3)."""
     h, w = image.shape[-2:]
     corners = torch.tensor([[-0.5, -0.5], [w - 0.5, -0.5], [-0.5, h - 0.5], [w - 0.5, h - 0.5]], dtype=torch.float64)
     mapped = corners @ M.T
     low, high = mapped.amin(dim=0), mapped.amax(dim=0)
-    size = (high - low - 1e-6).ceil().clamp(min=1)
+    size = (high - low + shift - 1e-6).ceil().clamp(min=1)
     H = torch.eye(3, dtype=torch.float64)
     H[:2, :2] = M
-    H[:2, 2] = -low - 0.5 + (size - (high - low)) / 2
+    H[:2, 2] = -low - 0.5 + (shift if shift else (size - (high - low)) / 2)
     return warp_image(image, H[None], (int(size[1]), int(size[0])), padding="reflection").clamp(0, 1), H
 
 
-def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """Image (1,1,H,W) turned clockwise as seen, nothing cut off, mirrored content outside; and H to it."""
+def rotated(image: Tensor, degrees: float, *, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Image (1,1,H,W) turned clockwise as seen, nothing cut off, mirrored content outside; and H to it.
+
+    ``shift`` pixels to the right and down, 0..1: with a part of a pixel no turn hands over the pixels as they were.
+    """
     turn = math.radians(degrees)
     c, s = math.cos(turn), math.sin(turn)
     if degrees % 90 == 0:
         c, s = round(c), round(s)
-    return _moved(image, torch.tensor([[c, -s], [s, c]], dtype=torch.float64))
+    return _moved(image, torch.tensor([[c, -s], [s, c]], dtype=torch.float64), shift)
 
 
 def rescaled(image: Tensor, factor: float) -> tuple[Tensor, Tensor]:
@@ -52,21 +58,33 @@ def rescaled(image: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return resized, torch.tensor([[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]], dtype=torch.float64)
 
 
-def sweep(detect: System, image: ImageLike, kind: str, values: Sequence[float], *, num_points: int = m.NUM_POINTS) -> list[dict[str, Any]]:
-    """Repeatability of one photograph against itself turned (``rotation``, degrees) or resized (``scale``, factors)."""
-    make = {"rotation": rotated, "scale": rescaled}[kind]
+def sweep(
+    detect: System, image: ImageLike, kind: str, values: Sequence[float], *, num_points: int = m.NUM_POINTS, shift: float = 0.0
+) -> list[dict[str, Any]]:
+    """Repeatability of one photograph against itself turned (``rotation``, degrees) or resized (``scale``, factors).
+
+    Of points with angles also the error of their turn, where they are repeated within 3 px: its median in degrees, and the part
+    within 15 degrees. ``shift``: of the turned copy, see ``rotated``.
+    """
+    make: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {"rotation": partial(rotated, shift=shift), "scale": rescaled}
     original = load_image(image)
     size = (original.shape[-1], original.shape[-2])
     a = as_features(detect(original), size)
     rows = []
     for value in values:
-        moved, H = make(original, value)
+        moved, H = make[kind](original, value)
         b = as_features(detect(moved), (moved.shape[-1], moved.shape[-2]))
         numbers = homography_metrics(a, b, H, num_points=num_points, protocols=("mutual",))
         if a.descriptors is not None and b.descriptors is not None:
             pairs = match(a[:num_points], b[:num_points]).index
             accuracy = m.matching_accuracy(m.match_errors(a.xy, b.xy, H, pairs))
             numbers |= {"mma@3": accuracy["mma@3"], "matches": len(pairs)}
+        if bool(a.angle.any()) or bool(b.angle.any()):
+            i, j = m.repeated_points(a.xy, b.xy, H, size[::-1], (moved.shape[-2], moved.shape[-1]), num_points=num_points)
+            if len(i):
+                errors = m.orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
+                right = float((errors <= RIGHT_TURN).double().mean())
+                numbers |= {"turn.median": float(errors.median()), "turn.right": right}
         rows.append({"kind": kind, "value": value, "ok": True, "reason": "", "metrics": {**numbers, "points": len(b)}})
     return rows
 

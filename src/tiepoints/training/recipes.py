@@ -20,12 +20,12 @@ from ..errors import WeightsError
 from ..evaluation.bias import constant_offset
 from ..evaluation.metrics import mutual_matches, orientation_errors, repeated_points
 from ..extract import ExtractSettings, ScoreMapDetector, score_maps
-from ..keypoints import detect_peaks
+from ..keypoints import NMS_WINDOW, detect_peaks, round_max_filter
 from ..orientation import angle_at
 from ..pyramid import build_pyramid
 from ..weights import load, save
 from .loop import FitResult, FitSettings, Loss, fit
-from .losses import BORDER, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
+from .losses import BORDER, border_mask, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
 from .pairs import PairFile
 from .patchdata import PatchPairs, matching_checks, matching_score, peaks_of
 from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
@@ -36,6 +36,8 @@ VALIDATION_SEED = 7
 VALIDATION_POINTS = 150
 TURNED_POINTS = 75  # about half of the maxima of a smaller view
 RIGHT_TURN = 15.0
+#: Deviation of gray values of a contrast-normalised image as the teacher sees it: that of an ordinary photograph.
+TEACHER_CONTRAST = 0.12
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Recipe:
         fit: schedule (``loop.FitSettings``).
         loss: options of ``losses.msip_loss``.
         balance: weight of the orientation loss, where there is one (REKD: 100).
+        teaching: weight of the likeness to the shipped Key.Net's scores (``teaching_loss``), 0 = none.
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
 
@@ -54,6 +57,7 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
     balance: float = 0.0
+    teaching: float = 0.0
     checks: str = "default"
     check_pairs: int = 60
     check_size: int = 320
@@ -287,13 +291,22 @@ def train_rekd(
         say(f"starting from {init}, {source.group} orientations")
         return (source if source.group == group else source.regrouped(group)).train()
 
+    teacher, levels = Teacher() if recipe.teaching else None, fresh()
+
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         scores, histograms = network(_both_views(batch))
         score_a, score_b = scores.float().chunk(2)
         place, numbers = msip_loss(score_a, score_b, batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss)
         histogram_a, histogram_b = histograms.float().chunk(2)
-        turn, more = orientation_loss(histogram_a, histogram_b, batch["H_ab"], mask_a=batch["mask_a"], border=BORDER)
+        seen = batch["mask_a"] * peakedness(score_a.detach())
+        turn, more = orientation_loss(histogram_a, histogram_b, batch["H_ab"], mask_a=seen, border=BORDER)
         total = place + recipe.balance * turn
+        if teacher is not None:
+            views = _both_views(batch)
+            mask = border_mask(views) * torch.cat([batch["mask_a"], batch["mask_b"]])
+            unlike = teaching_loss(scores.float(), teacher(levels.level_images(views)[0]), mask)
+            total = total + recipe.teaching * unlike
+            numbers["teaching"] = unlike.item()
         return total, {**numbers, "loss": total.item(), "place": place.item(), "orientation": turn.item(), "agree": more["agree"]}
 
     told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": str(init or "")}
@@ -302,6 +315,44 @@ def train_rekd(
         begin, fresh, loss, oriented_score,
         told=told, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
     )  # fmt: skip
+
+
+def peakedness(score: Tensor) -> Tensor:
+    """How near the pixels of a score map (B,1,H,W) come to being key points: (score / largest score around)^4, 0..1.
+
+    The orientation loss counts pixels by it: what a histogram says where no key point can be does not matter.
+    """
+    return (score / round_max_filter(score, NMS_WINDOW).clamp(min=1e-9)) ** 4
+
+
+class Teacher:
+    """The shipped Key.Net as an equivariant detector: its mean over quarter turns and mirrorings, on contrast-normalised images."""
+
+    def __init__(self) -> None:
+        self.net = load("keynet").fused()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def __call__(self, image: Tensor) -> Tensor:
+        """(B,1,H,W) contrast-normalised -> scores (B,1,H,W); square images."""
+        gray = (0.5 + TEACHER_CONTRAST * image).clamp(0, 1)
+        total = torch.zeros_like(gray)
+        for mirrored in (False, True):
+            for turns in range(4):
+                seen = gray.rot90(turns, (-2, -1)).flip(-1) if mirrored else gray.rot90(turns, (-2, -1))
+                score = self.net.to(image.device)(seen.contiguous())
+                total += (score.flip(-1) if mirrored else score).rot90(-turns, (-2, -1))
+        return total / 8
+
+
+def teaching_loss(score: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
+    """How unlike two score maps (B,1,H,W) are where ``mask`` is 1: 1 - correlation of their square roots, mean over the batch."""
+    roots = []
+    for scores in (score, wanted):
+        root = (scores + 1e-6).sqrt() * mask
+        mean = root.sum(dim=(1, 2, 3), keepdim=True) / mask.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+        roots.append((root - mean) * mask)
+    both, one, other = (x.sum(dim=(1, 2, 3)) for x in (roots[0] * roots[1], roots[0].square(), roots[1].square()))
+    return (1 - both / (one * other + 1e-12).sqrt()).mean()
 
 
 def _recipe(recipes: dict[str, Recipe], preset: str) -> Recipe:
