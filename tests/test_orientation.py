@@ -47,7 +47,7 @@ def test_key_nets_points_get_angles_that_turn_with_the_image(orientation, turn):
     i, j = repeated_points(a.xy, b.xy, H, image.shape[-2:], moved.shape[-2:])
     assert len(i) > 15
     errors = orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
-    assert errors.median() < 10
+    assert errors.median() < (5 if turn == 90 else 30)  # noise has few corners; chance is 90
     plain = build("keynet", None, num_points=200, device="cpu").extract(image)
     assert not plain.angle.any()
     assert torch.equal(plain.xy, a.xy)  # the points are the same

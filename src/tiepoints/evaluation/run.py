@@ -35,7 +35,7 @@ from .metrics import NUM_POINTS
 from .pair import PROTOCOLS, homography_metrics, pose_metrics
 from .results import load_features, read_rows, save_features
 from .sweeps import FACTORS, ROTATIONS, bias, sweep
-from .systems import CONTROLS, SPARE, Options, System, as_features, system
+from .systems import CONTROLS, REKD_SPARE, SPARE, Options, System, as_features, system
 
 EXTRAS = ("rotation", "scale", "bias")
 #: Failed pairs that a run names at its end.
@@ -208,7 +208,9 @@ class RunSettings:
 
     @property
     def options(self) -> Options:
-        return Options(self.num_points * SPARE, self.mode == "ti", self.device)
+        # REKD's protocol takes the first points as they are: 1000 of 1500 extracted
+        spare = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
+        return Options(int(self.num_points * spare), self.mode == "ti", self.device)
 
 
 def label(name: str) -> str:

@@ -43,6 +43,7 @@ PATCH_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
 #: Points a system hands over for each point that is compared: the common area is chosen first, the strongest after it.
 SPARE = 5
+REKD_SPARE = 1.5
 
 
 @dataclass(frozen=True)

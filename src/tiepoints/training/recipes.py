@@ -81,8 +81,8 @@ MODELS: dict[str, Callable[[], KeyNet]] = {"keynet": KeyNet, "keynet-tiny": KeyN
 REKD_SIZES: dict[str, dict[str, Any]] = {"rekd": {"group": 36, "dims": (2, 2, 2)}, "rekd-light": {"group": 12, "dims": (2, 2, 2)}}
 #: Its maps of all orientations are large: fewer and smaller pairs to validate on.
 _OURS = Recipe(
-    pairs="turns", fit=FitSettings(batch_size=4, learning_rate=1.5e-3, validate_every=100),
-    loss={"visibility": "half", "factor": 100.0, "weighting": "rank"}, balance=300.0, checks="turns", check_pairs=30, check_size=256,
+    pairs="turns", fit=FitSettings(batch_size=4, learning_rate=3e-3, warmup=25, average=0.97, validate_every=50),
+    loss={"visibility": "half", "factor": 100.0}, balance=600.0, checks="turns", check_pairs=30, check_size=256,
 )  # fmt: skip
 REKD_RECIPES: dict[str, Recipe] = {
     "default": _OURS,
@@ -97,7 +97,7 @@ REKD_RECIPES: dict[str, Recipe] = {
         ),
         loss={"weighting": "minmax", "visibility": "any", "empty": "zero", "detach_max": False},
     ),
-    "quick": dataclasses.replace(_OURS, fit=FitSettings(steps=200, batch_size=2, learning_rate=1.5e-3, validate_every=100)),
+    "quick": dataclasses.replace(_OURS, fit=dataclasses.replace(_OURS.fit, steps=100)),
 }  # fmt: skip
 
 
