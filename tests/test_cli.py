@@ -402,9 +402,9 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
 def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     out = tmp_path / "x.safetensors"
     for words, said in (
-        (("softnet",), "must be one of keynet, keynet-tiny, hardnet, hynet, sosnet"),
+        (("softnet",), "must be one of keynet, keynet-tiny, rekd, rekd-light, hardnet, hynet, sosnet"),
         (("hardnet", "--pairs", "p"), "--pairs is for detectors"),
-        (("keynet", "--init", "keynet"), "--init and --patches are for descriptors"),
+        (("keynet", "--init", "keynet"), "--init is for rekd"),
         (("hardnet", "--preset", "paper"), "published patches"),
         (("hardnet", "--init", "keynet"), "no layer in common"),
     ):
@@ -417,3 +417,59 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     assert "no sequence with a ref.png" in done.stderr
     done = run("evaluate-patches", tmp_path, "--descriptors", "surf", cwd=tmp_path, ok=False)
     assert "rootsift, raw or a weights file" in done.stderr
+
+
+def test_points_with_angles_in_every_format(photos, tmp_path):
+    image = sorted(photos.rglob("*.png"))[-1]
+    base = ["extract", str(image), "--results-dir", str(tmp_path), "--num-points", "60", "--single-scale"]
+    for words, name, turned in (
+        (["--detector", "rekd-light"], "rekd-light-hardnet", True),
+        (["--orientation", "dominant"], "keynet-hardnet", True),
+        (["--detector", "rekd-light", "--orientation", "none", "--method-name", "level"], "level", False),
+    ):
+        code, out = call(*base, *words)
+        assert code == 0, out
+        table = np.load(next((tmp_path / name).rglob("*.kpt.npy")))
+        assert table.shape[1] == (5 if turned else 4)
+        if turned:
+            assert 0 <= table[:, 4].min() < table[:, 4].max() <= 360
+            read = open_features(tmp_path / name)
+            again = read.read(read.names()[0])
+            back = torch.rad2deg(-again.angle).remainder(360)
+            assert torch.allclose(back, torch.from_numpy(table[:, 4]), atol=1e-3)
+    code, out = call(*base, "--orientation", "rekd-light")
+    assert code == 2  # other settings than the results there
+    assert "--overwrite" in out
+
+
+def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
+    image = Image.open(sorted(photos.rglob("p0.png"))[0])
+    image.save(tmp_path / "a.png")
+    image.rotate(70, expand=True, resample=Image.Resampling.BICUBIC).save(tmp_path / "b.png")
+    words = ["match", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--detector", "rekd-light", "--single-scale", "--model", "homography"]
+    found = {}
+    for name, more in {"all": [], "filtered": ["--rotation-tolerance", "30"]}.items():
+        code, out = call(*words, *more, "--json")
+        assert code == 0, out
+        found[name] = json.loads(out)
+    assert found["filtered"]["inliers"] >= 0.9 * found["all"]["inliers"] >= 20
+    assert found["filtered"]["matches"] <= found["all"]["matches"]
+    H = np.array(found["filtered"]["matrix"])
+    turn = np.degrees(np.arctan2(H[1, 0], H[0, 0]))
+    assert abs(turn + 70) < 1  # Pillow turns counter-clockwise
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["keynet", "--group-size", "8"], "rekd"),
+        (["keynet", "--init", "rekd"], "--init"),
+        (["rekd", "--patches", "."], "--patches"),
+        (["rekd", "--init", "hardnet", "--steps", "1"], "HardNet"),
+        (["rekd", "--dims", "0", "2", "2", "--steps", "1"], "fields"),
+    ],
+)
+def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
+    code, out = call("train", *words, "--images", str(photos), "--out", str(tmp_path / "w.safetensors"), "--workers", "0")
+    assert code == 2
+    assert told in out
