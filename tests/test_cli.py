@@ -446,7 +446,8 @@ def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
     image = Image.open(sorted(photos.rglob("p0.png"))[0])
     image.save(tmp_path / "a.png")
     image.rotate(70, expand=True, resample=Image.Resampling.BICUBIC).save(tmp_path / "b.png")
-    words = ["match", str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--detector", "rekd-light", "--single-scale", "--model", "homography"]
+    words = ["match", *(str(tmp_path / name) for name in ("a.png", "b.png")), "--detector", "rekd-light", "--single-scale"]
+    words += ["--model", "homography"]
     found = {}
     for name, more in {"all": [], "filtered": ["--rotation-tolerance", "30"]}.items():
         code, out = call(*words, *more, "--json")
