@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.keypoints import clear_border, detect_peaks, local_maxima, max_filter, refine, strongest
+from tiepoints.keypoints import clear_border, detect_peaks, local_maxima, max_filter, refine, round_max_filter, strongest
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -162,3 +162,24 @@ def test_batch_equals_single(unique):
         assert torch.equal(xy, alone_xy)
         assert torch.equal(score, alone_score)
         assert (score.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 15])
+def test_round_filter_is_the_maximum_of_a_disc(window):
+    score = noise(2, 1, 37, 44)
+    radius = window // 2
+    slow = torch.full_like(score, float("-inf"))
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            if dx * dx + dy * dy <= (radius + 0.5) ** 2:
+                padded = torch.nn.functional.pad(score, [radius] * 4, value=float("-inf"))
+                slow = torch.maximum(slow, padded[..., radius + dy : radius + dy + 37, radius + dx : radius + dx + 44])
+    assert torch.equal(round_max_filter(score, window), slow)
+
+
+def test_a_disc_suppresses_the_same_points_whichever_way_the_map_is_turned():
+    """Pairs of peaks 9 px apart: along the axes both shapes leave the stronger, across the corner the square alone does."""
+    score = torch.zeros(1, 1, 60, 60)
+    score[0, 0, 20, 20], score[0, 0, 20, 26], score[0, 0, 40, 20], score[0, 0, 46, 26] = 2, 1, 2, 1
+    assert local_maxima(score, 15).sum() == 2
+    assert local_maxima(score, 15, shape="round").sum() == 3

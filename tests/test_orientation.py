@@ -8,7 +8,8 @@ import torch
 from tiepoints import build, match
 from tiepoints.detectors.rekd import REKD
 from tiepoints.evaluation.metrics import orientation_errors, repeated_points
-from tiepoints.evaluation.sweeps import rotated
+from tiepoints.evaluation.sweeps import rotated, sweep
+from tiepoints.evaluation.systems import Options, system
 from tiepoints.filters import gaussian_blur
 from tiepoints.orientation import DominantOrientation, angle_at, dominant_angle
 from tiepoints.pyramid import build_pyramid
@@ -86,3 +87,17 @@ def test_batches_and_no_points():
     assert orient(pyramid, points[:0], 0).shape == (0,)
     with pytest.raises(ValueError, match="orientation must be one of"):
         build("keynet", None, orientation="north")
+
+
+def test_sweeps_tell_the_error_of_the_turn_and_hand_over_no_pixel_unchanged():
+    turned = sweep(system("keynet@dominant+none", Options(200, True)), scene(), "rotation", (0, 90, 40), shift=0.5)
+    assert [row["value"] for row in turned] == [0, 90, 40]
+    for row in turned:
+        assert row["metrics"]["turn.median"] < 20
+        assert 0.4 < row["metrics"]["turn.right"] <= 1
+        assert row["metrics"]["mutual.rep@3"] < 1
+    plain = sweep(system("keynet+none", Options(200, True)), scene(), "rotation", (0,))[0]["metrics"]
+    assert plain["mutual.rep@3"] == 1
+    assert "turn.median" not in plain
+    with pytest.raises(ValueError, match="after @ stands"):
+        system("keynet@north+none")

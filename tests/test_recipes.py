@@ -12,8 +12,19 @@ from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet
 from tiepoints.detectors.rekd import REKD
 from tiepoints.errors import DataError, WeightsError
+from tiepoints.keypoints import local_maxima
 from tiepoints.training import loop
-from tiepoints.training.recipes import descriptor_loss, floored_tiny, open_patches, take_over, train_descriptor, train_rekd
+from tiepoints.training.recipes import (
+    Teacher,
+    descriptor_loss,
+    floored_tiny,
+    open_patches,
+    peakedness,
+    take_over,
+    teaching_loss,
+    train_descriptor,
+    train_rekd,
+)
 from tiepoints.weights import save
 
 
@@ -218,3 +229,24 @@ def test_rekd_learns_on_one_pair():
     assert curves[0] == curves[1]
     first, last = (np.mean(part, axis=0) for part in (curves[0][:3], curves[0][-3:]))
     assert (last < 0.9 * first).all()
+
+
+def test_teaching_and_where_orientation_counts():
+    wanted = torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(wanted)
+    assert teaching_loss(4 * wanted, wanted, mask) < 1e-3  # the unit of scores does not matter
+    assert teaching_loss(wanted.flip(-1), wanted, mask) > 0.5
+    half = mask.clone()
+    half[..., 20:] = 0
+    changed = wanted.clone()
+    changed[..., 20:] = 7
+    assert teaching_loss(changed, wanted, half) < 1e-3
+
+    weight = peakedness(wanted)
+    assert weight.max() == 1
+    assert (weight == 1).sum() == local_maxima(wanted, shape="round").sum()
+    assert weight.mean() < 0.5
+
+    image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(1)) * 4 - 2
+    teacher = Teacher()
+    torch.testing.assert_close(teacher(image.rot90(1, (-2, -1))), teacher(image).rot90(1, (-2, -1)), atol=1e-3, rtol=1e-3)
