@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--work", type=Path, help="features and rows of the runs")
     parser.add_argument("--systems", default=SYSTEMS)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
@@ -111,7 +112,7 @@ def main() -> None:
         if args.work is None:
             parser.error("an evaluation needs --work DIR")
         settings = RunSettings(tuple(args.systems.split(",")), num_points=1000, mode="si", protocols=("rekd",))
-        done = read_run(evaluate(homography_sequences(args.folder), settings, args.work, progress=True))
+        done = read_run(evaluate(homography_sequences(args.folder), settings, args.work, workers=args.workers, progress=True))
         content["homography"] = {s: figures([row for row in done.rows if row.system == s and row.ok]) for s in done.systems}
         text = table(content["homography"])
         if args.table:
