@@ -42,7 +42,7 @@ DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
 #: Levels of REKD's published extraction.
 REKD_UP_LEVELS, REKD_DOWN_LEVELS = 2, 5
 #: Its scores are of normalised contrast, which does not fall from level to level; chosen on warped held-out photographs.
-REKD_SCALE_POWER = 1.0
+REKD_SCALE_POWER = 0.5
 #: What is taken where nobody chooses.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 PRECISIONS = ("auto", "float32", "bfloat16")
