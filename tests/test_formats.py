@@ -1,5 +1,6 @@
 """Files and other libraries' types: there and back."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -30,8 +31,12 @@ def test_npy_there_and_back(tmp_path, n):
     features = some(n)
     write_features(tmp_path / "a.png", features)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png.dsc.npy", "a.png.kpt.npy"]
-    assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 4)
+    assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 5 if n else 4)
     again = read_features(tmp_path / "a.png", (100, 80))
+    torch.testing.assert_close(again.angle, features.angle, atol=1e-5, rtol=0)
+    upright = dataclasses.replace(features, keypoints=dataclasses.replace(features.keypoints, angle=torch.zeros(n)))
+    write_features(tmp_path / "a.png", upright)
+    assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 4)  # as Key.Net's files
     assert torch.equal(again.xy, features.xy)
     assert torch.equal(again.scale, features.scale)
     assert torch.equal(again.score, features.score)

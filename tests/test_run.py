@@ -114,7 +114,7 @@ def test_wrong_arguments(dataset):
         RunSettings(("keynet",), mode="x")
     with pytest.raises(ValueError, match="unknown system 'sitf'"):
         system("sitf")
-    with pytest.raises(ValueError, match="official or all"):
+    with pytest.raises(ValueError, match="official, all, upright"):
         system("keynet@nonsense")
     row = run(homography_sequences(dataset).pairs[:1], lambda _: torch.zeros(3, 7))[0]
     assert not row["ok"]
