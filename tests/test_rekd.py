@@ -80,8 +80,10 @@ def test_angle_is_exact_to_a_part_of_a_bin():
 @pytest.mark.parametrize("variant", ["default", "published"])
 @pytest.mark.parametrize("size", [(60, 76), (37, 91), (1, 9), (130, 7)])
 @pytest.mark.parametrize("pixels", [10**6, 900])
-def test_fused_is_the_same_function_in_any_number_of_strips(variant, size, pixels, monkeypatch):
+@pytest.mark.parametrize("quick", [1, 1000])
+def test_fused_is_the_same_function_in_any_number_of_strips(variant, size, pixels, quick, monkeypatch):
     monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
+    monkeypatch.setattr(module, "QUICK_CHANNELS", quick)
     # a small range keeps the histograms from saturating, where the softmax loses what the logits still tell
     net = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0))
     image = torch.cat([picture(*size), picture(*size, seed=2)])
@@ -93,9 +95,10 @@ def test_fused_is_the_same_function_in_any_number_of_strips(variant, size, pixel
     assert (off < 1e-3).float().mean() > 0.995  # two equal bins may change places
 
 
-def test_without_the_quick_convolution_the_fused_net_is_the_same():
-    net = lively(REKD(group=8))
-    image = picture()
+def test_the_published_width_takes_the_quick_way_and_a_narrow_one_does_not():
+    assert REKD().fused().quick
+    assert not REKD(group=12).fused().quick
+    net, image = lively(REKD(group=36)), picture()
     with torch.inference_mode():
         wide = net.fused().double()  # only float32 takes the quick way
         wide.reference.double()
