@@ -227,12 +227,15 @@ class FusedREKD(nn.Module):
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         trunk = self.reference.trunk
         self.convs = nn.ModuleList(
-            fuse_conv_bn_eval(conv.frozen().eval(), norm.frozen()).to(memory_format=torch.channels_last)  # type: ignore[operator]
+            fuse_conv_bn_eval(conv.frozen().eval(), norm.frozen())  # type: ignore[operator]
             for conv, norm in zip(trunk.convs, trunk.norms, strict=True)
         )
         self.direction = self.reference.orientation.frozen()
         channels = min(conv.weight.shape[1] for conv in self.convs[1:])  # type: ignore[index]
         wide = channels >= QUICK_CHANNELS
+        self.layout = torch.channels_last if wide else torch.contiguous_format  # what the quick way packs; else as the library likes
+        for conv in self.convs:
+            conv.to(memory_format=self.layout)  # type: ignore[call-overload]
         self.quick = [WinogradConv(conv.weight, conv.bias) for conv in self.convs[1:]] if wide else []  # type: ignore[arg-type]
         self.reach = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
         norm, score = self.reference.score_norm, self.reference.score
@@ -280,13 +283,14 @@ class FusedREKD(nn.Module):
         """
         h, w = level.shape[-2:]
         first, last = max(0, low - self.reach), min(h, high + self.reach)
-        maps = F.relu_(self.convs[0](level[:, :, first:last].contiguous(memory_format=torch.channels_last)))
+        maps = F.relu_(self.convs[0](level[:, :, first:last].contiguous(memory_format=self.layout)))
         mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)
         if not self.quick or maps.device.type != "cpu" or maps.dtype != torch.float32:
             for conv in self.convs[1:]:
                 maps = F.relu_(conv(maps))
-            maps = maps[:, :, low - first : high - first].permute(0, 2, 3, 1)
-            return self._pooled(maps, weight).permute(0, 3, 1, 2), (maps @ mixed).permute(0, 3, 1, 2)
+            maps = maps[:, :, low - first : high - first]
+            pooled = (group_pool(maps, self.group) * weight.view(-1, 1, 1)).sum(dim=1, keepdim=True)
+            return pooled, self.direction(maps)
         parts = []
         for image in maps.permute(0, 2, 3, 1):
             packed = pack(image)
