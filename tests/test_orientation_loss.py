@@ -8,7 +8,7 @@ import torch
 
 from tiepoints.evaluation.metrics import mutual_matches, orientation_errors, repeated_points
 from tiepoints.geometry import local_rotation, pixel_grid
-from tiepoints.training.losses import orientation_loss, shift_bins, window_weights
+from tiepoints.training.losses import orientation_loss, shift_bins
 
 
 def turn_about_centre(degrees: float, size: int) -> torch.Tensor:
@@ -127,9 +127,9 @@ def test_orientation_errors_and_repeated_points():
     torch.testing.assert_close(errors, torch.rad2deg(torch.tensor([0.1, 0.2]).repeat(30)).double(), atol=1e-3, rtol=0)
 
 
-def test_rank_weights_do_not_change_with_the_range_of_scores():
-    scores = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(1))
-    ranks = window_weights(scores, "rank")
-    assert torch.equal(ranks, window_weights(scores.pow(5) * 100, "rank"))
-    assert ranks.flatten(1).sort(dim=1).values[0].tolist() == pytest.approx([k / 19 for k in range(20)])
-    assert not torch.allclose(window_weights(scores, "minmax"), window_weights(scores.pow(5), "minmax"), atol=0.1)
+def test_mirrored_pairs_are_refused():
+    mirror = torch.tensor([[[-1.0, 0, 14], [0, 1, 0], [0, 0, 1]]])
+    for H_ab in (mirror, -2 * mirror):  # whatever the scale of the matrix
+        with pytest.raises(ValueError, match="mirrored"):
+            orientation_loss(histograms(8), histograms(8), H_ab)
+    orientation_loss(histograms(8), histograms(8), -turn_about_centre(20, 15))

@@ -69,15 +69,30 @@ class Preset(StrEnum):
     quick = "quick"
 
 
+# Options that several commands share, worded once.
+DetectorOption = Annotated[Detector, typer.Option()]
+DescriptorOption = Annotated[
+    str | None, typer.Option(help="Such as hardnet or rootsift; a weights file; none (default: that of tiepoints.build).")
+]
+OrientationOption = Annotated[
+    Orientation | None,
+    typer.Option(help="Angles of the points: of a network, or of the dominant gradient (default: REKD's own; others none)."),
+]
+UprightOption = Annotated[
+    bool, typer.Option("--upright", help="Describe patches that are not turned by the angles (REKD's published tables).")
+]
+SingleScaleOption = Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")]
+ModeOption = Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")]
+ScalesOption = Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")]
+WeightsOption = Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")]
+CameraOption = Annotated[
+    str, typer.Option(help="COLMAP: auto (EXIF or a guess, an image), single (one for all) or MODEL:p1,p2,... (known).")
+]
+
+
 def _fail(message: str, code: int = 2) -> NoReturn:
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
-
-
-DESCRIPTOR_HELP = "Such as hardnet or rootsift; a weights file; none (default: that of tiepoints.build)."
-ORIENTATION_HELP = "Angles of the points: of a network, or of the dominant gradient (default: REKD's own; others none)."
-UPRIGHT_HELP = "Describe patches that are not turned by the angles (REKD's published tables)."
-CAMERA_HELP = "COLMAP: auto (EXIF or a guess, an image), single (one for all) or MODEL:p1,p2,... (known)."
 
 
 def _descriptor(name: str | None) -> str:
@@ -116,15 +131,15 @@ def extract(
     method_name: Annotated[str | None, typer.Option(help="Name of the results (default: DETECTOR-DESCRIPTOR).")] = None,
     form: Annotated[Format, typer.Option("--format", help="npy: two files an image; h5: hloc's file; colmap: a database.")] = Format.npy,
     num_points: Annotated[int, typer.Option("--num-points", "--num-kpts", min=1, help="Most points an image.")] = 5000,
-    detector: Annotated[Detector, typer.Option()] = Detector.keynet,
-    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
-    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
-    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
-    single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
-    mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
-    scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
-    weights: Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")] = None,
-    camera: Annotated[str, typer.Option(help=CAMERA_HELP)] = "auto",
+    detector: DetectorOption = Detector.keynet,
+    descriptor: DescriptorOption = None,
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    single_scale: SingleScaleOption = False,
+    mode: ModeOption = Mode.default,
+    scales: ScalesOption = Scales.one,
+    weights: WeightsOption = None,
+    camera: CameraOption = "auto",
     half: Annotated[bool, typer.Option("--half", help="h5: descriptors as float16.")] = False,
     device: Annotated[str, typer.Option()] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Extract again what is done (colmap: begin anew).")] = False,
@@ -190,10 +205,10 @@ def match(
     features: Annotated[Path | None, typer.Option(help="Features made before: folder, .h5 or .db (default: extract now).")] = None,
     root_images: Annotated[Path | None, typer.Option(help="Folder that the names of many images start from.")] = None,
     num_points: Annotated[int, typer.Option(min=1)] = 2048,
-    detector: Annotated[Detector, typer.Option()] = Detector.keynet,
-    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
-    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
-    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
+    detector: DetectorOption = Detector.keynet,
+    descriptor: DescriptorOption = None,
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
     rotation_tolerance: Annotated[
         float | None, typer.Option(min=0.1, max=180.0, help="Drop matches that turn otherwise than most by more degrees (REKD: 30).")
     ] = None,
@@ -202,9 +217,9 @@ def match(
     ] = None,
     ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
     threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 2.0,
-    single_scale: Annotated[bool, typer.Option("--single-scale")] = False,
-    weights: Annotated[Path | None, typer.Option()] = None,
-    camera: Annotated[str, typer.Option(help=CAMERA_HELP)] = "auto",
+    single_scale: SingleScaleOption = False,
+    weights: WeightsOption = None,
+    camera: CameraOption = "auto",
     device: Annotated[str, typer.Option()] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match again what is done already.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -628,14 +643,14 @@ def imc(
     out: Annotated[Path, typer.Option(help="Folder of the submission.")],
     label: Annotated[str, typer.Option(help="Its name: lower case letters, digits, '-' and '.'.")],
     num_points: Annotated[int, typer.Option(min=1, help="Most points an image; the categories are 2048 and 8000.")] = 2048,
-    detector: Annotated[Detector, typer.Option()] = Detector.keynet,
-    descriptor: Annotated[str | None, typer.Option(help=DESCRIPTOR_HELP)] = None,
-    orientation: Annotated[Orientation | None, typer.Option(help=ORIENTATION_HELP)] = None,
-    upright: Annotated[bool, typer.Option("--upright", help=UPRIGHT_HELP)] = False,
-    single_scale: Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")] = False,
-    mode: Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")] = Mode.default,
-    scales: Annotated[Scales, typer.Option(help="one = a place once; all = at each scale where it is found.")] = Scales.one,
-    weights: Annotated[Path | None, typer.Option(help="Weights file, ours or an official checkpoint.")] = None,
+    detector: DetectorOption = Detector.keynet,
+    descriptor: DescriptorOption = None,
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    single_scale: SingleScaleOption = False,
+    mode: ModeOption = Mode.default,
+    scales: ScalesOption = Scales.one,
+    weights: WeightsOption = None,
     matches: Annotated[bool, typer.Option("--matches", help="Add our own matches, verified by a fundamental matrix.")] = False,
     ratio: Annotated[float, typer.Option(min=0.1, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
     threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 0.5,

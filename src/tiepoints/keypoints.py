@@ -33,7 +33,7 @@ def round_max_filter(score_map: Tensor, window: int) -> Tensor:
     padded = F.pad(score_map, (0, 0, radius, radius), value=float("-inf"))
     out = score_map
     for width in sorted({_chord(radius, dy) for dy in range(radius + 1)}):
-        wide = max_filter_rows(padded, width)
+        wide = _max_filter_rows(padded, width)
         for dy in range(-radius, radius + 1):
             if _chord(radius, dy) == width:
                 out = torch.maximum(out, wide[..., radius + dy : radius + dy + h, :])
@@ -45,7 +45,7 @@ def _chord(radius: int, dy: int) -> int:
     return 2 * int(((radius + 0.5) ** 2 - dy * dy) ** 0.5) + 1
 
 
-def max_filter_rows(score_map: Tensor, width: int) -> Tensor:
+def _max_filter_rows(score_map: Tensor, width: int) -> Tensor:
     """Largest value among the ``width`` (odd) pixels of its row around every pixel; same shape."""
     return _running_max(F.pad(score_map, (width // 2, width // 2), value=float("-inf")), width, -1)
 

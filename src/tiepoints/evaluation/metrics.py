@@ -279,6 +279,25 @@ def mutual_nearest(xy_a: Tensor, xy_b: Tensor, reach: float) -> tuple[Tensor, Te
     return a[mutual], b[mutual], distance[mutual]
 
 
+def _repeated(
+    xy_a: Tensor,
+    xy_b: Tensor,
+    H_ab: Tensor,
+    size_a: tuple[int, int],
+    size_b: tuple[int, int],
+    num_points: int,
+    border: float,
+    reach: float,
+) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    """Mutual nearest points of the common area up to ``reach`` apart in b: indices of a and of b, distances, (K,) each, and how many
+    points took part on each side."""
+    H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
+    seen_a = common_area(xy_a, H_ab, size_b, border).nonzero()[:num_points, 0]
+    seen_b = common_area(xy_b, torch.linalg.inv(H_ab), size_a, border).nonzero()[:num_points, 0]
+    a, b, distance = mutual_nearest(warp_points(xy_a[seen_a], H_ab), xy_b[seen_b], reach)
+    return seen_a[a], seen_b[b], distance, len(seen_a), len(seen_b)
+
+
 def repeated_points(
     xy_a: Tensor,
     xy_b: Tensor,
@@ -288,14 +307,9 @@ def repeated_points(
     *,
     num_points: int = NUM_POINTS,
     threshold: float = 3.0,
-    border: float = BORDER,
 ) -> tuple[Tensor, Tensor]:
     """The points that ``mutual_matches`` counts: indices into ``xy_a`` and ``xy_b``, (K,) each."""
-    H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
-    seen_a = common_area(xy_a, H_ab, size_b, border).nonzero()[:num_points, 0]
-    seen_b = common_area(xy_b, torch.linalg.inv(H_ab), size_a, border).nonzero()[:num_points, 0]
-    a, b, _ = mutual_nearest(warp_points(xy_a[seen_a], H_ab), xy_b[seen_b], threshold)
-    return seen_a[a], seen_b[b]
+    return _repeated(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER, threshold)[:2]
 
 
 def orientation_errors(xy_a: Tensor, angle_a: Tensor, angle_b: Tensor, H_ab: Tensor) -> Tensor:
@@ -305,23 +319,6 @@ def orientation_errors(xy_a: Tensor, angle_a: Tensor, angle_b: Tensor, H_ab: Ten
     """
     turn = _double(angle_b) - _double(angle_a) - local_rotation(_double(xy_a), _double(H_ab))
     return torch.rad2deg((turn + math.pi).remainder(2 * math.pi) - math.pi).abs()
-
-
-def _mutual_distances(
-    xy_a: Tensor,
-    xy_b: Tensor,
-    H_ab: Tensor,
-    size_a: tuple[int, int],
-    size_b: tuple[int, int],
-    num_points: int,
-    border: float,
-    reach: float,
-) -> tuple[Tensor, int, int]:
-    """Distances in b, up to ``reach``, of mutual nearest points of the common area, and how many points took part on each side."""
-    H_ab, xy_a, xy_b = _double(H_ab), _double(xy_a), _double(xy_b)
-    xy_a = xy_a[common_area(xy_a, H_ab, size_b, border)][:num_points]
-    xy_b = xy_b[common_area(xy_b, torch.linalg.inv(H_ab), size_a, border)][:num_points]
-    return mutual_nearest(warp_points(xy_a, H_ab), xy_b, reach)[2], len(xy_a), len(xy_b)
 
 
 def mutual_matches(
@@ -340,7 +337,7 @@ def mutual_matches(
     Points outside the common area (with ``border``) are left out, then the first ``num_points`` of each image are kept;
     points of a are mapped into b, and mutual nearest neighbours no farther apart than the threshold count.
     """
-    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, border, threshold)
+    _, _, distance, count_a, count_b = _repeated(xy_a, xy_b, H_ab, size_a, size_b, num_points, border, threshold)
     return len(distance), count_a, count_b
 
 
@@ -366,7 +363,7 @@ def localisation(
     thresholds: Sequence[float] = MUTUAL_THRESHOLDS,
 ) -> dict[str, float | None]:
     """``mutual_repeatability`` (rep@t) and the mean distance of the pairs it counts (err@t, px, None without) at each threshold."""
-    distance, count_a, count_b = _mutual_distances(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER, max(thresholds))
+    _, _, distance, count_a, count_b = _repeated(xy_a, xy_b, H_ab, size_a, size_b, num_points, BORDER, max(thresholds))
     found: dict[str, float | None] = {"points_a": count_a, "points_b": count_b}
     for t in thresholds:
         near = distance[distance <= t]

@@ -74,10 +74,7 @@ def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
     """How much each window (B,rows,cols) counts by its soft score.
 
     ``minmax``: from 0 to 1 within each image (REKD); ``softmax``: 100 times the softmax within each image
-    (Key.Net, TensorFlow); ``rank``: the place in the order of the image's windows, from 0 to 1; ``none``: 1.
-
-    With ``minmax`` a network can lower the loss by making its few strongest answers ever larger, so that nothing else counts;
-    ranks give it no such way (docs/diary.md).
+    (Key.Net, TensorFlow); ``none``: 1.
     """
     flat = soft_score.detach().flatten(1)
     if weighting == "minmax":
@@ -85,12 +82,10 @@ def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
         flat = flat / (flat.amax(dim=1, keepdim=True) + EPS)
     elif weighting == "softmax":
         flat = SOFTMAX_FACTOR * flat.softmax(dim=1)
-    elif weighting == "rank":
-        flat = flat.argsort(dim=1).argsort(dim=1).to(flat) / max(flat.shape[1] - 1, 1)
     elif weighting == "none":
         flat = torch.ones_like(flat)
     else:
-        raise ValueError(f"weighting must be minmax, softmax, rank or none; got {weighting!r}")
+        raise ValueError(f"weighting must be minmax, softmax or none; got {weighting!r}")
     return flat.view_as(soft_score)
 
 
@@ -270,10 +265,12 @@ def orientation_loss(
         scalar loss and ``{"loss": ..., "agree": share of pixels whose strongest bins agree to one bin}``.
 
     Raises:
-        ValueError: the histograms differ in shape.
+        ValueError: the histograms differ in shape, or a homography mirrors: what is mirrored has no turn.
     """
     if histogram_a.shape != histogram_b.shape or histogram_a.ndim != 4:
         raise ValueError(f"histograms must be (B,N,H,W) of equal shape, got {histogram_a.shape} and {histogram_b.shape}")
+    if bool((torch.linalg.det(H_ab) * H_ab[:, 2, 2] < 0).any()):
+        raise ValueError("a pair is mirrored, and a mirrored corner has no turn; make pairs without mirroring (preset turns or rekd)")
     b, n, h, w = histogram_a.shape
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(histogram_a)
     there = warp_image(torch.cat([histogram_b, torch.ones_like(histogram_b[:, :1])], dim=1), H_ba)

@@ -25,7 +25,7 @@ from ..orientation import angle_at
 from ..pyramid import build_pyramid
 from ..weights import load, save
 from .loop import FitResult, FitSettings, Loss, fit
-from .losses import BORDER, border_mask, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
+from .losses import BORDER, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
 from .pairs import PairFile
 from .patchdata import PatchPairs, matching_checks, matching_score, peaks_of
 from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
@@ -36,8 +36,6 @@ VALIDATION_SEED = 7
 VALIDATION_POINTS = 150
 TURNED_POINTS = 75  # about half of the maxima of a smaller view
 RIGHT_TURN = 15.0
-#: Deviation of gray values of a contrast-normalised image as the teacher sees it: that of an ordinary photograph.
-TEACHER_CONTRAST = 0.12
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Recipe:
         fit: schedule (``loop.FitSettings``).
         loss: options of ``losses.msip_loss``.
         balance: weight of the orientation loss, where there is one (REKD: 100).
-        teaching: weight of the likeness to the shipped Key.Net's scores (``teaching_loss``), 0 = none.
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
 
@@ -57,7 +54,6 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
     balance: float = 0.0
-    teaching: float = 0.0
     checks: str = "default"
     check_pairs: int = 60
     check_size: int = 320
@@ -268,30 +264,30 @@ def train_rekd(
 
     Raises:
         FileNotFoundError, DataError: no folder, or fewer than two usable images.
-        ValueError: unknown model or preset, an impossible size, or pairs that are mirrored.
+        ValueError: unknown model or preset, an impossible size, or pairs that are mirrored (``orientation_loss``).
         WeightsError: ``init`` names no weights, or those of another network.
     """
     if model not in REKD_SIZES:
         raise ValueError(f"model must be one of {', '.join(REKD_SIZES)}; got {model!r}")
     recipe = _recipe(REKD_RECIPES, preset)
     group = REKD_SIZES[model]["group"] if group_size is None else group_size
-    settings: dict[str, Any] = {"group": group, "dims": tuple(REKD_SIZES[model]["dims"] if dims is None else dims)}
+    start = None if init is None else load(init)
+    if start is not None and not isinstance(start, REKD):
+        raise WeightsError(f"weights {init} are a {type(start).__name__}; this training starts from a REKD")
+    if start is not None and dims is not None and list(dims) != start.settings["dims"]:
+        raise WeightsError(f"weights {init} have dims {start.settings['dims']}, not {list(dims)}; leave --dims out or start from others")
+    # what is not asked for stays as in the weights to start from: an imported network goes on as it was published
+    settings = {"dims": REKD_SIZES[model]["dims"] if dims is None else dims} if start is None else start.settings
+    settings = {**settings, "group": group}
 
     def fresh() -> REKD:
         return REKD(**settings)
 
     def begin() -> REKD:
-        net = fresh()
-        if init is None:
-            return net
-        source = load(init)
-        if not isinstance(source, REKD) or source.settings["dims"] != net.settings["dims"]:
-            what = f"a {type(source).__name__}" + (f" of dims {source.settings['dims']}" if isinstance(source, REKD) else "")
-            raise WeightsError(f"weights {init} are {what}; this training starts from a REKD of dims {net.settings['dims']}")
-        say(f"starting from {init}, {source.group} orientations")
-        return (source if source.group == group else source.regrouped(group)).train()
-
-    teacher, levels = Teacher() if recipe.teaching else None, fresh()
+        if start is None:
+            return fresh()
+        say(f"starting from {init}, {start.group} orientations")
+        return (start if start.group == group else start.regrouped(group)).train()
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         scores, histograms = network(_both_views(batch))
@@ -301,12 +297,6 @@ def train_rekd(
         seen = batch["mask_a"] * peakedness(score_a.detach())
         turn, more = orientation_loss(histogram_a, histogram_b, batch["H_ab"], mask_a=seen, border=BORDER)
         total = place + recipe.balance * turn
-        if teacher is not None:
-            views = _both_views(batch)
-            mask = border_mask(views) * torch.cat([batch["mask_a"], batch["mask_b"]])
-            unlike = teaching_loss(scores.float(), teacher(levels.level_images(views)[0]), mask)
-            total = total + recipe.teaching * unlike
-            numbers["teaching"] = unlike.item()
         return total, {**numbers, "loss": total.item(), "place": place.item(), "orientation": turn.item(), "agree": more["agree"]}
 
     told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": str(init or "")}
@@ -323,36 +313,6 @@ def peakedness(score: Tensor) -> Tensor:
     The orientation loss counts pixels by it: what a histogram says where no key point can be does not matter.
     """
     return (score / round_max_filter(score, NMS_WINDOW).clamp(min=1e-9)) ** 4
-
-
-class Teacher:
-    """The shipped Key.Net as an equivariant detector: its mean over quarter turns and mirrorings, on contrast-normalised images."""
-
-    def __init__(self) -> None:
-        self.net = load("keynet").fused()  # type: ignore[operator]
-
-    @torch.no_grad()
-    def __call__(self, image: Tensor) -> Tensor:
-        """(B,1,H,W) contrast-normalised -> scores (B,1,H,W); square images."""
-        gray = (0.5 + TEACHER_CONTRAST * image).clamp(0, 1)
-        total = torch.zeros_like(gray)
-        for mirrored in (False, True):
-            for turns in range(4):
-                seen = gray.rot90(turns, (-2, -1)).flip(-1) if mirrored else gray.rot90(turns, (-2, -1))
-                score = self.net.to(image.device)(seen.contiguous())
-                total += (score.flip(-1) if mirrored else score).rot90(-turns, (-2, -1))
-        return total / 8
-
-
-def teaching_loss(score: Tensor, wanted: Tensor, mask: Tensor) -> Tensor:
-    """How unlike two score maps (B,1,H,W) are where ``mask`` is 1: 1 - correlation of their square roots, mean over the batch."""
-    roots = []
-    for scores in (score, wanted):
-        root = (scores + 1e-6).sqrt() * mask
-        mean = root.sum(dim=(1, 2, 3), keepdim=True) / mask.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-        roots.append((root - mean) * mask)
-    both, one, other = (x.sum(dim=(1, 2, 3)) for x in (roots[0] * roots[1], roots[0].square(), roots[1].square()))
-    return (1 - both / (one * other + 1e-12).sqrt()).mean()
 
 
 def _recipe(recipes: dict[str, Recipe], preset: str) -> Recipe:
