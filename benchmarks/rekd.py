@@ -13,20 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common import machine
-from tiepoints.detectors.equivariant import GroupConv, LiftingConv
+from tiepoints.detectors.rekd import REKD
 from tiepoints.evaluation.datasets import homography_sequences
 from tiepoints.evaluation.metrics import mean
 from tiepoints.evaluation.page import Cell, Column, Row, Table
 from tiepoints.evaluation.results import PairRow, read_run
 from tiepoints.evaluation.run import RunSettings, evaluate
 from tiepoints.weights import load
+from tiepoints.winograd import WinogradConv, pack
 
 SYSTEMS = (
     "rekd+hardnet,rekd@upright+hardnet,rekd-light+hardnet,keynet+hardnet,keynet@rekd+hardnet,keynet@rekd-light+hardnet,"
@@ -58,13 +62,19 @@ def table(content: dict[str, Any]) -> str:
     return Table("REKD's protocol", columns, rows).markdown()
 
 
-def unexported(net: Any, image: torch.Tensor) -> torch.Tensor:
-    """The network as it trains, in eval mode: filters made anew from their coefficients, normalisation on its own."""
-    return net(image)[0]
+def quickest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds of the quickest of some rounds, in which all take turns."""
+    times = dict.fromkeys(runs, float("inf"))
+    for _ in range(ROUNDS):
+        for key, run in runs.items():
+            began = time.perf_counter()
+            run()
+            times[key] = min(times[key], time.perf_counter() - began)
+    return times
 
 
 def speed() -> dict[str, Any]:
-    """Seconds of one 640 x 480 image, one scale, one thread, float32; the quickest of some rounds, taken in turn."""
+    """Seconds of one 640 x 480 image, one scale, one thread, float32. Unexported: as it trains, filters made from their coefficients."""
     torch.set_num_threads(1)
     image = torch.rand(1, 1, 480, 640, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {}
@@ -72,28 +82,49 @@ def speed() -> dict[str, Any]:
         for name in ("rekd", "rekd-light"):
             net: Any = load(name)
             fused = net.fused()
-            runs = {"unexported": lambda n=net: unexported(n, image), "exported": lambda f=fused: f(image)}
-            times: dict[str, float] = dict.fromkeys(runs, float("inf"))
-            for _ in range(ROUNDS):
-                for key, run in runs.items():
-                    began = time.perf_counter()
-                    run()
-                    times[key] = min(times[key], time.perf_counter() - began)
+            times = quickest({"unexported": lambda n=net: n(image), "exported": lambda f=fused: f(image)})
             found[name] = {**times, "ratio": times["unexported"] / times["exported"]}
-            found[name]["filters"] = _making_filters(net)
-        score, _ = net(image)
-        found["difference"] = float((score - fused(image)[0]).abs().max() / score.max())
-    found["light is faster by"] = found["rekd"]["exported"] / found["rekd-light"]["exported"]
+            found[name]["difference"] = float((net(image)[0] - fused(image)[0]).abs().max() / net(image)[0].max())
+        found["light is faster by"] = found["rekd"]["exported"] / found["rekd-light"]["exported"]
+        one: Any = REKD(group=36, num_levels=1).eval()
+        exported = one.fused()
+        runs = {"ours, exported": lambda: exported(image)}
+        theirs = escnn_trunk()
+        if theirs is not None:
+            runs["escnn"] = lambda: theirs(image)
+        found["one level"] = quickest(runs)
+        found["72 to 72 channels, 5 x 5"] = quickest(one_convolution())
     return found
 
 
-def _making_filters(net: Any) -> float:
-    """Seconds to make the filters from their coefficients once."""
-    began = time.perf_counter()
-    for layer in net.modules():
-        if isinstance(layer, LiftingConv | GroupConv):
-            F.relu(layer.filters())
-    return time.perf_counter() - began
+def escnn_trunk() -> Callable[[Tensor], Any] | None:
+    """REKD's trunk on one level as escnn runs it, None where it is not installed."""
+    try:
+        from escnn import gspaces, nn
+    except ImportError:
+        return None
+    space = gspaces.rot2dOnR2(N=36)
+    types = [nn.FieldType(space, [space.trivial_repr])] + [nn.FieldType(space, 2 * [space.regular_repr])] * 3
+    layers: list[Any] = []
+    for a, b in pairwise(types):
+        layers += [nn.R2Conv(a, b, kernel_size=5, padding=2, bias=False), nn.InnerBatchNorm(b), nn.ReLU(b)]
+    trunk = nn.SequentialModule(*layers).eval()
+    turn = nn.R2Conv(types[-1], nn.FieldType(space, [space.regular_repr]), kernel_size=1, bias=False).eval()
+    pool = nn.GroupPooling(types[-1])
+
+    def run(image: Tensor) -> Any:
+        maps = trunk(nn.GeometricTensor(image, types[0]))
+        return pool(maps), turn(maps)
+
+    return run
+
+
+def one_convolution() -> dict[str, Callable[[], Any]]:
+    """The inner layer of the published size, by the library and by Winograd's scheme on maps that stay packed."""
+    conv = torch.nn.Conv2d(72, 72, 5, padding=2).to(memory_format=torch.channels_last)
+    maps = torch.rand(1, 72, 480, 640).contiguous(memory_format=torch.channels_last)
+    quick, packed = WinogradConv(conv.weight, conv.bias), pack(maps[0].permute(1, 2, 0))  # type: ignore[arg-type]
+    return {"library": lambda: F.relu_(conv(maps)), "Winograd": lambda: quick(packed, 480, 640)}
 
 
 def main() -> None:

@@ -68,12 +68,12 @@ def test_quarter_turns_are_exact(group, rings):
     assert (turned - other).norm() > 0.3 * turned.norm()
 
 
-def error_of(modules, group: int, step: int) -> float:
+def error_of(modules, group: int, step: int, wavelength: float = 10.0) -> float:
     turn = 2 * math.pi * step / group
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     inside = (axis[:, None] ** 2 + axis[None] ** 2).sqrt() < SIZE / 2 - 9  # away from the zeros outside
-    straight = run(modules, waves())
-    back = turned_back(moved_on(run(modules, waves(turn)), group, -step), turn)
+    straight = run(modules, waves(wavelength=wavelength))
+    back = turned_back(moved_on(run(modules, waves(turn, wavelength)), group, -step), turn)
     return float((back - straight)[..., inside].norm() / straight[..., inside].norm())
 
 
