@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tiepoints.detectors.keynet import KeyNet
+from tiepoints.detectors.sobelnet import SobelNet
 from tiepoints.extract import response_floor
 from tiepoints.importers import load_official
 from tiepoints.weights import load
@@ -21,7 +22,7 @@ def load_network(system: str):
     """A network by embedded name or weights file (ours or official), ready to run, and its score threshold."""
     path = Path(system)
     net = load_official(path) if path.is_file() and path.suffix != ".safetensors" else load(system)
-    run = net.fused() if isinstance(net, KeyNet) else net
+    run = net.fused() if isinstance(net, KeyNet | SobelNet) else net
     return run, response_floor(run) * 1.001 + 1e-6
 
 

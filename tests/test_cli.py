@@ -402,8 +402,13 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
 def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     out = tmp_path / "x.safetensors"
     for words, said in (
-        (("softnet",), "must be one of keynet, keynet-tiny, rekd, rekd-light, hardnet, hynet, sosnet"),
+        (("softnet",), "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, hynet, sosnet, desnet"),
         (("hardnet", "--pairs", "p"), "--pairs is for detectors"),
+        (("desnet", "--pairs", "p"), "--pairs is for detectors"),
+        (("desnet", "--detector", "hardnet"), "candidates are found by keynet, keynet-tiny or sobelnet"),
+        (("desnet", "--dim", "96"), "dim must be one of"),
+        (("keynet", "--dim", "64"), "--detector and --dim are for desnet"),
+        (("sobelnet", "--preset", "paper"), "preset must be one of default, msip, quick"),
         (("keynet", "--init", "keynet"), "--init is for rekd"),
         (("hardnet", "--preset", "paper"), "published patches"),
         (("hardnet", "--init", "keynet"), "no layer in common"),

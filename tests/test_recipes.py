@@ -8,23 +8,29 @@ import torch
 from PIL import Image
 
 from tiepoints import build, load
+from tiepoints.descriptors.desnet import DesNet
 from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
 from tiepoints.detectors.keynet import KeyNet
 from tiepoints.detectors.rekd import REKD
+from tiepoints.detectors.sobelnet import SobelNet
 from tiepoints.errors import DataError, WeightsError
 from tiepoints.keypoints import local_maxima
 from tiepoints.training import loop
+from tiepoints.training.candidates import CandidatePairs
 from tiepoints.training.pairs import write_pairs
 from tiepoints.training.recipes import (
+    candidate_loss,
     descriptor_loss,
     floored_tiny,
     open_patches,
     peakedness,
     take_over,
     train_descriptor,
+    train_desnet,
+    train_detector,
     train_rekd,
 )
-from tiepoints.training.synthetic import PairSettings, list_photos
+from tiepoints.training.synthetic import PairDataset, PairSettings, list_photos
 from tiepoints.weights import save
 
 
@@ -252,3 +258,89 @@ def test_rekd_refuses_mirrored_pairs(photos, tmp_path):
     write_pairs(tmp_path / "pairs.safetensors", list_photos(photos), settings, 8, seed=0)
     with pytest.raises(ValueError, match="mirrored"):
         train_rekd("rekd", photos, tmp_path / "no.safetensors", group_size=4, pairs=tmp_path / "pairs.safetensors", steps=4, **REKD_TINY)
+
+
+DETECTOR_TINY = {
+    "steps": 2, "batch_size": 2, "validate_every": 2, "workers": 0, "progress": False, "device": "cpu", "say": lambda line: None,
+}  # fmt: skip
+
+
+def test_sobelnet_trains_by_either_loss(photos, tmp_path):
+    seen = {}
+    for preset in ("default", "msip"):
+        out = tmp_path / f"{preset}.safetensors"
+        result = train_detector("sobelnet", photos, out, preset=preset, **DETECTOR_TINY)
+        assert isinstance(load(out), SobelNet)
+        assert result.best > 0
+        with open(out.with_name(out.name + ".log") / "log.csv") as file:
+            seen[preset] = next(csv.DictReader(file))
+    assert {"shape", "alone"} <= seen["default"].keys()
+    assert "loss_8" in seen["msip"]
+    features = build(load(tmp_path / "default.safetensors"), None, num_points=40, device="cpu").extract(photos / "0.png")
+    assert len(features) == 40
+
+
+def test_candidates_lie_where_both_views_see(photos):
+    def everywhere(view):
+        axis = torch.arange(4.0, view.shape[-1], 8)
+        return torch.cartesian_prod(axis, axis)
+
+    views = PairSettings(size=96, rotation=40, min_overlap=0.2)
+    items = CandidatePairs(list_photos(photos), everywhere, views, seed=5, length=6, count=120)
+    pairs = PairDataset(list_photos(photos), views, seed=5, length=6)
+    fewer = 0
+    for i in range(6):
+        item, pair = items[i], pairs[i]
+        assert torch.equal(item["image_a"], pair["image_a"])
+        for side in ("a", "b"):
+            xy = item[f"xy_{side}"]
+            known = xy[~xy.isnan().any(dim=1)]
+            assert xy.shape == (120, 2)
+            fewer += len(known) < 120
+            assert (pair[f"mask_{side}"][0, known[:, 1].long(), known[:, 0].long()] > 0).all()
+    assert fewer > 0
+
+
+def test_candidate_loss_knows_the_truth():
+    """A network whose map tells pixels apart by their content: right pairs lie nearer than others, and the loss says so."""
+    torch.manual_seed(0)
+    image = torch.nn.functional.interpolate(torch.rand(2, 1, 24, 24), scale_factor=8, mode="bicubic")
+    xy = torch.rand(2, 30, 2) * 120 + 36
+    xy[1, 20:] = float("nan")
+    batch = {"image_a": image, "image_b": image, "H_ab": torch.eye(3, dtype=torch.float64).expand(2, 3, 3), "xy_a": xy, "xy_b": xy}
+    net = DesNet().eval()
+    same, numbers = candidate_loss(net, batch)
+    assert numbers["rows"] == 50
+    assert numbers["positive"] == pytest.approx(1, abs=1e-5)
+    wrong, _ = candidate_loss(net, {**batch, "image_b": image.flip(0)})
+    assert wrong > same
+
+
+def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monkeypatch):
+    options = {**DETECTOR_TINY, "detector": "keynet-tiny", "dim": 64, "steps": 3, "validate_every": 1}
+    whole = train_desnet(photos, tmp_path / "whole.safetensors", **options)
+    assert 0 < whole.best <= 1
+
+    class Stop(Exception):
+        pass
+
+    part = {**options, "save_every": 0.0}
+    original = loop.learning_rate_at
+
+    def fail_at_two(step, total, settings):
+        if step == 2:
+            raise Stop
+        return original(step, total, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate_at", fail_at_two)
+        with pytest.raises(Stop):
+            train_desnet(photos, tmp_path / "part.safetensors", **part)
+    again = train_desnet(photos, tmp_path / "part.safetensors", resume=True, **part)
+    assert again.best == whole.best
+    one, two = load(tmp_path / "whole.safetensors").state_dict(), load(tmp_path / "part.safetensors").state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    features = build("keynet-tiny", str(tmp_path / "whole.safetensors"), num_points=40, device="cpu").extract(photos / "0.png")
+    assert features.descriptors.shape == (len(features), 64)
+    with pytest.raises(ValueError, match="candidates are found by"):
+        train_desnet(photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})

@@ -1,4 +1,4 @@
-"""The command line: ``tiepoints extract | match | train | pairs | evaluate | report | data | weights``.
+"""The command line: ``tiepoints extract | match | train | pairs | evaluate | report | data | weights | imc | live``.
 
 Each command is a thin door to one function.
 """
@@ -33,6 +33,7 @@ class Detector(StrEnum):
     keynet_tiny = "keynet-tiny"
     rekd = "rekd"
     rekd_light = "rekd-light"
+    sobelnet = "sobelnet"
 
 
 class Orientation(StrEnum):
@@ -67,6 +68,7 @@ class Preset(StrEnum):
     default = "default"
     paper = "paper"
     quick = "quick"
+    msip = "msip"
 
 
 # Options that several commands share, worded once.
@@ -343,7 +345,9 @@ def keep_memory() -> None:
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Argument(help="keynet, keynet-tiny, rekd, rekd-light (detectors); hardnet, hynet, sosnet (descriptors).")],
+    model: Annotated[
+        str, typer.Argument(help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, hynet, sosnet, desnet.")
+    ],
     images: Annotated[Path, typer.Option(help="Folder of photographs, searched to the bottom; a tenth is held out to validate on.")],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
     preset: Annotated[Preset, typer.Option(help="paper = the published schedule.")] = Preset.default,
@@ -358,6 +362,8 @@ def train(
     patches: Annotated[
         Path | None, typer.Option(help="Descriptors: folder of PhotoTour or HPatches patches to train on instead of --images.")
     ] = None,
+    detector: Annotated[str, typer.Option(help="desnet: detector whose candidates it learns, a name or a weights file.")] = "sobelnet",
+    dim: Annotated[int, typer.Option(help="desnet: numbers a descriptor, 128 or 64.")] = 128,
     init: Annotated[str | None, typer.Option(help="REKD and descriptors: weights to start from, a name or a file.")] = None,
     group_size: Annotated[int | None, typer.Option(min=1, help="REKD: number of orientations (default: 36, light 12).")] = None,
     dims: Annotated[tuple[int, int, int] | None, typer.Option(help="REKD: fields of its three layers (default: 2 2 2).")] = None,
@@ -368,7 +374,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT.checkpoint.")] = False,
 ) -> None:
     """Train a detector or a descriptor on any folder of images; no labels needed."""
-    from .training.recipes import DESCRIPTORS, MODELS, REKD_SIZES, train_descriptor, train_keynet, train_rekd
+    from .training.recipes import DESCRIPTORS, MODELS, REKD_SIZES, train_descriptor, train_desnet, train_detector, train_rekd
 
     keep_memory()
     if steps is not None and minutes is not None:
@@ -378,29 +384,34 @@ def train(
         "minutes": minutes, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
         "workers": workers, "precision": precision, "validate_every": validate_every, "save_every": save_every,
     }  # fmt: skip
-    known = (*MODELS, *REKD_SIZES, *DESCRIPTORS)
+    known = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet")
     if model not in known:
         _fail(f"the model must be one of {', '.join(known)}; got {model!r}")
-    if model in DESCRIPTORS and pairs is not None:
+    described = model == "desnet" or model in DESCRIPTORS
+    if described and pairs is not None:
         _fail("--pairs is for detectors; a descriptor trains on --images, or on --patches")
     if model not in DESCRIPTORS and patches is not None:
         _fail("--patches is for descriptors (hardnet, hynet, sosnet)")
     if model in MODELS and init is not None:
-        _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet)")
+        _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet, desnet)")
     if model not in REKD_SIZES and (group_size is not None or dims is not None):
         _fail("--group-size and --dims are for rekd and rekd-light")
+    if model != "desnet" and (detector != "sobelnet" or dim != 128):
+        _fail("--detector and --dim are for desnet")
     try:
-        if model in DESCRIPTORS:
+        if model == "desnet":
+            result = train_desnet(images, out, detector=detector, dim=dim, init=init, **options)
+        elif model in DESCRIPTORS:
             result = train_descriptor(model, images, out, patches=patches, init=init, **options)
         elif model in REKD_SIZES:
             result = train_rekd(model, images, out, pairs=pairs, init=init, group_size=group_size, dims=dims, **options)
         else:
-            result = train_keynet(model, images, out, pairs=pairs, **options)
+            result = train_detector(model, images, out, pairs=pairs, **options)
     except (*USER_ERRORS, RuntimeError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         _fail(f"stopped; go on with --resume ({out}.checkpoint)", 130)
-    measure = "matching score" if model in DESCRIPTORS else "repeatability" + " with the right turn" * (model in REKD_SIZES)
+    measure = "matching score" if described else "repeatability" + " with the right turn" * (model in REKD_SIZES)
     typer.echo(
         f"{result.steps} steps, {measure} {result.best:.3f} on held-out photographs at step {result.best_step} -> {out}"
     )
@@ -411,7 +422,7 @@ def pairs(
     images: Annotated[Path, typer.Option(help="Folder of photographs.")],
     out: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
     count: Annotated[int, typer.Option(min=1)] = 12_000,
-    preset: Annotated[str, typer.Option(help="keynet-paper, keynet-code, rekd, turns or default.")] = "default",
+    preset: Annotated[str, typer.Option(help="keynet-paper, keynet-code, rekd, turns, patches, dense or default.")] = "default",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int | None, typer.Option(min=16, help="Side of the windows.")] = None,
     split: Annotated[str, typer.Option(help="train, validation or all of the photographs.")] = "train",
@@ -693,6 +704,71 @@ def imc(
         typer.echo(f"refused by the challenge: {violation}", err=True)
     if result.failed or result.violations:
         raise typer.Exit(1)
+
+
+@app.command()
+def live(
+    source: Annotated[list[str], typer.Argument(help="Video file, folder of images, pattern, or number of a camera (the first is 0).")],
+    output: Annotated[Path | None, typer.Option(help="Video to write (.mp4 or .avi) instead of showing a window.")] = None,
+    num_points: Annotated[int, typer.Option(min=1, help="Most points a frame.")] = 500,
+    detector: DetectorOption = Detector.sobelnet,
+    descriptor: Annotated[str, typer.Option(help="As for extract; the default is the fast one.")] = "desnet",
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    multi_scale: Annotated[bool, typer.Option("--multi-scale", help="Search a pyramid of scales: slower, follows zoom better.")] = False,
+    weights: WeightsOption = None,
+    ratio: Annotated[float, typer.Option(min=0.01, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.9,
+    max_motion: Annotated[float, typer.Option(min=0.001, help="Farthest motion from frame to frame, part of the image's diagonal.")] = 0.2,
+    patience: Annotated[int, typer.Option(min=0, help="Frames that a track may miss before it ends.")] = 1,
+    tail: Annotated[int, typer.Option(min=1, help="Last positions of each track that are drawn.")] = 12,
+    every: Annotated[int, typer.Option(min=1, help="Work on every so manieth frame.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="End after so many frames.")] = None,
+    device: Annotated[str, typer.Option()] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Follow points through a video, a sequence or a camera: shown in a window, or written as a video (docs/live.md)."""
+    from contextlib import closing
+
+    from .live import Tracker, VideoFile, VideoFrames, Window, open_source
+    from .live import live as run
+
+    chosen = _descriptor(descriptor)
+    if chosen == "none":
+        _fail("tracking needs descriptors; --descriptor none has none")
+    if output is not None and len(source) == 1 and output.exists() and Path(source[0]).exists() and output.samefile(source[0]):
+        _fail(f"--output {output} is the source itself; name another file")
+    options = {
+        "detector": detector.value, "descriptor": chosen, "num_points": num_points, "single_scale": not multi_scale,
+        "weights": None if weights is None else str(weights), "orientation": _value(orientation), "upright": upright,
+    }  # fmt: skip
+    try:
+        tracker = Tracker(ratio=None if ratio >= 1 else ratio, max_motion=max_motion, patience=patience, history=tail)
+        with closing(open_source(source, every)) as frames:
+            camera = isinstance(frames, VideoFrames) and frames.camera
+            screen = Window(None if camera else frames.rate) if output is None else VideoFile(output, frames.rate, live=camera)
+            with closing(screen):
+                progress = output is not None and sys.stderr.isatty()
+                summary = run(
+                    frames, _extractor(options, device), screen, tracker=tracker, max_frames=max_frames, progress=progress
+                )  # fmt: skip
+    except USER_ERRORS as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("stopped before the first frame", 130)
+    written = output if summary.frames else None
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(summary), "output": None if written is None else str(written)}))
+    else:
+        ended = " (stopped)" if summary.stopped else ""
+        typer.echo(f"frames   {summary.frames} in {summary.seconds:.1f} s{ended}, {summary.frames_per_second:.1f} a second")
+        typer.echo(f"points   {summary.points:.0f} a frame")
+        typer.echo(f"tracks   {summary.tracks}, length {summary.median_length:g} (median), {summary.mean_length:.1f} (mean) frames")
+        if written is not None:
+            typer.echo(f"video    {written}")
+    for name, reason in summary.skipped:
+        typer.echo(f"skipped: {name}: {reason}", err=True)
+    if summary.failure:
+        _fail(summary.failure)
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .descriptors.classical import RootSIFT
+from .descriptors.desnet import DesNet, FusedDesNet, sample
 from .descriptors.patchnets import PatchNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyDetector, LegacyKeyNet
 from .detectors.rekd import REKD
+from .detectors.sobelnet import SobelNet
 from .geometry import sample_at
 from .image import ImageLike, load_image
 from .keypoints import BORDER, NMS_SHAPES, NMS_WINDOW, clear_border, local_maxima, refine, strongest
@@ -34,11 +36,11 @@ from .weights import load
 NUM_POINTS = 5000
 MODES = ("default", "official")
 SCALES = ("one", "all")
-DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light")
+DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
 #: Where the angle of a point comes from; REKD's detectors measure it themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
 PATCH_NETS = ("hardnet", "hynet", "sosnet")
-DESCRIPTORS = (*PATCH_NETS, "rootsift", "none")
+DESCRIPTORS = (*PATCH_NETS, "desnet", "rootsift", "none")
 #: Levels of REKD's published extraction.
 REKD_UP_LEVELS, REKD_DOWN_LEVELS = 2, 5
 #: Its scores are of normalised contrast, which does not fall from level to level; chosen on warped held-out photographs.
@@ -278,6 +280,29 @@ class PatchDescriptor:
             return torch.cat([self.net(part) for part in patches.split(DESCRIBE_CHUNK)])
 
 
+class DenseDescriptor:
+    """A network image -> map (``desnet.DesNet``) as a descriptor of points: each is read from the level nearest to its scale.
+
+    The points' angles do not matter: what a turn changes, the network has to know.
+    """
+
+    def __init__(self, net: Callable[[Tensor], Tensor], dim: int):
+        self.net, self.dim = net, dim
+
+    def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
+        """Descriptors (N,D) of the points of image ``index`` of the batch."""
+        scales = torch.tensor([level.scale for level in pyramid.levels], device=keypoints.scale.device)
+        nearest = (keypoints.scale.clamp(min=1e-6).log()[:, None] - scales.log()).abs().argmin(dim=1)
+        out = torch.zeros(len(keypoints), self.dim, device=keypoints.xy.device)
+        with torch.inference_mode():
+            for i, level in enumerate(pyramid.levels):
+                mine = (nearest == i).nonzero()[:, 0]
+                if len(mine):
+                    found = self.net(level.image[index : index + 1])
+                    out[mine] = sample(found, level.from_original(keypoints.xy[mine]))
+        return out
+
+
 class Extractor:
     """Features of images: a detector and, optionally, a descriptor that share one pyramid.
 
@@ -390,8 +415,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 
 def describer(
     descriptor: str | nn.Module | None, *, device: torch.device | str = "cpu", precision: str = "auto", upright: bool = False
-) -> PatchDescriptor | None:
-    """A descriptor of points by name, or around a network patches -> (N,D); arguments as ``build``."""
+) -> PatchDescriptor | DenseDescriptor | None:
+    """A descriptor of points by name, or around a ``DesNet`` or a network patches -> (N,D); arguments as ``build``."""
     device = torch.device(device)
     dtype = choose_precision(precision, device)
     if descriptor is None or descriptor == "none":
@@ -402,10 +427,12 @@ def describer(
         if descriptor not in DESCRIPTORS and not Path(descriptor).is_file():
             raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}, a weights file or a network; got {descriptor!r}")
         net = load(descriptor)
-        if not isinstance(net, PatchNet):
-            raise ValueError(f"{descriptor} holds a {type(net).__name__}, which describes no patches")
+        if not isinstance(net, PatchNet | DesNet):
+            raise ValueError(f"{descriptor} holds a {type(net).__name__}, which describes no points")
     else:
         net = descriptor.eval()
+    if isinstance(net, DesNet | FusedDesNet):
+        return DenseDescriptor((net.fused(dtype) if isinstance(net, DesNet) else net).to(device), net.dim)
     return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device), upright=upright)
 
 
@@ -441,9 +468,9 @@ def build(
     """An extractor by names: ``build("keynet", "hardnet", num_points=2000)``.
 
     Args:
-        detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light`` (embedded weights), or a network image -> score map.
-        descriptor: ``hardnet``, ``hynet``, ``sosnet`` (embedded weights), ``rootsift``, a weights file of ours, a network
-            patches -> (N,D), or ``none`` / None.
+        detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light``, ``sobelnet`` (embedded weights), or a network image -> score map.
+        descriptor: ``hardnet``, ``hynet``, ``sosnet``, ``desnet`` (embedded weights), ``rootsift``, a weights file of ours, a
+            ``DesNet``, a network patches -> (N,D), or ``none`` / None.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         device: ``auto``, ``cpu``, ``cuda``, ...
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto`` (the faster of the two).
@@ -468,7 +495,7 @@ def build(
         chosen = replace(chosen, nms_shape="round")
     up, down = (REKD_UP_LEVELS, REKD_DOWN_LEVELS) if isinstance(net, REKD) else (UP_LEVELS, DOWN_LEVELS)
     up, down = (default if given is None else given for given, default in ((chosen.up_levels, up), (chosen.down_levels, down)))
-    runner = (net.fused() if isinstance(net, KeyNet | REKD) else net).to(where)
+    runner = (net.fused() if isinstance(net, KeyNet | REKD | SobelNet) else net).to(where)
     detect: Callable[..., list[Keypoints]]
     if isinstance(net, LegacyKeyNet) and chosen.mode == "official":
         detect = LegacyDetector(

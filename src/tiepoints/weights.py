@@ -17,14 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from .descriptors.desnet import DesNet
 from .descriptors.patchnets import HardNet, HyNet, SOSNet
 from .detectors.keynet import KeyNet
 from .detectors.keynet_legacy import LegacyKeyNet
 from .detectors.rekd import REKD
+from .detectors.sobelnet import SobelNet
 from .errors import WeightsError
 
 DATA = Path(__file__).parent / "data"
-NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, HardNet, HyNet, SOSNet)}
+NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, SobelNet, HardNet, HyNet, SOSNet, DesNet)}
 
 
 def table() -> dict[str, dict[str, Any]]:

@@ -13,7 +13,6 @@ variants, kept to reproduce old files, live in ``keynet_legacy``. ``KeyNet.fused
 from __future__ import annotations
 
 import copy
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, resize, sobel
+from ..packed import OneMapConv
+from ..strips import by_strips
 
 #: Handcrafted channels in the order of the official PyTorch weights; each belongs to the first or the second order set.
 FIRST_ORDER = ("dx", "dy", "dx^2", "dy^2", "dx*dy")
@@ -34,7 +35,6 @@ HANDCRAFTED_SETS = {
 }
 FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
-LANES = 8  # float32 values of a 256-bit vector register
 STRIP_PIXELS = 300_000  # bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
 
 
@@ -206,13 +206,6 @@ class KeyNet(nn.Module):
         return FusedKeyNet(self)
 
 
-def _strips(height: int, width: int) -> list[tuple[int, int]]:
-    """Rows of an image cut into strips of about ``STRIP_PIXELS``: (top, bottom) of each."""
-    count = max(1, round(height * width / STRIP_PIXELS))
-    edges = [height * i // count for i in range(count + 1)]
-    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
-
-
 class FusedKeyNet(nn.Module):
     """A trained ``KeyNet`` for inference: batch normalisation folded into the filters, channels-last memory, strips of rows.
 
@@ -231,38 +224,9 @@ class FusedKeyNet(nn.Module):
         self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
         self.merges = net.last is not None
         if net.last is not None:
-            weight = net.last.weight.detach()  # (1,C,k,k)
-            k = weight.shape[-1]
-            wide = weight.new_zeros(LANES, weight.shape[1], k, k + LANES - 1)
-            for column in range(LANES):
-                wide[column, :, :, column : column + k] = weight[0]
-            self.register_buffer("wide_weight", wide.contiguous(memory_format=torch.channels_last))
-            self.register_buffer("weight", weight)
-            self.register_buffer("bias", net.last.bias.detach())  # type: ignore[union-attr]
-
-    wide_weight: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def _merge(self, maps: Tensor, level: int) -> Tensor:
-        """What one level's maps (B,M,H,W), at full size, add to the score: its part of the last convolution, (B,1,H,W).
-
-        With one output channel the library leaves most vector lanes empty, so ``LANES`` neighbouring columns are made
-        the output channels of one wider filter that moves by as many columns; the plain filter does the columns left.
-        """
-        h, w = maps.shape[-2:]
-        part = slice(level * self.filters, (level + 1) * self.filters)
-        side = self.weight.shape[-1] // 2
-        out = maps.new_empty(len(maps), 1, h, w)
-        packed = w - w % LANES
-        if packed:
-            columns = F.conv2d(maps, self.wide_weight[:, part], None, stride=(1, LANES), padding=side)
-            out[..., :packed] = columns.permute(0, 2, 3, 1).reshape(len(maps), 1, h, packed)
-        if packed < w:
-            left = min(side, packed)
-            rest = F.pad(maps[..., packed - left :], (side - left, side, side, side))
-            out[..., packed:] = F.conv2d(rest, self.weight[:, part])
-        return out
+            # The last convolution is a sum over levels: adding up its parts spares a volume of all levels' maps.
+            parts = net.last.weight.split(self.filters, dim=1)
+            self.merge = nn.ModuleList(OneMapConv(part, net.last.bias if i == 0 else None) for i, part in enumerate(parts))
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
@@ -271,34 +235,20 @@ class FusedKeyNet(nn.Module):
         if not self.merges:
             return self._learned(levels[0])
         size = (image.shape[-2], image.shape[-1])
-        # The last convolution is a sum over levels: adding up its parts spares a volume of all levels' maps.
-        score = self.bias.view(1, 1, 1, 1)
-        for i, level in enumerate(levels):
-            score = score + self._merge(resize(self._learned(level), size), i)
-        return F.relu(score)
+        score: Tensor | float = 0.0
+        for level, merge in zip(levels, self.merge, strict=True):
+            score = score + merge(resize(self._learned(level), size))
+        return F.relu(score)  # type: ignore[arg-type]
 
     def _learned(self, level: Tensor) -> Tensor:
-        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip.
+        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""
+        return by_strips(level, self.reach, STRIP_PIXELS, self._features)
 
-        A strip is computed with as many rows more as the filters reach, which are then dropped: its cut edges are
-        padded wrongly, its edges at the border of the image rightly.
-        """
-        h, w = level.shape[-2:]
-        strips = _strips(h, w)
-        out = self._empty(level, self.filters, h)
-        for top, bottom in strips:
-            low, high = max(0, top - self.reach), min(h, bottom + self.reach)
-            features = self._empty(level, FIRST_LAYER_CHANNELS, high - low)
-            # Straight into channels-last: one pass less than to concatenate and convert.
-            torch.cat(self.reference.first.parts(level[:, :, low:high]), dim=1, out=features)
-            for conv in self.blocks:
-                features = F.relu_(conv(features))
-            if len(strips) == 1:
-                return features
-            out[:, :, top:bottom] = features[:, :, top - low : top - low + bottom - top]
-        return out
-
-    @staticmethod
-    def _empty(like: Tensor, channels: int, height: int) -> Tensor:
-        shape = (len(like), channels, height, like.shape[-1])
-        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    def _features(self, level: Tensor) -> Tensor:
+        shape = (len(level), FIRST_LAYER_CHANNELS, *level.shape[-2:])
+        features = torch.empty(shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last)
+        # Straight into channels-last: one pass less than to concatenate and convert.
+        torch.cat(self.reference.first.parts(level), dim=1, out=features)
+        for conv in self.blocks:
+            features = F.relu_(conv(features))
+        return features

@@ -39,7 +39,7 @@ CONTROLS = ("random", "lattice")
 #: What may stand behind the @ of one of ours: a way of extraction, or where its angles come from.
 MODES = ("", "official", "all", "upright", *ORIENTATIONS)
 #: What may stand behind the plus sign of a system's name.
-PATCH_DESCRIPTORS = (*DESCRIPTORS, "raw")
+POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
 #: Points a system hands over for each point that is compared: the common area is chosen first, the strongest after it.
 SPARE = 5
@@ -64,7 +64,7 @@ class Options:
 def system(name: str, options: Options | None = None) -> System:
     """The system called ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` for described patches instead of its own descriptors.
 
-    DESCRIPTOR is one of ``PATCH_DESCRIPTORS`` or a weights file of ours.
+    DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file of ours.
     DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
     extraction, ``NAME@all`` for a place at all its scales, ``NAME@upright`` for patches that are not turned, ``NAME@dominant`` and
     the other ``extract.ORIENTATIONS`` for other angles), a folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
@@ -75,8 +75,8 @@ def system(name: str, options: Options | None = None) -> System:
     """
     options = options or Options()
     detector, _, descriptor = name.partition("+")
-    if descriptor and descriptor not in PATCH_DESCRIPTORS and not Path(descriptor).is_file():
-        raise ValueError(f"descriptor must be {', '.join(PATCH_DESCRIPTORS)} or a weights file, got {descriptor!r} in {name!r}")
+    if descriptor and descriptor not in POINT_DESCRIPTORS and not Path(descriptor).is_file():
+        raise ValueError(f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got {descriptor!r} in {name!r}")
     make: System
     if detector in CONTROLS:
         make = _control(detector, options)
@@ -120,16 +120,15 @@ def _network(descriptor: str) -> str | nn.Module:
 
 
 def patch_network(descriptor: str, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """A descriptor (of ``PATCH_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32) in [0,1] -> (N,D).
+    """A descriptor (of ``POINT_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32) in [0,1] -> (N,D).
 
     Raises:
         ValueError: unknown name, or ``none``.
     """
-    if descriptor == "none" or (descriptor not in PATCH_DESCRIPTORS and not Path(descriptor).is_file()):
-        names = ", ".join(name for name in PATCH_DESCRIPTORS if name != "none")
-        raise ValueError(f"descriptor must be {names} or a weights file, got {descriptor!r}")
-    found = describer(_network(descriptor), device=device)
-    assert found is not None
+    known = [name for name in POINT_DESCRIPTORS if name not in ("none", "desnet")]
+    found = describer(_network(descriptor), device=device) if descriptor in known or Path(descriptor).is_file() else None
+    if not isinstance(found, PatchDescriptor):
+        raise ValueError(f"descriptor must be {', '.join(known)} or a weights file of a patch descriptor, got {descriptor!r}")
     return found.net
 
 
@@ -152,7 +151,7 @@ def _opencv(name: str, options: Options) -> System:
 
 def _with_patches(make: System, descriptor: str, options: Options) -> System:
     describe = describer(_network(descriptor), device=options.device)
-    assert isinstance(describe, PatchDescriptor)
+    assert describe is not None
 
     def run(source: ImageLike) -> Features:
         found = make(source)

@@ -1,4 +1,4 @@
-"""Losses: multi-scale index-proposal (M-SIP) and orientation alignment of detectors; triplet, second order and hybrid of descriptors.
+"""Losses. Detectors: multi-scale index-proposal (M-SIP), Gaussian, orientation alignment; descriptors: triplet, second order, circle.
 
 Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses the same loss with other window weights. Where paper
 and published code disagree (docs/training.md lists it) the code is followed, because it made the published weights.
@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import local_rotation, pixel_grid, warp_image
+from ..geometry import local_rotation, pixel_grid, warp_image, warp_points
+from ..keypoints import max_filter
 
 #: Window sides in pixels and the weight of each (paper 5.3).
 WINDOWS = (8, 16, 24, 32, 40)
@@ -225,6 +226,95 @@ def msip_loss(
     return total, numbers
 
 
+# Gaussian ---------------------------------------------------------------------------------------------------------------
+
+#: Side of the window around a peak, its standard deviation, and how near the other view's peak must be, in pixels.
+GAUSSIAN_WINDOW = 15
+GAUSSIAN_SIGMA = 1.5
+AGREEMENT = 2
+#: A peak counts by its height to this power: with 1, few strong peaks outgrow all others.
+HEIGHT_POWER = 0.25
+
+
+def gaussian_likeness(score_map: Tensor, window: int = GAUSSIAN_WINDOW, sigma: float = GAUSSIAN_SIGMA) -> Tensor:
+    """How much the surroundings of every pixel look like one Gaussian peak at it: their cosine, (B,1,H,W) -> (B,1,H,W) in [0,1].
+
+    ``<R, T> / (|R| |T|)`` of the ``window`` x ``window`` scores R around the pixel and ``T = exp(-|x|^2 / 2 sigma^2)``.
+    """
+    reach = window // 2
+    taps = torch.exp(-0.5 * (torch.arange(window, device=score_map.device) - reach).to(score_map).square() / sigma**2)
+    rows = F.conv2d(score_map, taps.view(1, 1, 1, -1), padding=(0, reach))
+    product = F.conv2d(rows, taps.view(1, 1, -1, 1), padding=(reach, 0))
+    energy = F.avg_pool2d(score_map.square(), window, stride=1, padding=reach) * window**2
+    return product / ((energy + EPS**2).sqrt() * taps.square().sum())
+
+
+def _gaussian_one_way(score: Tensor, other: Tensor, visible: Tensor, window: int, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of shape, share of the score that no peak of the other view confirms, and number of peaks, of one view."""
+    with torch.no_grad():
+        seen = visible > 0.999
+        own = (score == max_filter(score, window)) & (score > 0) & seen
+        theirs = (other == max_filter(other, window)) & (other > 0)
+        both = score + other
+        agreed = (both == max_filter(both, window)) & seen
+        near = 2 * AGREEMENT + 1
+        own_near, theirs_near = (max_filter(peaks.to(score), near) for peaks in (own, theirs))
+        weight = agreed * own_near * theirs_near * both**HEIGHT_POWER
+        weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp(min=EPS)
+    shape = (weight * (1 - gaussian_likeness(score, window, sigma))).sum(dim=(1, 2, 3)).mean()
+    height = (score + EPS) ** HEIGHT_POWER * own
+    alone = (height * (1 - theirs_near)).sum(dim=(1, 2, 3)) / (height.sum(dim=(1, 2, 3)) + EPS)
+    return shape, alone.mean(), own.sum()
+
+
+def gaussian_loss(
+    score_a: Tensor,
+    score_b: Tensor,
+    H_ab: Tensor,
+    *,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    window: int = GAUSSIAN_WINDOW,
+    sigma: float = GAUSSIAN_SIGMA,
+    balance: float = 1.0,
+    border: int = BORDER,
+) -> tuple[Tensor, dict[str, float]]:
+    """Gaussian loss of SobelNet (its name is the paper's, Yuan et al. 2020; the formula is ours, docs/training.md).
+
+    Peaks are maxima of ``window`` x ``window``. Around each peak of the sum of both views (the other one warped here) that has a peak
+    of each view within 2 px, the score must be a Gaussian: ``mean (1 - cosine)``. And the share of peaks that no peak of the other view
+    confirms must be small; times ``balance``. Both count a peak by a small power of its height and ignore the scores' scale.
+    Both directions are averaged.
+
+    Args:
+        score_a, score_b: (B,1,S,S) score maps >= 0 of both views.
+        H_ab: (B,3,3) homographies from a to b in pixels.
+        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default everywhere.
+        window: odd side in pixels; sigma: standard deviation of the Gaussian in pixels.
+        border: frame of each map that never counts.
+
+    Returns:
+        scalar and the numbers ``loss, shape, alone, peaks`` (mean number of a map).
+
+    Raises:
+        ValueError: the maps' shapes do not fit, or window or sigma is impossible.
+    """
+    if score_a.shape != score_b.shape or score_a.ndim != 4 or score_a.shape[1] != 1:
+        raise ValueError(f"score maps must be (B,1,H,W) of equal shape, got {score_a.shape} and {score_b.shape}")
+    if window < 3 or window % 2 == 0 or not sigma > 0:
+        raise ValueError(f"window must be odd and at least 3 and sigma above 0, got {window} and {sigma}")
+    frame = border_mask(score_a, border)
+    mask_a = frame if mask_a is None else frame * mask_a
+    mask_b = frame if mask_b is None else frame * mask_b
+    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
+    a, b, b_in_a, a_in_b, visible_a, visible_b = _meet([score_a, score_b, mask_a, mask_b], H_ab.to(score_a), H_ba)
+    ways = [_gaussian_one_way(a, b_in_a, visible_a, window, sigma), _gaussian_one_way(b, a_in_b, visible_b, window, sigma)]
+    shape, alone = ((ways[0][i] + ways[1][i]) / 2 for i in range(2))
+    loss = shape + balance * alone
+    peaks = float(ways[0][2] + ways[1][2]) / (2 * len(score_a))
+    return loss, {"loss": loss.item(), "shape": shape.item(), "alone": alone.item(), "peaks": peaks}
+
+
 # Orientation ------------------------------------------------------------------------------------------------------------
 
 
@@ -429,3 +519,64 @@ def hynet_loss(
         loss = loss + second_order * second
         numbers["second"] = second.item()
     return loss, {"loss": loss.item(), **numbers}
+
+
+#: Margin and scale of the circle loss (Sun et al. 2020 take 0.25 and 64 to 256).
+CIRCLE_MARGIN = 0.25
+CIRCLE_SCALE = 64.0
+#: Candidates nearer than this are one place; nearer than that, neither one place nor two. Pixels.
+SAME_PLACE = 2.0
+OTHER_PLACE = 8.0
+
+
+def candidate_pairs(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> tuple[Tensor, Tensor]:
+    """Which candidates (N,2) of a and (M,2) of b show one place, and which certainly two: (N,M) bool each.
+
+    The same place: at most ``SAME_PLACE`` px apart in both images; two places: more than ``OTHER_PLACE`` px in both. The rest is neither.
+    """
+    H_ab = H_ab.to(torch.float64)
+    in_b = torch.cdist(warp_points(xy_a.double(), H_ab), xy_b.double())
+    in_a = torch.cdist(xy_a.double(), warp_points(xy_b.double(), torch.linalg.inv(H_ab)))
+    return torch.maximum(in_a, in_b) <= SAME_PLACE, torch.minimum(in_a, in_b) > OTHER_PLACE
+
+
+def circle_loss(
+    similarity: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    *,
+    margin: float = CIRCLE_MARGIN,
+    scale: float = CIRCLE_SCALE,
+) -> tuple[Tensor, dict[str, float]]:
+    """Circle loss of each row's candidates (Sun et al. 2020, equations 4 to 8), mean over rows that have both kinds.
+
+    ``softplus(LSE_j scale a_n (s_n - margin) + LSE_i -scale a_p (s_p - 1 + margin))`` with ``a_p = max(0, 1 + margin - s_p)`` and
+    ``a_n = max(0, s_n + margin)``, both without gradient: what is far from its aim is pulled hardest, so hard negatives count most.
+
+    Args:
+        similarity: (N,M) cosines.
+        positive, negative: (N,M) bool; what is in neither does not count.
+
+    Returns:
+        scalar (0 where no row has both kinds) and the numbers ``loss, rows, positive, negative`` (mean cosine of a row's worst).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if similarity.ndim != 2 or similarity.shape != positive.shape or similarity.shape != negative.shape:
+        raise ValueError(f"expected three (N,M), got {tuple(similarity.shape)}, {tuple(positive.shape)}, {tuple(negative.shape)}")
+    rows = positive.any(dim=1) & negative.any(dim=1)
+    if not bool(rows.any()):
+        return similarity.sum() * 0.0, {"loss": 0.0, "positive": 0.0, "negative": 0.0, "rows": 0.0}
+    s, p, n = similarity[rows], positive[rows], negative[rows]
+    pull = (1 + margin - s.detach()).clamp(min=0)
+    push = (s.detach() + margin).clamp(min=0)
+    near = (-scale * pull * (s - (1 - margin))).masked_fill(~p, float("-inf")).logsumexp(dim=1)
+    far = (scale * push * (s - margin)).masked_fill(~n, float("-inf")).logsumexp(dim=1)
+    loss = F.softplus(near + far).mean()
+    with torch.no_grad():
+        worst_positive = s.masked_fill(~p, 2.0).amin(dim=1).mean()
+        worst_negative = s.masked_fill(~n, -2.0).amax(dim=1).mean()
+    return loss, {
+        "loss": loss.item(), "positive": worst_positive.item(), "negative": worst_negative.item(), "rows": float(rows.sum()),
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from ..geometry import warp_points
-from ..keypoints import detect_peaks
+from ..keypoints import NMS_WINDOW, detect_peaks
 from ..patches import extract_patches
 from ..pyramid import build_pyramid
 from ..structs import Keypoints
@@ -220,27 +220,37 @@ def matching_checks(
     return checks
 
 
-def matching_score(describe: Callable[[Tensor], Tensor], checks: Sequence[MatchingCheck], *, reach: float = 3.0) -> float:
-    """Mean part of the repeated points that mutual nearest descriptors match rightly (within ``reach`` px)."""
-    scores = []
-    for check in checks:
-        moved = warp_points(check.xy_a.double(), check.H_ab).float()
-        near = torch.cdist(moved, check.xy_b) <= reach
-        repeated = min(int(near.any(dim=1).sum()), int(near.any(dim=0).sum()))
-        if not repeated:
-            continue
-        similarity = describe(check.patches_a) @ describe(check.patches_b).T
-        forward, backward = similarity.argmax(dim=1), similarity.argmax(dim=0)
-        mutual = backward[forward] == torch.arange(len(forward))
-        scores.append(float((mutual & near[torch.arange(len(forward)), forward]).sum()) / repeated)
-    return math.fsum(scores) / len(scores) if scores else 0.0
+def matching_score(describe: Callable[[Tensor], Tensor], checks: Sequence[MatchingCheck]) -> float:
+    """Mean ``rightly_matched`` of the checks' patches."""
+    scores = [rightly_matched(describe(c.patches_a), describe(c.patches_b), c.xy_a, c.xy_b, c.H_ab) for c in checks]
+    return mean_of_known(scores)
 
 
-def peaks_of(net: Callable[[Tensor], Tensor], count: int = 200, border: int = 8) -> Callable[[Tensor], Tensor]:
-    """A score-map network as the ``detect`` of ``PatchPairs``."""
+def mean_of_known(scores: Sequence[float | None]) -> float:
+    """Mean of the numbers among ``scores``, 0 where there is none."""
+    known = [score for score in scores if score is not None]
+    return math.fsum(known) / len(known) if known else 0.0
+
+
+def rightly_matched(a: Tensor, b: Tensor, xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, *, reach: float = 3.0) -> float | None:
+    """Part of the repeated points that mutual nearest descriptors (N,D), (M,D) match rightly (within ``reach`` px); None of none."""
+    near = torch.cdist(warp_points(xy_a.double(), H_ab).float(), xy_b) <= reach
+    repeated = min(int(near.any(dim=1).sum()), int(near.any(dim=0).sum()))
+    if not repeated:
+        return None
+    similarity = a @ b.T
+    forward, backward = similarity.argmax(dim=1), similarity.argmax(dim=0)
+    mutual = backward[forward] == torch.arange(len(forward))
+    return float((mutual & near[torch.arange(len(forward)), forward]).sum()) / repeated
+
+
+def peaks_of(
+    net: Callable[[Tensor], Tensor], count: int = 200, border: int = 8, window: int = NMS_WINDOW
+) -> Callable[[Tensor], Tensor]:
+    """A score-map network as the ``detect`` of ``PatchPairs`` and ``CandidatePairs``."""
 
     def detect(view: Tensor) -> Tensor:
         with torch.inference_mode():
-            return detect_peaks(net(view), count, border=border)[0][0].clone()
+            return detect_peaks(net(view), count, border=border, window=window)[0][0].clone()
 
     return detect

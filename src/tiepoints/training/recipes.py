@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ..descriptors.desnet import DesNet, sample
 from ..descriptors.patchnets import HardNet, HyNet, PatchNet, SOSNet
 from ..detectors.keynet import KeyNet
 from ..detectors.rekd import REKD, histogram_angle
+from ..detectors.sobelnet import SobelNet
 from ..errors import WeightsError
 from ..evaluation.bias import constant_offset
 from ..evaluation.metrics import mutual_matches, orientation_errors, repeated_points
@@ -24,10 +26,21 @@ from ..keypoints import NMS_WINDOW, detect_peaks, round_max_filter
 from ..orientation import angle_at
 from ..pyramid import build_pyramid
 from ..weights import load, save
+from .candidates import CandidatePairs
 from .loop import FitResult, FitSettings, Loss, fit
-from .losses import BORDER, hardnet_loss, hynet_loss, msip_loss, orientation_loss, sosnet_loss
+from .losses import (
+    BORDER,
+    candidate_pairs,
+    circle_loss,
+    gaussian_loss,
+    hardnet_loss,
+    hynet_loss,
+    msip_loss,
+    orientation_loss,
+    sosnet_loss,
+)
 from .pairs import PairFile
-from .patchdata import PatchPairs, matching_checks, matching_score, peaks_of
+from .patchdata import PatchPairs, matching_checks, matching_score, mean_of_known, peaks_of, rightly_matched
 from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from .synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
 
@@ -45,13 +58,15 @@ class Recipe:
     Attributes:
         pairs: name of the pair preset (``synthetic.PRESETS``).
         fit: schedule (``loop.FitSettings``).
-        loss: options of ``losses.msip_loss``.
+        kind: what places points: ``msip`` or ``gaussian``.
+        loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
         balance: weight of the orientation loss, where there is one (REKD: 100).
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
 
     pairs: str = "default"
     fit: FitSettings = field(default_factory=FitSettings)
+    kind: str = "msip"
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
     balance: float = 0.0
     checks: str = "default"
@@ -72,7 +87,13 @@ RECIPES: dict[str, Recipe] = {
 }
 #: Tiny-Key.Net has few parameters and takes larger steps.
 TINY_LEARNING_RATE = 2e-2
-MODELS: dict[str, Callable[[], KeyNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny}
+#: SobelNet's paper says no schedule; ``default`` is its Gaussian loss, ``msip`` Key.Net's for comparison.
+SOBELNET_RECIPES: dict[str, Recipe] = {
+    "default": Recipe(fit=FitSettings(learning_rate=1e-2, validate_every=100), kind="gaussian", loss={}),
+    "msip": Recipe(fit=FitSettings(validate_every=100)),
+    "quick": Recipe(fit=FitSettings(learning_rate=1e-2, steps=300, validate_every=100), kind="gaussian", loss={}),
+}
+MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny, "sobelnet": SobelNet}
 #: The published size, and one that costs a ninth.
 REKD_SIZES: dict[str, dict[str, Any]] = {"rekd": {"group": 36, "dims": (2, 2, 2)}, "rekd-light": {"group": 12, "dims": (2, 2, 2)}}
 #: Its maps of all orientations are large: fewer and smaller pairs to validate on.
@@ -192,7 +213,7 @@ def _photographs(images: str | Path, say: Callable[[str], None]) -> tuple[list[P
     return training, held_out
 
 
-def train_keynet(
+def train_detector(
     model: str,
     images: str | Path,
     out: str | Path,
@@ -206,13 +227,13 @@ def train_keynet(
     say: Callable[[str], None] = print,
     **overrides: Any,
 ) -> FitResult:
-    """Train ``keynet`` or ``keynet-tiny`` on a folder of images and write the weights that validated best to ``out``.
+    """Train ``keynet``, ``keynet-tiny`` or ``sobelnet`` on a folder of images and write the weights that validated best to ``out``.
 
     A tenth of the photographs is held out for validation, always the same one. Beside ``out`` stand
     ``<out>.checkpoint`` (to resume from) and ``<out>.log/`` (CSV and TensorBoard).
 
     Args:
-        preset: ``default``, ``paper`` or ``quick`` (``RECIPES``).
+        preset: ``default``, ``paper`` or ``quick`` (``RECIPES``); sobelnet: ``default``, ``msip`` or ``quick``.
         pairs: file of ``tiepoints pairs`` to train on instead of pairs made on the fly.
         overrides: fields of ``FitSettings``; ``None`` leaves the preset's value.
 
@@ -222,16 +243,17 @@ def train_keynet(
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
-    recipe = _recipe(RECIPES, preset)
+    recipe = _recipe(SOBELNET_RECIPES if model == "sobelnet" else RECIPES, preset)
     given = _given(overrides)
     if model == "keynet-tiny" and "learning_rate" not in given:
         given["learning_rate"] = TINY_LEARNING_RATE if preset != "paper" else recipe.fit.learning_rate
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        scores = network(_both_views(batch)).float().chunk(2)
-        return msip_loss(*scores, batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss)  # type: ignore[misc]
+        score_a, score_b = network(_both_views(batch)).float().chunk(2)
+        place = gaussian_loss if recipe.kind == "gaussian" else msip_loss
+        return place(score_a, score_b, batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss)
 
-    return _train_detector(
+    return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **given)),
         floored_tiny if model == "keynet-tiny" and preset != "paper" else MODELS[model], MODELS[model], loss, validation_score,
         told={"model": model, "preset": preset}, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
@@ -255,7 +277,7 @@ def train_rekd(
     say: Callable[[str], None] = print,
     **overrides: Any,
 ) -> FitResult:
-    """Train ``rekd`` or ``rekd-light``; arguments, files and guarantees as ``train_keynet``.
+    """Train ``rekd`` or ``rekd-light``; arguments, files and guarantees as ``train_detector``.
 
     Args:
         group_size, dims: of the network; default the model's own (``REKD_SIZES``).
@@ -300,7 +322,7 @@ def train_rekd(
         return total, {**numbers, "loss": total.item(), "place": place.item(), "orientation": turn.item(), "agree": more["agree"]}
 
     told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": str(init or "")}
-    return _train_detector(
+    return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **_given(overrides))),
         begin, fresh, loss, oriented_score,
         told=told, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
@@ -326,7 +348,7 @@ def _both_views(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([batch["image_a"], batch["image_b"]]).contiguous(memory_format=torch.channels_last)
 
 
-def _train_detector(
+def _train_score_map(
     images: str | Path,
     out: str | Path,
     recipe: Recipe,
@@ -372,7 +394,7 @@ def _train_detector(
     def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
         best: Any = fresh()
         best.load_state_dict(state)
-        finder = best.eval().fused() if isinstance(best, REKD) else best.eval()
+        finder = best.eval().fused() if isinstance(best, REKD | SobelNet) else best.eval()
         best.offset = constant_offset(score_maps(finder), (pair["image_a"][None] for pair in validation))
         save(best, out, {**told, "schedule": asdict(schedule), **facts})
 
@@ -480,7 +502,7 @@ def train_descriptor(
 ) -> FitResult:
     """Train ``hardnet``, ``hynet`` or ``sosnet`` on a folder of images and write the weights that validated best to ``out``.
 
-    Arguments, files and guarantees as ``train_keynet``. Validation: the part of repeated Key.Net points of held-out views that
+    Arguments, files and guarantees as ``train_detector``. Validation: the part of repeated Key.Net points of held-out views that
     mutual nearest descriptors match rightly.
 
     Args:
@@ -573,3 +595,120 @@ def take_over(net: nn.Module, source: nn.Module, name: str) -> int:
         raise WeightsError(f"weights {name} have no layer in common with a {type(net).__name__}; start from a patch descriptor's")
     net.load_state_dict({**mine, **common})
     return len(common)
+
+
+#: Presets of ``train_desnet``; the paper says no schedule.
+DESNET_RECIPES: dict[str, FitSettings] = {
+    "default": FitSettings(batch_size=8, learning_rate=3e-3, warmup=50, average=0.99, validate_every=100),
+    "quick": FitSettings(batch_size=8, learning_rate=3e-3, warmup=50, average=0.99, steps=200, validate_every=100),
+}
+#: Side of the suppression of candidates: denser than at extraction, because near ones teach most.
+CANDIDATE_WINDOW = 9
+CANDIDATE_POOL = 400
+
+
+def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Circle loss of a dense descriptor on a batch of ``CandidatePairs``, from both sides; other pairs' candidates are negatives."""
+    maps = network(_both_views(batch)).float()
+    count = len(batch["xy_a"])
+    xy_a, xy_b = ([xy[~xy[:, 0].isnan()] for xy in batch[key]] for key in ("xy_a", "xy_b"))
+    a, b = (
+        torch.cat([sample(maps[start + i : start + i + 1], points) for i, points in enumerate(xy)])
+        for start, xy in ((0, xy_a), (count, xy_b))
+    )
+    same, other = zip(*(candidate_pairs(*each) for each in zip(xy_a, xy_b, batch["H_ab"], strict=True)), strict=True)
+    positive = torch.block_diag(*same)
+    negative = ~torch.block_diag(*(~apart for apart in other))
+    similarity = a @ b.T
+    ahead, numbers = circle_loss(similarity, positive, negative)
+    back, more = circle_loss(similarity.T, positive.T, negative.T)
+    loss = (ahead + back) / 2
+    return loss, {"loss": loss.item(), **{key: (numbers[key] + more[key]) / 2 for key in ("positive", "negative", "rows")}}
+
+
+def train_desnet(
+    images: str | Path,
+    out: str | Path,
+    *,
+    detector: str | Path = "sobelnet",
+    dim: int = 128,
+    init: str | Path | None = None,
+    preset: str = "default",
+    device: str = "auto",
+    devices: int = 1,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+    **overrides: Any,
+) -> FitResult:
+    """Train ``desnet`` on the key point candidates of a detector in a folder of images; arguments and files as ``train_detector``.
+
+    Validation: the part of repeated points of held-out views that mutual nearest descriptors match rightly.
+
+    Args:
+        detector: weights (a name or a file) of a network image -> score map, which finds the candidates.
+        dim: numbers a descriptor, 128 or 64.
+        init: weights to start from (a name or a file).
+        preset: ``default`` or ``quick`` (``DESNET_RECIPES``).
+
+    Raises:
+        FileNotFoundError, DataError: no folder, or fewer than two usable images.
+        ValueError: unknown preset, or a detector that gives no score map alone.
+        WeightsError: no such weights, or ``init`` without layers in common.
+    """
+    if preset not in DESNET_RECIPES:
+        raise ValueError(f"preset must be one of {', '.join(DESNET_RECIPES)}; got {preset!r}")
+    finder = load(detector)
+    if not isinstance(finder, KeyNet | SobelNet):
+        raise ValueError(f"{detector} holds a {type(finder).__name__}; candidates are found by keynet, keynet-tiny or sobelnet")
+    out = _place(out)
+    schedule = dataclasses.replace(DESNET_RECIPES[preset], **_given(overrides))
+    training, held_out = _photographs(images, say)
+    find = peaks_of(finder.fused(), CANDIDATE_POOL, window=CANDIDATE_WINDOW)
+
+    def make_batches(length: int) -> Dataset:
+        return CandidatePairs(training, find, PRESETS["dense"], seed=schedule.seed, length=length)
+
+    make_batches(1)[0]  # a folder without any texture is found out before the training starts
+    views = dataclasses.replace(PRESETS["dense"], size=MATCHING_SIZE)
+    count = min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out))
+    checks = CandidatePairs(held_out, peaks_of(finder.fused()), views, seed=VALIDATION_SEED, length=count, count=MATCHING_POINTS)
+    validation = [checks[i] for i in range(count)]
+    with torch.random.fork_rng():
+        torch.manual_seed(schedule.seed)
+        net = DesNet(dim=dim)
+    if init is not None:
+        say(f"{take_over(net, load(init), str(init))} tensors taken over from {init}")
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def validate(network: nn.Module) -> float:
+        where = next(network.parameters()).device
+        scores = []
+        for pair in validation:
+            xy_a, xy_b = (pair[key][~pair[key][:, 0].isnan()] for key in ("xy_a", "xy_b"))
+            maps = network(torch.stack([pair["image_a"], pair["image_b"]]).to(where)).float().cpu()
+            scores.append(rightly_matched(sample(maps[:1], xy_a), sample(maps[1:], xy_b), xy_a, xy_b, pair["H_ab"]))
+        return mean_of_known(scores)
+
+    def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        best = DesNet(dim=dim)
+        best.load_state_dict(state)
+        save(best, out, {**told, "schedule": asdict(schedule), **facts}, half=True)
+
+    told = {"model": "desnet", "preset": preset, "detector": str(detector), "dim": dim, "init": str(init or "")}
+    return fit(
+        net,
+        make_batches,
+        candidate_loss,
+        validate,
+        schedule,
+        out.with_name(out.name + ".checkpoint"),
+        log_dir=out.with_name(out.name + ".log"),
+        resume=resume,
+        device=device,
+        devices=devices,
+        progress=progress,
+        score_name="matching",
+        extra={**told, "photos": len(training) + len(held_out)},
+        on_best=keep,
+    )

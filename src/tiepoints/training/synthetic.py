@@ -89,6 +89,11 @@ PRESETS: dict[str, PairSettings] = {
         scale=(0.6, 1.8), rotation=180, skew=0.6, skew_power=3.0, perspective=0.2, jitter=16,
         gamma=0.3, blur=0.2, noise=0.25, jpeg=0.25, min_overlap=0.25,
     ),
+    # for dense descriptors, which nothing turns: any turn, small ones more often
+    "dense": PairSettings(
+        size=256, scale=(0.55, 1.8), rotation=180, rotation_power=3, skew=0.7, skew_power=2.0, perspective=0.25, jitter=16,
+        gamma=0.3, blur=0.25, noise=0.3, jpeg=0.3, min_overlap=0.25,
+    ),
     # for descriptors of upright patches: cameras are held about level, and a mirrored patch is another patch
     "patches": PairSettings(
         size=256, scale=(0.55, 1.8), rotation=45, rotation_power=1.5, skew=0.7, skew_power=2.0, perspective=0.25, jitter=16,

@@ -1,0 +1,62 @@
+"""Pairs of views with the key point candidates of each: the training data of dense descriptors (Yuan et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .synthetic import PairDataset, PairSettings
+
+#: Candidates of a view; fewer are filled up with nan.
+CANDIDATES = 160
+
+
+class CandidatePairs(Dataset):
+    """Index -> a pair of views (``PairDataset``) and ``xy_a, xy_b`` (``count``,2): each view's strongest points, nan where there are fewer.
+
+    Only points whose place the other view shows count: what lies beside a photograph is its reflection.
+
+    Args:
+        photos: image files.
+        detect: gray view (1,1,S,S) in [0,1] -> points (N,2), strongest first.
+        views: how the pairs of views are drawn.
+        seed: item ``i`` depends on ``seed``, ``i``, ``photos`` and ``detect`` alone.
+        length: number of items.
+    """
+
+    def __init__(
+        self,
+        photos: Sequence[Path],
+        detect: Callable[[Tensor], Tensor],
+        views: PairSettings,
+        *,
+        seed: int = 0,
+        length: int,
+        count: int = CANDIDATES,
+    ):
+        self.views = PairDataset(photos, views, seed=seed, length=length)
+        self.detect, self.count = detect, count
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Item ``index``.
+
+        Raises:
+            DataError: the photographs have no texture.
+        """
+        item = self.views[index]
+        for side in ("a", "b"):
+            found = self.detect(item[f"image_{side}"][None])
+            pixel = found.round().long()
+            seen = item[f"mask_{side}"][0, pixel[:, 1], pixel[:, 0]] > 0
+            points = torch.full((self.count, 2), float("nan"))
+            kept = found[seen][: self.count]
+            points[: len(kept)] = kept
+            item[f"xy_{side}"] = points
+        return {key: item[key] for key in ("image_a", "image_b", "H_ab", "xy_a", "xy_b")}

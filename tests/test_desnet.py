@@ -1,0 +1,199 @@
+"""DesNet: sizes, the sampling law, what a cell sees, fused equals plain, levels by scale; circle loss against a slow twin."""
+
+import math
+
+import pytest
+import torch
+
+from tiepoints import build, load
+from tiepoints.descriptors.desnet import RECEPTIVE_FIELD, STRIDE, DesNet, sample, whole_cells
+from tiepoints.evaluation.systems import Options, patch_network, system
+from tiepoints.extract import DenseDescriptor, describer
+from tiepoints.pyramid import build_pyramid
+from tiepoints.structs import Keypoints
+from tiepoints.training.losses import candidate_pairs, circle_loss
+from tiepoints.weights import DATA, save
+
+
+def lively(**options) -> DesNet:
+    torch.manual_seed(3)
+    net = DesNet(**options)
+    with torch.no_grad():
+        for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.uniform_(-0.5, 0.5)
+            norm.running_mean.uniform_(-0.2, 0.2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("dim", [128, 64])
+@pytest.mark.parametrize("size", [(64, 80), (61, 83), (8, 8), (1, 1), (3, 50)])
+def test_any_size_and_fused_equals_plain(dim, size):
+    net = lively(dim=dim)
+    image = torch.rand(2, 1, *size)
+    with torch.inference_mode():
+        plain, quick = net(image), net.fused()(image)
+    assert plain.shape == (2, dim, math.ceil(size[0] / STRIDE), math.ceil(size[1] / STRIDE))
+    torch.testing.assert_close(quick, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="128"):
+        DesNet(dim=96)
+    with pytest.raises(ValueError, match="gray image"):
+        lively()(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="bilinear, bicubic"):
+        sample(torch.rand(1, 8, 4, 4), torch.zeros(1, 2), "nearest")
+    with pytest.raises(ValueError, match="points"):
+        sample(torch.rand(2, 8, 4, 4), torch.zeros(1, 2))
+
+
+def test_an_image_moved_by_a_cell_moves_the_map_by_a_cell():
+    net = lively()
+    scene = torch.rand(1, 1, 320, 320)
+    with torch.inference_mode():
+        here, there = net(scene[..., :288, :288]), net(scene[..., STRIDE : 288 + STRIDE, 2 * STRIDE : 288 + 2 * STRIDE])
+    reach = math.ceil(RECEPTIVE_FIELD / 2 / STRIDE)  # the zeros outside the image reach so far in
+    inner = slice(reach, 36 - reach - 2)
+    moved = here[..., slice(inner.start + 1, inner.stop + 1), slice(inner.start + 2, inner.stop + 2)]
+    torch.testing.assert_close(there[..., inner, inner], moved, atol=1e-5, rtol=1e-4)
+    assert (here[..., inner, inner] - there[..., inner, inner]).abs().max() > 0.01
+    # and points moved with it have the same descriptors
+    xy = torch.tensor([[120.3, 130.9], [141.0, 127.5]])
+    for mode in ("bilinear", "bicubic"):
+        a, b = sample(here, xy + torch.tensor([2.0 * STRIDE, STRIDE]), mode), sample(there, xy, mode)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_cell_sees_what_is_stated():
+    net = lively().requires_grad_(False)
+    image = torch.rand(1, 1, 320, 320, requires_grad=True)
+    net(image)[0, :, 20, 20].square().sum().backward()
+    ys, xs = image.grad[0, 0].nonzero().unbind(1)
+    assert int(xs.max() - xs.min()) + 1 == RECEPTIVE_FIELD == 134
+    assert float(xs.max() + xs.min()) / 2 == float(ys.max() + ys.min()) / 2 == 20 * STRIDE + (STRIDE - 1) / 2  # the half-pixel law
+
+
+def test_sampling_is_exact_at_cells_and_linear_between():
+    cells = torch.rand(1, 16, 5, 7)
+    centre = torch.tensor([[2 * STRIDE + 3.5, 3 * STRIDE + 3.5], [3 * STRIDE + 3.5, 3 * STRIDE + 3.5]])
+    found = sample(cells, torch.cat([centre, centre.mean(dim=0, keepdim=True), torch.tensor([[-3.0, -3.0]])]))
+    unit = torch.nn.functional.normalize
+    raw = cells[0, :, 3, 2:4].T
+    torch.testing.assert_close(found[:2], unit(raw, dim=1))
+    torch.testing.assert_close(found[2], unit(raw.mean(dim=0), dim=0))
+    torch.testing.assert_close(found[3], unit(cells[0, :, 0, 0], dim=0))  # outside: the nearest cell
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(sample(cells, centre, "bicubic"), unit(raw, dim=1), atol=1e-5, rtol=1e-4)
+    assert sample(cells, torch.zeros(0, 2)).shape == (0, 16)
+
+
+def test_odd_sizes_are_continued():
+    image = torch.rand(1, 1, 9, 15)
+    full = whole_cells(image)
+    assert full.shape == (1, 1, 16, 16)
+    assert torch.equal(full[..., :9, :15], image)
+    assert torch.equal(full[0, 0, 15], torch.cat([image[0, 0, 8], image[0, 0, 8, -1:]]))
+    assert whole_cells(full) is full
+
+
+def test_points_are_read_from_the_level_of_their_scale():
+    net = lively()
+    image = torch.rand(1, 1, 160, 200)
+    pyramid = build_pyramid(image, up=1, down=2)
+    describe = DenseDescriptor(net.fused(), net.dim)
+    xy = torch.tensor([[80.0, 70.0]] * 4)
+    scale = torch.tensor([0.6, 1.1, 2.1, 40.0])
+    zeros = torch.zeros(4)
+    found = describe(pyramid, Keypoints(xy, scale, zeros, zeros), 0)
+    with torch.inference_mode():
+        for i, level in enumerate((0, 1, 3, 3)):  # finest first
+            wanted = sample(net(pyramid.levels[level].image), pyramid.levels[level].from_original(xy[:1]))
+            torch.testing.assert_close(found[i : i + 1], wanted, atol=1e-4, rtol=1e-3)
+    assert describe(pyramid, Keypoints.empty(), 0).shape == (0, 128)
+
+
+def test_half_and_names_and_files(tmp_path):
+    net = lively(dim=64)
+    save(net, tmp_path / "d.safetensors", half=True)
+    describe = describer(str(tmp_path / "d.safetensors"), precision="bfloat16")
+    assert isinstance(describe, DenseDescriptor)
+    image = torch.rand(1, 1, 96, 96)
+    points = Keypoints(torch.rand(5, 2) * 90, torch.ones(5), torch.zeros(5), torch.ones(5))
+    rough = describe(build_pyramid(image), points, 0)
+    exact = describer(load(tmp_path / "d.safetensors"), precision="float32")(build_pyramid(image), points, 0)
+    assert rough.shape == (5, 64)
+    assert ((rough * exact).sum(dim=1) > 0.99).all()
+    with pytest.raises(ValueError, match="describes no points"):
+        describer(str(DATA / "keynet.safetensors"))
+    with pytest.raises(ValueError, match="patch descriptor"):
+        patch_network("desnet")
+
+
+def test_it_describes_every_detectors_points_and_patches_describe_sobelnets():
+    image = (torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40), size=(180, 240), mode="bicubic")).clamp(0, 1)
+    for detector, descriptor in (("keynet-tiny", "desnet"), ("sobelnet", "desnet"), ("sobelnet", "hardnet"), ("sobelnet", "rootsift")):
+        features = build(detector, descriptor, num_points=60, device="cpu").extract(image)
+        assert len(features) > 20
+        torch.testing.assert_close(features.descriptors.norm(dim=1), torch.ones(len(features)), atol=1e-3, rtol=0)
+    pytest.importorskip("cv2", reason="OpenCV is not installed")
+    features = system("orb+desnet", Options(num_points=60))(image)
+    assert features.descriptors.shape == (len(features), 128)
+
+
+# ---- circle loss
+
+
+def slow_circle(similarity, positive, negative, margin, scale):
+    losses = []
+    for s, p, n in zip(similarity.tolist(), positive.tolist(), negative.tolist(), strict=True):
+        near = [scale * max(0, 1 + margin - v) * -(v - (1 - margin)) for v, yes in zip(s, p, strict=True) if yes]
+        far = [scale * max(0, v + margin) * (v - margin) for v, yes in zip(s, n, strict=True) if yes]
+        if near and far:
+            z = math.log(sum(math.exp(v) for v in near)) + math.log(sum(math.exp(v) for v in far))
+            losses.append(math.log1p(math.exp(-abs(z))) + max(z, 0))
+    return sum(losses) / len(losses)
+
+
+def test_circle_loss_equals_its_slow_twin():
+    torch.manual_seed(0)
+    similarity = torch.rand(12, 15, dtype=torch.float64) * 2 - 1
+    kind = torch.randint(0, 6, (12, 15))
+    positive, negative = kind == 0, kind > 1
+    positive[3] = False  # a row without partner does not count
+    loss, numbers = circle_loss(similarity, positive, negative, margin=0.3, scale=20.0)
+    assert float(loss) == pytest.approx(slow_circle(similarity, positive, negative, 0.3, 20.0), rel=1e-6)
+    assert numbers["rows"] == int((positive.any(1) & negative.any(1)).sum())
+
+
+def test_circle_loss_pulls_hard_ones_most():
+    similarity = torch.tensor([[0.6, 0.7, 0.3, -0.5]], requires_grad=True)
+    positive, negative = torch.tensor([[True, False, False, False]]), torch.tensor([[False, True, True, True]])
+    circle_loss(similarity, positive, negative)[0].backward()
+    pull, hard, easy, far = similarity.grad[0].tolist()
+    assert pull < 0 < easy < hard
+    assert hard > 100 * easy
+    assert far == 0  # already beyond the margin
+    left_out = torch.tensor([[0.6, 0.7, 0.3, -0.5]], requires_grad=True)
+    circle_loss(left_out, positive, torch.tensor([[False, False, True, True]]))[0].backward()
+    assert left_out.grad[0, 1] == 0  # near misses do not count
+
+
+def test_circle_loss_of_nothing_and_of_wrong_shapes():
+    similarity = torch.rand(3, 4, requires_grad=True)
+    none = torch.zeros(3, 4, dtype=torch.bool)
+    loss, numbers = circle_loss(similarity, none, ~none)
+    loss.backward()
+    assert loss.item() == 0 == numbers["rows"]
+    assert (similarity.grad == 0).all()
+    with pytest.raises(ValueError, match="three"):
+        circle_loss(torch.rand(3, 4), none, none[:2])
+
+
+def test_candidates_are_one_place_two_places_or_neither():
+    H = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))  # b is twice as large
+    xy_a = torch.tensor([[10.0, 10.0]])
+    xy_b = torch.tensor([[20.0, 20.0], [21.5, 20.0], [23.0, 20.0], [32.0, 20.0], [37.0, 20.0]])
+    same, other = candidate_pairs(xy_a, xy_b, H)
+    assert same.tolist() == [[True, True, False, False, False]]  # 3 px in b are too far, though 1.5 in a
+    assert other.tolist() == [[False, False, False, False, True]]  # 12 px in b are 6 in a
