@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tiepoints import build, load
-from tiepoints.descriptors.desnet import RECEPTIVE_FIELD, STRIDE, DesNet, sample, whole_cells
+from tiepoints.descriptors.desnet import FILTER_FIELD, FLAT, RECEPTIVE_FIELD, STRIDE, DesNet, even_light, sample, whole_cells
 from tiepoints.evaluation.systems import Options, patch_network, system
 from tiepoints.extract import DenseDescriptor, describer
 from tiepoints.pyramid import build_pyramid
@@ -70,8 +70,33 @@ def test_a_cell_sees_what_is_stated():
     image = torch.rand(1, 1, 320, 320, requires_grad=True)
     net(image)[0, :, 20, 20].square().sum().backward()
     ys, xs = image.grad[0, 0].nonzero().unbind(1)
-    assert int(xs.max() - xs.min()) + 1 == RECEPTIVE_FIELD == 134
+    assert int(xs.max() - xs.min()) + 1 == RECEPTIVE_FIELD == 184
     assert float(xs.max() + xs.min()) / 2 == float(ys.max() + ys.min()) / 2 == 20 * STRIDE + (STRIDE - 1) / 2  # the half-pixel law
+
+
+def test_its_filters_see_what_is_stated():
+    net = lively().requires_grad_(False)
+    light = torch.rand(1, 1, 320, 320, requires_grad=True)
+    maps = light
+    for layer in net.halvings:
+        maps = layer(maps)
+    for layer in net.context:
+        maps = maps + layer(maps)
+    maps[0, :, 20, 20].square().sum().backward()
+    xs = light.grad[0, 0].nonzero()[:, 1]
+    assert int(xs.max() - xs.min()) + 1 == FILTER_FIELD == 134
+
+
+def test_light_is_evened():
+    image = torch.rand(1, 1, 64, 96) * 0.2 + 0.4
+    even = even_light(image)
+    torch.testing.assert_close(even_light(0.5 * image + 0.1), even, atol=0.3, rtol=0)  # all but what FLAT keeps
+    cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that begins at 24, 32
+    centre = image[..., 27:29, 35:37]
+    at = even[..., 27:29, 35:37].mean()
+    rough = (centre.mean() - cells.mean()) / (cells.std(correction=0) + FLAT)
+    assert float(at) == pytest.approx(float(rough), abs=0.1)
+    assert even_light(torch.full((1, 1, 16, 16), 0.7)).abs().max() < 1e-3
 
 
 def test_sampling_is_exact_at_cells_and_linear_between():

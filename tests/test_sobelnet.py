@@ -117,26 +117,18 @@ def test_weights_file_keeps_settings(tmp_path):
         assert torch.equal(again(image), net(image))
 
 
-def corners(size: int = 160) -> torch.Tensor:
-    """Bright squares on dark ground."""
-    image = torch.full((1, 1, size, size), 0.2)
-    for top in range(24, size - 40, 40):
-        for left in range(24, size - 40, 40):
-            image[..., top : top + 20, left : left + 20] = 0.8
-    return image
-
-
-def test_the_shipped_weights_find_corners_and_follow_the_image():
-    image = corners()
-    extract = build("sobelnet", None, single_scale=True, num_points=36, device="cpu").extract
+def test_the_shipped_weights_find_the_same_points_in_a_turned_and_darkened_texture():
+    torch.manual_seed(0)
+    image = F.interpolate(torch.rand(1, 1, 40, 40), size=(320, 320), mode="bicubic").clamp(0, 1)
+    extract = build("sobelnet", None, single_scale=True, num_points=100, device="cpu").extract
     xy = extract(image).xy
-    axis = torch.tensor([v - 0.5 for start in range(24, 120, 40) for v in (start, start + 20)])
-    truth = torch.cartesian_prod(axis, axis)
-    assert len(xy) == 36
-    assert (torch.cdist(truth, xy).amin(dim=1) <= 3).float().mean() > 0.9
-    turned = extract(image.rot90(1, (-2, -1))).xy
+    assert len(xy) == 100
+    turned = extract(0.6 * image.rot90(1, (-2, -1)) + 0.1).xy
     back = torch.stack([image.shape[-1] - 1 - turned[:, 1], turned[:, 0]], dim=1)
-    assert (torch.cdist(back, xy).amin(dim=1) <= 2).float().mean() > 0.9
+    again = (torch.cdist(back, xy).amin(dim=1) <= 3).float().mean()
+    by_chance = (torch.cdist(torch.rand(100, 2) * 290 + 15, xy).amin(dim=1) <= 3).float().mean()
+    assert by_chance < 0.1
+    assert again > 0.6
 
 
 # ---- Gaussian loss

@@ -7,7 +7,7 @@ In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up.
 Out: map (B,D,ceil(H/8),ceil(W/8)); ``sample`` reads unit descriptors (N,D) from it.
 
 The paper's code was never published: separate network, gray image, large receptive field and the training on the detector's candidates
-are the paper's; the layers are ours (docs/models.md). A cell of the map sees ``RECEPTIVE_FIELD`` pixels.
+are the paper's; the layers are ours (docs/models.md). A cell of the map sees ``FILTER_FIELD`` pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..filters import resize
 from ..geometry import resize_points
 
 #: Image pixels from cell to cell of the map: three halvings.
@@ -29,8 +30,12 @@ DIMS = (128, 64)
 WIDTHS = (16, 32, 64)  # channels after each halving
 KERNEL = 4  # of the halvings: an even window is centred between pixels, where the half-pixel law wants it
 DILATIONS = (1, 2, 4)  # of the 3 x 3 layers at full stride
-#: Side in pixels of what one cell sees.
-RECEPTIVE_FIELD = 1 + sum((KERNEL - 1) * 2**i for i in range(len(WIDTHS))) + sum(2 * d * STRIDE for d in DILATIONS)
+#: Cells of the window that light is evened in, and what is added to its deviation, so that noise of flat areas stays small.
+LIGHT_CELLS = 5
+FLAT = 0.02
+#: Side in pixels of what the filters of one cell see (134), and of all that it depends on, through the evened light (184).
+FILTER_FIELD = 1 + sum((KERNEL - 1) * 2**i for i in range(len(WIDTHS))) + sum(2 * d * STRIDE for d in DILATIONS)
+RECEPTIVE_FIELD = STRIDE * (1 + 2 * (FILTER_FIELD // (2 * STRIDE) + 1 + LIGHT_CELLS // 2))
 SAMPLING = ("bilinear", "bicubic")
 
 
@@ -66,7 +71,7 @@ class DesNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1]; cell j lies at pixel ``8 j + 3.5``. Not normalised."""
-        maps = whole_cells(image)
+        maps = even_light(whole_cells(image))
         for halving in self.halvings:
             maps = halving(maps)
         for layer in self.context:
@@ -89,6 +94,16 @@ def whole_cells(image: Tensor) -> Tensor:
     h, w = image.shape[-2:]
     below, right = -h % STRIDE, -w % STRIDE
     return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
+
+
+def even_light(image: Tensor) -> Tensor:
+    """(value - mean) / (deviation + ``FLAT``) of a gray image (B,1,H,W) of whole cells: of the 5 x 5 cells around, linear between cells."""
+    size = (image.shape[-2], image.shape[-1])
+    cells = F.avg_pool2d(torch.cat([image, image.square()], dim=1), STRIDE)
+    mean, square = F.avg_pool2d(cells, LIGHT_CELLS, stride=1, padding=LIGHT_CELLS // 2, count_include_pad=False).split(1, dim=1)
+    factor = 1 / ((square - mean.square()).clamp(min=0).sqrt() + FLAT)
+    mean, factor = resize(torch.cat([mean, factor], dim=1), size).split(1, dim=1)
+    return (image - mean) * factor
 
 
 def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor:
@@ -130,7 +145,7 @@ class FusedDesNet(nn.Module):
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Map (B,D,h,w) float32 of a gray image (B,1,H,W) in [0,1]."""
-        maps = whole_cells(image).to(self.dtype)
+        maps = even_light(whole_cells(image)).to(self.dtype)
         for conv in self.halvings:
             maps = F.relu_(conv(maps.contiguous(memory_format=torch.channels_last)))
         for conv in self.context:

@@ -32,8 +32,8 @@ NUM_LEVELS = 3
 NUM_FILTERS = 8
 NUM_BLOCKS = 3
 GRADIENTS = ("dx", "dy", "magnitude")
-#: Scores under this part of the image's largest are set to zero.
-RATIO = 0.0
+#: Scores under this part of the image's largest are set to zero. They range widely: a part of 1e-6 already costs points that repeat.
+RATIO = 1e-8
 STRIP_PIXELS = 300_000  # bounds the memory of maps on a large image; smaller strips cost more in calls than they save in cache
 _TINY = 1e-12  # of the squared gradient: the root of 0 has no derivative
 

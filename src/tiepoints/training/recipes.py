@@ -89,9 +89,9 @@ RECIPES: dict[str, Recipe] = {
 TINY_LEARNING_RATE = 2e-2
 #: SobelNet's paper says no schedule; ``default`` is its Gaussian loss, ``msip`` Key.Net's for comparison.
 SOBELNET_RECIPES: dict[str, Recipe] = {
-    "default": Recipe(fit=FitSettings(learning_rate=1e-2, validate_every=100), kind="gaussian", loss={}),
-    "msip": Recipe(fit=FitSettings(validate_every=100)),
-    "quick": Recipe(fit=FitSettings(learning_rate=1e-2, steps=300, validate_every=100), kind="gaussian", loss={}),
+    "default": Recipe(fit=FitSettings(learning_rate=5e-3, validate_every=25), kind="gaussian", loss={}),
+    "msip": Recipe(fit=FitSettings(validate_every=25)),
+    "quick": Recipe(fit=FitSettings(learning_rate=5e-3, steps=150, validate_every=50), kind="gaussian", loss={}),
 }
 MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny, "sobelnet": SobelNet}
 #: The published size, and one that costs a ninth.
