@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tiepoints.detectors.keynet import KeyNet
 from tiepoints.detectors.sobelnet import SobelNet
 from tiepoints.extract import response_floor
+from tiepoints.image import load_image
 from tiepoints.importers import load_official
 from tiepoints.weights import load
 
@@ -50,3 +52,14 @@ def machine() -> dict[str, str]:
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def vga_image(file: Path | None) -> torch.Tensor:
+    """A gray image (1,1,480,640): of a file, or scikit-image's motorcycle."""
+    if file is None:
+        import skimage.data
+
+        picture = Image.fromarray(skimage.data.stereo_motorcycle()[0])
+    else:
+        picture = Image.open(file)
+    return load_image(picture.convert("L").resize((640, 480), Image.Resampling.LANCZOS))

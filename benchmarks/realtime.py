@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
-from common import machine
+from common import machine, vga_image
 from tiepoints.extract import build
-from tiepoints.image import load_image
 from tiepoints.keypoints import detect_peaks
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
@@ -85,13 +83,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.image is None:
-        import skimage.data
-
-        picture = Image.fromarray(skimage.data.stereo_motorcycle()[0])
-    else:
-        picture = Image.open(args.image)
-    image = load_image(picture.convert("L").resize((640, 480), Image.Resampling.LANCZOS))
+    image = vga_image(args.image)
     runs = jobs(image)
     if args.memory_of:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew

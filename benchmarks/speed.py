@@ -16,12 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
-from common import machine
+from common import machine, vga_image
 from tiepoints.extract import build
-from tiepoints.image import load_image
 from tiepoints.importers import to_official_state_dict
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
@@ -45,13 +43,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.image is None:
-        import skimage.data
-
-        picture = Image.fromarray(skimage.data.stereo_motorcycle()[0])
-    else:
-        picture = Image.open(args.image)
-    image = load_image(picture.convert("L").resize((640, 480), Image.Resampling.LANCZOS))
+    image = vga_image(args.image)
 
     import kornia
     from kornia.feature import KeyNetDetector

@@ -479,3 +479,25 @@ def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
     code, out = call("train", *words, "--images", str(photos), "--out", str(tmp_path / "w.safetensors"), "--workers", "0")
     assert code == 2
     assert told in out
+
+
+def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
+    """Files, hloc's file, two images matched, an evaluation of features on disk."""
+    images = sorted(photos.rglob("*.png"))[-2:]
+    names = ["--detector", "sobelnet", "--descriptor", "desnet", "--num-points", "80", "--device", "cpu"]
+    code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), *names)
+    assert code == 0, out
+    tables = sorted((tmp_path / "sobelnet-desnet").rglob("*.kpt.npy"))
+    assert len(tables) == 2
+    for table in tables:
+        points, descriptors = np.load(table), np.load(str(table).replace(".kpt.", ".dsc."))
+        assert points.shape == (len(descriptors), 4)
+        assert len(points) > 20
+        assert descriptors.shape[1] == 128
+        np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-3)
+    code, out = call("match", str(images[0]), str(images[0]), "--model", "homography", "--json", "--single-scale", *names)
+    assert code == 0, out
+    found = json.loads(out)
+    assert found["ok"]
+    assert found["inliers"] == found["matches"] == found["points"][0]  # an image against itself
+    np.testing.assert_allclose(found["xy_a"], found["xy_b"])

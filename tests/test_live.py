@@ -234,6 +234,16 @@ def test_tracks_follow_a_known_motion_within_a_pixel(video, extractor):
     assert (error < 1).mean() > 0.9
 
 
+def test_sobelnet_and_desnet_are_the_default_and_follow_too(video, tmp_path):
+    out = tmp_path / "out.avi"
+    done = CliRunner().invoke(app, ["live", str(video), "--output", str(out), "--json", "--device", "cpu", "--num-points", "60"])
+    assert done.exit_code == 0, done.output
+    summary = json.loads(done.stdout)
+    assert summary["frames"] == FRAMES == len(read_video(out)[0])
+    assert summary["tracks"] > 10
+    assert summary["median_length"] >= 4
+
+
 def test_real_frames_give_tracks_that_agree_with_one_camera_motion(data_dir, extractor, tmp_path):
     folder = data_dir / "sequence"
     if not folder.is_dir():

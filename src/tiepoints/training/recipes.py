@@ -559,12 +559,36 @@ def train_descriptor(
         where = next(network.parameters()).device
         return matching_score(lambda patches: network(patches.to(where)).float().cpu(), checks)
 
+    told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": str(init or "")}
+    return _fit_descriptor(
+        net, make_batches, loss, validate, lambda: DESCRIPTORS[model](dropout=recipe.dropout), schedule, out,
+        told=told, photos=len(training) + len(held_out), resume=resume, device=device, devices=devices, progress=progress,
+    )  # fmt: skip
+
+
+def _fit_descriptor(
+    net: nn.Module,
+    make_batches: Callable[[int], Dataset],
+    loss: Loss,
+    validate: Callable[[nn.Module], float],
+    fresh: Callable[[], nn.Module],
+    schedule: FitSettings,
+    out: Path,
+    *,
+    told: dict[str, Any],
+    photos: int,
+    resume: bool,
+    device: str,
+    devices: int,
+    progress: bool,
+) -> FitResult:
+    """``fit`` with a descriptor's files; ``fresh`` makes the network that is written, ``told`` and ``photos`` identify the training."""
+
     def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        best = DESCRIPTORS[model](dropout=recipe.dropout)
+        best = fresh()
         best.load_state_dict(state)
         save(best, out, {**told, "schedule": asdict(schedule), **facts}, half=True)
 
-    told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": str(init or "")}
     return fit(
         net,
         make_batches,
@@ -578,7 +602,7 @@ def train_descriptor(
         devices=devices,
         progress=progress,
         score_name="matching",
-        extra={**told, "photos": len(training) + len(held_out)},
+        extra={**told, "photos": photos},
         on_best=keep,
     )
 
@@ -690,25 +714,8 @@ def train_desnet(
             scores.append(rightly_matched(sample(maps[:1], xy_a), sample(maps[1:], xy_b), xy_a, xy_b, pair["H_ab"]))
         return mean_of_known(scores)
 
-    def keep(state: dict[str, Tensor], facts: dict[str, Any]) -> None:
-        best = DesNet(dim=dim)
-        best.load_state_dict(state)
-        save(best, out, {**told, "schedule": asdict(schedule), **facts}, half=True)
-
     told = {"model": "desnet", "preset": preset, "detector": str(detector), "dim": dim, "init": str(init or "")}
-    return fit(
-        net,
-        make_batches,
-        candidate_loss,
-        validate,
-        schedule,
-        out.with_name(out.name + ".checkpoint"),
-        log_dir=out.with_name(out.name + ".log"),
-        resume=resume,
-        device=device,
-        devices=devices,
-        progress=progress,
-        score_name="matching",
-        extra={**told, "photos": len(training) + len(held_out)},
-        on_best=keep,
-    )
+    return _fit_descriptor(
+        net, make_batches, candidate_loss, validate, lambda: DesNet(dim=dim), schedule, out,
+        told=told, photos=len(training) + len(held_out), resume=resume, device=device, devices=devices, progress=progress,
+    )  # fmt: skip
