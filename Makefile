@@ -27,6 +27,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/repeatability.py $(OXFORD) --out benchmarks/results/repeatability.json
 	$(BIN)/python benchmarks/bias.py $(OXFORD) --out benchmarks/results/bias.json
 	$(BIN)/python benchmarks/speed.py --out benchmarks/results/speed.json
+	$(BIN)/python benchmarks/realtime.py --out benchmarks/results/realtime.json
 	$(BIN)/python benchmarks/rekd.py $(OXFORD) --work build/rekd --speed --out benchmarks/results/rekd.json --table benchmarks/results/rekd.md
 	$(BIN)/python benchmarks/oxford.py $(OXFORD) --work build/oxford --out benchmarks/results/oxford.json --table benchmarks/results/oxford.md
 
