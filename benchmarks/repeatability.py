@@ -1,8 +1,8 @@
 """Repeatability on homography sequences: 3 px, mutual, one to one, single scale, top 1000 of the common area.
 
 15 x 15 suppression, 15 px border, pairs 1-2, 1-3, 1-4 of each sequence, distances in image k (``in_k``) and, as a
-second column, in image 1 (``in_1``). The mean number of evaluated points stands beside the shares, since few points
-repeat more easily.
+second column, in image 1 (``in_1``). The mean number of points compared (the fewer ones of the common area) stands beside
+the shares, since few points repeat more easily.
 
     python benchmarks/repeatability.py FOLDER [--systems keynet,keynet-tiny,sift,fast,FILE] [--out FILE.json]
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from common import SEQUENCES, homography, load_network, machine
-from tiepoints.evaluation.metrics import mutual_repeatability
+from tiepoints.evaluation.metrics import mutual_matches, mutual_repeatability
 from tiepoints.image import load_image
 from tiepoints.keypoints import detect_peaks
 
@@ -83,7 +83,8 @@ def main() -> None:
                 in_k.append(mutual_repeatability(points[1], points[k], H, sizes[1], sizes[k], **options))
                 back = torch.linalg.inv(H)
                 in_1.append(mutual_repeatability(points[k], points[1], back, sizes[k], sizes[1], **options))
-                counts.append(min(len(points[1]), len(points[k]), 1000))
+                _, *found = mutual_matches(points[1], points[k], H, sizes[1], sizes[k], **options)
+                counts.append(min(found))
             row[sequence] = {"in_k": float(np.mean(in_k)), "in_1": float(np.mean(in_1)), "points": float(np.mean(counts))}
         for column in ("in_k", "in_1"):
             row[column] = float(np.mean([row[s][column] for s in SEQUENCES]))

@@ -482,7 +482,7 @@ def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
 
 
 def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
-    """Files, hloc's file, two images matched, an evaluation of features on disk."""
+    """Files, hloc's file, two images matched, an evaluation with its report."""
     images = sorted(photos.rglob("*.png"))[-2:]
     names = ["--detector", "sobelnet", "--descriptor", "desnet", "--num-points", "80", "--device", "cpu"]
     code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), *names)
@@ -501,3 +501,23 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     assert found["ok"]
     assert found["inliers"] == found["matches"] == found["points"][0]  # an image against itself
     np.testing.assert_allclose(found["xy_a"], found["xy_b"])
+    code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), "--format", "h5", *names)
+    assert code == 0, out
+    assert [path.name for path in (tmp_path / "sobelnet-desnet").glob("*.h5")] == ["features.h5"]
+    scene = tmp_path / "data" / "moved"
+    scene.mkdir(parents=True)
+    whole = np.asarray(Image.open(images[0]).convert("L"))
+    Image.fromarray(whole[:-6, :-9]).save(scene / "1.png")
+    Image.fromarray(whole[6:, 9:]).save(scene / "2.png")
+    np.savetxt(scene / "H_1_2", [[1, 0, -9], [0, 1, -6], [0, 0, 1]])
+    words = ["--systems", "sobelnet+desnet,sift+desnet", "--num-points", "100", "--mode", "ti", "--out", str(tmp_path / "run")]
+    code, out = call("evaluate", str(tmp_path / "data"), *words)
+    assert code == 0, out
+    code, out = call("report", str(tmp_path / "run"))
+    assert code == 0, out
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert "sobelnet+desnet" in text
+    assert "sift+desnet" in text
+    with open(tmp_path / "run" / "rows" / "sobelnet+desnet.jsonl") as file:
+        row = json.loads(file.readlines()[-1])
+    assert "rekd.mma@3" in json.dumps(row)

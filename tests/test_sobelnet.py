@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tiepoints.detectors.sobelnet as module
 from tiepoints import build
 from tiepoints.detectors.sobelnet import GRADIENTS, SobelNet, cut, gradients
 from tiepoints.filters import resize
@@ -40,6 +41,16 @@ def test_any_size_and_batch_and_fused_equals_plain(kernel_size, shape):
     error = 1e-4 * float(plain.max())
     torch.testing.assert_close(quick, plain, atol=error, rtol=0)
     torch.testing.assert_close(alone, plain, atol=error, rtol=0)
+
+
+@pytest.mark.parametrize("pixels", [1, 700, 2000])
+def test_strips_do_not_show(pixels, monkeypatch):
+    net = lively()
+    image = torch.rand(2, 1, 61, 70)
+    monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
+    with torch.inference_mode():
+        plain, quick = net(image), net.fused()(image)
+    torch.testing.assert_close(quick, plain, atol=1e-4 * float(plain.max()), rtol=0)
 
 
 def test_parameters_and_settings():
@@ -233,6 +244,28 @@ def test_gaussian_loss_does_not_see_the_scale_of_scores_but_its_gradient_works()
         nearer = gaussian_loss((a - 0.05 * a.grad / a.grad.abs().max()).clamp(min=0), b, H)[1]["loss"]
     assert nearer < numbers["loss"]
     assert torch.isfinite(a.grad).all()
+
+
+def test_it_learns_by_the_gaussian_loss():
+    """Thirty steps on one pair bring both terms down."""
+    torch.manual_seed(0)
+    net = SobelNet()
+    scene = F.interpolate(torch.rand(1, 1, 24, 24), size=(144, 144), mode="bicubic").clamp(0, 1)
+    H = torch.tensor([[[0.96, -0.26, 20.0], [0.26, 0.96, -16.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    pair = torch.cat([scene, 0.8 * warp_image(scene, H) + 0.05])
+    seen = torch.ones_like(scene)
+    optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
+    curve = []
+    for _ in range(30):
+        a, b = net(pair).chunk(2)
+        loss, numbers = gaussian_loss(a, b, H, mask_a=seen, mask_b=warp_image(seen, H))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        curve.append(numbers)
+    first, last = ({key: sum(n[key] for n in part) / 5 for key in ("shape", "alone")} for part in (curve[:5], curve[-5:]))
+    assert last["shape"] < 0.7 * first["shape"]
+    assert last["alone"] < 0.9 * first["alone"]
 
 
 def test_gaussian_loss_refuses_what_does_not_fit():

@@ -81,7 +81,7 @@ OrientationOption = Annotated[
     typer.Option(help="Angles of the points: of a network, or of the dominant gradient (default: REKD's own; others none)."),
 ]
 UprightOption = Annotated[
-    bool, typer.Option("--upright", help="Describe patches that are not turned by the angles (REKD's published tables).")
+    bool, typer.Option("--upright", help="Describe patches that are not turned by the angles, as REKD's tables (desnet never uses angles).")
 ]
 SingleScaleOption = Annotated[bool, typer.Option("--single-scale", help="No pyramid (the papers' TI).")]
 ModeOption = Annotated[Mode, typer.Option(help="official = the published extraction, faults included.")]
@@ -350,7 +350,7 @@ def train(
     ],
     images: Annotated[Path, typer.Option(help="Folder of photographs, searched to the bottom; a tenth is held out to validate on.")],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
-    preset: Annotated[Preset, typer.Option(help="paper = the published schedule.")] = Preset.default,
+    preset: Annotated[Preset, typer.Option(help="paper = the published schedule; msip = SobelNet by Key.Net's loss.")] = Preset.default,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train for, instead of minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
@@ -362,8 +362,10 @@ def train(
     patches: Annotated[
         Path | None, typer.Option(help="Descriptors: folder of PhotoTour or HPatches patches to train on instead of --images.")
     ] = None,
-    detector: Annotated[str, typer.Option(help="desnet: detector whose candidates it learns, a name or a weights file.")] = "sobelnet",
-    dim: Annotated[int, typer.Option(help="desnet: numbers a descriptor, 128 or 64.")] = 128,
+    detector: Annotated[
+        str | None, typer.Option(help="desnet: detector whose candidates it learns, a name or a weights file (default: sobelnet).")
+    ] = None,
+    dim: Annotated[int | None, typer.Option(help="desnet: numbers a descriptor, 128 (default) or 64.")] = None,
     init: Annotated[str | None, typer.Option(help="REKD and descriptors: weights to start from, a name or a file.")] = None,
     group_size: Annotated[int | None, typer.Option(min=1, help="REKD: number of orientations (default: 36, light 12).")] = None,
     dims: Annotated[tuple[int, int, int] | None, typer.Option(help="REKD: fields of its three layers (default: 2 2 2).")] = None,
@@ -389,18 +391,18 @@ def train(
         _fail(f"the model must be one of {', '.join(known)}; got {model!r}")
     described = model == "desnet" or model in DESCRIPTORS
     if described and pairs is not None:
-        _fail("--pairs is for detectors; a descriptor trains on --images, or on --patches")
+        _fail("--pairs is for detectors; a descriptor trains on --images" + ", or on --patches" * (model in DESCRIPTORS))
     if model not in DESCRIPTORS and patches is not None:
         _fail("--patches is for descriptors (hardnet, hynet, sosnet)")
     if model in MODELS and init is not None:
         _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet, desnet)")
     if model not in REKD_SIZES and (group_size is not None or dims is not None):
         _fail("--group-size and --dims are for rekd and rekd-light")
-    if model != "desnet" and (detector != "sobelnet" or dim != 128):
+    if model != "desnet" and (detector is not None or dim is not None):
         _fail("--detector and --dim are for desnet")
     try:
         if model == "desnet":
-            result = train_desnet(images, out, detector=detector, dim=dim, init=init, **options)
+            result = train_desnet(images, out, detector=detector or "sobelnet", dim=128 if dim is None else dim, init=init, **options)
         elif model in DESCRIPTORS:
             result = train_descriptor(model, images, out, patches=patches, init=init, **options)
         elif model in REKD_SIZES:

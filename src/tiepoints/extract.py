@@ -427,10 +427,10 @@ def describer(
         if descriptor not in DESCRIPTORS and not Path(descriptor).is_file():
             raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}, a weights file or a network; got {descriptor!r}")
         net = load(descriptor)
-        if not isinstance(net, PatchNet | DesNet):
-            raise ValueError(f"{descriptor} holds a {type(net).__name__}, which describes no points")
     else:
         net = descriptor.eval()
+    if isinstance(net, KeyNet | LegacyKeyNet | REKD | SobelNet):
+        raise ValueError(f"a {type(net).__name__} describes no points; give it as the detector")
     if isinstance(net, DesNet | FusedDesNet):
         return DenseDescriptor((net.fused(dtype) if isinstance(net, DesNet) else net).to(device), net.dim)
     return PatchDescriptor(net.fused(dtype).to(device) if isinstance(net, PatchNet) else net.to(device), upright=upright)
@@ -476,7 +476,7 @@ def build(
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto`` (the faster of the two).
         orientation: where the points' angles come from: ``none``, ``rekd``, ``rekd-light``, ``dominant`` (gradient); default: from
             the detector if it measures them (REKD's), else all 0.
-        upright: describe patches that are not turned by the angles.
+        upright: describe patches that are not turned by the angles; ``desnet`` never uses them.
         settings, options: ``ExtractSettings``, or its fields.
 
     Raises:
@@ -491,6 +491,8 @@ def build(
     describe = describer(descriptor, device=where, precision=precision, upright=upright)
     orient = orienter(orientation, where)
     net = load(detector) if isinstance(detector, str) else detector.eval()
+    if isinstance(net, PatchNet | DesNet):
+        raise ValueError(f"a {type(net).__name__} finds no points; give it as the descriptor")
     if isinstance(net, REKD) and chosen.nms_shape is None and chosen.mode == "default":
         chosen = replace(chosen, nms_shape="round")
     up, down = (REKD_UP_LEVELS, REKD_DOWN_LEVELS) if isinstance(net, REKD) else (UP_LEVELS, DOWN_LEVELS)

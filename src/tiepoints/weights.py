@@ -39,6 +39,15 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def weights_checksum(net: nn.Module) -> str:
+    """SHA-256 of all tensors of a network, in hexadecimal: the same for the same weights, wherever they lie."""
+    digest = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None, *, half: bool = False) -> None:
     """Write a network's weights with its class, settings and ``facts`` as one safetensors file (atomically).
 

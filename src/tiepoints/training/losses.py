@@ -276,14 +276,13 @@ def gaussian_loss(
     mask_b: Tensor | None = None,
     window: int = GAUSSIAN_WINDOW,
     sigma: float = GAUSSIAN_SIGMA,
-    balance: float = 1.0,
     border: int = BORDER,
 ) -> tuple[Tensor, dict[str, float]]:
     """Gaussian loss of SobelNet (its name is the paper's, Yuan et al. 2020; the formula is ours, docs/training.md).
 
     Peaks are maxima of ``window`` x ``window``. Around each peak of the sum of both views (the other one warped here) that has a peak
     of each view within 2 px, the score must be a Gaussian: ``mean (1 - cosine)``. And the share of peaks that no peak of the other view
-    confirms must be small; times ``balance``. Both count a peak by a small power of its height and ignore the scores' scale.
+    confirms must be small. Both count a peak by a small power of its height and ignore the scores' scale.
     Both directions are averaged.
 
     Args:
@@ -310,7 +309,7 @@ def gaussian_loss(
     a, b, b_in_a, a_in_b, visible_a, visible_b = _meet([score_a, score_b, mask_a, mask_b], H_ab.to(score_a), H_ba)
     ways = [_gaussian_one_way(a, b_in_a, visible_a, window, sigma), _gaussian_one_way(b, a_in_b, visible_b, window, sigma)]
     shape, alone = ((ways[0][i] + ways[1][i]) / 2 for i in range(2))
-    loss = shape + balance * alone
+    loss = shape + alone
     peaks = float(ways[0][2] + ways[1][2]) / (2 * len(score_a))
     return loss, {"loss": loss.item(), "shape": shape.item(), "alone": alone.item(), "peaks": peaks}
 

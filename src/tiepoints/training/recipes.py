@@ -25,7 +25,7 @@ from ..extract import ExtractSettings, ScoreMapDetector, score_maps
 from ..keypoints import NMS_WINDOW, detect_peaks, round_max_filter
 from ..orientation import angle_at
 from ..pyramid import build_pyramid
-from ..weights import load, save
+from ..weights import load, save, weights_checksum
 from .candidates import CandidatePairs
 from .loop import FitResult, FitSettings, Loss, fit
 from .losses import (
@@ -616,7 +616,7 @@ def take_over(net: nn.Module, source: nn.Module, name: str) -> int:
     mine, theirs = net.state_dict(), source.state_dict()
     common = {k: v for k, v in theirs.items() if k in mine and mine[k].shape == v.shape}
     if not common:
-        raise WeightsError(f"weights {name} have no layer in common with a {type(net).__name__}; start from a patch descriptor's")
+        raise WeightsError(f"weights {name} have no layer in common with a {type(net).__name__}; start from weights of its own kind")
     net.load_state_dict({**mine, **common})
     return len(common)
 
@@ -714,7 +714,8 @@ def train_desnet(
             scores.append(rightly_matched(sample(maps[:1], xy_a), sample(maps[1:], xy_b), xy_a, xy_b, pair["H_ab"]))
         return mean_of_known(scores)
 
-    told = {"model": "desnet", "preset": preset, "detector": str(detector), "dim": dim, "init": str(init or "")}
+    # the detector's weights, not its name: retrained in between, it would give other candidates
+    told = {"model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "init": str(init or "")}
     return _fit_descriptor(
         net, make_batches, candidate_loss, validate, lambda: DesNet(dim=dim), schedule, out,
         told=told, photos=len(training) + len(held_out), resume=resume, device=device, devices=devices, progress=progress,
