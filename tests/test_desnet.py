@@ -129,7 +129,7 @@ def test_points_are_read_from_the_level_of_their_scale():
     pyramid = build_pyramid(image, up=1, down=2)
     describe = DenseDescriptor(net.fused(), net.dim)
     xy = torch.tensor([[80.0, 70.0]] * 4)
-    scale = torch.tensor([0.6, 1.1, 2.1, 40.0])
+    scale = torch.tensor([0.9, 1.5, 3.0, 40.0])
     zeros = torch.zeros(4)
     found = describe(pyramid, Keypoints(xy, scale, zeros, zeros), 0)
     with torch.inference_mode():
