@@ -64,7 +64,7 @@ def detector(system: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--systems", default="keynet,keynet-tiny,sift,orb,harris,fast,shi-tomasi")
+    parser.add_argument("--systems", default="keynet,keynet-tiny,sobelnet,sift,orb,harris,fast,shi-tomasi")
     parser.add_argument("--threshold", type=float, default=3.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

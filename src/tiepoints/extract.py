@@ -283,7 +283,7 @@ class PatchDescriptor:
 
 
 class DenseDescriptor:
-    """A network image -> map (``desnet.DesNet``) as a descriptor: each point is read from the level nearest to ``DENSE_SCALE`` times its scale.
+    """Network image -> map (``desnet.DesNet``) as a descriptor: points are read at the level nearest to ``DENSE_SCALE`` times their scale.
 
     The points' angles do not matter: what a turn changes, the network has to know.
     """
