@@ -501,6 +501,10 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     assert found["ok"]
     assert found["inliers"] == found["matches"] == found["points"][0]  # an image against itself
     np.testing.assert_allclose(found["xy_a"], found["xy_b"])
+    code, out = call("match", str(images[0]), str(images[0]), "--model", "homography", "--json", "--scales", "all", *names)
+    assert code == 0, out
+    repeated = json.loads(out)["xy_a"]
+    assert len({(round(x / 3), round(y / 3)) for x, y in repeated}) < len(repeated)  # places at several scales
     code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), "--format", "h5", *names)
     assert code == 0, out
     assert [path.name for path in (tmp_path / "sobelnet-desnet").glob("*.h5")] == ["features.h5"]

@@ -220,6 +220,7 @@ def match(
     ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off.")] = 0.95,
     threshold: Annotated[float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")] = 2.0,
     single_scale: SingleScaleOption = False,
+    scales: ScalesOption = Scales.one,
     weights: WeightsOption = None,
     camera: CameraOption = "auto",
     device: Annotated[str, typer.Option()] = "auto",
@@ -240,7 +241,7 @@ def match(
         _fail("no images given; name two images, or folders, or give --features")
     options = {
         "detector": detector.value, "descriptor": chosen, "num_points": num_points, "single_scale": single_scale,
-        "weights": None if weights is None else str(weights),
+        "weights": None if weights is None else str(weights), **({} if scales == Scales.one else {"scales": scales.value}),
         **({} if orientation is None else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
     }  # fmt: skip
     rotation = None if rotation_tolerance is None else math.radians(rotation_tolerance)
