@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/python examples/stereo_demo.py --out demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -561,6 +561,8 @@ def test_the_user_ends_it_by_the_window_and_by_ctrl_c(video, extractor):
 
 
 def test_ctrl_c_in_the_command_prints_the_summary_and_leaves_a_good_video(tmp_path):
+    # a shell starts what it puts in the background deaf to SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = write_images(tmp_path / "frames", moving(2))
     for i in range(2, 1000):
         os.link(folder / f"f{i % 2}.png", folder / f"f{i}.png")
@@ -574,8 +576,11 @@ def test_ctrl_c_in_the_command_prints_the_summary_and_leaves_a_good_video(tmp_pa
 
     killer = threading.Thread(target=interrupt)
     killer.start()
-    done = run(folder, "--output", tmp_path / "out.avi")
-    killer.join()
+    try:
+        done = run(folder, "--output", tmp_path / "out.avi")
+        killer.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "(stopped)" in done.stdout
     written, said = len(read_video(tmp_path / "out.avi")[0]), int(done.stdout.split()[1])
     assert 1 <= said <= written <= said + 1 < 1000  # the last one may be written and not yet counted
