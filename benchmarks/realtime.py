@@ -16,51 +16,74 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common import machine, vga_image
-from tiepoints.extract import build
+from tiepoints.extract import Extractor, build
 from tiepoints.keypoints import detect_peaks
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
 
-POINTS = 1000
+POINTS = 1000  # asked for
+XFEAT = "XFeat's network (kornia)"
 
 
-def jobs(image: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """What is timed: whole systems, and the stages of ours."""
-    import cv2
-
-    cv2.setNumThreads(1)
+def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """What is timed, whole systems and the stages of ours, each made only when it is called for. The stages return what they make."""
     gray = (image[0, 0].numpy() * 255).round().astype("uint8")
-    sift, orb = cv2.SIFT_create(POINTS), cv2.ORB_create(POINTS)
-    ours = build("sobelnet", "desnet", single_scale=True, num_points=POINTS, device="cpu", precision="float32")
-    detector: Any = load("sobelnet")
-    sobel, dense = detector.fused(), ours.describe.net  # type: ignore[union-attr]
-    score, pyramid = sobel(image), build_pyramid(image, up=0, down=0)
-    points = detect_peaks(score, POINTS)[0][0]
-    made = ours.detect(pyramid)[0]
-    found: dict[str, Callable[[], Any]] = {
-        "SobelNet + DesNet": lambda: ours.extract(image),
-        "  SobelNet": lambda: sobel(image),
-        "  points from the score map": lambda: detect_peaks(score, POINTS),
-        "  DesNet": lambda: dense(image),
-        "  DesNet, sampled and normalised": lambda: ours.describe(pyramid, made, 0),  # type: ignore[misc]
-        "SIFT": lambda: sift.detectAndCompute(gray, None),
-        "ORB": lambda: orb.detectAndCompute(gray, None),
-    }
-    print(f"{len(points)} points")
-    try:
+
+    def opencv(create: str) -> Callable[[], Any]:
+        import cv2
+
+        cv2.setNumThreads(1)
+        detector = getattr(cv2, create)(POINTS)
+        return lambda: detector.detectAndCompute(gray, None)[0]
+
+    def ours() -> Extractor:
+        return build("sobelnet", "desnet", single_scale=True, num_points=POINTS, device="cpu", precision="float32")
+
+    def whole() -> Callable[[], Any]:
+        extractor = ours()
+        return lambda: extractor.extract(image)
+
+    def peaks() -> Callable[[], Any]:
+        score = load("sobelnet").fused()(image)  # type: ignore[operator]
+        return lambda: detect_peaks(score, POINTS)
+
+    def dense() -> Callable[[], Any]:
+        net = load("desnet").fused()  # type: ignore[operator]
+        return lambda: net(image)
+
+    def sobel() -> Callable[[], Any]:
+        net = load("sobelnet").fused()  # type: ignore[operator]
+        return lambda: net(image)
+
+    def sampled() -> Callable[[], Any]:
+        extractor, pyramid = ours(), build_pyramid(image, up=0, down=0)
+        points = extractor.detect(pyramid)[0]
+        assert extractor.describe is not None
+        return partial(extractor.describe, pyramid, points, 0)
+
+    def xfeat() -> Callable[[], Any]:
         from kornia.feature import XFeat
-    except ImportError:
-        print("kornia has no XFeat here: left out")
-    else:
+
         net = XFeat().net.eval()
-        found["XFeat's network (kornia)"] = torch.inference_mode()(lambda: net(image))
-    return found
+        return torch.inference_mode()(lambda: net(image))
+
+    return {
+        "SobelNet + DesNet": whole,
+        "  SobelNet": sobel,
+        "  points from the score map": peaks,
+        "  DesNet": dense,
+        "  DesNet, sampled and normalised": sampled,
+        "SIFT": partial(opencv, "SIFT_create"),
+        "ORB": partial(opencv, "ORB_create"),
+        XFEAT: xfeat,
+    }
 
 
 def memory(name: str, picture: Path | None) -> float:
@@ -84,13 +107,15 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     image = vga_image(args.image)
-    runs = jobs(image)
+    made = makers(image)
     if args.memory_of:
+        run = made[args.memory_of]()
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
         before = status("VmRSS")
-        runs[args.memory_of]()
+        run()
         print((status("VmHWM") - before) / 1024)
         return
+    runs = {name: make() for name, make in made.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.rounds + 1):
         for name, run in runs.items():
@@ -102,11 +127,13 @@ def main() -> None:
     for name in runs:
         if not name.startswith("  "):
             found[name]["peak_mib"] = memory(name, args.image)
+            if name != XFEAT:
+                found[name]["points"] = len(runs[name]())
     for name, each in found.items():
-        print(f"{name:34} best {each['best_ms']:7.1f} ms, median {each['median_ms']:7.1f} ms" + (
-            f", {each['peak_mib']:.0f} MiB" if "peak_mib" in each else ""))  # fmt: skip
+        more = "".join(f", {each[key]:.0f} {unit}" for key, unit in (("peak_mib", "MiB"), ("points", "points")) if key in each)
+        print(f"{name:34} best {each['best_ms']:7.1f} ms, median {each['median_ms']:7.1f} ms{more}")
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "points": POINTS, "milliseconds": found}, indent=1) + "\n")
+        args.out.write_text(json.dumps({"machine": machine(), "asked": POINTS, "systems": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Recipes: what each adds to a network for its training; descriptors trained from photographs and from published patches."""
 
 import csv
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -77,6 +78,26 @@ def tour(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def broken_off(monkeypatch, step):
+    """A training that is begun in here ends before ``step``, as if it were killed."""
+
+    class Killed(Exception):
+        pass
+
+    original = loop.learning_rate_at
+
+    def rate(at, total, settings):
+        if at == step:
+            raise Killed
+        return original(at, total, settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate_at", rate)
+        with pytest.raises(Killed):
+            yield
+
+
 def train(model, photos, out, **options):
     options = {"steps": 2, "batch_size": 2, "validate_every": 2, "workers": 0, **options}
     return train_descriptor(model, photos, out, progress=False, device="cpu", say=lambda line: None, **options)
@@ -102,20 +123,8 @@ def test_a_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypat
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     train("hardnet", photos, whole, steps=4)
 
-    class Stop(Exception):
-        pass
-
-    original = loop.learning_rate_at
-
-    def fail_at_three(step, total, settings):
-        if step == 3:
-            raise Stop
-        return original(step, total, settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate_at", fail_at_three)
-        with pytest.raises(Stop):
-            train("hardnet", photos, broken, steps=4, save_every=0.0)
+    with broken_off(monkeypatch, 3):
+        train("hardnet", photos, broken, steps=4, save_every=0.0)
     train("hardnet", photos, broken, steps=4, resume=True)
     one, two = load(whole).state_dict(), load(broken).state_dict()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -174,21 +183,9 @@ def test_rekd_trains_resumes_and_starts_another_group(photos, tmp_path, monkeypa
         row = list(csv.DictReader(file))[-1]
     assert {"orientation", "agree", "place"} <= set(row)
 
-    class Stopped(Exception):
-        pass
-
-    save_it = loop.save_atomically
-
-    def stop_after_two(state, path):
-        save_it(state, path)
-        if state["step"] == 2:
-            raise Stopped
-
-    monkeypatch.setattr(loop, "save_atomically", stop_after_two)
     part = {"group_size": 4, "steps": 4, "save_every": 0.0, **REKD_TINY}
-    with pytest.raises(Stopped):
+    with broken_off(monkeypatch, 2):
         train_rekd("rekd-light", photos, tmp_path / "part.safetensors", **part)
-    monkeypatch.setattr(loop, "save_atomically", save_it)
     train_rekd("rekd-light", photos, tmp_path / "part.safetensors", resume=True, **part)
     one, other = (load(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
@@ -321,21 +318,9 @@ def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monk
     whole = train_desnet(photos, tmp_path / "whole.safetensors", **options)
     assert 0 < whole.best <= 1
 
-    class Stop(Exception):
-        pass
-
     part = {**options, "save_every": 0.0}
-    original = loop.learning_rate_at
-
-    def fail_at_two(step, total, settings):
-        if step == 2:
-            raise Stop
-        return original(step, total, settings)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate_at", fail_at_two)
-        with pytest.raises(Stop):
-            train_desnet(photos, tmp_path / "part.safetensors", **part)
+    with broken_off(monkeypatch, 2):
+        train_desnet(photos, tmp_path / "part.safetensors", **part)
     again = train_desnet(photos, tmp_path / "part.safetensors", resume=True, **part)
     assert again.best == whole.best
     one, two = load(tmp_path / "whole.safetensors").state_dict(), load(tmp_path / "part.safetensors").state_dict()

@@ -1,4 +1,4 @@
-"""Maps of an image made strip by strip: bounds memory, and a strip's maps stay in a processor's cache."""
+"""Maps of an image made strip by strip, which bounds memory."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, blur_separable, bright_blur_taps, normalise_contrast, resize
+from ..strips import strips
 from ..winograd import PAD, WinogradConv, pack
 from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
 
@@ -255,11 +255,8 @@ class FusedREKD(nn.Module):
         b, _, h, w = image.shape
         levels = self.reference.level_images(image)
         score, angle = image.new_empty(b, 1, h, w), image.new_empty(b, 1, h, w)
-        count = max(1, round(b * h * w / STRIP_PIXELS))
-        edges = [h * i // count for i in range(count + 1)]
-        for top, bottom in pairwise(edges):
-            if bottom > top:
-                score[:, :, top:bottom], angle[:, :, top:bottom] = self._strip(levels, (h, w), top, bottom)
+        for top, bottom in strips(h, b * w, STRIP_PIXELS):
+            score[:, :, top:bottom], angle[:, :, top:bottom] = self._strip(levels, (h, w), top, bottom)
         return score, angle
 
     def _strip(self, levels: list[Tensor], size: tuple[int, int], top: int, bottom: int) -> tuple[Tensor, Tensor]:
