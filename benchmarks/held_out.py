@@ -81,7 +81,7 @@ def main() -> None:
         for turn in (180, 45):
             views = replace(PRESETS["dense"], size=SIZE, rotation=turn)
             made = CandidatePairs(held_out, find, views, seed=DESCRIPTOR_SEED, length=DESCRIPTOR_PAIRS, count=200)
-            items = [made[i] for i in range(DESCRIPTOR_PAIRS)]
+            items = [{**made[i], "H_ab": made.homography(i)} for i in range(DESCRIPTOR_PAIRS)]
             for system in args.descriptors.split(","):
                 print(f"{Path(system).name:20} turns to {turn:3} degrees: {describe_figure(system, items):.3f}", flush=True)
 

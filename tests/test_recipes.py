@@ -304,7 +304,8 @@ def test_candidate_loss_knows_the_truth():
     image = torch.nn.functional.interpolate(torch.rand(2, 1, 24, 24), scale_factor=8, mode="bicubic")
     xy = torch.rand(2, 30, 2) * 120 + 36
     xy[1, 20:] = float("nan")
-    batch = {"image_a": image, "image_b": image, "H_ab": torch.eye(3, dtype=torch.float64).expand(2, 3, 3), "xy_a": xy, "xy_b": xy}
+    same_place = torch.eye(30, dtype=torch.bool).expand(2, 30, 30)
+    batch = {"image_a": image, "image_b": image, "xy_a": xy, "xy_b": xy, "positive": same_place, "negative": ~same_place}
     net = DesNet().eval()
     same, numbers = candidate_loss(net, batch)
     assert numbers["rows"] == 50

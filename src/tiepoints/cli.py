@@ -349,25 +349,37 @@ def train(
     model: Annotated[
         str, typer.Argument(help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, hynet, sosnet, desnet.")
     ],
-    images: Annotated[Path, typer.Option(help="Folder of photographs, searched to the bottom; a tenth is held out to validate on.")],
+    images: Annotated[
+        list[Path], typer.Option(help="Folder of photographs, searched to the bottom; repeatable. A tenth is held out to validate on.")
+    ],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
-    preset: Annotated[Preset, typer.Option(help="paper = the published schedule; msip = SobelNet by Key.Net's loss.")] = Preset.default,
+    preset: Annotated[Preset, typer.Option(help="paper = the published schedule; msip = Key.Net's published loss.")] = Preset.default,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train for, instead of minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that make pairs.")] = None,
-    precision: Annotated[str | None, typer.Option(help="32-true or bf16-mixed.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed, or auto: the latter where the device computes it.")] = None,
     pairs: Annotated[Path | None, typer.Option(help="Detectors: pairs written by `tiepoints pairs`.")] = None,
     patches: Annotated[
         Path | None, typer.Option(help="Descriptors: folder of PhotoTour or HPatches patches to train on instead of --images.")
     ] = None,
+    reconstructions: Annotated[
+        list[Path] | None, typer.Option(help="Descriptors: folder of COLMAP models with their images to train on too; repeatable.")
+    ] = None,
+    validation_reconstructions: Annotated[
+        list[Path] | None, typer.Option(help="Descriptors: folder of COLMAP models to validate on too; repeatable.")
+    ] = None,
     detector: Annotated[
         str | None, typer.Option(help="desnet: detector whose candidates it learns, a name or a weights file (default: sobelnet).")
     ] = None,
-    dim: Annotated[int | None, typer.Option(help="desnet: numbers a descriptor, 128 (default) or 64.")] = None,
+    dim: Annotated[int | None, typer.Option(help="desnet: descriptor dimension, 128 (default) or 64.")] = None,
+    width: Annotated[int | None, typer.Option(help="desnet: factor of its channels, 1 (default) to 4.")] = None,
     init: Annotated[str | None, typer.Option(help="REKD and descriptors: weights to start from, a name or a file.")] = None,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Folder of photographs to validate on, instead of a tenth of --images; repeatable.")
+    ] = None,
     group_size: Annotated[int | None, typer.Option(min=1, help="REKD: number of orientations (default: 36, light 12).")] = None,
     dims: Annotated[tuple[int, int, int] | None, typer.Option(help="REKD: fields of its three layers (default: 2 2 2).")] = None,
     device: Annotated[str, typer.Option()] = "auto",
@@ -385,7 +397,7 @@ def train(
     options: dict[str, Any] = {
         "preset": preset.value, "device": device, "devices": devices, "resume": resume, "say": lambda line: typer.echo(line, err=True),
         "minutes": minutes, "steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
-        "workers": workers, "precision": precision, "validate_every": validate_every, "save_every": save_every,
+        "workers": workers, "precision": precision, "validation": validation, "validate_every": validate_every, "save_every": save_every,
     }  # fmt: skip
     known = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet")
     if model not in known:
@@ -399,11 +411,15 @@ def train(
         _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet, desnet)")
     if model not in REKD_SIZES and (group_size is not None or dims is not None):
         _fail("--group-size and --dims are for rekd and rekd-light")
-    if model != "desnet" and (detector is not None or dim is not None):
-        _fail("--detector and --dim are for desnet")
+    if model != "desnet" and (detector is not None or dim is not None or width is not None):
+        _fail("--detector, --dim and --width are for desnet")
     try:
+        if described:
+            options |= {"reconstructions": reconstructions, "validation_reconstructions": validation_reconstructions}
+        elif reconstructions or validation_reconstructions:
+            _fail("--reconstructions and --validation-reconstructions are for descriptors")
         if model == "desnet":
-            result = train_desnet(images, out, detector=detector or "sobelnet", dim=128 if dim is None else dim, init=init, **options)
+            result = train_desnet(images, out, detector=detector or "sobelnet", dim=dim or 128, width=width or 1, init=init, **options)
         elif model in DESCRIPTORS:
             result = train_descriptor(model, images, out, patches=patches, init=init, **options)
         elif model in REKD_SIZES:

@@ -399,6 +399,15 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu") from error
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bfloat16: a GPU, or a processor with AVX-512 BF16 or AMX; others emulate it, many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
+    )
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device computes it faster than float32, which many processors only emulate.
 
@@ -409,10 +418,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
     if name != "auto":
         return torch.bfloat16 if name == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = device.type == "cpu" and getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
 
 
 def describer(

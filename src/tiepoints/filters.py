@@ -88,6 +88,24 @@ def sobel(image: Tensor) -> tuple[Tensor, Tensor]:
     return dx, dy
 
 
+def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
+    """Smaller eigenvalue of the structure tensor (Shi and Tomasi 1994), Gaussian window of ``sigma`` pixels: (B,1,H,W) -> (B,1,H,W) >= 0.
+
+    It is large where gradients point several ways, so at corners, junctions and spots, and near 0 on flat areas and straight edges.
+    """
+    dx, dy = sobel(image)
+    products = gaussian_blur(torch.cat([dx.square(), dy.square(), dx * dy], dim=1), sigma)
+    xx, yy, xy = products.split(1, dim=1)
+    return (((xx + yy) - ((xx - yy).square() + 4 * xy.square()).sqrt()) / 2).clamp(min=0)
+
+
+def percentile_rank(values: Tensor) -> Tensor:
+    """Share of an image's other pixels that are smaller, for each pixel: (B,1,H,W) -> (B,1,H,W) in [0,1]; ties are ranked in order."""
+    flat = values.flatten(1)
+    rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
+    return (rank.to(values) / max(1, flat.shape[1] - 1)).view(values.shape)
+
+
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize to ``size`` = (height, width) by the half-pixel law, without low-pass."""
     if tuple(image.shape[-2:]) == tuple(size):

@@ -44,22 +44,26 @@ class DesNet(nn.Module):
 
     Args:
         dim: D, 128 or 64.
+        width: factor of ``WIDTHS``, 1 to 4: the time grows with its square.
 
     Raises:
-        ValueError: another dimension.
+        ValueError: another dimension or width.
     """
 
-    def __init__(self, *, dim: int = 128):
+    def __init__(self, *, dim: int = 128, width: int = 1):
         super().__init__()
         if dim not in DIMS:
             raise ValueError(f"dim must be one of {DIMS}, got {dim}")
-        self.settings: dict[str, Any] = {"dim": int(dim)}
+        if width not in range(1, 5):
+            raise ValueError(f"width must be a whole number from 1 to 4, got {width}")
+        self.settings: dict[str, Any] = {"dim": int(dim), "width": int(width)}
+        widths = [width * channels for channels in WIDTHS]
         self.dim = int(dim)
         self.halvings = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, b, KERNEL, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in pairwise((1, *WIDTHS))
+            for a, b in pairwise((1, *widths))
         )
-        wide = WIDTHS[-1]
+        wide = widths[-1]
         self.context = nn.ModuleList(
             nn.Sequential(nn.Conv2d(wide, wide, 3, padding=d, dilation=d, bias=False), nn.BatchNorm2d(wide), nn.ReLU())
             for d in DILATIONS

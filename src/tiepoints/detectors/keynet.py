@@ -13,6 +13,7 @@ variants, kept to reproduce old files, live in ``keynet_legacy``. ``KeyNet.fused
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ HANDCRAFTED_SETS = {
 }
 FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
+#: What follows the last convolution.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
 STRIP_PIXELS = 300_000  # bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
 
 
@@ -109,6 +112,8 @@ class KeyNet(nn.Module):
             missing ones so that the first layer always has ten channels.
         merge: whether a last convolution merges the levels. Without it the single block gives the score itself,
             which needs one filter and one level (Tiny-Key.Net).
+        score: what follows the last convolution: ``relu`` as published, or ``softplus``, which never becomes 0 everywhere and so can
+            be trained by losses of peaks alone (docs/training.md). Refused without ``merge``.
 
     Raises:
         ValueError: an argument is outside these limits.
@@ -126,8 +131,11 @@ class KeyNet(nn.Module):
         scale_factor: float | None = None,
         handcrafted: str = "both",
         merge: bool = True,
+        score: str = "relu",
     ):
         super().__init__()
+        if score not in SCORES or (not merge and score != "relu"):
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, and relu without merge; got {score!r}")
         for name, value in (("num_filters", num_filters), ("num_blocks", num_blocks), ("num_levels", num_levels)):
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 up, got {value}")
@@ -151,6 +159,7 @@ class KeyNet(nn.Module):
             "scale_factor": scale_factor,
             "handcrafted": handcrafted,
             "merge": merge,
+            "score": score,
         }
         #: Constant (x, y) in pixels by which the trained network answers beside a thing; extraction takes it off.
         self.offset: tuple[float, float] = (0.0, 0.0)
@@ -199,7 +208,7 @@ class KeyNet(nn.Module):
         size = (image.shape[-2], image.shape[-1])
         maps = [resize(self.blocks(self.first(level)), size) for level in self.level_images(image)]  # each (B,M,H,W)
         volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
-        return volume if self.last is None else F.relu(self.last(volume))
+        return volume if self.last is None else SCORES[self.settings["score"]](self.last(volume))
 
     def fused(self) -> FusedKeyNet:
         """The same function for inference, faster: see ``FusedKeyNet``."""
@@ -223,6 +232,7 @@ class FusedKeyNet(nn.Module):
         self.filters = net.settings["num_filters"]
         self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
         self.merges = net.last is not None
+        self.score = net.settings["score"]
         if net.last is not None:
             # The last convolution is a sum over levels: adding up its parts spares a volume of all levels' maps.
             parts = net.last.weight.split(self.filters, dim=1)
@@ -238,7 +248,7 @@ class FusedKeyNet(nn.Module):
         score: Tensor | float = 0.0
         for level, merge in zip(levels, self.merge, strict=True):
             score = score + merge(resize(self._learned(level), size))
-        return F.relu(score)  # type: ignore[arg-type]
+        return SCORES[self.score](score)  # type: ignore[arg-type]
 
     def _learned(self, level: Tensor) -> Tensor:
         """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .losses import candidate_pairs
 from .synthetic import PairDataset, PairSettings
 
 #: Candidates of a view; fewer are filled up with nan.
@@ -16,7 +17,10 @@ CANDIDATES = 160
 
 
 class CandidatePairs(Dataset):
-    """Index -> a pair of views (``PairDataset``) and ``xy_a, xy_b`` (``count``,2): each view's strongest points, nan where there are fewer.
+    """Index -> a pair of views (``PairDataset``), its candidates and what they are to each other.
+
+    ``xy_a, xy_b`` (``count``,2): each view's strongest points, nan where there are fewer; ``positive, negative``
+    (``count``,``count``) bool: which of a and of b show one place, and which certainly two (``losses.candidate_pairs``).
 
     Only points whose place the other view shows count: what lies beside a photograph is its reflection.
 
@@ -59,4 +63,9 @@ class CandidatePairs(Dataset):
             kept = found[seen][: self.count]
             points[: len(kept)] = kept
             item[f"xy_{side}"] = points
-        return {key: item[key] for key in ("image_a", "image_b", "H_ab", "xy_a", "xy_b")}
+        item["positive"], item["negative"] = candidate_pairs(item["xy_a"], item["xy_b"], item["H_ab"])
+        return {key: item[key] for key in ("image_a", "image_b", "xy_a", "xy_b", "positive", "negative")}
+
+    def homography(self, index: int) -> Tensor:
+        """(3,3) float64 from view a to view b of item ``index``."""
+        return self.views[index]["H_ab"]

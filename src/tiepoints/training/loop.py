@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from ..errors import WeightsError
+from ..extract import choose_device, fast_bfloat16
 
 Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -51,7 +52,8 @@ class FitSettings:
         save_every: seconds between checkpoints.
         seed: of the batches and of the initialisation.
         workers: processes that make batches.
-        precision: Fabric's name, ``32-true`` or ``bf16-mixed``.
+        precision: Fabric's name, ``32-true`` or ``bf16-mixed``; ``auto`` is the latter where the device computes bfloat16
+            (``extract.fast_bfloat16``).
     """
 
     steps: int = 0
@@ -220,7 +222,10 @@ def fit(
         WeightsError: the checkpoint to resume from is damaged or belongs to another training.
         RuntimeError: the loss is no longer finite.
     """
-    fabric = _fabric(device, devices, settings.precision)
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16-mixed" if fast_bfloat16(choose_device(device)) else "32-true"
+    fabric = _fabric(device, devices, precision)
     fabric.launch()
     if settings.batch_size % fabric.world_size:
         raise ValueError(f"batch_size {settings.batch_size} does not divide among {fabric.world_size} devices")

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..filters import corner_strength, percentile_rank
 from ..geometry import local_rotation, pixel_grid, warp_image, warp_points
 from ..keypoints import max_filter
 
@@ -232,8 +233,15 @@ def msip_loss(
 GAUSSIAN_WINDOW = 15
 GAUSSIAN_SIGMA = 1.5
 AGREEMENT = 2
+#: A pixel with more than this height of a target's Gaussian is within a pixel of it.
+ON_TARGET = 0.8
 #: A peak counts by its height to this power: with 1, few strong peaks outgrow all others.
 HEIGHT_POWER = 0.25
+#: Where a peak may lie: window of the structure tensor, the percentiles from which a peak counts, and counts fully, and the side of
+#: the window whose strongest pixel it is compared with. Pixels.
+ANCHOR_SIGMA = 1.5
+ANCHOR_LOW, ANCHOR_HIGH = 0.5, 0.9
+ANCHOR_WINDOW = 13
 
 
 def gaussian_likeness(score_map: Tensor, window: int = GAUSSIAN_WINDOW, sigma: float = GAUSSIAN_SIGMA) -> Tensor:
@@ -249,7 +257,31 @@ def gaussian_likeness(score_map: Tensor, window: int = GAUSSIAN_WINDOW, sigma: f
     return product / ((energy + EPS**2).sqrt() * taps.square().sum())
 
 
-def _gaussian_one_way(score: Tensor, other: Tensor, visible: Tensor, window: int, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+def local_cosine(a: Tensor, b: Tensor, window: int = GAUSSIAN_WINDOW) -> Tensor:
+    """Cosine of two maps (B,1,H,W) within the ``window`` x ``window`` pixels around each pixel: (B,1,H,W)."""
+
+    def mean(maps: Tensor) -> Tensor:
+        return F.avg_pool2d(maps, window, stride=1, padding=window // 2)
+
+    return mean(a * b) / ((mean(a.square()) * mean(b.square())).clamp(min=0) + EPS**4).sqrt()
+
+
+def anchor_weight(image: Tensor) -> Tensor:
+    """How much a keypoint at each pixel of a gray image lies on structure: (B,1,H,W) -> (B,1,H,W) in [0,1].
+
+    Product of two parts, both of ``filters.corner_strength``: a linear ramp of the pixel's percentile, from 0 at ``ANCHOR_LOW`` to 1 at
+    ``ANCHOR_HIGH``, which keeps keypoints out of flat areas; and the strength over the largest one within ``ANCHOR_WINDOW``, which keeps
+    them from lying beside a corner.
+    """
+    with torch.no_grad():
+        strength = corner_strength(image, ANCHOR_SIGMA)
+        ramp = ((percentile_rank(strength) - ANCHOR_LOW) / (ANCHOR_HIGH - ANCHOR_LOW)).clamp(0, 1)
+        return ramp * strength / max_filter(strength, ANCHOR_WINDOW).clamp(min=1e-12)
+
+
+def _gaussian_one_way(
+    score: Tensor, other: Tensor, visible: Tensor, window: int, sigma: float, anchor: Tensor | None, target: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of shape, share of the score that no peak of the other view confirms, and number of peaks, of one view."""
     with torch.no_grad():
         seen = visible > 0.999
@@ -259,9 +291,19 @@ def _gaussian_one_way(score: Tensor, other: Tensor, visible: Tensor, window: int
         agreed = (both == max_filter(both, window)) & seen
         near = 2 * AGREEMENT + 1
         own_near, theirs_near = (max_filter(peaks.to(score), near) for peaks in (own, theirs))
+        if anchor is not None:  # a peak beside structure counts as if the other view lacked it
+            theirs_near = theirs_near * anchor
         weight = agreed * own_near * theirs_near * both**HEIGHT_POWER
+        if target is not None:  # where positions are known they count alone, whatever the views agree on
+            has_targets = (target.amax(dim=(1, 2, 3), keepdim=True) > 0)
+            known = ((target > ON_TARGET) & seen).to(score)
+            weight = torch.where(has_targets, known, weight)
+            theirs_near = torch.where(has_targets, (target > ON_TARGET).to(score), theirs_near)
         weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp(min=EPS)
-    shape = (weight * (1 - gaussian_likeness(score, window, sigma))).sum(dim=(1, 2, 3)).mean()
+    likeness = gaussian_likeness(score, window, sigma)
+    if target is not None:
+        likeness = torch.where(has_targets, local_cosine(score, target, window), likeness)
+    shape = (weight * (1 - likeness)).sum(dim=(1, 2, 3)).mean()
     height = (score + EPS) ** HEIGHT_POWER * own
     alone = (height * (1 - theirs_near)).sum(dim=(1, 2, 3)) / (height.sum(dim=(1, 2, 3)) + EPS)
     return shape, alone.mean(), own.sum()
@@ -274,6 +316,10 @@ def gaussian_loss(
     *,
     mask_a: Tensor | None = None,
     mask_b: Tensor | None = None,
+    anchor_a: Tensor | None = None,
+    anchor_b: Tensor | None = None,
+    target_a: Tensor | None = None,
+    target_b: Tensor | None = None,
     window: int = GAUSSIAN_WINDOW,
     sigma: float = GAUSSIAN_SIGMA,
     border: int = BORDER,
@@ -289,6 +335,9 @@ def gaussian_loss(
         score_a, score_b: (B,1,S,S) score maps >= 0 of both views.
         H_ab: (B,3,3) homographies from a to b in pixels.
         mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default everywhere.
+        anchor_a, anchor_b: (B,1,S,S) in [0,1], how much a peak there may count (``anchor_weight``); default 1 everywhere.
+        target_a, target_b: (B,1,S,S), Gaussians of height 1 at known keypoints, 0 elsewhere. An image that has any is to be this map,
+            and every peak that is not within a pixel of one is to vanish.
         window: odd side in pixels; sigma: standard deviation of the Gaussian in pixels.
         border: frame of each map that never counts.
 
@@ -307,7 +356,10 @@ def gaussian_loss(
     mask_b = frame if mask_b is None else frame * mask_b
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
     a, b, b_in_a, a_in_b, visible_a, visible_b = _meet([score_a, score_b, mask_a, mask_b], H_ab.to(score_a), H_ba)
-    ways = [_gaussian_one_way(a, b_in_a, visible_a, window, sigma), _gaussian_one_way(b, a_in_b, visible_b, window, sigma)]
+    ways = [
+        _gaussian_one_way(a, b_in_a, visible_a, window, sigma, anchor_a, target_a),
+        _gaussian_one_way(b, a_in_b, visible_b, window, sigma, anchor_b, target_b),
+    ]
     shape, alone = ((ways[0][i] + ways[1][i]) / 2 for i in range(2))
     loss = shape + alone
     peaks = float(ways[0][2] + ways[1][2]) / (2 * len(score_a))

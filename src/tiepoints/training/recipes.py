@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,19 +18,23 @@ from ..descriptors.patchnets import HardNet, HyNet, PatchNet, SOSNet
 from ..detectors.keynet import KeyNet
 from ..detectors.rekd import REKD, histogram_angle
 from ..detectors.sobelnet import SobelNet
-from ..errors import WeightsError
+from ..errors import DataError, WeightsError
 from ..evaluation.bias import constant_offset
-from ..evaluation.metrics import mutual_matches, orientation_errors, repeated_points
-from ..extract import ExtractSettings, ScoreMapDetector, score_maps
+from ..evaluation.metrics import orientation_errors, repeated_points
+from ..extract import DenseDescriptor, ExtractSettings, ScoreMapDetector, build, score_maps
+from ..filters import corner_strength, percentile_rank
+from ..image import load_image
 from ..keypoints import NMS_WINDOW, detect_peaks, round_max_filter
+from ..matching import match
 from ..orientation import angle_at
+from ..patches import extract_patches
 from ..pyramid import build_pyramid
+from ..structs import Features
 from ..weights import load, save, weights_checksum
 from .candidates import CandidatePairs
 from .loop import FitResult, FitSettings, Loss, fit
 from .losses import (
     BORDER,
-    candidate_pairs,
     circle_loss,
     gaussian_loss,
     hardnet_loss,
@@ -42,7 +46,12 @@ from .losses import (
 from .pairs import PairFile
 from .patchdata import PatchPairs, matching_checks, matching_score, mean_of_known, peaks_of, rightly_matched
 from .patchsets import PatchBatches, PatchSet, open_hpatches, open_phototour
+from .shapes import WithShapes
 from .synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
+from .tracks import Mixture, TrackCrops, TrackPatches, TrackScene, correct_share, posed_pairs, read_scenes
+
+#: A folder of images, or several.
+Folders: TypeAlias = str | Path | Sequence[str | Path]
 
 #: Validation: seed of the pairs of held-out photographs, how many points of each are compared, and in degrees what turn is right.
 VALIDATION_SEED = 7
@@ -60,6 +69,8 @@ class Recipe:
         fit: schedule (``loop.FitSettings``).
         kind: what places points: ``msip`` or ``gaussian``.
         loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
+        shapes: Gaussian loss: only peaks on structure count (``losses.anchor_weight``), and this share of the pairs are drawn shapes
+            (``shapes.WithShapes``); None = every repeated peak counts.
         balance: weight of the orientation loss, where there is one (REKD: 100).
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
@@ -68,14 +79,20 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     kind: str = "msip"
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
+    shapes: float | None = None
     balance: float = 0.0
     checks: str = "default"
     check_pairs: int = 60
     check_size: int = 320
 
 
+#: Key.Net on structure: what SobelNet learns by, on pairs of several layers (docs/training.md).
+_ANCHORED = Recipe(
+    pairs="layers", fit=FitSettings(learning_rate=5e-3, validate_every=50), kind="gaussian", loss={}, shapes=0.2, checks="layers"
+)
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe(),
+    "default": _ANCHORED,
+    "msip": Recipe(),
     # Paper 5.3 (batch 32, Adam 1e-3 halved after 30 of 45 epochs of 9,000 pairs, here a cosine); loss of its TensorFlow code.
     "paper": Recipe(
         pairs="keynet-paper",
@@ -83,16 +100,27 @@ RECIPES: dict[str, Recipe] = {
         loss={"weighting": "softmax", "visibility": "any", "empty": "ignore"},
     ),
     # A look at whether one's own images train at all.
-    "quick": Recipe(fit=FitSettings(steps=300, validate_every=100)),
+    "quick": dataclasses.replace(_ANCHORED, fit=dataclasses.replace(_ANCHORED.fit, steps=150)),
 }
-#: Tiny-Key.Net has few parameters and takes larger steps.
-TINY_LEARNING_RATE = 2e-2
+#: Tiny-Key.Net lies on structure by Key.Net's published loss already; it has few parameters and takes larger steps.
+_TINY = Recipe(fit=FitSettings(learning_rate=2e-2))
+TINY_RECIPES: dict[str, Recipe] = {
+    "default": _TINY,
+    "msip": _TINY,
+    "paper": RECIPES["paper"],
+    "quick": dataclasses.replace(_TINY, fit=dataclasses.replace(_TINY.fit, steps=300, validate_every=100)),
+}
 #: SobelNet's paper says no schedule; ``default`` is its Gaussian loss, ``msip`` Key.Net's for comparison.
 SOBELNET_RECIPES: dict[str, Recipe] = {
     "default": Recipe(fit=FitSettings(learning_rate=5e-3, validate_every=25), kind="gaussian", loss={}),
     "msip": Recipe(fit=FitSettings(validate_every=25)),
     "quick": Recipe(fit=FitSettings(learning_rate=5e-3, steps=150, validate_every=50), kind="gaussian", loss={}),
 }
+def _soft_keynet() -> KeyNet:
+    """Key.Net whose score cannot die: of the Gaussian loss a map of zeros is a perfect answer, which ReLU does not leave again."""
+    return KeyNet(score="softplus")
+
+
 MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny, "sobelnet": SobelNet}
 #: The published size, and one that costs a ninth.
 REKD_SIZES: dict[str, dict[str, Any]] = {"rekd": {"group": 36, "dims": (2, 2, 2)}, "rekd-light": {"group": 12, "dims": (2, 2, 2)}}
@@ -149,9 +177,11 @@ def floored_tiny() -> KeyNet:
 
 
 def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
-    """Mean 3 px mutual repeatability of a score-map network (in eval mode) on pairs of equal size.
+    """Mean 3 px mutual repeatability of a score-map network (in eval mode) on pairs of equal size, of keypoints on structure alone.
 
-    Matches are divided by ``VALIDATION_POINTS``, not by the points found: a net must not gain by finding few.
+    A repeated keypoint counts if its pixels lie above the median of their images by ``filters.corner_strength``: what lies beside
+    structure moves with a plane as well as a corner does, but not with a scene. Repeated keypoints are divided by
+    ``VALIDATION_POINTS``, not by the keypoints found: a network must not gain by finding few.
     """
     scores = []
     device = next(net.parameters()).device
@@ -159,9 +189,18 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
         both = torch.stack([pair["image_a"], pair["image_b"]]).to(device, memory_format=torch.channels_last)
         (xy_a, _), (xy_b, _) = detect_peaks(net(both).float().cpu(), 1000)
         size = tuple(pair["image_a"].shape[-2:])
-        matches, _, _ = mutual_matches(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
-        scores.append(matches / VALIDATION_POINTS)
+        xy_a, xy_b = (xy[_pixels(pair[f"mask_{side}"][0], xy) > 0] for side, xy in (("a", xy_a), ("b", xy_b)))
+        a, b = repeated_points(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
+        rank = percentile_rank(corner_strength(torch.stack([pair["image_a"], pair["image_b"]])))
+        on_structure = torch.minimum(_pixels(rank[0, 0], xy_a[a]), _pixels(rank[1, 0], xy_b[b])) > 0.5
+        scores.append(int(on_structure.sum()) / VALIDATION_POINTS)
     return float(np.mean(scores)) if scores else 0.0
+
+
+def _pixels(image: Tensor, xy: Tensor) -> Tensor:
+    """Values (N,) of an image (H,W) at the pixels nearest to points (N,2) inside it."""
+    index = xy.round().long()
+    return image[index[:, 1], index[:, 0]]
 
 
 def oriented_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
@@ -201,25 +240,41 @@ def _given(overrides: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _photographs(images: str | Path, say: Callable[[str], None]) -> tuple[list[Path], list[Path]]:
-    """Photographs to train on and to validate on; what cannot be used is named."""
-    photos, refused = usable_photos(list_photos(images))
-    for line in refused[:10]:
-        say(f"left out: {line}")
-    if len(refused) > 10:
-        say(f"left out: {len(refused) - 10} more images")
-    training, held_out = split_photos(photos)
+def _photographs(
+    images: Folders, validation: Folders | None, say: Callable[[str], None]
+) -> tuple[list[Path], list[Path]]:
+    """Photographs to train on and to validate on: those of ``validation``, or a tenth of ``images``. What cannot be used is named."""
+
+    def usable(folders: Folders) -> list[Path]:
+        given = [folders] if isinstance(folders, str | Path) else list(folders)
+        photos, refused = usable_photos([photo for folder in given for photo in list_photos(folder)])
+        for line in refused[:10]:
+            say(f"left out: {line}")
+        if len(refused) > 10:
+            say(f"left out: {len(refused) - 10} more images")
+        return photos
+
+    if validation:
+        training, held_out = usable(images), usable(validation)
+        if not training or not held_out:
+            raise DataError(f"no usable images in {images if not training else validation}")
+        both = {path.resolve() for path in training} & {path.resolve() for path in held_out}
+        if both:
+            raise DataError(f"{min(both)} is among the images to train on and to validate on; give disjoint folders")
+    else:
+        training, held_out = split_photos(usable(images))
     say(f"{len(training)} photographs to train on, {len(held_out)} to validate on")
     return training, held_out
 
 
 def train_detector(
     model: str,
-    images: str | Path,
+    images: Folders,
     out: str | Path,
     *,
     preset: str = "default",
     pairs: str | Path | None = None,
+    validation: Folders | None = None,
     device: str = "auto",
     devices: int = 1,
     resume: bool = False,
@@ -243,26 +298,31 @@ def train_detector(
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
-    recipe = _recipe(SOBELNET_RECIPES if model == "sobelnet" else RECIPES, preset)
+    recipe = _recipe({"keynet": RECIPES, "keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES}[model], preset)
     given = _given(overrides)
-    if model == "keynet-tiny" and "learning_rate" not in given:
-        given["learning_rate"] = TINY_LEARNING_RATE if preset != "paper" else recipe.fit.learning_rate
+    make: Callable[[], KeyNet | SobelNet] = MODELS[model]
+    if model == "keynet" and recipe.kind == "gaussian":
+        make = _soft_keynet
+    if pairs is not None and recipe.shapes is not None:
+        say("pairs of a file have no anchors: every repeated peak counts")
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         score_a, score_b = network(_both_views(batch)).float().chunk(2)
-        place = gaussian_loss if recipe.kind == "gaussian" else msip_loss
-        return place(score_a, score_b, batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **recipe.loss)
+        known = ("mask_a", "mask_b", "anchor_a", "anchor_b", "target_a", "target_b")
+        options: dict[str, Any] = {**recipe.loss, **{key: batch[key] for key in known if key in batch}}
+        return (gaussian_loss if recipe.kind == "gaussian" else msip_loss)(score_a, score_b, batch["H_ab"], **options)
 
     return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **given)),
-        floored_tiny if model == "keynet-tiny" and preset != "paper" else MODELS[model], MODELS[model], loss, validation_score,
-        told={"model": model, "preset": preset}, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
+        floored_tiny if model == "keynet-tiny" and preset != "paper" else make, make, loss, validation_score,
+        told={"model": model, "preset": preset}, pairs=pairs, validation=validation, device=device, devices=devices,
+        resume=resume, progress=progress, say=say,
     )  # fmt: skip
 
 
 def train_rekd(
     model: str,
-    images: str | Path,
+    images: Folders,
     out: str | Path,
     *,
     group_size: int | None = None,
@@ -270,6 +330,7 @@ def train_rekd(
     init: str | Path | None = None,
     preset: str = "default",
     pairs: str | Path | None = None,
+    validation: Folders | None = None,
     device: str = "auto",
     devices: int = 1,
     resume: bool = False,
@@ -325,7 +386,7 @@ def train_rekd(
     return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **_given(overrides))),
         begin, fresh, loss, oriented_score,
-        told=told, pairs=pairs, device=device, devices=devices, resume=resume, progress=progress, say=say,
+        told=told, pairs=pairs, validation=validation, device=device, devices=devices, resume=resume, progress=progress, say=say,
     )  # fmt: skip
 
 
@@ -349,7 +410,7 @@ def _both_views(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _train_score_map(
-    images: str | Path,
+    images: Folders,
     out: str | Path,
     recipe: Recipe,
     begin: Callable[[], nn.Module],
@@ -359,6 +420,7 @@ def _train_score_map(
     *,
     told: dict[str, Any],
     pairs: str | Path | None,
+    validation: Folders | None,
     device: str,
     devices: int,
     resume: bool,
@@ -374,17 +436,18 @@ def _train_score_map(
     """
     out = _place(out)
     schedule = recipe.fit
-    training, held_out = _photographs(images, say)
+    training, held_out = _photographs(images, validation, say)
 
     def make_batches(length: int) -> Dataset:
         if pairs is not None:
             return PairFile(pairs, length=length, seed=schedule.seed)
-        return PairDataset(training, PRESETS[recipe.pairs], seed=schedule.seed, length=length)
+        dataset = PairDataset(training, PRESETS[recipe.pairs], seed=schedule.seed, length=length)
+        return dataset if recipe.shapes is None else WithShapes(dataset, recipe.shapes, seed=schedule.seed)
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
     views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size)
     checks = PairDataset(held_out, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
-    validation = [checks[i] for i in range(len(checks))]
+    held_out_pairs = [checks[i] for i in range(len(checks))]
 
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
@@ -395,14 +458,14 @@ def _train_score_map(
         best: Any = fresh()
         best.load_state_dict(state)
         finder = best.eval().fused() if isinstance(best, REKD | SobelNet) else best.eval()
-        best.offset = constant_offset(score_maps(finder), (pair["image_a"][None] for pair in validation))
+        best.offset = constant_offset(score_maps(finder), (pair["image_a"][None] for pair in held_out_pairs))
         save(best, out, {**told, "schedule": asdict(schedule), **facts})
 
     result = fit(
         net,
         make_batches,
         loss,
-        lambda network: score(network, validation),
+        lambda network: score(network, held_out_pairs),
         schedule,
         out.with_name(out.name + ".checkpoint"),
         log_dir=out.with_name(out.name + ".log"),
@@ -460,6 +523,12 @@ PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
 MATCHING_PAIRS = 24
 MATCHING_SIZE = 320
 MATCHING_POINTS = 200
+#: Share of the pairs that come from reconstructions, where some are given, and keypoints looked for in each of their images.
+TRACK_SHARE = 0.5
+TRACK_KEYPOINTS = 1500
+#: Validation on reconstructions: pairs of views and keypoints of each image.
+POSED_PAIRS = 24
+POSED_POINTS = 500
 #: Few photographs give no more than this many pairs of views each.
 VIEWS_PER_PHOTO = 4
 
@@ -487,12 +556,15 @@ def open_patches(folder: str | Path) -> list[PatchSet]:
 
 def train_descriptor(
     model: str,
-    images: str | Path,
+    images: Folders,
     out: str | Path,
     *,
     preset: str = "default",
     patches: str | Path | None = None,
+    reconstructions: Folders | None = None,
+    validation_reconstructions: Folders | None = None,
     init: str | Path | None = None,
+    validation: Folders | None = None,
     device: str = "auto",
     devices: int = 1,
     resume: bool = False,
@@ -508,6 +580,9 @@ def train_descriptor(
     Args:
         preset: ``default``, ``quick``, or ``paper``: the published schedule, on published patches alone.
         patches: folder of PhotoTour or HPatches patches to train on; ``images`` then serve to validate.
+        reconstructions: folders of COLMAP models with their images (``tracks.find_models``), whose tracks are half of the pairs.
+        validation_reconstructions: the same to validate on: the validation is then the mean of the one of held-out photographs and
+            of the share of keypoints that are matched in agreement with the models' cameras (``tracks.correct_share``).
         init: weights to start from (a name or a file): those of the same layers are taken over.
 
     Raises:
@@ -526,24 +601,32 @@ def train_descriptor(
     if patches is not None and preset != "paper":
         recipe = dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, batch_size=1))
     schedule = dataclasses.replace(recipe.fit, **_given(overrides))
-    training, held_out = _photographs(images, say)
+    training, held_out = _photographs(images, validation, say)
     sets = None if patches is None else open_patches(patches)
     finder = load("keynet-tiny").fused()  # type: ignore[operator]
+
+    scenes = read_scenes(reconstructions, log=say) if reconstructions else []
+    views = PRESETS["patches-upright" if scenes else "patches"]
 
     def make_batches(length: int) -> Dataset:
         if sets is not None:
             return PatchBatches(sets, batch=recipe.pairs, length=length, seed=schedule.seed, augment=recipe.augment)
-        return PatchPairs(training, peaks_of(finder), seed=schedule.seed, length=length)
+        warps = PatchPairs(training, peaks_of(finder), views=views, seed=schedule.seed, length=length)
+        if not scenes:
+            return warps
+        tracks = TrackPatches(scenes, peaks_of(finder, TRACK_KEYPOINTS), seed=schedule.seed, length=length)
+        return Mixture(warps, tracks, TRACK_SHARE, seed=schedule.seed)
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
     detector = ScoreMapDetector(load("keynet").fused(), ExtractSettings(num_points=MATCHING_POINTS))  # type: ignore[operator]
     checks = matching_checks(
         held_out,
         lambda image: detector(build_pyramid(image))[0],
-        views=dataclasses.replace(PRESETS["patches"], size=MATCHING_SIZE),
+        views=dataclasses.replace(views, size=MATCHING_SIZE),
         seed=VALIDATION_SEED,
         count=min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out)),
     )
+    posed = PosedCheck(read_scenes(validation_reconstructions, log=say)) if validation_reconstructions else None
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
         net = DESCRIPTORS[model](dropout=recipe.dropout)
@@ -557,13 +640,55 @@ def train_descriptor(
 
     def validate(network: nn.Module) -> float:
         where = next(network.parameters()).device
-        return matching_score(lambda patches: network(patches.to(where)).float().cpu(), checks)
+
+        def describe(patches: Tensor) -> Tensor:
+            return torch.cat([network(part.to(where)).float().cpu() for part in patches.split(1024)])
+
+        score = matching_score(describe, checks)
+        return score if posed is None else (score + posed.patches(describe)) / 2
 
     told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": str(init or "")}
+    if scenes:
+        told["reconstructions"] = _names(reconstructions)
     return _fit_descriptor(
         net, make_batches, loss, validate, lambda: DESCRIPTORS[model](dropout=recipe.dropout), schedule, out,
         told=told, photos=len(training) + len(held_out), resume=resume, device=device, devices=devices, progress=progress,
     )  # fmt: skip
+
+
+def _names(folders: Folders | None) -> str:
+    return ",".join(str(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders or []))
+
+
+class PosedCheck:
+    """Validation on pairs of views of reconstructions: how many keypoints descriptors match in agreement with the cameras."""
+
+    def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
+        self.pairs = posed_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
+        extractor = build(detector, None, num_points=POSED_POINTS, up_levels=0, device="cpu")
+        paths = dict.fromkeys(path for pair in self.pairs for path in pair.images)
+        self.images = {path: load_image(path) for path in paths}
+        self.keypoints = {path: extractor.extract(image).keypoints for path, image in self.images.items()}
+
+    def patches(self, describe: Callable[[Tensor], Tensor]) -> float:
+        """Mean ``tracks.correct_share`` of a network of patches."""
+        described = {
+            path: describe(extract_patches(build_pyramid(image), self.keypoints[path])) for path, image in self.images.items()
+        }
+        return self._score(described)
+
+    def dense(self, network: Callable[[Tensor], Tensor]) -> float:
+        """Mean ``tracks.correct_share`` of a network image -> map."""
+        descriptor = DenseDescriptor(network, network.dim)  # type: ignore[attr-defined]
+        described = {path: descriptor(build_pyramid(image), self.keypoints[path], 0) for path, image in self.images.items()}
+        return self._score(described)
+
+    def _score(self, described: dict[Path, Tensor]) -> float:
+        shares = []
+        for pair in self.pairs:
+            a, b = (Features(self.keypoints[path], described[path], (1, 1)) for path in pair.images)
+            shares.append(correct_share(pair, a.xy, b.xy, match(a, b).index))
+        return float(np.mean(shares))
 
 
 def _fit_descriptor(
@@ -635,14 +760,18 @@ def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     """Circle loss of a dense descriptor on a batch of ``CandidatePairs``, from both sides; other pairs' candidates are negatives."""
     maps = network(_both_views(batch)).float()
     count = len(batch["xy_a"])
-    xy_a, xy_b = ([xy[~xy[:, 0].isnan()] for xy in batch[key]] for key in ("xy_a", "xy_b"))
+    known_a, known_b = (~batch[key][..., 0].isnan() for key in ("xy_a", "xy_b"))  # (B,N)
     a, b = (
-        torch.cat([sample(maps[start + i : start + i + 1], points) for i, points in enumerate(xy)])
-        for start, xy in ((0, xy_a), (count, xy_b))
+        torch.cat([sample(maps[start + i : start + i + 1], xy[known[i]]) for i, xy in enumerate(batch[key])])
+        for start, key, known in ((0, "xy_a", known_a), (count, "xy_b", known_b))
     )
-    same, other = zip(*(candidate_pairs(*each) for each in zip(xy_a, xy_b, batch["H_ab"], strict=True)), strict=True)
-    positive = torch.block_diag(*same)
-    negative = ~torch.block_diag(*(~apart for apart in other))
+    chosen = [(rows[:, None] & columns[None]) for rows, columns in zip(known_a, known_b, strict=True)]
+    shape = [(int(rows.sum()), int(columns.sum())) for rows, columns in zip(known_a, known_b, strict=True)]
+    positive, within = (
+        torch.block_diag(*(each[c].view(n) for each, c, n in zip(tables, chosen, shape, strict=True)))
+        for tables in (batch["positive"], ~batch["negative"])
+    )
+    negative = ~within  # also across pairs: another photograph shows another place
     similarity = a @ b.T
     ahead, numbers = circle_loss(similarity, positive, negative)
     back, more = circle_loss(similarity.T, positive.T, negative.T)
@@ -651,12 +780,16 @@ def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
 
 def train_desnet(
-    images: str | Path,
+    images: Folders,
     out: str | Path,
     *,
     detector: str | Path = "sobelnet",
     dim: int = 128,
+    width: int = 1,
+    reconstructions: Folders | None = None,
+    validation_reconstructions: Folders | None = None,
     init: str | Path | None = None,
+    validation: Folders | None = None,
     preset: str = "default",
     device: str = "auto",
     devices: int = 1,
@@ -671,7 +804,9 @@ def train_desnet(
 
     Args:
         detector: weights (a name or a file) of a network image -> score map, which finds the candidates.
-        dim: numbers a descriptor, 128 or 64.
+        dim: descriptor dimension, 128 or 64.
+        width: factor of the network's channels.
+        reconstructions, validation_reconstructions: see ``train_descriptor``.
         init: weights to start from (a name or a file).
         preset: ``default`` or ``quick`` (``DESNET_RECIPES``).
 
@@ -687,20 +822,27 @@ def train_desnet(
         raise ValueError(f"{detector} holds a {type(finder).__name__}; candidates are found by keynet, keynet-tiny or sobelnet")
     out = _place(out)
     schedule = dataclasses.replace(DESNET_RECIPES[preset], **_given(overrides))
-    training, held_out = _photographs(images, say)
+    training, held_out = _photographs(images, validation, say)
     find = peaks_of(finder.fused(), CANDIDATE_POOL, window=CANDIDATE_WINDOW)
 
+    scenes = read_scenes(reconstructions, log=say) if reconstructions else []
+    preset_views = PRESETS["dense-upright" if scenes else "dense"]
+
     def make_batches(length: int) -> Dataset:
-        return CandidatePairs(training, find, PRESETS["dense"], seed=schedule.seed, length=length)
+        warps = CandidatePairs(training, find, preset_views, seed=schedule.seed, length=length)
+        if not scenes:
+            return warps
+        return Mixture(warps, TrackCrops(scenes, find, preset_views, seed=schedule.seed, length=length), TRACK_SHARE, seed=schedule.seed)
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
-    views = dataclasses.replace(PRESETS["dense"], size=MATCHING_SIZE)
+    views = dataclasses.replace(preset_views, size=MATCHING_SIZE)
     count = min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out))
     checks = CandidatePairs(held_out, peaks_of(finder.fused()), views, seed=VALIDATION_SEED, length=count, count=MATCHING_POINTS)
-    validation = [checks[i] for i in range(count)]
+    held_out_pairs = [{**checks[i], "H_ab": checks.homography(i)} for i in range(count)]
+    posed = PosedCheck(read_scenes(validation_reconstructions, log=say), finder) if validation_reconstructions else None
     with torch.random.fork_rng():
         torch.manual_seed(schedule.seed)
-        net = DesNet(dim=dim)
+        net = DesNet(dim=dim, width=width)
     if init is not None:
         say(f"{take_over(net, load(init), str(init))} tensors taken over from {init}")
     net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -708,15 +850,18 @@ def train_desnet(
     def validate(network: nn.Module) -> float:
         where = next(network.parameters()).device
         scores = []
-        for pair in validation:
+        for pair in held_out_pairs:
             xy_a, xy_b = (pair[key][~pair[key][:, 0].isnan()] for key in ("xy_a", "xy_b"))
             maps = network(torch.stack([pair["image_a"], pair["image_b"]]).to(where)).float().cpu()
             scores.append(rightly_matched(sample(maps[:1], xy_a), sample(maps[1:], xy_b), xy_a, xy_b, pair["H_ab"]))
-        return mean_of_known(scores)
+        score = mean_of_known(scores)
+        return score if posed is None else (score + posed.dense(network)) / 2
 
     # the detector's weights, not its name: retrained in between, it would give other candidates
-    told = {"model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "init": str(init or "")}
+    told = {"model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "width": width, "init": str(init or "")}
+    if scenes:
+        told["reconstructions"] = _names(reconstructions)
     return _fit_descriptor(
-        net, make_batches, candidate_loss, validate, lambda: DesNet(dim=dim), schedule, out,
+        net, make_batches, candidate_loss, validate, lambda: DesNet(dim=dim, width=width), schedule, out,
         told=told, photos=len(training) + len(held_out), resume=resume, device=device, devices=devices, progress=progress,
     )  # fmt: skip

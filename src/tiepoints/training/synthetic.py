@@ -35,6 +35,13 @@ PHOTOS_PER_PAIR = 40
 #: Grey levels a pixel that the strongest 2 % of first and second derivatives must reach in both windows.
 TEXTURE_FIRST = 3.0
 TEXTURE_SECOND = 1.0
+#: Factors of the gray levels of a dark image.
+DARK = (0.15, 0.5)
+#: Logarithms of the factors of a shadow or a highlight.
+SHADOW = (-1.2, 0.7)
+#: A second layer: its radius over the side of the window, and how far it moves beyond the background in pixels.
+LAYER_RADIUS = (0.1, 0.3)
+LAYER_SHIFT = (8.0, 40.0)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,10 @@ class PairSettings:
         jitter: largest shift of the window centre of b.
         mirror: probability of a mirrored b (left-right and top-bottom drawn apart), and of a transposed one (half of it).
         colour: probability of each step of the colour distortion of b.
-        gamma, blur, noise, jpeg: probability of these changes, drawn apart for a and b.
+        gamma, shadow, blur, dark, noise, jpeg: probability of these changes, drawn apart for a and b.
+        noise_sigma: largest standard deviation of the noise in gray levels of 255, drawn log-uniformly from 1.
+        jpeg_quality: lowest quality of the compression; the highest is 90.
+        layers: probability that a second layer covers a part of both windows and moves on its own, as things nearer to the camera do.
         min_overlap: smallest part of each window that the other one must see.
         max_side: longer photographs are reduced to this side first; 0 keeps all as they are.
     """
@@ -66,9 +76,14 @@ class PairSettings:
     mirror: float = 0.0
     colour: float = 0.5
     gamma: float = 0.0
+    shadow: float = 0.0
     blur: float = 0.0
+    dark: float = 0.0
     noise: float = 0.0
+    noise_sigma: float = 8.0
     jpeg: float = 0.0
+    jpeg_quality: int = 20
+    layers: float = 0.0
     min_overlap: float = 0.1
     max_side: int = 1024
 
@@ -84,6 +99,11 @@ PRESETS: dict[str, PairSettings] = {
         scale=(0.5, 2.2), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
         gamma=0.3, blur=0.2, noise=0.25, jpeg=0.25, min_overlap=0.2,
     ),
+    # for detectors of real scenes: things at several depths, noise and compression of poor cameras
+    "layers": PairSettings(
+        scale=(0.4, 2.5), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
+        gamma=0.3, blur=0.2, dark=0.1, noise=0.35, noise_sigma=25.0, jpeg=0.3, jpeg_quality=15, layers=0.6, min_overlap=0.2,
+    ),
     # for oriented points: any turn, and not mirrored, because a mirrored corner has no turn
     "turns": PairSettings(
         scale=(0.6, 1.8), rotation=180, skew=0.6, skew_power=3.0, perspective=0.2, jitter=16,
@@ -98,6 +118,15 @@ PRESETS: dict[str, PairSettings] = {
     "patches": PairSettings(
         size=256, scale=(0.55, 1.8), rotation=45, rotation_power=1.5, skew=0.7, skew_power=2.0, perspective=0.25, jitter=16,
         gamma=0.3, blur=0.25, noise=0.3, jpeg=0.3, min_overlap=0.25,
+    ),
+    "dense-upright": PairSettings(
+        size=320, scale=(0.5, 2.0), rotation=40, rotation_power=2, skew=0.8, skew_power=2.0, perspective=0.3, jitter=16,
+        gamma=0.4, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, jpeg=0.3, jpeg_quality=15, layers=0.3, min_overlap=0.25,
+    ),
+    # the same for pairs whose rotation is found before they are described; light, noise and things in front as real photographs have them
+    "patches-upright": PairSettings(
+        size=256, scale=(0.5, 2.0), rotation=25, rotation_power=1.5, skew=0.8, skew_power=2.0, perspective=0.3, jitter=16,
+        gamma=0.4, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, jpeg=0.3, jpeg_quality=15, layers=0.3, min_overlap=0.25,
     ),
 }  # fmt: skip
 
@@ -230,17 +259,33 @@ def degrade(gray: np.ndarray, rng: np.random.Generator, settings: PairSettings) 
     if rng.random() < settings.gamma:
         curve = 255 * np.linspace(0, 1, 256) ** rng.uniform(0.6, 1.6)
         gray = curve.round().astype(np.uint8)[gray]
+    if rng.random() < settings.shadow:
+        gray = cast_shadow(gray, rng)
     if rng.random() < settings.blur:
         tensor = torch.from_numpy(gray.astype(np.float32))[None, None]
         gray = gaussian_blur(tensor, float(rng.uniform(0.5, 2.0)))[0, 0].round().clamp(0, 255).numpy().astype(np.uint8)
+    if rng.random() < settings.dark:
+        gray = (gray * rng.uniform(*DARK)).round().astype(np.uint8)
     if rng.random() < settings.noise:
-        noisy = gray + rng.normal(0, rng.uniform(1, 8), gray.shape)
-        gray = noisy.round().clip(0, 255).astype(np.uint8)
+        sigma = math.exp(rng.uniform(0, math.log(settings.noise_sigma)))
+        gray = (gray + rng.normal(0, sigma, gray.shape)).round().clip(0, 255).astype(np.uint8)
     if rng.random() < settings.jpeg:
         buffer = io.BytesIO()
-        Image.fromarray(gray).save(buffer, "JPEG", quality=int(rng.integers(20, 91)))
+        Image.fromarray(gray).save(buffer, "JPEG", quality=int(rng.integers(settings.jpeg_quality, 91)))
         gray = np.array(Image.open(buffer))
     return gray
+
+
+def cast_shadow(gray: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One side of a random line darkened, or lit until it saturates, with a sharp or soft edge: (H,W) uint8 -> (H,W) uint8."""
+    h, w = gray.shape
+    angle, softness = rng.uniform(0, 2 * math.pi), math.exp(rng.uniform(math.log(0.5), math.log(0.2 * max(h, w))))
+    y, x = np.mgrid[:h, :w]
+    at = rng.uniform(0.2, 0.8, 2) * (w, h)
+    distance = (x - at[0]) * math.cos(angle) + (y - at[1]) * math.sin(angle)
+    inside = 0.5 * (1 + np.tanh(distance / softness))
+    factor = math.exp(rng.uniform(*SHADOW))
+    return (gray * (1 + (factor - 1) * inside)).round().clip(0, 255).astype(np.uint8)
 
 
 def draw_transform(rng: np.random.Generator, settings: PairSettings) -> np.ndarray:
@@ -312,12 +357,53 @@ def make_pair(photo: np.ndarray, rng: np.random.Generator, settings: PairSetting
         gray_b, covered_b = _window(photo, b_to_photo, size, shrink, rng, settings.colour)
         if not _has_texture(gray_b):
             continue
+        if rng.random() < settings.layers:
+            layer = draw_layer(photo, rng, H_ab, shrink, settings)
+            gray_a, covered_a = _cover(gray_a, covered_a, *layer[0])
+            gray_b, covered_b = _cover(gray_b, covered_b, *layer[1])
         mask_a = covered_a & _seen_by_other(H_ab, covered_b)
         mask_b = covered_b & _seen_by_other(np.linalg.inv(H_ab), covered_a)
         if min(mask_a.mean(), mask_b.mean()) < settings.min_overlap:
             continue
         return Pair(degrade(gray_a, rng, settings), degrade(gray_b, rng, settings), H_ab, mask_a, mask_b)
     return None
+
+
+def draw_layer(
+    photo: np.ndarray, rng: np.random.Generator, H_ab: np.ndarray, shrink: float, settings: PairSettings
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A second layer in both windows: another part of the photograph behind an ellipse that moves by a shift of its own.
+
+    Returns:
+        for a and for b its gray values (S,S) uint8 and its opacity (S,S) float in [0,1].
+    """
+    size = settings.size
+    height, width = photo.shape[:2]
+    corner = [rng.uniform(min(0, n - size), max(0, n - size)) for n in (width, height)]
+    direction = rng.uniform(0, 2 * math.pi)
+    distance = rng.uniform(*LAYER_SHIFT)
+    H_layer = _translation(distance * math.cos(direction), distance * math.sin(direction)) @ H_ab
+    centre = rng.uniform(0.15 * size, 0.85 * size, 2)
+    radii = rng.uniform(*LAYER_RADIUS, 2) * size
+    angle = rng.uniform(0, math.pi)
+    axes = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]) / radii[:, None]
+    to_photo = _translation(*corner)
+    grid = pixel_grid(size, size, torch.empty(0, dtype=torch.float64))
+    sides = []
+    for H, factor, colour in ((np.eye(3), 1.0, None), (H_layer, shrink, rng)):
+        gray, _ = _window(photo, to_photo @ np.linalg.inv(H), size, factor, colour, settings.colour)
+        in_a = warp_points(grid, torch.from_numpy(np.linalg.inv(H))).numpy()
+        outside = np.linalg.norm((in_a - centre) @ axes.T, axis=1)
+        # one pixel of the window wide: a rim without steps
+        opacity = ((1 - outside) * radii.min() / max(factor, 1e-6) + 0.5).clip(0, 1)
+        sides.append((gray, np.nan_to_num(opacity).reshape(size, size)))
+    return sides
+
+
+def _cover(gray: np.ndarray, covered: np.ndarray, layer: np.ndarray, opacity: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A window with a layer over it, and which of its pixels still show the background."""
+    mixed = gray * (1 - opacity) + layer * opacity
+    return mixed.round().clip(0, 255).astype(np.uint8), covered & (opacity == 0)
 
 
 def _in_front(H: np.ndarray, size: int) -> bool:

@@ -1,0 +1,282 @@
+"""Reconstructions as training data: a textured plane seen by known cameras, written as a COLMAP model and read back."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from tiepoints.errors import DataError
+from tiepoints.filters import gaussian_blur
+from tiepoints.geometry import warp_image, warp_points
+from tiepoints.training.patchdata import PatchSettings
+from tiepoints.training.recipes import PosedCheck, candidate_loss, train_descriptor, train_desnet
+from tiepoints.training.synthetic import PairSettings
+from tiepoints.training.tracks import (
+    Mixture,
+    TrackCrops,
+    TrackPatches,
+    TrackSettings,
+    correct_share,
+    find_models,
+    posed_pairs,
+    read_scene,
+    read_scenes,
+)
+from tiepoints.weights import load
+
+pycolmap = pytest.importorskip("pycolmap")
+
+WIDTH, HEIGHT, FOCAL = 320, 240, 300.0
+#: Roll in degrees, tilt in degrees, height above the plane and position over it, for each camera.
+CAMERAS = [(0, 0, 3.0, (0, 0)), (40, 4, 3.0, (0.2, 0)), (90, 0, 2.2, (-0.2, 0.1)), (-150, 6, 4.0, (0.1, 0.3))]
+PIXELS = 200.0  # of the texture, for each unit of the world
+CLEAN = TrackSettings(angles=(0.5, 60.0), detected=0.0, rotation=0.0, photometric=PairSettings())
+
+
+def pose(roll: float, tilt: float, height: float, at: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+    """Camera above the plane z = 0, looking along +z: rotation and translation, world to camera."""
+    roll, tilt = math.radians(roll), math.radians(tilt)
+    about_z = np.array([[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]])
+    about_x = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]])
+    rotation = about_x @ about_z
+    return rotation, -rotation @ np.array([*at, -height])
+
+
+def texture_to_image(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
+    """Homography from pixels of the texture, whose centre is the world's origin, to pixels of the image (ours)."""
+    camera = np.array([[FOCAL, 0, WIDTH / 2 - 0.5], [0, FOCAL, HEIGHT / 2 - 0.5], [0, 0, 1]])
+    to_world = np.array([[1 / PIXELS, 0, -499.5 / PIXELS], [0, 1 / PIXELS, -499.5 / PIXELS], [0, 0, 1]])
+    return camera @ np.c_[rotation[:, :2], translation] @ to_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Folder of a COLMAP model with images, and the homography of each image from the texture."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "images").mkdir()
+    (folder / "sparse").mkdir()
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.rand(1, 1, 1000, 1000, generator=generator)
+    texture = sum(gaussian_blur(noise - 0.5, sigma) * sigma for sigma in (2.0, 4.0, 8.0))
+    texture = (0.5 + texture / (6 * texture.std())).clamp(0, 1)
+    rng = np.random.default_rng(0)
+    points = np.c_[rng.uniform(-1.6, 1.6, (900, 2)), np.zeros(900)]
+    model = pycolmap.Reconstruction()
+    # COLMAP's principal point counts from the corner of the first pixel
+    model.add_camera_with_trivial_rig(
+        pycolmap.Camera(model="SIMPLE_PINHOLE", width=WIDTH, height=HEIGHT, params=[FOCAL, WIDTH / 2, HEIGHT / 2], camera_id=1)
+    )
+    homographies, tracks = [], [[] for _ in points]
+    for number, camera in enumerate(CAMERAS, start=1):
+        rotation, translation = pose(*camera)
+        H = texture_to_image(rotation, translation)
+        homographies.append(torch.from_numpy(H))
+        image = warp_image(texture, torch.from_numpy(H).float(), (HEIGHT, WIDTH))[0, 0]
+        Image.fromarray((image * 255).round().byte().numpy()).save(folder / "images" / f"{number}.png")
+        xy = warp_points(torch.from_numpy(points[:, :2] * PIXELS + 499.5), torch.from_numpy(H)).numpy()
+        seen = ((xy >= 0) & (xy <= [WIDTH - 1, HEIGHT - 1])).all(axis=1).nonzero()[0]
+        for index, point in enumerate(seen):
+            tracks[point].append((number, index))
+        entry = pycolmap.Image(name=f"{number}.png", keypoints=xy[seen] + 0.5, camera_id=1, image_id=number)
+        model.add_image_with_trivial_frame(entry, pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), translation))
+    for xyz, seen_by in zip(points, tracks, strict=True):
+        if len(seen_by) >= 2:
+            track = pycolmap.Track()
+            for number, index in seen_by:
+                track.add_element(number, index)
+            model.add_point3D(xyz, track)
+    model.update_point_3d_errors()
+    model.write(str(folder / "sparse"))
+    return folder, homographies
+
+
+@pytest.fixture
+def scene(world):
+    return read_scene(world[0] / "sparse", world[0] / "images", CLEAN)
+
+
+def nothing(image):
+    return torch.zeros(0, 2)
+
+
+def grid(image):
+    axes = [torch.arange(10.0, side, 16) for side in (image.shape[-1], image.shape[-2])]
+    return torch.cartesian_prod(*axes)
+
+
+def test_shared_points_follow_the_homography_of_their_plane(world, scene):
+    _, homographies = world
+    assert len(scene.pairs) >= 4
+    for a, b in scene.pairs:
+        shared = scene.shared(a, b)
+        H_ab = homographies[b] @ torch.linalg.inv(homographies[a])
+        expected = warp_points(torch.from_numpy(shared.xy_a).double(), H_ab)
+        assert np.abs(expected.numpy() - shared.xy_b).max() < 0.01  # half a pixel would show
+        step = 1e-3
+        axes = [
+            (warp_points(torch.from_numpy(shared.xy_a).double() + step * torch.eye(2)[k].double(), H_ab) - expected) / step for k in (0, 1)
+        ]
+        angle = torch.atan2(axes[0][:, 1] - axes[1][:, 0], axes[0][:, 0] + axes[1][:, 1]).numpy()
+        off = (shared.angle - angle + np.pi) % (2 * np.pi) - np.pi
+        assert np.degrees(np.abs(off)).max() < 3
+        area = torch.sqrt((axes[0][:, 0] * axes[1][:, 1] - axes[0][:, 1] * axes[1][:, 0]).abs()).numpy()
+        assert np.abs(np.log(shared.scale / area)).max() < 0.15  # the plane is tilted against the camera by some degrees
+
+
+def test_patches_of_a_track_look_alike_whatever_the_roll_and_distance(scene):
+    settings = PatchSettings(per_view=24, position_sigma=0.0, scale_sigma=0.0, symmetric=0.0, scale=(0.75, 1.2))
+    items = TrackPatches([scene], nothing, settings, seed=1, length=6)
+    for i in range(6):
+        item = items[i]
+        a, b = (item[key].flatten(1) for key in ("anchor", "positive"))
+        a, b = ((x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True) for x in (a, b))
+        correlation = (a * b).mean(dim=1)
+        others = (a * b.roll(1, 0)).mean(dim=1)
+        assert correlation.median() > 0.9
+        assert others.median() < 0.4
+    assert torch.equal(items[2]["positive"], TrackPatches([scene], nothing, settings, seed=1, length=6)[2]["positive"])
+    with pytest.raises(IndexError):
+        items[6]
+
+
+def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
+    """The detector finds every texture point moved by a known vector; patches are cut there, not at the 3D point."""
+    _, homographies = world
+    a, b = scene.pairs[0]
+    shared = scene.shared(a, b)
+    found_a = shared.xy_a + np.float32([2.0, -1.0])
+    H_ab = homographies[b] @ torch.linalg.inv(homographies[a])
+    found_b = warp_points(torch.from_numpy(found_a).double(), H_ab).float().numpy()
+    settings = TrackSettings(detected=1.0)
+    moved, onto = TrackPatches._to_keypoints(shared, np.ones(len(shared)), found_a, found_b, settings, np.random.default_rng(0))
+    nearest = np.linalg.norm((shared.xy_a + moved)[:, None] - found_a[None], axis=2).min(axis=1)
+    assert (np.abs(moved).sum(axis=1) > 0).all()
+    assert nearest.max() < 1e-3
+    again = np.linalg.norm((shared.xy_b + onto)[:, None] - found_b[None], axis=2).min(axis=1)
+    assert np.median(again) < 1e-3
+    still, also = TrackPatches._to_keypoints(
+        shared, np.ones(len(shared)), found_a[:0], found_b[:0], settings, np.random.default_rng(0)
+    )
+    assert not still.any()
+    assert not also.any()
+
+
+def test_crops_show_their_tracks_at_the_positions_given(scene):
+    views = PairSettings(size=128, rotation=20, scale=(0.8, 1.25))
+    items = TrackCrops([scene], grid, views, seed=0, length=8, count=60)
+    for i in range(8):
+        item = items[i]
+        positive, negative = item["positive"], item["negative"]
+        known = (~item["xy_a"][:, 0].isnan(), ~item["xy_b"][:, 0].isnan())
+        rows, columns = positive.nonzero(as_tuple=True)
+        assert len(rows) >= 12
+        assert not (positive & negative).any()
+        assert negative[rows].any(dim=1).all()
+        assert known[0][rows].all()
+        assert known[1][columns].all()
+        # what lies around a track looks alike in both crops: their mean gray values within a few pixels agree
+        smooth = [gaussian_blur(item[f"image_{side}"][None], 2.0)[0, 0] for side in "ab"]
+        pixels = [xy.round().long() for xy in (item["xy_a"][rows], item["xy_b"][columns])]
+        values = [image[at[:, 1], at[:, 0]] for image, at in zip(smooth, pixels, strict=True)]
+        assert torch.corrcoef(torch.stack(values))[0, 1] > 0.8
+        # candidates that are no tracks are negatives of tracks alone
+        loose = (~positive.any(dim=1)).nonzero()[:, 0]
+        assert not negative[loose][:, (~positive.any(dim=0))].any()
+
+
+def test_posed_pairs_know_right_from_wrong_matches(scene):
+    pairs = posed_pairs([scene], 5, seed=0)
+    assert len(pairs) == min(5, len(scene.pairs))
+    for pair in pairs:
+        a, b = (scene.images.index(path) for path in pair.images)
+        shared = scene.shared(a, b)
+        assert pair.errors(shared.xy_a, shared.xy_b).max() < 0.05
+        # moved along the normal of the epipolar line by 4 px, so a little more than the threshold
+        moved = np.median([pair.errors(shared.xy_a, shared.xy_b + np.float32(4) * direction) for direction in np.eye(2, dtype=np.float32)])
+        assert moved > 1
+        index = torch.arange(len(shared))
+        assert correct_share(pair, torch.from_numpy(shared.xy_a), torch.from_numpy(shared.xy_b), torch.stack([index, index], 1)) == 1
+        assert correct_share(pair, torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int64)) == 0
+
+
+def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
+    folder, _ = world
+    assert find_models(folder) == [(folder / "sparse", folder / "images")]
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        find_models(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="no COLMAP model"):
+        find_models(tmp_path)
+    broken = tmp_path / "sparse"
+    broken.mkdir()
+    for name in ("cameras", "images", "points3D"):
+        (broken / f"{name}.bin").write_bytes(b"\x07")
+    with pytest.raises(DataError, match="no readable COLMAP model"):
+        find_models(tmp_path)
+    for path in (folder / "sparse").iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="put the photographs"):
+        find_models(tmp_path)
+    with pytest.raises(DataError, match="share enough"):
+        read_scenes(folder, TrackSettings(min_shared=10_000))
+
+
+class Numbers(Dataset):
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __len__(self):
+        return 2000
+
+    def __getitem__(self, index):
+        return {"x": torch.tensor(self.factor * (index + 1))}
+
+
+def test_a_mixture_draws_by_index():
+    mixture = Mixture(Numbers(1), Numbers(-1), 0.25, seed=5)
+    values = torch.stack([mixture[i]["x"] for i in range(2000)])
+    assert torch.equal(values.abs(), torch.arange(1, 2001))
+    assert 0.2 < float((values < 0).float().mean()) < 0.3
+    with pytest.raises(ValueError, match="share"):
+        Mixture(Numbers(1), Numbers(-1), 1.5)
+
+
+def test_descriptors_train_on_a_reconstruction(world, tmp_path):
+    folder, _ = world
+    lines = []
+    options = {"steps": 2, "batch_size": 4, "workers": 0, "device": "cpu", "progress": False, "validate_every": 1, "warmup": 0}
+    data = {"reconstructions": [folder], "validation": [folder / "images"], "validation_reconstructions": [folder]}
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        coarse = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
+        coarse.resize((400, 400), Image.Resampling.BICUBIC).save(photos / f"{i}.png")
+    result = train_descriptor("hardnet", photos, tmp_path / "h.safetensors", say=lines.append, **data, **options)
+    assert 0 < result.best <= 1
+    assert any("pairs of views" in line for line in lines)
+    result = train_desnet(photos, tmp_path / "d.safetensors", width=2, say=lines.append, **data, **options)
+    assert 0 < result.best <= 1
+    assert load(tmp_path / "d.safetensors").settings == {"dim": 128, "width": 2}
+    with pytest.raises(DataError, match="disjoint"):
+        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", say=lines.append, validation=[photos], **options)
+
+
+def test_validation_on_a_reconstruction_prefers_descriptors_that_tell_places_apart(world):
+    scenes = read_scenes(world[0], CLEAN)
+    check = PosedCheck(scenes, "keynet-tiny")
+    generator = torch.Generator().manual_seed(0)
+    by_chance = check.patches(lambda patches: torch.nn.functional.normalize(torch.rand(len(patches), 8, generator=generator), dim=1))
+    by_hardnet = check.patches(load("hardnet").fused())
+    assert by_hardnet > 3 * by_chance
+
+
+def test_candidate_loss_takes_what_tracks_give(scene):
+    views = PairSettings(size=128, rotation=0, scale=(1.0, 1.0))
+    items = TrackCrops([scene], grid, views, seed=0, length=2, count=60)
+    batch = torch.utils.data.default_collate([items[0], items[1]])
+    loss, numbers = candidate_loss(load("desnet").train(), batch)
+    assert numbers["rows"] >= 24
+    loss.backward()
