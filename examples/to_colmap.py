@@ -21,7 +21,7 @@ import tiepoints
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
 from tiepoints.formats.hdf5 import read_pairs
-from tiepoints.jobs import collect
+from tiepoints.jobs import collect, refine_database
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.95, help="of nearest to second distance; 1 = off")
     parser.add_argument("--pairs", type=Path, help="two names a line; default: all pairs")
     parser.add_argument("--camera", default="auto", help="auto, single, or MODEL:p1,p2,... (see docs/formats.md)")
+    parser.add_argument("--no-refine", action="store_true", help="leave keypoints where the detector found them")
     parser.add_argument("--compare-sift", action="store_true", help="the same with OpenCV's SIFT and RootSIFT")
     parser.add_argument("--tries", type=int, default=3, help="the mapper's first pair is luck: start again until all images fit, so often")
     parser.add_argument("--every-try", action="store_true", help="do not stop at the first model with all images")
@@ -84,6 +85,9 @@ def run(name: str, extract, images: dict[str, Path], pairs: list[tuple[str, str]
             count += len(matches)
         seconds["match"], started = time.perf_counter() - started, time.perf_counter()
         verified = database.verify(pairs)
+        # SIFT's keypoints are sub-pixel already, and the comparison is with SIFT as it is
+        if not args.no_refine and name != "sift":
+            verified = refine_database(database, pairs, images)
         inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
     seconds["verify"], started = time.perf_counter() - started, time.perf_counter()
     tries = []

@@ -18,6 +18,7 @@ from tiepoints.errors import DataError, WeightsError
 from tiepoints.keypoints import local_maxima
 from tiepoints.training import loop
 from tiepoints.training.candidates import CandidatePairs
+from tiepoints.training.losses import candidate_pairs
 from tiepoints.training.pairs import write_pairs
 from tiepoints.training.recipes import (
     candidate_loss,
@@ -304,8 +305,8 @@ def test_candidate_loss_knows_the_truth():
     image = torch.nn.functional.interpolate(torch.rand(2, 1, 24, 24), scale_factor=8, mode="bicubic")
     xy = torch.rand(2, 30, 2) * 120 + 36
     xy[1, 20:] = float("nan")
-    same_place = torch.eye(30, dtype=torch.bool).expand(2, 30, 30)
-    batch = {"image_a": image, "image_b": image, "xy_a": xy, "xy_b": xy, "positive": same_place, "negative": ~same_place}
+    same, other = (torch.stack(each) for each in zip(*(candidate_pairs(one, one, torch.eye(3)) for one in xy), strict=True))
+    batch = {"image_a": image, "image_b": image, "xy_a": xy, "xy_b": xy, "positive": same, "negative": other}
     net = DesNet().eval()
     same, numbers = candidate_loss(net, batch)
     assert numbers["rows"] == 50

@@ -222,6 +222,9 @@ def match(
     single_scale: SingleScaleOption = False,
     scales: ScalesOption = Scales.one,
     weights: WeightsOption = None,
+    refine: Annotated[
+        bool, typer.Option("--refine/--no-refine", help="Sub-pixel positions: of the matches of two images, of the tracks in a .db.")
+    ] = True,
     camera: CameraOption = "auto",
     device: Annotated[str, typer.Option()] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match again what is done already.")] = False,
@@ -246,7 +249,8 @@ def match(
     }  # fmt: skip
     rotation = None if rotation_tolerance is None else math.radians(rotation_tolerance)
     if not many:
-        _match_two(images[0], images[1], output, options, device, model or Model.fundamental, ratio, rotation, threshold, as_json)
+        kind_of_two = model or Model.fundamental
+        _match_two(images[0], images[1], output, options, device, kind_of_two, ratio, rotation, threshold, refine, as_json)
         return
     if output is None or not to_file:
         came = "nothing" if output is None else output.name
@@ -258,7 +262,7 @@ def match(
         report = match_images(
             images, output, pair_list=pairs, sequential=sequential, features=features, descriptor=descriptor, root=root_images,
             build=lambda: _extractor(options, device), extraction=options, camera=camera, ratio=ratio, rotation=rotation, kind=kind,
-            threshold=threshold, overwrite=overwrite, progress=sys.stderr.isatty(),
+            threshold=threshold, refine=refine, overwrite=overwrite, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except USER_ERRORS as error:
         _fail(str(error))
@@ -297,6 +301,7 @@ def _match_two(
     ratio: float,
     rotation: float | None,
     threshold: float,
+    refine: bool,
     as_json: bool,
 ) -> None:
     from .estimation import estimate
@@ -307,8 +312,10 @@ def _match_two(
         extractor = _extractor(options, device)
         image_a, image_b = load_image(a), load_image(b)
         features_a, features_b = extractor.extract(image_a), extractor.extract(image_b)
-        found = match_features(features_a, features_b, ratio=None if ratio >= 1 else ratio, rotation_tolerance=rotation)
-        xy_a, xy_b = features_a.xy[found.index[:, 0]], features_b.xy[found.index[:, 1]]
+        images = (image_a, image_b)
+        least = None if ratio >= 1 else ratio
+        found = match_features(features_a, features_b, ratio=least, rotation_tolerance=rotation, refine=refine, images=images)
+        xy_a, xy_b = found.positions(features_a, features_b)
         result = estimate(xy_a, xy_b, model.value, threshold=threshold)
         if output is not None:
             from .plot import draw_matches

@@ -28,6 +28,7 @@ from .formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from .formats.npy import FeatureFolder
 from .image import load_image
 from .matching import match
+from .refine import matched_pairs, refine_tracks
 from .structs import Features, Matches
 
 #: Formats of features -> file below the results folder; npy is two files an image.
@@ -412,7 +413,7 @@ def match_to_file(
             if kind is not None:
                 result = estimate(one.xy[found.index[:, 0]], two.xy[found.index[:, 1]], kind, threshold=threshold)
                 report.verified = (report.verified or 0) + result.ok
-                found = Matches(found.index[result.inliers], found.score[result.inliers])
+                found = found[result.inliers]
             store.write_matches(a, b, found, len(one))
         except (ValueError, DataError, OSError) as error:
             report.failed.append((label, str(error)))
@@ -450,6 +451,7 @@ def match_images(
     rotation: float | None = None,
     kind: str | None = None,
     threshold: float = 2.0,
+    refine: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
@@ -466,6 +468,7 @@ def match_images(
         descriptor: what they must be, where that is known; None = whatever they are.
         root: see ``collect``.
         rotation: largest difference of a match's turn from the common one, radians (``matching.keep_common_rotation``); None = any.
+        refine: a database of images that are given: move its keypoints to consistent sub-pixel positions (``refine.refine_tracks``).
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do not fit; the message has the remedy.
@@ -482,6 +485,8 @@ def match_images(
     settings: dict[str, Any] = {"ratio": ratio, "model": kind, "threshold": threshold}
     if rotation is not None:
         settings["rotation"] = rotation
+    if database:
+        settings["refine"] = refine
     with ExitStack() as stack:
         if features is None:
             if pairs is not None:
@@ -527,9 +532,35 @@ def match_images(
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         if database:
-            report.verified = store.verify(pair for pair in pairs if store.has_matches(*pair))
+            matched = [pair for pair in pairs if store.has_matches(*pair)]
+            report.verified = store.verify(matched)
+            files = {str(task.relative): task.path for task in tasks}
+            if refine and report.done and all(name in files for pair in matched for name in pair):
+                report.verified = refine_database(store, matched, files)
     report.failed = failed + report.failed
     return report
+
+
+def refine_database(database: ColmapDatabase, pairs: list[tuple[str, str]], images: dict[str, Path]) -> int:
+    """Give the keypoints of a database consistent sub-pixel positions along the tracks of its verified matches, and verify again.
+
+    Args:
+        database: open for writing; ``pairs`` have been verified.
+        images: name -> file.
+
+    Returns:
+        pairs that have a geometry afterwards.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    names = sorted({name for pair in pairs for name in pair})
+    keypoints = {name: database.read(name).keypoints for name in names}
+    positions = refine_tracks(keypoints, matched_pairs(pairs, database.read_inliers), lambda name: images[name])
+    for name, xy in positions.items():
+        database.move_keypoints(name, xy)
+    database.forget_geometry(pairs)
+    return database.verify(pairs)
 
 
 def _beside(output: Path, end: str) -> Path:

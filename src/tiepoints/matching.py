@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .errors import WeightsError
+from .image import ImageLike
+from .refine import refine_matches
 from .structs import Features, Matches
 
 #: Rows of each side compared at a time: BLOCK * BLOCK cosines (16 MiB) are all that is ever held of the matrix.
@@ -38,6 +40,8 @@ def match(
     rotation_tolerance: float | None = None,
     scale_tolerance: float | None = None,
     matcher: Matcher | None = None,
+    refine: bool = False,
+    images: tuple[ImageLike, ImageLike] | None = None,
 ) -> Matches:
     """Nearest neighbours of the descriptors of ``a`` among those of ``b``.
 
@@ -52,6 +56,8 @@ def match(
         scale_tolerance: drop matches that zoom otherwise than most, see ``keep_common_scale`` (a factor above 1).
         matcher: pairs the features instead of the nearest neighbours, for example a ``LightGlueMatcher``; it is not called
             where a side is empty. ``mutual``, ``ratio`` and ``min_similarity`` are then not for use.
+        refine: give the matches sub-pixel positions (``refine.refine_matches``; read them by ``Matches.positions``); needs ``images``.
+        images: the images of ``a`` and ``b`` (see ``image.load_image``).
 
     Returns:
         matches in the order of the points of ``a``, on the device of the descriptors; of equally near candidates the first is
@@ -67,6 +73,8 @@ def match(
     elif ratio is not None or min_similarity is not None or not mutual:
         raise ValueError("mutual, ratio and min_similarity belong to nearest neighbours; a matcher has thresholds of its own")
     _check_tolerances(rotation_tolerance, scale_tolerance)
+    if refine and images is None:
+        raise ValueError("refine=True needs the pixels: give images=(image_a, image_b), or leave refine out")
     if not len(a) or not len(b):
         return _no_matches(a)
     found = _nearest_neighbours(a, b, mutual, ratio, min_similarity) if matcher is None else _checked(matcher(a, b), a, b)
@@ -74,7 +82,7 @@ def match(
         found = keep_common_rotation(a, b, found, rotation_tolerance)
     if scale_tolerance is not None:
         found = keep_common_scale(a, b, found, scale_tolerance)
-    return found
+    return refine_matches(a, b, found, images) if refine and images is not None else found
 
 
 def keep_common_rotation(a: Features, b: Features, matches: Matches, tolerance: float = ROTATION_TOLERANCE) -> Matches:

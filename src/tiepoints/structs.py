@@ -165,18 +165,35 @@ class Matches:
     Attributes:
         index: (K,2) int64, point of a and point of b.
         score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors, or what a learned matcher gives).
+        xy_a, xy_b: (K,2) float32 sub-pixel positions of the matches (``refine.refine_matches``); None = those of the keypoints.
     """
 
     index: Tensor
     score: Tensor
+    xy_a: Tensor | None = None
+    xy_b: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.index.ndim != 2 or self.index.shape[1] != 2:
             raise ValueError(f"index must be (K,2), got {tuple(self.index.shape)}")
         _check("score", self.score, (len(self.index),))
+        for name, xy in (("xy_a", self.xy_a), ("xy_b", self.xy_b)):
+            if xy is not None:
+                _check(name, xy, (len(self.index), 2))
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getitem__(self, chosen: Tensor) -> Matches:
+        """The matches at ``chosen``, indices or a mask."""
+        columns = (self.index, self.score, self.xy_a, self.xy_b)
+        return Matches(*(None if column is None else column[chosen] for column in columns))  # type: ignore[arg-type]
+
+    def positions(self, a: Features, b: Features) -> tuple[Tensor, Tensor]:
+        """Positions (K,2) of the matches in both images: the sub-pixel ones where there are some, else those of the keypoints."""
+        xy_a = a.xy[self.index[:, 0].to(a.xy.device)] if self.xy_a is None else self.xy_a
+        xy_b = b.xy[self.index[:, 1].to(b.xy.device)] if self.xy_b is None else self.xy_b
+        return xy_a, xy_b
 
 
 @dataclass(frozen=True)

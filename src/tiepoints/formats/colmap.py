@@ -233,6 +233,29 @@ class ColmapDatabase:
         points = Keypoints((table[:, :2] - HALF_PIXEL).float(), scale, angle, torch.ones(count))
         return Features(points, descriptors, (camera.width, camera.height))
 
+    def move_keypoints(self, name: str, xy: torch.Tensor) -> None:
+        """Give the keypoints of an image other positions (N,2), ours; scales, angles, descriptors and matches stay.
+
+        The geometries of the image's pairs are those of the old positions: see ``forget_geometry``.
+
+        Raises:
+            DataError: no such image, or another number of keypoints.
+        """
+        number = self._number(name)
+        table = np.array(self._database.read_keypoints(number), dtype=np.float32)
+        if len(table) != len(xy):
+            raise DataError(f"{self.path}: {name} has {len(table)} keypoints, got {len(xy)} positions")
+        table[:, :2] = (xy.double() + HALF_PIXEL).float().numpy()
+        with self._lock, self._colmap.DatabaseTransaction(self._database):
+            self._database.update_keypoints(number, table)
+
+    def forget_geometry(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Remove the verified geometries of ``pairs``, so that ``verify`` works on them again; their raw matches stay."""
+        with self._lock, self._colmap.DatabaseTransaction(self._database):
+            for a, b in pairs:
+                if self._verified(a, b):
+                    self._database.delete_two_view_geometry(self._number(a), self._number(b))
+
     def _decode(self, stored: Any, name: str) -> np.ndarray:
         kinds = self._colmap.FeatureExtractorType
         data = np.array(stored.data, order="C")  # pycolmap's own array cannot be written to

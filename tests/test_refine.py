@@ -1,0 +1,190 @@
+"""Sub-pixel positions: known warps recovered from keypoints that miss them, tracks made consistent."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import tiepoints
+from tiepoints.filters import gaussian_blur
+from tiepoints.geometry import warp_image, warp_points
+from tiepoints.pyramid import build_pyramid
+from tiepoints.refine import align, build_tracks, refine_matches, refine_tracks
+from tiepoints.structs import Features, Keypoints, Matches
+
+
+def textured(height: int = 200, width: int = 240, seed: int = 0) -> torch.Tensor:
+    noise = torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(seed)) - 0.5
+    image = sum(gaussian_blur(noise, sigma) * sigma for sigma in (2.0, 4.0))
+    return (0.5 + image / (6 * image.std())).clamp(0, 1)
+
+
+def keypoints(xy: torch.Tensor, scale: float = 1.0, angle: float = 0.0) -> Keypoints:
+    n = len(xy)
+    return Keypoints(xy.float(), torch.full((n,), scale), torch.full((n,), angle), torch.ones(n))
+
+
+def places() -> torch.Tensor:
+    return torch.cartesian_prod(torch.arange(60.0, 180, 20), torch.arange(60.0, 140, 20))
+
+
+def similarity(angle: float, zoom: float, shift: tuple[float, float], about: tuple[float, float] = (119.5, 99.5)) -> torch.Tensor:
+    c, s = zoom * math.cos(angle), zoom * math.sin(angle)
+    x, y = about
+    return torch.tensor([[c, -s, x - c * x + s * y + shift[0]], [s, c, y - s * x - c * y + shift[1]], [0, 0, 1]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("angle", "zoom", "shift"), [(0.0, 1.0, (0.37, -0.81)), (0.15, 1.1, (1.3, 0.4)), (1.9, 1.0, (0.5, 0.5)), (0.0, 0.6, (0.0, 0.0))]
+)
+def test_keypoints_that_miss_their_place_find_it(angle, zoom, shift):
+    a = textured()
+    H = similarity(angle, zoom, shift)
+    # the second view is low-passed as a camera would do, where it is smaller
+    b = warp_image(gaussian_blur(a, 0.5 * math.sqrt(max(0.0, zoom**-2 - 1))), H[None].float())
+    truth = warp_points(places().double(), H).float()
+    missed = truth + 0.8 * (2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(1)) - 1)
+    known_turn = angle if abs(angle) > 0.5 else 0.0  # small rotations are left to the alignment
+    found = align(build_pyramid(a), keypoints(places(), 1.5), build_pyramid(b), keypoints(missed, 1.5 * zoom, known_turn))
+    error = (found.xy - truth).norm(dim=1)
+    assert found.accepted.float().mean() > 0.9
+    assert float(error.median()) < 0.08
+    assert float(error.median()) < 0.15 * float((missed - truth).norm(dim=1).median())
+    assert float(found.correlation[found.accepted].min()) > 0.6
+
+
+def test_one_keypoint_is_aligned_as_among_others():
+    a = textured()
+    b = warp_image(a, similarity(0.1, 1.05, (0.6, 0.3))[None].float())
+    xy = warp_points(places().double(), similarity(0.1, 1.05, (0.2, 0.9))).float()
+    scales = torch.linspace(0.8, 3.0, len(xy))
+    all_a, all_b = (dataclasses.replace(keypoints(at), scale=scales) for at in (places(), xy))
+    pyramids = build_pyramid(a), build_pyramid(b)
+    together = align(pyramids[0], all_a, pyramids[1], all_b)
+    for i in (0, 7, len(xy) - 1):
+        alone = align(pyramids[0], all_a[torch.tensor([i])], pyramids[1], all_b[torch.tensor([i])])
+        torch.testing.assert_close(alone.xy[0], together.xy[i], rtol=0, atol=1e-3)
+
+
+def test_what_cannot_be_aligned_stays():
+    flat = torch.full((1, 1, 80, 90), 0.4)
+    other = textured(80, 90, seed=5)
+    edge = torch.tensor([[0.0, 0.0], [89.0, 79.0], [45.0, 40.0], [-3.0, 200.0]])
+    for a, b in ((flat, flat), (flat, other), (other, flat)):
+        found = align(build_pyramid(a), keypoints(edge, 2.0), build_pyramid(b), keypoints(edge, 2.0))
+        assert torch.isfinite(found.xy).all()
+        assert torch.isfinite(found.correlation).all()
+        assert not found.accepted.any()
+        assert torch.equal(found.xy, edge)
+    none = align(build_pyramid(flat), keypoints(edge[:0]), build_pyramid(flat), keypoints(edge[:0]))
+    assert none.xy.shape == (0, 2)
+    with pytest.raises(ValueError, match="matched keypoints"):
+        align(build_pyramid(flat), keypoints(edge), build_pyramid(flat), keypoints(edge[:2]))
+
+
+def test_match_refines_where_it_is_given_the_images():
+    a = textured()
+    H = similarity(0.0, 1.0, (7.4, -3.3))
+    b = warp_image(a, H[None].float(), padding="reflection")
+    extractor = tiepoints.build("keynet-tiny", "hardnet", num_points=150, device="cpu", single_scale=True)
+    one, two = extractor.extract(a[0, 0]), extractor.extract(b[0, 0])
+    plain = tiepoints.match(one, two)
+    found = tiepoints.match(one, two, refine=True, images=(a[0, 0], b[0, 0]))
+    assert torch.equal(found.index, plain.index)
+    assert plain.xy_b is None
+    errors = []
+    for matches in (plain, found):
+        xy_a, xy_b = matches.positions(one, two)
+        error = (warp_points(xy_a.double(), H).float() - xy_b).norm(dim=1)
+        errors.append(float(error[error < 3].mean()))
+    assert errors[1] < 0.5 * errors[0]
+    with pytest.raises(ValueError, match="images="):
+        tiepoints.match(one, two, refine=True)
+    with pytest.raises(ValueError, match="its features are of"):
+        tiepoints.match(one, two, refine=True, images=(a[0, 0], b[0, 0, :100]))
+    nothing = one[torch.zeros(0, dtype=torch.int64)]
+    assert len(tiepoints.match(nothing, two, refine=True, images=(a[0, 0], b[0, 0]))) == 0
+    chosen = found[torch.arange(len(found)) % 2 == 0]
+    assert torch.equal(chosen.xy_b, found.xy_b[::2])
+
+
+def test_tracks_are_connected_and_contradictions_left_out():
+    pairs = {
+        ("a", "b"): torch.tensor([[0, 1], [2, 3], [4, 4]]),
+        ("b", "c"): torch.tensor([[1, 5], [3, 3]]),
+        ("a", "c"): torch.tensor([[0, 5], [7, 3]]),  # a2 - b3 - c3 - a7: two keypoints of a
+    }
+    assert build_tracks(pairs) == [[("a", 0), ("b", 1), ("c", 5)], [("a", 4), ("b", 4)]]
+    assert build_tracks({}) == []
+
+
+def test_tracks_get_one_position_for_each_image():
+    base = textured()
+    moves = {"a": (0.0, 0.0), "b": (3.3, 1.7), "c": (-2.6, 4.4)}
+    images = {name: warp_image(base, similarity(0, 1, move)[None].float(), padding="reflection") for name, move in moves.items()}
+    generator = torch.Generator().manual_seed(2)
+    features = {}
+    for name, move in moves.items():
+        missed = torch.zeros(1) if name == "a" else torch.rand(len(places()), 2, generator=generator) - 0.5
+        features[name] = keypoints(places() + torch.tensor(move) + missed)
+    features["a"] = dataclasses.replace(features["a"], scale=0.9 * features["a"].scale)  # the reference of every track
+    index = torch.arange(len(places()) - 1)
+    matches = {pair: torch.stack([index, index], dim=1) for pair in (("a", "b"), ("b", "c"))}
+    asked = []
+
+    def image(name):
+        asked.append(name)
+        return images[name][0, 0]
+
+    positions = refine_tracks(features, matches, image)
+    assert torch.equal(positions["a"], features["a"].xy)
+    for name in ("b", "c"):
+        truth = places() + torch.tensor(moves[name])
+        before, after = ((xy - truth).norm(dim=1)[:-1].mean() for xy in (features[name].xy, positions[name]))
+        assert float(after) < 0.25 * float(before)
+        assert torch.equal(positions[name][-1], features[name].xy[-1])  # it has no track
+    assert sorted(set(asked)) == ["a", "b", "c"]
+
+
+def test_a_database_is_refined_and_verified_again(tmp_path):
+    pytest.importorskip("pycolmap")
+    from PIL import Image
+
+    from tiepoints.formats.colmap import ColmapDatabase
+    from tiepoints.jobs import refine_database
+
+    base = textured()
+    H = similarity(0.05, 1.0, (4.4, -2.7))
+    views = {"a.png": base, "b.png": warp_image(base, H[None].float(), padding="reflection")}
+    files = {}
+    for name, view in views.items():
+        files[name] = tmp_path / name
+        Image.fromarray((view[0, 0] * 255).round().byte().numpy()).save(files[name])
+    truth = warp_points(places().double(), H).float()
+    missed = truth + 0.7 * (2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(3)) - 1)
+    descriptors = torch.nn.functional.normalize(torch.rand(len(truth), 16) - 0.5, dim=1)
+    index = torch.arange(len(truth))
+    pairs = [("a.png", "b.png")]
+    with ColmapDatabase(tmp_path / "x.db", write=True) as database:
+        for name, xy, scale in (("a.png", places(), 1.0), ("b.png", missed, 1.1)):
+            database.write(name, Features(keypoints(xy, scale), descriptors, (240, 200)))
+        database.write_matches("a.png", "b.png", Matches(torch.stack([index, index], 1), torch.ones(len(index))))
+        assert database.verify(pairs) == 1
+        assert refine_database(database, pairs, files) == 1
+        moved = database.read("b.png")
+        torch.testing.assert_close(database.read("a.png").xy, places())
+        assert float((moved.xy - truth).norm(dim=1).mean()) < 0.3 * float((missed - truth).norm(dim=1).mean())
+        assert torch.equal(moved.scale, torch.full((len(truth),), 1.1))
+        assert len(database.read_inliers("a.png", "b.png")) == len(truth)
+        with pytest.raises(tiepoints.DataError, match="keypoints, got"):
+            database.move_keypoints("a.png", truth[:3])
+
+
+def test_refinement_needs_features_of_these_images():
+    a = textured(60, 80)
+    features = Features(keypoints(torch.tensor([[30.0, 30.0]])), torch.ones(1, 4) / 2, (80, 60))
+    matches = Matches(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
+    found = refine_matches(features, features, matches, (a[0, 0], a[0, 0]))
+    torch.testing.assert_close(found.xy_b, features.xy, rtol=0, atol=0.02)
+    assert found.score is matches.score
