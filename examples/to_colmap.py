@@ -14,6 +14,7 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import tiepoints
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
 from tiepoints.formats.hdf5 import read_pairs
-from tiepoints.jobs import collect, refine_database
+from tiepoints.jobs import collect, pair_matcher, refine_database
 
 
 def main() -> None:
@@ -54,18 +55,21 @@ def main() -> None:
 
     words = {} if args.descriptor is None else {"descriptor": args.descriptor}
     name = "-".join(Path(word).stem for word in (args.detector, *words.values()))
-    systems = {name: tiepoints.build(args.detector, num_points=args.points, **words).extract}
+    extractor = tiepoints.build(args.detector, num_points=args.points, **words)
+    systems = {name: extractor.extract}
     if args.compare_sift:
         systems["sift"] = system("sift", Options(num_points=args.points))
     rows = []
     for name, extract in systems.items():
-        rows.append(run(name, extract, images, pairs, args))
+        rows.append(run(name, extract, extractor, images, pairs, args))
         print(line(rows[-1], len(images)))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def run(name: str, extract, images: dict[str, Path], pairs: list[tuple[str, str]], args: argparse.Namespace) -> dict:
+def run(
+    name: str, extract, extractor: tiepoints.Extractor, images: dict[str, Path], pairs: list[tuple[str, str]], args: argparse.Namespace
+) -> dict:
     """One system from photographs to a model; its numbers, and those of every try."""
     folder = args.out / name
     shutil.rmtree(folder / "models", ignore_errors=True)
@@ -79,8 +83,10 @@ def run(name: str, extract, images: dict[str, Path], pairs: list[tuple[str, str]
         for image, path in images.items():
             database.write(image, features[image], path)
         count = 0
+        matcher = partial(tiepoints.match, ratio=None if args.ratio >= 1 else args.ratio)
+        rotating = None if name == "sift" else pair_matcher(extractor, images, **matcher.keywords)
         for a, b in pairs:
-            matches = tiepoints.match(features[a], features[b], ratio=None if args.ratio >= 1 else args.ratio)
+            matches = matcher(features[a], features[b]) if rotating is None else rotating(a, b, features[a], features[b])
             database.write_matches(a, b, matches)
             count += len(matches)
         seconds["match"], started = time.perf_counter() - started, time.perf_counter()

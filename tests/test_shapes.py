@@ -42,11 +42,15 @@ def test_percentile_rank_counts_smaller_pixels():
 
 
 def test_an_anchor_is_at_the_corner_and_not_beside_it():
-    weight = anchor_weight(square() + 0.01 * torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0)))[0, 0]
+    image = square() + 0.01 * torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
+    weight, ramp = anchor_weight(image, 1.0)[0, 0], anchor_weight(image)[0, 0]
     for y, x, outward in ((30, 30, -1), (61, 61, 1)):
         assert float(weight[y - 2 : y + 3, x - 2 : x + 3].max()) > 0.95
         assert float(weight[y + 6 * outward, x + 6 * outward]) < 0.1
-    assert 0 <= float(weight.min()) <= float(weight.max()) <= 1
+        assert float(ramp[y, x]) == 1
+    assert float(ramp[5:20, 5:20].mean()) < 0.4  # flat ground
+    assert bool((weight <= ramp).all())
+    assert 0 <= float(weight.min()) <= float(ramp.max()) <= 1
 
 
 def bump(at: tuple[float, float], size: int = 96, height: float = 1.0) -> torch.Tensor:

@@ -43,6 +43,14 @@ class Orientation(StrEnum):
     dominant = "dominant"
 
 
+class PairOrientation(StrEnum):
+    auto = "auto"
+    none = "none"
+    rekd = "rekd"
+    rekd_light = "rekd-light"
+    dominant = "dominant"
+
+
 class Format(StrEnum):
     npy = "npy"
     h5 = "h5"
@@ -69,6 +77,7 @@ class Preset(StrEnum):
     paper = "paper"
     quick = "quick"
     msip = "msip"
+    corners = "corners"
 
 
 # Options that several commands share, worded once.
@@ -79,6 +88,13 @@ DescriptorOption = Annotated[
 OrientationOption = Annotated[
     Orientation | None,
     typer.Option(help="Angles of the points: of a network, or of the dominant gradient (default: REKD's own; others none)."),
+]
+PairOrientationOption = Annotated[
+    PairOrientation,
+    typer.Option(
+        help="auto: keypoints without angles are matched upright, and where little verifies at the rotation of one image to the other; "
+        "else as --orientation of extract."
+    ),
 ]
 UprightOption = Annotated[
     bool, typer.Option("--upright", help="Describe patches that are not turned by the angles, as REKD's tables (desnet never uses angles).")
@@ -209,7 +225,7 @@ def match(
     num_points: Annotated[int, typer.Option(min=1)] = 2048,
     detector: DetectorOption = Detector.keynet,
     descriptor: DescriptorOption = None,
-    orientation: OrientationOption = None,
+    orientation: PairOrientationOption = PairOrientation.auto,
     upright: UprightOption = False,
     rotation_tolerance: Annotated[
         float | None, typer.Option(min=0.1, max=180.0, help="Drop matches that turn otherwise than most by more degrees (REKD: 30).")
@@ -245,12 +261,13 @@ def match(
     options = {
         "detector": detector.value, "descriptor": chosen, "num_points": num_points, "single_scale": single_scale,
         "weights": None if weights is None else str(weights), **({} if scales == Scales.one else {"scales": scales.value}),
-        **({} if orientation is None else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
+        **({} if orientation == "auto" else {"orientation": orientation.value}), **({"upright": True} if upright else {}),
     }  # fmt: skip
+    auto = orientation == PairOrientation.auto
     rotation = None if rotation_tolerance is None else math.radians(rotation_tolerance)
     if not many:
         kind_of_two = model or Model.fundamental
-        _match_two(images[0], images[1], output, options, device, kind_of_two, ratio, rotation, threshold, refine, as_json)
+        _match_two(images[0], images[1], output, options, device, kind_of_two, ratio, rotation, threshold, refine, auto, as_json)
         return
     if output is None or not to_file:
         came = "nothing" if output is None else output.name
@@ -262,7 +279,7 @@ def match(
         report = match_images(
             images, output, pair_list=pairs, sequential=sequential, features=features, descriptor=descriptor, root=root_images,
             build=lambda: _extractor(options, device), extraction=options, camera=camera, ratio=ratio, rotation=rotation, kind=kind,
-            threshold=threshold, refine=refine, overwrite=overwrite, progress=sys.stderr.isatty(),
+            threshold=threshold, refine=refine, auto_orientation=auto, overwrite=overwrite, progress=sys.stderr.isatty(),
         )  # fmt: skip
     except USER_ERRORS as error:
         _fail(str(error))
@@ -302,19 +319,29 @@ def _match_two(
     rotation: float | None,
     threshold: float,
     refine: bool,
+    auto: bool,
     as_json: bool,
 ) -> None:
+    from functools import partial
+
+    from .auto_orientation import PairMatcher, can_reorient
     from .estimation import estimate
     from .image import load_image
     from .matching import match as match_features
+    from .refine import refine_matches
 
     try:
         extractor = _extractor(options, device)
         image_a, image_b = load_image(a), load_image(b)
         features_a, features_b = extractor.extract(image_a), extractor.extract(image_b)
-        images = (image_a, image_b)
-        least = None if ratio >= 1 else ratio
-        found = match_features(features_a, features_b, ratio=least, rotation_tolerance=rotation, refine=refine, images=images)
+        matcher = partial(match_features, ratio=None if ratio >= 1 else ratio, rotation_tolerance=rotation)
+        if auto and can_reorient(extractor):
+            oriented = PairMatcher(extractor, matcher)(features_a, features_b, image_b)
+            found, features_b = oriented.matches, oriented.b
+        else:
+            found = matcher(features_a, features_b)
+        if refine:
+            found = refine_matches(features_a, features_b, found, (image_a, image_b))
         xy_a, xy_b = found.positions(features_a, features_b)
         result = estimate(xy_a, xy_b, model.value, threshold=threshold)
         if output is not None:
@@ -360,7 +387,7 @@ def train(
         list[Path], typer.Option(help="Folder of photographs, searched to the bottom; repeatable. A tenth is held out to validate on.")
     ],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
-    preset: Annotated[Preset, typer.Option(help="paper = the published schedule; msip = Key.Net's published loss.")] = Preset.default,
+    preset: Annotated[Preset, typer.Option(help="paper: the published schedule; msip: Key.Net's published loss; corners: Key.Net on the very corner.")] = Preset.default,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train for, instead of minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .auto_orientation import PairMatcher, can_reorient
 from .errors import DataError
 from .estimation import estimate
 from .extract import Extractor
@@ -345,12 +346,16 @@ def match_to_file(
     rotation: float | None = None,
     kind: str | None = None,
     threshold: float = 2.0,
+    matcher: Callable[[str, str, Features, Features], Matches] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
     """Match each pair of names and keep its matches; with a ``kind`` of geometry only those that agree with one.
 
     A pair is done once, whichever way round it comes. An image without features fails once, with the number of its pairs.
+
+    Args:
+        matcher: pairs the features of two named images instead of ``matching.match`` with these options.
 
     Raises:
         ValueError: ratio or threshold are out of range.
@@ -409,7 +414,7 @@ def match_to_file(
             report.failed.append((label, reason))
             continue
         try:
-            found = match(one, two, ratio=ratio, rotation_tolerance=rotation)
+            found = match(one, two, ratio=ratio, rotation_tolerance=rotation) if matcher is None else matcher(a, b, one, two)
             if kind is not None:
                 result = estimate(one.xy[found.index[:, 0]], two.xy[found.index[:, 1]], kind, threshold=threshold)
                 report.verified = (report.verified or 0) + result.ok
@@ -422,6 +427,28 @@ def match_to_file(
         report.matches += len(found)
     report.failed += [(name, f"{broken[name]} ({count} pairs)") for name, count in cost.items()]
     return report
+
+
+def pair_matcher(
+    extractor: Extractor, images: dict[str, Path], **options: Any
+) -> Callable[[str, str, Features, Features], Matches] | None:
+    """The ``matcher`` of ``match_to_file`` that finds the relative rotation of each pair; None where it has no use.
+
+    Args:
+        extractor: what the features were extracted with.
+        images: name -> file; a pair with an image that is not among them is matched as it is.
+        options: of ``matching.match``.
+    """
+    if not can_reorient(extractor):
+        return None
+    pairs = PairMatcher(extractor, partial(match, **options))
+
+    def matched(a: str, b: str, one: Features, two: Features) -> Matches:
+        if b not in images:
+            return match(one, two, **options)
+        return pairs(one, two, images[b], b).matches
+
+    return matched
 
 
 def _check_options(ratio: float | None, threshold: float) -> None:
@@ -452,6 +479,7 @@ def match_images(
     kind: str | None = None,
     threshold: float = 2.0,
     refine: bool = True,
+    auto_orientation: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
@@ -469,6 +497,8 @@ def match_images(
         root: see ``collect``.
         rotation: largest difference of a match's turn from the common one, radians (``matching.keep_common_rotation``); None = any.
         refine: a database of images that are given: move its keypoints to consistent sub-pixel positions (``refine.refine_tracks``).
+        auto_orientation: find the relative rotation of each pair (``auto_orientation.PairMatcher``), where images are extracted here by a
+            descriptor of upright patches.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do not fit; the message has the remedy.
@@ -487,6 +517,9 @@ def match_images(
         settings["rotation"] = rotation
     if database:
         settings["refine"] = refine
+    if auto_orientation:
+        settings["orientation"] = "auto"
+    matcher = None
     with ExitStack() as stack:
         if features is None:
             if pairs is not None:
@@ -499,7 +532,11 @@ def match_images(
             else:
                 source = stack.enter_context(FeatureFile(_beside(output, "features.h5"), write=True))
             check_settings(settings_place(source), extraction, overwrite, source.clear, source.path)
-            extracted = extract_to_files(tasks, build(), source, described=True, progress=progress)
+            extractor = build()
+            extracted = extract_to_files(tasks, extractor, source, described=True, progress=progress)
+            if auto_orientation:
+                files = {str(task.relative): task.path for task in tasks}
+                matcher = pair_matcher(extractor, files, ratio=None if ratio >= 1 else ratio, rotation_tolerance=rotation)
             failed += extracted.failed
             names = [str(task.relative) for task in tasks if str(task.relative) in source]
             settings["features"] = extraction
@@ -529,7 +566,7 @@ def match_images(
         check_settings(place, settings, overwrite, store.clear_matches if database else store.clear, output)
         report = match_to_file(
             pairs, source, store, ratio=None if ratio >= 1 else ratio, rotation=rotation, kind=kind, threshold=threshold,
-            overwrite=overwrite, progress=progress,
+            matcher=matcher, overwrite=overwrite, progress=progress,
         )  # fmt: skip
         if database:
             matched = [pair for pair in pairs if store.has_matches(*pair)]

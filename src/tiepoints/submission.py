@@ -17,7 +17,7 @@ from .errors import DataError
 from .extract import Extractor
 from .formats import imc
 from .formats.hdf5 import FeatureFile, MatchFile
-from .jobs import MatchReport, Report, Task, check_settings, choose_pairs, extract_to_files, match_to_file, settings_place
+from .jobs import MatchReport, Report, Task, check_settings, choose_pairs, extract_to_files, match_to_file, pair_matcher, settings_place
 
 #: Geometry that custom matches agree with: the challenge fits all it is given without a RANSAC of its own.
 KIND = "fundamental"
@@ -83,7 +83,8 @@ def export_imc(
     with ExitStack() as stack:
         store = stack.enter_context(FeatureFile(_beside(out, "features.h5"), write=True))  # its lock keeps others off the layout too
         check_settings(settings_place(store), extraction, overwrite, store.clear, store.path)
-        report = extract_to_files(tasks, build(), store, described=True, overwrite=overwrite, workers=workers, progress=progress)
+        extractor = build()
+        report = extract_to_files(tasks, extractor, store, described=True, overwrite=overwrite, workers=workers, progress=progress)
         result = Submission(len(sequences), report, failed=refused + report.failed)
         there = {place: {name: key for key, name in found.items() if name in store} for place, found in names.items()}
         pairs = {place: choose_pairs(found) for place, found in there.items()}
@@ -91,9 +92,11 @@ def export_imc(
             kept = stack.enter_context(MatchFile(_beside(out, "matches.h5"), write=True))
             settings = {"ratio": ratio, "model": KIND, "threshold": threshold, "features": extraction}
             check_settings(settings_place(kept), settings, overwrite, kept.clear, kept.path)
+            least = None if ratio >= 1 else ratio
+            files = {str(task.relative): task.path for task in tasks}
             result.matched = match_to_file(
-                chain.from_iterable(pairs.values()), store, kept, ratio=None if ratio >= 1 else ratio, kind=KIND, threshold=threshold,
-                overwrite=overwrite, progress=progress,
+                chain.from_iterable(pairs.values()), store, kept, ratio=least, kind=KIND, threshold=threshold,
+                matcher=pair_matcher(extractor, files, ratio=least), overwrite=overwrite, progress=progress,
             )  # fmt: skip
             result.failed += result.matched.failed
         for place, keys in there.items():

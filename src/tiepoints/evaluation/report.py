@@ -82,6 +82,8 @@ GLOSSARY = [
         "by 180 degrees: 0 for points without relation to the image, 100 for a perfect detector.",
     ),
     ("bias px", "How far points miss their place for good: half the shift found by mirroring or turning the picture and back."),
+    ("on structure %", "Percentile of the keypoints' pixels by corner strength, median; chance is 50 (--extras bias)."),
+    ("beside %", "Keypoints below their image's median pixel by corner strength; chance is 50."),
     ("s / image", "Seconds to detect and describe one image, where and when this run was made."),
     ("pairs", "Pairs that enter the means, and of how many where some failed."),
     ("matching score, MMA", "Right mutual matches over the smaller number of points; over the number of matches."),
@@ -103,6 +105,15 @@ def bias_px(run: Run, system: str) -> float | None:
     return mean(math.hypot(offset["dx"], offset["dy"]) for offset in offsets.values() if len(offset) == 2)
 
 
+def anchoring_percent(run: Run, system: str) -> tuple[float | None, float | None]:
+    """Means over the images of the median percentile, and of the share of keypoints below the median pixel, in percent."""
+    rows = [row for row in run.bias if row.system == system and row.kind == "anchoring" and row.ok]
+    known = [(a, b) for row in rows if (a := row.number("median")) is not None and (b := row.number("below_half")) is not None]
+    if not known:
+        return None, None
+    return 100 * math.fsum(a for a, _ in known) / len(known), 100 * math.fsum(b for _, b in known) / len(known)
+
+
 def _values(rows: Rows, split: str, system: str, measures: Iterable[Measure]) -> list[Cell]:
     return [rows.mean(split, system, m.metric, m.factor) for m in measures]
 
@@ -110,17 +121,20 @@ def _values(rows: Rows, split: str, system: str, measures: Iterable[Measure]) ->
 def _main_table(rows: Rows, split: str) -> Table | None:
     run = rows.run
     columns = [Column(m.label, m.group, m.digits, m.better) for m in MAIN]
-    columns += [Column("bias px", "", 2, -1), Column("s / image", "", 3, -1), Column("pairs", "", 0)]
+    columns += [Column("bias px", "", 2, -1), Column("on structure %", "", 1, 1), Column("beside %", "", 1, -1)]
+    columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
     lines = []
     for system in run.systems:
         if rows.all(split, system):
-            extra: list[Cell] = [bias_px(run, system), rows.seconds(split, system), rows.count(split, system)]
+            extra: list[Cell] = [
+                bias_px(run, system), *anchoring_percent(run, system), rows.seconds(split, system), rows.count(split, system),
+            ]  # fmt: skip
             lines.append(Row(system, _values(rows, split, system, MAIN) + extra, run.role(system)))
     if split in ("view", "illum"):
         for name, halves in published.TABLE_2.items():
             printed = halves[split == "illum"].printed()
             cells: list[Cell] = [printed.get(m.metric) for m in MAIN]
-            lines.append(Row(name, [*cells, None, None, None], "published"))
+            lines.append(Row(name, [*cells, None, None, None, None, None], "published"))
     source = f"{published.KEYNET}, table 2 ({published.DATASET}, {SPLITS[split].lower()})"
     return Table(SPLITS[split], columns, lines, source).trimmed()
 

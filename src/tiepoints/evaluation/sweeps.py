@@ -14,6 +14,7 @@ from ..geometry import warp_image
 from ..image import ImageLike, load_image
 from ..matching import match
 from . import metrics as m
+from .anchoring import ANCHORED_POINTS, percentiles
 from .bias import REACH
 from .pair import homography_metrics
 from .systems import System, as_features
@@ -92,7 +93,8 @@ def sweep(
 def bias(detect: System, image: ImageLike, *, num_points: int = m.NUM_POINTS) -> list[dict[str, Any]]:
     """Median displacement (dx, dy) in px between detections on an image and on its mirrored or turned copy, moved back.
 
-    A detector that answers everything at a constant offset shows twice that offset. None without paired points.
+    A detector that answers everything at a constant offset shows twice that offset. None without paired points. One more row,
+    ``anchoring``, says whether the strongest keypoints lie on structure (``anchoring.Anchoring``).
     """
     original = load_image(image)
     h, w = original.shape[-2:]
@@ -108,4 +110,9 @@ def bias(detect: System, image: ImageLike, *, num_points: int = m.NUM_POINTS) ->
             dx, dy = (a[index_a] - b[index_b]).median(dim=0).values.tolist()
             numbers = {"dx": dx, "dy": dy, "points": len(index_a)}
         rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
+    rank = percentiles(original, a[:ANCHORED_POINTS].float())
+    placed: dict[str, float | None] = {"median": None, "below_half": None, "points": len(rank)}
+    if len(rank):
+        placed |= {"median": float(rank.median()), "below_half": float((rank < 0.5).float().mean())}
+    rows.append({"kind": "anchoring", "metrics": placed, "ok": True, "reason": ""})
     return rows

@@ -237,12 +237,11 @@ AGREEMENT = 2
 ON_TARGET = 0.8
 #: A peak counts by its height to this power: with 1, few strong peaks outgrow all others.
 HEIGHT_POWER = 0.25
-#: Where a peak may lie: window of the structure tensor, the percentiles from which a peak counts, and counts fully, the side of the
-#: window whose strongest pixel it is compared with, and from which share of that it counts fully. Pixels.
-ANCHOR_SIGMA = 1.5
-ANCHOR_LOW, ANCHOR_HIGH = 0.5, 0.9
+#: Where a peak may lie: window of the structure tensor in pixels, the percentiles from which a peak counts, and counts fully, and the
+#: side of the window whose strongest pixel it is compared with.
+ANCHOR_SIGMA = 2.0
+ANCHOR_LOW, ANCHOR_HIGH = 0.6, 0.95
 ANCHOR_WINDOW = 13
-ANCHOR_RATIO = 0.4
 
 
 def gaussian_likeness(score_map: Tensor, window: int = GAUSSIAN_WINDOW, sigma: float = GAUSSIAN_SIGMA) -> Tensor:
@@ -267,18 +266,19 @@ def local_cosine(a: Tensor, b: Tensor, window: int = GAUSSIAN_WINDOW) -> Tensor:
     return mean(a * b) / ((mean(a.square()) * mean(b.square())).clamp(min=0) + EPS**4).sqrt()
 
 
-def anchor_weight(image: Tensor) -> Tensor:
+def anchor_weight(image: Tensor, pull: float = 0.0) -> Tensor:
     """How much a keypoint at each pixel of a gray image lies on structure: (B,1,H,W) -> (B,1,H,W) in [0,1].
 
-    Product of two parts, both of ``filters.corner_strength``: a linear ramp of the pixel's percentile, from 0 at ``ANCHOR_LOW`` to 1 at
-    ``ANCHOR_HIGH``, which keeps keypoints out of flat areas; and the strength over the largest one within ``ANCHOR_WINDOW``, 1 from
-    ``ANCHOR_RATIO`` on, which keeps them from lying beside a corner.
+    A linear ramp of the pixel's percentile by ``filters.corner_strength``, from 0 at ``ANCHOR_LOW`` to 1 at ``ANCHOR_HIGH``.
+
+    Args:
+        pull: 0..1, how much it also counts that a pixel is the strongest one nearby: the ramp is multiplied by ``1 - pull + pull r``, r the
+            strength over the largest one within ``ANCHOR_WINDOW``.
     """
     with torch.no_grad():
         strength = corner_strength(image, ANCHOR_SIGMA)
         ramp = ((percentile_rank(strength) - ANCHOR_LOW) / (ANCHOR_HIGH - ANCHOR_LOW)).clamp(0, 1)
-        ratio = strength / max_filter(strength, ANCHOR_WINDOW).clamp(min=1e-12)
-        return ramp * (ratio / ANCHOR_RATIO).clamp(max=1)
+        return ramp * (1 - pull + pull * strength / max_filter(strength, ANCHOR_WINDOW).clamp(min=1e-12))
 
 
 def _gaussian_one_way(

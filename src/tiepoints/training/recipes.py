@@ -69,8 +69,8 @@ class Recipe:
         fit: schedule (``loop.FitSettings``).
         kind: what places points: ``msip`` or ``gaussian``.
         loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
-        shapes: Gaussian loss: only peaks on structure count (``losses.anchor_weight``), and this share of the pairs are drawn shapes
-            (``shapes.WithShapes``); None = every repeated peak counts.
+        anchored: Gaussian loss: only peaks on structure count (``losses.anchor_weight``).
+        shapes, pull: of ``shapes.WithShapes``, where ``anchored``.
         balance: weight of the orientation loss, where there is one (REKD: 100).
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
     """
@@ -79,7 +79,9 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     kind: str = "msip"
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
-    shapes: float | None = None
+    anchored: bool = False
+    shapes: float = 0.0
+    pull: float = 0.0
     balance: float = 0.0
     checks: str = "default"
     check_pairs: int = 60
@@ -88,10 +90,12 @@ class Recipe:
 
 #: Key.Net on structure: what SobelNet learns by, on pairs of several layers (docs/training.md).
 _ANCHORED = Recipe(
-    pairs="layers", fit=FitSettings(learning_rate=5e-3, validate_every=50), kind="gaussian", loss={}, shapes=0.2, checks="layers"
+    pairs="layers", fit=FitSettings(learning_rate=5e-3, validate_every=50), kind="gaussian", loss={}, anchored=True, checks="layers"
 )
 RECIPES: dict[str, Recipe] = {
     "default": _ANCHORED,
+    # Keypoints on the very corner; of real scenes fewer are matched (docs/diary.md).
+    "corners": dataclasses.replace(_ANCHORED, shapes=0.2, pull=1.0),
     "msip": Recipe(),
     # Paper 5.3 (batch 32, Adam 1e-3 halved after 30 of 45 epochs of 9,000 pairs, here a cosine); loss of its TensorFlow code.
     "paper": Recipe(
@@ -303,7 +307,7 @@ def train_detector(
     make: Callable[[], KeyNet | SobelNet] = MODELS[model]
     if model == "keynet" and recipe.kind == "gaussian":
         make = _soft_keynet
-    if pairs is not None and recipe.shapes is not None:
+    if pairs is not None and recipe.anchored:
         say("pairs of a file have no anchors: every repeated peak counts")
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -442,7 +446,7 @@ def _train_score_map(
         if pairs is not None:
             return PairFile(pairs, length=length, seed=schedule.seed)
         dataset = PairDataset(training, PRESETS[recipe.pairs], seed=schedule.seed, length=length)
-        return dataset if recipe.shapes is None else WithShapes(dataset, recipe.shapes, seed=schedule.seed)
+        return WithShapes(dataset, recipe.shapes, pull=recipe.pull, seed=schedule.seed) if recipe.anchored else dataset
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
     views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size)
@@ -657,7 +661,8 @@ def train_descriptor(
 
 
 def _names(folders: Folders | None) -> str:
-    return ",".join(str(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders or []))
+    """Names of folders for the facts in a weights file: their paths say nothing elsewhere."""
+    return ",".join(Path(folder).name for folder in ([folders] if isinstance(folders, str | Path) else folders or []))
 
 
 class PosedCheck:

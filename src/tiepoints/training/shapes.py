@@ -131,7 +131,7 @@ def draw_shapes(rng: np.random.Generator, settings: PairSettings) -> ShapePair:
     everything = np.concatenate(targets)
     views = []
     for H in (np.eye(3), H_ab):
-        sharp = torch.from_numpy(_render(outlines, background, H, size))
+        sharp = torch.from_numpy(render_outlines(outlines, background, H, size))
         view = gaussian_blur(sharp[None, None], float(rng.uniform(0, 1.2)))[0, 0].numpy()
         if rng.random() < 0.5:  # light that changes across the image
             view = view * (1 + rng.uniform(-0.3, 0.3) * np.linspace(-1, 1, size)[None, :])
@@ -141,7 +141,7 @@ def draw_shapes(rng: np.random.Generator, settings: PairSettings) -> ShapePair:
     return ShapePair(views[0][0], views[1][0], H_ab, views[0][1], views[1][1])
 
 
-def _render(outlines: list[tuple[np.ndarray, int]], background: int, H: np.ndarray, size: int) -> np.ndarray:
+def render_outlines(outlines: list[tuple[np.ndarray, int]], background: int, H: np.ndarray, size: int) -> np.ndarray:
     """Filled outlines mapped by H, on a plain ground: (size,size) float32."""
     large = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING), background)
     draw = ImageDraw.Draw(large)
@@ -176,11 +176,12 @@ class WithShapes(Dataset):
     Args:
         photos: pairs of photographs.
         share: probability of drawn shapes instead.
+        pull: see ``losses.anchor_weight``.
         seed: item ``i`` depends on ``seed``, ``i`` and ``photos`` alone.
     """
 
-    def __init__(self, photos: PairDataset, share: float, *, seed: int = 0):
-        self.photos, self.share, self.seed = photos, share, seed
+    def __init__(self, photos: PairDataset, share: float, *, pull: float = 0.0, seed: int = 0):
+        self.photos, self.share, self.pull, self.seed = photos, share, pull, seed
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -191,7 +192,7 @@ class WithShapes(Dataset):
         if rng.random() >= self.share:
             item = self.photos[index]
             for side in "ab":
-                item[f"anchor_{side}"] = anchor_weight(item[f"image_{side}"][None])[0]
+                item[f"anchor_{side}"] = anchor_weight(item[f"image_{side}"][None], self.pull)[0]
                 item[f"target_{side}"] = torch.zeros(1, size, size)
             return item
         pair = draw_shapes(rng, dataclasses.replace(self.photos.settings, scale=SHAPE_SCALE))
