@@ -101,8 +101,8 @@ PRESETS: dict[str, PairSettings] = {
     ),
     # for detectors of real scenes: things at several depths, noise and compression of poor cameras
     "layers": PairSettings(
-        scale=(0.4, 2.5), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
-        gamma=0.3, blur=0.2, dark=0.1, noise=0.35, noise_sigma=25.0, jpeg=0.3, jpeg_quality=15, layers=0.6, min_overlap=0.2,
+        scale=(0.5, 2.2), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
+        gamma=0.3, blur=0.3, dark=0.05, noise=0.25, noise_sigma=25.0, jpeg=0.25, jpeg_quality=15, layers=0.3, min_overlap=0.2,
     ),
     # for oriented points: any turn, and not mirrored, because a mirrored corner has no turn
     "turns": PairSettings(
