@@ -259,7 +259,7 @@ class Bench:
     def __init__(self, name: str, work: Path) -> None:
         self.name, self.work = name, work
         self.digest = digest(name)
-        self._extract: System | None = None
+        self._extract = make(name)
         self._kept: dict[Path, Features] = {}
 
     def features(self, image: Path) -> Features:
@@ -270,8 +270,6 @@ class Bench:
             path = self.work / "features" / f"{file_name(label(self.name))}-{self.digest[:16]}" / name
             found = load_features(path)
             if found is None:
-                if self._extract is None:
-                    self._extract = make(self.name)
                 save_features(path, self._extract(image)[:NUM_POINTS], 0.0)
                 found = load_features(path)
             assert found is not None, path
@@ -471,10 +469,8 @@ def measure(
     failed, benches = [], {}
     for name in systems:
         try:
-            benches[name] = Bench(name, work)
-            make(name)  # an unknown name or a missing package is reported now
+            benches[name] = Bench(name, work)  # an unknown name or a missing package is reported now
         except (ImportError, ValueError, DataError, FileNotFoundError) as error:
-            benches.pop(name, None)
             failed.append(f"{name}: {error}")
     for section in sections:
         function, folder = SECTIONS[section]

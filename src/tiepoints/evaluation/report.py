@@ -236,7 +236,7 @@ def _marked_table(rows: Rows) -> Table | None:
             lines.append(Row(system, [*cells, rows.seconds("marked", system), rows.count("marked", system)], rows.run.role(system)))
     note = (
         "Share of the correspondences whose larger distance to the epipolar lines is within so many pixels, mean over 1..20 px, over the "
-        "pairs; 0 without an estimate (PoseLib, 2 px)."
+        "pairs and five seeds of the estimator (PoseLib, 2 px); 0 without an estimate."
     )
     return Table("Fundamental matrix: correspondences marked by hand", columns, lines, note=note).trimmed()
 
