@@ -287,7 +287,7 @@ class Bench:
         found = []
         for pair in pairs:
             matched = self.match(pair.image_a, pair.image_b)
-            found.append((pair, accuracy_metrics(matched.xy_a, matched.xy_b, pair.H_ab)))  # type: ignore[union-attr]
+            found.append((pair, accuracy_metrics(matched.xy_a, matched.xy_b, pair.H_ab)))
         return found
 
 
@@ -364,9 +364,7 @@ def strecha(bench: Bench, data: Dataset) -> dict[str, Any]:
         for pair in data.pairs:
             if pair.sequence == scene:
                 matched = bench.match(pair.image_a, pair.image_b)
-                rows.append(
-                    matched_pose_metrics(matched.xy_a, matched.xy_b, pair.K_a, pair.K_b, pair.T_ab, backends=["poselib"])  # type: ignore[union-attr]
-                )
+                rows.append(matched_pose_metrics(matched.xy_a, matched.xy_b, pair.K_a, pair.K_b, pair.T_ab, backends=["poselib"]))
         areas = error_auc([row["pose.error_poselib"] for row in rows], DEGREES)
         numbers |= {f"{scene} auc@{d:g}": area for d, area in zip(DEGREES, areas, strict=True)}
         numbers[f"{scene} correct"] = _mean(rows, "pose.right")
@@ -378,7 +376,7 @@ def wxbs(bench: Bench, data: Dataset) -> dict[str, Any]:
     found = []
     for pair in data.pairs:
         matched = bench.match(pair.image_a, pair.image_b)
-        found.append((pair, matched_marked_metrics(matched.xy_a, matched.xy_b, pair.xy_a, pair.xy_b)))  # type: ignore[union-attr]
+        found.append((pair, matched_marked_metrics(matched.xy_a, matched.xy_b, pair.xy_a, pair.xy_b)))
     numbers: dict[str, Any] = {"share": _mean((row for _, row in found), "marked.share")}
     for group in data.sequences:
         numbers[f"{group} share"] = _mean((row for pair, row in found if pair.sequence == group), "marked.share")
@@ -390,7 +388,7 @@ def tilde(bench: Bench, data: Dataset) -> dict[str, Any]:
     found: dict[str, list[dict[str, float]]] = {scene: [] for scene in data.sequences}
     for pair in data.pairs:
         a, b = (bench.features(image)[:TILDE_POINTS] for image in (pair.image_a, pair.image_b))
-        H_ab, sizes = pair.H_ab, (a.image_size[::-1], b.image_size[::-1])  # type: ignore[union-attr]
+        H_ab, sizes = pair.H_ab, (a.image_size[::-1], b.image_size[::-1])
         found[pair.sequence].append({
             "repeatability@5": rekd_repeatability(a.xy, b.xy, H_ab, TILDE_THRESHOLD),
             "mutual@3": mutual_repeatability(a.xy, b.xy, H_ab, *sizes, num_points=TILDE_POINTS, threshold=MUTUAL_THRESHOLD),
