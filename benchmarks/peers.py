@@ -1,4 +1,4 @@
-"""Other people's trained features beside ours on one protocol: reconstruction, homographies, surveyed poses, wide baselines, webcams.
+"""Trained features of other people and ours on one protocol: reconstruction, homographies, surveyed poses, wide baselines, webcams.
 
 Every system gives at most 2048 keypoints an image with its own defaults; descriptors are matched to their mutual nearest
 neighbours without a ratio test. docs/evaluation.md has the datasets and measures.
@@ -172,7 +172,7 @@ def _colmap_sift_own() -> System:
 
 @dataclass(frozen=True)
 class Peer:
-    """A system of other people, and all that decides what it finds.
+    """A system of other people, and everything its features depend on.
 
     Attributes:
         make: makes the system.

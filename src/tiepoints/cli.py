@@ -494,8 +494,8 @@ def evaluate(
     dataset: Annotated[
         Path,
         typer.Argument(
-            help="Folder of homography sequences (HPatches or Oxford layout), EVD, TILDE's webcams, WxBS or Strecha's scenes, found by "
-            "looking; or a list of posed pairs."
+            help="Folder of homography sequences (HPatches or Oxford layout), EVD, TILDE's webcams, WxBS or Strecha's scenes, recognised "
+            "by content; or a list of posed pairs."
         ),
     ],
     systems: Annotated[str, typer.Option(help="Names with commas between: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,lattice ...")],

@@ -1,4 +1,4 @@
-"""Image pairs whose geometry is known, found by looking at a folder (``open_dataset``).
+"""Image pairs whose geometry is known; ``open_dataset`` recognises the kind of a folder by its content.
 
 Homographies: sequences (HPatches, Oxford), EVD, fixed cameras (TILDE's webcams). Poses: SuperGlue's lists, Strecha's surveyed
 cameras. Correspondences marked by hand: WxBS.
@@ -137,7 +137,7 @@ class Dataset:
 
 
 def open_dataset(path: str | Path, split: str | Path = "full") -> Dataset:
-    """The dataset at ``path``, its kind found by looking: see the function of each kind.
+    """The dataset at ``path``, its kind recognised by its content: see the function of each kind.
 
     Args:
         path: a list of posed pairs, or a folder of any kind.
@@ -492,8 +492,8 @@ def _wxbs_folders(root: Path) -> list[Path]:
     marked = sorted({file.parent for pattern in ("", "*/", "*/*/") for file in root.glob(pattern + WXBS_FILE)})
     if not marked or root in marked:
         return marked
-    beside = {folder for group in {path.parent for path in marked} for folder in _with_subfolders(group)[1:]}
-    return sorted({*marked, *(folder for folder in beside if {1, 2} <= set(_numbered_images(folder)))})
+    neighbours = {folder for group in {path.parent for path in marked} for folder in _with_subfolders(group)[1:]}
+    return sorted({*marked, *(folder for folder in neighbours if {1, 2} <= set(_numbered_images(folder)))})
 
 
 def _marked_pair(folder: Path) -> MarkedPair:

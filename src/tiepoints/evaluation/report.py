@@ -64,7 +64,7 @@ REKD = [
     Measure("rekd.mma@5", "MMA@5"),
     Measure("rekd.matches", "matches", 1, 0, 1.0),
 ]
-#: Columns of the same table that no paper printed beside the others: TILDE's repeatability, and the measure of EVD.
+#: Columns of the same table that the papers did not print: TILDE's repeatability, and the measure of EVD.
 REKD_MORE = [Measure("rekd.repeatability@5", "rep.@5"), Measure("rekd.correct@5", "correct@5", 1, 1, 1.0)]
 
 GLOSSARY = [
