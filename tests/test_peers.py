@@ -190,3 +190,15 @@ def test_the_digest_of_a_peer_holds_its_code(monkeypatch):
     real = peers.inspect.getsource
     monkeypatch.setattr(peers.inspect, "getsource", lambda part: real(part) + "#" * (part is peers._colmap_sift_own))
     assert [name for name, value in before.items() if peers.digest(name) != value] == ["colmap-sift", "colmap-sift-own"]
+
+
+def test_cosine_of_orb_orders_as_the_hamming_distance(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    textured(5).save(tmp_path / "a.png")
+    found = peers.make("orb")(tmp_path / "a.png")
+    assert 10 < len(found) <= peers.NUM_POINTS
+    assert bool((found.score[:-1] >= found.score[1:]).all())
+    _, bits = cv2.ORB_create(nfeatures=peers.NUM_POINTS).detectAndCompute(cv2.imread(str(tmp_path / "a.png"), 0), None)
+    hamming = sorted(np.unpackbits(one ^ two).sum() for k, one in enumerate(bits) for two in bits[:k])
+    cosine = (found.descriptors @ found.descriptors.T)[tuple(torch.tril_indices(len(found), len(found), -1))]
+    np.testing.assert_allclose(cosine.sort(descending=True).values.numpy(), 1 - 2 * np.array(hamming) / 256, atol=1e-5)
