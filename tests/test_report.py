@@ -180,8 +180,10 @@ def test_poses_have_a_table_of_their_own(tmp_path: Path) -> None:
 
 def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path) -> None:
     gen = np.random.default_rng(0)
-    Image.fromarray(gen.integers(0, 255, (120, 160), dtype=np.uint8)).save(tmp_path / "1.png")
-    Image.fromarray(gen.integers(0, 255, (120, 160), dtype=np.uint8)).save(tmp_path / "2.png")
+    folder = tmp_path / "data" / "v_a"
+    folder.mkdir(parents=True)
+    for k in (1, 2):
+        Image.fromarray(gen.integers(0, 255, (120, 160), dtype=np.uint8)).save(folder / f"{k}.png")
     x, y = np.meshgrid(np.arange(20, 140, 8.0), np.arange(20, 100, 8.0))
     xy = np.stack([x.ravel(), y.ravel()], axis=1).astype(np.float32)
     order = gen.permutation(len(xy))
@@ -192,7 +194,7 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
         points = (xy[order] + moved).astype(np.float32)
         stored = {"xy": points, "scale": ones, "angle": ones, "score": ones, "descriptors": descriptors}
         np.savez(store / f"{stem}.npz", **stored, image_size=(160, 120), seconds=0.1)
-    images = {"image_a": str(tmp_path / "1.png"), "image_b": str(tmp_path / "2.png")}
+    images = {"image_a": str(folder / "1.png"), "image_b": str(folder / "2.png")}
     page, markdown = read(write(tmp_path, [row("one", "v_a", "1-2", **images, metrics={"mutual.rep@3": 2 / 3})]), pictures=1)
     assert sum(address.startswith("data:image/") for address in page.addresses) == 3
     assert "one on v\\_a 1-2: 100 of 150 points" in markdown

@@ -541,7 +541,13 @@ def evaluate_patches(
 
 @app.command()
 def evaluate(
-    dataset: Annotated[Path, typer.Argument(help="Folder of homography sequences (HPatches or Oxford layout), or a list of posed pairs.")],
+    dataset: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of homography sequences (HPatches or Oxford layout), EVD, TILDE's webcams, WxBS or Strecha's scenes, recognised "
+            "by content; or a list of posed pairs."
+        ),
+    ],
     systems: Annotated[str, typer.Option(help="Names with commas between: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,lattice ...")],
     protocol: Annotated[str, typer.Option(help="Some of keynet,rekd,mutual,homography,pose.")] = "keynet,rekd,mutual,homography,pose",
     extras: Annotated[str, typer.Option(help="Some of rotation,scale,bias, on the first image of each sequence.")] = "",
@@ -555,14 +561,13 @@ def evaluate(
     workers: Annotated[int, typer.Option(min=1, help="Processes; each works on one sequence of one system.")] = 1,
 ) -> None:
     """Measure systems on pairs with known geometry; run again to go on, then `tiepoints report OUT`."""
-    from .evaluation.datasets import homography_sequences, posed_pairs
+    from .evaluation.datasets import open_dataset
     from .evaluation.results import read_rows
     from .evaluation.run import RunSettings
     from .evaluation.run import evaluate as run
 
     try:
-        posed = dataset.is_file() or (dataset / "pairs_with_gt.txt").is_file()
-        found = posed_pairs(dataset) if posed else homography_sequences(dataset, split)
+        found = open_dataset(dataset, split)
         if resize is not None and not all(part.isdigit() and int(part) > 0 for part in resize.split(",")):
             raise ValueError(f"--resize is SIDE or W,H in pixels, got {resize!r}")
         settings = RunSettings(

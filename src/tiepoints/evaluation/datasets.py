@@ -1,4 +1,8 @@
-"""Image pairs whose geometry is known: homography sequences (HPatches, Oxford) and posed pairs (SuperGlue's lists)."""
+"""Image pairs whose geometry is known; ``open_dataset`` recognises the kind of a folder by its content.
+
+Homographies: sequences (HPatches, Oxford), EVD, fixed cameras (TILDE's webcams). Poses: SuperGlue's lists, Strecha's surveyed
+cameras. Correspondences marked by hand: WxBS.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,20 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
 
-KINDS = ("view", "illum", "other", "pose")
+KINDS = ("view", "illum", "other", "pose", "marked")
 IMAGE_SUFFIXES = (".ppm", ".pgm", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 #: What changes in the sequences of the Oxford set (Mikolajczyk et al. 2005), which their names do not tell.
 OXFORD_KINDS = {"graf": "view", "wall": "view", "boat": "view", "bark": "view", "leuven": "illum"}
@@ -29,6 +36,15 @@ _LARGE = ("i_contruction", "i_crownnight", "i_dc", "i_pencils", "i_whitebuilding
 _VIEW_TEST = ("v_artisans", "v_birdwoman", "v_eastsouth")
 _ILLUM_TEST = ("i_crownday", "i_village", "i_yellowtent")
 SPLITS = ("full", "view", "illum", "d2net", "view_test", "illum_test")
+
+#: Folders of Strecha's sets (Strecha et al., CVPR 2008) and of EVD (Mishkin et al., CVIU 2015), file of WxBS (BMVC 2015).
+STRECHA_CAMERAS = "gt_dense_cameras"
+EVD_FOLDERS = ("1", "2", "h")
+WXBS_FILE = "corrs.txt"
+#: TILDE's frames (Verdie et al., CVPR 2015) are named by the time they were taken.
+WEBCAM_NAME = re.compile(r"\d{8}_\d{6}")
+#: Largest deviation of R R^T from the identity: camera files have six digits.
+ROTATION_TOLERANCE = 1e-3
 
 HPATCHES_FOLDER = "hpatches-sequences-release"
 HPATCHES_SEQUENCES = 116
@@ -83,19 +99,69 @@ class PosePair:
 
 
 @dataclass(frozen=True)
+class MarkedPair:
+    """Two images and correspondences between them that were marked by hand.
+
+    Attributes:
+        sequence, name, kind: as in ``HomographyPair``; kind is ``marked``.
+        image_a, image_b: paths.
+        xy_a, xy_b: (K,2) float64, the marked points in pixels.
+    """
+
+    sequence: str
+    name: str
+    kind: str
+    image_a: Path
+    image_b: Path
+    xy_a: Tensor
+    xy_b: Tensor
+
+
+Pair: TypeAlias = HomographyPair | PosePair | MarkedPair
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Pairs found at a place, and what was left out, in words."""
 
     name: str
     layout: str
     root: Path
-    pairs: list[HomographyPair] | list[PosePair]
+    pairs: list[HomographyPair] | list[PosePair] | list[MarkedPair]
     problems: list[str] = field(default_factory=list)
 
     @property
     def sequences(self) -> list[str]:
         """Names in order, each once."""
         return list(dict.fromkeys(pair.sequence for pair in self.pairs))
+
+
+def open_dataset(path: str | Path, split: str | Path = "full") -> Dataset:
+    """The dataset at ``path``, its kind recognised by its content: see the function of each kind.
+
+    Args:
+        path: a list of posed pairs, or a folder of any kind.
+        split: of homography sequences only.
+
+    Raises:
+        FileNotFoundError: no such file or folder.
+        DataError: nothing usable in it.
+        ValueError: unknown split, or a split of a dataset that has none.
+    """
+    path = Path(path)
+    readers: list[tuple[bool, Callable[[Path], Dataset]]] = [
+        (path.is_file() or (path / "pairs_with_gt.txt").is_file(), posed_pairs),
+        (bool(_strecha_scenes(path)), strecha),
+        (bool(_wxbs_folders(path)), wxbs),
+        (all((path / name).is_dir() for name in EVD_FOLDERS), evd),
+        (bool(_webcam_scenes(path)), webcams),
+    ]
+    for fits, read in readers:
+        if fits:
+            if str(split) != "full":
+                raise ValueError(f"a split is for homography sequences; {path} is read whole, got split {str(split)!r}")
+            return read(path)
+    return homography_sequences(path, split)
 
 
 def read_homography(path: Path) -> Tensor:
@@ -294,6 +360,236 @@ def _posed_pair(words: list[str], base: Path, number: int) -> PosePair:
     values = torch.tensor(numbers, dtype=torch.float64)
     K_a, K_b, T_ab = values[2:11].reshape(3, 3), values[11:20].reshape(3, 3), values[20:].reshape(4, 4)
     return PosePair(base.parent.name, str(number), "pose", image_a, image_b, K_a, K_b, T_ab, int(numbers[0]) % 4, int(numbers[1]) % 4)
+
+
+# ---- Strecha's surveyed cameras
+
+
+def strecha(root: str | Path) -> Dataset:
+    """All pairs of images of surveyed scenes (Strecha et al., CVPR 2008).
+
+    ``SCENE/gt_dense_cameras/NAME.camera`` of the image ``SCENE/images/NAME`` holds K (9 numbers), three zeros, the rotation from
+    the camera to the world (9), the centre (3), width and height. Images may be smaller than that; K is scaled to them.
+
+    Args:
+        root: a folder of scenes, or one scene.
+
+    Raises:
+        DataError: no usable pair. Images without a camera, and cameras that are broken, are named in ``problems``.
+    """
+    root = Path(root)
+    pairs: list[PosePair] = []
+    problems = []
+    for scene in _strecha_scenes(root):
+        cameras: dict[Path, tuple[Tensor, Tensor]] = {}
+        for file in sorted((scene / STRECHA_CAMERAS).glob("*.camera")):
+            try:
+                image = _image_of(scene, file.name.removesuffix(".camera"))
+                cameras[image] = _read_camera(file, image)
+            except DataError as error:
+                problems.append(str(error))
+        for a, b in combinations(cameras, 2):
+            (K_a, T_a), (K_b, T_b) = cameras[a], cameras[b]
+            T_ab = T_b @ torch.linalg.inv(T_a)
+            if not float(T_ab[:3, 3].norm()) > 0:
+                problems.append(f"{scene.name}: {a.name} and {b.name} have one centre, so no direction of translation; remove one of them")
+                continue
+            pairs.append(PosePair(scene.resolve().name, f"{a.stem}-{b.stem}", "pose", a, b, K_a, K_b, T_ab))
+    if not pairs:
+        detail = "; ".join(problems[:3]) or f"no scene with two {STRECHA_CAMERAS}/NAME.camera of images/NAME"
+        raise DataError(f"no usable pair of surveyed cameras in {root}: {detail}")
+    return Dataset(root.resolve().name, "strecha", root, pairs, problems)
+
+
+def _strecha_scenes(root: Path) -> list[Path]:
+    return [folder for folder in _with_subfolders(root) if (folder / STRECHA_CAMERAS).is_dir()]
+
+
+def _with_subfolders(root: Path) -> list[Path]:
+    """The folder and those in it, sorted; none where it is missing."""
+    return [root, *sorted(folder for folder in root.iterdir() if folder.is_dir())] if root.is_dir() else []
+
+
+def _image_of(scene: Path, name: str) -> Path:
+    for image in (scene / "images" / name, scene / name):
+        if image.is_file():
+            return image
+    raise DataError(f"{scene / STRECHA_CAMERAS / name}.camera has no image {scene / 'images' / name}; put it there or remove the camera")
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """(width, height), from the header of the file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+
+
+def _read_numbers(path: Path) -> Tensor:
+    """All numbers of a text file, float64, whatever its lines.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        values = torch.tensor([float(word) for word in path.read_text().split()], dtype=torch.float64)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as numbers ({error}); replace or remove it") from error
+    if not bool(torch.isfinite(values).all()):
+        raise DataError(f"{path}: not all numbers are finite; replace or remove it")
+    return values
+
+
+def _read_camera(file: Path, image: Path) -> tuple[Tensor, Tensor]:
+    """Intrinsics (3,3) of the image as stored, and the pose (4,4) from the world to the camera."""
+    values = _read_numbers(file)
+    if len(values) != 26:
+        raise DataError(f"{file}: {len(values)} numbers, a camera has 26 (K 9, zeros 3, R 9, centre 3, size 2); replace or remove it")
+    K, R, centre = values[:9].reshape(3, 3), values[12:21].reshape(3, 3), values[21:24]
+    if float((R @ R.T - torch.eye(3, dtype=torch.float64)).abs().max()) > ROTATION_TOLERANCE or float(torch.linalg.det(R)) < 0:
+        raise DataError(f"{file}: R is no rotation; replace or remove it")
+    width, height = (int(v) for v in values[24:])
+    size = _image_size(image)
+    if width < 1 or height < 1 or abs(size[0] / width * height - size[1]) > 1:  # a pixel of rounding
+        raise DataError(f"{file}: for {width} x {height}, but {image} is {size[0]} x {size[1]}; resize the image without cropping it")
+    T = torch.eye(4, dtype=torch.float64)
+    T[:3, :3], T[:3, 3] = R.T, -R.T @ centre
+    return resized_intrinsics(K, (width, height), size), T
+
+
+# ---- WxBS: correspondences marked by hand
+
+
+def wxbs(root: str | Path) -> Dataset:
+    """Pairs with correspondences marked by hand: ``GROUP/PAIR/01.*``, ``02.*`` and ``corrs.txt`` with x1 y1 x2 y2 a line.
+
+    Args:
+        root: the folder of groups, a group, or a pair. The group is the sequence.
+
+    Raises:
+        DataError: no usable pair. Broken ones are named in ``problems``.
+    """
+    root = Path(root)
+    pairs: list[MarkedPair] = []
+    problems = []
+    for folder in _wxbs_folders(root):
+        try:
+            pairs.append(_marked_pair(folder))
+        except DataError as error:
+            problems.append(str(error))
+    if not pairs:
+        raise DataError(f"no usable pair with marked correspondences in {root}: {'; '.join(problems[:3])}")
+    return Dataset(root.resolve().name, "wxbs", root, pairs, problems)
+
+
+def _wxbs_folders(root: Path) -> list[Path]:
+    """Folders of pairs at most two below ``root``: those with a list of correspondences, and their neighbours with images 1 and 2."""
+    marked = sorted({file.parent for pattern in ("", "*/", "*/*/") for file in root.glob(pattern + WXBS_FILE)})
+    if not marked or root in marked:
+        return marked
+    neighbours = {folder for group in {path.parent for path in marked} for folder in _with_subfolders(group)[1:]}
+    return sorted({*marked, *(folder for folder in neighbours if {1, 2} <= set(_numbered_images(folder)))})
+
+
+def _marked_pair(folder: Path) -> MarkedPair:
+    images, file = _numbered_images(folder), folder / WXBS_FILE
+    for k in (1, 2):
+        if k not in images:
+            raise DataError(f"{folder}: no image {k} (0{k}.jpg, {k}.png, ...); put it there or remove the folder")
+        _image_size(images[k])
+    if not file.is_file():
+        raise DataError(f"{folder}: no {WXBS_FILE} with x1 y1 x2 y2 a line; put it there or remove the folder")
+    values = _read_numbers(file)
+    if not len(values) or len(values) % 4:
+        raise DataError(f"{file}: {len(values)} numbers, expected lines of four (x1 y1 x2 y2); replace or remove it")
+    xy_a, xy_b = values.reshape(-1, 4).split(2, dim=1)
+    folder = folder.resolve()
+    return MarkedPair(folder.parent.name, folder.name, "marked", images[1], images[2], xy_a, xy_b)
+
+
+# ---- homographies outside of sequences
+
+
+def evd(root: str | Path) -> Dataset:
+    """The Extreme View Dataset: images ``1/NAME.*`` and ``2/NAME.*``, and ``h/NAME.txt``, the homography from the first to the second.
+
+    Raises:
+        DataError: no usable pair. Names that lack a file are named in ``problems``.
+    """
+    root = Path(root)
+    folders = {side: root / side for side in EVD_FOLDERS}
+    images = {
+        side: {path.stem: path for path in sorted(folders[side].iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES} for side in "12"
+    }
+    files = {path.stem: path for path in sorted(folders["h"].glob("*.txt"))}
+    pairs: list[HomographyPair] = []
+    problems = []
+    for name in sorted({*files, *images["1"], *images["2"]}):
+        try:
+            for found, missing in ((images["1"], f"1/{name}.*"), (images["2"], f"2/{name}.*"), (files, f"h/{name}.txt")):
+                if name not in found:
+                    raise DataError(f"{root}: {name} has no {missing}; put it there or remove the others of that name")
+            image_a, image_b = images["1"][name], images["2"][name]
+            _image_size(image_a)
+            _image_size(image_b)
+            pairs.append(HomographyPair(root.resolve().name, name, "view", image_a, image_b, read_homography(files[name])))
+        except DataError as error:
+            problems.append(str(error))
+    if not pairs:
+        raise DataError(f"no usable pair in {root}: {'; '.join(problems[:3]) or 'the folders 1, 2 and h are empty'}")
+    return Dataset(root.resolve().name, "evd", root, pairs, problems)
+
+
+def webcams(root: str | Path) -> Dataset:
+    """All pairs of frames of fixed cameras (TILDE, Verdie et al., CVPR 2015): the homography is the identity.
+
+    A scene is a folder of images called YYYYMMDD_HHMMSS; other folders are not taken for one, since nothing else would tell
+    frames of a fixed camera from any photographs.
+
+    Args:
+        root: a folder of scenes, or one scene.
+
+    Raises:
+        DataError: no usable pair. Frames that cannot be read, or of another size than most of their scene, are named in ``problems``.
+    """
+    root = Path(root)
+    pairs: list[HomographyPair] = []
+    problems = []
+    for scene in _webcam_scenes(root):
+        sizes: dict[Path, tuple[int, int]] = {}
+        for frame in _frames(scene):
+            try:
+                sizes[frame] = _image_size(frame)
+            except DataError as error:
+                problems.append(str(error))
+        common = max(sizes.values(), key=list(sizes.values()).count, default=(0, 0))
+        for frame, size in sizes.items():
+            if size != common:
+                problems.append(f"{frame}: {size[0]} x {size[1]}, most of the scene is {common[0]} x {common[1]}; replace or remove it")
+        frames = [frame for frame, size in sizes.items() if size == common]
+        identity = torch.eye(3, dtype=torch.float64)
+        pairs += [
+            HomographyPair(scene.resolve().name, f"{a.stem}-{b.stem}", "illum", a, b, identity) for a, b in combinations(frames, 2)
+        ]
+    if not pairs:
+        raise DataError(f"no usable pair of frames in {root}: {'; '.join(problems[:3]) or 'no scene has two frames'}")
+    return Dataset(root.resolve().name, "webcams", root, pairs, problems)
+
+
+def _frames(scene: Path) -> list[Path]:
+    return [p for p in sorted(scene.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and WEBCAM_NAME.fullmatch(p.stem)]
+
+
+def _webcam_scenes(root: Path) -> list[Path]:
+    return [folder for folder in _with_subfolders(root) if _frames(folder)]
+
+
+# ---- sizes and rotations of posed images
 
 
 def resize_target(width: int, height: int, resize: tuple[int, ...] | None) -> tuple[int, int]:

@@ -457,6 +457,23 @@ def epipolar_errors(xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: 
     return residual * (1 / line_a[:, :2].square().sum(dim=1) + 1 / line_b[:, :2].square().sum(dim=1))
 
 
+def epipolar_distances(xy_a: Tensor, xy_b: Tensor, F: Tensor) -> Tensor:
+    """Symmetric epipolar distances (K,) in px of correspondences (K,2): the larger of both points' distances to their lines.
+
+    Args:
+        F: (3,3) with x_b^T F x_a = 0.
+
+    Returns:
+        inf where a line has no direction (the point is the epipole).
+    """
+    a, b = (torch.cat([_double(xy), torch.ones(len(xy), 1, dtype=torch.float64)], dim=1) for xy in (xy_a, xy_b))
+    F = _double(F)
+    line_b, line_a = a @ F.T, b @ F
+    residual = (b * line_b).sum(dim=1).abs()
+    norm = torch.minimum(line_a[:, :2].norm(dim=1), line_b[:, :2].norm(dim=1))
+    return torch.where(norm > 0, residual / norm, math.inf)
+
+
 def error_auc(errors: Sequence[float | None], thresholds: Sequence[float]) -> list[float]:
     """Area under the curve of recall against error, up to each threshold and divided by it (0..1).
 

@@ -23,6 +23,14 @@ RANDOM_PICKS = 10
 HOMOGRAPHY_THRESHOLD = 3.0
 #: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by SuperGlue as 1 px over the focal length.
 POSE_THRESHOLD = 1.0
+#: TILDE's repeatability (Verdie et al. 2015): px; many to one, of the first points wherever they are, as REKD's.
+TILDE_THRESHOLD = 5.0
+#: Inlier threshold of a fundamental matrix in px: the default of ``estimate``.
+FUNDAMENTAL_THRESHOLD = 2.0
+#: WxBS (Mishkin et al. 2015): distances in px up to which a marked correspondence agrees with an estimate.
+MARKED_THRESHOLDS = tuple(range(1, 21))
+#: Random samples drawn anew for each seed; where few matches are correct, one seed moves the mean of 14 pairs by up to 5 of 100 (XFeat).
+MARKED_SEEDS = 5
 
 
 def homography_metrics(
@@ -74,6 +82,7 @@ def _homography_metrics(
         pairs = match(first_a, first_b).index
     if "rekd" in protocols:
         found["rekd.repeatability"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab)
+        found["rekd.repeatability@5"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab, TILDE_THRESHOLD)
         found["rekd.points"] = (len(first_a) + len(first_b)) / 2
         if described:
             found |= {f"rekd.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, pairs).items()}
@@ -107,7 +116,15 @@ def _keynet(a: Features, b: Features, H_ab: Tensor, size_a, size_b, num_points: 
 
 
 def _accuracy(a: Features, b: Features, H_ab: Tensor, pairs: Tensor) -> dict[str, float | None]:
-    return {"matches": len(pairs), **m.matching_accuracy(m.match_errors(a.xy, b.xy, H_ab, pairs))}
+    return accuracy_metrics(a.xy[pairs[:, 0]], b.xy[pairs[:, 1]], H_ab)
+
+
+def accuracy_metrics(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> dict[str, float | None]:
+    """``matches``, ``mma@t`` and the number of correct matches ``correct@t`` at 1..5 px of matched points (K,2)."""
+    each = torch.arange(len(xy_a))[:, None].expand(-1, 2)
+    accuracy = m.matching_accuracy(m.match_errors(xy_a, xy_b, H_ab, each))
+    correct = {key.replace("mma", "correct"): round(share * len(xy_a)) for key, share in accuracy.items()}
+    return {"matches": len(xy_a), **accuracy, **correct}
 
 
 def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, float | None]:
@@ -120,15 +137,52 @@ def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, f
     return found
 
 
-def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_points: int) -> dict[str, float | None]:
-    """Pose error in degrees by PoseLib and by OpenCV (180 = failed); matches, how many are right, and the share of these."""
+def _matched(a: Features, b: Features, num_points: int) -> tuple[Tensor, Tensor, dict[str, float | None]]:
+    """Matched points (K,2) of the first points of both, and how many points there were."""
     a, b = a[:num_points], b[:num_points]
     pairs = match(a, b).index
-    xy_a, xy_b = a.xy[pairs[:, 0]], b.xy[pairs[:, 1]]
-    found: dict[str, float | None] = {"points_a": len(a), "points_b": len(b), "pose.matches": len(pairs)}
+    return a.xy[pairs[:, 0]], b.xy[pairs[:, 1]], {"points_a": len(a), "points_b": len(b)}
+
+
+def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_points: int) -> dict[str, float | None]:
+    """``matched_pose_metrics`` of the mutual nearest neighbours of the first ``num_points``."""
+    xy_a, xy_b, found = _matched(a, b, num_points)
+    return {**found, **matched_pose_metrics(xy_a, xy_b, K_a, K_b, T_ab)}
+
+
+def matched_pose_metrics(
+    xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, backends: Sequence[str] = ("poselib", "opencv")
+) -> dict[str, float | None]:
+    """Pose error in degrees by each backend (180 = failed); matches (K,2), how many are right, and the share of these."""
     right = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
-    found |= {"pose.right": right, "pose.precision": right / len(pairs) if len(pairs) else 0.0}
-    for backend in ("poselib", "opencv"):
+    found: dict[str, float | None] = {"pose.matches": len(xy_a)}
+    found |= {"pose.right": right, "pose.precision": right / len(xy_a) if len(xy_a) else 0.0}
+    for backend in backends:
         pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, judge=False)
         found[f"pose.error_{backend}"] = 180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
     return found
+
+
+def marked_metrics(a: Features, b: Features, marked_a: Tensor, marked_b: Tensor, *, num_points: int) -> dict[str, float | None]:
+    """``matched_marked_metrics`` of the mutual nearest neighbours of the first ``num_points``."""
+    xy_a, xy_b, found = _matched(a, b, num_points)
+    return {**found, **matched_marked_metrics(xy_a, xy_b, marked_a, marked_b)}
+
+
+def matched_marked_metrics(xy_a: Tensor, xy_b: Tensor, marked_a: Tensor, marked_b: Tensor) -> dict[str, float | None]:
+    """WxBS: how many of the correspondences marked by hand agree with the fundamental matrix estimated from matches (K,2).
+
+    ``marked.share@t`` is the share of those whose larger distance, of both points to their epipolar lines, is at most t px, and
+    ``marked.share`` its mean over t = 1..20; both are 0 without an estimate. Everything is the mean over ``MARKED_SEEDS`` seeds of
+    the estimator.
+    """
+    estimates = [
+        estimate(xy_a, xy_b, "fundamental", threshold=FUNDAMENTAL_THRESHOLD, seed=seed, judge=False) for seed in range(MARKED_SEEDS)
+    ]
+    found: dict[str, float | None] = {"marked.matches": len(xy_a)}
+    found["marked.inliers"] = m.mean(float(one.inliers.sum()) for one in estimates)
+    found["marked.ok"] = m.mean(float(one.ok) for one in estimates)
+    distances = [m.epipolar_distances(marked_a, marked_b, one.model) for one in estimates if one.model is not None]
+    shares = {t: sum(float((d <= t).double().mean()) for d in distances) / MARKED_SEEDS for t in MARKED_THRESHOLDS}
+    found["marked.share"] = m.mean(shares.values())
+    return found | {f"marked.share@{t}": share for t, share in shares.items()}

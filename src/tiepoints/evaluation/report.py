@@ -25,7 +25,7 @@ from . import published
 from .figures import Look, Series, bar_chart, data_uri, legend, line_chart, matches_picture, points_picture
 from .metrics import BORDER, error_auc, localisation, mean, mutual_nearest
 from .page import Block, Cell, Charts, Column, Definitions, Heading, Page, Picture, Row, Section, Table, Text
-from .results import SPLITS, PairRow, Rows, Run, finite, read_run, stored_features, stored_image
+from .results import APART, SPLITS, PairRow, Rows, Run, finite, read_run, stored_features, stored_image
 
 REACH = 3.0  # px: of a repeated point and a right match in the pictures
 #: Numbers of points of the curve that is computed from stored features, below the number the run was made with.
@@ -64,6 +64,8 @@ REKD = [
     Measure("rekd.mma@5", "MMA@5"),
     Measure("rekd.matches", "matches", 1, 0, 1.0),
 ]
+#: Columns of the same table that the papers did not print: TILDE's repeatability, and the measure of EVD.
+REKD_MORE = [Measure("rekd.repeatability@5", "rep.@5"), Measure("rekd.correct@5", "correct@5", 1, 1, 1.0)]
 
 GLOSSARY = [
     (
@@ -167,23 +169,25 @@ def _matching(rows: Rows) -> Section | None:
 
 def _rekd_table(rows: Rows) -> Table | None:
     run = rows.run
-    picks = [(m, split) for split in rows.splits for m in REKD]
+    picks = [(m, split) for split in rows.splits for m in (*REKD, *REKD_MORE)]
     columns = [Column(m.label, SPLITS[split].lower(), m.digits, m.better) for m, split in picks]
     lines = []
     for system in run.systems:
         lines.append(Row(system, [rows.mean(split, system, m.metric, m.factor) for m, split in picks], run.role(system)))
         starred: list[Cell] = [
-            rows.mean(split, system, m.metric.replace("rekd.m", "rekd*.m"), m.factor) if m in REKD[1:] else None for m, split in picks
+            None if "repeatability" in m.metric else rows.mean(split, system, m.metric.replace("rekd.", "rekd*."), m.factor)
+            for m, split in picks
         ]
         lines.append(Row(f"{system}*", starred, run.role(system)))
     for name in published.REKD_TABLES["all"]:
         cells: list[Cell] = []
         for m, split in picks:
             row = published.REKD_TABLES.get(split, {}).get(name)
-            cells.append(f"{row[REKD.index(m)]:.1f}" if row else None)
+            cells.append(f"{row[REKD.index(m)]:.1f}" if row and m in REKD else None)
         lines.append(Row(name, cells, "published"))
     note = (
-        "In %: points of image 1 with any point of image 2 within 3 px (rep.; many to one, no common area), and right matches (MMA). "
+        "In %: points of image 1 with any point of image 2 within 3 px (rep.; many to one, no common area) or 5 px (rep.@5, TILDE's), and "
+        "right matches (MMA; correct@5 is their number). "
         "*: only matches that agree on the turn."
     )
     return Table("REKD protocol", columns, lines, f"{published.REKD} ({published.DATASET})", note=note).trimmed()
@@ -227,7 +231,28 @@ def _geometry(rows: Rows) -> Section | None:
             lines.append(Row(system, [*cells, rows.seconds("pose", system), rows.count("pose", system)], run.role(system)))
     if table := Table("Relative pose: the larger error of rotation and translation direction", columns, lines).trimmed():
         blocks.append(table)
+    if table := _marked_table(rows):
+        blocks.append(table)
     return Section("Homography and pose", blocks) if blocks else None
+
+
+def _marked_table(rows: Rows) -> Table | None:
+    """Correspondences marked by hand against the estimated fundamental matrix (WxBS)."""
+    shares = [Measure("marked.share", "mean"), *(Measure(f"marked.share@{t}", f"{t} px") for t in (1, 3, 5, 10, 20))]
+    counts = [Measure("marked.matches", "matches", 0, 0, 1.0), Measure("marked.inliers", "inliers", 0, 0, 1.0)]
+    columns = [Column(m.label, "agree within %", m.digits, m.better) for m in shares]
+    columns += [Column(m.label, "", m.digits, m.better) for m in counts]
+    columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
+    lines = []
+    for system in rows.run.systems:
+        if rows.all("marked", system):
+            cells = _values(rows, "marked", system, [*shares, *counts])
+            lines.append(Row(system, [*cells, rows.seconds("marked", system), rows.count("marked", system)], rows.run.role(system)))
+    note = (
+        "Share of the correspondences whose larger distance to the epipolar lines is within so many pixels, mean over 1..20 px, over the "
+        "pairs and five seeds of the estimator (PoseLib, 2 px); 0 without an estimate."
+    )
+    return Table("Fundamental matrix: correspondences marked by hand", columns, lines, note=note).trimmed()
 
 
 def _bias(run: Run) -> Section | None:
@@ -254,7 +279,7 @@ def _parameters(run: Run, system: str) -> int | None:
 def _sizes(rows: Rows) -> Section | None:
     columns = [Column("learnable parameters", "", 0), Column("s / image", "", 3, -1)]
     counts = {system: count for system in rows.run.real if (count := _parameters(rows.run, system)) is not None}
-    lines = [Row(s, [count, mean([rows.seconds("all", s), rows.seconds("pose", s)])]) for s, count in counts.items()]
+    lines = [Row(s, [count, mean(rows.seconds(split, s) for split in ("all", *APART))]) for s, count in counts.items()]
     for name, count in published.TABLE_4.items():
         seconds = published.SECONDS_600.get(name)
         lines.append(Row(name, [f"{count:,}", None if seconds is None else f"{seconds:g}"], "published"))
@@ -398,7 +423,7 @@ def _sweeps(run: Run) -> Section | None:
 def _sequences(rows: Rows) -> Section | None:
     """A chart of bars for each sequence."""
     run, looks = rows.run, _looks(rows.run)
-    kinds = {row.sequence: row.kind for row in run.rows if row.kind != "pose"}
+    kinds = {row.sequence: row.kind for row in run.rows if row.kind not in APART}
     values: dict[tuple[str, str], list[float | None]] = {}
     for row in run.rows:
         values.setdefault((row.sequence, row.system), []).append(row.value("mutual.rep@3") if row.ok else None)

@@ -25,6 +25,8 @@ from .metrics import mean
 
 #: In the order of the report.
 SPLITS = {"all": "All pairs", "view": "Viewpoint", "illum": "Illumination", "other": "Other changes"}
+#: Kinds of pairs without a homography: they have measures of their own and enter no mean of the others.
+APART = ("pose", "marked")
 REMEDY = "make one with `tiepoints evaluate DATASET --out DIR` and give that DIR"
 
 
@@ -233,14 +235,14 @@ def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
 
 
 class Rows:
-    """The pairs of a run by split and system; poses are a split of their own."""
+    """The pairs of a run by split and system; poses and marked correspondences are splits of their own."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self._by: dict[tuple[str, str], list[PairRow]] = {}
         for row in run.rows:
-            split = row.kind if row.kind in ("view", "illum", "pose") else "other"
-            for name in [split] if split == "pose" else [split, "all"]:
+            split = row.kind if row.kind in ("view", "illum", *APART) else "other"
+            for name in [split] if split in APART else [split, "all"]:
                 self._by.setdefault((name, row.system), []).append(row)
         kinds = [split for split in list(SPLITS)[1:] if any((split, name) in self._by for name in run.systems)]
         #: Splits of homography pairs: all and each kind, or where all are of one kind, that kind alone.
@@ -269,9 +271,19 @@ class Rows:
         return good if good == every else f"{good} of {every}"
 
 
+def features_name(sequence: str, image: str | Path) -> str:
+    """Name, without suffix, of the file with the features of an image of a sequence.
+
+    The image's own name where the sequence is its folder; else its folder comes before it, as names repeat between folders.
+    """
+    image = Path(image)
+    folder = image.parent.name
+    return f"{sequence}/{image.stem}" if folder in ("", sequence) else f"{sequence}/{folder}-{image.stem}"
+
+
 def stored_features(run: Run, row: PairRow, image: str, *, described: bool = True) -> Features | None:
     """Features a run stored for an image of a pair; None where they are missing or damaged. ``described=False`` skips descriptors."""
-    found = load_features(run.folder / "features" / row.place / row.sequence / f"{Path(image).stem}.npz", described=described)
+    found = load_features(run.folder / "features" / row.place / f"{features_name(row.sequence, image)}.npz", described=described)
     return None if found is None else found[0]
 
 

@@ -30,10 +30,10 @@ from torch import Tensor
 from ..errors import DataError, WeightsError
 from ..image import load_image
 from ..structs import Features
-from .datasets import Dataset, HomographyPair, PosePair, resize_target, resized_intrinsics, turned_intrinsics, turned_pose
+from .datasets import Dataset, HomographyPair, MarkedPair, Pair, PosePair, resize_target, resized_intrinsics, turned_intrinsics, turned_pose
 from .metrics import NUM_POINTS
-from .pair import PROTOCOLS, homography_metrics, pose_metrics
-from .results import load_features, read_rows, save_features
+from .pair import PROTOCOLS, homography_metrics, marked_metrics, pose_metrics
+from .results import features_name, load_features, read_rows, save_features
 from .sweeps import FACTORS, ROTATIONS, bias, sweep
 from .systems import CONTROLS, REKD_SPARE, SPARE, Options, System, as_features, system
 
@@ -47,7 +47,7 @@ POLL = 0.2
 
 
 def run(
-    pairs: Sequence[HomographyPair] | Sequence[PosePair],
+    pairs: Sequence[HomographyPair] | Sequence[PosePair] | Sequence[MarkedPair],
     detect: Callable[[Any], Any],
     *,
     name: str = "system",
@@ -99,11 +99,11 @@ class View:
     turns: int = 0
 
     @classmethod
-    def of(cls, pair: HomographyPair | PosePair, side: str, resize: tuple[int, ...] | None) -> View:
+    def of(cls, pair: Pair, side: str, resize: tuple[int, ...] | None) -> View:
         """Of image ``a`` or ``b`` of a pair."""
         path = getattr(pair, f"image_{side}")
-        if isinstance(pair, HomographyPair):
-            return cls(f"{pair.sequence}/{path.stem}", path)
+        if not isinstance(pair, PosePair):
+            return cls(features_name(pair.sequence, path), path)
         turns = getattr(pair, f"turns_{side}")
         # a list is one sequence of many scenes, where file names come again; how deep the scene stands in the path differs
         name = f"{'-'.join(path.with_suffix('').parts[-3:])}-{zlib.crc32(str(path).encode()):08x}"
@@ -132,7 +132,7 @@ class View:
 
 
 def _row(
-    pair: HomographyPair | PosePair,
+    pair: Pair,
     name: str,
     get: Callable[[View], tuple[Features, float]],
     num_points: int,
@@ -157,9 +157,11 @@ def _row(
         (a, seconds_a), (b, seconds_b) = get(view_a), get(view_b)
         if isinstance(pair, HomographyPair):
             row["metrics"] = homography_metrics(a, b, pair.H_ab, num_points=num_points, protocols=protocols)
+        elif a.descriptors is None or b.descriptors is None:
+            raise DataError("the system gives no descriptors, and pairs without a homography need matches; name it DETECTOR+hardnet")
+        elif isinstance(pair, MarkedPair):
+            row["metrics"] = marked_metrics(a, b, pair.xy_a, pair.xy_b, num_points=num_points)
         else:
-            if a.descriptors is None or b.descriptors is None:
-                raise DataError("the system gives no descriptors, a pose needs matches; name it DETECTOR+hardnet")
             K_a, K_b = view_a.intrinsics(pair.K_a), view_b.intrinsics(pair.K_b)
             T_ab = turned_pose(pair.T_ab, pair.turns_a, pair.turns_b)
             row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_points=num_points)
@@ -252,10 +254,10 @@ def evaluate(
         ValueError: unknown system (before anything is computed).
     """
     folder = Path(folder)
-    if dataset.pairs and isinstance(dataset.pairs[0], PosePair):
+    if dataset.pairs and not isinstance(dataset.pairs[0], HomographyPair):
         controls = [name for name in settings.systems if _is_control(name)]
         if controls:
-            say(f"left out: {', '.join(controls)}: controls have no descriptors, and a pose needs matches")
+            say(f"left out: {', '.join(controls)}: controls have no descriptors, and pairs without a homography need matches")
             settings = replace(settings, systems=tuple(name for name in settings.systems if name not in controls))
     for name in settings.systems:
         _make(name, settings)  # a wrong name or missing library is said now, not in an hour
@@ -366,7 +368,7 @@ class Task:
     """What one worker does at a time: pairs of one sequence for one system, and sweeps or bias of its first image."""
 
     system: str
-    pairs: Sequence[HomographyPair | PosePair]
+    pairs: Sequence[Pair]
     extras: list[str]
     image: Path
 
