@@ -39,6 +39,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -50,6 +51,7 @@ from torch import Tensor, nn
 
 import tiepoints
 from common import machine
+from tiepoints.auto_orientation import PairMatcher, can_reorient
 from tiepoints.detectors import external, opencv
 from tiepoints.errors import DataError
 from tiepoints.evaluation.datasets import Dataset, Pair, open_dataset
@@ -59,11 +61,13 @@ from tiepoints.evaluation.pair import TILDE_THRESHOLD, accuracy_metrics, matched
 from tiepoints.evaluation.results import features_name, load_features, save_features
 from tiepoints.evaluation.run import file_name, label
 from tiepoints.evaluation.systems import DESCRIPTOR, OPENCV_SYSTEMS, Options, System, system
+from tiepoints.extract import DETECTORS, build
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
 from tiepoints.formats.interop import from_cv2
 from tiepoints.image import load_image
-from tiepoints.jobs import collect
+from tiepoints.jobs import collect, refine_database
 from tiepoints.matching import match
+from tiepoints.refine import refine_matches
 from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, table
 
@@ -295,14 +299,31 @@ class Matched:
 def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features) -> Matched:
     """How a system's features are matched: every section asks here and nowhere else.
 
-    All have mutual nearest neighbours; the images are for systems whose matching reads pixels. COLMAP's own matching has its ratio
+    All have mutual nearest neighbours; ours, where nothing stands behind an @, have the defaults of `tiepoints match` besides: the rotation
+    of the pair where its patches are upright, and sub-pixel positions. COLMAP's own matching has its ratio
     test, on angles between descriptors; up to its largest distance those are within 2 % of the Euclidean ones that ``match`` compares.
     """
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
+    elif is_ours(name):
+        matcher = _rotating(name)
+        found = match(a, b) if matcher is None else matcher(a, b, image_b).matches
+        found = refine_matches(a, b, found, (image_a, image_b))
     else:
         found = match(a, b)
-    return Matched(a.xy[found.index[:, 0]], b.xy[found.index[:, 1]], found.index)
+    return Matched(*found.positions(a, b), found.index)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a system is one of this package's detectors with its default extraction."""
+    return (name.partition("=")[2] or name).partition("+")[0] in DETECTORS
+
+
+@lru_cache(maxsize=1)
+def _rotating(name: str) -> PairMatcher | None:
+    detector, _, descriptor = (name.partition("=")[2] or name).partition("+")
+    extractor = build(detector, descriptor or DESCRIPTOR, num_points=NUM_POINTS)
+    return PairMatcher(extractor) if can_reorient(extractor) else None
 
 
 class Bench:
@@ -379,6 +400,8 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
                 database.write_matches(a, b, Matches(index, torch.ones(len(index))))
                 count += len(index)
             verified = database.verify(pairs)
+            if is_ours(bench.name):
+                verified = refine_database(database, pairs, images)
             inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
         models = [asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1)) for seed in SEEDS]
     medians = {key: statistics.median(one[key] for one in models) for key in ("points", "track_length", "error")}

@@ -387,7 +387,9 @@ def train(
         list[Path], typer.Option(help="Folder of photographs, searched to the bottom; repeatable. A tenth is held out to validate on.")
     ],
     out: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
-    preset: Annotated[Preset, typer.Option(help="paper: the published schedule; msip: Key.Net's published loss; corners: Key.Net on the very corner.")] = Preset.default,
+    preset: Annotated[
+        Preset, typer.Option(help="paper: the published schedule; msip: Key.Net's published loss; corners: Key.Net on the very corner.")
+    ] = Preset.default,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps to train for, instead of minutes.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
