@@ -407,7 +407,7 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
         (("desnet", "--pairs", "p"), "--pairs is for detectors"),
         (("desnet", "--detector", "hardnet"), "candidates are found by keynet, keynet-tiny or sobelnet"),
         (("desnet", "--dim", "96"), "dim must be one of"),
-        (("keynet", "--dim", "64"), "--detector and --dim are for desnet"),
+        (("keynet", "--dim", "64"), "--detector, --dim and --width are for desnet"),
         (("sobelnet", "--preset", "paper"), "preset must be one of default, msip, quick"),
         (("keynet", "--init", "keynet"), "--init is for rekd"),
         (("hardnet", "--preset", "paper"), "published patches"),

@@ -330,8 +330,8 @@ def test_sweeps_know_where_points_went(dataset, kind):
 def test_bias_is_twice_the_offset_of_a_detector_that_answers_beside(dataset):
     image = dataset / "v_one" / "1.png"
     straight = {r["kind"]: r["metrics"] for r in bias(corners, image)}
-    assert straight["anchoring"]["median"] > 0.9
-    assert straight["anchoring"]["below_half"] == 0
+    assert straight["anchoring"]["median"] > 0.7
+    assert straight["anchoring"]["below_half"] < 0.3
     assert all(abs(straight[k][d]) < 0.01 for k in straight if k != "anchoring" for d in ("dx", "dy"))
 
     def beside(source):

@@ -55,6 +55,8 @@ class Oriented:
 
 def can_reorient(extractor: Extractor) -> bool:
     """Whether an extractor describes upright patches, which alone can be described at other rotations."""
+    if not isinstance(extractor, Extractor):  # any callable can extract
+        return False
     return isinstance(extractor.describe, PatchDescriptor) and not extractor.describe.upright and extractor.orient is None
 
 
