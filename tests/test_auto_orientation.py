@@ -122,3 +122,25 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
     for orientation, least, most in (("auto", 100, 400), ("none", 0, 30)):
         index = counts[orientation].index
         assert least <= int(((truth[index[:, 0]] - b[index[:, 1]]).norm(dim=1) < 3).sum()) <= most
+
+
+def test_images_with_nothing_in_common_stay_upright_and_are_searched_once_each(photo, extractor, monkeypatch):
+    others = [torch.from_numpy(skimage_data.coins()[k : k + 256, k : k + 256].copy()).float() / 255 for k in (0, 40)]
+    a, (b, c) = extractor.extract(photo), extractor.extract(others)
+    matcher = PairMatcher(extractor)
+    described = []
+    describe = matcher._described
+    monkeypatch.setattr(matcher, "_described", lambda *given: described.append(given[2]) or describe(*given))
+    first = matcher(a, b, others[0], "b")
+    assert first.rotation == 0
+    assert torch.equal(first.matches.index, tiepoints.match(a, b).index)
+    once = len(described)
+    assert once > 0
+    again = matcher(a, b, others[0], "b")
+    assert len(described) == once
+    assert torch.equal(again.matches.index, first.matches.index)
+    monkeypatch.setattr("tiepoints.auto_orientation.SEARCHES", 1)  # what was used longest ago goes
+    matcher(a, c, others[1], "c")
+    assert list(matcher._searches) == ["c"]
+    matcher(a, b, others[0], "b")
+    assert described.count("b") == 2 * once

@@ -1,10 +1,11 @@
 """Pairs of images taken with rotated cameras: one relative rotation for the pair instead of an angle for each keypoint.
 
 Upright patches tell places apart best, but they match only where both cameras were held about alike. So a pair is first matched upright
-and verified. Where little agrees with a geometry, the strongest keypoints of b are described at several rotations, and the one with most
-verified matches is taken; then, and wherever the verified matches themselves are rotated, the exact rotation is read off them and all
+and verified. Where no geometry beyond chance is found, the strongest keypoints of b are described at several rotations, and the one with
+most verified matches is taken; then, and wherever the verified matches themselves are rotated, the exact rotation is read off them and all
 keypoints of b are described again with their patches rotated by it. What verifies more is kept. Positions never change, so indices of
-matches stay valid for stored keypoints.
+matches stay valid for stored keypoints. Most pairs of a folder show nothing in common and need the search, so what it describes is kept for
+the next pairs of that image.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from .matching import match
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Matches
 
-#: Verified matches, and their share of all, from which on a pair needs no search.
-ENOUGH = 60
-ENOUGH_SHARE = 0.35
-#: Keypoints that the search looks at in each image, and the rotations that it tries besides upright.
-SEARCH_POINTS = 500
+#: Matches that agree beyond chance, from which on a pair needs no search.
+ENOUGH = 15
+#: Strongest keypoints of b that the search describes, and the rotations into which it divides the circle, upright included.
+SEARCH_POINTS = 300
 SEARCH_STEPS = 8
 #: Smallest rotation in radians for which it pays to describe again.
 MIN_ROTATION = math.radians(10)
-#: Largest error of a verified match in pixels.
-THRESHOLD = 2.0
-#: Images whose pyramids are kept in memory.
-PYRAMIDS = 2
+#: Geometries that verify, and the largest error of a match in pixels: few matches show a plane before they show an epipolar geometry.
+GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
+#: Images whose pyramids are kept in memory, and those whose descriptors of the search are (half precision, some 0.5 MiB each).
+PYRAMIDS, SEARCHES = 2, 256
+#: Samples that an estimate draws at most.
+ITERATIONS = 2000
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class PairMatcher:
             raise ValueError("only patches without angles can be described at other rotations; match these features as they are")
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
+        self._searches: OrderedDict[str, list[Features]] = OrderedDict()
 
     def __call__(self, a: Features, b: Features, image_b: ImageLike, key: str | None = None) -> Oriented:
         """Match ``a`` with ``b``, described again at another rotation where that verifies more.
@@ -88,31 +91,39 @@ class PairMatcher:
         if bool(a.angle.any()) or bool(b.angle.any()):
             return best  # angles were measured
         support, rotation = _support(a, best)
-        if support < max(ENOUGH, ENOUGH_SHARE * len(best.matches)):
-            found, turned = self._search(a, b, image_b, key)
-            if found > _support(_strongest(a), Oriented(self.matcher(_strongest(a), _strongest(b)), _strongest(b)))[0]:
-                rotation = turned
+        if support < ENOUGH:
+            found, rotated = self._search(a, b, image_b, key)
+            if found > support:
+                rotation = rotated
         for _ in range(2):  # what is described anew shows the rotation more exactly
             if abs(rotation - best.rotation) < MIN_ROTATION:
                 break
             again = self._described(b, image_b, key, rotation)
             other = Oriented(self.matcher(a, again), again, rotation)
-            more, rotation = _support(a, other)
+            more, rotation = _support(a, other)  # 0 where chance explains them: then nothing is replaced
             if more <= support:
                 break
             best, support = other, more
         return best
 
     def _search(self, a: Features, b: Features, image_b: ImageLike, key: str | None) -> tuple[int, float]:
-        """Most verified matches of the strongest keypoints at any of the rotations, and the rotation read off them."""
-        few_a, few_b = _strongest(a), _strongest(b)
-        best = (0, 0.0)
-        for step in range(1, SEARCH_STEPS):
-            angle = 2 * math.pi * step / SEARCH_STEPS
-            angle -= 2 * math.pi * (angle > math.pi)
-            again = self._described(few_b, image_b, key, angle)
-            best = max(best, _support(few_a, Oriented(self.matcher(few_a, again), again, angle)))
-        return best
+        """Most verified matches of the strongest keypoints of b at any of the rotations, and the rotation that they show."""
+        tried = [Oriented(self.matcher(a, again), again) for again in self._rotated(b, image_b, key)]
+        return max((_support(a, oriented) for oriented in tried), default=(0, 0.0))
+
+    def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
+        """The strongest keypoints of b as the search describes them, at each rotation but upright."""
+        found = None if key is None else self._searches.get(key)
+        if found is None:
+            few = b[b.score.argsort(descending=True, stable=True)[:SEARCH_POINTS]]
+            found = []
+            for step in range(1, SEARCH_STEPS):
+                again = self._described(few, image_b, key, 2 * math.pi * step / SEARCH_STEPS)
+                assert again.descriptors is not None
+                found.append(replace(again, descriptors=again.descriptors.half()))
+        if key is not None:
+            _keep(self._searches, key, found, SEARCHES)
+        return found
 
     def _described(self, features: Features, image: ImageLike, key: str | None, rotation: float) -> Features:
         keypoints = replace(features.keypoints, angle=torch.full_like(features.angle, rotation))
@@ -121,28 +132,33 @@ class PairMatcher:
         return Features(keypoints, descriptors, features.image_size)
 
     def _pyramid(self, image: ImageLike, key: str | None) -> Pyramid:
-        if key is not None and key in self._pyramids:
-            return self._pyramids[key]
-        extractor = self.extractor
-        pyramid = build_pyramid(load_image(image).to(extractor.device), up=extractor.up_levels, down=extractor.down_levels)
+        pyramid = None if key is None else self._pyramids.get(key)
+        if pyramid is None:
+            extractor = self.extractor
+            pyramid = build_pyramid(load_image(image).to(extractor.device), up=extractor.up_levels, down=extractor.down_levels)
         if key is not None:
-            self._pyramids[key] = pyramid
-            while len(self._pyramids) > PYRAMIDS:
-                self._pyramids.popitem(last=False)
+            _keep(self._pyramids, key, pyramid, PYRAMIDS)
         return pyramid
 
 
-def _strongest(features: Features) -> Features:
-    return features[features.score.argsort(descending=True, stable=True)[:SEARCH_POINTS]]
+def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
+    """Put a value last, and drop those used longest ago beyond ``most``."""
+    kept[key] = value
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
 
 
 def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
-    """Matches that agree with one fundamental matrix, and the rotation from a to b that they show, in radians."""
+    """Matches that agree with one geometry beyond chance, 0 where none does; and the rotation from a to b that they show, in radians."""
     xy_a, xy_b = oriented.matches.positions(a, oriented.b)
-    result = estimate(xy_a, xy_b, "fundamental", threshold=THRESHOLD, judge=False)
-    if not result.ok:
-        return 0, 0.0
-    return int(result.inliers.sum()), similarity_angle(xy_a[result.inliers], xy_b[result.inliers])
+    best = (0, 0.0)
+    for kind, threshold in GEOMETRIES.items():
+        # a plane leaves the fundamental matrix open, but its matches agree and are given as inliers
+        agree = estimate(xy_a, xy_b, kind, threshold=threshold, max_iterations=ITERATIONS).inliers
+        if int(agree.sum()) > best[0]:
+            best = int(agree.sum()), similarity_angle(xy_a[agree], xy_b[agree])
+    return best
 
 
 def similarity_angle(xy_a: Tensor, xy_b: Tensor) -> float:

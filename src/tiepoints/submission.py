@@ -90,13 +90,16 @@ def export_imc(
         pairs = {place: choose_pairs(found) for place, found in there.items()}
         if matches:
             kept = stack.enter_context(MatchFile(_beside(out, "matches.h5"), write=True))
-            settings = {"ratio": ratio, "model": KIND, "threshold": threshold, "features": extraction}
-            check_settings(settings_place(kept), settings, overwrite, kept.clear, kept.path)
             least = None if ratio >= 1 else ratio
             files = {str(task.relative): task.path for task in tasks}
+            matcher = pair_matcher(extractor, files, ratio=least)
+            settings: dict[str, Any] = {"ratio": ratio, "model": KIND, "threshold": threshold, "features": extraction}
+            if matcher is not None:
+                settings["orientation"] = "auto"
+            check_settings(settings_place(kept), settings, overwrite, kept.clear, kept.path)
             result.matched = match_to_file(
                 chain.from_iterable(pairs.values()), store, kept, ratio=least, kind=KIND, threshold=threshold,
-                matcher=pair_matcher(extractor, files, ratio=least), overwrite=overwrite, progress=progress,
+                matcher=matcher, overwrite=overwrite, progress=progress,
             )  # fmt: skip
             result.failed += result.matched.failed
         for place, keys in there.items():
