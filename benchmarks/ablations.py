@@ -30,13 +30,13 @@ from tiepoints.keypoints import detect_peaks
 from tiepoints.training.loop import FitSettings, fit
 from tiepoints.training.losses import WINDOW_WEIGHTS, WINDOWS, msip_loss
 from tiepoints.training.pairs import PairFile, write_pairs
-from tiepoints.training.recipes import RECIPES, VALIDATION_PAIRS, VALIDATION_POINTS, VALIDATION_SEED, VALIDATION_SIZE, validation_score
+from tiepoints.training.recipes import RECIPES, VALIDATION_POINTS, VALIDATION_SEED, validation_score
 from tiepoints.training.synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
 
 PAPER_POINTS = 25
 #: A short training may end with a map of zeros; the row is then trained again from another seed, at most so many in all.
 SEEDS = 4
-RECIPE = RECIPES["default"]
+RECIPE = RECIPES["msip"]
 FULL = "M-SIP 8 16 24 32 40"
 
 
@@ -162,7 +162,7 @@ def main() -> None:
         if content["budget"] != budget:
             parser.error(f"{args.out} was made with {content['budget']}; choose another --out")
     training, held_out = split_photos(usable_photos(list_photos(args.photos))[0])
-    checks = PairDataset(held_out, replace(PRESETS["default"], size=VALIDATION_SIZE), seed=VALIDATION_SEED, length=VALIDATION_PAIRS)
+    checks = PairDataset(held_out, replace(PRESETS["default"], size=RECIPE.check_size), seed=VALIDATION_SEED, length=RECIPE.check_pairs)
     validation = [checks[i] for i in range(len(checks))]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:

@@ -87,6 +87,7 @@ def test_only_upright_patches_can_be_described_at_another_rotation(extractor):
         assert not can_reorient(other)
         with pytest.raises(ValueError, match="only patches"):
             PairMatcher(other)
+    assert not can_reorient(lambda image: None)
 
 
 def test_the_angle_of_a_similarity():

@@ -353,6 +353,34 @@ def test_match_into_a_database_of_colmap(views, tmp_path):
     assert "its own features" in said
 
 
+def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(views, tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap")
+    words = ["match", views / "v2.png", views / "v10.png", "--num-points", 150, "--single-scale", "--detector", "keynet-tiny"]
+    words += ["--root-images", views]
+
+    def positions(name):
+        with ColmapDatabase(tmp_path / name) as database:
+            return torch.cat([database.read(image).xy for image in ("v2.png", "v10.png")])
+
+    assert call(*words, "--output", tmp_path / "whole.db")[0] == 0
+    assert call(*words, "--output", tmp_path / "plain.db", "--no-refine")[0] == 0
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tiepoints.jobs.refine_database", stop)
+        CliRunner().invoke(app, [str(word) for word in (*words, "--output", tmp_path / "stopped.db")])
+    assert torch.equal(positions("stopped.db"), positions("plain.db"))
+    code, said = call(*words, "--output", tmp_path / "stopped.db")
+    assert code == 0, said
+    assert torch.equal(positions("stopped.db"), positions("whole.db"))
+    assert not torch.equal(positions("whole.db"), positions("plain.db"))
+    call(*words, "--output", tmp_path / "stopped.db")  # nothing to do: nothing moves again
+    assert torch.equal(positions("stopped.db"), positions("whole.db"))
+    assert not list(tmp_path.glob("*pending*"))
+
+
 def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
     pytest.importorskip("h5py")
     monkeypatch.chdir(tmp_path)

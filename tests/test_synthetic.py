@@ -18,11 +18,13 @@ from tiepoints.training.synthetic import (
     PRESETS,
     PairDataset,
     PairSettings,
+    cast_shadow,
     degrade,
     distort_colour,
     list_photos,
     read_photo,
     split_photos,
+    tone_curve,
     usable_photos,
 )
 
@@ -166,7 +168,7 @@ def test_rekd_is_rotation_about_the_centre(photos):
     assert min(angles) < -90
 
 
-@pytest.mark.parametrize("change", ["colour", "gamma", "blur", "noise", "jpeg"])
+@pytest.mark.parametrize("change", ["colour", "gamma", "tone", "shadow", "blur", "dark", "noise", "jpeg"])
 def test_photometric_changes(photos, change):
     changed = dataclasses.replace(PLAIN, **{change: 1.0})
     plain, other = (PairDataset(photos, s, seed=4, length=1).pair(0) for s in (PLAIN, changed))
@@ -177,7 +179,7 @@ def test_photometric_changes(photos, change):
 
 def test_changes_keep_shape_and_type():
     rng = np.random.default_rng(0)
-    every = PairSettings(gamma=1, blur=1, noise=1, jpeg=1)
+    every = PairSettings(gamma=1, tone=1, shadow=1, blur=1, dark=1, noise=1, jpeg=1)
     for image in (texture(40, 50, channels=3), np.zeros((40, 50, 3), np.uint8), np.full((40, 50, 3), 255, np.uint8)):
         assert distort_colour(image, rng, 1.0).shape == image.shape
         assert distort_colour(image, rng, 1.0).dtype == np.uint8
@@ -185,6 +187,46 @@ def test_changes_keep_shape_and_type():
         assert degrade(image[..., 0], rng, every).shape == (40, 50)
         assert degrade(image[..., 0], rng, every).dtype == np.uint8
         assert np.array_equal(degrade(image[..., 0], rng, PairSettings()), image[..., 0])
+
+
+def test_changes_that_a_preset_lacks_draw_nothing():
+    image = texture(40, 50)[..., 0] if texture(40, 50).ndim == 3 else texture(40, 50)
+    gamma = PairSettings(gamma=1)
+    never = dataclasses.replace(gamma, tone=1e-12, shadow=1e-12, dark=1e-12)
+    one, two = (degrade(image, np.random.default_rng(1), settings) for settings in (gamma, dataclasses.replace(gamma, tone=0.0)))
+    assert np.array_equal(one, two)
+    drawn = [np.random.default_rng(1) for _ in range(2)]
+    degrade(image, drawn[0], gamma)
+    degrade(image, drawn[1], never)
+    # three more numbers: random() of a generator takes one state each
+    drawn[0].random(3)
+    assert drawn[0].random() == drawn[1].random()
+
+
+def test_noise_has_the_deviations_of_its_settings():
+    gray = np.full((100, 100), 128, np.uint8)
+    for power, middle in ((1.0, 13), (3.0, 7.25)):  # mean of 1 + 24 u^power
+        settings = PairSettings(noise=1, noise_sigma=25, noise_power=power)
+        deviations = [float(degrade(gray, np.random.default_rng(i), settings).std()) for i in range(300)]
+        assert min(deviations) > 0.9
+        assert max(deviations) < 26
+        assert np.mean(deviations) == pytest.approx(middle, rel=0.12)
+
+
+def test_dark_images_shadows_and_tones_change_light_alone():
+    gray = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
+    changes = []
+    for i in range(20):
+        dark = degrade(gray, np.random.default_rng(i), PairSettings(dark=1))
+        assert 0.1 < dark.max() / gray.max() < 0.55
+        shadow = cast_shadow(gray, np.random.default_rng(i)).astype(int) - gray
+        assert (shadow <= 0).all() or (shadow >= 0).all()
+        changes.append(np.abs(shadow).max())
+    assert np.median(changes) > 20
+    curves = [tone_curve(np.random.default_rng(i)).astype(int) for i in range(400)]
+    falling = np.mean([(np.diff(curve) < 0).any() for curve in curves])
+    assert 0.05 < falling < 0.2
+    assert all(curve.shape == (256,) and curve.min() >= 0 and curve.max() <= 255 for curve in curves)
 
 
 # --- photographs that cannot be used

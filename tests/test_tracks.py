@@ -15,12 +15,14 @@ from tiepoints.training.patchdata import PatchSettings
 from tiepoints.training.recipes import PosedCheck, candidate_loss, train_descriptor, train_desnet
 from tiepoints.training.synthetic import PairSettings
 from tiepoints.training.tracks import (
+    ImageCache,
     Mixture,
     TrackCrops,
     TrackPatches,
     TrackSettings,
     correct_share,
     find_models,
+    onto_keypoints,
     posed_pairs,
     read_scene,
     read_scenes,
@@ -151,15 +153,13 @@ def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
     H_ab = homographies[b] @ torch.linalg.inv(homographies[a])
     found_b = warp_points(torch.from_numpy(found_a).double(), H_ab).float().numpy()
     settings = TrackSettings(detected=1.0)
-    moved, onto = TrackPatches._to_keypoints(shared, np.ones(len(shared)), found_a, found_b, settings, np.random.default_rng(0))
+    moved, onto = onto_keypoints(shared, found_a, found_b, settings, np.random.default_rng(0))
     nearest = np.linalg.norm((shared.xy_a + moved)[:, None] - found_a[None], axis=2).min(axis=1)
     assert (np.abs(moved).sum(axis=1) > 0).all()
     assert nearest.max() < 1e-3
     again = np.linalg.norm((shared.xy_b + onto)[:, None] - found_b[None], axis=2).min(axis=1)
     assert np.median(again) < 1e-3
-    still, also = TrackPatches._to_keypoints(
-        shared, np.ones(len(shared)), found_a[:0], found_b[:0], settings, np.random.default_rng(0)
-    )
+    still, also = onto_keypoints(shared, found_a[:0], found_b[:0], settings, np.random.default_rng(0))
     assert not still.any()
     assert not also.any()
 
@@ -223,6 +223,39 @@ def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
         read_scenes(folder, TrackSettings(min_shared=10_000))
 
 
+def test_text_models_are_read_as_binary_ones(world, tmp_path):
+    folder, _ = world
+    (tmp_path / "model").mkdir()
+    pycolmap.Reconstruction(str(folder / "sparse")).write_text(str(tmp_path / "model"))
+    (tmp_path / "images").symlink_to(folder / "images")
+    ((model, images),) = find_models(tmp_path)
+    text, binary = read_scene(model, images, CLEAN), read_scene(folder / "sparse", folder / "images", CLEAN)
+    assert text.pairs == binary.pairs
+    for one, two in ((text.shared(0, 1), binary.shared(0, 1)),):
+        np.testing.assert_allclose(one.xy_a, two.xy_a, atol=1e-4)
+        np.testing.assert_allclose(one.scale, two.scale, rtol=1e-6)
+
+
+def test_the_cache_of_images_drops_those_used_longest_ago(world):
+    paths = [world[0] / "images" / f"{number}.png" for number in (1, 2, 3)]
+    looked_at = []
+
+    def detect(image):
+        looked_at.append(image)
+        return torch.zeros(0, 2)
+
+    cache = ImageCache(pixels=2 * WIDTH * HEIGHT)
+    for path in (*paths[:2], paths[0]):
+        cache.get(path, detect)
+    assert len(looked_at) == 2
+    cache.get(paths[2], detect)  # the second one goes
+    cache.get(paths[0], detect)
+    assert len(looked_at) == 3
+    cache.get(paths[1], detect)
+    assert len(looked_at) == 4
+    assert ImageCache(pixels=1).get(paths[0], detect)[0].image.shape == (1, 1, HEIGHT, WIDTH)  # one is always kept
+
+
 class Numbers(Dataset):
     def __init__(self, factor):
         self.factor = factor
@@ -262,6 +295,13 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path):
     assert load(tmp_path / "d.safetensors").settings == {"dim": 128, "width": 2}
     with pytest.raises(DataError, match="disjoint"):
         train_descriptor("hardnet", photos, tmp_path / "x.safetensors", say=lines.append, validation=[photos], **options)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no usable images in .*empty"):
+        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", say=lines.append, validation=[tmp_path / "empty"], **options)
+    with pytest.raises(ValueError, match="exclude each other"):
+        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", patches=tmp_path, reconstructions=[folder], **options)
+    with pytest.raises(ValueError, match="width must be"):
+        train_desnet(photos, tmp_path / "x.safetensors", width=0, **options)
 
 
 def test_validation_on_a_reconstruction_prefers_descriptors_that_tell_places_apart(world):

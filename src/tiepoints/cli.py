@@ -455,7 +455,9 @@ def train(
         elif reconstructions or validation_reconstructions:
             _fail("--reconstructions and --validation-reconstructions are for descriptors")
         if model == "desnet":
-            result = train_desnet(images, out, detector=detector or "sobelnet", dim=dim or 128, width=width or 1, init=init, **options)
+            given = {"detector": detector, "dim": dim, "width": width}
+            chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            result = train_desnet(images, out, init=init, **chosen, **options)
         elif model in DESCRIPTORS:
             result = train_descriptor(model, images, out, patches=patches, init=init, **options)
         elif model in REKD_SIZES:

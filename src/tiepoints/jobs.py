@@ -564,6 +564,11 @@ def match_images(
         store: Any = source if database else stack.enter_context(MatchFile(output, write=True))
         place = _beside(output, "matches.settings.json" if database else "settings.json")
         check_settings(place, settings, overwrite, store.clear_matches if database else store.clear, output)
+        # stands from the first match to the end of the refinement, so that a run that was stopped in between is made good by the next
+        pending = _beside(output, "refinement-pending")
+        stopped = pending.exists()
+        if database and refine:
+            pending.touch()
         report = match_to_file(
             pairs, source, store, ratio=None if ratio >= 1 else ratio, rotation=rotation, kind=kind, threshold=threshold,
             matcher=matcher, overwrite=overwrite, progress=progress,
@@ -572,8 +577,9 @@ def match_images(
             matched = [pair for pair in pairs if store.has_matches(*pair)]
             report.verified = store.verify(matched)
             files = {str(task.relative): task.path for task in tasks}
-            if refine and report.done and all(name in files for pair in matched for name in pair):
+            if refine and (report.done or stopped) and all(name in files for pair in matched for name in pair):
                 report.verified = refine_database(store, matched, files)
+            pending.unlink(missing_ok=True)
     report.failed = failed + report.failed
     return report
 

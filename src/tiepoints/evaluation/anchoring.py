@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..filters import corner_strength, gaussian_blur, percentile_rank
-from ..training.shapes import render_outlines
+from ..render import render_outlines
 
 #: A detector as these measures take it: gray image (1,1,H,W) in [0,1] -> positions (N,2), strongest first.
 Detector = Callable[[Tensor], Tensor]
@@ -146,8 +146,8 @@ class Corners:
 def corner_image(seed: int = 0) -> tuple[Tensor, Tensor]:
     """Sixty drawn targets at known sub-pixel positions: image (1,1,640,640) in [0,1] and positions (60,2).
 
-    Squares (every corner counts), T-junctions, crossings of checkerboards and spots, light on dark and dark on light, at any rotation,
-    slightly blurred and noisy.
+    Squares (every corner counts), T-junctions (an edge that ends at another one), crossings of checkerboards and spots, light on dark
+    and dark on light, at any rotation, slightly blurred and noisy.
     """
     rng = np.random.default_rng([seed, 60])
     kinds = ["square"] * 6 + ["tee"] * 12 + ["cross"] * 12 + ["spot"] * 12
@@ -166,9 +166,8 @@ def corner_image(seed: int = 0) -> tuple[Tensor, Tensor]:
             targets.append(box @ rotate + at)
         elif kind == "tee":
             outlines.append((box @ rotate + at, first))
-            outlines.append(((box * [0.5, 0.5] + [half / 2, half / 2]) @ rotate + at, second))
-            # the smaller square's corner at the middle of the larger one, and where its sides meet the larger one's
-            targets.append(np.zeros((1, 2)) + at)
+            outlines.append(((box * [0.5, 1] + [half / 2, 0]) @ rotate + at, second))  # its right half
+            targets.append(np.array([[0, half]]) @ rotate + at)  # one end of the edge between the halves
         elif kind == "cross":
             for sign in (1, -1):
                 outlines.append(((box * 0.5 + sign * half / 2) @ rotate + at, first))

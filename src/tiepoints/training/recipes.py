@@ -19,10 +19,10 @@ from ..detectors.keynet import KeyNet
 from ..detectors.rekd import REKD, histogram_angle
 from ..detectors.sobelnet import SobelNet
 from ..errors import DataError, WeightsError
+from ..evaluation.anchoring import percentiles
 from ..evaluation.bias import constant_offset
 from ..evaluation.metrics import orientation_errors, repeated_points
 from ..extract import DenseDescriptor, ExtractSettings, ScoreMapDetector, build, score_maps
-from ..filters import corner_strength, percentile_rank
 from ..image import load_image
 from ..keypoints import NMS_WINDOW, detect_peaks, round_max_filter
 from ..matching import match
@@ -120,6 +120,8 @@ SOBELNET_RECIPES: dict[str, Recipe] = {
     "msip": Recipe(fit=FitSettings(validate_every=25)),
     "quick": Recipe(fit=FitSettings(learning_rate=5e-3, steps=150, validate_every=50), kind="gaussian", loss={}),
 }
+
+
 def _soft_keynet() -> KeyNet:
     """Key.Net whose score cannot die: of the Gaussian loss a map of zeros is a perfect answer, which ReLU does not leave again."""
     return KeyNet(score="softplus")
@@ -195,8 +197,7 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
         size = tuple(pair["image_a"].shape[-2:])
         xy_a, xy_b = (xy[_pixels(pair[f"mask_{side}"][0], xy) > 0] for side, xy in (("a", xy_a), ("b", xy_b)))
         a, b = repeated_points(xy_a, xy_b, pair["H_ab"], size, size, num_points=VALIDATION_POINTS)  # type: ignore[arg-type]
-        rank = percentile_rank(corner_strength(torch.stack([pair["image_a"], pair["image_b"]])))
-        on_structure = torch.minimum(_pixels(rank[0, 0], xy_a[a]), _pixels(rank[1, 0], xy_b[b])) > 0.5
+        on_structure = torch.minimum(percentiles(pair["image_a"][None], xy_a[a]), percentiles(pair["image_b"][None], xy_b[b])) > 0.5
         scores.append(int(on_structure.sum()) / VALIDATION_POINTS)
     return float(np.mean(scores)) if scores else 0.0
 
@@ -598,6 +599,8 @@ def train_descriptor(
         raise ValueError(f"model must be one of {', '.join(DESCRIPTORS)}; got {model!r}")
     if preset not in PATCH_RECIPES:
         raise ValueError(f"preset must be one of {', '.join(PATCH_RECIPES)}; got {preset!r}")
+    if patches is not None and reconstructions:
+        raise ValueError("published patches and reconstructions exclude each other; give --patches or --reconstructions")
     if preset == "paper" and patches is None:
         raise ValueError("the paper preset trains on published patches; name a folder of PhotoTour or HPatches patches")
     out = _place(out)
@@ -682,9 +685,9 @@ class PosedCheck:
         }
         return self._score(described)
 
-    def dense(self, network: Callable[[Tensor], Tensor]) -> float:
-        """Mean ``tracks.correct_share`` of a network image -> map."""
-        descriptor = DenseDescriptor(network, network.dim)  # type: ignore[attr-defined]
+    def dense(self, describe: Callable[[Tensor], Tensor], dim: int) -> float:
+        """Mean ``tracks.correct_share`` of a network image (1,1,H,W) -> map (1,dim,h,w), both on the CPU."""
+        descriptor = DenseDescriptor(describe, dim)
         described = {path: descriptor(build_pyramid(image), self.keypoints[path], 0) for path, image in self.images.items()}
         return self._score(described)
 
@@ -854,13 +857,17 @@ def train_desnet(
 
     def validate(network: nn.Module) -> float:
         where = next(network.parameters()).device
+
+        def describe(images: Tensor) -> Tensor:
+            return network(images.to(where)).float().cpu()
+
         scores = []
         for pair in held_out_pairs:
             xy_a, xy_b = (pair[key][~pair[key][:, 0].isnan()] for key in ("xy_a", "xy_b"))
-            maps = network(torch.stack([pair["image_a"], pair["image_b"]]).to(where)).float().cpu()
+            maps = describe(torch.stack([pair["image_a"], pair["image_b"]]))
             scores.append(rightly_matched(sample(maps[:1], xy_a), sample(maps[1:], xy_b), xy_a, xy_b, pair["H_ab"]))
         score = mean_of_known(scores)
-        return score if posed is None else (score + posed.dense(network)) / 2
+        return score if posed is None else (score + posed.dense(describe, dim)) / 2
 
     # the detector's weights, not its name: retrained in between, it would give other candidates
     told = {"model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "width": width, "init": str(init or "")}

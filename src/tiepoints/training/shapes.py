@@ -12,16 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
 
 from ..filters import gaussian_blur
 from ..geometry import warp_points
+from ..render import render_outlines
 from .losses import GAUSSIAN_SIGMA, anchor_weight
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors, degrade, draw_transform
 
-#: Drawn so many times larger and averaged, in each direction.
-OVERSAMPLING = 6
 #: Side of the cells that shapes are laid into, one each, in pixels of the first view.
 CELL = 44
 #: Kinds of shapes and how often each is drawn.
@@ -139,20 +137,6 @@ def draw_shapes(rng: np.random.Generator, settings: PairSettings) -> ShapePair:
         inside = ((xy >= 0) & (xy <= size - 1)).all(axis=1)
         views.append((degrade(view.round().clip(0, 255).astype(np.uint8), rng, settings), xy[inside]))
     return ShapePair(views[0][0], views[1][0], H_ab, views[0][1], views[1][1])
-
-
-def render_outlines(outlines: list[tuple[np.ndarray, int]], background: int, H: np.ndarray, size: int) -> np.ndarray:
-    """Filled outlines mapped by H, on a plain ground: (size,size) float32."""
-    large = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING), background)
-    draw = ImageDraw.Draw(large)
-    mapped = warp_points(torch.from_numpy(np.concatenate([outline for outline, _ in outlines])), torch.from_numpy(H)).numpy()
-    # pixel i of the view covers i - 0.5 .. i + 0.5; Pillow's integers are centres of its pixels
-    points = ((mapped + 0.5) * OVERSAMPLING - 0.5).round().clip(-1e6, 1e6).astype(int)
-    start = 0
-    for outline, gray in outlines:
-        draw.polygon([tuple(p) for p in points[start : start + len(outline)].tolist()], fill=gray)
-        start += len(outline)
-    return np.asarray(large.reduce(OVERSAMPLING), dtype=np.float32)
 
 
 def target_map(targets: np.ndarray, size: int, sigma: float = GAUSSIAN_SIGMA) -> torch.Tensor:

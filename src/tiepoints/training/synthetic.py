@@ -37,6 +37,8 @@ TEXTURE_FIRST = 3.0
 TEXTURE_SECOND = 1.0
 #: Factors of the gray levels of a dark image.
 DARK = (0.15, 0.5)
+#: Random curves of gray levels: knots, part of them in the mixture with the identity, and probability that a curve need not rise.
+TONE_KNOTS, TONE_STRENGTH, TONE_FALLING = 6, 0.75, 0.125
 #: Logarithms of the factors of a shadow or a highlight.
 SHADOW = (-1.2, 0.7)
 #: A second layer: its radius over the side of the window, and how far it moves beyond the background in pixels.
@@ -57,8 +59,9 @@ class PairSettings:
         jitter: largest shift of the window centre of b.
         mirror: probability of a mirrored b (left-right and top-bottom drawn apart), and of a transposed one (half of it).
         colour: probability of each step of the colour distortion of b.
-        gamma, shadow, blur, dark, noise, jpeg: probability of these changes, drawn apart for a and b.
-        noise_sigma: largest standard deviation of the noise in gray levels of 255, drawn log-uniformly from 1.
+        gamma, tone, shadow, blur, dark, noise, jpeg: probability of these changes, drawn apart for a and b (``degrade``).
+        noise_sigma: largest standard deviation of the noise in gray levels of 255; the smallest is 1. ``noise_power`` > 1 makes small
+            ones more frequent.
         jpeg_quality: lowest quality of the compression; the highest is 90.
         layers: probability that a second layer covers a part of both windows and moves on its own, as things nearer to the camera do.
         min_overlap: smallest part of each window that the other one must see.
@@ -76,11 +79,13 @@ class PairSettings:
     mirror: float = 0.0
     colour: float = 0.5
     gamma: float = 0.0
+    tone: float = 0.0
     shadow: float = 0.0
     blur: float = 0.0
     dark: float = 0.0
     noise: float = 0.0
     noise_sigma: float = 8.0
+    noise_power: float = 1.0
     jpeg: float = 0.0
     jpeg_quality: int = 20
     layers: float = 0.0
@@ -102,7 +107,8 @@ PRESETS: dict[str, PairSettings] = {
     # for detectors of real scenes: things at several depths, noise and compression of poor cameras
     "layers": PairSettings(
         scale=(0.5, 2.2), rotation=60, skew=0.8, skew_power=3.0, perspective=0.25, jitter=16, mirror=0.5,
-        gamma=0.3, blur=0.3, dark=0.05, noise=0.25, noise_sigma=25.0, jpeg=0.25, jpeg_quality=15, layers=0.3, min_overlap=0.2,
+        gamma=0.3, blur=0.3, dark=0.05, noise=0.25, noise_sigma=25.0, noise_power=3.0, jpeg=0.25, jpeg_quality=15,
+        layers=0.3, min_overlap=0.2,
     ),
     # for oriented points: any turn, and not mirrored, because a mirrored corner has no turn
     "turns": PairSettings(
@@ -121,12 +127,14 @@ PRESETS: dict[str, PairSettings] = {
     ),
     "dense-upright": PairSettings(
         size=320, scale=(0.5, 2.0), rotation=40, rotation_power=2, skew=0.8, skew_power=2.0, perspective=0.3, jitter=16,
-        gamma=0.4, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, jpeg=0.3, jpeg_quality=15, layers=0.3, min_overlap=0.25,
+        gamma=0.3, tone=0.25, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, noise_power=3.0, jpeg=0.3, jpeg_quality=15,
+        layers=0.3, min_overlap=0.25,
     ),
     # the same for pairs whose rotation is found before they are described; light, noise and things in front as real photographs have them
     "patches-upright": PairSettings(
         size=256, scale=(0.5, 2.0), rotation=25, rotation_power=1.5, skew=0.8, skew_power=2.0, perspective=0.3, jitter=16,
-        gamma=0.4, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, jpeg=0.3, jpeg_quality=15, layers=0.3, min_overlap=0.25,
+        gamma=0.3, tone=0.25, shadow=0.25, blur=0.25, dark=0.08, noise=0.3, noise_sigma=20.0, noise_power=3.0, jpeg=0.3, jpeg_quality=15,
+        layers=0.3, min_overlap=0.25,
     ),
 }  # fmt: skip
 
@@ -255,25 +263,41 @@ def distort_colour(rgb: np.ndarray, rng: np.random.Generator, probability: float
 
 
 def degrade(gray: np.ndarray, rng: np.random.Generator, settings: PairSettings) -> np.ndarray:
-    """Random gamma, blur, noise and JPEG artefacts of an (H,W) uint8 image, as real cameras add them."""
+    """Random light, blur, noise and JPEG artefacts of an (H,W) uint8 image, as weather and real cameras add them.
+
+    In this order: gamma, tone (``tone_curve``), shadow (``cast_shadow``), blur, dark, noise, JPEG.
+    """
     if rng.random() < settings.gamma:
         curve = 255 * np.linspace(0, 1, 256) ** rng.uniform(0.6, 1.6)
         gray = curve.round().astype(np.uint8)[gray]
-    if rng.random() < settings.shadow:
+    # nothing is drawn for changes that a preset does not have: the pairs of older presets stay what they were
+    if settings.tone and rng.random() < settings.tone:
+        gray = tone_curve(rng)[gray]
+    if settings.shadow and rng.random() < settings.shadow:
         gray = cast_shadow(gray, rng)
     if rng.random() < settings.blur:
         tensor = torch.from_numpy(gray.astype(np.float32))[None, None]
         gray = gaussian_blur(tensor, float(rng.uniform(0.5, 2.0)))[0, 0].round().clamp(0, 255).numpy().astype(np.uint8)
-    if rng.random() < settings.dark:
+    if settings.dark and rng.random() < settings.dark:
         gray = (gray * rng.uniform(*DARK)).round().astype(np.uint8)
     if rng.random() < settings.noise:
-        sigma = math.exp(rng.uniform(0, math.log(settings.noise_sigma)))
+        sigma = 1 + (settings.noise_sigma - 1) * rng.random() ** settings.noise_power
         gray = (gray + rng.normal(0, sigma, gray.shape)).round().clip(0, 255).astype(np.uint8)
     if rng.random() < settings.jpeg:
         buffer = io.BytesIO()
         Image.fromarray(gray).save(buffer, "JPEG", quality=int(rng.integers(settings.jpeg_quality, 91)))
         gray = np.array(Image.open(buffer))
     return gray
+
+
+def tone_curve(rng: np.random.Generator) -> np.ndarray:
+    """A random curve of gray levels, (256,) uint8: often steep, and one in eight rises and falls, as between sensors of other bands."""
+    knots = np.linspace(0, 255, TONE_KNOTS)
+    values = rng.uniform(0, 255, TONE_KNOTS)
+    if rng.random() >= TONE_FALLING:
+        values = np.sort(values)
+    values = TONE_STRENGTH * values + (1 - TONE_STRENGTH) * knots
+    return np.interp(np.arange(256), knots, values).round().clip(0, 255).astype(np.uint8)
 
 
 def cast_shadow(gray: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -357,7 +381,7 @@ def make_pair(photo: np.ndarray, rng: np.random.Generator, settings: PairSetting
         gray_b, covered_b = _window(photo, b_to_photo, size, shrink, rng, settings.colour)
         if not _has_texture(gray_b):
             continue
-        if rng.random() < settings.layers:
+        if settings.layers and rng.random() < settings.layers:
             layer = draw_layer(photo, rng, H_ab, shrink, settings)
             gray_a, covered_a = _cover(gray_a, covered_a, *layer[0])
             gray_b, covered_b = _cover(gray_b, covered_b, *layer[1])

@@ -32,8 +32,6 @@ from .losses import OTHER_PLACE, SAME_PLACE
 from .patchdata import PatchSettings, turn_alike
 from .synthetic import PairSettings, degrade
 
-#: Files of a COLMAP model, binary or text; the second is what a folder is recognised by.
-MODEL_FILES = ("cameras", "images", "points3D")
 #: Images whose pyramids are kept in memory, in pixels of the originals.
 CACHED_PIXELS = 60_000_000
 #: Crops: fewest tracks both must show, frame without candidates, logarithms of the image's pixels a pixel, and how near a keypoint
@@ -58,7 +56,7 @@ class TrackSettings:
         angles: smallest and largest angle between the rays of two cameras to a point, as the median over what they share.
         min_shared: fewest 3D points that two images must share.
         detected: share of the places that are keypoints of the detector near a projected 3D point instead of the point itself.
-        near: how near a keypoint must be, at scale 1.
+        near: how near a keypoint must be.
         rotation: largest rotation of the second patch beyond the true one; small ones are more frequent.
         photometric: probabilities of gamma, blur, noise and compression (``synthetic.degrade``).
     """
@@ -71,7 +69,9 @@ class TrackSettings:
     near: float = 6.0
     rotation: float = 25.0
     photometric: PairSettings = field(
-        default_factory=lambda: PairSettings(gamma=0.3, blur=0.15, dark=0.05, noise=0.2, noise_sigma=12.0, jpeg=0.2)
+        default_factory=lambda: PairSettings(
+            gamma=0.3, tone=0.15, shadow=0.1, blur=0.15, dark=0.05, noise=0.2, noise_sigma=12.0, noise_power=3.0, jpeg=0.2
+        )
     )
 
 
@@ -108,8 +108,7 @@ class TrackScene:
         observations: for each image the indices (N,) into ``points`` and the positions (N,2), ours (the first pixel's centre is 0, 0).
         points: (P,3).
         settings: see ``TrackSettings``.
-        name: for messages.
-        cameras: what makes normalised coordinates (x / z, y / z) of positions, for each image; needed for ``posed_checks`` alone.
+        cameras: what makes normalised coordinates (x / z, y / z) of positions, for each image; needed for ``posed_pairs`` alone.
     """
 
     def __init__(
@@ -121,11 +120,10 @@ class TrackScene:
         observations: Sequence[tuple[np.ndarray, np.ndarray]],
         points: np.ndarray,
         settings: TrackSettings,
-        name: str,
         cameras: Sequence[Callable[[np.ndarray], np.ndarray]] = (),
     ):
         self.cameras = list(cameras)
-        self.images, self.name, self.settings = list(images), name, settings
+        self.images, self.settings = list(images), settings
         self.rotation, self.translation, self.focal = rotation, translation, focal
         self.observations, self.points = list(observations), points
         self.centre = -np.einsum("iab,ia->ib", rotation, translation)  # camera centres, -R^T t
@@ -154,8 +152,8 @@ class TrackScene:
         in_a, in_b = (self.points[both] @ self.rotation[i].T + self.translation[i] for i in (a, b))
         depth_a, depth_b = in_a[:, 2], in_b[:, 2]
         # A patch that faces camera a: its two axes, a small step long, seen by camera b.
-        turn = self.rotation[b] @ self.rotation[a].T
-        steps = turn[:, :2].T[None]  # (1,2,3) the x and y axes of a in the frame of b
+        a_to_b = self.rotation[b] @ self.rotation[a].T
+        steps = a_to_b[:, :2].T[None]  # (1,2,3) the x and y axes of a in the frame of b
         jacobian = steps[..., :2] / depth_b[:, None, None] - in_b[:, None, :2] * (steps[..., 2:] / depth_b[:, None, None] ** 2)
         # the rotation nearest to the (2,2) matrix whose columns are the images of the axes
         angle = np.arctan2(jacobian[:, 0, 1] - jacobian[:, 1, 0], jacobian[:, 0, 0] + jacobian[:, 1, 1])
@@ -210,7 +208,7 @@ def _read(model: Path) -> Any:
         raise DataError(f"{model} is no readable COLMAP model ({str(error).splitlines()[0]})") from error
 
 
-def read_scene(model: Path, images: Path, settings: TrackSettings | None = None, name: str = "") -> TrackScene:
+def read_scene(model: Path, images: Path, settings: TrackSettings | None = None) -> TrackScene:
     """A COLMAP model as a ``TrackScene``; images that cannot be found or read are left out.
 
     Raises:
@@ -248,7 +246,7 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None,
         observations.append((index, (xy[first] * factor - 0.5).astype(np.float32)))
     return TrackScene(
         files, np.array(rotation).reshape(-1, 3, 3), np.array(translation).reshape(-1, 3), np.array(focal), observations,
-        np.array(points, dtype=np.float64).reshape(-1, 3), settings, name or str(model), cameras,
+        np.array(points, dtype=np.float64).reshape(-1, 3), settings, cameras,
     )  # fmt: skip
 
 
@@ -312,6 +310,27 @@ class ImageCache:
         return entry
 
 
+def _first_of_views(
+    scenes: Sequence[TrackScene],
+    make: Callable[[TrackScene, tuple[int, int], np.random.Generator], dict[str, Tensor] | None],
+    rng: np.random.Generator,
+    wanted: str,
+) -> dict[str, Tensor]:
+    """What ``make`` makes of a random pair of views, the first one of which it can; scenes count by the square root of their pairs.
+
+    Raises:
+        DataError: none of ``ATTEMPTS`` pairs had what is ``wanted``.
+    """
+    weight = np.sqrt([len(scene.pairs) for scene in scenes])
+    for _ in range(ATTEMPTS):
+        scene = scenes[rng.choice(len(scenes), p=weight / weight.sum())]
+        pair = scene.pairs[rng.integers(len(scene.pairs))]
+        item = make(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
+        if item is not None:
+            return item
+    raise DataError(f"{ATTEMPTS} pairs of views in a row had no {wanted}; the reconstructions are too sparse")
+
+
 class TrackPatches(Dataset):
     """Patch pairs of tracks: index -> the pairs of two images of one reconstruction.
 
@@ -336,8 +355,6 @@ class TrackPatches(Dataset):
     ):
         self.scenes, self.detect, self.seed, self.length = list(scenes), detect, seed, length
         self.settings = patches or PatchSettings()
-        weight = np.sqrt([len(scene.pairs) for scene in self.scenes])
-        self.weight = weight / weight.sum()
         self.cache = ImageCache()
 
     def __len__(self) -> int:
@@ -352,14 +369,7 @@ class TrackPatches(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 3])
-        for _ in range(ATTEMPTS):
-            scene = self.scenes[rng.choice(len(self.scenes), p=self.weight)]
-            pair = scene.pairs[rng.integers(len(scene.pairs))]
-            item = self._cut(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
-            if item is not None:
-                return item
-        count = self.settings.per_view
-        raise DataError(f"{ATTEMPTS} pairs of views in a row had no {count} tracks apart; the reconstructions are too sparse")
+        return _first_of_views(self.scenes, self._cut, rng, f"{self.settings.per_view} tracks apart")
 
     def _cut(self, scene: TrackScene, pair: tuple[int, int], rng: np.random.Generator) -> dict[str, Tensor] | None:
         s, t = self.settings, scene.settings
@@ -373,7 +383,7 @@ class TrackPatches(Dataset):
         if n > PLACES * s.per_view:  # enough to choose from
             few = rng.permutation(n)[: PLACES * s.per_view]
             shared, scale_a, xy_a, xy_b, n = shared.take(few), scale_a[few], xy_a[few], xy_b[few], len(few)
-        moved, onto = self._to_keypoints(shared, scale_a, found_a.numpy(), found_b.numpy(), t, rng)
+        moved, onto = onto_keypoints(shared, found_a.numpy(), found_b.numpy(), t, rng)
         xy_a, xy_b = xy_a + moved, xy_b + onto
         order = rng.permutation(n)
         order = order[_apart(xy_a[order], s.min_distance) & _apart(xy_b[order], s.min_distance)]
@@ -381,8 +391,8 @@ class TrackPatches(Dataset):
         scale_b = scale_a * shared.scale * np.exp(s.scale_sigma * slip[:, 2])
         jitter = np.where((np.abs(onto).sum(axis=1) > 0)[:, None], 0.3, 1.0) * s.position_sigma
         xy_b = xy_b + jitter * scale_b[:, None] * slip[:, :2]
-        turn = rng.uniform(-1, 1, n)
-        extra = math.radians(t.rotation) * np.sign(turn) * np.abs(turn) ** 1.5
+        drawn = rng.uniform(-1, 1, n)
+        extra = math.radians(t.rotation) * np.sign(drawn) * np.abs(drawn) ** 1.5
         patches = []
         for pyramid, xy, size, angle in ((pyramid_a, xy_a, scale_a, 0 * extra), (pyramid_b, xy_b, scale_b, shared.angle + extra)):
             at, scales, angles = (torch.from_numpy(np.ascontiguousarray(v[order])).float() for v in (xy, size, angle))
@@ -392,31 +402,8 @@ class TrackPatches(Dataset):
         if len(kept) < s.per_view:
             return None
         anchor, positive = (_photometric(p[kept], rng, t.photometric) for p in patches)
-        turned = [turn_alike(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
-        return {"anchor": torch.stack([a for a, _ in turned]), "positive": torch.stack([p for _, p in turned])}
-
-    @staticmethod
-    def _to_keypoints(
-        shared: Shared, scale: np.ndarray, found_a: np.ndarray, found_b: np.ndarray, settings: TrackSettings, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Shifts (N,2) of the places in a and b onto keypoints near them: the nearest one of a, and what the detector found of it in b."""
-        moved, onto = np.zeros((len(shared), 2)), np.zeros((len(shared), 2))
-        chosen = rng.random(len(shared)) < settings.detected
-        if not len(found_a) or not chosen.any():
-            return moved, onto
-        distance = np.linalg.norm(shared.xy_a[:, None] - found_a[None], axis=2)
-        nearest = distance.argmin(axis=1)
-        chosen &= distance[np.arange(len(shared)), nearest] <= settings.near
-        moved[chosen] = found_a[nearest[chosen]] - shared.xy_a[chosen]
-        cos, sin = np.cos(shared.angle) * shared.scale, np.sin(shared.angle) * shared.scale
-        onto = np.stack([cos * moved[:, 0] - sin * moved[:, 1], sin * moved[:, 0] + cos * moved[:, 1]], axis=1)
-        if len(found_b):
-            expected = shared.xy_b + onto
-            distance = np.linalg.norm(expected[:, None] - found_b[None], axis=2)
-            nearest = distance.argmin(axis=1)
-            again = chosen & (distance[np.arange(len(shared)), nearest] <= 3.0)
-            onto[again] = found_b[nearest[again]] - shared.xy_b[again]
-        return moved, onto
+        rotated = [turn_alike(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
+        return {"anchor": torch.stack([a for a, _ in rotated]), "positive": torch.stack([p for _, p in rotated])}
 
 
 class TrackCrops(Dataset):
@@ -444,8 +431,6 @@ class TrackCrops(Dataset):
     ):
         self.scenes, self.detect, self.views, self.seed = list(scenes), detect, views, seed
         self.length, self.count = length, count
-        weight = np.sqrt([len(scene.pairs) for scene in self.scenes])
-        self.weight = weight / weight.sum()
         self.cache = ImageCache()
 
     def __len__(self) -> int:
@@ -460,21 +445,15 @@ class TrackCrops(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 5])
-        for _ in range(ATTEMPTS):
-            scene = self.scenes[rng.choice(len(self.scenes), p=self.weight)]
-            pair = scene.pairs[rng.integers(len(scene.pairs))]
-            item = self._crop(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
-            if item is not None:
-                return item
-        raise DataError(f"{ATTEMPTS} pairs of views in a row had no crops with {CROP_TRACKS} tracks; the reconstructions are too sparse")
+        return _first_of_views(self.scenes, self._crop, rng, f"crops with {CROP_TRACKS} tracks")
 
     def _crop(self, scene: TrackScene, pair: tuple[int, int], rng: np.random.Generator) -> dict[str, Tensor] | None:
         v = self.views
         shared = scene.shared(*pair)
         at = int(rng.integers(len(shared)))
         zoom_a = math.exp(rng.uniform(*CROP_ZOOM)) * max(1.0, 1 / shared.scale[at])
-        turn = rng.uniform(-1, 1)
-        extra = math.radians(v.rotation) * math.copysign(abs(turn) ** v.rotation_power, turn)
+        drawn = rng.uniform(-1, 1)
+        extra = math.radians(v.rotation) * math.copysign(abs(drawn) ** v.rotation_power, drawn)
         change = math.exp(rng.uniform(math.log(v.scale[0]), math.log(v.scale[1])) / 2)
         sides = []
         for number, xy, zoom, angle in (
@@ -552,6 +531,29 @@ def _apart(xy: np.ndarray, distance: float) -> np.ndarray:
     for i in range(len(xy)):
         kept[i] = not (near[i] & kept).any()
     return kept
+
+
+def onto_keypoints(
+    shared: Shared, found_a: np.ndarray, found_b: np.ndarray, settings: TrackSettings, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Shifts (N,2) of the places in a and b onto keypoints near them: the nearest one of a, and what the detector found of it in b."""
+    moved, onto = np.zeros((len(shared), 2)), np.zeros((len(shared), 2))
+    chosen = rng.random(len(shared)) < settings.detected
+    if not len(found_a) or not chosen.any():
+        return moved, onto
+    distance = np.linalg.norm(shared.xy_a[:, None] - found_a[None], axis=2)
+    nearest = distance.argmin(axis=1)
+    chosen &= distance[np.arange(len(shared)), nearest] <= settings.near
+    moved[chosen] = found_a[nearest[chosen]] - shared.xy_a[chosen]
+    cos, sin = np.cos(shared.angle) * shared.scale, np.sin(shared.angle) * shared.scale
+    onto = np.stack([cos * moved[:, 0] - sin * moved[:, 1], sin * moved[:, 0] + cos * moved[:, 1]], axis=1)
+    if len(found_b):
+        expected = shared.xy_b + onto
+        distance = np.linalg.norm(expected[:, None] - found_b[None], axis=2)
+        nearest = distance.argmin(axis=1)
+        again = chosen & (distance[np.arange(len(shared)), nearest] <= 3.0)
+        onto[again] = found_b[nearest[again]] - shared.xy_b[again]
+    return moved, onto
 
 
 def _photometric(patches: Tensor, rng: np.random.Generator, settings: PairSettings) -> Tensor:
