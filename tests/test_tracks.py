@@ -1,6 +1,7 @@
 """Reconstructions as training data: a textured plane seen by known cameras, written as a COLMAP model and read back."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tiepoints.training.tracks import (
     correct_share,
     find_models,
     onto_keypoints,
+    pack_scene,
     posed_pairs,
     read_scene,
     read_scenes,
@@ -234,6 +236,23 @@ def test_text_models_are_read_as_binary_ones(world, tmp_path):
     for one, two in ((text.shared(0, 1), binary.shared(0, 1)),):
         np.testing.assert_allclose(one.xy_a, two.xy_a, atol=1e-4)
         np.testing.assert_allclose(one.scale, two.scale, rtol=1e-6)
+
+
+def test_a_packed_reconstruction_is_read_as_the_model_it_was(world, scene, tmp_path, monkeypatch):
+    pack_scene(scene, tmp_path / "packed")
+    monkeypatch.setitem(sys.modules, "pycolmap", None)  # as where COLMAP is missing
+    (packed,) = read_scenes([tmp_path], CLEAN)
+    assert packed.pairs == scene.pairs
+    one, two = packed.shared(0, 1), scene.shared(0, 1)
+    np.testing.assert_allclose(one.xy_b, two.xy_b)
+    np.testing.assert_allclose(one.angle, two.angle)
+    xy = np.array([[0.0, 0.0], [319.0, 239.0], [101.3, 57.9]])
+    np.testing.assert_allclose(packed.cameras[0](xy), scene.cameras[0](xy), atol=1e-6)
+    check = PosedCheck([packed], "keynet-tiny")
+    assert check.patches(load("hardnet").fused()) > 0.1
+    (tmp_path / "packed" / "tracks.npz").write_bytes(b"PK nonsense")
+    with pytest.raises(DataError, match="pack it again"):
+        read_scenes([tmp_path])
 
 
 def test_the_cache_of_images_drops_those_used_longest_ago(world):

@@ -8,6 +8,7 @@ patches are cut at that scale and turned by that angle, so that what is left to 
 from __future__ import annotations
 
 import math
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from .losses import OTHER_PLACE, SAME_PLACE
 from .patchdata import PatchSettings, turn_alike
 from .synthetic import PairSettings, degrade
 
+#: A packed reconstruction: its file, and columns and rows of the table of each camera.
+PACKED = "tracks.npz"
+GRID_NODES = (65, 49)
 #: Images whose pyramids are kept in memory, in pixels of the originals.
 CACHED_PIXELS = 60_000_000
 #: Crops: fewest tracks both must show, frame without candidates, logarithms of the image's pixels a pixel, and how near a keypoint
@@ -266,18 +270,82 @@ class Unprojection:
         return np.asarray(self.camera.cam_from_img((xy.astype(np.float64) + 0.5) / self.factor)).reshape(-1, 2)
 
 
+@dataclass(frozen=True)
+class GridCamera:
+    """What ``Unprojection`` does, from a table: normalised coordinates at the nodes of a grid over the image, linear in between.
+
+    Attributes:
+        table: (N,M,2) at N rows and M columns of nodes, the outermost ones at the corners' pixels.
+        size: width and height of the image file in pixels.
+    """
+
+    table: np.ndarray
+    size: tuple[int, int]
+
+    def __call__(self, xy: np.ndarray) -> np.ndarray:
+        rows, columns = self.table.shape[:2]
+        at = xy / (np.array(self.size) - 1) * [columns - 1, rows - 1]
+        low = np.floor(at).astype(int).clip(0, [columns - 2, rows - 2])
+        x, y = (at - low).T[..., None]
+        i, j = low[:, 1], low[:, 0]
+        upper, lower = ((1 - x) * self.table[i + k, j] + x * self.table[i + k, j + 1] for k in (0, 1))
+        return (1 - y) * upper + y * lower
+
+
+def pack_scene(scene: TrackScene, folder: Path, *, quality: int = 80) -> None:
+    """Write a scene into a folder that needs no COLMAP to be read: ``tracks.npz``, and its images as JPEG of a quality."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names, sizes, tables = [], [], []
+    for number, (path, camera) in enumerate(zip(scene.images, scene.cameras, strict=True)):
+        with Image.open(path) as image:
+            names.append(f"{number:04}.jpg")
+            sizes.append(image.size)
+            image.convert("RGB").save(folder / names[-1], quality=quality)
+        axes = (np.linspace(0, side - 1, nodes) for side, nodes in zip(sizes[-1], GRID_NODES, strict=True))
+        nodes = np.stack(np.meshgrid(*axes), axis=-1)
+        tables.append(camera(nodes.reshape(-1, 2)).reshape(nodes.shape))
+    np.savez_compressed(
+        folder / PACKED, names=np.array(names), sizes=np.array(sizes), tables=np.array(tables, dtype=np.float32), rotation=scene.rotation,
+        translation=scene.translation, focal=scene.focal, points=scene.points, count=[len(index) for index, _ in scene.observations],
+        index=np.concatenate([index for index, _ in scene.observations]), xy=np.concatenate([xy for _, xy in scene.observations]),
+    )  # fmt: skip
+
+
+def read_packed(file: Path, settings: TrackSettings | None = None) -> TrackScene:
+    """A scene of ``pack_scene``; the limits of tracks are those it was packed with.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    try:
+        with np.load(file) as held:
+            a = dict(held)
+        ends = np.cumsum(a["count"])[:-1]
+        observations = list(zip(np.split(a["index"], ends), np.split(a["xy"], ends), strict=True))
+        cameras = [GridCamera(table, tuple(size)) for table, size in zip(a["tables"], a["sizes"].tolist(), strict=True)]
+        images = [file.parent / name for name in a["names"]]
+        return TrackScene(
+            images, a["rotation"], a["translation"], a["focal"], observations, a["points"], settings or TrackSettings(), cameras
+        )
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file} is no readable packed reconstruction ({error}); pack it again") from error
+
+
 def read_scenes(
     folders: Sequence[str | Path] | str | Path, settings: TrackSettings | None = None, log: Callable[[str], None] | None = None
 ) -> list[TrackScene]:
-    """Every reconstruction below ``folders`` that has pairs to train on.
+    """Every reconstruction below ``folders``, COLMAP models or packed ones (``pack_scene``), that has pairs to train on.
 
     Raises:
         FileNotFoundError, ImportError, DataError: see ``find_models`` and ``read_scene``; or no reconstruction has such a pair.
     """
     scenes = []
     for folder in [folders] if isinstance(folders, str | Path) else folders:
-        for model, images in find_models(folder):
-            scene = read_scene(model, images, settings)
+        packed = sorted(Path(folder).rglob(PACKED))
+        found = [(file, read_packed(file, settings)) for file in packed]
+        if not packed:
+            found = [(model, read_scene(model, images, settings)) for model, images in find_models(folder)]
+        for model, scene in found:
             if log is not None:
                 log(f"{model}: {len(scene.images)} images, {len(scene.points)} 3D points, {len(scene.pairs)} pairs of views")
             if scene.pairs:
