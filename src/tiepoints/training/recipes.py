@@ -293,7 +293,9 @@ def train_detector(
     ``<out>.checkpoint`` (to resume from) and ``<out>.log/`` (CSV and TensorBoard).
 
     Args:
-        preset: ``default``, ``paper`` or ``quick`` (``RECIPES``); sobelnet: ``default``, ``msip`` or ``quick``.
+        images: a folder of photographs, searched to the bottom, or several.
+        validation: folders of other photographs to validate on instead of a tenth of ``images``.
+        preset: a key of ``RECIPES`` (keynet), ``TINY_RECIPES`` or ``SOBELNET_RECIPES``.
         pairs: file of ``tiepoints pairs`` to train on instead of pairs made on the fly.
         overrides: fields of ``FitSettings``; ``None`` leaves the preset's value.
 
