@@ -437,7 +437,7 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
         (("desnet", "--dim", "96"), "dim must be one of"),
         (("keynet", "--dim", "64"), "--detector, --dim and --width are for desnet"),
         (("sobelnet", "--preset", "paper"), "preset must be one of default, msip, quick"),
-        (("keynet", "--init", "keynet"), "--init is for rekd"),
+        (("keynet", "--init", "sobelnet"), "weights sobelnet have other layers than keynet"),
         (("hardnet", "--preset", "paper"), "published patches"),
         (("hardnet", "--init", "keynet"), "no layer in common"),
     ):
@@ -497,7 +497,7 @@ def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
     ("words", "told"),
     [
         (["keynet", "--group-size", "8"], "rekd"),
-        (["keynet", "--init", "rekd"], "--init"),
+        (["keynet", "--init", "rekd"], "other layers"),
         (["rekd", "--patches", "."], "--patches"),
         (["rekd", "--init", "hardnet", "--steps", "1"], "HardNet"),
         (["rekd", "--dims", "0", "2", "2", "--steps", "1"], "fields"),

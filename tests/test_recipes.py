@@ -331,3 +331,18 @@ def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monk
     assert features.descriptors.shape == (len(features), 64)
     with pytest.raises(ValueError, match="candidates are found by"):
         train_desnet(photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})
+
+
+def test_a_detector_starts_from_given_weights(photos, tmp_path):
+    """A learning rate of nothing: what is written is what it started from, with the recipe's structure."""
+    torch.manual_seed(5)
+    first = KeyNet()
+    save(first, tmp_path / "first.safetensors", {})
+    still = {"init": tmp_path / "first.safetensors", "learning_rate": 1e-30, "average": 0.0}
+    train_detector("keynet", photos, tmp_path / "next.safetensors", **still, **DETECTOR_TINY)
+    found = load(tmp_path / "next.safetensors")
+    assert found.settings["structure"] == 0.5
+    for name, parameter in found.named_parameters():
+        torch.testing.assert_close(parameter, dict(first.named_parameters())[name])
+    with pytest.raises(WeightsError, match="other layers"):
+        train_detector("keynet", photos, tmp_path / "x.safetensors", init="keynet-tiny", **DETECTOR_TINY)

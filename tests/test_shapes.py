@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from tiepoints.detectors.keynet import KeyNet
+from tiepoints.detectors.keynet import STRUCTURE_SIGMA, KeyNet
 from tiepoints.filters import corner_strength, percentile_rank
 from tiepoints.geometry import warp_points
-from tiepoints.training.losses import GAUSSIAN_SIGMA, anchor_weight, gaussian_loss, local_cosine
+from tiepoints.keypoints import detect_peaks
+from tiepoints.training.losses import GAUSSIAN_SIGMA, anchor_weight, beside_structure, gaussian_loss, local_cosine
 from tiepoints.training.recipes import validation_score
 from tiepoints.training.shapes import WithShapes, draw_shapes, target_map
 from tiepoints.training.synthetic import PairDataset, PairSettings, make_pair
@@ -216,3 +217,53 @@ def test_validation_counts_repeated_keypoints_on_structure_alone():
     hidden = {**pair, "mask_a": torch.zeros(1, 112, 112)}
     one = bump(corner, 112)
     assert validation_score(Fixed(torch.cat([one, one])), [hidden]) == 0
+
+
+def test_scores_beside_structure_lose_against_those_on_corners():
+    """A constant network: what is left of its score is the corner strength."""
+    image = torch.full((1, 1, 80, 80), 0.2)
+    image[..., 30:60, 30:60] = 0.9
+    net = KeyNet(num_filters=2, num_blocks=1, structure=0.5).eval()
+    for parameter in net.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.ones_(net.last.bias)
+    with torch.inference_mode():
+        score = net(image)
+    assert torch.allclose(score, corner_strength(image, STRUCTURE_SIGMA) ** 0.5)
+    assert torch.allclose(net.fused()(image), score, atol=1e-6)
+    (found, _), *_ = detect_peaks(score, 4)
+    corners = torch.tensor([[x, y] for x in (29.5, 59.5) for y in (29.5, 59.5)])
+    assert float(torch.cdist(corners, found).amin(dim=1).max()) < 3
+    plain = KeyNet(num_filters=2, num_blocks=1).eval()
+    plain.load_state_dict(net.state_dict())
+    assert torch.equal(plain(image), torch.ones_like(image))  # as published
+    with pytest.raises(ValueError, match="structure must lie"):
+        KeyNet(structure=-1.0)
+    with pytest.raises(ValueError, match="structure must lie"):
+        KeyNet(num_filters=1, num_blocks=1, num_levels=1, merge=False, structure=0.5)
+
+
+def test_structure_lets_gradients_through_on_flat_images():
+    net = KeyNet(num_filters=2, num_blocks=1, structure=0.5).train()
+    image = torch.full((2, 1, 40, 40), 0.5)
+    image[0, 0, 10:20, 10:20] = 1.0
+    net(image).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
+def test_peaks_beside_structure_have_their_price():
+    score = torch.zeros(1, 1, 80, 80)
+    score[..., 30, 30], score[..., 30, 60] = 3.0, 1.0
+    score[..., 2, 2] = 50.0  # in the frame
+    anchor = torch.zeros_like(score)
+    anchor[..., 30, 60] = 1.0
+    everywhere = torch.ones_like(score)
+    assert float(beside_structure(score, anchor, everywhere)) == pytest.approx(0.75)
+    assert float(beside_structure(score, everywhere, everywhere)) == 0
+    hidden = everywhere.clone()
+    hidden[..., :40] = 0
+    assert float(beside_structure(score, anchor, hidden)) == 0
+    assert float(beside_structure(torch.zeros_like(score), anchor, everywhere)) == 0  # no peaks, no price, no nan
+    lowered = score.clone().requires_grad_(True)
+    beside_structure(lowered, anchor, everywhere).backward()
+    assert lowered.grad[0, 0, 30, 30] > 0 > lowered.grad[0, 0, 30, 60]

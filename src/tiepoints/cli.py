@@ -412,7 +412,7 @@ def train(
     ] = None,
     dim: Annotated[int | None, typer.Option(help="desnet: descriptor dimension, 128 (default) or 64.")] = None,
     width: Annotated[int | None, typer.Option(help="desnet: factor of its channels, 1 (default) to 4.")] = None,
-    init: Annotated[str | None, typer.Option(help="REKD and descriptors: weights to start from, a name or a file.")] = None,
+    init: Annotated[str | None, typer.Option(help="Weights to start from, a name or a file.")] = None,
     validation: Annotated[
         list[Path] | None, typer.Option(help="Folder of photographs to validate on, instead of a tenth of --images; repeatable.")
     ] = None,
@@ -443,8 +443,6 @@ def train(
         _fail("--pairs is for detectors; a descriptor trains on --images" + ", or on --patches" * (model in DESCRIPTORS))
     if model not in DESCRIPTORS and patches is not None:
         _fail("--patches is for descriptors (hardnet, hynet, sosnet)")
-    if model in MODELS and init is not None:
-        _fail("--init is for rekd, rekd-light and descriptors (hardnet, hynet, sosnet, desnet)")
     if model not in REKD_SIZES and (group_size is not None or dims is not None):
         _fail("--group-size and --dims are for rekd and rekd-light")
     if model != "desnet" and (detector is not None or dim is not None or width is not None):
@@ -463,7 +461,7 @@ def train(
         elif model in REKD_SIZES:
             result = train_rekd(model, images, out, pairs=pairs, init=init, group_size=group_size, dims=dims, **options)
         else:
-            result = train_detector(model, images, out, pairs=pairs, **options)
+            result = train_detector(model, images, out, pairs=pairs, init=init, **options)
     except (*USER_ERRORS, RuntimeError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..filters import binomial_blur, resize, sobel
+from ..filters import binomial_blur, corner_strength, resize, sobel
 from ..packed import OneMapConv
 from ..strips import by_strips
 
@@ -38,6 +38,8 @@ FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafte
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
 #: What follows the last convolution.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
+#: Window of the structure tensor that ``structure`` multiplies the score by, in pixels.
+STRUCTURE_SIGMA = 2.0
 STRIP_PIXELS = 300_000  # bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
 
 
@@ -61,6 +63,19 @@ def handcrafted_channels(image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SET
         else:
             channels.append(made[name])
     return channels
+
+
+def on_structure(score: Tensor, image: Tensor, power: float) -> Tensor:
+    """Scores (B,1,H,W) times a power of ``filters.corner_strength`` of their gray image (B,1,H,W).
+
+    A network trained on homographies alone learns to answer beside edges, because there a keypoint moves with the plane as well as on a
+    corner. The smaller eigenvalue of the structure tensor is small there, so such answers lose against those on corners.
+    """
+    if not power:
+        return score
+    with torch.no_grad():  # the image is given, and the derivative of a power at 0 is infinite
+        factor = corner_strength(image.float(), STRUCTURE_SIGMA).clamp(min=0) ** power
+    return score * factor
 
 
 def pyramid_level_size(height: int, width: int, factor: float) -> tuple[int, int]:
@@ -114,6 +129,8 @@ class KeyNet(nn.Module):
             which needs one filter and one level (Tiny-Key.Net).
         score: what follows the last convolution: ``relu`` as published, or ``softplus``, which never becomes 0 everywhere and so can
             be trained by losses of peaks alone (docs/training.md). Refused without ``merge``.
+        structure: 0 as published; above 0 the score is multiplied by this power of the image's corner strength (``on_structure``). Refused
+            without ``merge``.
 
     Raises:
         ValueError: an argument is outside these limits.
@@ -132,10 +149,13 @@ class KeyNet(nn.Module):
         handcrafted: str = "both",
         merge: bool = True,
         score: str = "relu",
+        structure: float = 0.0,
     ):
         super().__init__()
         if score not in SCORES or (not merge and score != "relu"):
             raise ValueError(f"score must be one of {', '.join(SCORES)}, and relu without merge; got {score!r}")
+        if not 0 <= structure <= 2 or (not merge and structure):
+            raise ValueError(f"structure must lie in [0, 2], and be 0 without merge; got {structure}")
         for name, value in (("num_filters", num_filters), ("num_blocks", num_blocks), ("num_levels", num_levels)):
             if int(value) != value or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1 up, got {value}")
@@ -160,6 +180,7 @@ class KeyNet(nn.Module):
             "handcrafted": handcrafted,
             "merge": merge,
             "score": score,
+            "structure": float(structure),
         }
         #: Constant (x, y) in pixels by which the trained network answers beside a thing; extraction takes it off.
         self.offset: tuple[float, float] = (0.0, 0.0)
@@ -208,7 +229,9 @@ class KeyNet(nn.Module):
         size = (image.shape[-2], image.shape[-1])
         maps = [resize(self.blocks(self.first(level)), size) for level in self.level_images(image)]  # each (B,M,H,W)
         volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
-        return volume if self.last is None else SCORES[self.settings["score"]](self.last(volume))
+        if self.last is None:
+            return volume
+        return on_structure(SCORES[self.settings["score"]](self.last(volume)), image, self.settings["structure"])
 
     def fused(self) -> FusedKeyNet:
         """The same function for inference, faster: see ``FusedKeyNet``."""
@@ -232,7 +255,7 @@ class FusedKeyNet(nn.Module):
         self.filters = net.settings["num_filters"]
         self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
         self.merges = net.last is not None
-        self.score = net.settings["score"]
+        self.score, self.structure = net.settings["score"], net.settings["structure"]
         if net.last is not None:
             # The last convolution is a sum over levels: adding up its parts spares a volume of all levels' maps.
             parts = net.last.weight.split(self.filters, dim=1)
@@ -248,7 +271,7 @@ class FusedKeyNet(nn.Module):
         score: Tensor | float = 0.0
         for level, merge in zip(levels, self.merge, strict=True):
             score = score + merge(resize(self._learned(level), size))
-        return SCORES[self.score](score)  # type: ignore[arg-type]
+        return on_structure(SCORES[self.score](score), image, self.structure)  # type: ignore[arg-type]
 
     def _learned(self, level: Tensor) -> Tensor:
         """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""

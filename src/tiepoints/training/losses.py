@@ -281,6 +281,26 @@ def anchor_weight(image: Tensor, pull: float = 0.0) -> Tensor:
         return ramp * (1 - pull + pull * strength / max_filter(strength, ANCHOR_WINDOW).clamp(min=1e-12))
 
 
+def beside_structure(score: Tensor, anchor: Tensor, mask: Tensor, *, window: int = GAUSSIAN_WINDOW, border: int = BORDER) -> Tensor:
+    """Share of the heights of an image's peaks that lies beside structure, mean over the images.
+
+    Args:
+        score: (B,1,S,S) score maps >= 0.
+        anchor: (B,1,S,S) in [0,1], ``anchor_weight``.
+        mask: (B,1,S,S), 1 where a peak counts.
+        window: odd side in pixels of the area that a peak is the maximum of.
+        border: frame of each map that never counts.
+
+    Returns:
+        scalar in [0,1].
+    """
+    score = score * border_mask(score, border) * mask
+    peak = (score.detach() == max_filter(score.detach(), window)) & (score > 0)
+    height = score * peak
+    share = (height * (1 - anchor)).sum(dim=(1, 2, 3)) / height.sum(dim=(1, 2, 3)).clamp(min=torch.finfo(score.dtype).tiny)
+    return share.mean()
+
+
 def _gaussian_one_way(
     score: Tensor, other: Tensor, visible: Tensor, window: int, sigma: float, anchor: Tensor | None, target: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

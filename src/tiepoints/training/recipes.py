@@ -35,6 +35,7 @@ from .candidates import CandidatePairs
 from .loop import FitResult, FitSettings, Loss, fit
 from .losses import (
     BORDER,
+    beside_structure,
     circle_loss,
     gaussian_loss,
     hardnet_loss,
@@ -69,7 +70,9 @@ class Recipe:
         fit: schedule (``loop.FitSettings``).
         kind: what places points: ``msip`` or ``gaussian``.
         loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
-        anchored: Gaussian loss: only peaks on structure count (``losses.anchor_weight``).
+        structure: of the network (``KeyNet``).
+        beside: weight of ``losses.beside_structure``, with ``msip``.
+        anchored: pairs have anchors (``shapes.WithShapes``). Gaussian loss: only peaks on structure count (``losses.anchor_weight``).
         shapes, pull: of ``shapes.WithShapes``, where ``anchored``.
         balance: weight of the orientation loss, where there is one (REKD: 100).
         checks, check_pairs, check_size: validation: pair preset, number and side of pairs of held-out photographs.
@@ -79,6 +82,8 @@ class Recipe:
     fit: FitSettings = field(default_factory=FitSettings)
     kind: str = "msip"
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
+    structure: float = 0.0
+    beside: float = 0.0
     anchored: bool = False
     shapes: float = 0.0
     pull: float = 0.0
@@ -88,14 +93,18 @@ class Recipe:
     check_size: int = 320
 
 
-#: Key.Net on structure: what SobelNet learns by, on pairs of several layers (docs/training.md).
-_ANCHORED = Recipe(
-    pairs="layers", fit=FitSettings(learning_rate=5e-3, validate_every=50), kind="gaussian", loss={}, anchored=True, checks="layers"
-)
+#: Key.Net on structure: M-SIP as below, scores times the root of corner strength, and a price on peaks beside structure (docs/training.md).
+_ON_STRUCTURE = Recipe(
+    pairs="layers", fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50), structure=0.5, beside=100.0, anchored=True,
+    checks="layers",
+)  # fmt: skip
 RECIPES: dict[str, Recipe] = {
-    "default": _ANCHORED,
-    # Keypoints on the very corner; of real scenes fewer are matched (docs/diary.md).
-    "corners": dataclasses.replace(_ANCHORED, shapes=0.2, pull=1.0),
+    "default": _ON_STRUCTURE,
+    # Keypoints on the very corner, by SobelNet's loss and drawn shapes; fewer repeat (docs/diary.md).
+    "corners": Recipe(
+        pairs="layers", fit=FitSettings(learning_rate=5e-3, validate_every=50), kind="gaussian", loss={}, anchored=True, shapes=0.2,
+        pull=1.0, checks="layers",
+    ),
     "msip": Recipe(),
     # Paper 5.3 (batch 32, Adam 1e-3 halved after 30 of 45 epochs of 9,000 pairs, here a cosine); loss of its TensorFlow code.
     "paper": Recipe(
@@ -104,7 +113,7 @@ RECIPES: dict[str, Recipe] = {
         loss={"weighting": "softmax", "visibility": "any", "empty": "ignore"},
     ),
     # A look at whether one's own images train at all.
-    "quick": dataclasses.replace(_ANCHORED, fit=dataclasses.replace(_ANCHORED.fit, steps=150)),
+    "quick": dataclasses.replace(_ON_STRUCTURE, fit=dataclasses.replace(_ON_STRUCTURE.fit, learning_rate=3e-3, steps=150)),
 }
 #: Tiny-Key.Net lies on structure by Key.Net's published loss already; it has few parameters and takes larger steps.
 _TINY = Recipe(fit=FitSettings(learning_rate=2e-2))
@@ -120,11 +129,6 @@ SOBELNET_RECIPES: dict[str, Recipe] = {
     "msip": Recipe(fit=FitSettings(validate_every=25)),
     "quick": Recipe(fit=FitSettings(learning_rate=5e-3, steps=150, validate_every=50), kind="gaussian", loss={}),
 }
-
-
-def _soft_keynet() -> KeyNet:
-    """Key.Net whose score cannot die: of the Gaussian loss a map of zeros is a perfect answer, which ReLU does not leave again."""
-    return KeyNet(score="softplus")
 
 
 MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {"keynet": KeyNet, "keynet-tiny": KeyNet.tiny, "sobelnet": SobelNet}
@@ -279,6 +283,7 @@ def train_detector(
     *,
     preset: str = "default",
     pairs: str | Path | None = None,
+    init: str | Path | None = None,
     validation: Folders | None = None,
     device: str = "auto",
     devices: int = 1,
@@ -297,33 +302,59 @@ def train_detector(
         validation: folders of other photographs to validate on instead of a tenth of ``images``.
         preset: a key of ``RECIPES`` (keynet), ``TINY_RECIPES`` or ``SOBELNET_RECIPES``.
         pairs: file of ``tiepoints pairs`` to train on instead of pairs made on the fly.
+        init: weights to start from (a name or a file), of a network with the same layers.
         overrides: fields of ``FitSettings``; ``None`` leaves the preset's value.
 
     Raises:
         FileNotFoundError, DataError: no folder, or fewer than two usable images.
         ValueError: unknown model or preset.
+        WeightsError: ``init`` names no weights, or those of another network.
     """
     if model not in MODELS:
         raise ValueError(f"model must be one of {', '.join(MODELS)}; got {model!r}")
     recipe = _recipe({"keynet": RECIPES, "keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES}[model], preset)
     given = _given(overrides)
-    make: Callable[[], KeyNet | SobelNet] = MODELS[model]
-    if model == "keynet" and recipe.kind == "gaussian":
-        make = _soft_keynet
+
+    def make() -> KeyNet | SobelNet:
+        # of the Gaussian loss a map of zeros is a perfect answer, which ReLU does not leave again
+        if model == "keynet":
+            return KeyNet(score="softplus" if recipe.kind == "gaussian" else "relu", structure=recipe.structure)
+        return MODELS[model]()
+
+    start = None if init is None else load(init)
+
+    def begin() -> nn.Module:
+        net = floored_tiny() if model == "keynet-tiny" and preset != "paper" else make()
+        if start is not None:
+            mine, theirs = ({key: value.shape for key, value in n.state_dict().items()} for n in (net, start))
+            if mine != theirs:
+                raise WeightsError(f"weights {init} have other layers than {model}; start from weights of its own kind")
+            net.load_state_dict(start.state_dict())
+        return net
+
     if pairs is not None and recipe.anchored:
         say("pairs of a file have no anchors: every repeated peak counts")
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         score_a, score_b = network(_both_views(batch)).float().chunk(2)
-        known = ("mask_a", "mask_b", "anchor_a", "anchor_b", "target_a", "target_b")
-        options: dict[str, Any] = {**recipe.loss, **{key: batch[key] for key in known if key in batch}}
-        return (gaussian_loss if recipe.kind == "gaussian" else msip_loss)(score_a, score_b, batch["H_ab"], **options)
+        masks: dict[str, Any] = {key: batch[key] for key in ("mask_a", "mask_b")}
+        if recipe.kind == "gaussian":
+            anchors: dict[str, Any] = {key: batch[key] for key in ("anchor_a", "anchor_b", "target_a", "target_b") if key in batch}
+            return gaussian_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks, **anchors)
+        total, numbers = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
+        if recipe.beside and "anchor_a" in batch:
+            sides = ((score_a, "a"), (score_b, "b"))
+            each = [beside_structure(score, batch[f"anchor_{side}"], batch[f"mask_{side}"]) for score, side in sides]
+            beside = (each[0] + each[1]) / 2
+            total = total + recipe.beside * beside
+            numbers = {**numbers, "loss": total.item(), "beside": beside.item()}
+        return total, numbers
 
     return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **given)),
-        floored_tiny if model == "keynet-tiny" and preset != "paper" else make, make, loss, validation_score,
-        told={"model": model, "preset": preset}, pairs=pairs, validation=validation, device=device, devices=devices,
-        resume=resume, progress=progress, say=say,
+        begin, make, loss, validation_score,
+        told={"model": model, "preset": preset, "init": Path(init or "").name}, pairs=pairs, validation=validation, device=device,
+        devices=devices, resume=resume, progress=progress, say=say,
     )  # fmt: skip
 
 
@@ -389,7 +420,7 @@ def train_rekd(
         total = place + recipe.balance * turn
         return total, {**numbers, "loss": total.item(), "place": place.item(), "orientation": turn.item(), "agree": more["agree"]}
 
-    told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": str(init or "")}
+    told = {"model": model, "preset": preset, "group": group, "dims": list(settings["dims"]), "init": Path(init or "").name}
     return _train_score_map(
         images, out, dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, **_given(overrides))),
         begin, fresh, loss, oriented_score,
@@ -656,7 +687,7 @@ def train_descriptor(
         score = matching_score(describe, checks)
         return score if posed is None else (score + posed.patches(describe)) / 2
 
-    told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": str(init or "")}
+    told = {"model": model, "preset": preset, "patches": str(patches or ""), "init": Path(init or "").name}
     if scenes:
         told["reconstructions"] = _names(reconstructions)
     return _fit_descriptor(
@@ -872,7 +903,10 @@ def train_desnet(
         return score if posed is None else (score + posed.dense(describe, dim)) / 2
 
     # the detector's weights, not its name: retrained in between, it would give other candidates
-    told = {"model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "width": width, "init": str(init or "")}
+    told = {
+        "model": "desnet", "preset": preset, "detector": weights_checksum(finder), "dim": dim, "width": width,
+        "init": Path(init or "").name,
+    }  # fmt: skip
     if scenes:
         told["reconstructions"] = _names(reconstructions)
     return _fit_descriptor(
