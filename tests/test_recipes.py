@@ -341,7 +341,7 @@ def test_a_detector_starts_from_given_weights(photos, tmp_path):
     still = {"init": tmp_path / "first.safetensors", "learning_rate": 1e-30, "average": 0.0}
     train_detector("keynet", photos, tmp_path / "next.safetensors", **still, **DETECTOR_TINY)
     found = load(tmp_path / "next.safetensors")
-    assert found.settings["structure"] == 0.5
+    assert found.settings["structure"] == 0.25
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter, dict(first.named_parameters())[name])
     with pytest.raises(WeightsError, match="other layers"):

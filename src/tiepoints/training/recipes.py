@@ -93,9 +93,9 @@ class Recipe:
     check_size: int = 320
 
 
-#: Key.Net on structure: M-SIP as below, scores times the root of corner strength, and a price on peaks beside structure (docs/training.md).
+#: Key.Net on structure: M-SIP as below, scores times the fourth root of corner strength, and a price on peaks beside structure (docs/training.md).
 _ON_STRUCTURE = Recipe(
-    pairs="layers", fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50), structure=0.5, beside=100.0, anchored=True,
+    pairs="layers", fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50), structure=0.25, beside=150.0, anchored=True,
     checks="layers",
 )  # fmt: skip
 RECIPES: dict[str, Recipe] = {
