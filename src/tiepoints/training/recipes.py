@@ -93,7 +93,7 @@ class Recipe:
     check_size: int = 320
 
 
-#: Key.Net on structure: M-SIP as below, scores times the fourth root of corner strength, and a price on peaks beside structure (docs/training.md).
+#: Key.Net on structure: M-SIP, scores times the fourth root of corner strength, a price on peaks beside structure (docs/training.md).
 _ON_STRUCTURE = Recipe(
     pairs="layers", fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50), structure=0.25, beside=150.0, anchored=True,
     checks="layers",
