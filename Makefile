@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # torch comes first and pinned: the registry's newest one would bring gigabytes of CUDA.
 .venv/ready: pyproject.toml constraints.txt
@@ -12,14 +12,20 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/python examples/stereo_demo.py --out demo
+	$(BIN)/python examples/stereo_demo.py --output demo
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# The documentation site: build/docs/index.html. Warnings are errors; nothing is downloaded.
+docs: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 
 # OXFORD: a folder with the sequences graf, boat, bikes and leuven (PNG images 1..6 and H_1_k)
 OXFORD ?= ../shared/data/oxford

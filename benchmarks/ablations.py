@@ -1,10 +1,13 @@
-"""Design choices of the Key.Net paper at a small budget: M-SIP windows and handcrafted filters (figure 5), levels and base (table 1).
+"""Design choices of the Key.Net paper at a small budget: M-SIP windows and handcrafted filters
+(figure 5), levels and base (table 1).
 
-Every network sees the same pairs in the same order and differs from the paper's in one choice. Two scores on held-out photographs:
-``ours`` is the validation measure of training (3 px mutual repeatability, matches of 150), ``paper`` the published one (location
-only, overlap 0.6, top 25). Rows are written one by one; a run that is started again goes on where it stopped.
+Every network sees the same pairs in the same order and differs from the paper's in one choice. Two
+scores on held-out photographs: ``ours`` is the validation measure of training (3 px mutual
+repeatability, matches of 150), ``paper`` the published one (location only, overlap 0.6, top 25).
+Rows are written one by one; a run that is started again goes on where it stopped.
 
-    python benchmarks/ablations.py PHOTOS --out ablations.json [--steps 200] [--batch-size 4] [--size 160] [--only NAME]
+    python benchmarks/ablations.py PHOTOS --out ablations.json [--steps 200] [--batch-size 4] \\
+        [--size 160] [--only NAME]
     python benchmarks/ablations.py --table seed0.json seed1.json
 """
 
@@ -23,42 +26,69 @@ import torch
 from torch import Tensor
 
 from common import machine
-from tiepoints.detectors.keynet import KeyNet
-from tiepoints.evaluation.metrics import keynet_points, keynet_repeatability, mutual_matches
+from tiepoints.datasets.pairs import PairFile, write_pairs
+from tiepoints.datasets.synthetic import (
+    PRESETS,
+    PairDataset,
+    list_photos,
+    split_photos,
+    usable_photos,
+)
+from tiepoints.files import write_json
 from tiepoints.geometry import warp_points
 from tiepoints.keypoints import detect_peaks
-from tiepoints.training.loop import FitSettings, fit
+from tiepoints.metrics.repeatability import keynet_points, keynet_repeatability, mutual_matches
+from tiepoints.models.keynet import KeyNet
+from tiepoints.training.loop import FitSettings, RunOptions, Task, Trainer
 from tiepoints.training.losses import WINDOW_WEIGHTS, WINDOWS, msip_loss
-from tiepoints.training.pairs import PairFile, write_pairs
-from tiepoints.training.recipes import RECIPES, VALIDATION_POINTS, VALIDATION_SEED, validation_score
-from tiepoints.training.synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
+from tiepoints.training.presets import RECIPES
+from tiepoints.training.validation import VALIDATION_POINTS, VALIDATION_SEED, validation_score
 
 PAPER_POINTS = 25
-#: A short training may end with a map of zeros; the row is then trained again from another seed, at most so many in all.
+#: A short training may end with a map of zeros; the row is then trained again from another seed, at
+#: most so many in all.
 SEEDS = 4
 RECIPE = RECIPES["msip"]
 FULL = "M-SIP 8 16 24 32 40"
 
 
 def variants() -> dict[str, dict[str, Any]]:
-    """Row -> part of the paper, options of the network and of the loss, and the published repeatability (%) or None.
+    """Row -> part of the paper, options of the network and of the loss, and the published
+    repeatability (%) or None.
 
-    The check marks of figure 5 (left) are lost in the text we have; the order of its rows is taken to be: growing from the
-    smallest window, then growing from the largest one, then all. Its right half and table 1b exist as plots only.
+    The check marks of figure 5 (left) are lost in the text we have; the order of its rows is taken
+    to be: growing from the smallest window, then growing from the largest one, then all. Its right
+    half and table 1b exist as plots only.
     """
     rows: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, part: str, published: float | None = None, net: dict | None = None, loss: dict | None = None) -> None:
+    def add(
+        name: str,
+        part: str,
+        published: float | None = None,
+        net: dict | None = None,
+        loss: dict | None = None,
+    ) -> None:
         rows[name] = {"part": part, "published": published, "net": net or {}, "loss": loss or {}}
 
     add(FULL, "figure 5, left", 79.1)
     for sides, published in (((0, 1), 70.5), ((0, 2), 74.6), ((0, 3), 76.8), ((0, 4), 77.6)):
         chosen = slice(*sides)
         windows, weights = WINDOWS[chosen], WINDOW_WEIGHTS[chosen]
-        add("M-SIP " + " ".join(map(str, windows)), "figure 5, left", published, loss={"windows": windows, "weights": weights})
+        add(
+            "M-SIP " + " ".join(map(str, windows)),
+            "figure 5, left",
+            published,
+            loss={"windows": windows, "weights": weights},
+        )
     for first, published in ((4, 65.7), (3, 71.4), (2, 73.2), (1, 74.9)):
         windows, weights = WINDOWS[first:], WINDOW_WEIGHTS[first:]
-        add("M-SIP " + " ".join(map(str, windows)), "figure 5, left", published, loss={"windows": windows, "weights": weights})
+        add(
+            "M-SIP " + " ".join(map(str, windows)),
+            "figure 5, left",
+            published,
+            loss={"windows": windows, "weights": weights},
+        )
     for blocks in (1, 2, 3):
         for handcrafted in ("both", "first", "second", "none"):
             if (blocks, handcrafted) != (3, "both"):
@@ -75,33 +105,56 @@ def scores(net: torch.nn.Module, pairs: list[dict[str, Tensor]]) -> dict[str, fl
     """Both measures, mean over the pairs."""
     ours, paper = [], []
     for pair in pairs:
-        (xy_a, _), (xy_b, _) = detect_peaks(net(torch.stack([pair["image_a"], pair["image_b"]])), 1000)
+        (xy_a, _), (xy_b, _) = detect_peaks(
+            net(torch.stack([pair["image_a"], pair["image_b"]])), 1000
+        )
         h, w = pair["image_a"].shape[-2:]
-        found = mutual_matches(xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_points=VALIDATION_POINTS)[0]
+        found = mutual_matches(
+            xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=VALIDATION_POINTS
+        )[0]
         ours.append(found / VALIDATION_POINTS)
-        a, b = keynet_points(xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_points=PAPER_POINTS)
+        a, b = keynet_points(xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=PAPER_POINTS)
         in_a = warp_points(xy_b[b].double(), torch.linalg.inv(pair["H_ab"].double()))
         one_a, one_b = torch.ones(len(a)), torch.ones(len(b))
         paper.append(float(keynet_repeatability(xy_a[a], one_a, in_a, one_b)["rep_L"] or 0.0))
     return {"ours": sum(ours) / len(ours), "paper": sum(paper) / len(paper)}
 
 
-def train(row: dict[str, Any], pairs: Path, validation: list[dict[str, Tensor]], settings: FitSettings, seed: int) -> dict[str, float]:
+def train(
+    row: dict[str, Any],
+    pairs: Path,
+    validation: list[dict[str, Tensor]],
+    settings: FitSettings,
+    seed: int,
+) -> dict[str, float]:
     torch.manual_seed(seed)
     net = KeyNet(**row["net"]).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss(network, batch):
         n = len(batch["image_a"])
-        both = torch.cat([batch["image_a"], batch["image_b"]]).contiguous(memory_format=torch.channels_last)
+        both = torch.cat([batch["image_a"], batch["image_b"]]).contiguous(
+            memory_format=torch.channels_last
+        )
         scores = network(both).float()
         options = {**RECIPE.loss, **row["loss"]}
-        return msip_loss(scores[:n], scores[n:], batch["H_ab"], mask_a=batch["mask_a"], mask_b=batch["mask_b"], **options)
+        return msip_loss(
+            scores[:n],
+            scores[n:],
+            batch["H_ab"],
+            mask_a=batch["mask_a"],
+            mask_b=batch["mask_b"],
+            **options,
+        )
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = Path(scratch) / "checkpoint"
-        make = lambda length: PairFile(pairs, length=length, seed=seed)  # noqa: E731
-        fit(net, make, loss, lambda n: validation_score(n, validation[:1]), settings, checkpoint, device="cpu", progress=False)
+        task = Task(
+            lambda length: PairFile(pairs, length=length, seed=seed),
+            loss,
+            lambda n: validation_score(n, validation[:1]),
+        )
+        run = RunOptions("cpu", progress=False, workers=0, save_every=math.inf)
+        Trainer(net, task, settings, Path(scratch) / "checkpoint", run).fit()
     seconds = time.perf_counter() - started
     fused = net.eval().fused()
     with torch.inference_mode():
@@ -114,7 +167,10 @@ def markdown(contents: list[dict[str, Any]]) -> str:
     for content in contents:
         for row in content["rows"]:
             rows[row["name"]].append(row)
-    lines = ["| part | choice | parameters | ours % | paper's measure % | published % |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| part | choice | parameters | ours % | paper's measure % | published % |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, found in rows.items():
         if not found:
             continue
@@ -129,7 +185,9 @@ def markdown(contents: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("photos", type=Path, nargs="?")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
@@ -138,7 +196,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", help="rows whose name contains this")
-    parser.add_argument("--table", type=Path, nargs="+", help="print the table of results files of different seeds and end")
+    parser.add_argument(
+        "--table",
+        type=Path,
+        nargs="+",
+        help="print the table of results files of different seeds and end",
+    )
     args = parser.parse_args()
     if args.table:
         print(markdown([json.loads(path.read_text()) for path in args.table]))
@@ -151,9 +214,7 @@ def main() -> None:
         batch_size=args.batch_size,
         validate_every=args.steps,
         average=0.98,
-        workers=0,
         seed=args.seed,
-        save_every=math.inf,
     )
     budget = {k: getattr(args, k) for k in ("steps", "batch_size", "size", "seed", "threads")}
     content: dict[str, Any] = {"machine": machine(), "budget": budget, "rows": []}
@@ -162,12 +223,23 @@ def main() -> None:
         if content["budget"] != budget:
             parser.error(f"{args.out} was made with {content['budget']}; choose another --out")
     training, held_out = split_photos(usable_photos(list_photos(args.photos))[0])
-    checks = PairDataset(held_out, replace(PRESETS["default"], size=RECIPE.check_size), seed=VALIDATION_SEED, length=RECIPE.check_pairs)
+    checks = PairDataset(
+        held_out,
+        replace(PRESETS["default"], size=RECIPE.check_size),
+        seed=VALIDATION_SEED,
+        length=RECIPE.check_pairs,
+    )
     validation = [checks[i] for i in range(len(checks))]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "pairs.safetensors"
-        write_pairs(pairs, training, replace(PRESETS["default"], size=args.size), args.steps * args.batch_size, seed=args.seed)
+        write_pairs(
+            pairs,
+            training,
+            replace(PRESETS["default"], size=args.size),
+            args.steps * args.batch_size,
+            seed=args.seed,
+        )
         done = {row["name"] for row in content["rows"]}
         for name, row in variants().items():
             if name in done or (args.only and args.only not in name):
@@ -177,12 +249,19 @@ def main() -> None:
                 if found["paper"] > 0:
                     break  # otherwise the map fell to zero, from where no gradient leads back
             parameters = sum(p.numel() for p in KeyNet(**row["net"]).parameters())
-            facts = {"part": row["part"], "published": row["published"], "parameters": parameters, "seed": seed}
+            facts = {
+                "part": row["part"],
+                "published": row["published"],
+                "parameters": parameters,
+                "seed": seed,
+            }
             content["rows"].append({"name": name, **facts, **found})
-            beside = args.out.with_suffix(".part")
-            beside.write_text(json.dumps(content, indent=1) + "\n")
-            beside.replace(args.out)
-            print(f"{name:28} ours {found['ours']:.3f}  paper's {found['paper']:.3f}  {found['seconds']:.0f} s", flush=True)
+            write_json(args.out, content)
+            print(
+                f"{name:28} ours {found['ours']:.3f}  paper's {found['paper']:.3f}  "
+                f"{found['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Mirror bias: median offset between detections on an image and on its mirror image, flipped back.
 
-An unbiased detector finds mirrored points in the mirror image. For every level of the pyramid, the strongest 500 points
-of image and mirror image are paired (mutual nearest within 6 px of the level); half the median difference would be the
-offset of the detector itself; the whole median is printed, in pixels of the level.
+An unbiased detector finds mirrored points in the mirror image. For every level of the pyramid, the
+strongest 500 points of image and mirror image are paired (mutual nearest within 6 px of the level);
+half the median difference would be the offset of the detector itself; the whole median is printed,
+in pixels of the level.
 
     python benchmarks/bias.py FOLDER [--systems keynet,keynet-tiny,FILE] [--out bias.json]
 """
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from common import load_network, sequence_images
-from tiepoints.evaluation.bias import mirror_offsets
 from tiepoints.image import load_image
+from tiepoints.metrics.bias import mirror_offsets
 from tiepoints.pyramid import build_pyramid
 
 
@@ -35,14 +36,25 @@ def main() -> None:
         for path in sequence_images(args.folder):
             for number, level in enumerate(build_pyramid(load_image(path)).levels):
                 for flip in (-1, -2):
-                    found = mirror_offsets(net, level.image, flip, offset=net.offset, threshold=threshold)
+                    found = mirror_offsets(
+                        net, level.image, flip, offset=net.offset, threshold=threshold
+                    )
                     levels.setdefault(number, {-1: [], -2: []})[flip].append(found)
         for number, both in levels.items():
             x, y = (torch.cat(both[flip]) for flip in (-1, -2))
             rows.append(
-                {"system": Path(system).name, "level": number - 1, "x": x.median().item(), "y": y.median().item(), "pairs": len(x)}
+                {
+                    "system": Path(system).name,
+                    "level": number - 1,
+                    "x": x.median().item(),
+                    "y": y.median().item(),
+                    "pairs": len(x),
+                }
             )
-            print(f"{Path(system).name:20s} level {number - 1:2d}  x {rows[-1]['x']:+.3f}  y {rows[-1]['y']:+.3f} px  ({len(x)} pairs)")
+            print(
+                f"{Path(system).name:20s} level {number - 1:2d}  x {rows[-1]['x']:+.3f}  y "
+                f"{rows[-1]['y']:+.3f} px  ({len(x)} pairs)"
+            )
     if args.out:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")
 

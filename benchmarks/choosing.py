@@ -1,11 +1,14 @@
-"""Systems on held-out photographs changed in four known ways: what settings are chosen by, so that the Oxford images stay untouched.
+"""Systems on held-out photographs changed in four known ways: what settings are chosen by, so that
+the Oxford images stay untouched.
 
-The photographs are those that training on the same folder validates on and never learns from (``split_photos``). Each is zoomed
-out and turned (``zoom``), seen from the side (``view``), blurred (``blur``) and darkened (``light``), all with noise. A line a kind
-and their mean: repeatability SL and L, 1 and 3 px one to one, what is above chance, MMA@3 and matching score@3 where there are
+The photographs are those that training on the same folder validates on and never learns from
+(``split_photos``). Each is zoomed out and turned (``zoom``), seen from the side (``view``), blurred
+(``blur``) and darkened (``light``), all with noise. A line a kind and their mean: repeatability SL
+and L, 1 and 3 px one to one, what is above chance, MMA@3 and matching score@3 where there are
 descriptors, points compared (docs/evaluation.md; shares in %).
 
-    python benchmarks/choosing.py PHOTOS [--systems keynet,keynet@all,LABEL=FILE] [--photos 12] [--num-points 300] [--out FILE.json]
+    python benchmarks/choosing.py PHOTOS [--systems keynet,keynet@all,LABEL=FILE] [--photos 12] \\
+        [--num-keypoints 300] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -22,13 +25,13 @@ import torch
 from torch import Tensor
 
 from common import machine
-from tiepoints.evaluation.metrics import mean
+from tiepoints.datasets.synthetic import list_photos, split_photos, usable_photos
 from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.systems import SPARE, Options, system
 from tiepoints.filters import gaussian_blur
 from tiepoints.geometry import warp_image
 from tiepoints.image import load_image
-from tiepoints.training.synthetic import list_photos, split_photos, usable_photos
+from tiepoints.metrics.geometry import mean
 
 SYSTEMS = "keynet,keynet@all,akaze,kaze,random,lattice"
 NOISE = 0.008
@@ -48,7 +51,9 @@ Change = tuple[Tensor, np.ndarray]
 
 
 def _warped(image: Tensor, M: np.ndarray) -> Change:
-    """The image moved by ``M`` about its centre, low-passed for the pixels that shrinking leaves; and H."""
+    """The image moved by ``M`` about its centre, low-passed for the pixels that shrinking leaves;
+    and H.
+    """
     h, w = image.shape[-2:]
     to_centre = np.array([[1, 0, -(w - 1) / 2], [0, 1, -(h - 1) / 2], [0, 0, 1]])
     H = np.linalg.inv(to_centre) @ M @ to_centre
@@ -66,7 +71,9 @@ def zoom(image: Tensor, rng: np.random.Generator) -> Change:
 def view(image: Tensor, rng: np.random.Generator) -> Change:
     squeeze, skew = rng.uniform(0.25, 0.8), rng.uniform(-0.35, 0.35)
     second = [rng.uniform(-0.2, 0.2), rng.uniform(0.85, 1.1), 0]
-    return _warped(image, np.array([[squeeze, skew, 0], second, [*(6e-4 * rng.uniform(-1, 1, 2)), 1]]))
+    return _warped(
+        image, np.array([[squeeze, skew, 0], second, [*(6e-4 * rng.uniform(-1, 1, 2)), 1]])
+    )
 
 
 def blur(image: Tensor, rng: np.random.Generator) -> Change:
@@ -77,11 +84,18 @@ def light(image: Tensor, rng: np.random.Generator) -> Change:
     return (image * rng.uniform(0.25, 0.8)) ** rng.uniform(0.8, 1.3), np.eye(3)
 
 
-KINDS: dict[str, Callable[[Tensor, np.random.Generator], Change]] = {"zoom": zoom, "view": view, "blur": blur, "light": light}
+KINDS: dict[str, Callable[[Tensor, np.random.Generator], Change]] = {
+    "zoom": zoom,
+    "view": view,
+    "blur": blur,
+    "light": light,
+}
 
 
 def changed(photos: list[Path], seed: int) -> Iterator[tuple[Tensor, dict[str, Change]]]:
-    """Each photograph (1,1,H,W) and, by kind, its changed copy in 8 bits and the H to it; the same for the same seed."""
+    """Each photograph (1,1,H,W) and, by kind, its changed copy in 8 bits and the H to it; the same
+    for the same seed.
+    """
     rng = np.random.default_rng(seed)
     for path in photos:
         image = load_image(path)
@@ -93,43 +107,78 @@ def changed(photos: list[Path], seed: int) -> Iterator[tuple[Tensor, dict[str, C
         yield image, copies
 
 
-def measure(name: str, photos: list[Path], *, num_points: int, seed: int, single_scale: bool) -> dict[str, dict[str, float | None]]:
+def measure(
+    name: str, photos: list[Path], *, num_keypoints: int, seed: int, single_scale: bool
+) -> dict[str, dict[str, float | None]]:
     """Kind, and ``mean`` over kinds -> number -> mean over photographs."""
-    detect = system(name, Options(num_points * SPARE, single_scale))
+    detect = system(name, Options(num_keypoints * SPARE, single_scale))
     rows: dict[str, list[dict[str, float | None]]] = {kind: [] for kind in KINDS}
     for image, copies in changed(photos, seed):
         a = detect(image)
         for kind, (copy, H) in copies.items():
-            found = homography_metrics(a, detect(copy), torch.from_numpy(H), num_points=num_points, protocols=("keynet", "mutual"))
+            found = homography_metrics(
+                a,
+                detect(copy),
+                torch.from_numpy(H),
+                num_keypoints=num_keypoints,
+                protocols=("keynet", "mutual"),
+            )
             rows[kind].append(found)
     keys = [key for _, key, _ in COLUMNS]
-    kinds = {kind: {key: mean(row.get(key) for row in found) for key in keys} for kind, found in rows.items()}
+    kinds = {
+        kind: {key: mean(row.get(key) for row in found) for key in keys}
+        for kind, found in rows.items()
+    }
     return {**kinds, "mean": {key: mean(found[key] for found in kinds.values()) for key in keys}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="PHOTOS", help="the folder that the networks were trained on, whole")
-    parser.add_argument("--systems", default=SYSTEMS, help="names of docs/evaluation.md, LABEL=NAME to name a line")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="PHOTOS",
+        help="the folder that the networks were trained on, whole",
+    )
+    parser.add_argument(
+        "--systems", default=SYSTEMS, help="names of docs/evaluation.md, LABEL=NAME to name a line"
+    )
     parser.add_argument("--photos", type=int, default=12)
-    parser.add_argument("--num-points", type=int, default=300)
+    parser.add_argument("--num-keypoints", type=int, default=300)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--single-scale", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     photos = split_photos(usable_photos(list_photos(args.folder))[0])[1][: args.photos]
-    settings = {"photos": len(photos), **{key: getattr(args, key) for key in ("num_points", "seed", "single_scale")}}
+    settings = {
+        "photos": len(photos),
+        **{key: getattr(args, key) for key in ("num_keypoints", "seed", "single_scale")},
+    }
     content: dict[str, Any] = {"machine": machine(), "settings": settings, "systems": {}}
     print(f"{'system':24} {'':6}" + "".join(f"{heading:>11}" for heading, _, _ in COLUMNS))
     for entry in args.systems.split(","):
         label, _, name = entry.rpartition("=")
         label = label or Path(name).name
-        found = measure(name, photos, num_points=args.num_points, seed=args.seed, single_scale=args.single_scale)
+        found = measure(
+            name,
+            photos,
+            num_keypoints=args.num_keypoints,
+            seed=args.seed,
+            single_scale=args.single_scale,
+        )
         content["systems"][label] = found
         for kind, numbers in found.items():
             cells = [(numbers[key], factor) for _, key, factor in COLUMNS]
-            print(f"{label:24} {kind:6}" + "".join(f"{'-' if v is None else f'{v * factor:.1f}':>11}" for v, factor in cells), flush=True)
+            print(
+                f"{label:24} {kind:6}"
+                + "".join(
+                    f"{'-' if v is None else f'{v * factor:.1f}':>11}" for v, factor in cells
+                ),
+                flush=True,
+            )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -10,21 +10,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tiepoints.detectors.keynet import KeyNet
-from tiepoints.detectors.sobelnet import SobelNet
-from tiepoints.extract import response_floor
+from tiepoints.checkpoints import load_official
+from tiepoints.detect import response_floor
 from tiepoints.image import load_image
-from tiepoints.importers import load_official
+from tiepoints.models.spec import fused
 from tiepoints.weights import load
 
 SEQUENCES = ("graf", "boat", "bikes", "leuven")
 
 
 def load_network(system: str):
-    """A network by embedded name or weights file (ours or official), ready to run, and its score threshold."""
+    """A network by embedded name or weights file (ours or official), ready to run, and its score
+    threshold.
+    """
     path = Path(system)
     net = load_official(path) if path.is_file() and path.suffix != ".safetensors" else load(system)
-    run = net.fused() if isinstance(net, KeyNet | SobelNet) else net
+    run = fused(net)
     return run, response_floor(run) * 1.001 + 1e-6
 
 
@@ -43,7 +44,11 @@ def machine() -> dict[str, str]:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0] if names else model
     return {
         "processor": model,

@@ -1,9 +1,12 @@
-"""Describing 2,048 patches on one thread: ours and kornia's HardNet with the same numbers, in one run; what bfloat16 costs in MMA.
+"""Describing 2,048 patches on one thread: ours and kornia's HardNet with the same numbers, in one
+run; what bfloat16 costs in MMA.
 
-bfloat16 is timed as the processor computes it; one that only emulates it is slower than float32. Its accuracy is measured with
-weights and maps rounded to bfloat16 between float32 convolutions, which is what such units compute, on every processor.
+bfloat16 is timed as the processor computes it; one that only emulates it is slower than float32.
+Its accuracy is measured with weights and maps rounded to bfloat16 between float32 convolutions,
+which is what such units compute, on every processor.
 
-    python benchmarks/describe.py [--oxford FOLDER] [--weights hardnet] [--repeat 3] [--out describe.json]
+    python benchmarks/describe.py [--oxford FOLDER] [--weights hardnet] [--repeat 3] \\
+        [--out describe.json]
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from pathlib import Path
 import torch
 
 from common import SEQUENCES, homography, machine
-from tiepoints.descriptors.patchnets import HardNet, PatchNet
-from tiepoints.evaluation.metrics import match_errors
-from tiepoints.extract import DESCRIBE_CHUNK, PatchDescriptor, build
+from tiepoints.describe import DESCRIBE_CHUNK, PatchDescriptor
+from tiepoints.extract import build
 from tiepoints.image import load_image
 from tiepoints.matching import match
+from tiepoints.metrics.matching import match_errors
+from tiepoints.models.patchnets import HardNet, PatchNet
 from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Features
 from tiepoints.weights import load
@@ -68,7 +72,7 @@ def milliseconds(describe, patches: torch.Tensor, repeat: int) -> float:
 
 def accuracy(oxford: Path, nets: dict[str, torch.nn.Module]) -> dict[str, float]:
     """MMA@3 in % of each net on the same Key.Net points, mean over all pairs 1-k."""
-    detector = build("keynet", "none", device="cpu", num_points=POINTS)
+    detector = build("keynet", "none", device="cpu", num_keypoints=POINTS)
     describers = {name: PatchDescriptor(net) for name, net in nets.items()}
     scores: dict[str, list[float]] = {name: [] for name in nets}
     for sequence in SEQUENCES:
@@ -77,16 +81,24 @@ def accuracy(oxford: Path, nets: dict[str, torch.nn.Module]) -> dict[str, float]
             image = load_image(oxford / sequence / f"{k}.png")
             found, pyramid = detector.extract(image), build_pyramid(image)
             for name, describe in describers.items():
-                features[name].append(Features(found.keypoints, describe(pyramid, found.keypoints, 0), found.image_size))
+                features[name].append(
+                    Features(
+                        found.keypoints, describe(pyramid, found.keypoints, 0), found.image_size
+                    )
+                )
         for name, (first, *others) in features.items():
             for k, other in enumerate(others, start=2):
-                errors = match_errors(first.xy, other.xy, homography(oxford, sequence, k), match(first, other).index)
+                errors = match_errors(
+                    first.xy, other.xy, homography(oxford, sequence, k), match(first, other).index
+                )
                 scores[name].append(float((errors <= 3).double().mean()) if len(errors) else 0.0)
     return {name: 100 * sum(values) / len(values) for name, values in scores.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--oxford", type=Path)
     parser.add_argument("--weights", default="hardnet", help="name or file; 'random' for untrained")
     parser.add_argument("--repeat", type=int, default=3)
@@ -98,22 +110,33 @@ def main() -> None:
     patches = torch.rand(PATCHES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def chunked(one: torch.nn.Module):
-        return lambda all_of_them: torch.cat([one(part) for part in all_of_them.split(DESCRIBE_CHUNK)])
+        return lambda all_of_them: torch.cat(
+            [one(part) for part in all_of_them.split(DESCRIBE_CHUNK)]
+        )
 
     times = {"kornia float32": milliseconds(kornia_twin(net), patches, args.repeat)}
     times["ours float32"] = milliseconds(chunked(net.fused()), patches, args.repeat)
     # an emulated bfloat16 takes minutes
-    times["ours bfloat16"] = 8 * milliseconds(chunked(net.fused(torch.bfloat16)), patches[: PATCHES // 8], 1)
+    times["ours bfloat16"] = 8 * milliseconds(
+        chunked(net.fused(torch.bfloat16)), patches[: PATCHES // 8], 1
+    )
     kornia = times["kornia float32"]
     content = {
-        "machine": machine(), "patches": PATCHES,
-        "milliseconds": times, "times faster than kornia": {name: kornia / value for name, value in times.items()},
-    }  # fmt: skip
+        "machine": machine(),
+        "patches": PATCHES,
+        "milliseconds": times,
+        "times faster than kornia": {name: kornia / value for name, value in times.items()},
+    }
     for name, value in times.items():
         print(f"{name:16} {value:8.0f} ms  {kornia / value:5.2f} times kornia's speed")
     if args.oxford:
-        content["MMA@3 %"] = accuracy(args.oxford, {"float32": net.fused(), "bfloat16": rounded(net)})
-        print("MMA@3 %:", ", ".join(f"{name} {value:.2f}" for name, value in content["MMA@3 %"].items()))
+        content["MMA@3 %"] = accuracy(
+            args.oxford, {"float32": net.fused(), "bfloat16": rounded(net)}
+        )
+        print(
+            "MMA@3 %:",
+            ", ".join(f"{name} {value:.2f}" for name, value in content["MMA@3 %"].items()),
+        )
     if args.out:
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 

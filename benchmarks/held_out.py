@@ -1,10 +1,13 @@
-"""Detectors and descriptors on warped pairs of held-out photographs: what losses and weights are chosen by (docs/weights.md).
+"""Detectors and descriptors on warped pairs of held-out photographs: what losses and weights are
+chosen by (docs/weights.md).
 
-Detectors: mutual repeatability of the strongest points at 1 and 3 px, 94 pairs of preset ``default`` (320 px, not mirrored, another
-seed than validation's). Descriptors: the part of repeated SobelNet points that mutual nearest ones match rightly, 24 pairs of preset
-``dense`` (320 px) with any turn, and with turns to 45 degrees.
+Detectors: mutual repeatability of the strongest points at 1 and 3 px, 94 pairs of preset
+``default`` (320 px, not mirrored, another seed than validation's). Descriptors: the part of
+repeated SobelNet points that mutual nearest ones match rightly, 24 pairs of preset ``dense`` (320
+px) with any turn, and with turns to 45 degrees.
 
-    python benchmarks/held_out.py PHOTOS [--detectors sobelnet,MSIP.safetensors] [--descriptors desnet,hardnet,rootsift]
+    python benchmarks/held_out.py PHOTOS [--detectors sobelnet,MSIP.safetensors] \\
+        [--descriptors desnet,hardnet,rootsift]
 """
 
 from __future__ import annotations
@@ -17,14 +20,21 @@ import torch
 from torch import Tensor
 
 from common import load_network
-from tiepoints.evaluation.metrics import mutual_matches
+from tiepoints.datasets.candidates import CandidatePairs
+from tiepoints.datasets.patch_pairs import peak_detector
+from tiepoints.datasets.synthetic import (
+    PRESETS,
+    PairDataset,
+    list_photos,
+    split_photos,
+    usable_photos,
+)
 from tiepoints.extract import describer
 from tiepoints.keypoints import detect_peaks
+from tiepoints.metrics.repeatability import mutual_matches
 from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Keypoints
-from tiepoints.training.candidates import CandidatePairs
-from tiepoints.training.patchdata import mean_of_known, peaks_of, rightly_matched
-from tiepoints.training.synthetic import PRESETS, PairDataset, list_photos, split_photos, usable_photos
+from tiepoints.training.validation import correctly_matched, mean_of_known
 
 SIZE = 320
 DETECTOR_PAIRS, DETECTOR_SEED = 94, 11
@@ -38,12 +48,18 @@ def detect_figures(system: str, pairs: list[dict[str, Tensor]]) -> str:
     found = dict.fromkeys([(150, 1.0), (150, 3.0), (75, 1.0), (75, 3.0)], 0.0)
     with torch.inference_mode():
         for pair in pairs:
-            (a, _), (b, _) = detect_peaks(net(torch.stack([pair["image_a"], pair["image_b"]])), 1000, threshold=threshold)
+            (a, _), (b, _) = detect_peaks(
+                net(torch.stack([pair["image_a"], pair["image_b"]])), 1000, threshold=threshold
+            )
             for count, reach in found:
-                options = {"num_points": count, "threshold": reach}
-                matches = mutual_matches(a - offset, b - offset, pair["H_ab"], (SIZE, SIZE), (SIZE, SIZE), **options)[0]
+                options = {"num_keypoints": count, "threshold": reach}
+                matches = mutual_matches(
+                    a - offset, b - offset, pair["H_ab"], (SIZE, SIZE), (SIZE, SIZE), **options
+                )[0]
                 found[count, reach] += matches / count / len(pairs)
-    return "  ".join(f"{count} points {reach:g} px {share:.3f}" for (count, reach), share in found.items())
+    return "  ".join(
+        f"{count} points {reach:g} px {share:.3f}" for (count, reach), share in found.items()
+    )
 
 
 def describe_figure(system: str, items: list[dict[str, Tensor]]) -> float:
@@ -58,32 +74,47 @@ def describe_figure(system: str, items: list[dict[str, Tensor]]) -> float:
             xy = xy[~xy[:, 0].isnan()]
             ones = torch.ones(len(xy))
             points = Keypoints(xy, ones, 0 * ones, ones)
-            sides.append((describe(build_pyramid(item[f"image_{side}"][None], up=0, down=0), points, 0), xy))
+            sides.append(
+                (describe(build_pyramid(item[f"image_{side}"][None], up=0, down=0), points, 0), xy)
+            )
         (a, xy_a), (b, xy_b) = sides
-        scores.append(rightly_matched(a, b, xy_a, xy_b, item["H_ab"]))
+        scores.append(correctly_matched(a, b, xy_a, xy_b, item["H_ab"]))
     return mean_of_known(scores)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("photos", type=Path)
     parser.add_argument("--detectors", default="sobelnet,keynet,keynet-tiny")
     parser.add_argument("--descriptors", default="desnet,hardnet,rootsift")
     args = parser.parse_args()
     held_out = split_photos(usable_photos(list_photos(args.photos))[0])[1]
     if args.detectors:
-        views = PairDataset(held_out, replace(PRESETS["default"], size=SIZE, mirror=0.0), seed=DETECTOR_SEED, length=DETECTOR_PAIRS)
+        views = PairDataset(
+            held_out,
+            replace(PRESETS["default"], size=SIZE, mirror=0.0),
+            seed=DETECTOR_SEED,
+            length=DETECTOR_PAIRS,
+        )
         pairs = [views[i] for i in range(DETECTOR_PAIRS)]
         for system in args.detectors.split(","):
             print(f"{Path(system).name:20}", detect_figures(system, pairs), flush=True)
     if args.descriptors:
-        find = peaks_of(load_network("sobelnet")[0])
+        find = peak_detector(load_network("sobelnet")[0])
         for turn in (180, 45):
             views = replace(PRESETS["dense"], size=SIZE, rotation=turn)
-            made = CandidatePairs(held_out, find, views, seed=DESCRIPTOR_SEED, length=DESCRIPTOR_PAIRS, count=200)
+            made = CandidatePairs(
+                held_out, find, views, seed=DESCRIPTOR_SEED, length=DESCRIPTOR_PAIRS, count=200
+            )
             items = [{**made[i], "H_ab": made.homography(i)} for i in range(DESCRIPTOR_PAIRS)]
             for system in args.descriptors.split(","):
-                print(f"{Path(system).name:20} turns to {turn:3} degrees: {describe_figure(system, items):.3f}", flush=True)
+                print(
+                    f"{Path(system).name:20} turns to {turn:3} degrees: "
+                    f"{describe_figure(system, items):.3f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Time and memory of matching against other ways to it, and how many right matches an estimate needs to be trusted.
+"""Time and memory of matching against other ways to it, and how many right matches an estimate
+needs to be trusted.
 
     python benchmarks/matching.py --out benchmarks/results/matching.json [--most 50000] [--draws 20]
 
@@ -38,7 +39,9 @@ def whole_matrix(a: torch.Tensor, b: torch.Tensor) -> int:
     there, back = distance.topk(2, dim=1, largest=False), distance.topk(2, dim=0, largest=False)
     index = there.indices[:, 0]
     mutual = back.indices[0][index] == torch.arange(len(a))
-    distinct = (there.values[:, 0] <= RATIO * there.values[:, 1]) & (back.values[0] <= RATIO * back.values[1])[index]
+    distinct = (there.values[:, 0] <= RATIO * there.values[:, 1]) & (
+        back.values[0] <= RATIO * back.values[1]
+    )[index]
     return int((mutual & distinct).sum())
 
 
@@ -50,18 +53,24 @@ def with_kornia(a: torch.Tensor, b: torch.Tensor) -> int:
 
 WAYS = {
     "tiepoints": lambda a, b: len(match(features(a), features(b), ratio=RATIO)),
-    "tiepoints bfloat16": lambda a, b: len(match(features(a.bfloat16()), features(b.bfloat16()), ratio=RATIO)),
+    "tiepoints bfloat16": lambda a, b: len(
+        match(features(a.bfloat16()), features(b.bfloat16()), ratio=RATIO)
+    ),
     "whole matrix": whole_matrix,
     "kornia match_smnn": with_kornia,
 }
 
 
 def measure(way: str, n: int) -> dict:
-    """Run in a fresh process: seconds of processor and peak memory above that of the descriptors."""
+    """Run in a fresh process: seconds of processor and peak memory above that of the
+    descriptors.
+    """
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
     a = torch.nn.functional.normalize(torch.randn(n, 128, generator=rng), dim=1)
-    b = torch.nn.functional.normalize(a + 0.05 * torch.randn(n, 128, generator=rng), dim=1)[torch.randperm(n, generator=rng)]
+    b = torch.nn.functional.normalize(a + 0.05 * torch.randn(n, 128, generator=rng), dim=1)[
+        torch.randperm(n, generator=rng)
+    ]
     WAYS[way](a[:200], b[:200])  # imports, first use
     start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = WAYS[way](a, b)
@@ -71,23 +80,37 @@ def measure(way: str, n: int) -> dict:
 
 
 def trusted(draws: int) -> list[dict]:
-    """Share of draws of 100 matches, some of them right (noise 0.5 px on both sides), that come back ok."""
+    """Share of draws of 100 matches, some of them right (noise 0.5 px on both sides), that come
+    back ok.
+    """
     K = torch.tensor([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]], dtype=torch.float64)
-    H = torch.tensor([[1.1, 0.1, 20.0], [-0.05, 0.95, 10.0], [1e-4, -5e-5, 1.0]], dtype=torch.float64)
+    H = torch.tensor(
+        [[1.1, 0.1, 20.0], [-0.05, 0.95, 10.0], [1e-4, -5e-5, 1.0]], dtype=torch.float64
+    )
     rows = []
     for kind in ("homography", "fundamental", "pose"):
         for right in (0, 8, 10, 12, 15, 20, 25, 30, 40):
             ok = 0
             for seed in range(draws):
                 rng = torch.Generator().manual_seed(seed)
-                a, b = (torch.rand(100, 2, generator=rng, dtype=torch.float64) * torch.tensor([640, 480]) for _ in range(2))
+                a, b = (
+                    torch.rand(100, 2, generator=rng, dtype=torch.float64)
+                    * torch.tensor([640, 480])
+                    for _ in range(2)
+                )
                 if kind == "homography":
                     b[:right] = warp_points(a, H)[:right]
                 else:
                     depth = 4 + 5 * torch.rand(100, 1, generator=rng, dtype=torch.float64)
-                    seen = (torch.cat([a, torch.ones_like(depth)], 1) @ torch.linalg.inv(K).T * depth + torch.tensor([1.0, 0.1, 0.2])) @ K.T
+                    seen = (
+                        torch.cat([a, torch.ones_like(depth)], 1) @ torch.linalg.inv(K).T * depth
+                        + torch.tensor([1.0, 0.1, 0.2])
+                    ) @ K.T
                     b[:right] = (seen[:, :2] / seen[:, 2:])[:right]
-                a, b = (xy + 0.5 * torch.randn(100, 2, generator=rng, dtype=torch.float64) for xy in (a, b))
+                a, b = (
+                    xy + 0.5 * torch.randn(100, 2, generator=rng, dtype=torch.float64)
+                    for xy in (a, b)
+                )
                 K_ab = {"K_a": K, "K_b": K} if kind == "pose" else {}
                 ok += estimate(a, b, kind, threshold=2.0, seed=seed, **K_ab).ok
             rows.append({"kind": kind, "right of 100": right, "ok": ok / draws})
@@ -98,7 +121,9 @@ def trusted(draws: int) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--most", type=int, default=50_000, help="points a side of the largest pair")
+    parser.add_argument(
+        "--most", type=int, default=50_000, help="points a side of the largest pair"
+    )
     parser.add_argument("--draws", type=int, default=20)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -108,10 +133,20 @@ def main() -> None:
     rows = []
     for n, ways in ((10_000, list(WAYS)), (arguments.most, ["tiepoints", "tiepoints bfloat16"])):
         for way in ways:
-            done = subprocess.run([sys.executable, __file__, "--one", way, str(n)], check=True, capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", way, str(n)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             rows.append(json.loads(done.stdout))
             print(rows[-1], flush=True)
-    content = {"machine": machine(), "threads": 1, "matching": rows, "trusted": trusted(arguments.draws)}
+    content = {
+        "machine": machine(),
+        "threads": 1,
+        "matching": rows,
+        "trusted": trusted(arguments.draws),
+    }
     if arguments.out:
         arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 

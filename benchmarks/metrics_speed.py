@@ -1,6 +1,7 @@
-"""Time of all measures of a pair with 1,000 points on one thread, from the stored features of `tiepoints evaluate`.
+"""Time of all measures of a pair with 1,000 points on one thread, from the stored features of
+`tiepoints evaluate`.
 
-    python benchmarks/metrics_speed.py RESULTS [--system keynet] [--repeat 3]
+python benchmarks/metrics_speed.py RESULTS [--system keynet] [--repeat 3]
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from tiepoints.evaluation.results import read_run, stored_features
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path)
     parser.add_argument("--system", default="keynet")
     parser.add_argument("--repeat", type=int, default=3)
@@ -34,12 +37,15 @@ def main() -> None:
         H, times = torch.tensor(row.H_ab, dtype=torch.float64), []
         for _ in range(args.repeat):
             started = time.perf_counter()
-            homography_metrics(a, b, H, num_points=run.facts["num_points"])
+            homography_metrics(a, b, H, num_keypoints=run.facts["num_points"])
             times.append((time.perf_counter() - started) * 1000)
         milliseconds.append(min(times))
         detection.append(row.seconds or 0.0)
-    print(f"{len(milliseconds)} pairs: median {statistics.median(milliseconds):.0f} ms, worst {max(milliseconds):.0f} ms a pair; "
-          f"detection {1000 * statistics.mean(detection):.0f} ms an image")  # fmt: skip
+    print(
+        f"{len(milliseconds)} pairs: median {statistics.median(milliseconds):.0f} ms, worst "
+        f"{max(milliseconds):.0f} ms a pair; "
+        f"detection {1000 * statistics.mean(detection):.0f} ms an image"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""All systems that run here on homography sequences, many scales (SI) and one (TI): tables to read and all means as JSON.
+"""All systems that run here on homography sequences, many scales (SI) and one (TI): tables to read
+and all means as JSON.
 
-Stops and goes on like `tiepoints evaluate`, which does the work; every figure is the mean over sequences of the mean over pairs.
+Stops and goes on like `tiepoints evaluate`, which does the work; every figure is the mean over
+sequences of the mean over pairs.
 
-    python benchmarks/oxford.py FOLDER --work DIR [--systems keynet,sift,LABEL=FILE] [--out oxford.json] [--table oxford.md]
+    python benchmarks/oxford.py FOLDER --work DIR [--systems keynet,sift,LABEL=FILE] \\
+        [--out oxford.json] [--table oxford.md]
 """
 
 from __future__ import annotations
@@ -13,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from common import machine
-from tiepoints.evaluation.datasets import homography_sequences
-from tiepoints.evaluation.metrics import mean
-from tiepoints.evaluation.page import Column, Row, Table
-from tiepoints.evaluation.report import MAIN, bias_px
+from tiepoints.datasets.homography import homography_sequences
 from tiepoints.evaluation.results import Run, read_run
 from tiepoints.evaluation.run import RunSettings, evaluate
+from tiepoints.metrics.geometry import mean
+from tiepoints.report.page import Column, Row, Table
+from tiepoints.report.report import MAIN, bias_px
 
 SYSTEMS = (
-    "keynet,keynet@all,keynet-tiny,keynet-tiny@all,sift,surf,fast,mser,harris-laplace,kaze,akaze,orb,brisk,shi-tomasi,harris,random,lattice"
+    "keynet,keynet@all,keynet-tiny,keynet-tiny@all,sift,surf,fast,mser,harris-laplace,"
+    "kaze,akaze,orb,brisk,shi-tomasi,harris,random,lattice"
 )
-MODES = {"si": "Many scales (SI)", "ti": "One scale (TI) for ours and the controls; the others are as in SI"}
+MODES = {
+    "si": "Many scales (SI)",
+    "ti": "One scale (TI) for ours and the controls; the others are as in SI",
+}
 
 
 def figures(run: Run, system: str) -> dict[str, Any]:
@@ -31,27 +38,44 @@ def figures(run: Run, system: str) -> dict[str, Any]:
     sequences: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(row.sequence for row in run.rows):
         rows = [row for row in run.rows if row.system == system and row.sequence == name and row.ok]
-        sequences[name] = {measure.metric: mean(row.value(measure.metric) for row in rows) for measure in MAIN}
+        sequences[name] = {
+            measure.metric: mean(row.value(measure.metric) for row in rows) for measure in MAIN
+        }
         sequences[name]["seconds"] = mean(row.seconds for row in rows)
     metrics = [*(measure.metric for measure in MAIN), "seconds"]
     overall = {metric: mean(values[metric] for values in sequences.values()) for metric in metrics}
     failed = sum(not row.ok for row in run.rows if row.system == system)
-    return {"mean": {**overall, "bias": bias_px(run, system)}, "sequences": sequences, "failed": failed}
+    return {
+        "mean": {**overall, "bias": bias_px(run, system)},
+        "sequences": sequences,
+        "failed": failed,
+    }
 
 
 def table(caption: str, content: dict[str, Any], controls: list[str]) -> Table:
     shown = [measure for measure in MAIN if measure.metric not in ("mutual.rep@5", "mutual.err@3")]
-    columns = [Column(m.label, m.group, m.digits, m.better) for m in shown] + [Column("bias px", "", 2, -1), Column("s / image", "", 2, -1)]
+    columns = [Column(m.label, m.group, m.digits, m.better) for m in shown] + [
+        Column("bias px", "", 2, -1),
+        Column("s / image", "", 2, -1),
+    ]
     rows = []
     for system, found in content.items():
         values = found["mean"]
         cells = [None if values[m.metric] is None else values[m.metric] * m.factor for m in shown]
-        rows.append(Row(system, [*cells, values["bias"], values["seconds"]], "control" if system in controls else "real"))
+        rows.append(
+            Row(
+                system,
+                [*cells, values["bias"], values["seconds"]],
+                "control" if system in controls else "real",
+            )
+        )
     return Table(caption, columns, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="features and rows of the runs")
     parser.add_argument("--systems", default=SYSTEMS)
@@ -59,12 +83,19 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     dataset = homography_sequences(args.folder)
-    content: dict[str, Any] = {"machine": machine(), "num_points": 1000, "pairs": len(dataset.pairs), "modes": {}}
+    content: dict[str, Any] = {
+        "machine": machine(),
+        "num_points": 1000,
+        "pairs": len(dataset.pairs),
+        "modes": {},
+    }
     tables = []
     for mode, caption in MODES.items():
         # with one scale there is nothing for "@all" to repeat
-        systems = tuple(name for name in args.systems.split(",") if mode == "si" or "@all" not in name)
-        settings = RunSettings(systems, mode=mode, extras=("bias",))
+        systems = tuple(
+            name for name in args.systems.split(",") if mode == "si" or "@all" not in name
+        )
+        settings = RunSettings(systems, single_scale=mode == "ti", extras=("bias",))
         run = read_run(evaluate(dataset, settings, args.work / mode, progress=True))
         content["modes"][mode] = {system: figures(run, system) for system in run.systems}
         tables.append(table(caption, content["modes"][mode], list(run.controls)).markdown())

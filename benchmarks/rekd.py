@@ -1,11 +1,14 @@
-"""REKD: matching by its protocol with and without the orientation filter, and the time of the network.
+"""REKD: matching by its protocol with and without the orientation filter, and the time of the
+network.
 
-Protocol (spec 6.4): the strongest 1000 points of each image on many scales, mutual nearest neighbours; repeatability one way, many to
-one, within 3 px; MMA: matches within 3 and 5 px in image k. A star: matches that turn otherwise than most by more than 30 degrees
-are dropped. Patches are turned by the points' angles; ``@upright`` describes them as the paper did. Stops and goes on like
+Protocol (spec 6.4): the strongest 1000 points of each image on many scales, mutual nearest
+neighbours; repeatability one way, many to one, within 3 px; MMA: matches within 3 and 5 px in image
+k. A star: matches that turn otherwise than most by more than 30 degrees are dropped. Patches are
+turned by the points' angles; ``@upright`` describes them as the paper did. Stops and goes on like
 `tiepoints evaluate`.
 
-    python benchmarks/rekd.py OXFORD --work DIR [--systems ...] [--speed] [--out rekd.json] [--table rekd.md]
+    python benchmarks/rekd.py OXFORD --work DIR [--systems ...] [--speed] [--out rekd.json] \\
+        [--table rekd.md]
 """
 
 from __future__ import annotations
@@ -23,41 +26,55 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import machine
-from tiepoints.detectors.rekd import REKD
-from tiepoints.evaluation.datasets import homography_sequences
-from tiepoints.evaluation.metrics import mean
-from tiepoints.evaluation.page import Cell, Column, Row, Table
+from tiepoints.datasets.homography import homography_sequences
 from tiepoints.evaluation.results import PairRow, read_run
 from tiepoints.evaluation.run import RunSettings, evaluate
+from tiepoints.kernels.winograd import WinogradConv, pack
+from tiepoints.metrics.geometry import mean
+from tiepoints.models.rekd import REKD
+from tiepoints.report.page import Cell, Column, Row, Table
 from tiepoints.weights import load
-from tiepoints.winograd import WinogradConv, pack
 
 SYSTEMS = (
     "rekd+hardnet,rekd@upright+hardnet,rekd-light+hardnet,keynet+hardnet,keynet@rekd+hardnet,keynet@rekd-light+hardnet,"
     "keynet@dominant+hardnet,sift+hardnet,sift"
 )
 MEASURES = {
-    "repeatability": "rekd.repeatability", "MMA@3": "rekd.mma@3", "MMA@5": "rekd.mma@5", "matches": "rekd.matches",
-    "MMA@3*": "rekd*.mma@3", "MMA@5*": "rekd*.mma@5", "matches*": "rekd*.matches",
-}  # fmt: skip
+    "repeatability": "rekd.repeatability",
+    "MMA@3": "rekd.mma@3",
+    "MMA@5": "rekd.mma@5",
+    "matches": "rekd.matches",
+    "MMA@3*": "rekd*.mma@3",
+    "MMA@5*": "rekd*.mma@5",
+    "matches*": "rekd*.matches",
+}
 ROUNDS = 5
 
 
 def figures(rows: list[PairRow]) -> dict[str, Any]:
-    found: dict[str, Any] = {name: mean(row.value(metric) for row in rows) for name, metric in MEASURES.items()}
+    found: dict[str, Any] = {
+        name: mean(row.value(metric) for row in rows) for name, metric in MEASURES.items()
+    }
     for sequence in dict.fromkeys(row.sequence for row in rows):
         for name in ("MMA@3", "MMA@3*"):
-            found[f"{name} {sequence}"] = mean(row.value(MEASURES[name]) for row in rows if row.sequence == sequence)
+            found[f"{name} {sequence}"] = mean(
+                row.value(MEASURES[name]) for row in rows if row.sequence == sequence
+            )
     return found
 
 
 def table(content: dict[str, Any]) -> str:
     names = list(next(iter(content.values())))
     counts = {"matches", "matches*"}
-    columns = [Column(name, "number" if name in counts else "%", 0 if name in counts else 1, 1) for name in names]
+    columns = [
+        Column(name, "number" if name in counts else "%", 0 if name in counts else 1, 1)
+        for name in names
+    ]
     rows = []
     for system, found in content.items():
-        cells: list[Cell] = [found[n] if n in counts or found[n] is None else 100 * found[n] for n in names]
+        cells: list[Cell] = [
+            found[n] if n in counts or found[n] is None else 100 * found[n] for n in names
+        ]
         rows.append(Row(system, cells))
     return Table("REKD's protocol", columns, rows).markdown()
 
@@ -74,7 +91,9 @@ def quickest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def speed() -> dict[str, Any]:
-    """Seconds of one 640 x 480 image, one scale, one thread, float32. Unexported: as it trains, filters made from their coefficients."""
+    """Seconds of one 640 x 480 image, one scale, one thread, float32. Unexported: as it trains,
+    filters made from their coefficients.
+    """
     torch.set_num_threads(1)
     image = torch.rand(1, 1, 480, 640, generator=torch.Generator().manual_seed(0))
     found: dict[str, Any] = {}
@@ -82,9 +101,13 @@ def speed() -> dict[str, Any]:
         for name in ("rekd", "rekd-light"):
             net: Any = load(name)
             fused = net.fused()
-            times = quickest({"unexported": lambda n=net: n(image), "exported": lambda f=fused: f(image)})
+            times = quickest(
+                {"unexported": lambda n=net: n(image), "exported": lambda f=fused: f(image)}
+            )
             found[name] = {**times, "ratio": times["unexported"] / times["exported"]}
-            found[name]["difference"] = float((net(image)[0] - fused(image)[0]).abs().max() / net(image)[0].max())
+            found[name]["difference"] = float(
+                (net(image)[0] - fused(image)[0]).abs().max() / net(image)[0].max()
+            )
         found["light is faster by"] = found["rekd"]["exported"] / found["rekd-light"]["exported"]
         one: Any = REKD(group=36, num_levels=1).eval()
         exported = one.fused()
@@ -104,12 +127,20 @@ def escnn_trunk() -> Callable[[Tensor], Any] | None:
     except ImportError:
         return None
     space = gspaces.rot2dOnR2(N=36)
-    types = [nn.FieldType(space, [space.trivial_repr])] + [nn.FieldType(space, 2 * [space.regular_repr])] * 3
+    types = [nn.FieldType(space, [space.trivial_repr])] + [
+        nn.FieldType(space, 2 * [space.regular_repr])
+    ] * 3
     layers: list[Any] = []
     for a, b in pairwise(types):
-        layers += [nn.R2Conv(a, b, kernel_size=5, padding=2, bias=False), nn.InnerBatchNorm(b), nn.ReLU(b)]
+        layers += [
+            nn.R2Conv(a, b, kernel_size=5, padding=2, bias=False),
+            nn.InnerBatchNorm(b),
+            nn.ReLU(b),
+        ]
     trunk = nn.SequentialModule(*layers).eval()
-    turn = nn.R2Conv(types[-1], nn.FieldType(space, [space.regular_repr]), kernel_size=1, bias=False).eval()
+    turn = nn.R2Conv(
+        types[-1], nn.FieldType(space, [space.regular_repr]), kernel_size=1, bias=False
+    ).eval()
     pool = nn.GroupPooling(types[-1])
 
     def run(image: Tensor) -> Any:
@@ -120,7 +151,9 @@ def escnn_trunk() -> Callable[[Tensor], Any] | None:
 
 
 def one_convolution() -> dict[str, Callable[[], Any]]:
-    """The inner layer of the published size, by the library and by Winograd's scheme on maps that stay packed."""
+    """The inner layer of the published size, by the library and by Winograd's scheme on maps that
+    stay packed.
+    """
     conv = torch.nn.Conv2d(72, 72, 5, padding=2).to(memory_format=torch.channels_last)
     maps = torch.rand(1, 72, 480, 640).contiguous(memory_format=torch.channels_last)
     quick, packed = WinogradConv(conv.weight, conv.bias), pack(maps[0].permute(1, 2, 0))  # type: ignore[arg-type]
@@ -128,7 +161,9 @@ def one_convolution() -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--work", type=Path, help="features and rows of the runs")
     parser.add_argument("--systems", default=SYSTEMS)
@@ -137,14 +172,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
-    content: dict[str, Any] = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    content: dict[str, Any] = (
+        json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
+    )
     content["machine"] = machine()
     if args.folder is not None:
         if args.work is None:
             parser.error("an evaluation needs --work DIR")
-        settings = RunSettings(tuple(args.systems.split(",")), num_points=1000, mode="si", protocols=("rekd",))
-        done = read_run(evaluate(homography_sequences(args.folder), settings, args.work, workers=args.workers, progress=True))
-        content["homography"] = {s: figures([row for row in done.rows if row.system == s and row.ok]) for s in done.systems}
+        settings = RunSettings(
+            tuple(args.systems.split(",")), num_keypoints=1000, protocols=("rekd",)
+        )
+        done = read_run(
+            evaluate(
+                homography_sequences(args.folder),
+                settings,
+                args.work,
+                workers=args.workers,
+                progress=True,
+            )
+        )
+        content["homography"] = {
+            s: figures([row for row in done.rows if row.system == s and row.ok])
+            for s in done.systems
+        }
         text = table(content["homography"])
         if args.table:
             args.table.write_text(text + "\n")

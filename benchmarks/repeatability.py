@@ -1,10 +1,12 @@
-"""Repeatability on homography sequences: 3 px, mutual, one to one, single scale, top 1000 of the common area.
+"""Repeatability on homography sequences: 3 px, mutual, one to one, single scale, top 1000 of the
+common area.
 
-15 x 15 suppression, 15 px border, pairs 1-2, 1-3, 1-4 of each sequence, distances in image k (``in_k``) and, as a
-second column, in image 1 (``in_1``). The mean number of points compared (the fewer ones of the common area) stands beside
-the shares, since few points repeat more easily.
+15 x 15 suppression, 15 px border, pairs 1-2, 1-3, 1-4 of each sequence, distances in image k
+(``in_k``) and, as a second column, in image 1 (``in_1``). The mean number of points compared (the
+fewer ones of the common area) stands beside the shares, since few points repeat more easily.
 
-    python benchmarks/repeatability.py FOLDER [--systems keynet,keynet-tiny,sift,fast,FILE] [--out FILE.json]
+    python benchmarks/repeatability.py FOLDER [--systems keynet,keynet-tiny,sift,fast,FILE] \\
+        [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import torch
 from torch import Tensor
 
 from common import SEQUENCES, homography, load_network, machine
-from tiepoints.evaluation.metrics import mutual_matches, mutual_repeatability
 from tiepoints.image import load_image
 from tiepoints.keypoints import detect_peaks
+from tiepoints.metrics.repeatability import mutual_matches, mutual_repeatability
 
 CANDIDATES = 5000
 PAIRS = (2, 3, 4)
@@ -50,7 +52,9 @@ def opencv_map(name: str, image: Tensor) -> Tensor:
 def detector(system: str):
     """image (1,1,H,W) -> (N,2), strongest first."""
     if system in ("sift", "orb", "fast", "harris", "shi-tomasi"):
-        return lambda image: detect_peaks(opencv_map(system, image), CANDIDATES, subpixel=False)[0][0]
+        return lambda image: detect_peaks(opencv_map(system, image), CANDIDATES, subpixel=False)[0][
+            0
+        ]
     net, threshold = load_network(system)
 
     @torch.inference_mode()
@@ -64,7 +68,9 @@ def detector(system: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--systems", default="keynet,keynet-tiny,sobelnet,sift,orb,harris,fast,shi-tomasi")
+    parser.add_argument(
+        "--systems", default="keynet,keynet-tiny,sobelnet,sift,orb,harris,fast,shi-tomasi"
+    )
     parser.add_argument("--threshold", type=float, default=3.0)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -80,19 +86,33 @@ def main() -> None:
             for k in PAIRS:
                 H = homography(args.folder, sequence, k)
                 options = {"threshold": args.threshold}
-                in_k.append(mutual_repeatability(points[1], points[k], H, sizes[1], sizes[k], **options))
+                in_k.append(
+                    mutual_repeatability(points[1], points[k], H, sizes[1], sizes[k], **options)
+                )
                 back = torch.linalg.inv(H)
-                in_1.append(mutual_repeatability(points[k], points[1], back, sizes[k], sizes[1], **options))
+                in_1.append(
+                    mutual_repeatability(points[k], points[1], back, sizes[k], sizes[1], **options)
+                )
                 _, *found = mutual_matches(points[1], points[k], H, sizes[1], sizes[k], **options)
                 counts.append(min(found))
-            row[sequence] = {"in_k": float(np.mean(in_k)), "in_1": float(np.mean(in_1)), "points": float(np.mean(counts))}
+            row[sequence] = {
+                "in_k": float(np.mean(in_k)),
+                "in_1": float(np.mean(in_1)),
+                "points": float(np.mean(counts)),
+            }
         for column in ("in_k", "in_1"):
             row[column] = float(np.mean([row[s][column] for s in SEQUENCES]))
         rows.append(row)
         parts = "  ".join(f"{s} {row[s]['in_k']:.3f} ({row[s]['points']:.0f})" for s in SEQUENCES)
-        print(f"{row['system']:20s} {parts}  mean {row['in_k']:.3f}  (in image 1: {row['in_1']:.3f})", flush=True)
+        print(
+            f"{row['system']:20s} {parts}  mean {row['in_k']:.3f}  (in image 1: {row['in_1']:.3f})",
+            flush=True,
+        )
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "threshold": args.threshold, "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"machine": machine(), "threshold": args.threshold, "rows": rows}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""How far three untrained layers of 36 orientations are from turning with the image, for several sets of rings (docs/models.md).
+"""How far three untrained layers of 36 orientations are from turning with the image, for several
+sets of rings (docs/models.md).
 
-The error is that of tests/test_equivariant.py: the largest over turns of one to four steps, of the response, on images of waves of a
-given length and longer.
+The error is that of tests/test_equivariant.py: the largest over turns of one to four steps, of the
+response, on images of waves of a given length and longer.
 
     python benchmarks/rings.py [--out rings.json]
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from common import machine
-from tiepoints.detectors.equivariant import SMOOTH_RINGS, Ring, published_rings
+from tiepoints.models.equivariant import SMOOTH_RINGS, Ring, published_rings
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from test_equivariant import error_of, layers
@@ -32,16 +33,26 @@ RINGS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {
-        name: {f"{wave:g} px": max(error_of(layers(GROUP, rings), GROUP, step, wave) for step in range(1, 5)) for wave in WAVES}
+        name: {
+            f"{wave:g} px": max(
+                error_of(layers(GROUP, rings), GROUP, step, wave) for step in range(1, 5)
+            )
+            for wave in WAVES
+        }
         for name, rings in RINGS.items()
     }
     for name, errors in found.items():
-        print(f"{name:52}", "  ".join(f"{wave} {100 * error:5.1f} %" for wave, error in errors.items()))
+        print(
+            f"{name:52}",
+            "  ".join(f"{wave} {100 * error:5.1f} %" for wave, error in errors.items()),
+        )
     if args.out:
         args.out.write_text(json.dumps({"machine": machine(), "errors": found}, indent=1) + "\n")
 

@@ -1,10 +1,13 @@
-"""Repeatability of photographs against themselves turned by 0..345 degrees in steps of 15, and the error of the points' angles.
+"""Repeatability of photographs against themselves turned by 0..345 degrees in steps of 15, and the
+error of the points' angles.
 
-Held-out photographs of a folder (those that no training of ours sees), one scale, the strongest 1000 of the common area, one-to-one
-mutual nearest within 3 px. The turned copy lies half a pixel beside the grid, so that quarter turns do not hand over the same
-pixels, which every detector finds again (``--plain`` leaves that out).
+Held-out photographs of a folder (those that no training of ours sees), one scale, the strongest
+1000 of the common area, one-to-one mutual nearest within 3 px. The turned copy lies half a pixel
+beside the grid, so that quarter turns do not hand over the same pixels, which every detector finds
+again (``--plain`` leaves that out).
 
-    python benchmarks/rotation.py PHOTOS --systems rekd,rekd-light,keynet,sift,fast --out rotation.json
+    python benchmarks/rotation.py PHOTOS --systems rekd,rekd-light,keynet,sift,fast \\
+        --out rotation.json
 """
 
 from __future__ import annotations
@@ -17,10 +20,10 @@ from typing import Any
 import torch
 
 from common import machine
-from tiepoints.evaluation.metrics import mean
+from tiepoints.datasets.synthetic import list_photos, split_photos, usable_photos
 from tiepoints.evaluation.sweeps import ROTATIONS, sweep
 from tiepoints.evaluation.systems import Options, system
-from tiepoints.training.synthetic import list_photos, split_photos, usable_photos
+from tiepoints.metrics.geometry import mean
 
 SYSTEMS = "rekd,rekd-light,keynet,keynet-tiny,sift,fast,orb,akaze,harris"
 
@@ -33,39 +36,63 @@ def measure(name: str, photos: list[Path], shift: float) -> dict[str, Any]:
         for row in sweep(detect, photo, "rotation", ROTATIONS, shift=shift):
             found[float(row["value"])].append(row["metrics"])
     angles = {
-        f"{angle:g}": {key: mean(row.get(key) for row in rows) for key in ("mutual.rep@3", "turn.median", "turn.right", "points")}
+        f"{angle:g}": {
+            key: mean(row.get(key) for row in rows)
+            for key in ("mutual.rep@3", "turn.median", "turn.right", "points")
+        }
         for angle, rows in found.items()
     }
     rates = [numbers["mutual.rep@3"] for numbers in angles.values()]
     rows = [row for part in found.values() for row in part]
     return {
-        "mean": mean(rates), "worst": min(rates), "best": max(rates), "turn.median": mean(row.get("turn.median") for row in rows),
-        "turn.right": mean(row.get("turn.right") for row in rows), "points": mean(row["points"] for row in rows), "angles": angles,
-    }  # fmt: skip
+        "mean": mean(rates),
+        "worst": min(rates),
+        "best": max(rates),
+        "turn.median": mean(row.get("turn.median") for row in rows),
+        "turn.right": mean(row.get("turn.right") for row in rows),
+        "points": mean(row["points"] for row in rows),
+        "angles": angles,
+    }
 
 
 def table(systems: dict[str, Any]) -> str:
-    lines = ["| system | mean | worst angle | best angle | turn, median error | turn within 15 deg | points |"]
+    lines = [
+        "| system | mean | worst angle | best angle | turn, median error | turn within 15 deg | "
+        "points |"
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, found in systems.items():
-        turn = "| |" if found["turn.median"] is None else f"{found['turn.median']:.1f} | {100 * found['turn.right']:.0f} |"
+        turn = (
+            "| |"
+            if found["turn.median"] is None
+            else f"{found['turn.median']:.1f} | {100 * found['turn.right']:.0f} |"
+        )
         rates = " | ".join(f"{100 * found[key]:.1f}" for key in ("mean", "worst", "best"))
         lines.append(f"| {name} | {rates} | {turn} {found['points']:.0f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--photos", type=int, default=20)
     parser.add_argument("--plain", action="store_true", help="turn about the centre, no shift")
-    parser.add_argument("--out", type=Path, help="JSON; systems that it holds are not measured again")
+    parser.add_argument(
+        "--out", type=Path, help="JSON; systems that it holds are not measured again"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     _, held_out = split_photos(usable_photos(list_photos(args.folder))[0])
     photos = held_out[: args.photos]
-    content: dict[str, Any] = {"machine": machine(), "photos": len(photos), "shift": 0.0 if args.plain else 0.5, "systems": {}}
+    content: dict[str, Any] = {
+        "machine": machine(),
+        "photos": len(photos),
+        "shift": 0.0 if args.plain else 0.5,
+        "systems": {},
+    }
     if args.out and args.out.is_file():
         content["systems"] = json.loads(args.out.read_text())["systems"]
     for name in args.systems.split(","):

@@ -1,6 +1,8 @@
-"""Picture of an image and the score maps of several networks beside it, each raised to a power of 0.4 so that weak scores show.
+"""Picture of an image and the score maps of several networks beside it, each raised to a power of
+0.4 so that weak scores show.
 
-    python benchmarks/score_maps.py sobelnet MSIP.safetensors --out docs/gaussian_loss.png [--image FILE] [--crop X Y SIDE]
+python benchmarks/score_maps.py sobelnet MSIP.safetensors --out docs/gaussian_loss.png [--image
+FILE] [--crop X Y SIDE]
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ BRIGHT = 0.998  # quantile of the scores that is shown white
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("systems", nargs="+", help="names or weights files")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--image", type=Path, help="default: scikit-image's motorcycle")
-    parser.add_argument("--crop", type=int, nargs=3, default=(160, 60, 280), metavar=("X", "Y", "SIDE"))
+    parser.add_argument(
+        "--crop", type=int, nargs=3, default=(160, 60, 280), metavar=("X", "Y", "SIDE")
+    )
     args = parser.parse_args()
     if args.image is None:
         import skimage.data
@@ -38,7 +44,11 @@ def main() -> None:
         with torch.inference_mode():
             score = load_network(system)[0](image)[0, 0, y : y + side, x : x + side]
         tiles.append(((score / score.quantile(BRIGHT)).clamp(0, 1) ** GAMMA).numpy())
-    picture = (np.concatenate([np.pad(tile, 2, constant_values=1) for tile in tiles], axis=1) * 255).round().astype(np.uint8)
+    picture = (
+        (np.concatenate([np.pad(tile, 2, constant_values=1) for tile in tiles], axis=1) * 255)
+        .round()
+        .astype(np.uint8)
+    )
     Image.fromarray(picture).save(args.out, optimize=True)
 
 

@@ -1,7 +1,9 @@
-"""Detection of 2048 points in a 640 x 480 image on one thread, against kornia's KeyNetDetector with the same weights.
+"""Detection of 2048 points in a 640 x 480 image on one thread, against kornia's KeyNetDetector with
+the same weights.
 
-Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by stage; the convolutions of the
-network are timed by torch's profiler (self CPU time) and their operations counted, a multiplication and an addition being two.
+Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by
+stage; the convolutions of the network are timed by torch's profiler (self CPU time) and their
+operations counted, a multiplication and an addition being two.
 
     python benchmarks/speed.py [--image FILE] [--repeat 7] [--out FILE.json]
 """
@@ -19,8 +21,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from common import machine, vga_image
+from tiepoints.checkpoints import to_official_state_dict
 from tiepoints.extract import build
-from tiepoints.importers import to_official_state_dict
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
 
@@ -29,11 +31,15 @@ CONVOLUTIONS = "    of which convolutions"
 
 
 def convolutions(call: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds that one call spends in convolutions, and their GFLOP (strips that overlap and padded filters counted as computed)."""
+    """Milliseconds that one call spends in convolutions, and their GFLOP (strips that overlap and
+    padded filters counted as computed).
+    """
     with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
         call()
     found = [event for event in seen.key_averages() if "conv" in event.key]
-    return sum(event.self_cpu_time_total for event in found) / 1e3, sum(event.flops for event in found) / 1e9
+    return sum(event.self_cpu_time_total for event in found) / 1e3, sum(
+        event.flops for event in found
+    ) / 1e9
 
 
 def main() -> None:
@@ -51,8 +57,8 @@ def main() -> None:
     net = load("keynet")
     theirs = KeyNetDetector(pretrained=False, num_features=POINTS).eval()
     theirs.model.load_state_dict(to_official_state_dict(net), strict=True)
-    ours = build("keynet", "rootsift", num_points=POINTS, device="cpu")
-    single = build("keynet", None, num_points=POINTS, single_scale=True, device="cpu")
+    ours = build("keynet", "rootsift", num_keypoints=POINTS, device="cpu")
+    single = build("keynet", None, num_keypoints=POINTS, single_scale=True, device="cpu")
     fused, pyramid = net.fused(), build_pyramid(image)
     keypoints = ours.detect(pyramid)[0]
 
@@ -67,7 +73,9 @@ def main() -> None:
         "ours, single scale": lambda: single.detect(build_pyramid(image, up=0, down=0)),
         "  stage: pyramid": lambda: build_pyramid(image),
         "  stage: network, all levels": network,
-        "  stage: key points of the maps": torch.inference_mode()(lambda: ours.detect._default(pyramid, [m[0, 0] for m in maps], None)),
+        "  stage: key points of the maps": torch.inference_mode()(
+            lambda: ours.detect._default(pyramid, [m[0, 0] for m in maps], None)
+        ),
         "  stage: rootsift (not in detection)": lambda: ours.describe(pyramid, keypoints, 0),  # type: ignore[misc]
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -78,7 +86,9 @@ def main() -> None:
             started = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - started))
-    profiled = [convolutions(network) for _ in range(args.repeat)]  # afterwards: the profiler slows the other stages down
+    profiled = [
+        convolutions(network) for _ in range(args.repeat)
+    ]  # afterwards: the profiler slows the other stages down
     medians: dict[str, float] = {}
     for name, values in times.items():
         medians[name] = statistics.median(values)
@@ -87,7 +97,10 @@ def main() -> None:
     gflop = profiled[0][1]
     rate = 1000 * gflop / medians[CONVOLUTIONS]
     for name, value in medians.items():
-        print(f"{name:36s} {value:8.1f} ms" + (f", {gflop:.1f} GFLOP: {rate:.0f} GFLOP/s" if name == CONVOLUTIONS else ""))
+        print(
+            f"{name:36s} {value:8.1f} ms"
+            + (f", {gflop:.1f} GFLOP: {rate:.0f} GFLOP/s" if name == CONVOLUTIONS else "")
+        )
     ratio = medians["kornia KeyNetDetector"] / medians["ours, detection"]
     print(f"kornia {kornia.__version__} / ours: {ratio:.2f}   ({len(keypoints)} points)")
     if args.out:

@@ -1,9 +1,11 @@
-"""Do keypoints lie on structure? Anchoring on photographs, layers, drawn corners: docs/evaluation.md has each measure.
+"""Do keypoints lie on structure? Anchoring on photographs, layers, drawn corners:
+docs/evaluation.md has each measure.
 
-    python benchmarks/structure.py PHOTOS [--systems keynet,keynet-tiny,...] [--count 10] [--out FILE.json] [--table FILE.md]
+    python benchmarks/structure.py PHOTOS [--systems keynet,keynet-tiny,...] [--count 10] \\
+        [--out FILE.json] [--table FILE.md]
 
-PHOTOS: a folder; COUNT photographs are taken evenly from its sorted list. One scale. A system is a name of `tiepoints evaluate` or a
-weights file, ours or an official one.
+PHOTOS: a folder; COUNT photographs are taken evenly from its sorted list. One scale. A system is a
+name of `tiepoints evaluate` or a weights file, ours or an official one.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from common import machine
-from tiepoints.evaluation.anchoring import ANCHORED_POINTS, anchoring, corners, layers
-from tiepoints.evaluation.page import Column, Row, Table
+from tiepoints.datasets.synthetic import list_photos
 from tiepoints.evaluation.systems import Options, as_features, system
 from tiepoints.image import load_image
-from tiepoints.training.synthetic import list_photos
+from tiepoints.metrics.anchoring import ANCHORED_POINTS, anchoring, corners, layers
+from tiepoints.report.page import Column, Row, Table
 
 SYSTEMS = "keynet,keynet-tiny,sobelnet,rekd-light,sift,akaze,orb,harris,shi-tomasi"
 #: Keypoints asked for in the image of drawn corners and in the frames of layers.
@@ -28,28 +30,40 @@ POINTS = 500
 
 
 def measure(name: str, photos: list[Path]) -> dict[str, float]:
-    found = system(name, Options(num_points=POINTS, single_scale=True))
+    found = system(name, Options(num_keypoints=POINTS, single_scale=True))
 
     def detect(image: torch.Tensor) -> torch.Tensor:
         return as_features(found(image), (image.shape[-1], image.shape[-2])).xy
 
     images = [load_image(path) for path in photos]
-    anchored = anchoring(detect, images, num_points=ANCHORED_POINTS)
+    anchored = anchoring(detect, images, num_keypoints=ANCHORED_POINTS)
     moved = again = 0
     for background, foreground in zip(images, images[1:] + images[:1], strict=True):
         size = background.shape[-2:]
-        both = layers(detect, background, F.interpolate(foreground, size=size, mode="bilinear", align_corners=False))
+        both = layers(
+            detect,
+            background,
+            F.interpolate(foreground, size=size, mode="bilinear", align_corners=False),
+        )
         moved, again = moved + both.wrong, again + both.found
     drawn = corners(detect)
     return {
-        "median percentile": 100 * anchored.median, "below half %": 100 * anchored.below_half, "keypoints": anchored.count,
-        "with the wrong layer": moved, "near the rim": again, "corners within 1 px": drawn.found, "within 3 px": drawn.near,
-        "error px": drawn.error, "of": drawn.total,
-    }  # fmt: skip
+        "median percentile": 100 * anchored.median,
+        "below half %": 100 * anchored.below_half,
+        "keypoints": anchored.count,
+        "with the wrong layer": moved,
+        "near the rim": again,
+        "corners within 1 px": drawn.found,
+        "within 3 px": drawn.near,
+        "error px": drawn.error,
+        "of": drawn.total,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("photos", type=Path)
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--count", type=int, default=10)
@@ -62,9 +76,19 @@ def main() -> None:
     names = list(next(iter(rows.values())))
     digits = {"median percentile": 1, "below half %": 1, "error px": 2}
     columns = [Column(name, "", digits.get(name, 0)) for name in names]
-    table = Table("Keypoints on structure", columns, [Row(name, list(found.values())) for name, found in rows.items()])
+    table = Table(
+        "Keypoints on structure",
+        columns,
+        [Row(name, list(found.values())) for name, found in rows.items()],
+    )
     if args.out:
-        args.out.write_text(json.dumps({"machine": machine(), "photos": [p.name for p in photos], "systems": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps(
+                {"machine": machine(), "photos": [p.name for p in photos], "systems": rows},
+                indent=1,
+            )
+            + "\n"
+        )
     if args.table:
         args.table.write_text(table.markdown() + "\n")
     print(table.markdown())

@@ -1,15 +1,19 @@
-"""Pairs of views of reconstructions with known cameras: what is matched rightly, what refinement adds, and what rotated cameras cost.
+"""Pairs of views of reconstructions with known cameras: what is matched rightly, what refinement
+adds, and what rotated cameras cost.
 
-    python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] [--rotations 0,30,60,90,180] [--num-points 1000]
+    python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
+        [--rotations 0,30,60,90,180] [--num-keypoints 1000]
                                [--out FILE.json]
 
-SCENES: folders with COLMAP models and their images (docs/training.md). A system is DETECTOR+DESCRIPTOR, each a name or a weights file.
-A match is right within 2 px of the epipolar lines in both images. Columns:
+SCENES: folders with COLMAP models and their images (docs/training.md). A system is
+DETECTOR+DESCRIPTOR, each a name or a weights file. A match is right within 2 px of the epipolar
+lines in both images. Columns:
 
     right %      right matches over the smaller number of keypoints, as the keypoints were detected
-    0.5, 1 px    matches within so much of the epipolar lines over all matches, as detected and refined
+    0.5, 1 px    share of matches within this distance of the epipolar lines, detected and refined
     time         processor time of refinement over that of matching (features extracted before)
-    N degrees    right matches of the strongest half of the pairs with the second image rotated by N, plain and with `--orientation auto`
+    N degrees    correct matches of the strongest half of the pairs, the second image rotated by N,
+                 without and with `--orientation auto`
 """
 
 from __future__ import annotations
@@ -28,14 +32,15 @@ from torch import Tensor
 
 from common import machine
 from tiepoints.auto_orientation import PairMatcher, can_reorient
-from tiepoints.evaluation.page import Column, Row, Table
+from tiepoints.datasets.reconstructions import read_scenes
+from tiepoints.datasets.tracks import PosedPair, posed_pairs
 from tiepoints.extract import Extractor, build
 from tiepoints.geometry import sample_at, warp_points
 from tiepoints.image import load_image
 from tiepoints.matching import match
 from tiepoints.refine import refine_matches
+from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features
-from tiepoints.training.tracks import PosedPair, posed_pairs, read_scenes
 from tiepoints.weights import load
 
 RIGHT = 2.0
@@ -43,15 +48,17 @@ NEAR = (0.5, 1.0)
 SEED = 11
 
 
-def extractor(system: str, num_points: int) -> Extractor:
+def extractor(system: str, num_keypoints: int) -> Extractor:
     """An extractor with the defaults of ``tiepoints match`` but for the number of keypoints."""
     detector, _, descriptor = system.partition("+")
     named = descriptor if descriptor == "rootsift" else load(descriptor)
-    return build(load(detector), named, num_points=num_points, device="cpu")
+    return build(load(detector), named, num_keypoints=num_keypoints, device="cpu")
 
 
 def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """A gray image (1,1,H,W) rotated clockwise about its centre, all of it kept, and (3,3) from its pixels to the new ones."""
+    """A gray image (1,1,H,W) rotated clockwise about its centre, all of it kept, and (3,3) from its
+    pixels to the new ones.
+    """
     h, w = image.shape[-2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     new_w, new_h = (math.ceil(abs(x * cos) + abs(y * sin) - 1e-6) for x, y in ((w, h), (h, w)))
@@ -61,7 +68,9 @@ def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     matrix = torch.from_numpy(there @ turn @ back)
     y, x = torch.meshgrid(torch.arange(new_h), torch.arange(new_w), indexing="ij")
     grid = torch.stack([x, y], dim=-1).reshape(-1, 2).double()
-    values = sample_at(image, warp_points(grid, torch.linalg.inv(matrix))[None].float(), padding="zeros")
+    values = sample_at(
+        image, warp_points(grid, torch.linalg.inv(matrix))[None].float(), padding="zeros"
+    )
     return values.view(1, 1, new_h, new_w), matrix
 
 
@@ -69,10 +78,17 @@ def count_right(pair: PosedPair, xy_a: Tensor, xy_b: Tensor, threshold: float = 
     return int((pair.errors(xy_a.numpy(), xy_b.numpy()) <= threshold).sum()) if len(xy_a) else 0
 
 
-def measure(system: str, pairs: list[PosedPair], rotations: list[float], num_points: int) -> dict[str, Any]:
-    extract = extractor(system, num_points)
-    images = {path: load_image(path) for path in dict.fromkeys(path for pair in pairs for path in pair.images)}
-    features: dict[Path, Features] = {path: extract.extract(image) for path, image in images.items()}
+def measure(
+    system: str, pairs: list[PosedPair], rotations: list[float], num_keypoints: int
+) -> dict[str, Any]:
+    extract = extractor(system, num_keypoints)
+    images = {
+        path: load_image(path)
+        for path in dict.fromkeys(path for pair in pairs for path in pair.images)
+    }
+    features: dict[Path, Features] = {
+        path: extract.extract(image) for path, image in images.items()
+    }
     shares, matches = [], 0
     within = {(kind, t): 0 for kind in ("detected", "refined") for t in NEAR}
     spent = {"match": 0.0, "refine": 0.0}
@@ -101,9 +117,15 @@ def measure(system: str, pairs: list[PosedPair], rotations: list[float], num_poi
 
 
 def _rotation(
-    extract: Extractor, pairs: Iterable[PosedPair], images: dict[Path, Tensor], features: dict[Path, Features], degrees: float
+    extract: Extractor,
+    pairs: Iterable[PosedPair],
+    images: dict[Path, Tensor],
+    features: dict[Path, Features],
+    degrees: float,
 ) -> dict[str, float]:
-    """Mean right matches of pairs whose second image is rotated, plain and with the rotation of the pair."""
+    """Mean right matches of pairs whose second image is rotated, plain and with the rotation of the
+    pair.
+    """
     matcher = PairMatcher(extract) if can_reorient(extract) else None
     plain, auto = [], []
     for pair in pairs:
@@ -111,21 +133,31 @@ def _rotation(
         image, matrix = rotated(images[pair.images[1]], degrees)
         b = extract.extract(image)
         back = torch.linalg.inv(matrix)
-        for counts, found in ((plain, match(a, b)), (auto, None if matcher is None else matcher(a, b, image).matches)):
+        for counts, found in (
+            (plain, match(a, b)),
+            (auto, None if matcher is None else matcher(a, b, image).matches),
+        ):
             if found is not None:
                 xy_a, xy_b = found.positions(a, b)
                 counts.append(count_right(pair, xy_a, warp_points(xy_b.double(), back)))
     name = f"{degrees:g} degrees"
-    return {name: float(np.mean(plain)), **({f"{name}, auto": float(np.mean(auto))} if auto else {})}
+    return {
+        name: float(np.mean(plain)),
+        **({f"{name}, auto": float(np.mean(auto))} if auto else {}),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scenes", type=Path, nargs="+")
-    parser.add_argument("--systems", default="keynet+hardnet,keynet+desnet,sobelnet+desnet,keynet+rootsift")
+    parser.add_argument(
+        "--systems", default="keynet+hardnet,keynet+desnet,sobelnet+desnet,keynet+rootsift"
+    )
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--rotations", default="0,30,60,90,180")
-    parser.add_argument("--num-points", type=int, default=1000)
+    parser.add_argument("--num-keypoints", type=int, default=1000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -133,13 +165,24 @@ def main() -> None:
     rotations = [float(part) for part in args.rotations.split(",") if part]
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):
-        rows[name] = measure(name, pairs, rotations, args.num_points)
+        rows[name] = measure(name, pairs, rotations, args.num_keypoints)
         if args.out:  # after each, so that a long run that is stopped leaves what it has
-            content = {"machine": machine(), "scenes": [path.name for path in args.scenes], "pairs": len(pairs), "systems": rows}
+            content = {
+                "machine": machine(),
+                "scenes": [path.name for path in args.scenes],
+                "pairs": len(pairs),
+                "systems": rows,
+            }
             args.out.write_text(json.dumps(content, indent=1) + "\n")
     names = list(dict.fromkeys(key for row in rows.values() for key in row))
     columns = [Column(name, "", 0 if "degrees" in name else 1) for name in names]
-    print(Table(f"{len(pairs)} pairs of views", columns, [Row(n, [row.get(c) for c in names]) for n, row in rows.items()]).markdown())
+    print(
+        Table(
+            f"{len(pairs)} pairs of views",
+            columns,
+            [Row(n, [row.get(c) for c in names]) for n, row in rows.items()],
+        ).markdown()
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""Photographs and reconstructions packed small for training on another machine, such as a rented GPU without pycolmap.
+"""Photographs and reconstructions packed small for training on another machine, such as a rented
+GPU without pycolmap.
 
-    python examples/pack_training_data.py --out DATA.tar --images PHOTOS... --reconstructions SCENES... \\
+    python examples/pack_training_data.py --out DATA.tar --images PHOTOS... \\
+        --reconstructions SCENES... \\
                                           --held-out SCENES... [--max-side 480] [--quality 70]
 
-SCENES: folders with a COLMAP model and its images each. The archive holds `photos/`, `scenes/NAME/` and `held_out/NAME/`, the latter to
-validate on; `tiepoints train --reconstructions` reads them without COLMAP. `examples/train_on_gpu.sh` trains on it.
+SCENES: folders with a COLMAP model and its images each. The archive holds `photos/`, `scenes/NAME/`
+and `held_out/NAME/`, the latter to validate on; `tiepoints train --reconstructions` reads them
+without COLMAP. `examples/train_on_gpu.sh` trains on it.
 """
 
 from __future__ import annotations
@@ -14,9 +17,9 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from tiepoints.datasets.reconstructions import pack_scene, read_scenes
+from tiepoints.datasets.synthetic import list_photos, read_photo, usable_photos
 from tiepoints.errors import DataError
-from tiepoints.training.synthetic import list_photos, read_photo, usable_photos
-from tiepoints.training.tracks import pack_scene, read_scenes
 
 
 def pack_photos(folders: list[Path], out: Path, max_side: int, quality: int) -> int:
@@ -30,7 +33,9 @@ def pack_photos(folders: list[Path], out: Path, max_side: int, quality: int) -> 
     count = 0
     for photo in photos:
         try:
-            Image.fromarray(read_photo(photo, max_side)).save(out / f"{count:05}.jpg", quality=quality)
+            Image.fromarray(read_photo(photo, max_side)).save(
+                out / f"{count:05}.jpg", quality=quality
+            )
             count += 1
         except DataError as error:
             print(f"left out: {error}")
@@ -38,7 +43,9 @@ def pack_photos(folders: list[Path], out: Path, max_side: int, quality: int) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=Path, nargs="+", required=True)
     parser.add_argument("--reconstructions", type=Path, nargs="*", default=[])
@@ -52,11 +59,18 @@ def main() -> None:
         for part, folders in (("scenes", args.reconstructions), ("held_out", args.held_out)):
             for folder in folders:
                 for number, scene in enumerate(read_scenes(folder)):
-                    pack_scene(scene, place / part / f"{folder.resolve().name}-{number}", quality=args.quality)
+                    pack_scene(
+                        scene,
+                        place / part / f"{folder.resolve().name}-{number}",
+                        quality=args.quality,
+                    )
         with tarfile.open(args.out, "w") as archive:
             archive.add(place, arcname=".")
     size = args.out.stat().st_size / 1e6
-    print(f"{count} photographs, {len(args.reconstructions)} + {len(args.held_out)} reconstructions: {size:.0f} MB")
+    print(
+        f"{count} photographs, {len(args.reconstructions)} + {len(args.held_out)} "
+        f"reconstructions: {size:.0f} MB"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: where the reference outputs and data lie, if this machine has them."""
+"""Fixtures shared by all tests: where the reference outputs and data lie, if this machine has
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,15 @@
-"""Measures of where keypoints lie: on structure, with their own layer, on the corners that are drawn."""
+"""Measures of where keypoints lie: on structure, with their own layer, on the corners that are
+drawn.
+"""
 
 import math
 
 import pytest
 import torch
 
-from tiepoints.evaluation.anchoring import (
+from tiepoints.filters import corner_strength, gaussian_blur
+from tiepoints.keypoints import detect_peaks
+from tiepoints.metrics.anchoring import (
     SHIFT,
     anchoring,
     corner_image,
@@ -14,8 +18,6 @@ from tiepoints.evaluation.anchoring import (
     layers,
     percentiles,
 )
-from tiepoints.filters import corner_strength, gaussian_blur
-from tiepoints.keypoints import detect_peaks
 
 
 def textured(seed: int, height: int = 240, width: int = 320) -> torch.Tensor:
@@ -29,7 +31,9 @@ def shi_tomasi(image: torch.Tensor, sigma: float = 1.0, count: int = 500) -> tor
 
 
 def test_percentiles_are_ranks_among_the_pixels():
-    image = torch.zeros(1, 1, 60, 60) + 0.01 * torch.rand(1, 1, 60, 60, generator=torch.Generator().manual_seed(0))
+    image = torch.zeros(1, 1, 60, 60) + 0.01 * torch.rand(
+        1, 1, 60, 60, generator=torch.Generator().manual_seed(0)
+    )
     image[..., 30:, 30:] += 0.8
     found = percentiles(image, torch.tensor([[30.0, 30.0], [45.0, 30.0], [-9.0, 200.0]]))
     assert found[0] > 0.99
@@ -45,7 +49,9 @@ def test_anchoring_tells_corners_from_random_points_and_from_points_beside():
     assert on.below_half < 0.01
     assert on.count == 600
     generator = torch.Generator().manual_seed(1)
-    by_chance = anchoring(lambda image: torch.rand(200, 2, generator=generator) * torch.tensor([319.0, 239.0]), images)
+    by_chance = anchoring(
+        lambda image: torch.rand(200, 2, generator=generator) * torch.tensor([319.0, 239.0]), images
+    )
     assert by_chance.median == pytest.approx(0.5, abs=0.06)
     assert by_chance.below_half == pytest.approx(0.5, abs=0.06)
     beside = anchoring(lambda image: shi_tomasi(image) + 12, images)
@@ -64,7 +70,9 @@ def test_layered_frames_move_the_disc_alone():
     assert torch.equal(two[0, 0][away], one[0, 0][away])
     inside = (first < radius - 1)[: 240 - int(SHIFT[1]), : 320 - int(SHIFT[0])]
     moved = two[0, 0, int(SHIFT[1]) :, int(SHIFT[0]) :]
-    assert torch.equal(moved[inside], one[0, 0, : 240 - int(SHIFT[1]), : 320 - int(SHIFT[0])][inside])
+    assert torch.equal(
+        moved[inside], one[0, 0, : 240 - int(SHIFT[1]), : 320 - int(SHIFT[0])][inside]
+    )
     with pytest.raises(ValueError, match="one size"):
         layered_frames(background, foreground[..., :100])
 

@@ -20,7 +20,9 @@ skimage_data = pytest.importorskip("skimage.data")
 
 def rotation_about(degrees: float, size: int) -> torch.Tensor:
     c, s, m = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), (size - 1) / 2
-    return torch.tensor([[c, -s, m - c * m + s * m], [s, c, m - s * m - c * m], [0, 0, 1]], dtype=torch.float64)
+    return torch.tensor(
+        [[c, -s, m - c * m + s * m], [s, c, m - s * m - c * m], [0, 0, 1]], dtype=torch.float64
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,9 @@ def photo():
 
 @pytest.fixture(scope="module")
 def extractor():
-    return tiepoints.build("keynet-tiny", "hardnet", num_points=400, device="cpu", single_scale=True)
+    return tiepoints.build(
+        "keynet-tiny", "hardnet", num_keypoints=400, device="cpu", single_scale=True
+    )
 
 
 def correct(oriented: Oriented, a, H) -> int:
@@ -74,8 +78,12 @@ def test_few_keypoints_and_measured_angles_are_matched_as_they_are(photo, extrac
     matcher = PairMatcher(extractor)
     assert len(matcher(none, a, photo).matches) == 0
     assert len(matcher(a, none, photo).matches) == 0
-    assert torch.equal(matcher(few, few, photo).matches.index, torch.arange(3)[:, None].expand(3, 2))
-    angles = tiepoints.Features(Keypoints(a.xy, a.scale, torch.ones_like(a.angle), a.score), a.descriptors, a.image_size)
+    assert torch.equal(
+        matcher(few, few, photo).matches.index, torch.arange(3)[:, None].expand(3, 2)
+    )
+    angles = tiepoints.Features(
+        Keypoints(a.xy, a.scale, torch.ones_like(a.angle), a.score), a.descriptors, a.image_size
+    )
     assert matcher(angles, a, photo).rotation == 0
 
 
@@ -93,7 +101,9 @@ def test_only_upright_patches_can_be_described_at_another_rotation(extractor):
 def test_the_angle_of_a_similarity():
     xy = torch.rand(20, 2) * 100
     for degrees in (0.0, 45.0, 170.0, -120.0):
-        assert math.degrees(similarity_angle(xy, warp_points(xy.double(), rotation_about(degrees, 50)))) == pytest.approx(degrees, abs=1e-3)
+        assert math.degrees(
+            similarity_angle(xy, warp_points(xy.double(), rotation_about(degrees, 50)))
+        ) == pytest.approx(degrees, abs=1e-3)
 
 
 def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path):
@@ -102,7 +112,15 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
     folder.mkdir()
     for name, image in (("a.png", photo), ("b.png", turned)):
         Image.fromarray((image * 255).round().byte().numpy()).save(folder / name)
-    words = ["--detector", "keynet-tiny", "--descriptor", "hardnet", "--num-points", "400", "--single-scale"]
+    words = [
+        "--detector",
+        "keynet-tiny",
+        "--descriptor",
+        "hardnet",
+        "--num-keypoints",
+        "400",
+        "--single-scale",
+    ]
     counts = {}
     for orientation in ("auto", "none"):
         out = tmp_path / f"{orientation}.h5"
@@ -112,12 +130,16 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
         with MatchFile(out) as stored:
             counts[orientation] = stored.read_matches("a.png", "b.png")
         both = [str(folder / "a.png"), str(folder / "b.png")]
-        two = CliRunner().invoke(app, ["match", *both, "--json", "--orientation", orientation, *words])
+        two = CliRunner().invoke(
+            app, ["match", *both, "--json", "--orientation", orientation, *words]
+        )
         counts[orientation, "inliers"] = json.loads(two.stdout)["inliers"]
     assert counts["auto", "inliers"] > 100
     assert counts["auto", "inliers"] > 3 * counts["none", "inliers"]
     # a is rotated by a quarter clockwise about the image: (x, y) -> (y, 255 - x)
-    extractor = tiepoints.build("keynet-tiny", "hardnet", num_points=400, single_scale=True, device="cpu")
+    extractor = tiepoints.build(
+        "keynet-tiny", "hardnet", num_keypoints=400, single_scale=True, device="cpu"
+    )
     a, b = (extractor.extract(folder / name).xy for name in ("a.png", "b.png"))
     truth = torch.stack([a[:, 1], 255 - a[:, 0]], dim=1)
     for orientation, least, most in (("auto", 100, 400), ("none", 0, 30)):
@@ -125,13 +147,20 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
         assert least <= int(((truth[index[:, 0]] - b[index[:, 1]]).norm(dim=1) < 3).sum()) <= most
 
 
-def test_images_with_nothing_in_common_stay_upright_and_are_searched_once_each(photo, extractor, monkeypatch):
-    others = [torch.from_numpy(skimage_data.coins()[k : k + 256, k : k + 256].copy()).float() / 255 for k in (0, 40)]
+def test_images_with_nothing_in_common_stay_upright_and_are_searched_once_each(
+    photo, extractor, monkeypatch
+):
+    others = [
+        torch.from_numpy(skimage_data.coins()[k : k + 256, k : k + 256].copy()).float() / 255
+        for k in (0, 40)
+    ]
     a, (b, c) = extractor.extract(photo), extractor.extract(others)
     matcher = PairMatcher(extractor)
     described = []
     describe = matcher._described
-    monkeypatch.setattr(matcher, "_described", lambda *given: described.append(given[2]) or describe(*given))
+    monkeypatch.setattr(
+        matcher, "_described", lambda *given: described.append(given[2]) or describe(*given)
+    )
     first = matcher(a, b, others[0], "b")
     assert first.rotation == 0
     assert torch.equal(first.matches.index, tiepoints.match(a, b).index)

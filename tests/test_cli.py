@@ -15,21 +15,25 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tiepoints.cli import app
+from tiepoints.datasets.pairs import PairFile, write_pairs
+from tiepoints.datasets.synthetic import PRESETS, list_photos
 from tiepoints.errors import DataError
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
-from tiepoints.jobs import open_features
+from tiepoints.formats.store import open_features
 from tiepoints.structs import Features, Keypoints
-from tiepoints.training.pairs import PairFile, write_pairs
-from tiepoints.training.synthetic import PRESETS, list_photos
 from tiepoints.weights import load
 
 
 def run(*words, cwd, ok=True, timeout=300):
     done = subprocess.run(
-        [sys.executable, "-m", "tiepoints", *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+        [sys.executable, "-m", "tiepoints", *map(str, words)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
@@ -40,7 +44,9 @@ def textured(seed: int, size=(220, 280)) -> np.ndarray:
     rng = np.random.default_rng(seed)
     image = torch.zeros(1, 3, *size)
     for cell in (5, 12, 40):
-        noise = torch.from_numpy(rng.random((1, 3, size[0] // cell + 2, size[1] // cell + 2))).float()
+        noise = torch.from_numpy(
+            rng.random((1, 3, size[0] // cell + 2, size[1] // cell + 2))
+        ).float()
         image += torch.nn.functional.interpolate(noise, size=size, mode="bicubic") * cell**0.5
     image = (image - image.min()) / (image.max() - image.min()) * 255
     return image[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
@@ -58,7 +64,17 @@ def photos(tmp_path_factory):
 def test_extract_writes_mirrored_files_skips_done_ones_and_reports_bad_ones(photos, tmp_path):
     (photos / "broken.png").write_bytes(b"\x89PNG nonsense")
     (photos / "empty.jpg").write_bytes(b"")
-    done = run("extract", "photos", "missing.png", "--results-dir", tmp_path, "--num-points", 200, cwd=photos.parent, ok=False)
+    done = run(
+        "extract",
+        "photos",
+        "missing.png",
+        "--results-dir",
+        tmp_path,
+        "--num-keypoints",
+        200,
+        cwd=photos.parent,
+        ok=False,
+    )
     assert done.returncode == 1
     for word in ("broken.png", "empty.jpg", "missing.png", "4 extracted"):
         assert word in done.stdout + done.stderr
@@ -70,22 +86,56 @@ def test_extract_writes_mirrored_files_skips_done_ones_and_reports_bad_ones(phot
     assert points.shape[1] == 4
     assert descriptors.shape == (len(points), 128)
     assert (np.diff(points[:, 3]) <= 0).all()
-    again = run("extract", "photos", "--results-dir", tmp_path, "--num-points", 200, cwd=photos.parent)
+    again = run(
+        "extract", "photos", "--results-dir", tmp_path, "--num-keypoints", 200, cwd=photos.parent
+    )
     assert "0 extracted" in again.stdout
     assert "4 done before" in again.stdout
-    other = run("extract", "photos", "--results-dir", tmp_path, "--num-points", 100, cwd=photos.parent, ok=False)
+    other = run(
+        "extract",
+        "photos",
+        "--results-dir",
+        tmp_path,
+        "--num-keypoints",
+        100,
+        cwd=photos.parent,
+        ok=False,
+    )
     assert other.returncode == 2
     assert "--overwrite" in other.stderr
-    fresh = run("extract", "photos/*.png", "--results-dir", tmp_path, "--num-kpts", 100, "--overwrite", cwd=photos.parent)
+    fresh = run(
+        "extract",
+        "photos/*.png",
+        "--results-dir",
+        tmp_path,
+        "--num-kpts",
+        100,
+        "--overwrite",
+        cwd=photos.parent,
+    )
     assert "2 extracted" in fresh.stdout
 
 
 def test_extract_from_a_list_keeps_inside_the_results(photos, tmp_path):
     (tmp_path / "list.txt").write_text("p0.png\n\nsub/p1.png\n../outside.png\n")
     done = run(
-        "extract", "--list-images", "list.txt", "--root-images", photos, "--results-dir", "out", "--method-name", "mine",
-        "--descriptor", "none", "--single-scale", "--num-points", 50, cwd=tmp_path, ok=False,
-    )  # fmt: skip
+        "extract",
+        "--list-images",
+        "list.txt",
+        "--root-images",
+        photos,
+        "--results-dir",
+        "out",
+        "--method-name",
+        "mine",
+        "--descriptor",
+        "none",
+        "--single-scale",
+        "--num-keypoints",
+        50,
+        cwd=tmp_path,
+        ok=False,
+    )
     assert done.returncode == 1
     assert "leaves the results folder" in done.stderr
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.npy"))
@@ -97,13 +147,13 @@ def test_extract_from_a_list_keeps_inside_the_results(photos, tmp_path):
     [
         ("extract",),
         ("extract", "a.png", "--method-name", "../x"),
-        ("extract", "a.png", "--weights", "nothing.safetensors"),
+        ("extract", "a.png", "--detector", "nothing.safetensors"),
         ("extract", "--list-images", "nothing.txt"),
         ("extract", "a.png", "--no-such-option"),
         ("match", "nothing.png", "nothing.png"),
-        ("train", "keynet", "--images", "nothing", "--out", "x.safetensors"),
-        ("train", "nonsense", "--images", ".", "--out", "x.safetensors"),
-        ("pairs", "--images", ".", "--out", "x", "--preset", "nonsense"),
+        ("train", "keynet", "--images", "nothing", "--output", "x.safetensors"),
+        ("train", "nonsense", "--images", ".", "--output", "x.safetensors"),
+        ("pairs", "--images", ".", "--output", "x", "--preset", "nonsense"),
         ("weights", "show", "nothing"),
     ],
 )
@@ -115,9 +165,24 @@ def test_wrong_words_are_told_without_a_trace(words, tmp_path):
 
 def test_match_prints_json_and_draws(photos, tmp_path):
     image = Image.open(photos / "p0.png")
-    moved = image.transform(image.size, Image.Transform.AFFINE, (0.96, 0.05, 6, -0.05, 0.96, 9), Image.Resampling.BICUBIC)
+    moved = image.transform(
+        image.size,
+        Image.Transform.AFFINE,
+        (0.96, 0.05, 6, -0.05, 0.96, 9),
+        Image.Resampling.BICUBIC,
+    )
     moved.save(tmp_path / "b.png")
-    done = run("match", photos / "p0.png", "b.png", "--output", "m.png", "--json", "--model", "homography", cwd=tmp_path)
+    done = run(
+        "match",
+        photos / "p0.png",
+        "b.png",
+        "--output",
+        "m.png",
+        "--json",
+        "--geometry",
+        "homography",
+        cwd=tmp_path,
+    )
     content = json.loads(done.stdout)
     assert content["ok"]
     assert content["inliers"] > 0.6 * content["matches"] > 20
@@ -135,19 +200,38 @@ def test_weights_commands(tmp_path):
 
 
 def test_import_of_the_official_weights_and_extraction_with_them(reference_dir, photos, tmp_path):
-    run("weights", "import", reference_dir / "checkpoints" / "keynet_pytorch.pth", "--out", "o.safetensors", cwd=tmp_path)
+    run(
+        "weights",
+        "import",
+        reference_dir / "checkpoints" / "keynet_pytorch.pth",
+        "--output",
+        "o.safetensors",
+        cwd=tmp_path,
+    )
     assert sum(p.numel() for p in load(tmp_path / "o.safetensors").parameters()) == 5873
     run(
-        "extract", photos / "p0.png", "--weights", "o.safetensors", "--mode", "official", "--results-dir", "r",
-        "--num-points", 100, cwd=tmp_path,
-    )  # fmt: skip
-    assert len(np.load(tmp_path / "r" / "keynet-hardnet" / "p0.png.kpt.npy")) > 50
+        "extract",
+        photos / "p0.png",
+        "--detector",
+        "o.safetensors",
+        "--official",
+        "--results-dir",
+        "r",
+        "--method-name",
+        "o",
+        "--num-keypoints",
+        100,
+        cwd=tmp_path,
+    )
+    assert len(np.load(tmp_path / "r" / "o" / "p0.png.kpt.npy")) > 50
 
 
 def test_pair_files_are_the_same_from_any_number_of_workers(photos, tmp_path):
     settings = PRESETS["default"]
     for workers in (0, 2):
-        write_pairs(tmp_path / f"{workers}.st", list_photos(photos), settings, 6, seed=3, workers=workers)
+        write_pairs(
+            tmp_path / f"{workers}.st", list_photos(photos), settings, 6, seed=3, workers=workers
+        )
     assert (tmp_path / "0.st").read_bytes() == (tmp_path / "2.st").read_bytes()
     pairs = PairFile(tmp_path / "0.st")
     assert len(pairs) == 6
@@ -162,25 +246,74 @@ def test_pair_files_are_the_same_from_any_number_of_workers(photos, tmp_path):
 
 
 def test_pairs_command_writes_file_and_preview(photos, tmp_path):
-    run("pairs", "--images", photos, "--out", "p.st", "--count", 5, "--preset", "keynet-paper", "--preview", "g.png", cwd=tmp_path)
+    run(
+        "pairs",
+        "--images",
+        photos,
+        "--output",
+        "p.st",
+        "--count",
+        5,
+        "--preset",
+        "keynet-paper",
+        "--preview",
+        "g.png",
+        cwd=tmp_path,
+    )
     assert Image.open(tmp_path / "g.png").size[0] > 1000
     run(
-        "train", "keynet-tiny", "--images", photos, "--out", "t.safetensors", "--steps", 2, "--batch-size", 2, "--pairs", "p.st",
-        "--workers", 0, cwd=tmp_path,
-    )  # fmt: skip
+        "train",
+        "keynet-tiny",
+        "--images",
+        photos,
+        "--output",
+        "t.safetensors",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--training-pairs",
+        "p.st",
+        "--workers",
+        0,
+        cwd=tmp_path,
+    )
     load(tmp_path / "t.safetensors")
 
 
 def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
     """SIGKILL in the middle, then --resume: equal to the unbroken run bit for bit."""
     words = [
-        "train", "keynet-tiny", "--images", photos, "--steps", "160", "--batch-size", "1", "--workers", "0", "--device", "cpu",
-        "--validate-every", "160", "--save-every", "0.5",
-    ]  # fmt: skip
-    run(*words, "--out", "whole.safetensors", cwd=tmp_path)
-    command = [sys.executable, "-m", "tiepoints", *map(str, words), "--out", "broken.safetensors"]
+        "train",
+        "keynet-tiny",
+        "--images",
+        photos,
+        "--steps",
+        "160",
+        "--batch-size",
+        "1",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        "--validate-every",
+        "160",
+        "--save-every",
+        "0.5",
+    ]
+    run(*words, "--output", "whole.safetensors", cwd=tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "tiepoints",
+        *map(str, words),
+        "--output",
+        "broken.safetensors",
+    ]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env
+    )
     checkpoint = tmp_path / "broken.safetensors.checkpoint"
     deadline = time.monotonic() + 200
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -190,7 +323,7 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
     process.wait()
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < step < 160
-    run(*words, "--out", "broken.safetensors", "--resume", cwd=tmp_path)
+    run(*words, "--output", "broken.safetensors", "--resume", cwd=tmp_path)
     whole, again = load(tmp_path / "whole.safetensors"), load(tmp_path / "broken.safetensors")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -198,7 +331,9 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory):
-    """Three real views of a scene, cut from one photograph so that neighbours overlap, and one without any content."""
+    """Three real views of a scene, cut from one photograph so that neighbours overlap, and one
+    without any content.
+    """
     data = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("views") / "v"
     (folder / "sub").mkdir(parents=True)
@@ -223,9 +358,20 @@ def call(*words) -> tuple[int, str]:
 @pytest.mark.parametrize("form", ["h5", "colmap"])
 def test_extract_into_one_file(form, views, tmp_path):
     pytest.importorskip({"h5": "h5py", "colmap": "pycolmap"}[form])
-    words = ["extract", views, "--format", form, "--results-dir", tmp_path, "--method-name", "m", "--descriptor", "rootsift"]
+    words = [
+        "extract",
+        views,
+        "--format",
+        form,
+        "--results-dir",
+        tmp_path,
+        "--method-name",
+        "m",
+        "--descriptor",
+        "rootsift",
+    ]
     (views / "broken.png").write_bytes(b"\x89PNG nonsense")
-    code, said = call(*words, "--num-points", 80)
+    code, said = call(*words, "--num-keypoints", 80)
     (views / "broken.png").unlink()
     assert code == 1
     assert "4 extracted" in said
@@ -237,16 +383,27 @@ def test_extract_into_one_file(form, views, tmp_path):
         assert min(counts[1:]) > 60
         assert store.read("v2.png").descriptors.shape == (counts[3], 128)
         assert store.read("v2.png").image_size == (360, 300)
-    assert "0 extracted" in call(*words, "--num-points", 80)[1]
-    code, said = call(*words, "--num-points", 40)
+    assert "0 extracted" in call(*words, "--num-keypoints", 80)[1]
+    code, said = call(*words, "--num-keypoints", 40)
     assert code == 2
-    assert "num_points: 80 there, 40 now" in said
+    assert "num_keypoints: 80 before, 40 now" in said
     assert "--overwrite" in said
-    code, said = call(*words, "--num-points", 40, "--overwrite")
+    code, said = call(*words, "--num-keypoints", 40, "--overwrite")
     assert "4 extracted" in said, said
-    code, said = call("extract", views / "v2.png", views / "sub", "--root-images", views, *words[2:], "--num-points", 40)
+    code, said = call(
+        "extract",
+        views / "v2.png",
+        views / "sub",
+        "--root-images",
+        views,
+        *words[2:],
+        "--num-keypoints",
+        40,
+    )
     assert "2 done before" in said, said
-    code, said = call("extract", views, "--root-images", tmp_path, *words[2:], "--num-points", 40)
+    code, said = call(
+        "extract", views, "--root-images", tmp_path, *words[2:], "--num-keypoints", 40
+    )
     assert code == 1
     assert "not below --root-images" in said
 
@@ -257,12 +414,29 @@ def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
     folder.mkdir()
     for i in range(8):
         Image.fromarray(textured(i)).save(folder / f"{i}.png")
-    words = ["extract", "many", "--format", "h5", "--num-points", "300", "--method-name", "m", "--device", "cpu"]
+    words = [
+        "extract",
+        "many",
+        "--format",
+        "h5",
+        "--num-keypoints",
+        "300",
+        "--method-name",
+        "m",
+        "--device",
+        "cpu",
+    ]
     command = [sys.executable, "-m", "tiepoints", *words]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     journal = tmp_path / "extracted_features" / "m" / "features.h5.journal"
     deadline = time.monotonic() + 200
-    while not (journal.is_file() and journal.stat().st_size > 100_000) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (journal.is_file() and journal.stat().st_size > 100_000)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -282,11 +456,14 @@ def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
 def test_match_folders_into_a_file_for_hloc(views, tmp_path):
     pytest.importorskip("h5py")
     output = tmp_path / "m.h5"
-    words = ["match", views, "--output", output, "--num-points", 150, "--descriptor", "rootsift"]
+    words = ["match", views, "--output", output, "--num-keypoints", 150, "--descriptor", "rootsift"]
     code, said = call(*words)
     assert code == 0, said
     assert "6 pairs matched" in said
-    assert (tmp_path / "m.pairs.txt").read_text().splitlines()[:2] == ["flat.png sub/v3.png", "flat.png v2.png"]
+    assert (tmp_path / "m.pairs.txt").read_text().splitlines()[:2] == [
+        "flat.png sub/v3.png",
+        "flat.png v2.png",
+    ]
     with MatchFile(output) as file, FeatureFile(tmp_path / "m.features.h5") as features:
         assert features.names() == NAMES
         assert len(file.read_matches("flat.png", "v2.png")) == 0
@@ -300,25 +477,56 @@ def test_match_folders_into_a_file_for_hloc(views, tmp_path):
     assert "6 done before" in said
     code, said = call(*words, "--ratio", 0.8)
     assert code == 2
-    assert f"{output} holds results of other settings (ratio: 0.95 there, 0.8 now)" in said
-    code, said = call(*words, "--ratio", 0.8, "--model", "homography", "--overwrite", "--json")
+    assert f"{output} holds results of other settings (ratio: 0.95 before, 0.8 now)" in said
+    code, said = call(*words, "--ratio", 0.8, "--geometry", "homography", "--overwrite", "--json")
     content = json.loads(said)
     assert (content["done"], content["verified"]) == (6, 3)
     # features made before: neighbours in natural order, from the file and from npy files
-    call("extract", views, "--results-dir", tmp_path, "--method-name", "npy", "--num-points", 150, "--descriptor", "rootsift")
+    call(
+        "extract",
+        views,
+        "--results-dir",
+        tmp_path,
+        "--method-name",
+        "npy",
+        "--num-keypoints",
+        150,
+        "--descriptor",
+        "rootsift",
+    )
     for features in (tmp_path / "m.features.h5", tmp_path / "npy"):
         place = tmp_path / f"{features.name}.m.h5"
-        code, said = call("match", views, "--features", features, "--sequential", 1, "--output", place)
+        code, said = call(
+            "match", views, "--features", features, "--sequential", 1, "--output", place
+        )
         assert code == 0, said
         assert "3 pairs matched" in said
         listed = place.with_name(f"{place.stem}.pairs.txt").read_text().split()
-        assert [name.rpartition("/")[2] for name in listed] == ["flat.png", "v3.png", "v3.png", "v2.png", "v2.png", "v10.png"]
+        assert [name.rpartition("/")[2] for name in listed] == [
+            "flat.png",
+            "v3.png",
+            "v3.png",
+            "v2.png",
+            "v2.png",
+            "v10.png",
+        ]
 
 
 def test_match_a_list_of_pairs_and_what_is_missing(views, tmp_path):
     pytest.importorskip("h5py")
-    (tmp_path / "pairs.txt").write_text("# two names a line\nv2.png sub/v3.png\nsub/v3.png v2.png\nv2.png gone.png\nv2.png v2.png\n")
-    code, said = call("match", views, "--pairs", tmp_path / "pairs.txt", "--output", tmp_path / "m.h5", "--num-points", 100)
+    (tmp_path / "pairs.txt").write_text(
+        "# two names a line\nv2.png sub/v3.png\nsub/v3.png v2.png\nv2.png gone.png\nv2.png v2.png\n"
+    )
+    code, said = call(
+        "match",
+        views,
+        "--pairs",
+        tmp_path / "pairs.txt",
+        "--output",
+        tmp_path / "m.h5",
+        "--num-keypoints",
+        100,
+    )
     assert code == 1
     assert "1 pairs matched" in said
     assert "gone.png: " in said
@@ -333,7 +541,18 @@ def test_match_into_a_database_of_colmap(views, tmp_path):
     pytest.importorskip("pycolmap")
     output = tmp_path / "d.db"
     images = [views / "v2.png", views / "v10.png", views / "sub", views / "flat.png"]
-    words = ["match", *images, "--root-images", views, "--output", output, "--num-points", 150, "--descriptor", "rootsift"]
+    words = [
+        "match",
+        *images,
+        "--root-images",
+        views,
+        "--output",
+        output,
+        "--num-keypoints",
+        150,
+        "--descriptor",
+        "rootsift",
+    ]
     code, said = call(*words, "--camera", "PINHOLE:400,400,180,150")
     assert code == 1  # the image without content has another size than the one camera
     assert "flat.png is 120 x 90 but the single camera is 360 x 300" in said
@@ -353,9 +572,20 @@ def test_match_into_a_database_of_colmap(views, tmp_path):
     assert "its own features" in said
 
 
-def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(views, tmp_path, monkeypatch):
+def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(
+    views, tmp_path, monkeypatch
+):
     pytest.importorskip("pycolmap")
-    words = ["match", views / "v2.png", views / "v10.png", "--num-points", 150, "--single-scale", "--detector", "keynet-tiny"]
+    words = [
+        "match",
+        views / "v2.png",
+        views / "v10.png",
+        "--num-keypoints",
+        150,
+        "--single-scale",
+        "--detector",
+        "keynet-tiny",
+    ]
     words += ["--root-images", views]
 
     def positions(name):
@@ -369,8 +599,10 @@ def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(view
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("tiepoints.jobs.refine_database", stop)
-        CliRunner().invoke(app, [str(word) for word in (*words, "--output", tmp_path / "stopped.db")])
+        patched.setattr("tiepoints.jobs.match.refine_database", stop)
+        CliRunner().invoke(
+            app, [str(word) for word in (*words, "--output", tmp_path / "stopped.db")]
+        )
     assert torch.equal(positions("stopped.db"), positions("plain.db"))
     code, said = call(*words, "--output", tmp_path / "stopped.db")
     assert code == 0, said
@@ -401,21 +633,57 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         (["match", views, "--output", "m.png"], "got m.png"),
         (["match", "empty", "--output", "m.h5"], "no image in this folder"),
         (["match", "gone", "--output", "m.h5"], "no such file"),
-        (["match", views / "v2.png", "--output", "m.h5"], "1 images with features, and two are needed"),
-        (["match", views, "--pairs", "gone.txt", "--output", "m.h5"], "no list of pairs at gone.txt"),
+        (
+            ["match", views / "v2.png", "--output", "m.h5"],
+            "1 images with features, and two are needed",
+        ),
+        (
+            ["match", views, "--pairs", "gone.txt", "--output", "m.h5"],
+            "no list of pairs at gone.txt",
+        ),
         (["match", views, "--pairs", "none.txt", "--output", "m.h5"], "none.txt lists no pairs"),
-        (["match", views, "--pairs", "three.txt", "--output", "m.h5"], "three.txt, line 1: expected two names"),
-        (["match", views, "--pairs", "three.txt", "--sequential", 2, "--output", "m.h5"], "not both"),
+        (
+            ["match", views, "--pairs", "three.txt", "--output", "m.h5"],
+            "three.txt, line 1: expected two names",
+        ),
+        (
+            ["match", views, "--pairs", "three.txt", "--sequential", 2, "--output", "m.h5"],
+            "not both",
+        ),
         (["match", "--features", "gone.h5", "--output", "m.h5"], "no features at gone.h5"),
-        (["match", "--features", "empty", "--output", "m.h5"], "empty holds no features; make some with: tiepoints extract"),
+        (
+            ["match", "--features", "empty", "--output", "m.h5"],
+            "empty holds no features; make some with: tiepoints extract",
+        ),
         (["match", "--features", "one.h5", "--output", "m.h5"], "two are needed"),
-        (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"], "--descriptor none has none"),
-        (["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "sosnet"], "f.h5 has rootsift descriptors, not sosnet"),
-        (["match", views, "--output", "m.h5", "--descriptor", "surf"], "--descriptor must be one of hardnet"),
-        (["match", "--features", "f.h5", "--output", "m.h5", "--ratio", 0], "ratio must lie in (0, 1]"),
-        (["match", "--features", "f.h5", "--output", "m.h5", "--threshold", 0], "threshold must be positive"),
-        (["match", views, "--output", "m.db", "--camera", "nonsense"], "camera must be auto, single or"),
-        (["extract", views, "--format", "colmap", "--camera", "PINHOLE:1"], "PINHOLE has the parameters"),
+        (
+            ["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"],
+            "--descriptor none has none",
+        ),
+        (
+            ["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "sosnet"],
+            "f.h5 has rootsift descriptors, not sosnet",
+        ),
+        (
+            ["match", views, "--output", "m.h5", "--descriptor", "surf"],
+            "descriptor must be one of hardnet",
+        ),
+        (
+            ["match", "--features", "f.h5", "--output", "m.h5", "--ratio", 0],
+            "ratio must lie in (0, 1]",
+        ),
+        (
+            ["match", "--features", "f.h5", "--output", "m.h5", "--threshold", 0],
+            "threshold must be positive",
+        ),
+        (
+            ["match", views, "--output", "m.db", "--camera", "nonsense"],
+            "camera must be auto, single or",
+        ),
+        (
+            ["extract", views, "--format", "colmap", "--camera", "PINHOLE:1"],
+            "PINHOLE has the parameters",
+        ),
         (["extract", views, "--format", "nonsense"], "npy"),
     ):
         code, said = call(*words)
@@ -423,25 +691,45 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         assert message in " ".join(said.split()), (words, said)
     code, said = call("match", "--features", "f.h5", "--output", "m.h5")
     assert code == 1
-    assert "a.png b.png: f.h5 has descriptors of 128 and 64 numbers of them; extract both with one descriptor" in said
+    assert (
+        "a.png b.png: descriptor dimensions differ, 128 and 64; extract both images with one "
+        "descriptor" in said
+    )
     assert "c.png: f.h5 has no descriptors of it; extract with a descriptor (2 pairs)" in said
 
 
 def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     out = tmp_path / "x.safetensors"
     for words, said in (
-        (("softnet",), "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, hynet, sosnet, desnet"),
-        (("hardnet", "--pairs", "p"), "--pairs is for detectors"),
-        (("desnet", "--pairs", "p"), "--pairs is for detectors"),
-        (("desnet", "--detector", "hardnet"), "candidates are found by keynet, keynet-tiny or sobelnet"),
+        (
+            ("softnet",),
+            "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, hynet, "
+            "sosnet, desnet",
+        ),
+        (("hardnet", "--training-pairs", "p"), "training pairs are for detectors"),
+        (("desnet", "--training-pairs", "p"), "training pairs are for detectors"),
+        (
+            ("desnet", "--detector", "hardnet"),
+            "candidates are found by keynet, keynet-tiny or sobelnet",
+        ),
         (("desnet", "--dim", "96"), "dim must be one of"),
-        (("keynet", "--dim", "64"), "--detector, --dim and --width are for desnet"),
-        (("sobelnet", "--preset", "paper"), "preset must be one of default, msip, quick"),
+        (("keynet", "--dim", "64"), "dim is an option of desnet"),
+        (("sobelnet", "--preset", "paper"), "preset must be one of default, msip, smoke"),
         (("keynet", "--init", "sobelnet"), "weights sobelnet have other layers than keynet"),
         (("hardnet", "--preset", "paper"), "published patches"),
         (("hardnet", "--init", "keynet"), "no layer in common"),
     ):
-        done = run("train", words[0], "--images", photos, "--out", out, *words[1:], cwd=tmp_path, ok=False)
+        done = run(
+            "train",
+            words[0],
+            "--images",
+            photos,
+            "--output",
+            out,
+            *words[1:],
+            cwd=tmp_path,
+            ok=False,
+        )
         assert done.returncode == 2
         assert said in done.stderr
         assert not out.exists()
@@ -454,11 +742,23 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
 
 def test_points_with_angles_in_every_format(photos, tmp_path):
     image = sorted(photos.rglob("*.png"))[-1]
-    base = ["extract", str(image), "--results-dir", str(tmp_path), "--num-points", "60", "--single-scale"]
+    base = [
+        "extract",
+        str(image),
+        "--results-dir",
+        str(tmp_path),
+        "--num-keypoints",
+        "60",
+        "--single-scale",
+    ]
     for words, name, turned in (
         (["--detector", "rekd-light"], "rekd-light-hardnet", True),
         (["--orientation", "dominant"], "keynet-hardnet", True),
-        (["--detector", "rekd-light", "--orientation", "none", "--method-name", "level"], "level", False),
+        (
+            ["--detector", "rekd-light", "--orientation", "none", "--method-name", "level"],
+            "level",
+            False,
+        ),
     ):
         code, out = call(*base, *words)
         assert code == 0, out
@@ -479,8 +779,14 @@ def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
     image = Image.open(sorted(photos.rglob("p0.png"))[0])
     image.save(tmp_path / "a.png")
     image.rotate(70, expand=True, resample=Image.Resampling.BICUBIC).save(tmp_path / "b.png")
-    words = ["match", *(str(tmp_path / name) for name in ("a.png", "b.png")), "--detector", "rekd-light", "--single-scale"]
-    words += ["--model", "homography"]
+    words = [
+        "match",
+        *(str(tmp_path / name) for name in ("a.png", "b.png")),
+        "--detector",
+        "rekd-light",
+        "--single-scale",
+    ]
+    words += ["--geometry", "homography"]
     found = {}
     for name, more in {"all": [], "filtered": ["--rotation-tolerance", "30"]}.items():
         code, out = call(*words, *more, "--json")
@@ -496,15 +802,24 @@ def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["keynet", "--group-size", "8"], "rekd"),
+        (["keynet", "--group-size", "8"], "group_size is an option of rekd"),
         (["keynet", "--init", "rekd"], "other layers"),
-        (["rekd", "--patches", "."], "--patches"),
+        (["rekd", "--patches", "."], "patches are for descriptors"),
         (["rekd", "--init", "hardnet", "--steps", "1"], "HardNet"),
         (["rekd", "--dims", "0", "2", "2", "--steps", "1"], "fields"),
     ],
 )
 def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
-    code, out = call("train", *words, "--images", str(photos), "--out", str(tmp_path / "w.safetensors"), "--workers", "0")
+    code, out = call(
+        "train",
+        *words,
+        "--images",
+        str(photos),
+        "--output",
+        str(tmp_path / "w.safetensors"),
+        "--workers",
+        "0",
+    )
     assert code == 2
     assert told in out
 
@@ -512,7 +827,16 @@ def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
 def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     """Files, hloc's file, two images matched, an evaluation with its report."""
     images = sorted(photos.rglob("*.png"))[-2:]
-    names = ["--detector", "sobelnet", "--descriptor", "desnet", "--num-points", "80", "--device", "cpu"]
+    names = [
+        "--detector",
+        "sobelnet",
+        "--descriptor",
+        "desnet",
+        "--num-keypoints",
+        "80",
+        "--device",
+        "cpu",
+    ]
     code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), *names)
     assert code == 0, out
     tables = sorted((tmp_path / "sobelnet-desnet").rglob("*.kpt.npy"))
@@ -523,17 +847,39 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
         assert len(points) > 20
         assert descriptors.shape[1] == 128
         np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-3)
-    code, out = call("match", str(images[0]), str(images[0]), "--model", "homography", "--json", "--single-scale", *names)
+    code, out = call(
+        "match",
+        str(images[0]),
+        str(images[0]),
+        "--geometry",
+        "homography",
+        "--json",
+        "--single-scale",
+        *names,
+    )
     assert code == 0, out
     found = json.loads(out)
     assert found["ok"]
     assert found["inliers"] == found["matches"] == found["points"][0]  # an image against itself
     np.testing.assert_allclose(found["xy_a"], found["xy_b"])
-    code, out = call("match", str(images[0]), str(images[0]), "--model", "homography", "--json", "--scales", "all", *names)
+    code, out = call(
+        "match",
+        str(images[0]),
+        str(images[0]),
+        "--geometry",
+        "homography",
+        "--json",
+        "--per-scale",
+        *names,
+    )
     assert code == 0, out
     repeated = json.loads(out)["xy_a"]
-    assert len({(round(x / 3), round(y / 3)) for x, y in repeated}) < len(repeated)  # places at several scales
-    code, out = call("extract", *map(str, images), "--results-dir", str(tmp_path), "--format", "h5", *names)
+    assert len({(round(x / 3), round(y / 3)) for x, y in repeated}) < len(
+        repeated
+    )  # places at several scales
+    code, out = call(
+        "extract", *map(str, images), "--results-dir", str(tmp_path), "--format", "h5", *names
+    )
     assert code == 0, out
     assert [path.name for path in (tmp_path / "sobelnet-desnet").glob("*.h5")] == ["features.h5"]
     scene = tmp_path / "data" / "moved"
@@ -542,7 +888,15 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     Image.fromarray(whole[:-6, :-9]).save(scene / "1.png")
     Image.fromarray(whole[6:, 9:]).save(scene / "2.png")
     np.savetxt(scene / "H_1_2", [[1, 0, -9], [0, 1, -6], [0, 0, 1]])
-    words = ["--systems", "sobelnet+desnet,sift+desnet", "--num-points", "100", "--mode", "ti", "--out", str(tmp_path / "run")]
+    words = [
+        "--systems",
+        "sobelnet+desnet,sift+desnet",
+        "--num-keypoints",
+        "100",
+        "--single-scale",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     code, out = call("evaluate", str(tmp_path / "data"), *words)
     assert code == 0, out
     code, out = call("report", str(tmp_path / "run"))

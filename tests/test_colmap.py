@@ -1,4 +1,6 @@
-"""COLMAP's database, read with sqlite alone, by COLMAP itself and by us; cameras; kills; a model of real photographs."""
+"""COLMAP's database, read with sqlite alone, by COLMAP itself and by us; cameras; kills; a model of
+real photographs.
+"""
 
 import json
 import os
@@ -29,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def stereo():
     """Features of two real photographs."""
     left, right, _ = pytest.importorskip("skimage.data").stereo_motorcycle()
-    return build("keynet", "rootsift", num_points=600, device="cpu").extract([left, right])
+    return build("keynet", "rootsift", num_keypoints=600, device="cpu").extract([left, right])
 
 
 def tables(path, query):
@@ -51,7 +53,9 @@ def test_features_there_and_back(tmp_path, n):
         found = database.read("sub/a.png")
         with pytest.raises(DataError, match=r"no image 'b\.png'"):
             database.read("b.png")
-    assert torch.allclose(found.xy, features.xy, atol=1e-5)  # to the last digit of float32, from which half a pixel was taken again
+    assert torch.allclose(
+        found.xy, features.xy, atol=1e-5
+    )  # to the last digit of float32, from which half a pixel was taken again
     assert torch.equal(found.scale, features.scale)
     assert torch.equal(found.angle, features.angle)
     assert found.image_size == (100, 80)
@@ -74,19 +78,29 @@ def test_the_file_has_the_half_pixel_and_the_columns(tmp_path):
 
 
 def test_hlocs_road_from_our_files_to_a_database_ends_where_ours_does(tmp_path, stereo):
-    """hloc fills a database from features, matches and a list of pairs: half a pixel added, then COLMAP's verification."""
+    """hloc fills a database from features, matches and a list of pairs: half a pixel added, then
+    COLMAP's verification.
+    """
     h5py = pytest.importorskip("h5py")
     names, found = ("s/a.png", "b.png"), match(*stereo, ratio=0.95)
-    with FeatureFile(tmp_path / "f.h5", write=True) as file, MatchFile(tmp_path / "m.h5", write=True) as pairs:
+    with (
+        FeatureFile(tmp_path / "f.h5", write=True) as file,
+        MatchFile(tmp_path / "m.h5", write=True) as pairs,
+    ):
         for name, features in zip(names, stereo, strict=True):
             file.write(name, features)
         pairs.write_matches(*names, found, len(stereo[0]))
     (tmp_path / "pairs.txt").write_text(" ".join(names) + "\n")
-    with pycolmap.Database.open(tmp_path / "theirs.db") as database, h5py.File(tmp_path / "f.h5") as file:
+    with (
+        pycolmap.Database.open(tmp_path / "theirs.db") as database,
+        h5py.File(tmp_path / "f.h5") as file,
+    ):
         for number, name in enumerate(names, 1):
             width, height = (int(v) for v in file[name]["image_size"])
             params = [1.2 * max(width, height), width / 2, height / 2, 0]
-            camera = pycolmap.Camera(model="SIMPLE_RADIAL", width=width, height=height, params=params)
+            camera = pycolmap.Camera(
+                model="SIMPLE_RADIAL", width=width, height=height, params=params
+            )
             database.write_image(pycolmap.Image(name=name, camera_id=database.write_camera(camera)))
             database.write_keypoints(number, np.array(file[name]["keypoints"]) + 0.5)
         database.write_matches(1, 2, hloc_matches(tmp_path / "m.h5", *names)[0].astype(np.uint32))
@@ -98,11 +112,17 @@ def test_hlocs_road_from_our_files_to_a_database_ends_where_ours_does(tmp_path, 
             database.write(name, features)
         database.write_matches(*names, found)
         database.verify([names])
-    with ColmapDatabase(tmp_path / "ours.db") as ours, ColmapDatabase(tmp_path / "theirs.db") as theirs:
+    with (
+        ColmapDatabase(tmp_path / "ours.db") as ours,
+        ColmapDatabase(tmp_path / "theirs.db") as theirs,
+    ):
         for name in names:
             assert torch.allclose(ours.read(name).xy, theirs.read(name).xy, atol=1e-5)
         assert torch.equal(ours.read_matches(*names).index, theirs.read_matches(*names).index)
-        kept = [{tuple(pair) for pair in database.read_inliers(*names).index.tolist()} for database in (ours, theirs)]
+        kept = [
+            {tuple(pair) for pair in database.read_inliers(*names).index.tolist()}
+            for database in (ours, theirs)
+        ]
     assert len(kept[0] & kept[1]) > 0.95 * len(kept[0] | kept[1]) > 40
 
 
@@ -146,7 +166,9 @@ def test_matches_either_way_round_and_verified(tmp_path, stereo):
         assert database.verify(pairs) == 1
         inliers = database.read_inliers("a.png", "b.png")
         assert 40 < len(inliers) <= len(found)
-        assert {tuple(p) for p in inliers.index.tolist()} <= {tuple(p) for p in found.index.tolist()}
+        assert {tuple(p) for p in inliers.index.tolist()} <= {
+            tuple(p) for p in found.index.tolist()
+        }
         # the pair is rectified: what COLMAP keeps lies on the same line
         assert (a.xy[inliers.index[:, 0], 1] - b.xy[inliers.index[:, 1], 1]).abs().max() < 8
         assert len(database.read_inliers("a.png", "c.png")) == 0
@@ -169,7 +191,9 @@ def test_cameras(tmp_path):
     with ColmapDatabase(tmp_path / "auto.db", write=True) as database:
         database.write("exif.jpg", some(3), tmp_path / "exif.jpg")
         database.write("plain.webp", some(3), tmp_path / "plain.webp")
-    rows = tables(tmp_path / "auto.db", "SELECT width, height, params, prior_focal_length FROM cameras")
+    rows = tables(
+        tmp_path / "auto.db", "SELECT width, height, params, prior_focal_length FROM cameras"
+    )
     assert [row[:2] for row in rows] == [(100, 80)] * 2
     focal = [np.frombuffer(row[2])[0] for row in rows]
     assert 70 < focal[0] < 85
@@ -186,13 +210,17 @@ def test_cameras(tmp_path):
                 with pytest.raises(DataError, match="50 x 80 but the single camera is 100 x 80"):
                     database.write("other.png", other)
                 assert "other.png" not in database
-        ((model, data, known),) = tables(path, "SELECT model, params, prior_focal_length FROM cameras")
+        ((model, data, known),) = tables(
+            path, "SELECT model, params, prior_focal_length FROM cameras"
+        )
         assert np.frombuffer(data).tolist() == params
         assert (model, known) == ((1, 1) if camera != "single" else (2, 0))
         assert tables(path, "SELECT COUNT(*), COUNT(DISTINCT rig_id) FROM frames") == [(2, 1)]
 
 
-@pytest.mark.parametrize("camera", ["pinhole", "PINHOLE", "PINHOLE:1,2", "NOTHING:1,2,3,4", "PINHOLE:a,b,c,d"])
+@pytest.mark.parametrize(
+    "camera", ["pinhole", "PINHOLE", "PINHOLE:1,2", "NOTHING:1,2,3,4", "PINHOLE:a,b,c,d"]
+)
 def test_wrong_cameras_are_told(tmp_path, camera):
     with pytest.raises(ValueError, match=r"auto, single or MODEL|has the parameters"):
         ColmapDatabase(tmp_path / "d.db", camera=camera, write=True)
@@ -204,7 +232,10 @@ def test_files_that_are_none_of_colmaps(tmp_path):
     (tmp_path / "d.db").write_bytes(b"nonsense, and more of it " * 100)
     with pytest.raises(DataError, match="no database of COLMAP"):
         ColmapDatabase(tmp_path / "d.db")
-    with ColmapDatabase(tmp_path / "e.db", write=True) as database, pytest.raises(DataError, match="size of the image"):
+    with (
+        ColmapDatabase(tmp_path / "e.db", write=True) as database,
+        pytest.raises(DataError, match="size of the image"),
+    ):
         database.write("a.png", Features(some(3).keypoints, None, (0, 0)))
 
 
@@ -223,7 +254,8 @@ finished, killed = set(), 0
 def features(i):
     g = torch.Generator().manual_seed(i)
     n = 200 + 40 * (i % 50)
-    return Features(Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ()))), torch.rand(n, 128, generator=g) - 0.5, (9, 9))
+    points = Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ())))
+    return Features(points, torch.rand(n, 128, generator=g) - 0.5, (9, 9))
 
 for turn in range(rounds):
     end, start = os.pipe()
@@ -256,9 +288,12 @@ print(len(finished), killed)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills_lose_nothing_finished(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, tmp_path / "d.db", "12"], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", KILLS, tmp_path / "d.db", "12"],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     finished, killed = (int(word) for word in done.stdout.split())
     assert killed == 12
@@ -268,10 +303,24 @@ def test_kills_lose_nothing_finished(tmp_path):
 
 def test_photographs_become_one_model(data_dir, tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "to_colmap.py", data_dir / "sacre_coeur", "--out", tmp_path, "--points", "1500",
-         "--threads", "1", "--json", tmp_path / "numbers.json"],
-        capture_output=True, text=True, timeout=900, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "examples" / "to_colmap.py",
+            data_dir / "sacre_coeur",
+            "--output",
+            tmp_path,
+            "--points",
+            "1500",
+            "--threads",
+            "1",
+            "--json",
+            tmp_path / "numbers.json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     (row,) = json.loads((tmp_path / "numbers.json").read_text())
     assert row["images"] == 10
@@ -286,7 +335,15 @@ def test_photographs_become_one_model(data_dir, tmp_path):
 def test_the_example_tells_what_is_wrong(tmp_path):
     for words in (["nothing"], [str(tmp_path)]):
         done = subprocess.run(
-            [sys.executable, ROOT / "examples" / "to_colmap.py", *words, "--out", tmp_path / "o"], capture_output=True, text=True
+            [
+                sys.executable,
+                ROOT / "examples" / "to_colmap.py",
+                *words,
+                "--output",
+                tmp_path / "o",
+            ],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 1
         assert "error:" in done.stderr

@@ -1,6 +1,7 @@
 """Finding sequences and posed pairs, and what is said of broken ones."""
 
 import io
+import logging
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,17 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tiepoints.errors import DataError
-from tiepoints.evaluation.datasets import (
-    fetch_hpatches,
-    homography_sequences,
-    posed_pairs,
+from tiepoints.datasets.download import fetch_hpatches, unpack
+from tiepoints.datasets.ground_truth import (
     resize_target,
     resized_intrinsics,
     turned_intrinsics,
     turned_pose,
-    unpack,
 )
+from tiepoints.datasets.homography import homography_sequences
+from tiepoints.datasets.posed import posed_pairs
+from tiepoints.errors import DataError
 
 
 def sequence(folder: Path, count: int = 3, *, oxford: bool = False, suffix: str = ".png") -> Path:
@@ -41,9 +41,13 @@ def test_both_layouts_any_format_and_number(tmp_path):
     (tmp_path / "notes").mkdir()
     found = homography_sequences(tmp_path)
     assert [(p.sequence, p.name, p.kind) for p in found.pairs] == [
-        ("graf", "1-2", "view"), ("graf", "1-3", "view"), ("i_lamp", "1-2", "illum"),
-        ("v_wall", "1-2", "view"), ("v_wall", "1-3", "view"), ("v_wall", "1-4", "view"),
-    ]  # fmt: skip
+        ("graf", "1-2", "view"),
+        ("graf", "1-3", "view"),
+        ("i_lamp", "1-2", "illum"),
+        ("v_wall", "1-2", "view"),
+        ("v_wall", "1-3", "view"),
+        ("v_wall", "1-4", "view"),
+    ]
     assert found.pairs[1].H_ab[0, 2] == 3
     assert found.layout == "hpatches"
     assert homography_sequences(tmp_path / "graf").sequences == ["graf"]
@@ -69,7 +73,9 @@ def test_splits(tmp_path):
         names("everything")
 
 
-@pytest.mark.parametrize("damage", ["no image", "no homography", "words", "singular", "empty image"])
+@pytest.mark.parametrize(
+    "damage", ["no image", "no homography", "words", "singular", "empty image"]
+)
 def test_a_broken_sequence_names_the_file_and_is_left_out(tmp_path, damage):
     bad = sequence(tmp_path / "v_bad")
     sequence(tmp_path / "v_good")
@@ -105,7 +111,12 @@ def test_posed_pairs_of_a_list(tmp_path):
         Image.new("L", (40, 30)).save(tmp_path / "images" / f"{name}.png")
     K = "500 0 20 0 510 15 0 0 1"
     T = "1 0 0 0.5 0 1 0 0 0 0 1 0 0 0 0 1"
-    lines = [f"a.png b.png 0 1 {K} {K} {T}", "a.png b.png 0 0 1 2", f"a.png gone.png 0 0 {K} {K} {T}", ""]
+    lines = [
+        f"a.png b.png 0 1 {K} {K} {T}",
+        "a.png b.png 0 0 1 2",
+        f"a.png gone.png 0 0 {K} {K} {T}",
+        "",
+    ]
     (tmp_path / "pairs_with_gt.txt").write_text("\n".join(lines))
     found = posed_pairs(tmp_path)
     assert len(found.pairs) == 1
@@ -122,7 +133,12 @@ def test_real_posed_pairs(data_dir):
     found = posed_pairs(data_dir / "pose_pairs")
     assert len(found.pairs) == 8
     for pair in found.pairs:
-        torch.testing.assert_close(pair.T_ab[:3, :3] @ pair.T_ab[:3, :3].T, torch.eye(3, dtype=torch.float64), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            pair.T_ab[:3, :3] @ pair.T_ab[:3, :3].T,
+            torch.eye(3, dtype=torch.float64),
+            atol=1e-3,
+            rtol=0,
+        )
 
 
 def test_resizing_as_in_the_papers():
@@ -137,12 +153,16 @@ def project(K, X):
 
 
 def test_intrinsics_follow_resizing_and_turning():
-    """A projected point moved by hand is the point projected with the new intrinsics (and turned axes)."""
+    """A projected point moved by hand is the point projected with the new intrinsics (and turned
+    axes).
+    """
     K = torch.tensor([[500.0, 0, 21], [0, 510, 14], [0, 0, 1]], dtype=torch.float64)
     X = torch.tensor([[0.1, -0.2, 4.0], [-0.3, 0.1, 5.0]], dtype=torch.float64)
     xy = project(K, X)
     small = resized_intrinsics(K, (40, 30), (20, 10))
-    torch.testing.assert_close(project(small, X), (xy + 0.5) * torch.tensor([0.5, 1 / 3], dtype=torch.float64) - 0.5)
+    torch.testing.assert_close(
+        project(small, X), (xy + 0.5) * torch.tensor([0.5, 1 / 3], dtype=torch.float64) - 0.5
+    )
     image = torch.zeros(30, 40)
     image[12, 33] = 1
     for turns in range(4):
@@ -155,27 +175,29 @@ def test_intrinsics_follow_resizing_and_turning():
 
 def hpatches(folder: Path, count: int = 116) -> Path:
     for i in range(count):
-        sequence(folder / "hpatches-sequences-release" / f"{'v' if i % 2 else 'i'}_{i}", 6, suffix=".ppm")
+        sequence(
+            folder / "hpatches-sequences-release" / f"{'v' if i % 2 else 'i'}_{i}", 6, suffix=".ppm"
+        )
     return folder
 
 
-def test_hpatches_is_fetched_checked_and_unpacked(tmp_path):
+def test_hpatches_is_fetched_checked_and_unpacked(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="tiepoints")
     source = hpatches(tmp_path / "source")
     archive = tmp_path / "hpatches.tar.gz"
     with tarfile.open(archive, "w:gz") as content:
         content.add(source / "hpatches-sequences-release", "hpatches-sequences-release")
     gone = (tmp_path / "gone.zip").as_uri()
-    said: list[str] = []
-    folder = fetch_hpatches(tmp_path / "to", mirrors=[gone, archive.as_uri()], say=said.append)
+    folder = fetch_hpatches(tmp_path / "to", mirrors=[gone, archive.as_uri()])
     assert len(homography_sequences(tmp_path / "to").pairs) == 580
-    assert any("sha256" in line for line in said)
+    assert "sha256" in caplog.text
     assert [f.name for f in (tmp_path / "to").iterdir()] == [folder.name]
-    fetch_hpatches(tmp_path / "to", mirrors=[gone], say=said.append)  # complete: nothing is fetched
-    assert "complete" in said[-1]
+    fetch_hpatches(tmp_path / "to", mirrors=[gone])  # complete: nothing is fetched
+    assert "complete, nothing to fetch" in caplog.text
     with pytest.raises(DataError, match="Offline"):
-        fetch_hpatches(tmp_path / "other", mirrors=[gone], say=said.append)
+        fetch_hpatches(tmp_path / "other", mirrors=[gone])
     with pytest.raises(DataError, match="expected 00"):
-        fetch_hpatches(tmp_path / "other", mirrors=[archive.as_uri()], sha256="00", say=said.append)
+        fetch_hpatches(tmp_path / "other", mirrors=[archive.as_uri()], sha256="00")
 
 
 def test_incomplete_hpatches_is_refused(tmp_path):
@@ -183,7 +205,7 @@ def test_incomplete_hpatches_is_refused(tmp_path):
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("hpatches-sequences-release/v_wall/1.ppm", b"P5 1 1 255 0")
     with pytest.raises(DataError, match="1 sequences, 116 expected"):
-        fetch_hpatches(tmp_path / "to", mirrors=[archive.as_uri()], say=lambda line: None)
+        fetch_hpatches(tmp_path / "to", mirrors=[archive.as_uri()])
 
 
 def test_an_archive_may_not_leave_its_folder(tmp_path):

@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.training.losses import SAME_POINT, hardnet_loss, hynet_loss, second_order_term, sosnet_loss
+from tiepoints.training.losses import (
+    SAME_POINT,
+    hardnet_loss,
+    hynet_loss,
+    second_order_term,
+    sosnet_loss,
+)
 
 
 def vectors(n: int = 7, d: int = 16, seed: int = 0, noise: float = 0.6):
@@ -21,7 +27,9 @@ def slow_distance(x, y) -> float:
 
 
 def slow_negatives(a, b, i: int, within: bool, swap: bool = True) -> float:
-    """Nearest of everything that is another point than number i, from the anchor or from the positive."""
+    """Nearest of everything that is another point than number i, from the anchor or from the
+    positive.
+    """
     candidates = []
     for j in range(len(a)):
         if j == i:
@@ -37,7 +45,10 @@ def slow_negatives(a, b, i: int, within: bool, swap: bool = True) -> float:
 def test_hardnet_loss_equals_its_slow_twin(swap):
     a, b = vectors()
     a[5] = b[2]  # a repetition of another pair's point is no negative
-    slow = [max(0.0, 1 + slow_distance(a[i], b[i]) - slow_negatives(a, b, i, False, swap)) for i in range(len(a))]
+    slow = [
+        max(0.0, 1 + slow_distance(a[i], b[i]) - slow_negatives(a, b, i, False, swap))
+        for i in range(len(a))
+    ]
     loss, numbers = hardnet_loss(a, b, anchor_swap=swap)
     assert loss.item() == pytest.approx(sum(slow) / len(slow), abs=1e-9)
     assert numbers["loss"] == loss.item()
@@ -46,15 +57,27 @@ def test_hardnet_loss_equals_its_slow_twin(swap):
 def test_sosnet_loss_equals_its_slow_twin():
     a, b = vectors(12)
     n, k = len(a), 3
-    first = [max(0.0, 1 + slow_distance(a[i], b[i]) - slow_negatives(a, b, i, True)) ** 2 for i in range(n)]
+    first = [
+        max(0.0, 1 + slow_distance(a[i], b[i]) - slow_negatives(a, b, i, True)) ** 2
+        for i in range(n)
+    ]
 
     def nearest(x, y, i):
         return sorted((j for j in range(n) if j != i), key=lambda j: slow_distance(x[i], y[j]))[:k]
 
-    graph = {(i, j) for x, y in ((a, a), (b, b), (a, b)) for i in range(n) for j in nearest(x, y, i)}
+    graph = {
+        (i, j) for x, y in ((a, a), (b, b), (a, b)) for i in range(n) for j in nearest(x, y, i)
+    }
     graph |= {(j, i) for i, j in graph}
     second = [
-        math.sqrt(sum((slow_distance(a[i], a[j]) - slow_distance(b[i], b[j])) ** 2 for j in range(n) if (i, j) in graph) + 1e-6)
+        math.sqrt(
+            sum(
+                (slow_distance(a[i], a[j]) - slow_distance(b[i], b[j])) ** 2
+                for j in range(n)
+                if (i, j) in graph
+            )
+            + 1e-6
+        )
         for i in range(n)
     ]
     loss, numbers = sosnet_loss(a, b, neighbours=k, second_order=0.5)
@@ -66,15 +89,27 @@ def test_sosnet_loss_equals_its_slow_twin():
 def test_hynet_loss_equals_its_slow_twin(second):
     a, b = vectors(10)
     rng = torch.Generator().manual_seed(4)
-    raw_a, raw_b = (x * (0.5 + 3 * torch.rand(len(x), 1, generator=rng, dtype=torch.float64)) for x in (a, b))
+    raw_a, raw_b = (
+        x * (0.5 + 3 * torch.rand(len(x), 1, generator=rng, dtype=torch.float64)) for x in (a, b)
+    )
 
     def hybrid(d):
         return d + 2.0 * d * d / 2
 
     hinge, drift = [], []
     for i in range(len(a)):
-        hinge.append(max(0.0, 1.2 + hybrid(slow_distance(a[i], b[i])) - hybrid(slow_negatives(a, b, i, True))))
-        drift.append((math.sqrt(float(raw_a[i].square().sum()) + 1e-6) - math.sqrt(float(raw_b[i].square().sum()) + 1e-6)) ** 2)
+        hinge.append(
+            max(
+                0.0, 1.2 + hybrid(slow_distance(a[i], b[i])) - hybrid(slow_negatives(a, b, i, True))
+            )
+        )
+        drift.append(
+            (
+                math.sqrt(float(raw_a[i].square().sum()) + 1e-6)
+                - math.sqrt(float(raw_b[i].square().sum()) + 1e-6)
+            )
+            ** 2
+        )
     expected = (sum(hinge) + 0.1 * sum(drift)) / len(a)
     if second:
         expected += second * second_order_term(a, b).item()
@@ -84,7 +119,9 @@ def test_hynet_loss_equals_its_slow_twin(second):
 
 @pytest.mark.parametrize("loss", [hardnet_loss, sosnet_loss, hynet_loss])
 def test_descriptor_losses_teach(loss):
-    """Free vectors: thirty steps bring pairs together and drive others apart; equal vectors give finite gradients."""
+    """Free vectors: thirty steps bring pairs together and drive others apart; equal vectors give
+    finite gradients.
+    """
     a, b = (x.clone().requires_grad_() for x in vectors(16, 8, noise=3.0))
     optimiser = torch.optim.Adam([a, b], lr=0.05)
     values = []

@@ -1,4 +1,6 @@
-"""DesNet: sizes, the sampling law, what a cell sees, fused equals plain, levels by scale; circle loss against a slow twin."""
+"""DesNet: sizes, the sampling law, what a cell sees, fused equals plain, levels by scale; circle
+loss against a slow twin.
+"""
 
 import math
 
@@ -6,13 +8,24 @@ import pytest
 import torch
 
 from tiepoints import build, load
-from tiepoints.descriptors.desnet import FILTER_FIELD, FLAT, RECEPTIVE_FIELD, STRIDE, DesNet, even_light, sample, whole_cells
+from tiepoints.datasets.candidates import candidate_pairs
+from tiepoints.describe import DenseDescriptor
 from tiepoints.evaluation.systems import Options, patch_network, system
-from tiepoints.extract import DenseDescriptor, describer
+from tiepoints.extract import describer
 from tiepoints.geometry import warp_image, warp_points
+from tiepoints.models.desnet import (
+    FILTER_FIELD,
+    FLAT,
+    RECEPTIVE_FIELD,
+    STRIDE,
+    DesNet,
+    even_light,
+    sample,
+    whole_cells,
+)
 from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Keypoints
-from tiepoints.training.losses import candidate_pairs, circle_loss
+from tiepoints.training.losses import circle_loss
 from tiepoints.weights import DATA, save
 
 
@@ -53,16 +66,24 @@ def test_an_image_moved_by_a_cell_moves_the_map_by_a_cell():
     net = lively()
     scene = torch.rand(1, 1, 320, 320)
     with torch.inference_mode():
-        here, there = net(scene[..., :288, :288]), net(scene[..., STRIDE : 288 + STRIDE, 2 * STRIDE : 288 + 2 * STRIDE])
+        here, there = (
+            net(scene[..., :288, :288]),
+            net(scene[..., STRIDE : 288 + STRIDE, 2 * STRIDE : 288 + 2 * STRIDE]),
+        )
     reach = math.ceil(RECEPTIVE_FIELD / 2 / STRIDE)  # the zeros outside the image reach so far in
     inner = slice(reach, 36 - reach - 2)
-    moved = here[..., slice(inner.start + 1, inner.stop + 1), slice(inner.start + 2, inner.stop + 2)]
+    moved = here[
+        ..., slice(inner.start + 1, inner.stop + 1), slice(inner.start + 2, inner.stop + 2)
+    ]
     torch.testing.assert_close(there[..., inner, inner], moved, atol=1e-5, rtol=1e-4)
     assert (here[..., inner, inner] - there[..., inner, inner]).abs().max() > 0.01
     # and points moved with it have the same descriptors
     xy = torch.tensor([[120.3, 130.9], [141.0, 127.5]])
     for mode in ("bilinear", "bicubic"):
-        a, b = sample(here, xy + torch.tensor([2.0 * STRIDE, STRIDE]), mode), sample(there, xy, mode)
+        a, b = (
+            sample(here, xy + torch.tensor([2.0 * STRIDE, STRIDE]), mode),
+            sample(there, xy, mode),
+        )
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -72,7 +93,11 @@ def test_a_cell_sees_what_is_stated():
     net(image)[0, :, 20, 20].square().sum().backward()
     ys, xs = image.grad[0, 0].nonzero().unbind(1)
     assert int(xs.max() - xs.min()) + 1 == RECEPTIVE_FIELD == 184
-    assert float(xs.max() + xs.min()) / 2 == float(ys.max() + ys.min()) / 2 == 20 * STRIDE + (STRIDE - 1) / 2  # the half-pixel law
+    assert (
+        float(xs.max() + xs.min()) / 2
+        == float(ys.max() + ys.min()) / 2
+        == 20 * STRIDE + (STRIDE - 1) / 2
+    )  # the half-pixel law
 
 
 def test_its_filters_see_what_is_stated():
@@ -91,7 +116,9 @@ def test_its_filters_see_what_is_stated():
 def test_light_is_evened():
     image = torch.rand(1, 1, 64, 96) * 0.2 + 0.4
     even = even_light(image)
-    torch.testing.assert_close(even_light(0.5 * image + 0.1), even, atol=0.3, rtol=0)  # all but what FLAT keeps
+    torch.testing.assert_close(
+        even_light(0.5 * image + 0.1), even, atol=0.3, rtol=0
+    )  # all but what FLAT keeps
     cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that begins at 24, 32
     centre = image[..., 27:29, 35:37]
     at = even[..., 27:29, 35:37].mean()
@@ -102,15 +129,23 @@ def test_light_is_evened():
 
 def test_sampling_is_exact_at_cells_and_linear_between():
     cells = torch.rand(1, 16, 5, 7)
-    centre = torch.tensor([[2 * STRIDE + 3.5, 3 * STRIDE + 3.5], [3 * STRIDE + 3.5, 3 * STRIDE + 3.5]])
-    found = sample(cells, torch.cat([centre, centre.mean(dim=0, keepdim=True), torch.tensor([[-3.0, -3.0]])]))
+    centre = torch.tensor(
+        [[2 * STRIDE + 3.5, 3 * STRIDE + 3.5], [3 * STRIDE + 3.5, 3 * STRIDE + 3.5]]
+    )
+    found = sample(
+        cells, torch.cat([centre, centre.mean(dim=0, keepdim=True), torch.tensor([[-3.0, -3.0]])])
+    )
     unit = torch.nn.functional.normalize
     raw = cells[0, :, 3, 2:4].T
     torch.testing.assert_close(found[:2], unit(raw, dim=1))
     torch.testing.assert_close(found[2], unit(raw.mean(dim=0), dim=0))
-    torch.testing.assert_close(found[3], unit(cells[0, :, 0, 0], dim=0))  # outside: the nearest cell
+    torch.testing.assert_close(
+        found[3], unit(cells[0, :, 0, 0], dim=0)
+    )  # outside: the nearest cell
     torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
-    torch.testing.assert_close(sample(cells, centre, "bicubic"), unit(raw, dim=1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        sample(cells, centre, "bicubic"), unit(raw, dim=1), atol=1e-5, rtol=1e-4
+    )
     assert sample(cells, torch.zeros(0, 2)).shape == (0, 16)
 
 
@@ -134,7 +169,9 @@ def test_points_are_read_from_the_level_of_their_scale():
     found = describe(pyramid, Keypoints(xy, scale, zeros, zeros), 0)
     with torch.inference_mode():
         for i, level in enumerate((0, 1, 3, 3)):  # finest first
-            wanted = sample(net(pyramid.levels[level].image), pyramid.levels[level].from_original(xy[:1]))
+            wanted = sample(
+                net(pyramid.levels[level].image), pyramid.levels[level].from_original(xy[:1])
+            )
             torch.testing.assert_close(found[i : i + 1], wanted, atol=1e-4, rtol=1e-3)
     assert describe(pyramid, Keypoints.empty(), 0).shape == (0, 128)
 
@@ -147,34 +184,49 @@ def test_half_and_names_and_files(tmp_path):
     image = torch.rand(1, 1, 96, 96)
     points = Keypoints(torch.rand(5, 2) * 90, torch.ones(5), torch.zeros(5), torch.ones(5))
     rough = describe(build_pyramid(image), points, 0)
-    exact = describer(load(tmp_path / "d.safetensors"), precision="float32")(build_pyramid(image), points, 0)
+    exact = describer(load(tmp_path / "d.safetensors"), precision="float32")(
+        build_pyramid(image), points, 0
+    )
     assert rough.shape == (5, 64)
     assert ((rough * exact).sum(dim=1) > 0.99).all()
     for weights in (str(DATA / "keynet.safetensors"), load("sobelnet")):
-        with pytest.raises(ValueError, match="describes no points; give it as the detector"):
+        with pytest.raises(ValueError, match="describes nothing; use it as the detector"):
             describer(weights)
     for net in (load("desnet"), load("hardnet")):
-        with pytest.raises(ValueError, match="finds no points; give it as the descriptor"):
+        with pytest.raises(ValueError, match="finds no keypoints; use it as the descriptor"):
             build(net, None)
     with pytest.raises(ValueError, match="patch descriptor"):
         patch_network("desnet")
 
 
 def test_it_describes_every_detectors_points_and_patches_describe_sobelnets():
-    image = (torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40), size=(180, 240), mode="bicubic")).clamp(0, 1)
-    for detector, descriptor in (("keynet-tiny", "desnet"), ("sobelnet", "desnet"), ("sobelnet", "hardnet"), ("sobelnet", "rootsift")):
-        features = build(detector, descriptor, num_points=60, device="cpu").extract(image)
+    image = (
+        torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40), size=(180, 240), mode="bicubic")
+    ).clamp(0, 1)
+    for detector, descriptor in (
+        ("keynet-tiny", "desnet"),
+        ("sobelnet", "desnet"),
+        ("sobelnet", "hardnet"),
+        ("sobelnet", "rootsift"),
+    ):
+        features = build(detector, descriptor, num_keypoints=60, device="cpu").extract(image)
         assert len(features) > 20
-        torch.testing.assert_close(features.descriptors.norm(dim=1), torch.ones(len(features)), atol=1e-3, rtol=0)
+        torch.testing.assert_close(
+            features.descriptors.norm(dim=1), torch.ones(len(features)), atol=1e-3, rtol=0
+        )
     pytest.importorskip("cv2", reason="OpenCV is not installed")
-    features = system("orb+desnet", Options(num_points=60))(image)
+    features = system("orb+desnet", Options(num_keypoints=60))(image)
     assert features.descriptors.shape == (len(features), 128)
 
 
 def test_the_shipped_weights_know_places_again():
-    """A texture moved by a part of a cell, darkened and turned by 20 degrees: most points find their own descriptor first."""
+    """A texture moved by a part of a cell, darkened and turned by 20 degrees: most points find
+    their own descriptor first.
+    """
     torch.manual_seed(1)
-    scene = torch.nn.functional.interpolate(torch.rand(1, 1, 60, 60), size=(360, 360), mode="bicubic").clamp(0, 1)
+    scene = torch.nn.functional.interpolate(
+        torch.rand(1, 1, 60, 60), size=(360, 360), mode="bicubic"
+    ).clamp(0, 1)
     turn, centre = math.radians(20), 179.5
     c, s = math.cos(turn), math.sin(turn)
     right, down = centre - c * centre + s * centre + 3.3, centre - s * centre - c * centre - 2.1
@@ -186,7 +238,10 @@ def test_the_shipped_weights_know_places_again():
     right = ((a @ b.T).argmax(dim=1) == torch.arange(150)).float().mean()
     torch.manual_seed(0)
     untrained = DesNet().eval().fused()
-    chance = ((sample(untrained(scene), xy) @ sample(untrained(other), warp_points(xy.double(), H).float()).T).argmax(dim=1))
+    chance = (
+        sample(untrained(scene), xy)
+        @ sample(untrained(other), warp_points(xy.double(), H).float()).T
+    ).argmax(dim=1)
     assert right > 0.8
     assert (chance == torch.arange(150)).float().mean() < 0.5
 
@@ -194,22 +249,33 @@ def test_the_shipped_weights_know_places_again():
 def test_it_learns_by_the_circle_loss():
     """Thirty steps on one pair: candidates come to know their partners."""
     torch.manual_seed(0)
-    scene = torch.nn.functional.interpolate(torch.rand(1, 1, 32, 32), size=(192, 192), mode="bicubic").clamp(0, 1)
-    images = torch.cat([scene, 0.7 * scene.roll((5, -3), (2, 3)) + 0.1 + 0.03 * torch.randn_like(scene)])
+    scene = torch.nn.functional.interpolate(
+        torch.rand(1, 1, 32, 32), size=(192, 192), mode="bicubic"
+    ).clamp(0, 1)
+    images = torch.cat(
+        [scene, 0.7 * scene.roll((5, -3), (2, 3)) + 0.1 + 0.03 * torch.randn_like(scene)]
+    )
     xy = torch.rand(40, 2) * 110 + 40
-    same, other = candidate_pairs(xy, xy + torch.tensor([-3.0, 5.0]), torch.tensor([[1, 0, -3.0], [0, 1, 5], [0, 0, 1]]))
+    same, other = candidate_pairs(
+        xy, xy + torch.tensor([-3.0, 5.0]), torch.tensor([[1, 0, -3.0], [0, 1, 5], [0, 0, 1]])
+    )
     net = DesNet()
     optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
     curve = []
     for _ in range(30):
         maps = net(images)
-        loss, numbers = circle_loss(sample(maps[:1], xy) @ sample(maps[1:], xy + torch.tensor([-3.0, 5.0])).T, same, other)
+        loss, numbers = circle_loss(
+            sample(maps[:1], xy) @ sample(maps[1:], xy + torch.tensor([-3.0, 5.0])).T, same, other
+        )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         curve.append(numbers)
     assert curve[-1]["loss"] < 0.5 * curve[0]["loss"]
-    assert curve[-1]["positive"] - curve[-1]["negative"] > curve[0]["positive"] - curve[0]["negative"] + 0.1
+    assert (
+        curve[-1]["positive"] - curve[-1]["negative"]
+        > curve[0]["positive"] - curve[0]["negative"] + 0.1
+    )
 
 
 # ---- circle loss
@@ -218,8 +284,14 @@ def test_it_learns_by_the_circle_loss():
 def slow_circle(similarity, positive, negative, margin, scale):
     losses = []
     for s, p, n in zip(similarity.tolist(), positive.tolist(), negative.tolist(), strict=True):
-        near = [scale * max(0, 1 + margin - v) * -(v - (1 - margin)) for v, yes in zip(s, p, strict=True) if yes]
-        far = [scale * max(0, v + margin) * (v - margin) for v, yes in zip(s, n, strict=True) if yes]
+        near = [
+            scale * max(0, 1 + margin - v) * -(v - (1 - margin))
+            for v, yes in zip(s, p, strict=True)
+            if yes
+        ]
+        far = [
+            scale * max(0, v + margin) * (v - margin) for v, yes in zip(s, n, strict=True) if yes
+        ]
         if near and far:
             z = math.log(sum(math.exp(v) for v in near)) + math.log(sum(math.exp(v) for v in far))
             losses.append(math.log1p(math.exp(-abs(z))) + max(z, 0))
@@ -233,13 +305,18 @@ def test_circle_loss_equals_its_slow_twin():
     positive, negative = kind == 0, kind > 1
     positive[3] = False  # a row without partner does not count
     loss, numbers = circle_loss(similarity, positive, negative, margin=0.3, scale=20.0)
-    assert float(loss) == pytest.approx(slow_circle(similarity, positive, negative, 0.3, 20.0), rel=1e-6)
+    assert float(loss) == pytest.approx(
+        slow_circle(similarity, positive, negative, 0.3, 20.0), rel=1e-6
+    )
     assert numbers["rows"] == int((positive.any(1) & negative.any(1)).sum())
 
 
 def test_circle_loss_pulls_hard_ones_most():
     similarity = torch.tensor([[0.6, 0.7, 0.3, -0.5]], requires_grad=True)
-    positive, negative = torch.tensor([[True, False, False, False]]), torch.tensor([[False, True, True, True]])
+    positive, negative = (
+        torch.tensor([[True, False, False, False]]),
+        torch.tensor([[False, True, True, True]]),
+    )
     circle_loss(similarity, positive, negative)[0].backward()
     pull, hard, easy, far = similarity.grad[0].tolist()
     assert pull < 0 < easy < hard
@@ -266,5 +343,7 @@ def test_candidates_are_one_place_two_places_or_neither():
     xy_a = torch.tensor([[10.0, 10.0]])
     xy_b = torch.tensor([[20.0, 20.0], [21.5, 20.0], [23.0, 20.0], [32.0, 20.0], [37.0, 20.0]])
     same, other = candidate_pairs(xy_a, xy_b, H)
-    assert same.tolist() == [[True, True, False, False, False]]  # 3 px in b are too far, though 1.5 in a
+    assert same.tolist() == [
+        [True, True, False, False, False]
+    ]  # 3 px in b are too far, though 1.5 in a
     assert other.tolist() == [[False, False, False, False, True]]  # 12 px in b are 6 in a

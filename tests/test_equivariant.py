@@ -1,4 +1,6 @@
-"""Rotation-group convolutions: equivariance as a fact, filters against a slow twin and against escnn, freezing."""
+"""Rotation-group convolutions: equivariance as a fact, filters against a slow twin and against
+escnn, freezing.
+"""
 
 import math
 
@@ -6,15 +8,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.detectors.equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, group_pool, polar_basis, published_rings
+from tiepoints.models.equivariant import (
+    SMOOTH_RINGS,
+    FieldNorm,
+    GroupConv,
+    LiftingConv,
+    group_pool,
+    polar_basis,
+    published_rings,
+)
 
 SIZE = 64
-#: Largest part of the response that a turn may change on smooth images (waves of 10 px and longer), after three layers.
+#: Largest part of the response that a turn may change on smooth images (waves of 10 px and longer),
+#: after three layers.
 SMOOTH_TOLERANCE = 0.09
 
 
 def waves(turn: float = 0.0, wavelength: float = 10.0, size: int = SIZE) -> torch.Tensor:
-    """A smooth image (1,1,S,S) that is known everywhere, its content turned counter-clockwise as seen about its centre."""
+    """A smooth image (1,1,S,S) that is known everywhere, its content turned counter-clockwise as
+    seen about its centre.
+    """
     rng = torch.Generator().manual_seed(3)
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
@@ -28,13 +41,20 @@ def waves(turn: float = 0.0, wavelength: float = 10.0, size: int = SIZE) -> torc
 
 
 def turned_back(maps: torch.Tensor, turn: float) -> torch.Tensor:
-    """Maps of the image turned by ``turn`` brought back to the frame of the upright one, bicubically."""
+    """Maps of the image turned by ``turn`` brought back to the frame of the upright one,
+    bicubically.
+    """
     size = maps.shape[-1]
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     cos, sin = math.cos(turn), math.sin(turn)
     xy = torch.stack([cos * x + sin * y, -sin * x + cos * y], dim=-1) + (size - 1) / 2
-    return F.grid_sample(maps, ((xy + 0.5) * 2 / size - 1)[None].expand(len(maps), -1, -1, -1), mode="bicubic", align_corners=False)
+    return F.grid_sample(
+        maps,
+        ((xy + 0.5) * 2 / size - 1)[None].expand(len(maps), -1, -1, -1),
+        mode="bicubic",
+        align_corners=False,
+    )
 
 
 def moved_on(maps: torch.Tensor, group: int, steps: int) -> torch.Tensor:
@@ -45,7 +65,11 @@ def moved_on(maps: torch.Tensor, group: int, steps: int) -> torch.Tensor:
 
 def layers(group: int, rings=SMOOTH_RINGS) -> list[torch.nn.Module]:
     torch.manual_seed(1)
-    return [LiftingConv(group, 1, 2, 5, rings), GroupConv(group, 2, 3, 5, rings), GroupConv(group, 3, 2, 5, rings)]
+    return [
+        LiftingConv(group, 1, 2, 5, rings),
+        GroupConv(group, 2, 3, 5, rings),
+        GroupConv(group, 3, 2, 5, rings),
+    ]
 
 
 def run(modules, maps: torch.Tensor) -> torch.Tensor:
@@ -60,10 +84,15 @@ def run(modules, maps: torch.Tensor) -> torch.Tensor:
 def test_quarter_turns_are_exact(group, rings):
     image = torch.rand(2, 1, 33, 40)
     modules = layers(group, rings)
-    straight, turned = run(modules, image), run(modules, image.rot90(1, (-2, -1)))  # counter-clockwise as seen
+    straight, turned = (
+        run(modules, image),
+        run(modules, image.rot90(1, (-2, -1))),
+    )  # counter-clockwise as seen
     expected = moved_on(straight, group, group // 4).rot90(1, (-2, -1))
     assert (turned - expected).abs().max() < 1e-4 * straight.abs().max()
-    assert (group_pool(turned, group) - group_pool(straight, group).rot90(1, (-2, -1))).abs().max() < 1e-4 * straight.abs().max()
+    assert (
+        group_pool(turned, group) - group_pool(straight, group).rot90(1, (-2, -1))
+    ).abs().max() < 1e-4 * straight.abs().max()
     other = moved_on(straight, group, -group // 4).rot90(1, (-2, -1))  # the wrong sense is far off
     assert (turned - other).norm() > 0.3 * turned.norm()
 
@@ -71,7 +100,9 @@ def test_quarter_turns_are_exact(group, rings):
 def error_of(modules, group: int, step: int, wavelength: float = 10.0) -> float:
     turn = 2 * math.pi * step / group
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
-    inside = (axis[:, None] ** 2 + axis[None] ** 2).sqrt() < SIZE / 2 - 9  # away from the zeros outside
+    inside = (
+        axis[:, None] ** 2 + axis[None] ** 2
+    ).sqrt() < SIZE / 2 - 9  # away from the zeros outside
     straight = run(modules, waves(wavelength=wavelength))
     back = turned_back(moved_on(run(modules, waves(turn, wavelength)), group, -step), turn)
     return float((back - straight)[..., inside].norm() / straight[..., inside].norm())
@@ -82,11 +113,16 @@ def test_every_turn_of_the_group_keeps_its_promise_on_smooth_images(group):
     modules = layers(group)
     errors = [error_of(modules, group, step) for step in range(1, group)]
     assert max(errors) < SMOOTH_TOLERANCE
-    assert error_of([torch.nn.Conv2d(1, group, 5, padding=2)], group, 1) > 0.3  # an ordinary layer does not
+    assert (
+        error_of([torch.nn.Conv2d(1, group, 5, padding=2)], group, 1) > 0.3
+    )  # an ordinary layer does not
 
 
 def test_our_rings_err_less_than_the_published_ones():
-    ours, published = (max(error_of(layers(12, rings), 12, step) for step in range(1, 12)) for rings in (SMOOTH_RINGS, None))
+    ours, published = (
+        max(error_of(layers(12, rings), 12, step) for step in range(1, 12))
+        for rings in (SMOOTH_RINGS, None)
+    )
     assert ours < 0.95 * published
 
 
@@ -94,14 +130,18 @@ def test_our_rings_err_less_than_the_published_ones():
 def test_basis_counts_and_norms(kernel):
     basis = polar_basis(kernel, [0.0, 0.3])
     assert basis.shape[1] == {1: 1, 3: 6, 5: 11, 7: 18}[kernel]
-    torch.testing.assert_close(basis[0].flatten(1).norm(dim=1), torch.ones(basis.shape[1], dtype=torch.float64))
+    torch.testing.assert_close(
+        basis[0].flatten(1).norm(dim=1), torch.ones(basis.shape[1], dtype=torch.float64)
+    )
     assert [ring.frequency for ring in published_rings(5)] == [0, 2, 2]
     with pytest.raises(ValueError, match="odd"):
         polar_basis(4, [0.0])
 
 
 def test_group_filters_equal_their_definition():
-    """Filter of (out g, in g + h) is filter h of the upright orientation, turned by g: computed one by one."""
+    """Filter of (out g, in g + h) is filter h of the upright orientation, turned by g: computed one
+    by one.
+    """
     conv = GroupConv(6, 2, 3, 5)
     made = conv.filters().detach()
     for o, i, g, h in [(0, 0, 0, 0), (2, 1, 3, 5), (1, 0, 5, 2), (2, 0, 4, 4)]:
@@ -128,7 +168,9 @@ def test_field_norm_shares_its_statistics_over_the_group():
     maps = torch.randn(3, 8, 5, 6) * torch.arange(1, 9).view(1, 8, 1, 1)
     out = norm(maps).view(3, 2, 4, 5, 6)
     torch.testing.assert_close(out.mean(dim=(0, 2, 3, 4)), torch.zeros(2), atol=1e-5, rtol=0)
-    torch.testing.assert_close(out.var(dim=(0, 2, 3, 4), correction=0), torch.ones(2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        out.var(dim=(0, 2, 3, 4), correction=0), torch.ones(2), atol=1e-3, rtol=0
+    )
     assert norm.norm.weight.shape == (2,)
     assert out[:, 0, 3].std() > 2 * out[:, 0, 0].std()  # not normalised one by one
 
@@ -148,7 +190,9 @@ def test_regrouping_there_and_back(small, large):
 
 
 def test_a_regrouped_convolution_answers_alike():
-    """On maps that vary slowly with the orientation, orientation 2 g of 24 is orientation g of 12."""
+    """On maps that vary slowly with the orientation, orientation 2 g of 24 is orientation g
+    of 12.
+    """
     conv = GroupConv(12, 1, 1, 5)
     phase = torch.randn(2, 9, 9)
 
@@ -173,7 +217,10 @@ def test_filters_agree_with_escnn():
     from escnn import gspaces, nn
 
     space = gspaces.rot2dOnR2(N=12)
-    trivial, regular = nn.FieldType(space, [space.trivial_repr]), nn.FieldType(space, 2 * [space.regular_repr])
+    trivial, regular = (
+        nn.FieldType(space, [space.trivial_repr]),
+        nn.FieldType(space, 2 * [space.regular_repr]),
+    )
     torch.manual_seed(0)
     for theirs, ours in (
         (nn.R2Conv(trivial, regular, 5, padding=2, bias=False), LiftingConv(12, 1, 2, 5)),
@@ -187,5 +234,7 @@ def test_filters_agree_with_escnn():
                 ours.coefficients.copy_(F.one_hot(torch.tensor(j), size).view_as(ours.coefficients))
                 columns.append(ours.filters().double().flatten())
         space_of_ours = torch.stack(columns, dim=1)
-        fitted = space_of_ours @ torch.linalg.lstsq(space_of_ours, wanted.flatten()[:, None]).solution
+        fitted = (
+            space_of_ours @ torch.linalg.lstsq(space_of_ours, wanted.flatten()[:, None]).solution
+        )
         assert (fitted[:, 0] - wanted.flatten()).abs().max() < 1e-5 * wanted.abs().max()

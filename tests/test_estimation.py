@@ -1,4 +1,6 @@
-"""Robust geometry: known answers from every backend, chance, and inputs that leave the answer open."""
+"""Robust geometry: known answers from every backend, chance, and inputs that leave the answer
+open.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def anywhere(n: int, rng: torch.Generator) -> torch.Tensor:
 
 
 def turn(x: float, y: float, z: float) -> torch.Tensor:
-    return torch.linalg.matrix_exp(torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64))
+    return torch.linalg.matrix_exp(
+        torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)
+    )
 
 
 R = turn(0.03, -0.15, 0.05)
@@ -44,17 +48,28 @@ def project(K: torch.Tensor, world: torch.Tensor) -> torch.Tensor:
     return seen[:, :2] / seen[:, 2:]
 
 
-def views(n: int, rng: torch.Generator, t: torch.Tensor = T, flat: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def views(
+    n: int, rng: torch.Generator, t: torch.Tensor = T, flat: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Points of a scene 4 to 9 baselines away (or of a plane), without noise."""
     depth = 4 + 5 * torch.rand(n, 1, generator=rng, dtype=torch.float64)
-    rays = torch.cat([anywhere(n, rng), torch.ones(n, 1, dtype=torch.float64)], dim=1) @ torch.linalg.inv(K_A).T
+    rays = (
+        torch.cat([anywhere(n, rng), torch.ones(n, 1, dtype=torch.float64)], dim=1)
+        @ torch.linalg.inv(K_A).T
+    )
     if flat:
         depth = 5 / (rays @ torch.tensor([[0.3], [0.2], [1.0]], dtype=torch.float64))
     world = rays * depth
     return project(K_A, world), project(K_B, world @ R.T + t)
 
 
-def spoiled(a: torch.Tensor, b: torch.Tensor, rng: torch.Generator, noise: float = 0.5, outliers: float = 0.5):
+def spoiled(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    rng: torch.Generator,
+    noise: float = 0.5,
+    outliers: float = 0.5,
+):
     """Noise on both, and the last part of the matches wrong."""
     right = round((1 - outliers) * len(a))
     a = a + noise * torch.randn(a.shape, generator=rng, dtype=torch.float64)
@@ -88,7 +103,9 @@ def assert_failed(result: Estimate, n: int) -> None:
 
 
 def check_answer(result: Estimate, loose: bool) -> None:
-    """Stated tolerances: 1 px and 1 degree (4 degrees for the direction of t); twice that for plain RANSAC, which does not refine."""
+    """Stated tolerances: 1 px and 1 degree (4 degrees for the direction of t); twice that for plain
+    RANSAC, which does not refine.
+    """
     assert result.ok, result.reason
     model, factor = result.model, 2.0 if loose else 1.0
     assert model.dtype == torch.float64
@@ -100,15 +117,24 @@ def check_answer(result: Estimate, loose: bool) -> None:
     elif result.kind == "fundamental":
         one = torch.ones(len(a), 1, dtype=torch.float64)
         lines = torch.cat([a, one], 1) @ model.T
-        assert ((lines * torch.cat([b, one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)).median() < factor
+        assert (
+            (lines * torch.cat([b, one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)
+        ).median() < factor
         assert torch.linalg.svdvals(model)[2] < 1e-6
     elif result.kind == "essential":
         assert (model - essential(torch.cat([R, T[:, None]], 1))).norm() < 0.1 * factor
-        torch.testing.assert_close(torch.linalg.svdvals(model), torch.tensor([1.0, 1, 0], dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            torch.linalg.svdvals(model),
+            torch.tensor([1.0, 1, 0], dtype=torch.float64),
+            atol=1e-6,
+            rtol=0,
+        )
     else:
         assert degrees((torch.trace(model[:, :3] @ R.T) - 1) / 2) < factor
         assert degrees(model[:, 3] @ T) < 4 * factor
-        torch.testing.assert_close(model[:, :3] @ model[:, :3].T, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            model[:, :3] @ model[:, :3].T, torch.eye(3, dtype=torch.float64), atol=1e-6, rtol=0
+        )
         assert float(model[:, 3].norm()) == pytest.approx(1)
 
 
@@ -146,17 +172,30 @@ def test_inliers_are_those_of_poselib(kind):
     poselib = pytest.importorskip("poselib")
     a, b, _ = drawn(kind, 4)
     result = estimate(a, b, kind, threshold=2.0, **cameras(kind))
-    options = {"max_reproj_error": 2.0, "max_epipolar_error": 2.0, "max_iterations": 10_000, "success_prob": 0.9999, "seed": 0}
+    options = {
+        "max_reproj_error": 2.0,
+        "max_epipolar_error": 2.0,
+        "max_iterations": 10_000,
+        "success_prob": 0.9999,
+        "seed": 0,
+    }
     if kind in ("homography", "fundamental"):
         info = getattr(poselib, f"estimate_{kind}")(a.numpy(), b.numpy(), options, {})[1]
     else:
         models = [
-            {"model": "PINHOLE", "width": 1, "height": 1, "params": [float(K[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2))]}
+            {
+                "model": "PINHOLE",
+                "width": 1,
+                "height": 1,
+                "params": [float(K[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2))],
+            }
             for K in (K_A, K_B)
         ]
         info = poselib.estimate_relative_pose(a.numpy(), b.numpy(), *models, options, {})[1]
     theirs = torch.tensor(info["inliers"], dtype=torch.bool)
-    assert (theirs != result.inliers).float().mean() < 0.02  # they mark them before the last refinement
+    assert (
+        theirs != result.inliers
+    ).float().mean() < 0.02  # they mark them before the last refinement
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +204,12 @@ def test_types_of_points_make_no_difference_and_seeds_repeat(kind):
     a, b = a.float(), b.float()
     first = estimate(a, b, kind, **cameras(kind))
     assert first.ok
-    for x, y in ((a.double(), b), (a.numpy(), b.numpy()), (a.tolist(), b.tolist()), (a.clone().requires_grad_(), b)):
+    for x, y in (
+        (a.double(), b),
+        (a.numpy(), b.numpy()),
+        (a.tolist(), b.tolist()),
+        (a.clone().requires_grad_(), b),
+    ):
         again = estimate(x, y, kind, **cameras(kind))
         torch.testing.assert_close(again.model, first.model, rtol=1e-5, atol=1e-6)
         assert not again.model.requires_grad
@@ -188,25 +232,43 @@ def test_points_on_two_devices():
 
 
 @pytest.mark.parametrize("clustered", [False, True])
-@pytest.mark.parametrize(("n", "threshold", "seeds"), [(8, 3.0, 20), (12, 1.0, 20), (25, 5.0, 8), (60, 2.0, 6), (300, 4.0, 2)])
-@pytest.mark.parametrize("kind", ["homography", "fundamental", "pose"])  # an essential matrix is found as the pose
+@pytest.mark.parametrize(
+    ("n", "threshold", "seeds"),
+    [(8, 3.0, 20), (12, 1.0, 20), (25, 5.0, 8), (60, 2.0, 6), (300, 4.0, 2)],
+)
+@pytest.mark.parametrize(
+    "kind", ["homography", "fundamental", "pose"]
+)  # an essential matrix is found as the pose
 def test_random_matches_have_no_answer(kind, n, threshold, seeds, clustered):
     for seed in range(seeds):
         rng = generator(seed)
 
         def draw(rng=rng) -> torch.Tensor:
             centres = anywhere(5, rng)[torch.randint(5, (n,), generator=rng)]
-            return centres + 8 * torch.randn(n, 2, generator=rng, dtype=torch.float64) if clustered else anywhere(n, rng)
+            return (
+                centres + 8 * torch.randn(n, 2, generator=rng, dtype=torch.float64)
+                if clustered
+                else anywhere(n, rng)
+            )
 
-        assert_failed(estimate(draw(), draw(), kind, threshold=threshold, seed=seed, **cameras(kind)), n)
+        assert_failed(
+            estimate(draw(), draw(), kind, threshold=threshold, seed=seed, **cameras(kind)), n
+        )
 
 
-@pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k) if b != "poselib"])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [(k, b) for k in KINDS for b in backends(k) if b != "poselib"]
+)
 def test_random_matches_have_no_answer_from_opencv_either(kind, backend):
     for seed in range(3):
         for n in (9, 40):
             a, b = anywhere(n, generator(seed)), anywhere(n, generator(100 + seed))
-            assert_failed(estimate(a, b, kind, backend=backend, threshold=3.0, max_iterations=500, **cameras(kind)), n)
+            assert_failed(
+                estimate(
+                    a, b, kind, backend=backend, threshold=3.0, max_iterations=500, **cameras(kind)
+                ),
+                n,
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,12 +303,21 @@ def test_false_alarms_equal_the_formula():
     rng = generator(0)
     matches = estimation._Matches("homography", anywhere(n, rng), anywhere(n, rng), None, 1.0)
     agreeing = torch.arange(n) < k
-    tail = sum(math.comb(n - sample, j) * chance**j * (1 - chance) ** (n - sample - j) for j in range(k - sample, n - sample + 1))
+    tail = sum(
+        math.comb(n - sample, j) * chance**j * (1 - chance) ** (n - sample - j)
+        for j in range(k - sample, n - sample + 1)
+    )
     found = estimation._false_alarms(matches, agreeing, sample, 3, chance)
     assert found == pytest.approx(3 * math.comb(n, sample) * tail)
-    twice = estimation._Matches("homography", matches.a.repeat(2, 1), matches.b.repeat(2, 1), None, 1.0)
-    assert estimation._false_alarms(twice, agreeing.repeat(2), sample, 3, chance) == pytest.approx(found)
-    assert estimation._false_alarms(matches, torch.arange(n) < sample, sample, 3, chance) == math.inf
+    twice = estimation._Matches(
+        "homography", matches.a.repeat(2, 1), matches.b.repeat(2, 1), None, 1.0
+    )
+    assert estimation._false_alarms(twice, agreeing.repeat(2), sample, 3, chance) == pytest.approx(
+        found
+    )
+    assert (
+        estimation._false_alarms(matches, torch.arange(n) < sample, sample, 3, chance) == math.inf
+    )
 
 
 # ---- inputs without an answer
@@ -273,7 +344,9 @@ WITHOUT = {
 @pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k)])
 def test_inputs_without_an_answer_are_not_ok(kind, backend, name):
     a, b = WITHOUT[name]
-    assert_failed(estimate(a, b, kind, backend=backend, max_iterations=200, **cameras(kind)), len(a))
+    assert_failed(
+        estimate(a, b, kind, backend=backend, max_iterations=200, **cameras(kind)), len(a)
+    )
 
 
 @pytest.mark.parametrize("backend", backends("homography"))
@@ -294,7 +367,9 @@ def test_a_camera_that_only_turned_has_no_pose(backend, noise):
         pytest.skip("needs OpenCV")
     for seed in range(3):
         rng = generator(seed)
-        a, b, right = spoiled(*views(200, rng, t=torch.zeros(3, dtype=torch.float64)), rng, noise=noise, outliers=0.3)
+        a, b, right = spoiled(
+            *views(200, rng, t=torch.zeros(3, dtype=torch.float64)), rng, noise=noise, outliers=0.3
+        )
         result = estimate(a, b, "homography", backend=backend)
         assert result.ok, result.reason
         for kind in KINDS[1:]:
@@ -318,7 +393,9 @@ def test_a_plane_has_no_fundamental_matrix_and_may_have_two_poses(backend, noise
         assert "plane" in result.reason
         for kind in ("essential", "pose"):
             result = estimate(a, b, kind, backend=backend, **cameras(kind))
-            if t is T and (result.ok or backend == "poselib"):  # the other pose would have points behind the cameras,
+            if t is T and (
+                result.ok or backend == "poselib"
+            ):  # the other pose would have points behind the cameras,
                 check_answer(result, loose=True)  # which OpenCV does not look at and may choose
             else:
                 assert_failed(result, 200)
@@ -329,7 +406,9 @@ def test_a_plane_has_no_fundamental_matrix_and_may_have_two_poses(backend, noise
 def test_enough_points_beside_the_plane_settle_it(kind):
     rng = generator(0)
     plane, rest = views(150, rng, flat=True), views(60, rng)
-    a, b, _ = spoiled(*(torch.cat(pair) for pair in zip(plane, rest, strict=True)), rng, outliers=0.0)
+    a, b, _ = spoiled(
+        *(torch.cat(pair) for pair in zip(plane, rest, strict=True)), rng, outliers=0.0
+    )
     wrong = anywhere(60, rng), anywhere(60, rng)
     result = estimate(torch.cat([a, wrong[0]]), torch.cat([b, wrong[1]]), kind, **cameras(kind))
     check_answer(result, loose=True)
@@ -352,7 +431,9 @@ def test_a_line_and_two_points_leave_the_homography_open():
 def test_planes_seen_across_their_horizon_are_refused():
     rng = generator(0)
     a = anywhere(60, rng)
-    across = torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [1 / 320.5, 0, -1.0]], dtype=torch.float64)  # the horizon cuts the points in two
+    across = torch.tensor(
+        [[1.0, 0, 0], [0, 1.0, 0], [1 / 320.5, 0, -1.0]], dtype=torch.float64
+    )  # the horizon cuts the points in two
     b = warp_points(a, across)
     b = b / b.abs().max() * 1e5
     result = estimate(a, b, "homography")
@@ -362,7 +443,10 @@ def test_planes_seen_across_their_horizon_are_refused():
 
 
 def test_poses_of_a_plane_hold_the_right_one():
-    normal, distance = torch.nn.functional.normalize(torch.tensor([0.3, 0.2, 1.0], dtype=torch.float64), dim=0), 5.0
+    normal, distance = (
+        torch.nn.functional.normalize(torch.tensor([0.3, 0.2, 1.0], dtype=torch.float64), dim=0),
+        5.0,
+    )
     plane = R + T[:, None] * normal[None] / distance
     found = estimation._poses_of_plane(3.0 * plane)
     assert len(found) == 4
@@ -379,7 +463,14 @@ def test_wrong_arguments_are_refused():
     a = 100 * torch.rand(9, 2)
     with pytest.raises(ValueError, match="kind"):
         estimate(a, a, "affine")
-    for wrong in (torch.rand(9, 3), torch.rand(18), torch.rand(1, 9, 2), None, "points", [[1.0, 2.0], [3.0]]):
+    for wrong in (
+        torch.rand(9, 3),
+        torch.rand(18),
+        torch.rand(1, 9, 2),
+        None,
+        "points",
+        [[1.0, 2.0], [3.0]],
+    ):
         with pytest.raises(ValueError, match=r"\(K,2\)"):
             estimate(a, wrong)
         with pytest.raises(ValueError, match=r"\(K,2\)"):
@@ -401,7 +492,12 @@ def test_wrong_arguments_are_refused():
 
 def test_wrong_intrinsics_are_refused():
     a, eye = 100 * torch.rand(9, 2), torch.eye(3)
-    for kind, K in (("pose", {}), ("essential", {"K_a": eye}), ("homography", {"K_a": eye}), ("fundamental", {"K_a": eye, "K_b": eye})):
+    for kind, K in (
+        ("pose", {}),
+        ("essential", {"K_a": eye}),
+        ("homography", {"K_a": eye}),
+        ("fundamental", {"K_a": eye, "K_b": eye}),
+    ):
         with pytest.raises(ValueError, match="K_a and K_b"):
             estimate(a, a, kind, **K)
     wrong = [
@@ -445,7 +541,11 @@ def test_without_judgement_the_backends_answer_comes_as_it_is():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.rand(60, 2, generator=rng) * 500 for _ in range(2))
     K = torch.tensor([[500.0, 0, 250], [0, 500, 250], [0, 0, 1]])
-    for kind, intrinsics in (("homography", {}), ("fundamental", {}), ("pose", {"K_a": K, "K_b": K})):
+    for kind, intrinsics in (
+        ("homography", {}),
+        ("fundamental", {}),
+        ("pose", {"K_a": K, "K_b": K}),
+    ):
         assert not estimate(a, b, kind, **intrinsics).ok
         raw = estimate(a, b, kind, judge=False, **intrinsics)
         assert raw.ok

@@ -1,4 +1,6 @@
-"""Strecha, WxBS, EVD and TILDE's webcams: found by looking, broken items named and left out, numbers of a known geometry."""
+"""Strecha, WxBS, EVD and TILDE's webcams: found by looking, broken items named and left out,
+numbers of a known geometry.
+"""
 
 import math
 from pathlib import Path
@@ -10,15 +12,17 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tiepoints.cli import app
+from tiepoints.datasets.benchmark import open_dataset
+from tiepoints.datasets.ground_truth import MarkedPair, PosePair
 from tiepoints.errors import DataError
 from tiepoints.evaluation import pair as measures
-from tiepoints.evaluation.datasets import MarkedPair, PosePair, open_dataset
-from tiepoints.evaluation.metrics import epipolar_distances, rekd_repeatability
-from tiepoints.evaluation.report import write_report
 from tiepoints.evaluation.results import read_run
 from tiepoints.evaluation.run import RunSettings, evaluate, run
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.geometry import warp_points
+from tiepoints.metrics.geometry import epipolar_distances
+from tiepoints.metrics.repeatability import rekd_repeatability
+from tiepoints.report.report import write_report
 from tiepoints.structs import Features, Keypoints
 
 K = np.array([[2759.48, 0, 1520.69], [0, 2764.16, 1006.81], [0, 0, 1]])
@@ -62,14 +66,18 @@ def evd_folder(root: Path, names=("adam", "cafe"), shift: int = 12) -> Path:
         wide = textured(k, (252, 180))
         wide.crop((0, 0, 240, 180)).save(root / "1" / f"{name}.png")
         wide.crop((shift, 0, 240 + shift, 180)).save(root / "2" / f"{name}.png")
-        np.savetxt(root / "h" / f"{name}.txt", -2.5 * np.array([[1, 0, -shift], [0, 1, 0], [0, 0, 1]]))  # of any sign and scale
+        np.savetxt(
+            root / "h" / f"{name}.txt", -2.5 * np.array([[1, 0, -shift], [0, 1, 0], [0, 0, 1]])
+        )  # of any sign and scale
     return root
 
 
 def webcam_scene(folder: Path, count: int = 3) -> Path:
     folder.mkdir(parents=True)
     for k in range(count):
-        textured(7).point(lambda v, k=k: 20 * k + v * (0.8 - 0.1 * k)).save(folder / f"2013010{k}_120000.png")
+        textured(7).point(lambda v, k=k: 20 * k + v * (0.8 - 0.1 * k)).save(
+            folder / f"2013010{k}_120000.png"
+        )
     return folder
 
 
@@ -99,7 +107,13 @@ def test_strecha_cameras_project_a_point_to_where_it_is_seen(tmp_path):
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [("no image", "0002.jpg"), ("words", "0002.jpg.camera"), ("short", "26"), ("rotation", "no rotation"), ("cropped", "cropping")],
+    [
+        ("no image", "0002.jpg"),
+        ("words", "0002.jpg.camera"),
+        ("short", "26"),
+        ("rotation", "no rotation"),
+        ("cropped", "cropping"),
+    ],
 )
 def test_a_broken_camera_is_named_and_left_out(tmp_path, damage, named):
     scene = strecha_scene(tmp_path / "castle")
@@ -149,7 +163,10 @@ def two_views(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.nda
     rng = np.random.default_rng(seed)
     camera = np.array([[200.0, 0, 119.5], [0, 200, 89.5], [0, 0, 1]])
     R, t = rotation(8), np.array([-0.8, 0.1, 0.2])
-    world = np.stack([rng.uniform(-1.2, 1.2, count), rng.uniform(-0.9, 0.9, count), rng.uniform(3, 6, count)], axis=1)
+    world = np.stack(
+        [rng.uniform(-1.2, 1.2, count), rng.uniform(-0.9, 0.9, count), rng.uniform(3, 6, count)],
+        axis=1,
+    )
     a, b = world @ camera.T, (world @ R.T + t) @ camera.T
     cross = np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]])
     inverse = np.linalg.inv(camera)
@@ -189,7 +206,9 @@ def test_share_of_marked_correspondences():
     found = measures.matched_marked_metrics(xy_a, xy_b, marked_a, marked_b)
     for t in (1, 5, 15, 20):
         assert found[f"marked.share@{t}"] == pytest.approx(float((distance <= t).double().mean()))
-    assert found["marked.share"] == pytest.approx(np.mean([found[f"marked.share@{t}"] for t in range(1, 21)]))
+    assert found["marked.share"] == pytest.approx(
+        np.mean([found[f"marked.share@{t}"] for t in range(1, 21)])
+    )
     nothing = measures.matched_marked_metrics(xy_a[:5], xy_b[:5], marked_a, marked_b)
     assert (nothing["marked.ok"], nothing["marked.share"], nothing["marked.share@20"]) == (0, 0, 0)
 
@@ -199,9 +218,14 @@ def test_wxbs_at_every_depth_and_what_is_broken(tmp_path):
     wxbs_pair(tmp_path / "WGBS" / "church", marked)
     wxbs_pair(tmp_path / "WLABS" / "square", marked)
     found = open_dataset(tmp_path)
-    assert [(p.sequence, p.name, p.kind) for p in found.pairs] == [("WGBS", "church", "marked"), ("WLABS", "square", "marked")]
+    assert [(p.sequence, p.name, p.kind) for p in found.pairs] == [
+        ("WGBS", "church", "marked"),
+        ("WLABS", "square", "marked"),
+    ]
     assert isinstance(found.pairs[0], MarkedPair)
-    np.testing.assert_allclose(torch.cat([found.pairs[0].xy_a, found.pairs[0].xy_b], dim=1).numpy(), marked)
+    np.testing.assert_allclose(
+        torch.cat([found.pairs[0].xy_a, found.pairs[0].xy_b], dim=1).numpy(), marked
+    )
     assert open_dataset(tmp_path / "WGBS").sequences == ["WGBS"]
     alone = open_dataset(tmp_path / "WGBS" / "church").pairs
     assert [(p.sequence, p.name) for p in alone] == [("WGBS", "church")]
@@ -233,7 +257,9 @@ def test_evd_and_what_is_broken(tmp_path):
     (root / "1" / "face.png").write_bytes(b"")
     found = open_dataset(root)
     assert [(p.sequence, p.name, p.kind) for p in found.pairs] == [("EVD", "adam", "view")]
-    assert [word in "; ".join(found.problems) for word in ("2/cafe.*", "h/dum.txt", "1/face.png")] == [True] * 3
+    assert [
+        word in "; ".join(found.problems) for word in ("2/cafe.*", "h/dum.txt", "1/face.png")
+    ] == [True] * 3
     assert len(found.problems) == 3
 
 
@@ -247,7 +273,9 @@ def test_webcams_are_frames_named_by_their_time(tmp_path):
     assert (found.layout, found.sequences, len(found.pairs)) == ("webcams", ["Mexico"], 3)
     assert all(torch.equal(p.H_ab, torch.eye(3).double()) for p in found.pairs)
     assert "120 x 90" in found.problems[0]
-    with pytest.raises(DataError, match="no usable homography sequence"):  # photographs are no fixed camera
+    with pytest.raises(
+        DataError, match="no usable homography sequence"
+    ):  # photographs are no fixed camera
         open_dataset(tmp_path / "photos")
     webcam_scene(tmp_path / "one", 1)
     with pytest.raises(DataError, match="no scene has two frames"):
@@ -257,9 +285,18 @@ def test_webcams_are_frames_named_by_their_time(tmp_path):
 def test_tilde_repeatability_is_many_to_one_within_5_px():
     a = torch.tensor([[10.0, 10], [12, 10], [50, 50], [90, 90]])
     b = torch.tensor([[11.0, 14], [50, 55], [200, 200]])
-    points = [Keypoints(xy, torch.ones(len(xy)), torch.zeros(len(xy)), torch.arange(len(xy), 0, -1).float()) for xy in (a, b)]
-    found = measures.homography_metrics(*(Features(p, None, (240, 240)) for p in points), torch.eye(3), protocols=("rekd",))
-    assert found["rekd.repeatability@5"] == 0.5  # both of the first two by one point; exactly 5 px is too far
+    points = [
+        Keypoints(
+            xy, torch.ones(len(xy)), torch.zeros(len(xy)), torch.arange(len(xy), 0, -1).float()
+        )
+        for xy in (a, b)
+    ]
+    found = measures.homography_metrics(
+        *(Features(p, None, (240, 240)) for p in points), torch.eye(3), protocols=("rekd",)
+    )
+    assert (
+        found["rekd.repeatability@5"] == 0.5
+    )  # both of the first two by one point; exactly 5 px is too far
     assert found["rekd.repeatability@5"] == rekd_repeatability(a, b, torch.eye(3), 5.0)
     assert found["rekd.repeatability"] == 0
 
@@ -269,13 +306,18 @@ def test_tilde_repeatability_is_many_to_one_within_5_px():
 
 def test_features_of_equal_file_names_are_kept_apart(tmp_path):
     root = evd_folder(tmp_path / "EVD")
-    evaluate(open_dataset(root), RunSettings(("sift",), num_points=200, mode="si"), tmp_path / "out")
-    stored = sorted(str(p.relative_to(tmp_path / "out" / "features" / "sift")) for p in (tmp_path / "out" / "features").rglob("*.npz"))
+    evaluate(open_dataset(root), RunSettings(("sift",), num_keypoints=200), tmp_path / "out")
+    stored = sorted(
+        str(p.relative_to(tmp_path / "out" / "features" / "sift"))
+        for p in (tmp_path / "out" / "features").rglob("*.npz")
+    )
     assert stored == ["EVD/1-adam.npz", "EVD/1-cafe.npz", "EVD/2-adam.npz", "EVD/2-cafe.npz"]
     for row in read_run(tmp_path / "out").rows:
         assert row.ok
         assert row.value("rekd.mma@3") > 0.9
-        assert row.value("rekd.correct@5") == round(row.value("rekd.mma@5") * row.value("rekd.matches"))
+        assert row.value("rekd.correct@5") == round(
+            row.value("rekd.mma@5") * row.value("rekd.matches")
+        )
 
 
 def test_evaluate_and_report_of_marked_pairs(tmp_path):
@@ -283,7 +325,14 @@ def test_evaluate_and_report_of_marked_pairs(tmp_path):
     wxbs_pair(tmp_path / "wxbs" / "WGBS" / "same", np.concatenate([a, a], axis=1))
     textured(1).save(tmp_path / "wxbs" / "WGBS" / "same" / "02.png")  # the first image again
     wxbs_pair(tmp_path / "wxbs" / "WGBS" / "other", np.concatenate([a, b], axis=1))
-    words = ["evaluate", str(tmp_path / "wxbs"), "--systems", "sift,lattice", "--out", str(tmp_path / "out")]
+    words = [
+        "evaluate",
+        str(tmp_path / "wxbs"),
+        "--systems",
+        "sift,lattice",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert "controls have no descriptors" in done.output
@@ -321,7 +370,7 @@ def test_real_folders_are_read_whole(eval_dir):
 
 def test_real_cameras_agree_with_matches_of_neighbours(eval_dir):
     pair = open_dataset(eval_dir / "strecha" / "entry-P10").pairs[0]
-    row = run([pair], system("sift", Options(2000)), num_points=2000)[0]
+    row = run([pair], system("sift", Options(2000)), num_keypoints=2000)[0]
     assert row["ok"], row["reason"]
     assert row["metrics"]["pose.precision"] > 0.8
     assert row["metrics"]["pose.error_poselib"] < 1
@@ -333,9 +382,13 @@ def test_real_homographies_and_marks(eval_dir):
         for path in (pair.image_a, pair.image_b):
             with Image.open(path) as image:
                 sizes.append(torch.tensor(image.size).double())
-        grid = torch.cartesian_prod(torch.linspace(0, 1, 30), torch.linspace(0, 1, 30)).double() * (sizes[0] - 1)
+        grid = torch.cartesian_prod(torch.linspace(0, 1, 30), torch.linspace(0, 1, 30)).double() * (
+            sizes[0] - 1
+        )
         mapped = warp_points(grid, pair.H_ab)
-        assert float(((mapped >= 0) & (mapped <= sizes[1] - 1)).all(dim=1).double().mean()) > 0.15  # cafe shows the same in a sixth
+        assert (
+            float(((mapped >= 0) & (mapped <= sizes[1] - 1)).all(dim=1).double().mean()) > 0.15
+        )  # cafe shows the same in a sixth
     for pair in open_dataset(eval_dir / "wxbs").pairs:
         for path, xy in ((pair.image_a, pair.xy_a), (pair.image_b, pair.xy_b)):
             with Image.open(path) as image:

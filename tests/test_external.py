@@ -1,4 +1,6 @@
-"""Other libraries' detectors: positions of drawn dots through each library's own decoding, shapes, errors. No weights are fetched."""
+"""Other libraries' detectors: positions of drawn dots through each library's own decoding, shapes,
+errors. No weights are fetched.
+"""
 
 import sys
 from types import SimpleNamespace
@@ -9,16 +11,18 @@ import torch
 from PIL import Image
 from torch import nn
 
-from tiepoints.detectors import external
-from tiepoints.detectors.external import EXTERNAL_SYSTEMS, external_system, load_rgb
 from tiepoints.errors import WeightsError
+from tiepoints.evaluation.baselines import external
+from tiepoints.evaluation.baselines.external import EXTERNAL_SYSTEMS, external_system, load_rgb
 from tiepoints.evaluation.systems import system
 
 DOTS = ((45, 40, 1.0), (100, 52, 0.8), (60, 90, 0.6), (121, 83, 0.4))  # x, y, brightness
 
 
 def dots(size=(160, 128), ratio=1.0) -> torch.Tensor:
-    """Gaussian dots at ``DOTS`` of an image ``ratio`` times as large as the networks see, on black: (1,1,h,w)."""
+    """Gaussian dots at ``DOTS`` of an image ``ratio`` times as large as the networks see, on black:
+    (1,1,h,w).
+    """
     y, x = torch.meshgrid(torch.arange(size[1]) * 1.0, torch.arange(size[0]) * 1.0, indexing="ij")
     image = torch.zeros(size[1], size[0])
     for cx, cy, level in DOTS:
@@ -27,7 +31,9 @@ def dots(size=(160, 128), ratio=1.0) -> torch.Tensor:
 
 
 class Brightness(nn.Module):
-    """Stands for a trained network: its score is the image's brightness, its descriptors are constant."""
+    """Stands for a trained network: its score is the image's brightness, its descriptors are
+    constant.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -35,7 +41,9 @@ class Brightness(nn.Module):
 
     def forward(self, image):
         gray = image.mean(dim=1, keepdim=True)
-        return torch.cat([torch.ones_like(gray).expand(-1, self.channels, -1, -1), gray - 0.05], dim=1)
+        return torch.cat(
+            [torch.ones_like(gray).expand(-1, self.channels, -1, -1), gray - 0.05], dim=1
+        )
 
 
 def disk(kornia):
@@ -53,7 +61,9 @@ def dedode(kornia):
     nn.Module.__init__(net)
     net.normalizer = nn.Identity()
 
-    def peaks(image):  # DeDoDe does not suppress neighbours, so a dot must be one pixel to give one point
+    def peaks(
+        image,
+    ):  # DeDoDe does not suppress neighbours, so a dot must be one pixel to give one point
         gray = image[:, :1]
         return (gray * (gray == nn.functional.max_pool2d(gray, 9, 1, 4)) + 1e-6).log()
 
@@ -69,7 +79,8 @@ def xfeat(kornia):
 
     def forward(image):
         cells = nn.functional.pixel_unshuffle(image[:, :1], 8)
-        # so weak beside "no point" that the probability is the brightness, not a share of the cell's
+        # so weak beside "no point" that the probability is the brightness, not a share of the
+        # cell's
         logits = torch.cat([(1e-3 * cells + 1e-9).log(), torch.zeros_like(cells[:, :1])], dim=1)
         h, w = cells.shape[-2:]
         return torch.ones(1, 64, h, w), logits, torch.ones(1, 1, h, w)
@@ -95,13 +106,22 @@ def superpoint(transformers):
             layer.weight[index, index, middle, middle] = 8 if middle == 0 else 1
         decoder.conv_score_b.bias[64] = 6
     net.encoder.forward = lambda image, **_: (
-        torch.cat([nn.functional.pixel_unshuffle(image, 8), torch.ones(1, 64, image.shape[2] // 8, image.shape[3] // 8)], dim=1),
+        torch.cat(
+            [
+                nn.functional.pixel_unshuffle(image, 8),
+                torch.ones(1, 64, image.shape[2] // 8, image.shape[3] // 8),
+            ],
+            dim=1,
+        ),
     )
     return net
 
 
 LIBRARY = {"superpoint": "transformers"}
-MAKERS = {f.__name__.replace("_", "-"): f for f in (disk, aliked, dedode, xfeat, kornia_keynet_hardnet, superpoint)}
+MAKERS = {
+    f.__name__.replace("_", "-"): f
+    for f in (disk, aliked, dedode, xfeat, kornia_keynet_hardnet, superpoint)
+}
 MAKERS["kornia-keynet-affnet-hardnet"] = kornia_keynet_hardnet
 LENGTHS = {"disk": 128, "aliked": 64, "dedode": 256, "xfeat": 64, "superpoint": 256}
 
@@ -110,7 +130,9 @@ def built(name: str) -> nn.Module:
     if name in LIBRARY:
         return MAKERS[name](pytest.importorskip("transformers"))
     library = pytest.importorskip("kornia.feature")
-    if name in ("aliked", "xfeat") and not hasattr(library, name.upper() if name == "aliked" else "XFeat"):
+    if name in ("aliked", "xfeat") and not hasattr(
+        library, name.upper() if name == "aliked" else "XFeat"
+    ):
         pytest.skip(f"this kornia has no {name}")
     torch.manual_seed(0)
     return MAKERS[name](library)
@@ -124,7 +146,7 @@ def offsets(found) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
 def test_dots_are_found_where_they_are_drawn(name):
-    found = external_system(name, model=built(name), num_points=200)(dots())
+    found = external_system(name, model=built(name), num_keypoints=200)(dots())
     assert found.image_size == (160, 128)
     assert offsets(found).abs().max() < 0.3, offsets(found)
     assert (found.score.diff() <= 0).all()
@@ -132,7 +154,7 @@ def test_dots_are_found_where_they_are_drawn(name):
     assert found.descriptors.shape == (len(found), LENGTHS.get(name, 128))
     assert torch.allclose(found.descriptors.norm(dim=1), torch.ones(len(found)), atol=1e-4)
     # the strongest first, and of all points
-    few = external_system(name, model=built(name), num_points=2)(dots())
+    few = external_system(name, model=built(name), num_keypoints=2)(dots())
     assert len(few) == 2
     if "keynet" not in name:
         assert (few.xy - torch.tensor([d[:2] for d in DOTS[:2]])).abs().max() < 0.3
@@ -140,7 +162,7 @@ def test_dots_are_found_where_they_are_drawn(name):
 
 @pytest.mark.parametrize("name", [n for n in EXTERNAL_SYSTEMS if "keynet" not in n])
 def test_sizes_that_are_no_multiple_of_anything(name):
-    found = external_system(name, model=built(name), num_points=100)(dots((175, 133)))
+    found = external_system(name, model=built(name), num_keypoints=100)(dots((175, 133)))
     # XFeat sees the image resized to 160 x 128, whole pixels of which are up to half a pixel away
     assert offsets(found).abs().max() < (0.7 if name == "xfeat" else 0.3), offsets(found)
     assert (found.xy >= -0.5).all()
@@ -148,8 +170,10 @@ def test_sizes_that_are_no_multiple_of_anything(name):
 
 
 def test_xfeat_has_no_bias_on_an_image_it_resizes():
-    """Its own positions are (ratio - 1) / 2 too small, here 0.24 px, which a mirrored image shows."""
-    find = external_system("xfeat", model=built("xfeat"), num_points=100)
+    """Its own positions are (ratio - 1) / 2 too small, here 0.24 px, which a mirrored image
+    shows.
+    """
+    find = external_system("xfeat", model=built("xfeat"), num_keypoints=100)
     image = dots((160, 95))  # 95 rows become 64
     there, mirrored = find(image).xy, find(image.flip(-2)).xy
     mirrored[:, 1] = 94 - mirrored[:, 1]
@@ -160,7 +184,9 @@ def test_xfeat_has_no_bias_on_an_image_it_resizes():
 
 def test_keynet_levels_are_where_the_resizing_law_puts_them():
     """A wide dot answers on coarse levels, whose half pixel kornia forgets."""
-    found = external_system("kornia-keynet-hardnet", model=built("kornia-keynet-hardnet"), num_points=200)(dots(ratio=2.0))
+    found = external_system(
+        "kornia-keynet-hardnet", model=built("kornia-keynet-hardnet"), num_keypoints=200
+    )(dots(ratio=2.0))
     near = torch.cdist(found.xy, torch.tensor([DOTS[0][:2]], dtype=torch.float32))[:, 0] < 4
     assert found.scale[near].unique().numel() >= 3
     assert 0.4 < float(found.scale.min()) < 1 < float(found.scale.max())
@@ -170,8 +196,11 @@ def test_keynet_levels_are_where_the_resizing_law_puts_them():
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 20), (33, 40)])
 def test_tiny_and_flat_images(name, shape):
-    detect = external_system(name, model=built(name), num_points=10)
-    for image in (torch.zeros(1, 1, *shape), torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0))):
+    detect = external_system(name, model=built(name), num_keypoints=10)
+    for image in (
+        torch.zeros(1, 1, *shape),
+        torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0)),
+    ):
         found = detect(image)
         assert len(found) <= 10
         assert found.descriptors.shape == (len(found), LENGTHS.get(name, 128))
@@ -191,7 +220,7 @@ def test_real_networks_with_random_weights(name):
     if name in ("aliked", "xfeat") and not hasattr(library, "XFeat"):
         pytest.skip("this kornia has neither ALIKED nor XFeat")
     image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    found = external_system(name, model=makers[name](), num_points=20)(image)
+    found = external_system(name, model=makers[name](), num_keypoints=20)(image)
     assert len(found) == 20
     assert torch.isfinite(found.descriptors).all()
     assert (found.scale == 1).all()
@@ -216,8 +245,8 @@ def test_colour_reaches_the_networks(tmp_path):
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"disk.*got 'nonsense'"):
         external_system("nonsense")
-    with pytest.raises(ValueError, match="num_points"):
-        external_system("disk", num_points=0)
+    with pytest.raises(ValueError, match="num_keypoints"):
+        external_system("disk", num_keypoints=0)
 
 
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
@@ -236,6 +265,10 @@ def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
     def offline(_):
         raise RuntimeError("no route to host")
 
-    monkeypatch.setitem(sys.modules, "kornia.feature", SimpleNamespace(DISK=SimpleNamespace(from_pretrained=offline)))
+    monkeypatch.setitem(
+        sys.modules,
+        "kornia.feature",
+        SimpleNamespace(DISK=SimpleNamespace(from_pretrained=offline)),
+    )
     with pytest.raises(WeightsError, match=r"kornia.*weights of disk.*network.*no route"):
         external_system("disk")

@@ -1,6 +1,7 @@
 """Extraction: the published output, and what the default mode promises."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ import torch
 from PIL import Image
 
 import tiepoints
-from tiepoints.extract import ExtractSettings, build
-from tiepoints.importers import load_official
+from tiepoints.checkpoints import load_official
+from tiepoints.detect import DetectOptions
+from tiepoints.extract import ExtractOptions, build
+from tiepoints.image import load_image
+from tiepoints.models.keynet import KeyNet
 from tiepoints.patches import extract_patches
 from tiepoints.pyramid import build_pyramid, level_budgets
-from tiepoints.structs import Keypoints
+from tiepoints.structs import Keypoints, PaddedFeatures
+from tiepoints.weights import load, save
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +34,35 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def extractor():
-    return build("keynet", "rootsift", num_points=400, device="cpu")
+    return build("keynet", "rootsift", num_keypoints=400, device="cpu")
 
 
-@pytest.mark.parametrize("key", ["graf1_n1000", "graf2_n5000", "boat2_n5000", "graf3_single_scale_n1000"])
+@pytest.mark.parametrize(
+    "key", ["graf1_n1000", "graf2_n5000", "boat2_n5000", "graf3_single_scale_n1000"]
+)
 def test_official_mode_gives_the_published_points(reference_dir, key):
     expected = np.load(reference_dir / "keynet_keypoints.npz")[key]
     image = np.load(reference_dir / "oxford_gray_inputs.npz")[key.split("_")[0]]
     net = load_official(reference_dir / "checkpoints" / "keynet_pytorch.pth")
     run = build(
-        net, None, mode="official", num_points=int(key.split("_n")[-1]), single_scale="single" in key, device="cpu"
+        net,
+        None,
+        official=True,
+        num_keypoints=int(key.split("_n")[-1]),
+        single_scale="single" in key,
+        device="cpu",
     )
     found = run.extract(image)
     assert len(found) == len(expected)
-    table = torch.cat([found.xy, found.scale[:, None], found.score[:, None]], dim=1).double().numpy()
+    table = (
+        torch.cat([found.xy, found.scale[:, None], found.score[:, None]], dim=1).double().numpy()
+    )
     real, ours = expected[expected[:, 3] > 1.2], table[table[:, 3] > 1.2]
     same = np.zeros(len(real), bool)
     if len(real) == len(ours):  # in the published order, so row by row
-        same = (np.abs(real[:, :2] - ours[:, :2]).max(axis=1) < 0.01) & (np.abs(real[:, 2] - ours[:, 2]) < 1e-4)
+        same = (np.abs(real[:, :2] - ours[:, :2]).max(axis=1) < 0.01) & (
+            np.abs(real[:, 2] - ours[:, 2]) < 1e-4
+        )
         same &= np.abs(real[:, 3] / ours[:, 3] - 1) < 1e-3
     assert same.mean() >= 0.99
 
@@ -71,24 +87,90 @@ def test_all_kinds_of_input_agree(extractor, photo, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(photo).save(path)
     first = extractor.extract(photo)
-    for other in (path, str(path), Image.fromarray(photo), torch.from_numpy(photo), np.stack([photo] * 3, axis=-1)):
+    for other in (
+        path,
+        str(path),
+        Image.fromarray(photo),
+        torch.from_numpy(photo),
+        np.stack([photo] * 3, axis=-1),
+    ):
         again = extractor.extract(other)
         assert len(again) == len(first)
         assert torch.allclose(again.xy, first.xy, atol=2e-2)
     assert len(extractor.extract([photo, photo[:100]])) == 2
 
 
-def test_batch_is_single_and_padded(extractor, photo):
+def test_several_images_are_extracted_one_by_one_however_they_are_given(extractor, photo):
     other = np.ascontiguousarray(photo[::-1])
     flat = np.full_like(photo, 128)
-    batch = extractor.extract_batch([photo, other, flat])
-    for row, image in enumerate((photo, other, flat)):
-        alone = extractor.extract(image)
-        assert int(batch.valid[row].sum()) == len(alone)
-        assert torch.allclose(batch.xy[row][batch.valid[row]], alone.xy, atol=1e-3)
-        assert torch.allclose(batch.descriptors[row][batch.valid[row]], alone.descriptors, atol=1e-3)
-    with pytest.raises(ValueError, match="one size"):
-        extractor.extract_batch([photo, photo[:100]])
+    images = [photo, other, flat]
+    alone = [extractor.extract(image) for image in images]
+    batch = torch.from_numpy(np.stack(images))[:, None]
+    for given in (images, tuple(images), (image for image in images), batch):
+        found = extractor.extract(given)
+        assert [len(f) for f in found] == [len(f) for f in alone]
+        for f, expected in zip(found, alone, strict=True):
+            assert torch.equal(f.xy, expected.xy)
+    together = extractor.extract_tensor(torch.cat([load_image(image) for image in images]))
+    padded = PaddedFeatures.pad(together)
+    for row, expected in enumerate(alone):
+        valid = padded.valid[row]
+        assert int(valid.sum()) == len(expected)
+        assert torch.allclose(padded.xy[row][valid], expected.xy, atol=1e-3)
+        assert torch.allclose(padded.descriptors[row][valid], expected.descriptors, atol=1e-3)
+    with pytest.raises(ValueError, match="2 images but 1 masks"):
+        extractor.extract(images[:2], [None])
+
+
+def test_masks_are_paths_pictures_arrays_or_tensors(extractor, photo, tmp_path):
+    mask = np.zeros(photo.shape, np.uint8)
+    mask[:, 160:] = 255
+    picture = Image.fromarray(mask)
+    picture.save(tmp_path / "mask.png")
+    found = [
+        extractor.extract(photo, given)
+        for given in (mask, torch.from_numpy(mask), picture, tmp_path / "mask.png")
+    ]
+    for f in found:
+        assert torch.equal(f.xy, found[0].xy)
+        assert f.xy[:, 0].min() > 157
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        extractor.extract(photo, tmp_path / "none.png")
+
+
+def test_an_extractor_can_be_pickled_and_shows_what_it_is(photo):
+    for options in ({"orientation": "none"}, {}, {"orientation": "dominant"}):
+        one = build("keynet-tiny", "rootsift", num_keypoints=30, device="cpu", **options)
+        again = pickle.loads(pickle.dumps(one))
+        assert torch.equal(one.extract(photo).xy, again.extract(photo).xy)
+    assert repr(one) == "Extractor(keynet-tiny + rootsift, 30 keypoints, 6 levels, cpu)"
+
+
+def test_options_survive_json_also_those_of_earlier_versions():
+    options = ExtractOptions(detector="rekd", num_keypoints=77, per_scale=True, upright=True)
+    content = json.loads(json.dumps(options.to_json()))
+    assert ExtractOptions.from_json(content) == options
+    before = {
+        **{"detector": "keynet", "descriptor": "rootsift", "num_points": 100, "mode": "official"},
+        **{"scales": "all", "single_scale": False, "weights": None},
+    }
+    expected = ExtractOptions(
+        descriptor="rootsift", num_keypoints=100, official=True, per_scale=True
+    )
+    assert ExtractOptions.from_json(before) == expected
+    with pytest.raises(TypeError, match="did you mean 'num_keypoints'"):
+        build(num_keypoint=5)
+    with pytest.raises(ValueError, match="single_scale excludes pyramid levels"):
+        build(single_scale=True, up_levels=2)
+    with pytest.raises(ValueError, match="network in memory"):
+        ExtractOptions(detector=KeyNet()).to_json()
+
+
+def test_a_weights_file_is_a_detector(photo, tmp_path):
+    save(load("keynet-tiny"), tmp_path / "mine.safetensors")
+    one = build(str(tmp_path / "mine.safetensors"), None, num_keypoints=50, device="cpu")
+    other = build("keynet-tiny", None, num_keypoints=50, device="cpu")
+    assert torch.equal(one.extract(photo).xy, other.extract(photo).xy)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (31, 31), (49, 64), (97, 131)])
@@ -109,26 +191,30 @@ def test_mask_keeps_points_out(extractor, photo):
 
 
 def test_single_scale_has_one_scale_and_many_levels_more(photo):
-    single = build("keynet", None, single_scale=True, num_points=300, device="cpu").extract(photo)
-    many = build("keynet", None, num_points=300, device="cpu").extract(photo)
+    single = build("keynet", None, single_scale=True, num_keypoints=300, device="cpu").extract(
+        photo
+    )
+    many = build("keynet", None, num_keypoints=300, device="cpu").extract(photo)
     assert set(single.scale.tolist()) == {1.0}
     assert len(set(many.scale.tolist())) >= 3
     assert single.descriptors is None
 
 
 def test_duplicates_across_scales_are_removed(photo):
-    f = build("keynet", None, num_points=2000, device="cpu").extract(photo)
+    f = build("keynet", None, num_keypoints=2000, device="cpu").extract(photo)
     distance = torch.cdist(f.xy, f.xy) + torch.eye(len(f)) * 100
     assert distance.min() > 1.5
-    every = build("keynet", None, num_points=2000, scales="all", device="cpu").extract(photo)
+    every = build("keynet", None, num_keypoints=2000, per_scale=True, device="cpu").extract(photo)
     distance = torch.cdist(every.xy, every.xy) + torch.eye(len(every)) * 100
     assert (distance.min(dim=1).values < 1.5).float().mean() > 0.3
     levels = torch.log2(every.scale) * 2
-    assert (levels - levels.round()).abs().max() < 0.05  # its points have the scales of the levels, up to whole pixels
+    assert (
+        levels - levels.round()
+    ).abs().max() < 0.05  # its points have the scales of the levels, up to whole pixels
 
 
 def test_scale_follows_the_image(photo):
-    run = build("keynet", None, num_points=400, device="cpu")
+    run = build("keynet", None, num_keypoints=400, device="cpu")
     large = np.asarray(Image.fromarray(photo).resize((640, 480), Image.Resampling.BICUBIC))
     a, b = run.extract(photo), run.extract(large)
     distance, nearest = torch.cdist(a.xy * 2 + 0.5, b.xy).min(dim=1)
@@ -138,7 +224,7 @@ def test_scale_follows_the_image(photo):
 
 
 def test_points_follow_a_mirror_to_a_fraction_of_a_pixel(photo):
-    run = build("keynet", None, num_points=300, device="cpu")
+    run = build("keynet", None, num_keypoints=300, device="cpu")
     a, b = run.extract(photo), run.extract(np.ascontiguousarray(photo[:, ::-1]))
     mirrored = torch.stack([photo.shape[1] - 1 - b.xy[:, 0], b.xy[:, 1]], dim=1)
     distance, nearest = torch.cdist(a.xy, mirrored).min(dim=1)
@@ -152,18 +238,24 @@ def test_levels_map_points_exactly():
     for level in pyramid.levels:
         h, w = level.image.shape[-2:]
         corners = torch.tensor([[-0.5, -0.5], [w - 0.5, h - 0.5]])
-        assert torch.allclose(level.to_original(corners), torch.tensor([[-0.5, -0.5], [302.5, 200.5]]), atol=1e-3)
+        assert torch.allclose(
+            level.to_original(corners), torch.tensor([[-0.5, -0.5], [302.5, 200.5]]), atol=1e-3
+        )
         assert torch.allclose(level.from_original(level.to_original(corners)), corners, atol=1e-3)
 
 
 def test_patches_are_centred_turned_and_scaled():
     y, x = torch.meshgrid(torch.arange(200.0), torch.arange(200.0), indexing="ij")
-    pyramid = build_pyramid(((x + 2 * y) / 600)[None, None])  # a ramp: every sample shows where it was taken
+    pyramid = build_pyramid(
+        ((x + 2 * y) / 600)[None, None]
+    )  # a ramp: every sample shows where it was taken
     angle = 0.5
     points = Keypoints(
         torch.tensor([[90.25, 100.5], [100.0, 100.0]]),
-        torch.tensor([1.0, 2.0]), torch.tensor([angle, 0.0]), torch.ones(2),
-    )  # fmt: skip
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([angle, 0.0]),
+        torch.ones(2),
+    )
     patches = extract_patches(pyramid, points, size=16, half_side=11)
     offset = 11 * ((2 * torch.arange(16.0) + 1) / 16 - 1)
     v, u = torch.meshgrid(offset, offset, indexing="ij")
@@ -174,34 +266,39 @@ def test_patches_are_centred_turned_and_scaled():
 
 
 def test_threshold_num_points_border_and_window_count(photo):
-    many = build("keynet", None, num_points=1000, device="cpu").extract(photo)
-    assert len(build("keynet", None, num_points=50, device="cpu").extract(photo)) == 50
-    one = build("keynet", None, num_points=1000, single_scale=True, device="cpu").extract(photo)
+    many = build("keynet", None, num_keypoints=1000, device="cpu").extract(photo)
+    assert len(build("keynet", None, num_keypoints=50, device="cpu").extract(photo)) == 50
+    one = build("keynet", None, num_keypoints=1000, single_scale=True, device="cpu").extract(photo)
     middle = float(one.score.median())
-    some = build("keynet", None, num_points=1000, single_scale=True, threshold=middle, device="cpu").extract(photo)
+    some = build(
+        "keynet", None, num_keypoints=1000, single_scale=True, threshold=middle, device="cpu"
+    ).extract(photo)
     assert 0 < len(some) < len(one)
     assert float(some.score.min()) > middle
-    wide = build("keynet", None, num_points=1000, nms_window=31, device="cpu").extract(photo)
+    wide = build("keynet", None, num_keypoints=1000, nms_window=31, device="cpu").extract(photo)
     assert len(wide) < len(many)
-    inner = build("keynet", None, num_points=1000, border=40, single_scale=True, device="cpu").extract(photo)
+    inner = build(
+        "keynet", None, num_keypoints=1000, border=40, single_scale=True, device="cpu"
+    ).extract(photo)
     assert (inner.xy >= 39).all()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options"),
+    ("arguments", "options", "remedy"),
     [
-        (("nonsense",), {}),
-        (("keynet", "nonsense"), {}),
-        (("keynet",), {"mode": "x"}),
-        (("keynet",), {"scales": "x"}),
-        (("keynet",), {"num_points": 0}),
-        (("keynet",), {"nms_window": 4}),
-        (("keynet",), {"device": "nowhere"}),
-        (("keynet",), {"border": -1}),
+        (("nonsense",), {}, "detector must be one of keynet"),
+        (("keynet", "nonsense"), {}, "descriptor must be one of hardnet"),
+        (("keynet",), {"orientation": "x"}, "orientation must be one of none"),
+        (("keynet",), {"num_keypoints": 0}, "num_keypoints must be at least 1"),
+        (("keynet",), {"nms_window": 4}, "nms_window must be odd"),
+        (("keynet",), {"nms_shape": "x"}, "nms_shape must be one of square"),
+        (("keynet",), {"device": "nowhere"}, "try auto or cpu"),
+        (("keynet",), {"border": -1}, "border must not be negative"),
+        (("hardnet",), {}, "detector must be one of"),
     ],
 )
-def test_wrong_words_are_refused(arguments, options):
-    with pytest.raises(ValueError, match=r"."):
+def test_invalid_arguments_are_refused_with_their_remedy(arguments, options, remedy):
+    with pytest.raises(ValueError, match=remedy):
         build(*arguments, **options)
 
 
@@ -210,7 +307,7 @@ def test_public_names_are_complete_and_load():
         assert getattr(tiepoints, name) is not None
     assert callable(tiepoints.match)
     assert callable(tiepoints.estimate)
-    assert ExtractSettings().num_points == 5000
+    assert DetectOptions().num_keypoints == 5000
     with pytest.raises(AttributeError, match="public names"):
         _ = tiepoints.nonsense
 
@@ -223,8 +320,10 @@ def test_fused_network_equals_the_network(photo):
             part = image[..., : size[0], : size[1]]
             with torch.inference_mode():
                 slow = net(part)
-            assert torch.allclose(net.fused()(part), slow, rtol=1e-4, atol=1e-4 * float(slow.max()) + 1e-6)
+            assert torch.allclose(
+                net.fused()(part), slow, rtol=1e-4, atol=1e-4 * float(slow.max()) + 1e-6
+            )
 
 
 def test_settings_are_plain_data():
-    json.dumps(vars(ExtractSettings()))
+    json.dumps(vars(DetectOptions()))

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tiepoints.descriptors.classical import RootSIFT
 from tiepoints.errors import DataError
 from tiepoints.formats import interop
 from tiepoints.formats.npy import read_features, write_features
+from tiepoints.models.classical import RootSIFT
 from tiepoints.plot import draw_keypoints, draw_matches
 from tiepoints.structs import Estimate, Features, Keypoints, Matches, PaddedFeatures
 
@@ -23,7 +24,11 @@ def some(n: int = 7, d: int = 128) -> Features:
         6 * torch.rand(n, generator=generator),
         torch.rand(n, generator=generator),
     )
-    return Features(points, torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1), (100, 80))
+    return Features(
+        points,
+        torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1),
+        (100, 80),
+    )
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
@@ -34,7 +39,9 @@ def test_npy_there_and_back(tmp_path, n):
     assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 5 if n else 4)
     again = read_features(tmp_path / "a.png", (100, 80))
     torch.testing.assert_close(again.angle, features.angle, atol=1e-5, rtol=0)
-    upright = dataclasses.replace(features, keypoints=dataclasses.replace(features.keypoints, angle=torch.zeros(n)))
+    upright = dataclasses.replace(
+        features, keypoints=dataclasses.replace(features.keypoints, angle=torch.zeros(n))
+    )
     write_features(tmp_path / "a.png", upright)
     assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 4)  # as Key.Net's files
     assert torch.equal(again.xy, features.xy)
@@ -46,7 +53,9 @@ def test_npy_there_and_back(tmp_path, n):
 def test_npy_reads_rekd_angles_and_names_broken_files(tmp_path):
     np.save(tmp_path / "b.kpt.npy", np.array([[1.0, 2, 3, 4, 90]]))
     angle = float(read_features(tmp_path / "b").angle)
-    assert angle == pytest.approx(1.5 * math.pi)  # a quarter turn counter-clockwise is three clockwise
+    assert angle == pytest.approx(
+        1.5 * math.pi
+    )  # a quarter turn counter-clockwise is three clockwise
     with pytest.raises(FileNotFoundError, match="extract"):
         read_features(tmp_path / "c")
     (tmp_path / "d.kpt.npy").write_bytes(b"nonsense")
@@ -86,7 +95,9 @@ def test_kornia_cuts_the_patch_that_we_cut():
 
     y, x = torch.meshgrid(torch.arange(120.0), torch.arange(160.0), indexing="ij")
     image = (0.5 + 0.25 * torch.sin(x / 9) + 0.25 * torch.cos(y / 11))[None, None]
-    points = Keypoints(torch.tensor([[80.0, 60.0]]), torch.ones(1), torch.tensor([0.7]), torch.ones(1))
+    points = Keypoints(
+        torch.tensor([[80.0, 60.0]]), torch.ones(1), torch.tensor([0.7]), torch.ones(1)
+    )
     ours = extract_patches(build_pyramid(image), points)
     theirs = kornia.feature.extract_patches_from_pyramid(image, interop.to_laf(points), PS=32)[0]
     assert (ours - theirs).abs().max() < 0.05  # kornia's half-pixel shift remains
@@ -108,7 +119,9 @@ def test_structs_refuse_wrong_shapes_and_pad():
     assert padded.valid.sum(dim=1).tolist() == [3, 0, 5]
     assert not padded.xy[0, 3:].any()
     assert PaddedFeatures.pad([some(3), some(5)], length=4).valid.sum(dim=1).tolist() == [3, 4]
-    assert Estimate("homography", None, torch.zeros(0, dtype=torch.bool), False, "why").reason == "why"
+    assert (
+        Estimate("homography", None, torch.zeros(0, dtype=torch.bool), False, "why").reason == "why"
+    )
     assert len(Keypoints.concatenate([])) == 0
 
 
@@ -140,10 +153,39 @@ def test_rootsift_votes_where_the_gradient_is():
 def test_pictures_show_points_and_matches(tmp_path):
     image = torch.rand(1, 1, 80, 100)
     xy = torch.tensor([[10.0, 20.0], [90.0, 70.0]])
-    out = draw_matches(image, image[..., :60, :], xy, xy.clamp(max=50), torch.tensor([True, False]), tmp_path / "m.png")
+    out = draw_matches(
+        image,
+        image[..., :60, :],
+        xy,
+        xy.clamp(max=50),
+        torch.tensor([True, False]),
+        path=tmp_path / "m.png",
+    )
     assert (tmp_path / "m.png").stat().st_size > 500
     assert out.size == (208, 106)
-    pixels = np.asarray(out).astype(int)
-    assert ((pixels[..., 1] - pixels[..., 0]) > 60).any()
-    assert ((pixels[..., 0] - pixels[..., 1]) > 60).any()
-    assert draw_keypoints(image, some(3).keypoints, tmp_path / "k.png").size == (100, 80)
+    gray = np.asarray(out).astype(int)
+    colored = np.ptp(gray, axis=2) > 60
+    assert colored[26:].sum() > 50  # the inlier's line, and nothing else is in colour
+    assert colored[26 + 60 :].sum() == 0  # the outlier's end lies there
+    shown = draw_matches(
+        image, image, xy, xy, correct=torch.tensor([True, False]), width=50, caption=""
+    )
+    assert shown.size == (108, 40)
+    for keypoints in (some(3), some(3).keypoints, some(3).xy):
+        assert draw_keypoints(image, keypoints, path=tmp_path / "k.png").size == (100, 80)
+
+
+def test_pictures_keep_the_colors_of_what_extract_takes(tmp_path):
+    colors = np.zeros((40, 60, 3), np.uint8)
+    colors[..., 0] = 200
+    Image.fromarray(colors).save(tmp_path / "c.png")
+    tensor = torch.from_numpy(colors).permute(2, 0, 1)
+    for image in (
+        colors,
+        Image.fromarray(colors),
+        tmp_path / "c.png",
+        tensor,
+        tensor.float()[None] / 255,
+    ):
+        drawn = np.asarray(draw_keypoints(image, torch.zeros(0, 2)))
+        assert (drawn == colors).all()

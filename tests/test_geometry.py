@@ -5,13 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiepoints.geometry import common_area, pixel_grid, resize_points, sample_at, warp_image, warp_points
+from tiepoints.geometry import (
+    common_area,
+    pixel_grid,
+    resize_points,
+    sample_at,
+    warp_image,
+    warp_points,
+)
 
 H = torch.tensor([[1.1, 0.2, -7.0], [-0.1, 0.9, 4.0], [1e-4, -2e-4, 1.0]], dtype=torch.float64)
 
 
 def points(count: int = 50) -> torch.Tensor:
-    return torch.rand(count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 300
+    return (
+        torch.rand(count, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 300
+    )
 
 
 def test_warp_points_by_hand():
@@ -47,7 +56,14 @@ def test_resize_points_keeps_edges():
 
 
 def test_pixel_grid_is_row_by_row():
-    assert pixel_grid(2, 3, torch.empty(0)).tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]]
+    assert pixel_grid(2, 3, torch.empty(0)).tolist() == [
+        [0, 0],
+        [1, 0],
+        [2, 0],
+        [0, 1],
+        [1, 1],
+        [2, 1],
+    ]
 
 
 def test_sample_at_hits_pixel_centres():
@@ -56,7 +72,9 @@ def test_sample_at_hits_pixel_centres():
     torch.testing.assert_close(sample_at(image, grid).view(2, 3, 5, 7), image)
     between = sample_at(image, torch.tensor([[[2.5, 3.0]]]).expand(2, 1, 2))[..., 0]
     torch.testing.assert_close(between, (image[:, :, 3, 2] + image[:, :, 3, 3]) / 2)
-    outside = torch.tensor([[[-5.0, 2.0], [float("nan"), 0.0], [float("inf"), 1.0]]]).expand(2, 3, 2)
+    outside = torch.tensor([[[-5.0, 2.0], [float("nan"), 0.0], [float("inf"), 1.0]]]).expand(
+        2, 3, 2
+    )
     assert sample_at(image, outside).abs().max() == 0
 
 
@@ -85,7 +103,13 @@ def test_warp_image_agrees_with_warp_points_and_takes_a_size():
 def test_common_area():
     xy = torch.tensor([[0.0, 0.0], [9.0, 0.0], [5.0, 5.0], [19.0, 9.0], [19.1, 9.0]])
     assert common_area(xy, torch.eye(3), (10, 20)).tolist() == [True, True, True, True, False]
-    assert common_area(xy, torch.eye(3), (10, 20), border=3).tolist() == [False, False, True, False, False]
+    assert common_area(xy, torch.eye(3), (10, 20), border=3).tolist() == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
     shift = torch.tensor([[1.0, 0, -6], [0, 1, 0], [0, 0, 1]])
     assert common_area(xy, shift, (10, 20)).tolist() == [False, True, False, True, True]
     assert common_area(xy[:0], shift, (10, 20)).shape == (0,)

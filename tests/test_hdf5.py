@@ -26,29 +26,41 @@ def same(a, b) -> None:
     assert a.image_size == b.image_size
 
 
-# What hloc does with its files, written anew from its documented layout: the peer that ours must agree with.
+# What hloc does with its files, written anew from its documented layout: the peer that ours must
+# agree with.
 
 
 def hloc_names(path):
     found = set()
     with h5py.File(path, "r") as file:
-        file.visititems(lambda _, item: found.add(item.parent.name.strip("/")) if isinstance(item, h5py.Dataset) else None)
+        file.visititems(
+            lambda _, item: (
+                found.add(item.parent.name.strip("/")) if isinstance(item, h5py.Dataset) else None
+            )
+        )
     return found
 
 
 def hloc_matcher_input(path, name):
     """Every data set of an image as a float tensor, and an image of its size made of nothing."""
     with h5py.File(path, "r") as file:
-        tensors = {key: torch.from_numpy(np.array(item)).float() for key, item in file[name].items()}
+        tensors = {
+            key: torch.from_numpy(np.array(item)).float() for key, item in file[name].items()
+        }
         width, height = (int(v) for v in file[name]["image_size"])
     return tensors, torch.empty(1, height, width)
 
 
 def hloc_matches(path, a, b):
     with h5py.File(path, "r") as file:
-        key, back = "/".join(n.replace("/", "-") for n in (a, b)), "/".join(n.replace("/", "-") for n in (b, a))
+        key, back = (
+            "/".join(n.replace("/", "-") for n in (a, b)),
+            "/".join(n.replace("/", "-") for n in (b, a)),
+        )
         swapped = key not in file
-        partner, score = (np.array(file[back if swapped else key][k]) for k in ("matches0", "matching_scores0"))
+        partner, score = (
+            np.array(file[back if swapped else key][k]) for k in ("matches0", "matching_scores0")
+        )
     (own,) = np.where(partner != -1)
     table = np.stack([own, partner[own]], axis=1)
     return (table[:, ::-1] if swapped else table), score[own]
@@ -78,7 +90,9 @@ def test_hloc_reads_what_we_write(tmp_path):
     assert hloc_names(tmp_path / "f.h5") == {"sub/a.png", "b.png"}
     tensors, image = hloc_matcher_input(tmp_path / "f.h5", "sub/a.png")
     assert image.shape == (1, 80, 100)
-    assert torch.equal(tensors["keypoints"], features.xy)  # hloc's files have the half pixel no more than we do
+    assert torch.equal(
+        tensors["keypoints"], features.xy
+    )  # hloc's files have the half pixel no more than we do
     assert torch.equal(tensors["descriptors"], features.descriptors.T)
     assert torch.equal(tensors["scores"], features.score)
     with h5py.File(tmp_path / "f.h5") as file:
@@ -93,7 +107,11 @@ def test_we_read_what_hloc_writes(tmp_path):
     features = some(7)
     with h5py.File(tmp_path / "f.h5", "a", libver="latest") as file:
         group = file.create_group("sub/a.png")
-        for key, value in (("keypoints", features.xy), ("descriptors", features.descriptors.T), ("scores", features.score)):
+        for key, value in (
+            ("keypoints", features.xy),
+            ("descriptors", features.descriptors.T),
+            ("scores", features.score),
+        ):
             group.create_dataset(key, data=value.numpy().astype(np.float16))
         group.create_dataset("image_size", data=np.array([100, 80]))
         file.create_group("g.png").create_dataset("global_descriptor", data=np.zeros(4))
@@ -121,12 +139,14 @@ def test_half_touches_descriptors_alone(tmp_path):
 def test_matches_of_real_images_there_and_back_and_as_hloc_reads_them(tmp_path):
     data = pytest.importorskip("skimage.data")
     left, right, _ = data.stereo_motorcycle()
-    a, b = build("keynet", "rootsift", num_points=300, device="cpu").extract([left, right])
+    a, b = build("keynet", "rootsift", num_keypoints=300, device="cpu").extract([left, right])
     found = match(a, b, ratio=0.95)
     assert len(found) > 50
     with MatchFile(tmp_path / "m.h5", write=True) as file:
         file.write_matches("s/a.png", "b.png", found, len(a))
-        file.write_matches("e/a.png", "b.png", Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)), 0)
+        file.write_matches(
+            "e/a.png", "b.png", Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)), 0
+        )
     assert hloc_names(tmp_path / "m.h5") == {"s-a.png/b.png", "e-a.png/b.png"}
     with MatchFile(tmp_path / "m.h5") as file:
         assert file.has_matches("b.png", "s/a.png")
@@ -176,7 +196,10 @@ def test_more_is_appended_and_the_same_is_replaced(tmp_path):
 def test_a_second_writer_is_told_and_a_reader_sees_the_journal(tmp_path):
     with FeatureFile(tmp_path / "f.h5", write=True) as file:
         file.write("a", some(3))
-        with pytest.raises(DataError, match="another run"), FeatureFile(tmp_path / "f.h5", write=True):
+        with (
+            pytest.raises(DataError, match="another run"),
+            FeatureFile(tmp_path / "f.h5", write=True),
+        ):
             pass
         with FeatureFile(tmp_path / "f.h5") as reader:
             same(reader.read("a"), some(3))
@@ -230,7 +253,8 @@ def test_a_failing_disk_leaves_the_file_and_the_journal(tmp_path, monkeypatch):
         same(file.read("b"), some(4))
 
 
-#: Children of one process write, and are killed at random moments, inside writes and merges; each tells a pipe what it has finished.
+#: Children of one process write, and are killed at random moments, inside writes and merges; each
+#: tells a pipe what it has finished.
 KILLS = """
 import os, random, signal, sys, time
 import torch
@@ -242,7 +266,8 @@ torch.set_num_threads(1)
 def features(i):
     g = torch.Generator().manual_seed(i)
     n = 200 + 40 * (i % 50)
-    return Features(Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ()))), torch.rand(n, 64, generator=g), (9, 9))
+    points = Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ())))
+    return Features(points, torch.rand(n, 64, generator=g), (9, 9))
 
 path, rounds = sys.argv[1], int(sys.argv[2])
 chance = random.Random(0)
@@ -263,7 +288,8 @@ for turn in range(rounds):
             os._exit(7)
     os.close(start)
     with os.fdopen(end) as told:
-        lines = [told.readline()] if turn % 3 != 1 else []  # on a busy machine a child may need longer to begin than it is given
+        # on a busy machine a child may need longer to start than the time it is given
+        lines = [told.readline()] if turn % 3 != 1 else []
         time.sleep(chance.uniform(0.02, 0.25))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -283,9 +309,12 @@ print(len(finished), killed)
 def test_kills_lose_nothing_finished(tmp_path):
     path = tmp_path / "f.h5"
     done = subprocess.run(
-        [sys.executable, "-c", KILLS, path, "25"], capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", KILLS, path, "25"],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     finished, killed = (int(word) for word in done.stdout.split())
     assert killed == 25
@@ -310,7 +339,11 @@ def test_files_that_are_none_of_ours(tmp_path):
         file["c/keypoints"] = np.zeros((3, 2))
         file["c/scores"] = np.zeros(4)
     with FeatureFile(path) as file:
-        for name, words in (("a", "keypoints of a"), ("b", r"descriptors of b must be \(D,3\)"), ("c", "scores of c")):
+        for name, words in (
+            ("a", "keypoints of a"),
+            ("b", r"descriptors of b must be \(D,3\)"),
+            ("c", "scores of c"),
+        ):
             with pytest.raises(DataError, match=words):
                 file.read(name)
 

@@ -1,4 +1,6 @@
-"""Every kind of image lands in [0,1] by the range of its type; everything else is refused with a reason."""
+"""Every kind of image lands in [0,1] by the range of its type; everything else is refused with a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ def test_gray_and_colour_files(tmp_path, name):
     if name != "a.webp":
         Image.fromarray(GRAY).save(path)
         np.testing.assert_allclose(values(path), GRAY / 255, atol=1e-6)
-    Image.fromarray(COLOUR).save(path, lossless=True) if name == "a.webp" else Image.fromarray(COLOUR).save(path)
+    Image.fromarray(COLOUR).save(path, lossless=True) if name == "a.webp" else Image.fromarray(
+        COLOUR
+    ).save(path)
     np.testing.assert_allclose(values(str(path)), COLOUR @ LUMA / 255, atol=1e-5)
 
 
@@ -91,7 +95,9 @@ def test_deep_palette_alpha_and_one_bit_files(tmp_path):
     palette = Image.fromarray(COLOUR).quantize(16)
     palette.save(path)
     assert Image.open(path).mode == "P"
-    np.testing.assert_allclose(values(path), np.asarray(palette.convert("RGB")) @ LUMA / 255, atol=1e-5)
+    np.testing.assert_allclose(
+        values(path), np.asarray(palette.convert("RGB")) @ LUMA / 255, atol=1e-5
+    )
     Image.fromarray(np.dstack([COLOUR, GRAY])).save(path)
     np.testing.assert_allclose(values(path), COLOUR @ LUMA / 255, atol=1e-5)
     Image.fromarray(np.dstack([GRAY, 255 - GRAY])).save(path)

@@ -1,4 +1,6 @@
-"""Submissions to the Image Matching Challenge: what the benchmark reads, each of its rules broken once, and after kills."""
+"""Submissions to the Image Matching Challenge: what the benchmark reads, each of its rules broken
+once, and after kills.
+"""
 
 import json
 import math
@@ -18,9 +20,10 @@ from PIL import Image
 from test_cli import run, textured
 from test_formats import some
 from tiepoints.errors import DataError
+from tiepoints.extract import ExtractOptions
 from tiepoints.formats import imc
+from tiepoints.jobs.imc import MATCHING, export_imc
 from tiepoints.structs import Features, Matches
-from tiepoints.submission import export_imc
 
 h5py = pytest.importorskip("h5py")
 
@@ -35,10 +38,21 @@ class Fake:
     def __init__(self, wait: float = 0.0):
         self.wait, self.seen = wait, 0
 
-    def extract(self, image: torch.Tensor) -> Features:
+    def extract_tensor(self, batch: torch.Tensor, masks=None) -> list[Features]:
         time.sleep(self.wait)
         self.seen += 1
-        return some(round(float(image[0, 0, 0, 0]) * 255))
+        return [some(round(float(image[0, 0, 0]) * 255)) for image in batch]
+
+
+class FakeOptions(ExtractOptions):
+    """Options that build a given extractor."""
+
+    def __init__(self, extractor: Fake, **options):
+        super().__init__(**options)
+        object.__setattr__(self, "extractor", extractor)
+
+    def build(self):
+        return self.extractor
 
 
 def draw(path: Path, count: int) -> None:
@@ -47,11 +61,18 @@ def draw(path: Path, count: int) -> None:
 
 
 def export(root: Path, out: Path, extractor: Fake, **options):
-    words = {
-        "label": "ours", "build": lambda: extractor, "extraction": {"points": 1}, "keypoint": "keynet", "descriptor": "hardnet",
-        "num_points": 2048, "progress": False, **options,
-    }  # fmt: skip
-    return export_imc(root, out, **words)
+    named = ("detector", "descriptor", "num_keypoints", "threshold", "single_scale")
+    extraction = {k: options.pop(k) for k in named[:3] + named[4:] if k in options}
+    matching = {k: options.pop(k) for k in ("ratio", "threshold") if k in options}
+    return export_imc(
+        root,
+        out,
+        options.pop("label", "ours"),
+        FakeOptions(extractor, **{"num_keypoints": 2048, **extraction}),
+        replace(MATCHING, **matching),
+        progress=False,
+        **options,
+    )
 
 
 def table(path: Path) -> dict[str, np.ndarray]:
@@ -61,7 +82,9 @@ def table(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Two sequences, in the layouts of the validation and of the test data; an image without points; what is no image."""
+    """Two sequences, in the layouts of the validation and of the test data; an image without
+    points; what is no image.
+    """
     root = tmp_path / "data"
     for name, count in zip(NAMES, (9, 0, 6), strict=True):
         draw(root / PLACE / "set_100" / "images" / f"{name}.png", count)
@@ -86,7 +109,12 @@ def check(folder: Path) -> list[imc.Violation]:
 
 def test_the_benchmark_reads_what_we_write(images, tmp_path):
     result = export(images, tmp_path / "sub", Fake())
-    assert (result.failed, result.violations, result.sequences, result.extracted.done) == ([], [], 2, 5)
+    assert (result.failed, result.violations, result.sequences, result.extracted.done) == (
+        [],
+        [],
+        2,
+        5,
+    )
     folder = tmp_path / "sub" / PLACE
     assert sorted(p.name for p in folder.iterdir()) == sorted(f"{kind}.h5" for kind in imc.FILES)
     tables = {kind: table(folder / f"{kind}.h5") for kind in imc.FILES}
@@ -107,11 +135,20 @@ def test_the_benchmark_reads_what_we_write(images, tmp_path):
         best = np.argsort(tables["scores"][name])[::-1][: min(count, 4)]
         assert tables["keypoints"][name][best, :].shape == (min(count, 4), 2)
     (method,) = json.loads((tmp_path / "sub" / "config.json").read_text())
-    assert method["config_common"] == {"json_label": "ours", "keypoint": "keynet", "descriptor": "hardnet", "num_keypoints": 2048}
+    assert method["config_common"] == {
+        "json_label": "ours",
+        "keypoint": "keynet",
+        "descriptor": "hardnet",
+        "num_keypoints": 2048,
+    }
     assert set(method) == {
-        "metadata", "config_common", "config_phototourism_stereo", "config_phototourism_multiview", "config_pragueparks_stereo",
+        "metadata",
+        "config_common",
+        "config_phototourism_stereo",
+        "config_phototourism_multiview",
+        "config_pragueparks_stereo",
         "config_pragueparks_multiview",
-    }  # fmt: skip
+    }
     stereo = method["config_phototourism_stereo"]
     assert stereo["matcher"]["filtering"] == {"type": "snn_ratio_pairwise", "threshold": 0.95}
     assert stereo["matcher"]["symmetric"] == {"enabled": True, "reduce": "both"}
@@ -138,7 +175,10 @@ def test_angles_are_degrees_clockwise_in_0_to_360(tmp_path):
 def test_matches_have_the_greater_name_first(tmp_path):
     index = torch.tensor([[0, 4], [2, 1]])
     imc.write_sequence(tmp_path, [("a", some(5)), ("b-c", some(6)), ("b", some(3))])
-    imc.write_matches(tmp_path, [("a", "b-c", Matches(index, torch.ones(2))), ("b-c", "b", Matches(index, torch.ones(2)))])
+    imc.write_matches(
+        tmp_path,
+        [("a", "b-c", Matches(index, torch.ones(2))), ("b-c", "b", Matches(index, torch.ones(2)))],
+    )
     found = table(tmp_path / "matches.h5")
     assert sorted(found) == ["b-c-a", "b-c-b"]
     assert found["b-c-a"].tolist() == [[4, 1], [0, 2]]  # the first row has points of the first name
@@ -156,15 +196,19 @@ def test_matches_have_the_greater_name_first(tmp_path):
 
 
 def test_custom_matches_of_every_pair(submission):
-    """Pairs of an image without points too, and settings that the benchmark allows with custom matches."""
+    """Pairs of an image without points too, and settings that the benchmark allows with custom
+    matches.
+    """
     found = table(submission / PLACE / "matches.h5")
     assert sorted(found) == ["b.2-a_1", "c-3-a_1", "c-3-b.2"]
     assert {array.shape[0] for array in found.values()} == {2}
     assert found["c-3-a_1"].shape == (2, 0)
     (method,) = json.loads((submission / "config.json").read_text())
     assert method["config_phototourism_stereo"] == {
-        "use_custom_matches": True, "custom_matches_name": "ours", "geom": {"method": "cv2-8pt"},
-    }  # fmt: skip
+        "use_custom_matches": True,
+        "custom_matches_name": "ours",
+        "geom": {"method": "cv2-8pt"},
+    }
 
 
 # ---- each rule broken once
@@ -242,70 +286,281 @@ NAN = np.full(9, np.nan, np.float32)
 BROKEN = [
     # key points
     (change(f"{P}/keypoints.h5", "b.2", f32(9, 3)), "keypoints.h5", "b.2", "(n,2)", "x and y"),
-    (change(f"{P}/keypoints.h5", "b.2", np.zeros((9, 2), int)), "keypoints.h5", "b.2", "floating", "float32"),
-    (change(f"{P}/keypoints.h5", "b.2", NAN[:, None] + f32(2)), "keypoints.h5", "b.2", "not finite", "again"),
-    (every(imc.FILES, lambda k: change(f"{P}/{k}.h5", "zz", f32(0, *{"keypoints": [2], "descriptors": [128]}.get(k, [])))),
-     "keypoints.h5", "zz", "no such image", "remove"),
-    (every(imc.FILES, lambda k: change(f"{P}/{k}.h5", "b.2", None)), "keypoints.h5", "b.2", "no key points", "(0,2)"),
-    (every(imc.FILES, lambda k: rename(f"{P}/{k}.h5", "c-3", "c-3.png")), "keypoints.h5", "c-3.png", "extension", "call it c-3"),
+    (
+        change(f"{P}/keypoints.h5", "b.2", np.zeros((9, 2), int)),
+        "keypoints.h5",
+        "b.2",
+        "floating",
+        "float32",
+    ),
+    (
+        change(f"{P}/keypoints.h5", "b.2", NAN[:, None] + f32(2)),
+        "keypoints.h5",
+        "b.2",
+        "not finite",
+        "again",
+    ),
+    (
+        every(
+            imc.FILES,
+            lambda k: change(
+                f"{P}/{k}.h5", "zz", f32(0, *{"keypoints": [2], "descriptors": [128]}.get(k, []))
+            ),
+        ),
+        "keypoints.h5",
+        "zz",
+        "no such image",
+        "remove",
+    ),
+    (
+        every(imc.FILES, lambda k: change(f"{P}/{k}.h5", "b.2", None)),
+        "keypoints.h5",
+        "b.2",
+        "no key points",
+        "(0,2)",
+    ),
+    (
+        every(imc.FILES, lambda k: rename(f"{P}/{k}.h5", "c-3", "c-3.png")),
+        "keypoints.h5",
+        "c-3.png",
+        "extension",
+        "call it c-3",
+    ),
     (remove(f"{P}/keypoints.h5"), "keypoints.h5", "", "missing", "again"),
     (text(f"{P}/keypoints.h5", "nonsense"), "keypoints.h5", "", "no HDF5 file", "again"),
-    (every(["a"], lambda _: rename(f"{P}/keypoints.h5", "b.2", "sub/b.2")), "keypoints.h5", "sub", "group", "at the top"),
+    (
+        every(["a"], lambda _: rename(f"{P}/keypoints.h5", "b.2", "sub/b.2")),
+        "keypoints.h5",
+        "sub",
+        "group",
+        "at the top",
+    ),
     # descriptors
-    (change(f"{P}/descriptors.h5", "b.2", f32(8, 128)), "descriptors.h5", "b.2", "(9,D)", "one row a point"),
-    (change(f"{P}/descriptors.h5", "b.2", np.zeros((9, 128))), "descriptors.h5", "b.2", "float64", "convert"),
-    (change(f"{P}/descriptors.h5", "b.2", NAN[:, None] + f32(128)), "descriptors.h5", "b.2", "not finite", "again"),
-    (change(f"{P}/descriptors.h5", "c-3", f32(0, 64)), "descriptors.h5", "c-3", "64", "one descriptor"),
-    (change("pragueparks/wall/descriptors.h5", "x", f32(7, 32)), "descriptors.h5", "x", "64 to 2048", "another"),
+    (
+        change(f"{P}/descriptors.h5", "b.2", f32(8, 128)),
+        "descriptors.h5",
+        "b.2",
+        "(9,D)",
+        "one row a point",
+    ),
+    (
+        change(f"{P}/descriptors.h5", "b.2", np.zeros((9, 128))),
+        "descriptors.h5",
+        "b.2",
+        "float64",
+        "convert",
+    ),
+    (
+        change(f"{P}/descriptors.h5", "b.2", NAN[:, None] + f32(128)),
+        "descriptors.h5",
+        "b.2",
+        "not finite",
+        "again",
+    ),
+    (
+        change(f"{P}/descriptors.h5", "c-3", f32(0, 64)),
+        "descriptors.h5",
+        "c-3",
+        "64",
+        "one descriptor",
+    ),
+    (
+        change("pragueparks/wall/descriptors.h5", "x", f32(7, 32)),
+        "descriptors.h5",
+        "x",
+        "64 to 2048",
+        "another",
+    ),
     (change(f"{P}/descriptors.h5", "b.2", None), "descriptors.h5", "b.2", "missing", "again"),
-    (change(f"{P}/descriptors.h5", "zz", f32(0, 128)), "descriptors.h5", "zz", "not in keypoints.h5", "again"),
+    (
+        change(f"{P}/descriptors.h5", "zz", f32(0, 128)),
+        "descriptors.h5",
+        "zz",
+        "not in keypoints.h5",
+        "again",
+    ),
     (remove(f"{P}/descriptors.h5"), "descriptors.h5", "", "missing", "again"),
     # one number a point
-    (change(f"{P}/scores.h5", "b.2", f32(9, 1)), "scores.h5", "b.2", "cannot sort", "one dimension"),
+    (
+        change(f"{P}/scores.h5", "b.2", f32(9, 1)),
+        "scores.h5",
+        "b.2",
+        "cannot sort",
+        "one dimension",
+    ),
     (change(f"{P}/scales.h5", "b.2", f32(8)), "scales.h5", "b.2", "(9,)", "one number a point"),
     (change(f"{P}/scores.h5", "b.2", NAN), "scores.h5", "b.2", "not finite", "again"),
     (change(f"{P}/scores.h5", "b.2", np.zeros(9, int)), "scores.h5", "b.2", "floating", "float32"),
-    (change(f"{P}/orientations.h5", "b.2", f32(9)), "orientations.h5", "b.2", "differs from angles.h5", "copy"),
-    (every(["angles", "orientations"], lambda k: change(f"{P}/{k}.h5", "b.2", f32(9) + 361)), "angles.h5", "b.2", "beyond 360", "degrees"),
+    (
+        change(f"{P}/orientations.h5", "b.2", f32(9)),
+        "orientations.h5",
+        "b.2",
+        "differs from angles.h5",
+        "copy",
+    ),
+    (
+        every(["angles", "orientations"], lambda k: change(f"{P}/{k}.h5", "b.2", f32(9) + 361)),
+        "angles.h5",
+        "b.2",
+        "beyond 360",
+        "degrees",
+    ),
     (remove(f"{P}/orientations.h5"), "orientations.h5", "", "ignores angles.h5", "copy"),
     # matches
     (change(f"{P}/matches.h5", "c-3-b.2", None), "matches.h5", "c-3-b.2", "1 of 3 pairs", "(2,0)"),
-    (rename(f"{P}/matches.h5", "c-3-b.2", "b.2-c-3"), "matches.h5", "b.2-c-3", "wrong order", "c-3-b.2"),
-    (change(f"{P}/matches.h5", "c-3-zz", np.zeros((2, 0), int)), "matches.h5", "c-3-zz", "no two images", "A-B"),
-    (change(f"{P}/matches.h5", "b.2-a_1", np.zeros((4, 2), int)), "matches.h5", "b.2-a_1", "(2,m)", "points of the first"),
-    (change(f"{P}/matches.h5", "b.2-a_1", f32(2, 3)), "matches.h5", "b.2-a_1", "whole numbers", "int32"),
-    (change(f"{P}/matches.h5", "b.2-a_1", np.array([[8], [6]])), "matches.h5", "b.2-a_1", "9 and 6", "from 0"),
+    (
+        rename(f"{P}/matches.h5", "c-3-b.2", "b.2-c-3"),
+        "matches.h5",
+        "b.2-c-3",
+        "wrong order",
+        "c-3-b.2",
+    ),
+    (
+        change(f"{P}/matches.h5", "c-3-zz", np.zeros((2, 0), int)),
+        "matches.h5",
+        "c-3-zz",
+        "no two images",
+        "A-B",
+    ),
+    (
+        change(f"{P}/matches.h5", "b.2-a_1", np.zeros((4, 2), int)),
+        "matches.h5",
+        "b.2-a_1",
+        "(2,m)",
+        "points of the first",
+    ),
+    (
+        change(f"{P}/matches.h5", "b.2-a_1", f32(2, 3)),
+        "matches.h5",
+        "b.2-a_1",
+        "whole numbers",
+        "int32",
+    ),
+    (
+        change(f"{P}/matches.h5", "b.2-a_1", np.array([[8], [6]])),
+        "matches.h5",
+        "b.2-a_1",
+        "9 and 6",
+        "from 0",
+    ),
     (remove(f"{P}/matches.h5"), "matches.h5", "", "use_custom_matches", "--matches"),
-    (copy(f"{P}/matches.h5", f"{P}/matches_stereo.h5"), "matches.h5", "", "does not go with", "leave"),
-    (move(f"{P}/matches.h5", f"{P}/matches_stereo_0.h5"), "matches_multiview.h5", "", "missing", "add"),
-    (move(f"{P}/matches.h5", f"{P}/matches_multiview.h5"), "matches_stereo.h5", "", "missing", "add"),
-    (copy(f"{P}/matches.h5", f"{P}/matches_stereo_1.h5"), "matches_stereo_1.h5", "", "no such file", "remove"),
+    (
+        copy(f"{P}/matches.h5", f"{P}/matches_stereo.h5"),
+        "matches.h5",
+        "",
+        "does not go with",
+        "leave",
+    ),
+    (
+        move(f"{P}/matches.h5", f"{P}/matches_stereo_0.h5"),
+        "matches_multiview.h5",
+        "",
+        "missing",
+        "add",
+    ),
+    (
+        move(f"{P}/matches.h5", f"{P}/matches_multiview.h5"),
+        "matches_stereo.h5",
+        "",
+        "missing",
+        "add",
+    ),
+    (
+        copy(f"{P}/matches.h5", f"{P}/matches_stereo_1.h5"),
+        "matches_stereo_1.h5",
+        "",
+        "no such file",
+        "remove",
+    ),
     # config
     (remove("config.json"), "config.json", "", "is missing", "again"),
     (text("config.json", "[{]"), "config.json", "", "no JSON", "again"),
     (text("config.json", "{}"), "config.json", "", "list of methods", "again"),
     (setting("metadata", None), "config.json", "metadata", "missing", "who"),
     (setting("metadata.authors", 3), "config.json", "metadata.authors", "str", "add"),
-    (setting("config_common.json_label", "Ours!"), "config.json", "config_common.json_label", "Ours!", "rename"),
-    (setting("config_common.keypoint", "key_net"), "config.json", "config_common.keypoint", "key_net", "rename"),
-    (setting("config_common.num_keypoints", 1000), "config.json", "config_common.num_keypoints", "2048 or 8000", "category"),
+    (
+        setting("config_common.json_label", "Ours!"),
+        "config.json",
+        "config_common.json_label",
+        "Ours!",
+        "rename",
+    ),
+    (
+        setting("config_common.keypoint", "key_net"),
+        "config.json",
+        "config_common.keypoint",
+        "key_net",
+        "rename",
+    ),
+    (
+        setting("config_common.num_keypoints", 1000),
+        "config.json",
+        "config_common.num_keypoints",
+        "2048 or 8000",
+        "category",
+    ),
     (setting("config_common", None), "config.json", "config_common", "missing", "again"),
-    (setting("config_mine_stereo", {}), "config.json", "config_mine_stereo", "no such setting", "remove"),
-    (setting("config_googleurban_stereo", {"use_custom_matches": True}), "config.json", "config_googleurban_stereo", "no files", "export"),
-    (setting("config_phototourism_stereo.use_custom_matches", None), "config.json", ".use_custom_matches", "true or false", "again"),
-    (setting("config_phototourism_stereo.custom_matches_name", "a_b"), "config.json", ".custom_matches_name", "a_b", "rename"),
-    (setting("config_phototourism_stereo.matcher", {}), "config.json", "stereo.matcher", "not allowed", "remove"),
+    (
+        setting("config_mine_stereo", {}),
+        "config.json",
+        "config_mine_stereo",
+        "no such setting",
+        "remove",
+    ),
+    (
+        setting("config_googleurban_stereo", {"use_custom_matches": True}),
+        "config.json",
+        "config_googleurban_stereo",
+        "no files",
+        "export",
+    ),
+    (
+        setting("config_phototourism_stereo.use_custom_matches", None),
+        "config.json",
+        ".use_custom_matches",
+        "true or false",
+        "again",
+    ),
+    (
+        setting("config_phototourism_stereo.custom_matches_name", "a_b"),
+        "config.json",
+        ".custom_matches_name",
+        "a_b",
+        "rename",
+    ),
+    (
+        setting("config_phototourism_stereo.matcher", {}),
+        "config.json",
+        "stereo.matcher",
+        "not allowed",
+        "remove",
+    ),
     # folders
-    (move("pragueparks/wall", "pragueparks/walls"), "pragueparks/walls", "", "no such sequence", "remove"),
+    (
+        move("pragueparks/wall", "pragueparks/walls"),
+        "pragueparks/walls",
+        "",
+        "no such sequence",
+        "remove",
+    ),
     (lambda folder: (folder / "mine").mkdir(), "mine", "", "no data set", "phototourism"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("action", "file", "key", "problem", "remedy"), BROKEN)
-def test_a_broken_rule_is_named_with_file_key_and_remedy(submission, action, file, key, problem, remedy):
+def test_a_broken_rule_is_named_with_file_key_and_remedy(
+    submission, action, file, key, problem, remedy
+):
     action(submission)
     found = check(submission)
-    hits = [v for v in found if v.file.endswith(file) and v.key.endswith(key) and problem in v.problem and remedy in v.remedy]
+    hits = [
+        v
+        for v in found
+        if v.file.endswith(file)
+        and v.key.endswith(key)
+        and problem in v.problem
+        and remedy in v.remedy
+    ]
     assert hits, "\n".join(map(str, found))
     assert problem in str(hits[0])
 
@@ -313,7 +568,10 @@ def test_a_broken_rule_is_named_with_file_key_and_remedy(submission, action, fil
 def test_nothing_but_the_broken_rule_is_named(submission):
     change(f"{P}/scores.h5", "b.2", f32(9, 1))(submission)
     change("pragueparks/wall/keypoints.h5", "x", f32(7, 3))(submission)
-    assert [(v.file, v.key) for v in check(submission)] == [(f"{P}/scores.h5", "b.2"), ("pragueparks/wall/keypoints.h5", "x")]
+    assert [(v.file, v.key) for v in check(submission)] == [
+        (f"{P}/scores.h5", "b.2"),
+        ("pragueparks/wall/keypoints.h5", "x"),
+    ]
     with pytest.raises(DataError, match="x must be"):
         imc.read_sequence(submission / "pragueparks" / "wall")
 
@@ -336,10 +594,16 @@ def test_categories_are_kept(images, tmp_path):
 def test_rules_without_custom_matches(images, tmp_path):
     out = tmp_path / "sub"
     export(images, out, Fake())
-    for path, words in (("geom.threshold", "DEGENSAC"), ("matcher", "is missing"), ("geom", "is missing")):
+    for path, words in (
+        ("geom.threshold", "DEGENSAC"),
+        ("matcher", "is missing"),
+        ("geom", "is missing"),
+    ):
         before = (out / "config.json").read_text()
         setting(f"config_phototourism_stereo.{path}", None)(out)
-        assert [v.key for v in check(out) if words in v.problem] == [f"config_phototourism_stereo.{path}"]
+        assert [v.key for v in check(out) if words in v.problem] == [
+            f"config_phototourism_stereo.{path}"
+        ]
         (out / "config.json").write_text(before)
     for kind in ("x", "y"):
         change("pragueparks/wall/descriptors.h5", kind, f32({"x": 7, "y": 5}[kind], 256))(out)
@@ -355,17 +619,30 @@ def test_rules_without_custom_matches(images, tmp_path):
 
 
 def test_submissions_of_others_are_read(tmp_path):
-    """What the benchmark's tutorial and examples do: (n,1) columns, angles under one name, commas after last items."""
+    """What the benchmark's tutorial and examples do: (n,1) columns, angles under one name, commas
+    after last items.
+    """
     place = tmp_path / PLACE
     place.mkdir(parents=True)
-    for kind, shape in (("keypoints", (3, 2)), ("descriptors", (3, 128)), ("scores", (3, 1)), ("angles", (3, 1))):
+    for kind, shape in (
+        ("keypoints", (3, 2)),
+        ("descriptors", (3, 128)),
+        ("scores", (3, 1)),
+        ("angles", (3, 1)),
+    ):
         change(f"{PLACE}/{kind}.h5", "a", np.full(shape, 90, np.float32))(tmp_path)
-    config = imc.make_config("theirs", "sift-def", "rootsift", 2048, ["phototourism"], ratio=0.9, threshold=0.5)
-    (tmp_path / "config.json").write_text(json.dumps(config, indent=1).replace("\n}", ",\n}").replace("true\n", "true,\n"))
+    config = imc.make_config(
+        "theirs", "sift-def", "rootsift", 2048, ["phototourism"], ratio=0.9, threshold=0.5
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps(config, indent=1).replace("\n}", ",\n}").replace("true\n", "true,\n")
+    )
     assert ",\n" in (tmp_path / "config.json").read_text()
     assert [(Path(v.file).name, v.key) for v in imc.check_imc(tmp_path)] == [
-        ("scores.h5", "a"), ("angles.h5", "a"), ("orientations.h5", ""),
-    ]  # fmt: skip
+        ("scores.h5", "a"),
+        ("angles.h5", "a"),
+        ("orientations.h5", ""),
+    ]
     found = imc.read_sequence(place)["a"]
     assert found.angle.tolist() == pytest.approx([math.pi / 2] * 3)
     assert found.scale.tolist() == [1.0] * 3
@@ -381,8 +658,7 @@ def test_submissions_of_others_are_read(tmp_path):
     [
         ({"label": "My Method"}, "try 'my-method'"),
         ({"label": ""}, "label may use lower case"),
-        ({"keypoint": "key_net"}, "keypoint may use"),
-        ({"num_points": 8001}, "2048 or 8000"),
+        ({"num_keypoints": 8001}, "2048 or 8000"),
         ({"ratio": 0.05}, r"\[0.1, 1\]"),
         ({"threshold": 0.0}, "threshold"),
     ],
@@ -404,7 +680,10 @@ def test_folders_that_are_not_the_benchmarks(images, tmp_path):
     (images / "pragueparks" / "bare").mkdir()
     (images / "googleurban").mkdir()
     sequences, refused = imc.find_sequences(images)
-    assert {place: sorted(found) for place, found in sequences.items()} == {PLACE: sorted(NAMES), "pragueparks/wall": ["x", "y"]}
+    assert {place: sorted(found) for place, found in sequences.items()} == {
+        PLACE: sorted(NAMES),
+        "pragueparks/wall": ["x", "y"],
+    }
     reasons = {Path(path).name: reason for path, reason in refused}
     assert set(reasons) == {"photos", "x.png", "z.bmp", "bare", "googleurban"}
     assert "rename one" in reasons["x.png"]
@@ -426,9 +705,11 @@ def test_a_broken_image_is_listed_and_the_rest_goes_on(images, tmp_path):
     again = export(images, tmp_path / "sub", extractor, matches=True)
     assert (again.failed, again.violations, extractor.seen) == ([], [], 5)
     assert (again.extracted.skipped, again.matched.skipped, again.matched.done) == (4, 2, 2)
-    assert json.loads((tmp_path / "sub" / "config.json").read_text())[0]["metadata"]["authors"] == "We"
+    assert (
+        json.loads((tmp_path / "sub" / "config.json").read_text())[0]["metadata"]["authors"] == "We"
+    )
     with pytest.raises(DataError, match="--overwrite"):
-        export(images, tmp_path / "sub", extractor, extraction={"points": 2})
+        export(images, tmp_path / "sub", extractor, single_scale=True)
 
 
 def test_files_are_the_old_or_the_new_ones(submission):
@@ -464,7 +745,9 @@ def test_a_kill_loses_nothing_made(tmp_path):
     for i in range(30):
         draw(root / PLACE / f"p{i}.png", i)
     child = subprocess.Popen(
-        [sys.executable, "-c", SLOW, root, out, Path(__file__).parent], stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", SLOW, root, out, Path(__file__).parent],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     journal = tmp_path / "sub.features.h5.journal"
     until = time.monotonic() + 120
@@ -479,15 +762,32 @@ def test_a_kill_loses_nothing_made(tmp_path):
     assert (result.failed, result.violations) == ([], [])
     assert 5 <= result.extracted.skipped == 30 - extractor.seen
     found = imc.read_sequence(out / PLACE)
-    assert {name: len(features) for name, features in found.items()} == {f"p{i}": i for i in range(30)}
-    assert all(torch.equal(features.descriptors, some(len(features)).descriptors) for features in found.values())
+    assert {name: len(features) for name, features in found.items()} == {
+        f"p{i}": i for i in range(30)
+    }
+    assert all(
+        torch.equal(features.descriptors, some(len(features)).descriptors)
+        for features in found.values()
+    )
 
 
 def test_the_command(tmp_path):
     for i in range(2):
         (tmp_path / "data" / PLACE).mkdir(parents=True, exist_ok=True)
         Image.fromarray(textured(i)).save(tmp_path / "data" / PLACE / f"p{i}.png")
-    words = ("imc", "data", "--out", "sub", "--detector", "keynet-tiny", "--descriptor", "rootsift", "--single-scale", "--num-points", 100)
+    words = (
+        "imc",
+        "data",
+        "--output",
+        "sub",
+        "--detector",
+        "keynet-tiny",
+        "--descriptor",
+        "rootsift",
+        "--single-scale",
+        "--num-keypoints",
+        100,
+    )
     bad = run(*words, "--label", "My_Method", cwd=tmp_path, ok=False)
     assert bad.returncode == 2
     assert "try 'my-method'" in bad.stderr
@@ -498,7 +798,10 @@ def test_the_command(tmp_path):
     (tmp_path / "data" / PLACE / "p2.png").write_bytes(b"nonsense")
     again = run(*words, "--label", "ours", cwd=tmp_path, ok=False)
     assert again.returncode == 1
-    assert "0 extracted (0 points), 2 done before; 1 failed" in again.stdout
+    assert "0 extracted (0 keypoints), 2 done before; 1 failed" in again.stdout
     for part in ("p2.png", "keypoints.h5: p2: the image has no key points", "matches.h5: is there"):
         assert part in again.stderr
-    assert "descriptors" in run(*words, "--label", "a", "--descriptor", "none", cwd=tmp_path, ok=False).stderr
+    assert (
+        "descriptors"
+        in run(*words, "--label", "a", "--descriptor", "none", cwd=tmp_path, ok=False).stderr
+    )

@@ -1,4 +1,6 @@
-"""Published checkpoints: gold numbers of the official code, strict import, and the way back to kornia."""
+"""Published checkpoints: gold numbers of the official code, strict import, and the way back to
+kornia.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
-from tiepoints.detectors.keynet import KeyNet, handcrafted_channels
-from tiepoints.detectors.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
+from tiepoints.checkpoints import load_official, to_official_state_dict
 from tiepoints.errors import WeightsError
 from tiepoints.extract import build
 from tiepoints.filters import bright_blur_taps, normalise_contrast
-from tiepoints.importers import load_official, to_official_state_dict
+from tiepoints.models.keynet import KeyNet, handcrafted_channels
+from tiepoints.models.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
+from tiepoints.models.patchnets import HardNet, HyNet, SOSNet
 
 CROPS = ("graf1_crop", "boat1_crop", "leuven1")
 NORM = ("weight", "bias", "running_mean", "running_var")
@@ -36,7 +38,9 @@ def score(net: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
 # ---- checkpoints of random numbers in the three published layouts
 
 
-def random_tensors(generator: torch.Generator, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def random_tensors(
+    generator: torch.Generator, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, torch.Tensor]:
     made = {}
     for name, shape in shapes.items():
         if name.endswith("num_batches_tracked"):
@@ -55,7 +59,9 @@ def official_shapes() -> dict[str, tuple[int, ...]]:
     for i in range(3):
         name = f"feature_extractor.lb_block.conv{i}"
         shapes |= {f"{name}.0.weight": (8, 8 if i else 10, 5, 5), f"{name}.0.bias": (8,)}
-        shapes |= {f"{name}.1.{kind}": (8,) for kind in NORM} | {f"{name}.1.num_batches_tracked": ()}
+        shapes |= {f"{name}.1.{kind}": (8,) for kind in NORM} | {
+            f"{name}.1.num_batches_tracked": ()
+        }
     return shapes | {"last_conv.0.weight": (1, 24, 5, 5), "last_conv.0.bias": (1,)}
 
 
@@ -64,17 +70,27 @@ def tensorflow_shapes() -> dict[str, tuple[int, ...]]:
     for name, inside, outside in (("1", 10, 8), ("2", 8, 8), ("3", 8, 8), ("last_layer", 24, 1)):
         shapes |= {f"conv_{name}/kernel": (5, 5, inside, outside), f"conv_{name}/bias": (outside,)}
     for name, width in (("1", 8), ("2", 8), ("3", 8), ("final", 24)):
-        shapes |= {f"batch_{name}/{kind}": (width,) for kind in ("gamma", "beta", "moving_mean", "moving_variance")}
+        shapes |= {
+            f"batch_{name}/{kind}": (width,)
+            for kind in ("gamma", "beta", "moving_mean", "moving_variance")
+        }
     return {f"model_deep_detector_{name}": shape for name, shape in shapes.items()}
 
 
 def rekd_shapes() -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(3):
-        shapes |= {f"learner.conv_{i}.weight": (8, 8 if i else 10, 5, 5), f"learner.conv_{i}.bias": (8,)}
-        shapes |= {f"learner.bn_{i}.{kind}": (8,) for kind in NORM} | {f"learner.bn_{i}.num_batches_tracked": ()}
+        shapes |= {
+            f"learner.conv_{i}.weight": (8, 8 if i else 10, 5, 5),
+            f"learner.conv_{i}.bias": (8,),
+        }
+        shapes |= {f"learner.bn_{i}.{kind}": (8,) for kind in NORM} | {
+            f"learner.bn_{i}.num_batches_tracked": ()
+        }
     last = "last_layer_learner"
-    shapes |= {f"{last}.bn_last.{kind}": (24,) for kind in NORM} | {f"{last}.bn_last.num_batches_tracked": ()}
+    shapes |= {f"{last}.bn_last.{kind}": (24,) for kind in NORM} | {
+        f"{last}.bn_last.num_batches_tracked": ()
+    }
     return shapes | {f"{last}.conv_last.weight": (1, 24, 1, 1), f"{last}.conv_last.bias": (1,)}
 
 
@@ -86,8 +102,13 @@ def write(layout: str, tensors: dict[str, torch.Tensor], path: Path) -> Path:
         with path.open("wb") as stream:  # an open file, so that NumPy adds no ending
             np.savez(stream, **{name: value.numpy() for name, value in tensors.items()})
     elif layout == "A":
-        content = {"state_dict": OrderedDict(tensors), "optimizer": {"state": {}, "param_groups": []}}
-        torch.save(content, path, _use_new_zipfile_serialization=False)  # the official file is of the old kind
+        content = {
+            "state_dict": OrderedDict(tensors),
+            "optimizer": {"state": {}, "param_groups": []},
+        }
+        torch.save(
+            content, path, _use_new_zipfile_serialization=False
+        )  # the official file is of the old kind
     else:
         nested: OrderedDict[str, OrderedDict[str, torch.Tensor]] = OrderedDict()
         for name, value in tensors.items():
@@ -114,7 +135,9 @@ def norm(x: torch.Tensor, p: dict[str, torch.Tensor], name: str, eps: float) -> 
 def plain_contrast(x: torch.Tensor) -> torch.Tensor:
     h, w = x.shape
     padded = np.pad(x.numpy(), 32, mode="reflect")
-    windows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(padded, (65, 65)).reshape(h, w, -1).copy())
+    windows = torch.from_numpy(
+        np.lib.stride_tricks.sliding_window_view(padded, (65, 65)).reshape(h, w, -1).copy()
+    )
     return (x - windows.mean(-1)) / (1 + windows.std(-1, correction=0))
 
 
@@ -135,7 +158,9 @@ def plain_legacy(image: np.ndarray, p: dict[str, torch.Tensor], eps: float) -> t
         y = x
         if level:
             size = [int(side / 1.2**level) for side in x.shape]
-            y = F.interpolate(correlate(x, kernel)[None, None], size=size, mode="bilinear", align_corners=True)[0, 0]
+            y = F.interpolate(
+                correlate(x, kernel)[None, None], size=size, mode="bilinear", align_corners=True
+            )[0, 0]
         y = plain_contrast(y)
         dx, dy = correlate(y, kx), correlate(y, kx.T)
         dxx, dxy, dyy = correlate(dx, kx), correlate(dx, kx.T), correlate(dy, kx.T)
@@ -146,7 +171,9 @@ def plain_legacy(image: np.ndarray, p: dict[str, torch.Tensor], eps: float) -> t
         maps.append(F.interpolate(f[None], size=x.shape, mode="bilinear", align_corners=True)[0])
     merged = norm(torch.cat(maps), p, "bn_last", eps)
     last = p["last.weight"]
-    return F.conv2d(merged[None], last, p["last.bias"], padding=last.shape[-1] // 2)[0, 0].clamp(min=0)
+    return F.conv2d(merged[None], last, p["last.bias"], padding=last.shape[-1] // 2)[0, 0].clamp(
+        min=0
+    )
 
 
 def plain_names(layout: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,7 +182,9 @@ def plain_names(layout: str, tensors: dict[str, torch.Tensor]) -> dict[str, torc
     for name, value in tensors.items():
         if layout == "C":
             name = name.split(".", 1)[1].replace("conv_last", "last").replace("conv_", "conv")
-            p[name.replace("bn_last", "bnlast").replace("bn_", "bn").replace("bnlast", "bn_last")] = value
+            p[
+                name.replace("bn_last", "bnlast").replace("bn_", "bn").replace("bnlast", "bn_last")
+            ] = value
         else:
             part, kind = name.removeprefix("model_deep_detector_").split("/")
             part = {"conv_last_layer": "last", "batch_final": "bn_last"}.get(part) or (
@@ -183,10 +212,14 @@ def test_variant_a_gives_the_official_inner_maps(reference_dir: Path) -> None:
     assert isinstance(net, KeyNet)
     gold = np.load(reference_dir / "keynet_scoremaps.npz")
     made = torch.cat(handcrafted_channels(as_image(gold["graf1_crop_image"])), dim=1)
-    np.testing.assert_allclose(made[0].numpy(), gold["graf1_crop_handcrafted"], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        made[0].numpy(), gold["graf1_crop_handcrafted"], rtol=1e-4, atol=1e-7
+    )
     with torch.inference_mode():
         learned = net.blocks(made)[0].numpy()
-    np.testing.assert_allclose(learned, gold["graf1_crop_learned_level0"], rtol=1e-4, atol=1e-4)  # values to 122
+    np.testing.assert_allclose(
+        learned, gold["graf1_crop_learned_level0"], rtol=1e-4, atol=1e-4
+    )  # values to 122
 
 
 @pytest.mark.parametrize("crop", CROPS)
@@ -197,13 +230,16 @@ def test_variant_b_gives_the_official_score_maps(reference_dir: Path, crop: str,
     gold = np.load(reference_dir / "tf_scoremaps.npz")
     expected = gold[f"{crop}_{mode}"]
     found = score(net, as_image(gold[f"{crop}_image"]))[0, 0].numpy()
-    # The official 65 x 65 means add 4,225 numbers in float32; ours are nearer to float64, which differs as much.
+    # The official 65 x 65 means add 4,225 numbers in float32; ours are nearer to float64, which
+    # differs as much.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=3e-5 * expected.max())
 
 
 def synthetic_image() -> torch.Tensor:
     y, x = np.mgrid[:64, :80]
-    return torch.from_numpy((((7 * x + 13 * y + (x * y) % 17) % 256) / 255).astype(np.float32))[None, None]
+    return torch.from_numpy((((7 * x + 13 * y + (x * y) % 17) % 256) / 255).astype(np.float32))[
+        None, None
+    ]
 
 
 POINTS = ((0, 0), (20, 20), (32, 40), (50, 70), (63, 79))
@@ -212,8 +248,26 @@ POINTS = ((0, 0), (20, 20), (32, 40), (50, 70), (63, 79))
 @pytest.mark.parametrize(
     ("layout", "restore", "smallest", "largest", "at", "mean", "values", "tolerance"),
     [
-        ("A", False, 116.8009, 4334.364, (17, 41), 699.400, (134.378, 274.772, 432.966, 291.629, 126.609), 2e-2),
-        ("B", False, 0.0, 73.15627, (1, 78), 5.98803, (5.1564, 6.9066, 2.5753, 5.4481, 5.6363), 1e-4),
+        (
+            "A",
+            False,
+            116.8009,
+            4334.364,
+            (17, 41),
+            699.400,
+            (134.378, 274.772, 432.966, 291.629, 126.609),
+            2e-2,
+        ),
+        (
+            "B",
+            False,
+            0.0,
+            73.15627,
+            (1, 78),
+            5.98803,
+            (5.1564, 6.9066, 2.5753, 5.4481, 5.6363),
+            1e-4,
+        ),
         ("B", True, 0.0, 66.63379, (2, 78), 3.12110, (1.1385, 6.2506, 0.0, 4.1875, 1.4720), 1e-4),
     ],
 )
@@ -228,20 +282,34 @@ def test_synthetic_image_gives_the_values_of_appendix_a1(
 
 
 @pytest.mark.parametrize(
-    ("key", "restore", "down_levels"), [("as_shipped", False, 5), ("full_restore", True, 5), (None, False, 4)]
+    ("key", "restore", "down_levels"),
+    [("as_shipped", False, 5), ("full_restore", True, 5), (None, False, 4)],
 )
-def test_official_mode_gives_the_published_tensorflow_points(reference_dir, key, restore, down_levels) -> None:
-    """Appendix A2 (the file published beside the code) and both stored extractions: every point, scale and score."""
+def test_official_mode_gives_the_published_tensorflow_points(
+    reference_dir, key, restore, down_levels
+) -> None:
+    """Appendix A2 (the file published beside the code) and both stored extractions: every point,
+    scale and score.
+    """
     cv2 = pytest.importorskip("cv2")
     folder = reference_dir / "checkpoints"
     image = cv2.cvtColor(cv2.imread(str(folder / "tf_test_im.ppm")), cv2.COLOR_BGR2GRAY)
-    file = folder / "tf_test_im.ppm.kpt.npy" if key is None else reference_dir / "tf_keypoints_graf1.npz"
+    file = (
+        folder / "tf_test_im.ppm.kpt.npy"
+        if key is None
+        else reference_dir / "tf_keypoints_graf1.npz"
+    )
     gold = np.load(file) if key is None else np.load(file)[key]
     net = load_official(folder / FILES["B"], restore_statistics=restore)
-    found = build(net, None, mode="official", num_points=1500, down_levels=down_levels, device="cpu").extract(image)
+    found = build(
+        net, None, official=True, num_keypoints=1500, down_levels=down_levels, device="cpu"
+    ).extract(image)
     assert len(found) == len(gold)
     made = np.column_stack([found.xy, found.scale, found.score])
-    by_place = [np.lexsort((rows[:, 0].round(2), rows[:, 1].round(2), rows[:, 2].round(2))) for rows in (made, gold)]
+    by_place = [
+        np.lexsort((rows[:, 0].round(2), rows[:, 1].round(2), rows[:, 2].round(2)))
+        for rows in (made, gold)
+    ]
     np.testing.assert_allclose(made[by_place[0]][:, :3], gold[by_place[1]][:, :3], atol=1e-3)
     scores = gold[by_place[1]][:, 3]
     np.testing.assert_allclose(made[by_place[0]][:, 3], scores, rtol=3e-4, atol=3e-5 * scores.max())
@@ -261,19 +329,26 @@ def test_variant_c_equals_its_plain_twin(reference_dir: Path) -> None:
     """No output of variant C is published; the twin at least shares no line with the network."""
     path = reference_dir / "checkpoints" / FILES["C"]
     content = torch.load(path, weights_only=True, map_location="cpu")
-    flat = {f"{group}.{name}": value for group, inner in content.items() for name, value in inner.items()}
+    flat = {
+        f"{group}.{name}": value
+        for group, inner in content.items()
+        for name, value in inner.items()
+    }
     image = np.load(reference_dir / "keynet_scoremaps.npz")["boat1_crop_image"][:50, 70:131]
     expected = plain_legacy(image, plain_names("C", flat), eps=1e-5)
     found = score(load_official(path), as_image(image))[0, 0]
     assert expected.max() > 1
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.max()))
+    torch.testing.assert_close(
+        found.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.max())
+    )
 
 
 # ---- what can be known without the reference folder
 
 
 @pytest.mark.parametrize(
-    ("net", "count"), [(KeyNet(), 5873), (LegacyKeyNet.tensorflow(), 5921), (LegacyKeyNet.rekd_port(), 5345)]
+    ("net", "count"),
+    [(KeyNet(), 5873), (LegacyKeyNet.tensorflow(), 5921), (LegacyKeyNet.rekd_port(), 5345)],
 )
 def test_learnable_parameters(net: torch.nn.Module, count: int) -> None:
     assert sum(p.numel() for p in net.parameters()) == count
@@ -281,7 +356,9 @@ def test_learnable_parameters(net: torch.nn.Module, count: int) -> None:
 
 def test_blur_kernel_is_appendix_a3() -> None:
     kernel = torch.outer(bright_blur_taps(), bright_blur_taps())
-    np.testing.assert_allclose([kernel[3, 3], kernel[0, 0], kernel.sum()], [0.26596152, 0.00487126, 3.62994], rtol=2e-6)
+    np.testing.assert_allclose(
+        [kernel[3, 3], kernel[0, 0], kernel.sum()], [0.26596152, 0.00487126, 3.62994], rtol=2e-6
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 40), (70, 66)])
@@ -291,7 +368,10 @@ def test_contrast_equals_its_plain_twin(size: tuple[int, int]) -> None:
 
 
 def test_level_sizes() -> None:
-    assert level_size(240, 600, 1, float32=True) == (200, 500)  # as the reference maps of TensorFlow show
+    assert level_size(240, 600, 1, float32=True) == (
+        200,
+        500,
+    )  # as the reference maps of TensorFlow show
     assert level_size(240, 600, 2, float32=True) == (166, 416)
     assert level_size(180, 324, 2, float32=False) == (125, 225)
     assert level_size(180, 324, 2, float32=True) == (124, 224)
@@ -305,8 +385,12 @@ def test_each_image_is_divided_by_its_own_maximum() -> None:
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
 @pytest.mark.parametrize("ending", ["", ".npz", ".pth"])
-def test_random_checkpoint_arrives_key_by_key(layout: str, ending: str, tensors, tmp_path: Path) -> None:
-    path = write(layout, tensors[layout], tmp_path / f"weights{ending}")  # recognised by content, not by name
+def test_random_checkpoint_arrives_key_by_key(
+    layout: str, ending: str, tensors, tmp_path: Path
+) -> None:
+    path = write(
+        layout, tensors[layout], tmp_path / f"weights{ending}"
+    )  # recognised by content, not by name
     net = load_official(path, restore_statistics=True)
     assert not net.training
     state = net.state_dict()
@@ -314,7 +398,9 @@ def test_random_checkpoint_arrives_key_by_key(layout: str, ending: str, tensors,
         ours = {}
         for name in tensors["A"]:
             parts = name.removeprefix("feature_extractor.lb_block.conv").split(".")
-            ours[name] = f"last.{parts[-1]}" if parts[0] == "last_conv" else "blocks." + ".".join(parts)
+            ours[name] = (
+                f"last.{parts[-1]}" if parts[0] == "last_conv" else "blocks." + ".".join(parts)
+            )
         assert set(ours.values()) == set(state)
         for theirs, name in ours.items():
             torch.testing.assert_close(state[name], tensors["A"][theirs], rtol=0, atol=0)
@@ -330,8 +416,12 @@ def test_random_checkpoint_arrives_key_by_key(layout: str, ending: str, tensors,
 
 
 @pytest.mark.parametrize(("layout", "eps"), [("B", 1e-3), ("C", 1e-5)])
-def test_random_legacy_net_equals_its_plain_twin(layout: str, eps: float, tensors, tmp_path: Path) -> None:
-    net = load_official(write(layout, tensors[layout], tmp_path / "weights"), restore_statistics=True).double()
+def test_random_legacy_net_equals_its_plain_twin(
+    layout: str, eps: float, tensors, tmp_path: Path
+) -> None:
+    net = load_official(
+        write(layout, tensors[layout], tmp_path / "weights"), restore_statistics=True
+    ).double()
     image = torch.rand(40, 47, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     expected = plain_legacy(image.numpy(), plain_names(layout, tensors[layout]), eps)
     assert expected.count_nonzero() > expected.numel() / 2
@@ -340,7 +430,10 @@ def test_random_legacy_net_equals_its_plain_twin(layout: str, eps: float, tensor
 
 def test_tensorflow_statistics_are_left_out_as_published(tensors, tmp_path: Path) -> None:
     path = write("B", tensors["B"], tmp_path / "weights.npz")
-    published, full = load_official(path).state_dict(), load_official(path, restore_statistics=True).state_dict()
+    published, full = (
+        load_official(path).state_dict(),
+        load_official(path, restore_statistics=True).state_dict(),
+    )
     for name, value in full.items():
         if name.endswith("running_mean"):
             assert not published[name].any()
@@ -396,7 +489,9 @@ def test_only_the_default_network_has_official_names() -> None:
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
 def test_a_batch_gives_what_single_images_give(layout: str, tensors, tmp_path: Path) -> None:
-    net = load_official(write(layout, tensors[layout], tmp_path / "weights"), restore_statistics=True)
+    net = load_official(
+        write(layout, tensors[layout], tmp_path / "weights"), restore_statistics=True
+    )
     images = torch.rand(3, 1, 41, 52, generator=torch.Generator().manual_seed(7))
     images *= torch.tensor([1.0, 0.3, 0.0]).reshape(3, 1, 1, 1)  # different maxima, one black image
     together = score(net, images)
@@ -408,7 +503,10 @@ def test_a_batch_gives_what_single_images_give(layout: str, tensors, tmp_path: P
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (1, 70), (33, 40)])
 def test_tiny_and_odd_sizes(layout: str, size: tuple[int, int], tensors, tmp_path: Path) -> None:
     net = load_official(write(layout, tensors[layout], tmp_path / "weights"))
-    for image in (torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(8)), torch.zeros(1, 1, *size)):
+    for image in (
+        torch.rand(1, 1, *size, generator=torch.Generator().manual_seed(8)),
+        torch.zeros(1, 1, *size),
+    ):
         found = score(net, image)
         assert found.shape == image.shape
         assert found.isfinite().all()
@@ -416,7 +514,9 @@ def test_tiny_and_odd_sizes(layout: str, size: tuple[int, int], tensors, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["B", "C"])
-def test_brightness_does_not_matter_to_the_legacy_nets(layout: str, tensors, tmp_path: Path) -> None:
+def test_brightness_does_not_matter_to_the_legacy_nets(
+    layout: str, tensors, tmp_path: Path
+) -> None:
     net = load_official(write(layout, tensors[layout], tmp_path / "weights"))
     image = torch.rand(1, 1, 35, 38, generator=torch.Generator().manual_seed(9))
     torch.testing.assert_close(score(net, image / 4), score(net, image))
@@ -438,7 +538,8 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"x", b"not weights, but words\n" * 9, b"\x80\x02", b"PK\x03\x04 broken", bytes(500)]
+    "content",
+    [b"", b"x", b"not weights, but words\n" * 9, b"\x80\x02", b"PK\x03\x04 broken", bytes(500)],
 )
 def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
@@ -474,7 +575,9 @@ class Stowaway:
 def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     for new in (True, False):
-        torch.save({"state_dict": Stowaway(witness)}, tmp_path / "evil", _use_new_zipfile_serialization=new)
+        torch.save(
+            {"state_dict": Stowaway(witness)}, tmp_path / "evil", _use_new_zipfile_serialization=new
+        )
         with pytest.raises(WeightsError, match="evil"):
             load_official(tmp_path / "evil")
     objects = np.array([Stowaway(witness)], dtype=object)
@@ -484,14 +587,17 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(3)}, {}, {"state_dict": {"a": torch.zeros(1)}}, [1, 2]])
+@pytest.mark.parametrize(
+    "content", [{"weight": torch.zeros(3)}, {}, {"state_dict": {"a": torch.zeros(1)}}, [1, 2]]
+)
 def test_weights_of_something_else(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other")
     with pytest.raises(WeightsError, match=r"other: .*official PyTorch Key\.Net"):
         load_official(tmp_path / "other")
 
 
-#: Per layout: a kernel, its shape in the file, and one of the same size but with axes in another order.
+#: Per layout: a kernel, its shape in the file, and one of the same size but with axes in another
+#: order.
 KERNELS = {
     "A": ("feature_extractor.lb_block.conv0.0.weight", (8, 10, 5, 5), (10, 8, 5, 5)),
     "B": ("model_deep_detector_conv_1/kernel", (5, 5, 10, 8), (8, 10, 5, 5)),
@@ -500,7 +606,9 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
-def test_wrong_tensors_are_named_with_what_was_expected(layout: str, tensors, tmp_path: Path) -> None:
+def test_wrong_tensors_are_named_with_what_was_expected(
+    layout: str, tensors, tmp_path: Path
+) -> None:
     name, right, wrong = KERNELS[layout]
     path = tmp_path / "weights"
 
@@ -529,7 +637,15 @@ def test_statistics_are_checked_even_where_they_are_not_used(tensors, tmp_path: 
 
 # ---- patch descriptors
 
-TRUNK = ((32, 1, 3, 3), (32, 32, 3, 3), (64, 32, 3, 3), (64, 64, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3), (128, 128, 8, 8))
+TRUNK = (
+    (32, 1, 3, 3),
+    (32, 32, 3, 3),
+    (64, 32, 3, 3),
+    (64, 64, 3, 3),
+    (128, 64, 3, 3),
+    (128, 128, 3, 3),
+    (128, 128, 8, 8),
+)
 STATISTICS = ("running_mean", "running_var")
 DESCRIPTORS = {"HardNet": HardNet, "SOSNet": SOSNet, "HyNet": HyNet}
 
@@ -542,18 +658,42 @@ def descriptor_shapes(kind: str) -> dict[str, tuple[int, ...]]:
             at = 2 if layer == 1 else 0
             channels = shape[0]
             shapes |= {f"layer{layer}.{at}.weight": shape, f"layer{layer}.{at}.bias": (channels,)}
-            shapes |= {f"layer{layer}.{at + 1}.{name}": (1, channels, 1, 1) for name in ("weight", "bias")}
-            shapes |= {f"layer{layer}.{at + 1}.eps": (1,), f"layer{layer}.{at + 2}.tau": (1, channels, 1, 1)}
-        shapes |= {"layer1.0.weight": (1, 1, 1, 1), "layer1.0.bias": (1, 1, 1, 1), "layer1.0.eps": (1,), "layer1.1.tau": (1, 1, 1, 1)}
-        return shapes | {"layer7.1.weight": TRUNK[6]} | {f"layer7.2.{name}": (128,) for name in STATISTICS}
-    prefix, places = ("features", (0, 3, 6, 9, 12, 15, 19)) if kind == "HardNet" else ("layers", (1, 4, 7, 10, 13, 16, 20))
+            shapes |= {
+                f"layer{layer}.{at + 1}.{name}": (1, channels, 1, 1) for name in ("weight", "bias")
+            }
+            shapes |= {
+                f"layer{layer}.{at + 1}.eps": (1,),
+                f"layer{layer}.{at + 2}.tau": (1, channels, 1, 1),
+            }
+        shapes |= {
+            "layer1.0.weight": (1, 1, 1, 1),
+            "layer1.0.bias": (1, 1, 1, 1),
+            "layer1.0.eps": (1,),
+            "layer1.1.tau": (1, 1, 1, 1),
+        }
+        return (
+            shapes
+            | {"layer7.1.weight": TRUNK[6]}
+            | {f"layer7.2.{name}": (128,) for name in STATISTICS}
+        )
+    prefix, places = (
+        ("features", (0, 3, 6, 9, 12, 15, 19))
+        if kind == "HardNet"
+        else ("layers", (1, 4, 7, 10, 13, 16, 20))
+    )
     for place, shape in zip(places, TRUNK, strict=True):
-        shapes |= {f"{prefix}.{place}.weight": shape} | {f"{prefix}.{place + 1}.{name}": (shape[0],) for name in STATISTICS}
+        shapes |= {f"{prefix}.{place}.weight": shape} | {
+            f"{prefix}.{place + 1}.{name}": (shape[0],) for name in STATISTICS
+        }
     return shapes
 
 
-def descriptor_tensors(kind: str, *, counters: bool = True, seed: int = 11) -> dict[str, torch.Tensor]:
-    """A checkpoint of random numbers of the size that trained ones have; every tensor counts in the result."""
+def descriptor_tensors(
+    kind: str, *, counters: bool = True, seed: int = 11
+) -> dict[str, torch.Tensor]:
+    """A checkpoint of random numbers of the size that trained ones have; every tensor counts in the
+    result.
+    """
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, shape in descriptor_shapes(kind).items():
@@ -575,8 +715,12 @@ def descriptor_tensors(kind: str, *, counters: bool = True, seed: int = 11) -> d
     return made
 
 
-def write_descriptor(kind: str, tensors: dict[str, torch.Tensor], path: Path, *, bare: bool | None = None) -> Path:
-    """As published: HardNet's file is a dictionary of an epoch and a state dict, of the old kind; the others are bare."""
+def write_descriptor(
+    kind: str, tensors: dict[str, torch.Tensor], path: Path, *, bare: bool | None = None
+) -> Path:
+    """As published: HardNet's file is a dictionary of an epoch and a state dict, of the old kind;
+    the others are bare.
+    """
     bare = kind != "HardNet" if bare is None else bare
     content = OrderedDict(tensors) if bare else {"epoch": 10, "state_dict": OrderedDict(tensors)}
     torch.save(content, path, _use_new_zipfile_serialization=kind != "HardNet")
@@ -592,7 +736,12 @@ def random_patches() -> torch.Tensor:
 def real_patches(data_dir: Path) -> torch.Tensor:
     from PIL import Image
 
-    gray = np.asarray(Image.open(sorted((data_dir / "oxford" / "graf").glob("*1.p*"))[0]).convert("L")).astype(np.float32) / 255
+    gray = (
+        np.asarray(
+            Image.open(sorted((data_dir / "oxford" / "graf").glob("*1.p*"))[0]).convert("L")
+        ).astype(np.float32)
+        / 255
+    )
     tiles = torch.from_numpy(gray).unfold(0, 32, 48).unfold(1, 32, 48).reshape(-1, 1, 32, 32)
     return tiles[tiles.flatten(1).std(dim=1) > 0.04]
 
@@ -600,9 +749,17 @@ def real_patches(data_dir: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
 @pytest.mark.parametrize("counters", [True, False])
 @pytest.mark.parametrize("patches_from", ["random", "photograph"])
-def test_descriptor_checkpoints_give_what_kornia_gives(kind, counters, patches_from, request, tmp_path: Path) -> None:
-    feature = pytest.importorskip("kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'")
-    patches = random_patches() if patches_from == "random" else real_patches(request.getfixturevalue("data_dir"))
+def test_descriptor_checkpoints_give_what_kornia_gives(
+    kind, counters, patches_from, request, tmp_path: Path
+) -> None:
+    feature = pytest.importorskip(
+        "kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'"
+    )
+    patches = (
+        random_patches()
+        if patches_from == "random"
+        else real_patches(request.getfixturevalue("data_dir"))
+    )
     assert len(patches) >= 24
     tensors = descriptor_tensors(kind, counters=counters)
     net = load_official(write_descriptor(kind, tensors, tmp_path / "weights.pth"))
@@ -628,12 +785,16 @@ def test_descriptor_checkpoints_arrive_key_by_key_and_go_back(kind, tmp_path: Pa
         assert set(back) == set(tensors)
         for name, value in tensors.items():
             torch.testing.assert_close(back[name], value, rtol=0, atol=0)
-        assert sorted(v.double().sum().item() for v in state.values()) == sorted(v.double().sum().item() for v in tensors.values())
+        assert sorted(v.double().sum().item() for v in state.values()) == sorted(
+            v.double().sum().item() for v in tensors.values()
+        )
 
 
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
 def test_our_untrained_descriptors_run_in_kornia(kind) -> None:
-    feature = pytest.importorskip("kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'")
+    feature = pytest.importorskip(
+        "kornia.feature", reason="kornia is not installed: pip install 'tiepoints[interop]'"
+    )
     net = DESCRIPTORS[kind]().eval()
     other = getattr(feature, kind)(pretrained=False)
     other.load_state_dict(to_official_state_dict(net))
@@ -650,7 +811,11 @@ def test_fused_descriptors_have_no_official_names() -> None:
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
 def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
     tensors = descriptor_tensors(kind)
-    name = {"HardNet": "features.6.weight", "SOSNet": "layers.7.weight", "HyNet": "layer3.0.weight"}[kind]
+    name = {
+        "HardNet": "features.6.weight",
+        "SOSNet": "layers.7.weight",
+        "HyNet": "layer3.0.weight",
+    }[kind]
     path = tmp_path / "weights.pth"
 
     def message(**changed: object) -> str:
@@ -659,9 +824,13 @@ def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
             load_official(write_descriptor(kind, content, path))
         return str(caught.value)
 
-    assert f"{name}: expected shape (64, 32, 3, 3), found (32, 64, 3, 3)" in message(**{name: torch.zeros(32, 64, 3, 3)})
+    assert f"{name}: expected shape (64, 32, 3, 3), found (32, 64, 3, 3)" in message(
+        **{name: torch.zeros(32, 64, 3, 3)}
+    )
     assert f"{name}: expected shape (64, 32, 3, 3), found nothing" in message(**{name: None})
-    assert f"{name}: expected finite numbers" in message(**{name: torch.full((64, 32, 3, 3), math.inf)})
+    assert f"{name}: expected finite numbers" in message(
+        **{name: torch.full((64, 32, 3, 3), math.inf)}
+    )
     assert f"{name}_2: not expected" in message(**{f"{name}_2": torch.zeros(1)})
     statistics = next(n for n in tensors if n.endswith("running_mean"))
     assert f"{statistics}: expected shape" in message(**{statistics: None})
@@ -674,13 +843,27 @@ def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
     [
         ({"features.0.bias": (32,), "features.1.weight": (32,)}, "HardNetPS"),
         ({"features.1.weight": (32,), "features.1.bias": (32,)}, "HardNetPS"),
-        ({"features.22.weight": (512, 256, 8, 8), "components": (512, 128), "mean": (512,)}, "HardNet8"),
+        (
+            {"features.22.weight": (512, 256, 8, 8), "components": (512, 128), "mean": (512,)},
+            "HardNet8",
+        ),
         ({"features.1.weight": (32, 1, 7, 7), "descr.0.weight": (128, 4096)}, "TFeat"),
     ],
 )
 def test_related_networks_are_refused_with_the_reason(added, words, tmp_path: Path) -> None:
-    tensors = descriptor_tensors("HardNet") | {name: torch.zeros(shape) for name, shape in added.items()}
-    with pytest.raises(WeightsError, match=f"{words}.* another network and not supported.*HardNet, SOSNet and HyNet"):
+    tensors = descriptor_tensors("HardNet") | {
+        name: torch.zeros(shape) for name, shape in added.items()
+    }
+    with pytest.raises(
+        WeightsError,
+        match=f"{words}.* another network and not supported.*HardNet, SOSNet and HyNet",
+    ):
         load_official(write_descriptor("HardNet", tensors, tmp_path / "weights.pth"))
     with pytest.raises(WeightsError, match="another network"):
-        load_official(write_descriptor("SOSNet", descriptor_tensors("SOSNet") | {"layers.0.weight": torch.zeros(1)}, tmp_path / "w"))
+        load_official(
+            write_descriptor(
+                "SOSNet",
+                descriptor_tensors("SOSNet") | {"layers.0.weight": torch.zeros(1)},
+                tmp_path / "w",
+            )
+        )

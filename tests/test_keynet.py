@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tiepoints.detectors.keynet import HANDCRAFTED_SETS, KeyNet, handcrafted_channels, pyramid_level_size
+from tiepoints.models.keynet import (
+    HANDCRAFTED_SETS,
+    KeyNet,
+    handcrafted_channels,
+    pyramid_level_size,
+)
 
 
 def seeded(**arguments) -> KeyNet:
@@ -49,7 +54,10 @@ def test_every_argument_changes_the_result(arguments, parameters):
 
 
 def test_merge_changes_the_result():
-    plain, merged = seeded(num_filters=1, num_levels=1, merge=False), seeded(num_filters=1, num_levels=1)
+    plain, merged = (
+        seeded(num_filters=1, num_levels=1, merge=False),
+        seeded(num_filters=1, num_levels=1),
+    )
     assert count(merged) - count(plain) == 26
     with torch.no_grad():
         assert not torch.allclose(plain(picture()), merged(picture()))
@@ -92,7 +100,9 @@ def test_handcrafted_channels_of_known_images():
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(20.0), indexing="ij")
     names = HANDCRAFTED_SETS["both"]
     # 0.5 x^2 + 2 x y: dx = x + 2y, dy = 2x, dxx = 1, dxy = 2, dyy = 0
-    features = torch.cat(handcrafted_channels((0.5 * x**2 + 2 * x * y)[None, None]), dim=1)[0, :, 8, 9]
+    features = torch.cat(handcrafted_channels((0.5 * x**2 + 2 * x * y)[None, None]), dim=1)[
+        0, :, 8, 9
+    ]
     at = dict(zip(names, features.tolist(), strict=True))
     wanted = {"dx": 25, "dy": 18, "dx^2": 625, "dy^2": 324, "dx*dy": 450}
     wanted |= {"dxy": 2, "dxy^2": 4, "dxx": 1, "dyy": 0, "dxx*dyy": 0}
@@ -151,4 +161,6 @@ def test_fused_is_the_same_function(size, make):
             net(picture(24, 24, 4, seed))
     net.eval()
     with torch.no_grad():
-        torch.testing.assert_close(net.fused()(picture(*size)), net(picture(*size)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            net.fused()(picture(*size)), net(picture(*size)), rtol=1e-4, atol=1e-5
+        )

@@ -8,14 +8,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.keypoints import clear_border, detect_peaks, local_maxima, max_filter, refine, round_max_filter, strongest
+from tiepoints.keypoints import (
+    clear_border,
+    detect_peaks,
+    local_maxima,
+    max_filter,
+    refine,
+    round_max_filter,
+    strongest,
+)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bump(height: int, width: int, x0: float, y0: float, sigma: float = 2.0, stretch: float = 1.0, turn: float = 0.0):
+def bump(
+    height: int,
+    width: int,
+    x0: float,
+    y0: float,
+    sigma: float = 2.0,
+    stretch: float = 1.0,
+    turn: float = 0.0,
+):
     y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
     u = (x - x0) * math.cos(turn) + (y - y0) * math.sin(turn)
     v = (y - y0) * math.cos(turn) - (x - x0) * math.sin(turn)
@@ -61,7 +77,9 @@ def test_threshold_is_exclusive():
     assert local_maxima(torch.zeros(1, 1, 9, 9), 3).sum() == 0
 
 
-@pytest.mark.parametrize(("size", "border"), [((9, 12), 0), ((9, 12), 2), ((9, 12), 4), ((9, 12), 5), ((1, 1), 15)])
+@pytest.mark.parametrize(
+    ("size", "border"), [((9, 12), 0), ((9, 12), 2), ((9, 12), 4), ((9, 12), 5), ((1, 1), 15)]
+)
 def test_clear_border(size, border):
     maps = noise(1, 1, *size) + 1
     cleared = clear_border(maps, border)
@@ -89,7 +107,14 @@ def test_slopes_into_the_border_are_no_points():
 
 def test_strongest_first_and_ties_in_reading_order():
     maps = torch.zeros(9, 20)
-    for y, x, value in ((7, 1, 3.0), (1, 8, 2.0), (1, 4, 2.0), (5, 0, 2.0), (3, 3, 5.0), (8, 8, 1.0)):
+    for y, x, value in (
+        (7, 1, 3.0),
+        (1, 8, 2.0),
+        (1, 4, 2.0),
+        (5, 0, 2.0),
+        (3, 3, 5.0),
+        (8, 8, 1.0),
+    ):
         maps[y, x] = value
     xy, score = strongest(maps, maps > 0, 5)
     assert xy.tolist() == [[3, 3], [1, 7], [4, 1], [8, 1], [0, 5]]
@@ -98,7 +123,9 @@ def test_strongest_first_and_ties_in_reading_order():
     assert len(strongest(maps, maps > 0, 0)[0]) == 0
 
 
-@pytest.mark.parametrize("place", [(20.0, 15.0), (20.3, 15.0), (19.8, 15.4), (20.4, 14.6), (3.2, 3.3)])
+@pytest.mark.parametrize(
+    "place", [(20.0, 15.0), (20.3, 15.0), (19.8, 15.4), (20.4, 14.6), (3.2, 3.3)]
+)
 @pytest.mark.parametrize(("stretch", "turn"), [(1.0, 0.0), (1.2, 0.6), (1.2, -0.9)])
 def test_refine_finds_the_top_of_a_gaussian(place, stretch, turn):
     score_map = bump(30, 40, *place, sigma=2.5, stretch=stretch, turn=turn)
@@ -173,12 +200,17 @@ def test_round_filter_is_the_maximum_of_a_disc(window):
         for dx in range(-radius, radius + 1):
             if dx * dx + dy * dy <= (radius + 0.5) ** 2:
                 padded = torch.nn.functional.pad(score, [radius] * 4, value=float("-inf"))
-                slow = torch.maximum(slow, padded[..., radius + dy : radius + dy + 37, radius + dx : radius + dx + 44])
+                slow = torch.maximum(
+                    slow,
+                    padded[..., radius + dy : radius + dy + 37, radius + dx : radius + dx + 44],
+                )
     assert torch.equal(round_max_filter(score, window), slow)
 
 
 def test_a_disc_suppresses_the_same_points_whichever_way_the_map_is_turned():
-    """Pairs of peaks 9 px apart: along the axes both shapes leave the stronger, across the corner the square alone does."""
+    """Pairs of peaks 9 px apart: along the axes both shapes leave the stronger, across the corner
+    the square alone does.
+    """
     score = torch.zeros(1, 1, 60, 60)
     score[0, 0, 20, 20], score[0, 0, 20, 26], score[0, 0, 40, 20], score[0, 0, 46, 26] = 2, 1, 2, 1
     assert local_maxima(score, 15).sum() == 2

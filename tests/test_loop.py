@@ -12,11 +12,19 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from tiepoints.detectors.keynet import KeyNet
 from tiepoints.errors import WeightsError
 from tiepoints.geometry import warp_image
+from tiepoints.models.keynet import KeyNet
 from tiepoints.training import loop
-from tiepoints.training.loop import FitSettings, fit, learning_rate_at, read_checkpoint, save_atomically
+from tiepoints.training.loop import (
+    FitSettings,
+    RunOptions,
+    Task,
+    Trainer,
+    learning_rate_at,
+    read_checkpoint,
+    save_atomically,
+)
 from tiepoints.training.losses import msip_loss
 
 pytest.importorskip("lightning")
@@ -24,7 +32,12 @@ pytest.importorskip("lightning")
 STEPS = 9
 BREAK = 6
 SETTINGS = FitSettings(
-    steps=STEPS, batch_size=2, learning_rate=5e-3, warmup=2, validate_every=3, save_every=0.0, workers=0, average=0.9
+    steps=STEPS,
+    batch_size=2,
+    learning_rate=5e-3,
+    warmup=2,
+    validate_every=3,
+    average=0.9,
 )
 
 
@@ -53,7 +66,12 @@ class Pairs(Dataset):
 
 def pair_loss(net, batch):
     return msip_loss(
-        net(batch["image_a"]), net(batch["image_b"]), batch["H_ab"], windows=(8, 16), weights=(4.0, 1.0), border=6
+        net(batch["image_a"]),
+        net(batch["image_b"]),
+        batch["H_ab"],
+        windows=(8, 16),
+        weights=(4.0, 1.0),
+        border=6,
     )
 
 
@@ -89,14 +107,32 @@ def new_net() -> KeyNet:
     return net
 
 
-def train(checkpoint: Path, settings: FitSettings = SETTINGS, loss=pair_loss, data=Pairs, score=validate, **options):
+def train(
+    checkpoint: Path,
+    settings: FitSettings = SETTINGS,
+    loss=pair_loss,
+    data=Pairs,
+    score=validate,
+    *,
+    resume=False,
+    workers=0,
+    save_every=0.0,
+    identity=None,
+    on_best=None,
+    log_dir=None,
+):
     net = new_net()
-    result = fit(net, data, loss, score, settings, checkpoint, device="cpu", progress=False, **options)
+    task = Task(data, loss, score, identity=identity or {}, on_best=on_best)
+    run = RunOptions("cpu", resume=resume, progress=False, workers=workers, save_every=save_every)
+    result = Trainer(net, task, settings, checkpoint, run, log_dir).fit()
     return net, result
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def without_time(rows):
@@ -116,7 +152,9 @@ def test_it_learns(tmp_path):
         seen.append(numbers["loss"])
         return value, numbers
 
-    settings = replace(SETTINGS, steps=40, batch_size=1, learning_rate=2e-2, average=0.0, validate_every=40)
+    settings = replace(
+        SETTINGS, steps=40, batch_size=1, learning_rate=2e-2, average=0.0, validate_every=40
+    )
     net, result = train(tmp_path / "c", settings, loss, lambda length: Pairs(length, only=1))
     assert len(seen) == result.steps == 40
     assert sum(seen[-3:]) < 0.7 * sum(seen[:3])
@@ -132,7 +170,7 @@ def test_same_seed_same_weights(tmp_path, unbroken):
 
 
 def test_workers_do_not_matter(tmp_path, unbroken):
-    assert same(train(tmp_path / "c", replace(SETTINGS, workers=1))[0], unbroken[0])
+    assert same(train(tmp_path / "c", workers=1)[0], unbroken[0])
 
 
 def test_a_batch_is_made_of_its_own_items(tmp_path):
@@ -201,7 +239,11 @@ def test_resume_of_a_finished_training_returns_it(tmp_path):
     net, first = train(tmp_path / "c")
     again, second = train(tmp_path / "c", resume=True, loss=breaking_loss(0, interrupt))
     assert same(net, again)
-    assert (first.best, first.best_step, first.steps) == (second.best, second.best_step, second.steps)
+    assert (first.best, first.best_step, first.steps) == (
+        second.best,
+        second.best_step,
+        second.steps,
+    )
 
 
 def test_resume_without_checkpoint_starts(tmp_path, unbroken):
@@ -222,7 +264,9 @@ def test_damaged_checkpoint_is_refused(tmp_path, damage):
         torch.save({"weights": torch.zeros(3)}, checkpoint)
     else:
         whole = checkpoint.read_bytes()
-        checkpoint.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n" * 99}[damage])
+        checkpoint.write_bytes(
+            {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello\n" * 99}[damage]
+        )
     before = checkpoint.read_bytes()
     with pytest.raises(WeightsError, match=r"state\.ckpt"):
         train(checkpoint, replace(SETTINGS, steps=1), resume=True)
@@ -230,12 +274,24 @@ def test_damaged_checkpoint_is_refused(tmp_path, damage):
 
 
 def test_other_settings_are_refused(tmp_path):
-    train(tmp_path / "c", replace(SETTINGS, steps=1), extra={"data": "x"})
+    train(tmp_path / "c", replace(SETTINGS, steps=1), identity={"data": "x"})
     with pytest.raises(WeightsError, match=r"learning_rate was 0\.005, now 0\.5"):
-        train(tmp_path / "c", replace(SETTINGS, steps=1, learning_rate=0.5), resume=True, extra={"data": "x"})
+        train(
+            tmp_path / "c",
+            replace(SETTINGS, steps=1, learning_rate=0.5),
+            resume=True,
+            identity={"data": "x"},
+        )
     with pytest.raises(WeightsError, match="data was 'x', now 'y'"):
-        train(tmp_path / "c", replace(SETTINGS, steps=1), resume=True, extra={"data": "y"})
-    train(tmp_path / "c", replace(SETTINGS, steps=1, workers=1, save_every=9), resume=True, extra={"data": "x"})
+        train(tmp_path / "c", replace(SETTINGS, steps=1), resume=True, identity={"data": "y"})
+    train(
+        tmp_path / "c",
+        replace(SETTINGS, steps=1),
+        resume=True,
+        workers=1,
+        save_every=9.0,
+        identity={"data": "x"},
+    )
 
 
 def test_infinite_loss_stops_the_training(tmp_path):
@@ -247,21 +303,23 @@ def test_infinite_loss_stops_the_training(tmp_path):
         train(tmp_path / "c", loss=loss)
 
 
-def test_full_disk_does_not_end_the_training(tmp_path, unbroken, monkeypatch, capsys):
+def test_full_disk_does_not_end_the_training(tmp_path, unbroken, monkeypatch, caplog):
     def full(state, path):
         raise OSError(f"checkpoint {path} could not be written (No space left on device)")
 
     monkeypatch.setattr(loop, "save_atomically", full)
     net, _ = train(tmp_path / "c")
     assert same(net, unbroken[0])
-    assert "No space left on device" in "".join(capsys.readouterr())
+    assert "No space left on device" in caplog.text
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")]
+)
 def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
     path = tmp_path / "state.ckpt"
-    save_atomically({"version": 1, "step": 3}, path)
+    save_atomically({"version": 2, "step": 3}, path)
 
     def full(state, file):
         file.write(b"half")
@@ -269,7 +327,7 @@ def test_failed_write_keeps_the_old_checkpoint(tmp_path, monkeypatch, error):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="could not be written"):
-        save_atomically({"version": 1, "step": 4}, path)
+        save_atomically({"version": 2, "step": 4}, path)
     monkeypatch.undo()
     assert read_checkpoint(path)["step"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["state.ckpt"]
@@ -279,7 +337,9 @@ def test_best_weights_are_kept(tmp_path):
     scores = iter([0.3, 0.8, 0.5])
     kept = []
     net, result = train(
-        tmp_path / "c", score=lambda net: next(scores), on_best=lambda state, facts: kept.append((state, facts))
+        tmp_path / "c",
+        score=lambda net: next(scores),
+        on_best=lambda state, facts: kept.append((state, facts)),
     )
     assert (result.best, result.best_step) == (0.8, 6)
     assert [facts["step"] for _, facts in kept] == [3, 6]
@@ -315,5 +375,6 @@ def test_learning_rate():
 
 @pytest.mark.parametrize("device", ["gpu0", "abc"])
 def test_unknown_device(tmp_path, device):
+    task = Task(Pairs, pair_loss, validate)
     with pytest.raises(ValueError, match="device must be"):
-        fit(new_net(), Pairs, pair_loss, validate, SETTINGS, tmp_path / "c", device=device)
+        Trainer(new_net(), task, SETTINGS, tmp_path / "c", RunOptions(device))

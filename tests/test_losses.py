@@ -1,4 +1,6 @@
-"""Index proposals and the M-SIP loss: numbers by hand, a slow twin, the official outputs, gradients."""
+"""Index proposals and the M-SIP loss: numbers by hand, a slow twin, the official outputs,
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,22 @@ import pytest
 import torch
 
 from tiepoints.training import losses
-from tiepoints.training.losses import border_mask, hard_index, index_proposal, index_proposal_loss, msip_loss
+from tiepoints.training.losses import (
+    border_mask,
+    hard_index,
+    index_proposal,
+    index_proposal_loss,
+    msip_loss,
+)
 
 CASES = ("uniform", "sparse", "large_scores", "identity_same")
 EPS = 1e-6
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.rand(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def smooth_map(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -103,9 +113,13 @@ def test_index_proposal_equals_its_slow_twin(size, window, base):
     for b in range(2):
         for r in range(size[0] // window):
             for c in range(size[1] // window):
-                part = score_map[b, 0, r * window : (r + 1) * window, c * window : (c + 1) * window].numpy()
+                part = score_map[
+                    b, 0, r * window : (r + 1) * window, c * window : (c + 1) * window
+                ].numpy()
                 wanted = slow_proposal(part, base)
-                assert [*index[b, r, c].tolist(), score[b, r, c].item()] == pytest.approx(wanted, rel=1e-9)
+                assert [*index[b, r, c].tolist(), score[b, r, c].item()] == pytest.approx(
+                    wanted, rel=1e-9
+                )
 
 
 def test_softmax_base_sharpens():
@@ -113,7 +127,10 @@ def test_softmax_base_sharpens():
     score_map[0, 0, 2:5, 10:13] = 0.8
     score_map[0, 0, 3, 11] = 1
     target, _ = hard_index(score_map, 16)
-    distances = [(index_proposal(score_map, 16, base=base)[0] - target).norm().item() for base in (1.5, math.e, 1e4)]
+    distances = [
+        (index_proposal(score_map, 16, base=base)[0] - target).norm().item()
+        for base in (1.5, math.e, 1e4)
+    ]
     assert distances[0] > distances[1] > distances[2]
     for base in (1.0, 0.5, float("nan")):
         with pytest.raises(ValueError, match="base"):
@@ -132,7 +149,11 @@ def test_hard_index():
 
 
 def test_huge_and_zero_scores_stay_finite():
-    for score_map in (torch.zeros(1, 1, 16, 16), noise(1, 1, 16, 16) * 1e30, noise(1, 1, 16, 16) * 1e-30):
+    for score_map in (
+        torch.zeros(1, 1, 16, 16),
+        noise(1, 1, 16, 16) * 1e30,
+        noise(1, 1, 16, 16) * 1e-30,
+    ):
         score_map.requires_grad_()
         index, score = index_proposal(score_map, 8)
         index.sum().backward()
@@ -154,9 +175,17 @@ def test_loss_equals_its_slow_twin(weighting, visibility, empty):
     visible = torch.where(visible > 0.5, visible, torch.zeros_like(visible))
     visible[1, 0, 6:12, 6:12] = 0  # one that is not visible
     visible[1, 0, 12:, :6] = 0.9  # one that clearly is
-    options = {"base": base, "weighting": weighting, "visibility": visibility, "empty": empty, "factor": factor}
+    options = {
+        "base": base,
+        "weighting": weighting,
+        "visibility": visibility,
+        "empty": empty,
+        "factor": factor,
+    }
     loss = index_proposal_loss(maps, targets, visible, window, **options)
-    wanted = slow_loss(maps[:, 0].numpy(), targets[:, 0].numpy(), visible[:, 0].numpy(), window, **options)
+    wanted = slow_loss(
+        maps[:, 0].numpy(), targets[:, 0].numpy(), visible[:, 0].numpy(), window, **options
+    )
     assert wanted > 0
     assert loss.item() == pytest.approx(wanted, rel=1e-9)
 
@@ -170,10 +199,14 @@ def test_unknown_options_are_refused(option):
 
 def test_gradients_are_exact():
     score_map = noise(2, 1, 8, 12, dtype=torch.float64).requires_grad_()
-    target, visible = noise(2, 1, 8, 12, seed=1, dtype=torch.float64), noise(2, 1, 8, 12, seed=2, dtype=torch.float64)
+    target, visible = (
+        noise(2, 1, 8, 12, seed=1, dtype=torch.float64),
+        noise(2, 1, 8, 12, seed=2, dtype=torch.float64),
+    )
     assert torch.autograd.gradcheck(lambda m: index_proposal(m, 4, detach_max=False), score_map)
     assert torch.autograd.gradcheck(
-        lambda m: index_proposal_loss(m, target, visible, 4, weighting="none", detach_max=False), score_map
+        lambda m: index_proposal_loss(m, target, visible, 4, weighting="none", detach_max=False),
+        score_map,
     )
 
 
@@ -181,8 +214,14 @@ def test_detached_maximum_changes_the_gradient_alone():
     gradients, values = [], []
     for detach in (True, False):
         score_map = noise(1, 1, 8, 8).requires_grad_()
-        loss = index_proposal_loss(score_map, noise(1, 1, 8, 8, seed=1), torch.ones(1, 1, 8, 8), 8, detach_max=detach,
-                                   weighting="none")  # fmt: skip
+        loss = index_proposal_loss(
+            score_map,
+            noise(1, 1, 8, 8, seed=1),
+            torch.ones(1, 1, 8, 8),
+            8,
+            detach_max=detach,
+            weighting="none",
+        )
         loss.backward()
         gradients.append(score_map.grad)
         values.append(loss.item())
@@ -197,7 +236,9 @@ def test_detached_maximum_changes_the_gradient_alone():
 def test_loss_of_a_pair_is_the_sum_of_its_windows():
     a, b = smooth_map(96, 96), smooth_map(96, 96, 1)
     total, numbers = msip_loss(a, b, shift(3, -2))
-    parts = sum(w * numbers[f"loss_{s}"] for s, w in zip(losses.WINDOWS, losses.WINDOW_WEIGHTS, strict=True))
+    parts = sum(
+        w * numbers[f"loss_{s}"] for s, w in zip(losses.WINDOWS, losses.WINDOW_WEIGHTS, strict=True)
+    )
     assert numbers["loss"] == total.item() == pytest.approx(parts, rel=1e-5)
 
 
@@ -249,7 +290,9 @@ def test_maps_need_not_be_square(size):
     a, b = smooth_map(*size), smooth_map(*size, 1)
     loss, numbers = msip_loss(a, b, shift(2, 1), border=4)
     assert math.isfinite(loss.item())
-    assert min(numbers["loss"], numbers["loss_8"], numbers["loss_16"]) > 0  # a window that is alone weighs 0
+    assert (
+        min(numbers["loss"], numbers["loss_8"], numbers["loss_16"]) > 0
+    )  # a window that is alone weighs 0
     turned, _ = msip_loss(a.mT, b.mT, shift(1, 2), border=4)  # windows at the same places
     assert turned.item() == pytest.approx(loss.item(), rel=1e-4)
 
@@ -270,7 +313,9 @@ def test_maps_need_not_be_square(size):
 )
 def test_every_option_counts(options):
     a, b = smooth_map(96, 96), smooth_map(96, 96, 1)
-    assert msip_loss(a, b, shift(9, 5), **options)[0].item() != pytest.approx(msip_loss(a, b, shift(9, 5))[0].item())
+    assert msip_loss(a, b, shift(9, 5), **options)[0].item() != pytest.approx(
+        msip_loss(a, b, shift(9, 5))[0].item()
+    )
 
 
 def test_wrong_arguments_are_refused():
@@ -311,7 +356,9 @@ def tensorflow(reference_dir):
 
 
 def frames(score_a, score_b, H_ab, window):
-    """What the loss compares: both maps, their warped partners and the common areas, cut to whole windows."""
+    """What the loss compares: both maps, their warped partners and the common areas, cut to whole
+    windows.
+    """
     cut = score_a.shape[-1] // window * window
     mask = border_mask(score_a)
     parts = [t[..., :cut, :cut] for t in (score_a, score_b, mask, mask)]
@@ -344,7 +391,9 @@ def test_rekd_indices(rekd, case, window):
     )
     for side, score_map in (("src", a), ("dst", b)):
         index, score = index_proposal(score_map, window)
-        torch.testing.assert_close(index, gold[f"{side}_soft_index"].permute(0, 2, 3, 1), rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            index, gold[f"{side}_soft_index"].permute(0, 2, 3, 1), rtol=0, atol=1e-3
+        )
         torch.testing.assert_close(score, gold[f"{side}_soft_score"][:, 0], rtol=1e-4, atol=1e-5)
     for used_by, side, warped in (("src", "dst", b_in_a), ("dst", "src", a_in_b)):
         index, peak = hard_index(warped, window)
@@ -355,8 +404,13 @@ def test_rekd_indices(rekd, case, window):
 
 @pytest.mark.parametrize(("name", "weighting"), [("weighted", "softmax"), ("unweighted", "none")])
 def test_tensorflow_loss_and_gradients(tensorflow, rekd, name, weighting):
-    a, b = (tensorflow[f"{side}_score_nhwc"].permute(0, 3, 1, 2).clone().requires_grad_() for side in ("src", "dst"))
-    loss, numbers = msip_loss(a, b, rekd["uniform/h_src_2_dst"], weighting=weighting, empty="ignore")
+    a, b = (
+        tensorflow[f"{side}_score_nhwc"].permute(0, 3, 1, 2).clone().requires_grad_()
+        for side in ("src", "dst")
+    )
+    loss, numbers = msip_loss(
+        a, b, rekd["uniform/h_src_2_dst"], weighting=weighting, empty="ignore"
+    )
     assert loss.item() == pytest.approx(tensorflow[f"{name}/loss_total"].item(), rel=1e-4)
     windows = [numbers[f"loss_{w}"] for w in losses.WINDOWS]
     assert windows == pytest.approx(tensorflow[f"{name}/loss_per_window"].tolist(), rel=1e-4)
@@ -371,4 +425,6 @@ def test_tensorflow_soft_indices(tensorflow, rekd, window):
     in_a, in_b, *_ = frames(a, b, rekd["uniform/h_src_2_dst"], window)
     for side, score_map in (("src", in_a), ("dst", in_b)):
         index, _ = index_proposal(score_map, window)
-        torch.testing.assert_close(index, tensorflow[f"weighted/ws{window}/{side}_indexes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(
+            index, tensorflow[f"weighted/ws{window}/{side}_indexes"], rtol=0, atol=1e-3
+        )

@@ -10,22 +10,34 @@ import torch
 
 from tiepoints import matching
 from tiepoints.errors import WeightsError
-from tiepoints.matching import LightGlueMatcher, keep_common_rotation, keep_common_scale, match
+from tiepoints.matching import LightGlueMatcher, filter_by_rotation, filter_by_scale, match
 from tiepoints.structs import Features, Keypoints, Matches
 
 
-def features(descriptors: torch.Tensor, angle: torch.Tensor | None = None, scale: torch.Tensor | None = None) -> Features:
+def features(
+    descriptors: torch.Tensor, angle: torch.Tensor | None = None, scale: torch.Tensor | None = None
+) -> Features:
     n = len(descriptors)
     points = Keypoints(
-        9 * torch.rand(n, 2), torch.ones(n) if scale is None else scale, torch.zeros(n) if angle is None else angle, torch.ones(n)
+        9 * torch.rand(n, 2),
+        torch.ones(n) if scale is None else scale,
+        torch.zeros(n) if angle is None else angle,
+        torch.ones(n),
     )
     return Features(points, torch.nn.functional.normalize(descriptors, dim=1), (10, 10))
 
 
-def noisy_pair(n_a: int = 40, common: int = 25, extra: int = 20, size: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+def noisy_pair(
+    n_a: int = 40, common: int = 25, extra: int = 20, size: int = 16
+) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(1)
     a = torch.randn(n_a, size, generator=rng)
-    return a, torch.cat([a[:common] + 0.5 * torch.randn(common, size, generator=rng), torch.randn(extra, size, generator=rng)])
+    return a, torch.cat(
+        [
+            a[:common] + 0.5 * torch.randn(common, size, generator=rng),
+            torch.randn(extra, size, generator=rng),
+        ]
+    )
 
 
 def pairs(matches: Matches) -> list[tuple[int, int]]:
@@ -35,7 +47,9 @@ def pairs(matches: Matches) -> list[tuple[int, int]]:
 # ---- nearest neighbours
 
 
-def slow_match(a: torch.Tensor, b: torch.Tensor, mutual: bool, ratio: float | None) -> list[tuple[int, int]]:
+def slow_match(
+    a: torch.Tensor, b: torch.Tensor, mutual: bool, ratio: float | None
+) -> list[tuple[int, int]]:
     def distances(row: torch.Tensor, others: torch.Tensor) -> list[float]:
         return [math.sqrt(max(0.0, 2 - 2 * float(row @ other))) for other in others]
 
@@ -93,8 +107,18 @@ def test_equals_kornia(ratio):
 
 def test_empty_sides_and_a_single_candidate():
     some, none = features(torch.randn(3, 8)), features(torch.zeros(0, 8))
-    for options in ({}, {"ratio": 0.8}, {"mutual": False}, {"rotation_tolerance": 0.5, "scale_tolerance": 2.0}):
-        assert len(match(some, none, **options)) == len(match(none, some, **options)) == len(match(none, none, **options)) == 0
+    for options in (
+        {},
+        {"ratio": 0.8},
+        {"mutual": False},
+        {"rotation_tolerance": 0.5, "scale_tolerance": 2.0},
+    ):
+        assert (
+            len(match(some, none, **options))
+            == len(match(none, some, **options))
+            == len(match(none, none, **options))
+            == 0
+        )
     assert match(none, none).index.shape == (0, 2)
     assert pairs(match(some[:1], some[:1], ratio=0.5)) == [(0, 0)]
 
@@ -130,14 +154,20 @@ def test_score_is_the_cosine_and_has_a_floor():
     cosine = (a.descriptors[found.index[:, 0]] * b.descriptors[found.index[:, 1]]).sum(dim=1)
     torch.testing.assert_close(found.score, cosine)
     floor = float(found.score.median())
-    assert pairs(match(a, b, min_similarity=floor)) == [p for p, s in zip(pairs(found), found.score, strict=True) if s >= floor]
+    assert pairs(match(a, b, min_similarity=floor)) == [
+        p for p, s in zip(pairs(found), found.score, strict=True) if s >= floor
+    ]
 
 
 def test_never_more_than_a_tile_of_the_matrix(monkeypatch):
     monkeypatch.setattr(matching, "BLOCK", 64)
     sizes = []
     plain = matching._two_largest
-    monkeypatch.setattr(matching, "_two_largest", lambda values, dim: (sizes.append(values.numel()), plain(values, dim))[1])
+    monkeypatch.setattr(
+        matching,
+        "_two_largest",
+        lambda values, dim: (sizes.append(values.numel()), plain(values, dim))[1],
+    )
     a = features(torch.randn(300, 8))
     assert pairs(match(a, a)) == [(i, i) for i in range(300)]
     assert max(sizes) == 64 * 64
@@ -184,8 +214,12 @@ def test_wrong_features_and_options_are_refused():
 # ---- common rotation and scale
 
 
-def slow_rotation(angle_a: list[float], angle_b: list[float], index: list[list[int]], tolerance: float = 30.0) -> list[int]:
-    """REKD's filter, read from its rule: degrees, the most frequent rounded difference, those near it on the circle."""
+def slow_rotation(
+    angle_a: list[float], angle_b: list[float], index: list[list[int]], tolerance: float = 30.0
+) -> list[int]:
+    """REKD's filter, read from its rule: degrees, the most frequent rounded difference, those near
+    it on the circle.
+    """
     turns = [(math.degrees(angle_b[j]) - math.degrees(angle_a[i])) % 360 for i, j in index]
     rounded = [round(t) % 360 for t in turns]
     votes = {r: rounded.count(r) for r in rounded}  # in the order met
@@ -196,7 +230,10 @@ def slow_rotation(angle_a: list[float], angle_b: list[float], index: list[list[i
 
 def all_matches(n: int) -> Matches:
     rng = torch.Generator().manual_seed(5)
-    return Matches(torch.stack([torch.arange(n), torch.randperm(n, generator=rng)], dim=1), torch.rand(n, generator=rng))
+    return Matches(
+        torch.stack([torch.arange(n), torch.randperm(n, generator=rng)], dim=1),
+        torch.rand(n, generator=rng),
+    )
 
 
 @pytest.mark.parametrize("turn", [0, 10, 90, 180, 350])
@@ -210,9 +247,14 @@ def test_rotation_equals_the_slow_twin(turn, step):
     angle_b[matches.index[:, 1]] = angle_a + turn + step * torch.randint(-1, 2, (n,), generator=rng)
     wrong = matches.index[70:, 1]
     angle_b[wrong] = torch.randint(0, int(360 / step), (len(wrong),), generator=rng) * step
-    a, b = (features(torch.ones(n, 2), angle=torch.deg2rad(t).remainder(2 * math.pi)) for t in (angle_a, angle_b))
-    kept = keep_common_rotation(a, b, matches)
-    expected = slow_rotation(a.angle.double().tolist(), b.angle.double().tolist(), matches.index.tolist())
+    a, b = (
+        features(torch.ones(n, 2), angle=torch.deg2rad(t).remainder(2 * math.pi))
+        for t in (angle_a, angle_b)
+    )
+    kept = filter_by_rotation(a, b, matches)
+    expected = slow_rotation(
+        a.angle.double().tolist(), b.angle.double().tolist(), matches.index.tolist()
+    )
     assert kept.index.tolist() == matches.index[expected].tolist()
     torch.testing.assert_close(kept.score, matches.score[expected])
     assert set(range(70)) <= set(expected)
@@ -223,12 +265,19 @@ def test_rotation_limit_is_kept_ties_take_the_first_met_and_no_angles_change_not
     index = torch.arange(5)[:, None].expand(5, 2)
     zero, matches = torch.zeros(5), Matches(index.contiguous(), torch.ones(5))
     a = features(torch.ones(5, 2), angle=zero)
-    b = features(torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([350.0, 350.0, 20.0, 320.0, 21.0])))
-    assert keep_common_rotation(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
-    b = features(torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([100.0, 7.0, 7.0, 100.0, 200.0])))
-    assert keep_common_rotation(a, b, matches).index[:, 0].tolist() == [0, 3]
-    assert len(keep_common_rotation(a, a, matches)) == 5
-    assert len(keep_common_rotation(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)))) == 0
+    b = features(
+        torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([350.0, 350.0, 20.0, 320.0, 21.0]))
+    )
+    assert filter_by_rotation(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
+    b = features(
+        torch.ones(5, 2), angle=torch.deg2rad(torch.tensor([100.0, 7.0, 7.0, 100.0, 200.0]))
+    )
+    assert filter_by_rotation(a, b, matches).index[:, 0].tolist() == [0, 3]
+    assert len(filter_by_rotation(a, a, matches)) == 5
+    assert (
+        len(filter_by_rotation(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))))
+        == 0
+    )
 
 
 def test_scale_keeps_the_common_zoom():
@@ -238,12 +287,15 @@ def test_scale_keeps_the_common_zoom():
     scale_b = torch.empty(6)
     scale_b[matches.index[:, 1]] = scale_a * zoom
     a, b = features(torch.ones(6, 2), scale=scale_a), features(torch.ones(6, 2), scale=scale_b)
-    assert keep_common_scale(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
-    assert keep_common_scale(a, b, matches, 1.3).index[:, 0].tolist() == [0, 1, 2]
-    assert keep_common_scale(a, b, matches, 8.0).index[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert filter_by_scale(a, b, matches).index[:, 0].tolist() == [0, 1, 2, 3]
+    assert filter_by_scale(a, b, matches, 1.3).index[:, 0].tolist() == [0, 1, 2]
+    assert filter_by_scale(a, b, matches, 8.0).index[:, 0].tolist() == [0, 1, 2, 3, 4]
     nothing = features(torch.ones(6, 2), scale=torch.zeros(6))
-    assert len(keep_common_scale(nothing, b, matches)) == 0
-    assert len(keep_common_scale(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0)))) == 0
+    assert len(filter_by_scale(nothing, b, matches)) == 0
+    assert (
+        len(filter_by_scale(a, b, Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))))
+        == 0
+    )
 
 
 def test_match_votes_over_its_matches():
@@ -263,17 +315,30 @@ def test_match_votes_over_its_matches():
 
 
 def test_a_matcher_takes_the_place_of_nearest_neighbours():
-    a, b = features(torch.randn(3, 8)), features(torch.randn(4, 8), angle=torch.tensor([0.0, 0, 2, 0]))
+    a, b = (
+        features(torch.randn(3, 8)),
+        features(torch.randn(4, 8), angle=torch.tensor([0.0, 0, 2, 0])),
+    )
     found = Matches(torch.tensor([[2, 3], [0, 1], [1, 2]]), torch.tensor([0.2, 0.9, 0.5]))
     assert match(a, b, matcher=lambda x, y: found) is found
-    assert pairs(match(a, b, matcher=lambda x, y: found, rotation_tolerance=0.5)) == [(2, 3), (0, 1)]
+    assert pairs(match(a, b, matcher=lambda x, y: found, rotation_tolerance=0.5)) == [
+        (2, 3),
+        (0, 1),
+    ]
     plain = Features(a.keypoints, None, (10, 10))
-    assert match(plain, b, matcher=lambda x, y: found) is found  # whether it needs descriptors is its own affair
+    assert (
+        match(plain, b, matcher=lambda x, y: found) is found
+    )  # whether it needs descriptors is its own affair
 
     def never(x, y):
         raise AssertionError("called without points")
 
-    assert len(match(a[:0], b, matcher=never)) == len(match(a, b[:0], matcher=never)) == len(match(plain[:0], b, matcher=never)) == 0
+    assert (
+        len(match(a[:0], b, matcher=never))
+        == len(match(a, b[:0], matcher=never))
+        == len(match(plain[:0], b, matcher=never))
+        == 0
+    )
 
 
 def test_wrong_matchers_are_refused():
@@ -285,7 +350,9 @@ def test_wrong_matchers_are_refused():
         match(a, a, matcher=lambda x, y: [(0, 0)])
     for index in ([[0, 3]], [[-1, 0]]):
         with pytest.raises(ValueError, match="do not exist"):
-            match(a, a, matcher=lambda x, y, index=index: Matches(torch.tensor(index), torch.ones(1)))
+            match(
+                a, a, matcher=lambda x, y, index=index: Matches(torch.tensor(index), torch.ones(1))
+            )
 
 
 SMALL = {"n_layers": 2, "filter_threshold": 0.0, "depth_confidence": -1, "width_confidence": -1}
@@ -295,7 +362,11 @@ LIGHTGLUES = ("disk", "sift", "doghardnet", "keynet_affnet_hardnet")
 def random_lightglue(name: str, seed: int = 0, **options) -> torch.nn.Module:
     kornia = pytest.importorskip("kornia.feature")
     torch.manual_seed(seed)
-    conf = {k: v for k, v in kornia.LightGlue.features[name].items() if k != "weights"} | SMALL | options
+    conf = (
+        {k: v for k, v in kornia.LightGlue.features[name].items() if k != "weights"}
+        | SMALL
+        | options
+    )
     return kornia.LightGlue(None, **conf).eval()
 
 
@@ -315,9 +386,17 @@ def test_lightglue_is_given_what_kornia_gives_it(name, monkeypatch):
     net = random_lightglue(name)
     monkeypatch.setattr(integrated, "LightGlue", lambda *_, **__: net)
     a, b = scene(60, (640, 480), 0), scene(50, (300, 500), 1)
-    a.xy.clamp_(min=0), b.xy.clamp_(min=0)  # kornia refuses points outside the outermost pixel centres
+    (
+        a.xy.clamp_(min=0),
+        b.xy.clamp_(min=0),
+    )  # kornia refuses points outside the outermost pixel centres
     score, index = integrated.LightGlueMatcher(name)(
-        a.descriptors, b.descriptors, to_laf(a.keypoints), to_laf(b.keypoints), a.image_size[::-1], b.image_size[::-1]
+        a.descriptors,
+        b.descriptors,
+        to_laf(a.keypoints),
+        to_laf(b.keypoints),
+        a.image_size[::-1],
+        b.image_size[::-1],
     )
     found = match(a, b, matcher=LightGlueMatcher(net))
     assert len(found) > 5
@@ -360,12 +439,19 @@ def test_lightglue_runs_on_features_of_an_image():
     from tiepoints.extract import build
 
     rng = torch.Generator().manual_seed(0)
-    image = torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40, generator=rng), scale_factor=6, mode="bicubic").clamp(0, 1)
-    extractor = build("keynet", "rootsift", num_points=100, device="cpu")
+    image = torch.nn.functional.interpolate(
+        torch.rand(1, 1, 30, 40, generator=rng), scale_factor=6, mode="bicubic"
+    ).clamp(0, 1)
+    extractor = build("keynet", "rootsift", num_keypoints=100, device="cpu")
     a = extractor.extract(image)
     b = extractor.extract(image.flip(-1))
     assert len(a) > 20
-    found = match(a, b, matcher=LightGlueMatcher(random_lightglue("keynet_affnet_hardnet")), rotation_tolerance=1.0)
+    found = match(
+        a,
+        b,
+        matcher=LightGlueMatcher(random_lightglue("keynet_affnet_hardnet")),
+        rotation_tolerance=1.0,
+    )
     assert 0 < len(found) <= min(len(a), len(b))
     assert 0 <= float(found.score.min()) <= float(found.score.max()) <= 1
 
@@ -379,7 +465,9 @@ def test_lightglue_takes_your_copy_of_the_weights(suffix, tmp_path, monkeypatch)
     state = {}
     for key, value in net.state_dict().items():  # as published
         parts = key.split(".")
-        state[".".join([parts[2], parts[1], *parts[3:]] if parts[0] == "transformers" else parts)] = value.contiguous()
+        state[
+            ".".join([parts[2], parts[1], *parts[3:]] if parts[0] == "transformers" else parts)
+        ] = value.contiguous()
     del state["confidence_thresholds"]
     weights = state
     if suffix is not None:
@@ -404,7 +492,9 @@ def test_lightglue_refuses_wrong_arguments(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"none\.pth"):
         LightGlueMatcher("disk", weights=tmp_path / "none.pth", **SMALL)
     with pytest.raises(WeightsError, match="disk"):
-        LightGlueMatcher("disk", weights={k: v for k, v in state.items() if "posenc" not in k}, **SMALL)
+        LightGlueMatcher(
+            "disk", weights={k: v for k, v in state.items() if "posenc" not in k}, **SMALL
+        )
     with pytest.raises(WeightsError, match="disk"):
         LightGlueMatcher("disk", weights=random_lightglue("sift").state_dict(), **SMALL)
     monkeypatch.setitem(sys.modules, "kornia", None)

@@ -1,4 +1,6 @@
-"""OpenCV's detectors and our SURF: positions and scales of drawn blobs and corners, descriptors, odd images, missing parts."""
+"""OpenCV's detectors and our SURF: positions and scales of drawn blobs and corners, descriptors,
+odd images, missing parts.
+"""
 
 import math
 import sys
@@ -7,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tiepoints.detectors import surf as surf_module
-from tiepoints.detectors.opencv import MIN_SIDE, OPENCV_SYSTEMS, opencv_detect
-from tiepoints.detectors.surf import hessian, surf
+from tiepoints.evaluation.baselines import surf as surf_module
+from tiepoints.evaluation.baselines.opencv import MIN_SIDE, OPENCV_SYSTEMS, opencv_detect
+from tiepoints.evaluation.baselines.surf import hessian, surf
 from tiepoints.evaluation.systems import Options, system
 
 cv2 = pytest.importorskip("cv2")
@@ -30,7 +32,9 @@ def squares() -> np.ndarray:
     image = np.full((200, 240), 40, np.uint8)
     image[60:101, 50:91] = 200  # corner pixels (50, 60) .. (90, 100)
     image[120:161, 140:201] = 220
-    return cv2.GaussianBlur(image, (0, 0), 1.0)  # FAST finds nothing where neighbours score the same
+    return cv2.GaussianBlur(
+        image, (0, 0), 1.0
+    )  # FAST finds nothing where neighbours score the same
 
 
 CORNERS = ((50, 60), (90, 60), (50, 100), (90, 100), (140, 120), (200, 120), (140, 160), (200, 160))
@@ -65,7 +69,9 @@ def test_shapes_order_and_unit_descriptors(name):
     assert torch.equal(stronger.xy, points.xy[:20])
 
 
-@pytest.mark.parametrize(("name", "shift"), [("sift", 0.25), ("surf", 0.0), ("mser", 0.0), ("kaze", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "shift"), [("sift", 0.25), ("surf", 0.0), ("mser", 0.0), ("kaze", 0.0)]
+)
 def test_blobs_are_found_where_they_are_drawn(name, shift):
     points = opencv_detect(name, blobs(), 500)[0]
     for x, y, _ in BLOBS:
@@ -102,7 +108,10 @@ def test_mser_order_is_random_but_repeatable():
 @pytest.mark.parametrize("name", OPENCV_SYSTEMS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (MIN_SIDE, MIN_SIDE), (9, 31), (64, 64)])
 def test_tiny_and_flat_images(name, shape):
-    for gray in (np.full(shape, 90, np.uint8), np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)):
+    for gray in (
+        np.full(shape, 90, np.uint8),
+        np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
+    ):
         points, rows = opencv_detect(name, gray, 50)
         assert len(points) == 0 or (min(shape) >= MIN_SIDE and gray.min() < gray.max())
         if name in LENGTHS:
@@ -114,7 +123,7 @@ def test_wrong_arguments_are_named():
         opencv_detect("nonsense", texture())
     with pytest.raises(ValueError, match="uint8"):
         opencv_detect("sift", texture().astype(np.float32))
-    with pytest.raises(ValueError, match="num_points"):
+    with pytest.raises(ValueError, match="num_keypoints"):
         opencv_detect("sift", texture(), 0)
 
 
@@ -129,10 +138,13 @@ def test_missing_opencv_and_missing_contrib_name_the_extra(monkeypatch):
 
 
 def test_as_a_system_of_the_evaluation():
-    found = system("akaze", Options(num_points=30))(texture())
+    found = system("akaze", Options(num_keypoints=30))(texture())
     assert found.image_size == (256, 192)
     assert found.descriptors.shape == (len(found), 488)
-    assert system("fast+rootsift", Options(num_points=30))(texture()).descriptors.shape == (30, 128)
+    assert system("fast+rootsift", Options(num_keypoints=30))(texture()).descriptors.shape == (
+        30,
+        128,
+    )
 
 
 # ---- SURF
@@ -162,9 +174,13 @@ def test_surf_hessian_is_the_sum_over_boxes():
 
 
 def test_surf_turns_with_the_image():
-    gray = torch.from_numpy(texture())[:185, :249] / 255  # turned, the samples of coarse octaves fall on the same pixels
+    gray = (
+        torch.from_numpy(texture())[:185, :249] / 255
+    )  # turned, the samples of coarse octaves fall on the same pixels
     a, rows_a = surf(gray, 40)
-    b, rows_b = surf(torch.rot90(gray, -1), 40)  # a quarter turn clockwise: (x, y) -> (h - 1 - y, x)
+    b, rows_b = surf(
+        torch.rot90(gray, -1), 40
+    )  # a quarter turn clockwise: (x, y) -> (h - 1 - y, x)
     turned = torch.stack([gray.shape[0] - 1 - a.xy[:, 1], a.xy[:, 0]], dim=1)
     distance, index = torch.cdist(turned, b.xy).min(dim=1)
     same = distance < 0.01

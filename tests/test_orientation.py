@@ -1,4 +1,6 @@
-"""Angles of points: they turn with the image, whoever measures them; descriptors follow or stay upright."""
+"""Angles of points: they turn with the image, whoever measures them; descriptors follow or stay
+upright.
+"""
 
 import math
 
@@ -6,18 +8,20 @@ import pytest
 import torch
 
 from tiepoints import build, match
-from tiepoints.detectors.rekd import REKD
-from tiepoints.evaluation.metrics import orientation_errors, repeated_points
 from tiepoints.evaluation.sweeps import rotated, sweep
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.filters import gaussian_blur
+from tiepoints.metrics.repeatability import orientation_errors, repeated_points
+from tiepoints.models.rekd import REKD
 from tiepoints.orientation import DominantOrientation, angle_at, dominant_angle
 from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Keypoints
 
 
 def scene(height: int = 120, width: int = 150) -> torch.Tensor:
-    image = gaussian_blur(torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(5)), 2.0)
+    image = gaussian_blur(
+        torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(5)), 2.0
+    )
     return (image - image.min()) / (image.max() - image.min())
 
 
@@ -43,13 +47,15 @@ def test_angle_at_takes_the_nearest_pixel_and_stays_inside():
 def test_key_nets_points_get_angles_that_turn_with_the_image(orientation, turn):
     image = scene()
     moved, H = rotated(image, turn)
-    extract = build("keynet", None, orientation=orientation, num_points=200, device="cpu").extract
+    extract = build(
+        "keynet", None, orientation=orientation, num_keypoints=200, device="cpu"
+    ).extract
     a, b = extract(image), extract(moved)
     i, j = repeated_points(a.xy, b.xy, H, image.shape[-2:], moved.shape[-2:])
     assert len(i) > 15
     errors = orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
     assert errors.median() < (5 if turn == 90 else 30)  # noise has few corners; chance is 90
-    plain = build("keynet", None, num_points=200, device="cpu").extract(image)
+    plain = build("keynet", None, num_keypoints=200, device="cpu").extract(image)
     assert not plain.angle.any()
     assert torch.equal(plain.xy, a.xy)  # the points are the same
 
@@ -59,7 +65,9 @@ def test_patches_turn_with_the_angles_unless_upright():
     moved, H = rotated(image, 90)
     right = {}
     for name, options in {"turned": {}, "upright": {"upright": True}}.items():
-        extract = build("keynet", "rootsift", orientation="dominant", num_points=200, device="cpu", **options).extract
+        extract = build(
+            "keynet", "rootsift", orientation="dominant", num_keypoints=200, device="cpu", **options
+        ).extract
         a, b = extract(image), extract(moved)
         found = match(a, b).index
         mapped = torch.cat([a.xy[found[:, 0]].double(), torch.ones(len(found), 1)], dim=1) @ H.T
@@ -71,8 +79,10 @@ def test_patches_turn_with_the_angles_unless_upright():
 def test_rekd_measures_angles_itself_and_none_takes_them_away():
     torch.manual_seed(0)
     net = REKD(group=8).eval()
-    own = build(net, None, single_scale=True, num_points=50, device="cpu").extract(scene())
-    none = build(net, None, orientation="none", single_scale=True, num_points=50, device="cpu").extract(scene())
+    own = build(net, None, single_scale=True, num_keypoints=50, device="cpu").extract(scene())
+    none = build(
+        net, None, orientation="none", single_scale=True, num_keypoints=50, device="cpu"
+    ).extract(scene())
     assert own.angle.any()
     assert not none.angle.any()
     assert torch.equal(own.xy, none.xy)
@@ -81,7 +91,12 @@ def test_rekd_measures_angles_itself_and_none_takes_them_away():
 def test_batches_and_no_points():
     image = torch.cat([scene(), scene().flip(-1)])
     pyramid = build_pyramid(image)
-    points = Keypoints(torch.tensor([[60.0, 50.0], [30.0, 80.0]]), torch.tensor([1.0, 3.0]), torch.zeros(2), torch.ones(2))
+    points = Keypoints(
+        torch.tensor([[60.0, 50.0], [30.0, 80.0]]),
+        torch.tensor([1.0, 3.0]),
+        torch.zeros(2),
+        torch.ones(2),
+    )
     orient = DominantOrientation()
     assert not torch.allclose(orient(pyramid, points, 0), orient(pyramid, points, 1))
     assert orient(pyramid, points[:0], 0).shape == (0,)
@@ -90,13 +105,21 @@ def test_batches_and_no_points():
 
 
 def test_sweeps_tell_the_error_of_the_turn_and_hand_over_no_pixel_unchanged():
-    turned = sweep(system("keynet@dominant+none", Options(200, True)), scene(), "rotation", (0, 90, 40), shift=0.5)
+    turned = sweep(
+        system("keynet@dominant+none", Options(200, True)),
+        scene(),
+        "rotation",
+        (0, 90, 40),
+        shift=0.5,
+    )
     assert [row["value"] for row in turned] == [0, 90, 40]
     for row in turned:
         assert row["metrics"]["turn.median"] < 20
         assert 0.4 < row["metrics"]["turn.right"] <= 1
         assert row["metrics"]["mutual.rep@3"] < 1
-    plain = sweep(system("keynet+none", Options(200, True)), scene(), "rotation", (0,))[0]["metrics"]
+    plain = sweep(system("keynet+none", Options(200, True)), scene(), "rotation", (0,))[0][
+        "metrics"
+    ]
     assert plain["mutual.rep@3"] == 1
     assert "turn.median" not in plain
     with pytest.raises(ValueError, match="after @ stands"):

@@ -1,4 +1,6 @@
-"""The dense orientation loss: published numbers, a slow twin, turns of every kind; the errors that the evaluation counts."""
+"""The dense orientation loss: published numbers, a slow twin, turns of every kind; the errors that
+the evaluation counts.
+"""
 
 import math
 
@@ -6,25 +8,35 @@ import numpy as np
 import pytest
 import torch
 
-from tiepoints.evaluation.metrics import mutual_matches, orientation_errors, repeated_points
 from tiepoints.geometry import local_rotation, pixel_grid
+from tiepoints.metrics.repeatability import mutual_matches, orientation_errors, repeated_points
 from tiepoints.training.losses import orientation_loss, shift_bins
 
 
 def turn_about_centre(degrees: float, size: int) -> torch.Tensor:
     """(1,3,3), clockwise as seen."""
     c, s, m = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), (size - 1) / 2
-    return torch.tensor([[[c, -s, m - c * m + s * m], [s, c, m - s * m - c * m], [0, 0, 1]]], dtype=torch.float64)
+    return torch.tensor(
+        [[[c, -s, m - c * m + s * m], [s, c, m - s * m - c * m], [0, 0, 1]]], dtype=torch.float64
+    )
 
 
 def histograms(n: int, size: int = 15, seed: int = 0) -> torch.Tensor:
-    return torch.randn(1, n, size, size, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(dim=1)
+    return (
+        torch.randn(1, n, size, size, generator=torch.Generator().manual_seed(seed))
+        .mul(2)
+        .softmax(dim=1)
+    )
 
 
 @pytest.mark.parametrize("n", [36, 16])
 def test_published_losses_and_gradients(reference_dir, n):
     with np.load(reference_dir / "loss_goldens.npz") as file:
-        golden = {key.split("/")[1]: torch.from_numpy(np.asarray(file[key])) for key in file.files if key.startswith(f"ori_g{n}/")}
+        golden = {
+            key.split("/")[1]: torch.from_numpy(np.asarray(file[key]))
+            for key in file.files
+            if key.startswith(f"ori_g{n}/")
+        }
     a, b = (golden[key].clone().requires_grad_() for key in ("src", "dst"))
     H_ab = torch.linalg.inv(golden["h_dst_2_src"].double())
     loss, _ = orientation_loss(a, b, H_ab, bins=golden["shift_bins"].float().view(-1, 1, 1, 1))
@@ -52,17 +64,23 @@ def test_slow_twin_with_parts_of_bins():
             if not (0.001 <= u <= size - 1.001 and 0.001 <= v <= size - 1.001):
                 continue
             i, j, p, q = int(u), int(v), u - int(u), v - int(v)
-            above, below = (b[0, :, row, i] * (1 - p) + b[0, :, row, i + 1] * p for row in (j, j + 1))
+            above, below = (
+                b[0, :, row, i] * (1 - p) + b[0, :, row, i + 1] * p for row in (j, j + 1)
+            )
             seen = above * (1 - q) + below * q
             for k in range(n):
                 low = math.floor(d)
-                expected = (1 - (d - low)) * a[0, (k - low) % n, y, x] + (d - low) * a[0, (k - low - 1) % n, y, x]
+                expected = (1 - (d - low)) * a[0, (k - low) % n, y, x] + (d - low) * a[
+                    0, (k - low - 1) % n, y, x
+                ]
                 total -= float(expected * torch.log(seen[k] + 1e-7))
             count += 1
     assert back.isfinite().all()
     whole, _ = orientation_loss(a, b, H_ab, border=2, mask_a=torch.ones(1, 1, size, size))
     assert whole.item() == pytest.approx(total / count, rel=1e-4)
-    assert loss.item() == pytest.approx(whole.item(), rel=0.05)  # without a mask the half covered edge counts too
+    assert loss.item() == pytest.approx(
+        whole.item(), rel=0.05
+    )  # without a mask the half covered edge counts too
 
 
 @pytest.mark.parametrize("degrees", [0, 45, 90, -135, 180, 17])
@@ -72,7 +90,9 @@ def test_histograms_that_turned_along_agree_best(degrees):
     H_ab = turn_about_centre(degrees, size)  # clockwise
     bins = torch.arange(n)
     peak = 5 * torch.cos((bins - 4) * 2 * math.pi / n)
-    moved = 5 * torch.cos((bins - 4 + degrees * n / 360) * 2 * math.pi / n)  # bins count counter-clockwise
+    moved = 5 * torch.cos(
+        (bins - 4 + degrees * n / 360) * 2 * math.pi / n
+    )  # bins count counter-clockwise
     a = peak.softmax(0).view(1, n, 1, 1).expand(1, n, size, size)
     b = moved.softmax(0).view(1, n, 1, 1).expand(1, n, size, size)
     right, numbers = orientation_loss(a, b, H_ab)
@@ -85,7 +105,9 @@ def test_histograms_that_turned_along_agree_best(degrees):
 def test_shift_of_parts_of_a_bin_is_between_its_neighbours():
     h = histograms(7, 3)
     for whole in (0, 2, -3):
-        torch.testing.assert_close(shift_bins(h, torch.full((1, 1, 1, 1), float(whole))), h.roll(whole, 1))
+        torch.testing.assert_close(
+            shift_bins(h, torch.full((1, 1, 1, 1), float(whole))), h.roll(whole, 1)
+        )
     half = shift_bins(h, torch.full((1, 1, 3, 3), 1.5))
     torch.testing.assert_close(half, (h.roll(1, 1) + h.roll(2, 1)) / 2)
     torch.testing.assert_close(half.sum(dim=1), torch.ones(1, 3, 3))
@@ -108,7 +130,10 @@ def test_local_rotation_of_a_tilted_plane_by_differences():
         q = torch.cat([p, torch.ones(len(p), 1, dtype=p.dtype)], dim=1) @ H.T
         return q[:, :2] / q[:, 2:]
 
-    dx, dy = ((warp(xy + step) - warp(xy - step)) / 2e-4 for step in (torch.tensor([1e-4, 0]), torch.tensor([0, 1e-4])))
+    dx, dy = (
+        (warp(xy + step) - warp(xy - step)) / 2e-4
+        for step in (torch.tensor([1e-4, 0]), torch.tensor([0, 1e-4]))
+    )
     expected = torch.atan2(dx[:, 1] - dy[:, 0], dx[:, 0] + dy[:, 1])
     torch.testing.assert_close(local_rotation(xy, H), expected, atol=1e-6, rtol=0)
 
@@ -122,9 +147,13 @@ def test_orientation_errors_and_repeated_points():
     assert len(i) == mutual_matches(xy_a, xy_b.flip(0), H, (200, 200), (200, 200))[0]
     assert (j == 59 - i).all()
     angle_a = torch.linspace(0, 6, 60)
-    angle_b = (angle_a + math.radians(50 - 360) + torch.tensor([0.1, -0.2]).repeat(30)).remainder(2 * math.pi)
+    angle_b = (angle_a + math.radians(50 - 360) + torch.tensor([0.1, -0.2]).repeat(30)).remainder(
+        2 * math.pi
+    )
     errors = orientation_errors(xy_a, angle_a, angle_b, H)
-    torch.testing.assert_close(errors, torch.rad2deg(torch.tensor([0.1, 0.2]).repeat(30)).double(), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        errors, torch.rad2deg(torch.tensor([0.1, 0.2]).repeat(30)).double(), atol=1e-3, rtol=0
+    )
 
 
 def test_mirrored_pairs_are_refused():

@@ -1,4 +1,6 @@
-"""Patch pairs from photographs: alike where they must be, seeded, and refused where there is nothing to see."""
+"""Patch pairs from photographs: alike where they must be, seeded, and refused where there is
+nothing to see.
+"""
 
 import dataclasses
 
@@ -7,22 +9,27 @@ import pytest
 import torch
 from PIL import Image
 
+from tiepoints.datasets.patch_pairs import PatchPairs, PatchSettings, local_scale, turn_alike
+from tiepoints.datasets.synthetic import PRESETS
 from tiepoints.errors import DataError
 from tiepoints.geometry import warp_points
 from tiepoints.keypoints import detect_peaks
 from tiepoints.structs import Keypoints
-from tiepoints.training.patchdata import (
-    PatchPairs,
-    PatchSettings,
-    local_scale,
-    matching_checks,
-    matching_score,
-    turn_alike,
-)
-from tiepoints.training.synthetic import PRESETS
+from tiepoints.training.validation import matching_checks, matching_score
 
 STILL = dataclasses.replace(
-    PRESETS["patches"], size=160, scale=(1.0, 1.0), rotation=0, skew=0, perspective=0, jitter=0, colour=0, gamma=0, blur=0, noise=0, jpeg=0
+    PRESETS["patches"],
+    size=160,
+    scale=(1.0, 1.0),
+    rotation=0,
+    skew=0,
+    perspective=0,
+    jitter=0,
+    colour=0,
+    gamma=0,
+    blur=0,
+    noise=0,
+    jpeg=0,
 )
 EXACT = PatchSettings(per_view=24, position_sigma=0, scale_sigma=0, symmetric=0)
 
@@ -48,7 +55,9 @@ def test_items_are_patches_and_depend_on_seed_and_index_alone(photos):
     views = dataclasses.replace(PRESETS["patches"], size=160)
 
     def make(seed):
-        return PatchPairs(photos, brightest, PatchSettings(per_view=16), views=views, seed=seed, length=6)
+        return PatchPairs(
+            photos, brightest, PatchSettings(per_view=16), views=views, seed=seed, length=6
+        )
 
     first, again, other = make(0), make(0), make(1)
     for k in (3, 0):
@@ -67,18 +76,27 @@ def test_items_are_patches_and_depend_on_seed_and_index_alone(photos):
 def test_views_that_are_alike_give_equal_patches(photos):
     item = PatchPairs(photos, brightest, EXACT, views=STILL, length=2)[1]
     torch.testing.assert_close(item["anchor"], item["positive"], atol=0.02, rtol=0)
-    moved = PatchPairs(photos, brightest, dataclasses.replace(EXACT, position_sigma=2.0), views=STILL, length=2)[1]
+    moved = PatchPairs(
+        photos, brightest, dataclasses.replace(EXACT, position_sigma=2.0), views=STILL, length=2
+    )[1]
     assert (moved["anchor"] - moved["positive"]).abs().mean() > 0.02
 
 
 def test_patches_follow_a_rotation_and_a_change_of_size(photos):
-    """A quarter turn and half the size: the positive is the anchor turned, cut at half the scale."""
+    """A quarter turn and half the size: the positive is the anchor turned, cut at half the
+    scale.
+    """
     turned = dataclasses.replace(STILL, rotation=90, rotation_power=0.0, scale=(0.999, 1.0))
     item = PatchPairs(photos, brightest, EXACT, views=turned, length=3)[0]
-    errors = [(torch.rot90(item["anchor"], k, dims=(-2, -1)) - item["positive"]).abs().mean() for k in (0, 1, 3)]
+    errors = [
+        (torch.rot90(item["anchor"], k, dims=(-2, -1)) - item["positive"]).abs().mean()
+        for k in (0, 1, 3)
+    ]
     assert min(errors[1:]) < 0.02 < errors[0]
     small = dataclasses.replace(STILL, scale=(0.5, 0.5))
-    item = PatchPairs(photos, brightest, dataclasses.replace(EXACT, scale=(2.0, 2.0)), views=small, length=3)[0]
+    item = PatchPairs(
+        photos, brightest, dataclasses.replace(EXACT, scale=(2.0, 2.0)), views=small, length=3
+    )[0]
     inner = (..., slice(8, -8), slice(8, -8))
     assert (item["anchor"][inner] - item["positive"][inner]).abs().mean() < 0.05
 
@@ -112,7 +130,9 @@ def test_photographs_without_contrast_are_refused(photos, tmp_path):
     with pytest.raises(DataError, match="texture"):
         PatchPairs(paths, brightest, length=1)[0]
     with pytest.raises(DataError, match="too small or too smooth"):
-        PatchPairs(photos, brightest, dataclasses.replace(EXACT, min_contrast=0.9), views=STILL, length=1)[0]
+        PatchPairs(
+            photos, brightest, dataclasses.replace(EXACT, min_contrast=0.9), views=STILL, length=1
+        )[0]
 
 
 def test_matching_score_knows_right_from_wrong(photos):
@@ -126,5 +146,10 @@ def test_matching_score_knows_right_from_wrong(photos):
         return torch.nn.functional.normalize((patches - patches.mean()).flatten(1), dim=1)
 
     assert matching_score(pixels, checks) > 0.95
-    assert matching_score(lambda p: torch.nn.functional.normalize(torch.rand(len(p), 8), dim=1), checks) < 0.3
+    assert (
+        matching_score(
+            lambda p: torch.nn.functional.normalize(torch.rand(len(p), 8), dim=1), checks
+        )
+        < 0.3
+    )
     assert matching_score(pixels, []) == 0

@@ -1,4 +1,6 @@
-"""Patches: against a warp of the whole image, against kornia's, at the border, in batches, with gradients, in bounded memory."""
+"""Patches: against a warp of the whole image, against kornia's, at the border, in batches, with
+gradients, in bounded memory.
+"""
 
 import subprocess
 import sys
@@ -26,7 +28,9 @@ def smooth_image(h: int = 240, w: int = 320, seed: int = 0, wave: float = 60.0):
 def points(xy, scale, angle=0.0):
     xy = torch.as_tensor(xy, dtype=torch.float32)
     n = len(xy)
-    return Keypoints(xy, torch.full((n,), float(scale)), torch.full((n,), float(angle)), torch.ones(n))
+    return Keypoints(
+        xy, torch.full((n,), float(scale)), torch.full((n,), float(angle)), torch.ones(n)
+    )
 
 
 def brute_force(image, keypoints, size=32):
@@ -44,23 +48,31 @@ def brute_force(image, keypoints, size=32):
                 y = min(max(y0 + u * np.sin(angle) + v * np.cos(angle), 0), h - 1)
                 i, j = min(int(x), w - 2), min(int(y), h - 2)
                 a, b = x - i, y - j
-                out[n, row, column] = np.array([1 - b, b]) @ pixels[j : j + 2, i : i + 2] @ np.array([1 - a, a])
+                out[n, row, column] = (
+                    np.array([1 - b, b]) @ pixels[j : j + 2, i : i + 2] @ np.array([1 - a, a])
+                )
     return torch.from_numpy(out).float()[:, None]
 
 
 @pytest.mark.parametrize("scale", [0.72, 1.0, 1.3, 2.0, 3.7])
 @pytest.mark.parametrize("angle", [0.0, 0.7, -2.5])
 def test_equals_a_warp_of_the_whole_image(scale, angle):
-    image = smooth_image(300, 340, wave=100 * max(1.0, scale))  # what the level of this scale hardly blurs
+    image = smooth_image(
+        300, 340, wave=100 * max(1.0, scale)
+    )  # what the level of this scale hardly blurs
     keypoints = points([[170, 150], [150.3, 141.8], [160.6, 160.2]], scale, angle)
     found = extract_patches(build_pyramid(image), keypoints)
     torch.testing.assert_close(found, brute_force(image, keypoints), atol=0.01, rtol=0)
     only = Pyramid(build_pyramid(image, up=0, down=0).levels, 0)
-    torch.testing.assert_close(extract_patches(only, keypoints), brute_force(image, keypoints), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        extract_patches(only, keypoints), brute_force(image, keypoints), atol=1e-4, rtol=0
+    )
 
 
 def test_turns_as_the_law_says():
-    """A bright half plane on the right of the point: at angle a quarter turn (towards +y) it lies at the top of the patch."""
+    """A bright half plane on the right of the point: at angle a quarter turn (towards +y) it lies
+    at the top of the patch.
+    """
     image = torch.zeros(1, 1, 100, 100)
     image[..., 50:] = 1
     at = [[49.5, 50]]
@@ -68,7 +80,8 @@ def test_turns_as_the_law_says():
     turned = extract_patches(build_pyramid(image, up=0, down=0), points(at, 1.0, np.pi / 2))[0, 0]
     assert upright[:, 17:].min() == 1
     assert upright[:, :15].max() == 0
-    # the patch's +x now points down the image, its +y to the left: the right of the image is at the patch's negative v
+    # the patch's +x now points down the image, its +y to the left: the right of the image is at the
+    # patch's negative v
     assert turned[:15].min() > 0.99
     assert turned[17:].max() < 0.01
 
@@ -109,7 +122,13 @@ def test_gradients_flow_to_image_and_points():
     with torch.no_grad():
         step = 0.05
         moved = [
-            (extract_patches(build_pyramid(image), Keypoints(xy + torch.tensor([[d, 0.0]]), scale, angle, torch.ones(1))) * pull).sum()
+            (
+                extract_patches(
+                    build_pyramid(image),
+                    Keypoints(xy + torch.tensor([[d, 0.0]]), scale, angle, torch.ones(1)),
+                )
+                * pull
+            ).sum()
             for d in (step, -step)
         ]
     assert float(xy.grad[0, 0]) == pytest.approx(float(moved[0] - moved[1]) / (2 * step), rel=0.05)
@@ -140,7 +159,9 @@ from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Keypoints
 n = 20_000
 image = torch.rand(1, 1, 1200, 1600)
-points = Keypoints(torch.rand(n, 2) * 1000, 0.7 + 5 * torch.rand(n), torch.rand(n) * 6, torch.ones(n))
+points = Keypoints(
+    torch.rand(n, 2) * 1000, 0.7 + 5 * torch.rand(n), torch.rand(n) * 6, torch.ones(n)
+)
 patches = extract_patches(build_pyramid(image), points)
 assert patches.shape == (n, 1, 32, 32)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

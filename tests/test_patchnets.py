@@ -1,10 +1,12 @@
-"""HardNet, HyNet, SOSNet: against kornia's, folded against plain, odd patches, fast normalisation against its slow twin."""
+"""HardNet, HyNet, SOSNet: against kornia's, folded against plain, odd patches, fast normalisation
+against its slow twin.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.descriptors.patchnets import (
+from tiepoints.models.patchnets import (
     FilterResponseNorm,
     HardNet,
     HyNet,
@@ -31,7 +33,12 @@ def random_net(cls, seed: int = 0):
                 value.normal_(0, 0.2)
             elif name.endswith("tau"):
                 value.uniform_(-1, 0)
-            elif name.endswith("weight") and value.shape[0] == 1 and value.ndim == 4 and value.shape[2:] == (1, 1):
+            elif (
+                name.endswith("weight")
+                and value.shape[0] == 1
+                and value.ndim == 4
+                and value.shape[2:] == (1, 1)
+            ):
                 value.uniform_(0.5, 1.5)
     return net.eval()
 
@@ -75,7 +82,9 @@ def test_flat_patches_give_finite_unit_vectors(name, trained):
 def test_batch_equals_single_and_other_sides(name):
     net = random_net(NETS[name])
     patches = textured(4)
-    torch.testing.assert_close(torch.cat([net(p[None]) for p in patches]), net(patches), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        torch.cat([net(p[None]) for p in patches]), net(patches), atol=1e-5, rtol=0
+    )
     big = textured(4, 64)
     torch.testing.assert_close(net(big), net(F.avg_pool2d(big, 2)))
     similar = (net(textured(4, 65)) * net(big)).sum(dim=1)
@@ -111,10 +120,17 @@ def test_response_norm_equals_its_slow_twin():
         limit.tau.uniform_(-1, 0.5)
     maps = torch.randn(3, 5, 7, 6, dtype=torch.float64, requires_grad=True)
     inputs = [maps, norm.weight, norm.bias, limit.tau]
-    slow, fast = limit(norm(maps)), _ResponseNorm.apply(maps, norm.weight, norm.bias, limit.tau, norm.eps)
+    slow, fast = (
+        limit(norm(maps)),
+        _ResponseNorm.apply(maps, norm.weight, norm.bias, limit.tau, norm.eps),
+    )
     torch.testing.assert_close(fast, slow)
     pull = torch.randn_like(slow)
-    for a, b in zip(torch.autograd.grad((slow * pull).sum(), inputs), torch.autograd.grad((fast * pull).sum(), inputs), strict=True):
+    for a, b in zip(
+        torch.autograd.grad((slow * pull).sum(), inputs),
+        torch.autograd.grad((fast * pull).sum(), inputs),
+        strict=True,
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -131,10 +147,17 @@ def test_gradients_reach_every_parameter(name):
 def to_kornia(name, net):
     """The same numbers in kornia's class, by the order of their layers."""
     kf = pytest.importorskip("kornia.feature")
-    other = {"hardnet": kf.HardNet, "hynet": kf.HyNet, "sosnet": kf.SOSNet}[name](pretrained=False).eval()
+    other = {"hardnet": kf.HardNet, "hynet": kf.HyNet, "sosnet": kf.SOSNet}[name](
+        pretrained=False
+    ).eval()
     mine = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     if name == "hynet":
-        layout = [("norms.0", "layer1.0"), ("activations.0", "layer1.1"), ("convolutions.0", "layer1.2"), ("norms.1", "layer1.3")]
+        layout = [
+            ("norms.0", "layer1.0"),
+            ("activations.0", "layer1.1"),
+            ("convolutions.0", "layer1.2"),
+            ("norms.1", "layer1.3"),
+        ]
         layout += [("activations.1", "layer1.4")]
         for k in range(2, 7):
             parts = ((f"convolutions.{k - 1}", 0), (f"norms.{k}", 1), (f"activations.{k}", 2))
@@ -151,7 +174,11 @@ def to_kornia(name, net):
             if key.startswith(mine_part + "."):
                 renamed[their_part + key[len(mine_part) :]] = value
     assert len(renamed) == len(mine)
-    missing = [key for key in other.load_state_dict(renamed, strict=False).missing_keys if not key.endswith("num_batches_tracked")]
+    missing = [
+        key
+        for key in other.load_state_dict(renamed, strict=False).missing_keys
+        if not key.endswith("num_batches_tracked")
+    ]
     assert not missing
     return other
 

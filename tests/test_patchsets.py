@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tiepoints.errors import DataError
-from tiepoints.training.patchsets import (
+from tiepoints.datasets.patch_sets import (
     COLUMNS,
     PatchBatches,
     PatchSet,
@@ -26,12 +25,17 @@ from tiepoints.training.patchsets import (
     shrink,
     turn_both,
 )
+from tiepoints.errors import DataError
 
 COUNT = 300  # a full mosaic and a part of one
 
 
-def make_phototour(folder: Path, count: int = COUNT, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
-    """A small set: folder, patches (count,64,64), points (count,); every third point has one patch, the others two or three."""
+def make_phototour(
+    folder: Path, count: int = COUNT, seed: int = 0
+) -> tuple[Path, np.ndarray, np.ndarray]:
+    """A small set: folder, patches (count,64,64), points (count,); every third point has one patch,
+    the others two or three.
+    """
     rng = np.random.default_rng(seed)
     points = np.repeat(np.arange(count), np.tile([1, 2, 3], count)[:count])[:count]
     patches = rng.integers(0, 256, (count, 64, 64), dtype=np.uint8)
@@ -71,7 +75,12 @@ def test_mosaics_are_read_row_by_row(phototour):
 def test_a_set_has_every_patch_and_point_in_order(phototour):
     folder, patches, points = phototour
     found = open_phototour(folder)
-    assert (found.name, len(found), found.images.shape, found.images.dtype) == ("liberty", COUNT, (COUNT, 32, 32), np.uint8)
+    assert (found.name, len(found), found.images.shape, found.images.dtype) == (
+        "liberty",
+        COUNT,
+        (COUNT, 32, 32),
+        np.uint8,
+    )
     np.testing.assert_array_equal(found.points, points)
     chosen = np.array([299, 0, 17, 256])
     # 64 -> 32 is the mean of 2 x 2, rounded
@@ -170,15 +179,21 @@ def test_pairs_are_read_and_checked(phototour):
     folder, _, points = phototour
     wanted = np.random.default_rng(1).integers(0, COUNT, (50, 2))
     for last in (True, False):
-        pairs, same = read_test_pairs(write_pairs(folder / "m50_50_50_0.txt", points, wanted, last=last), points)
+        pairs, same = read_test_pairs(
+            write_pairs(folder / "m50_50_50_0.txt", points, wanted, last=last), points
+        )
         np.testing.assert_array_equal(pairs, wanted)
         np.testing.assert_array_equal(same, points[wanted[:, 0]] == points[wanted[:, 1]])
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "cut line", "another set", "too few columns", "too far"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "cut line", "another set", "too few columns", "too far"]
+)
 def test_damaged_pair_files(phototour, damage):
     folder, _, points = phototour
-    path = write_pairs(folder / "m50_20_20_0.txt", points, np.stack([np.arange(20), np.arange(20) + 1], axis=1))
+    path = write_pairs(
+        folder / "m50_20_20_0.txt", points, np.stack([np.arange(20), np.arange(20) + 1], axis=1)
+    )
     text = path.read_text()
     words = "pairs, the name promises 20"
     if damage == "missing":
@@ -207,7 +222,10 @@ def test_damaged_pair_files(phototour, damage):
 
 
 def test_sequences_are_found_chosen_and_read(tmp_path):
-    patches = {name: make_sequence(tmp_path / "h" / name, count) for name, count in (("v_wall", 5), ("i_lamp", 3))}
+    patches = {
+        name: make_sequence(tmp_path / "h" / name, count)
+        for name, count in (("v_wall", 5), ("i_lamp", 3))
+    }
     (tmp_path / "h" / "notes").mkdir()
     assert [f.name for f in hpatches_sequences(tmp_path / "h")] == ["i_lamp", "v_wall"]
     sets = open_hpatches(tmp_path / "h", ["v_wall", "i_lamp"], cache=tmp_path / "cache")
@@ -216,9 +234,15 @@ def test_sequences_are_found_chosen_and_read(tmp_path):
     assert len(wall) == 80
     np.testing.assert_array_equal(wall.points[:7], [0, 1, 2, 3, 4, 0, 1])
     # the patch 3 of column h2
-    np.testing.assert_array_equal(wall.images[5 * COLUMNS.index("h2") + 3], shrink(patches["v_wall"][COLUMNS.index("h2"), 3:4])[0])
+    np.testing.assert_array_equal(
+        wall.images[5 * COLUMNS.index("h2") + 3],
+        shrink(patches["v_wall"][COLUMNS.index("h2"), 3:4])[0],
+    )
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["i_lamp.npy", "v_wall.npy"]
-    assert open_hpatches(tmp_path / "h", ["i_lamp"])[0].file == tmp_path / "h" / "i_lamp" / "patches32.npy"
+    assert (
+        open_hpatches(tmp_path / "h", ["i_lamp"])[0].file
+        == tmp_path / "h" / "i_lamp" / "patches32.npy"
+    )
     with pytest.raises(DataError, match="no sequence v_gone"):
         hpatches_sequences(tmp_path / "h", ["v_wall", "v_gone"])
     with pytest.raises(DataError, match=r"no sequence with a ref\.png"):
@@ -253,7 +277,14 @@ def test_damaged_columns_name_the_file(tmp_path, damage):
 
 def test_splits(tmp_path):
     path = tmp_path / "splits.json"
-    path.write_text(json.dumps({"a": {"test": ["v_wall"], "train": ["i_lamp"], "name": "a"}, "full": {"test": ["v_wall", "i_lamp"]}}))
+    path.write_text(
+        json.dumps(
+            {
+                "a": {"test": ["v_wall"], "train": ["i_lamp"], "name": "a"},
+                "full": {"test": ["v_wall", "i_lamp"]},
+            }
+        )
+    )
     assert read_split(path, "a") == {"test": ["v_wall"], "train": ["i_lamp"]}
     assert read_split(path, "full") == {"test": ["v_wall", "i_lamp"]}
     with pytest.raises(DataError, match="no split 'z'; it has a, full"):
@@ -267,7 +298,9 @@ def test_splits(tmp_path):
 
 @pytest.mark.parametrize("side", [64, 65])
 def test_shrinking_is_what_opencv_does(side):
-    """The published descriptors had their patches through ``cv2.resize``; its fixed point differs by a gray level at most."""
+    """The published descriptors had their patches through ``cv2.resize``; its fixed point differs
+    by a gray level at most.
+    """
     cv2 = pytest.importorskip("cv2")
     gray = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
     theirs = np.stack([cv2.resize(patch, (32, 32)) for patch in gray])
@@ -280,7 +313,9 @@ def test_shrinking_is_what_opencv_does(side):
 
 def memory_set(tmp_path: Path, name: str, points: list[int], seed: int = 0) -> PatchSet:
     file = tmp_path / f"{name}.npy"
-    np.save(file, np.random.default_rng(seed).integers(0, 256, (len(points), 32, 32), dtype=np.uint8))
+    np.save(
+        file, np.random.default_rng(seed).integers(0, 256, (len(points), 32, 32), dtype=np.uint8)
+    )
     return PatchSet(name, tmp_path, file, np.array(points))
 
 
@@ -315,7 +350,10 @@ def test_every_pair_of_a_point_is_drawn_alike(tmp_path):
 
 
 def test_several_sets_are_mixed_and_never_confused(tmp_path):
-    sets = [memory_set(tmp_path, "a", [0, 0, 1, 1, 2], 1), memory_set(tmp_path, "b", [1, 0, 1, 0, 0], 2)]
+    sets = [
+        memory_set(tmp_path, "a", [0, 0, 1, 1, 2], 1),
+        memory_set(tmp_path, "b", [1, 0, 1, 0, 0], 2),
+    ]
     batches = PatchBatches(sets, batch=4, length=30, augment="none")
     everything = np.concatenate([s.images for s in sets])
     points = np.array([0, 0, 1, 1, 2, 11, 10, 11, 10, 10])
@@ -323,7 +361,9 @@ def test_several_sets_are_mixed_and_never_confused(tmp_path):
         anchor, positive = batches.indices(index)
         assert (points[anchor] == points[positive]).all()
         assert sorted(points[anchor]) == [0, 1, 10, 11]
-        np.testing.assert_allclose(batches[index]["positive"][:, 0].numpy() * 255, everything[positive], atol=1e-4)
+        np.testing.assert_allclose(
+            batches[index]["positive"][:, 0].numpy() * 255, everything[positive], atol=1e-4
+        )
 
 
 def test_items_depend_on_the_seed_and_their_number_alone(phototour):
@@ -352,7 +392,11 @@ def test_both_patches_are_turned_alike_and_every_way(augment):
     if augment == "fliprot":
         expected = {w.tobytes(): 0.25 for w in (patch, patch.T, patch[:, ::-1], patch.T[:, ::-1])}
     else:
-        expected = {(w[::-1] if flip else w).tobytes(): (0.25 if k == 0 else 1 / 12) for k, w in enumerate(ways) for flip in (0, 1)}
+        expected = {
+            (w[::-1] if flip else w).tobytes(): (0.25 if k == 0 else 1 / 12)
+            for k, w in enumerate(ways)
+            for flip in (0, 1)
+        }
     found, counts = np.unique(anchor.reshape(2000, -1), axis=0, return_counts=True)
     assert {row.tobytes() for row in found} == set(expected)
     for row, count in zip(found, counts, strict=True):
@@ -361,9 +405,13 @@ def test_both_patches_are_turned_alike_and_every_way(augment):
 
 def test_turned_batches_hold_the_same_patches(phototour):
     found = open_phototour(phototour[0])
-    plain, turned = (PatchBatches(found, batch=16, length=1, augment=a)[0] for a in ("none", "turns"))
+    plain, turned = (
+        PatchBatches(found, batch=16, length=1, augment=a)[0] for a in ("none", "turns")
+    )
     assert not torch.equal(plain["anchor"], turned["anchor"])
-    torch.testing.assert_close(plain["anchor"].flatten(1).sort()[0], turned["anchor"].flatten(1).sort()[0])
+    torch.testing.assert_close(
+        plain["anchor"].flatten(1).sort()[0], turned["anchor"].flatten(1).sort()[0]
+    )
 
 
 def test_wrong_arguments(tmp_path):

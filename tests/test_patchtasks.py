@@ -1,4 +1,6 @@
-"""FPR95 and the tasks of HPatches: known answers, slow twins that go through the rankings one by one, and whole small data sets."""
+"""FPR95 and the tasks of HPatches: known answers, slow twins that go through the rankings one by
+one, and whole small data sets.
+"""
 
 import csv
 import json
@@ -9,27 +11,29 @@ import pytest
 import torch
 from PIL import Image
 
+from tiepoints.datasets.patch_sets import COLUMNS, open_phototour, shrink
 from tiepoints.errors import DataError
-from tiepoints.evaluation.patchtasks import (
+from tiepoints.evaluation.patch_tasks import (
     Described,
-    average_precision,
     describe,
     describe_hpatches,
     draw_tasks,
     evaluate_patches,
-    fpr95,
     matching,
-    matching_ap,
     phototour_fpr95,
     read_tasks,
     retrieval,
+    verification,
+)
+from tiepoints.metrics.patches import (
+    average_precision,
+    fpr95,
+    matching_ap,
     retrieval_ap,
     roc_auc,
     squared_distances,
-    verification,
     verification_scores,
 )
-from tiepoints.training.patchsets import COLUMNS, open_phototour, shrink
 
 # ---- slow twins
 
@@ -86,7 +90,9 @@ def test_fpr95_of_known_answers():
 
 
 def test_fpr95_counts_in_whole_numbers():
-    """0.95 x 20 in floating point is 19.000000000000004 or 19 as the machine likes: here it is 19."""
+    """0.95 x 20 in floating point is 19.000000000000004 or 19 as the machine likes: here it
+    is 19.
+    """
     for n in (20, 40, 60, 100, 50_000):
         distances = np.append(np.arange(n), [0.95 * n - 0.5, n + 1.0])
         assert fpr95(distances, np.arange(n + 2) < n) == 0.0
@@ -120,9 +126,13 @@ def test_average_precision_of_known_answers():
     # ranked wrong, right: the precision goes from 0 to 1/2 over the whole recall
     assert average_precision(np.array([0.0, 1]), np.array([0, 1], bool)) == pytest.approx(1 / 4)
     # right, wrong, right: a half at precision 1, a half from 1/2 to 2/3
-    assert average_precision(np.arange(3.0), np.array([1, 0, 1], bool)) == pytest.approx(0.5 + (1 / 2 + 2 / 3) / 4)
+    assert average_precision(np.arange(3.0), np.array([1, 0, 1], bool)) == pytest.approx(
+        0.5 + (1 / 2 + 2 / 3) / 4
+    )
     # one of two right answers found, at the top
-    assert average_precision(np.arange(2.0), np.array([1, 0], bool), positives=2) == pytest.approx(1 / 2)
+    assert average_precision(np.arange(2.0), np.array([1, 0], bool), positives=2) == pytest.approx(
+        1 / 2
+    )
     assert average_precision(np.arange(2.0), np.zeros(2, bool)) == 0
     assert average_precision(np.zeros(0), np.zeros(0, bool)) == 0
     with pytest.raises(ValueError, match="2 right answers among 1"):
@@ -134,9 +144,13 @@ def test_average_precision_of_known_answers():
 @pytest.mark.parametrize("seed", range(3))
 def test_average_precision_equals_its_slow_twin(seed, total, ties):
     distances, labels = drawn(seed, ties=ties)
-    assert average_precision(distances, labels, total) == pytest.approx(slow_ap(distances, labels, total), abs=1e-12)
+    assert average_precision(distances, labels, total) == pytest.approx(
+        slow_ap(distances, labels, total), abs=1e-12
+    )
     order = np.random.default_rng(9).permutation(len(labels))
-    assert average_precision(distances[order], labels[order]) == pytest.approx(average_precision(distances, labels), abs=1e-15)
+    assert average_precision(distances[order], labels[order]) == pytest.approx(
+        average_precision(distances, labels), abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -173,7 +187,9 @@ def slow_matching_ap(reference, other):
 def noisy(seed, n, dimension=16, noise=0.6):
     generator = torch.Generator().manual_seed(seed)
     clean = torch.nn.functional.normalize(torch.randn(n, dimension, generator=generator), dim=1)
-    return clean, torch.nn.functional.normalize(clean + noise * torch.randn(n, dimension, generator=generator), dim=1)
+    return clean, torch.nn.functional.normalize(
+        clean + noise * torch.randn(n, dimension, generator=generator), dim=1
+    )
 
 
 def test_matching_of_known_answers():
@@ -182,7 +198,9 @@ def test_matching_of_known_answers():
     assert matching_ap(clean, clean.flip(0)) == 0
     # one of four finds itself, and first
     ids = torch.eye(4)
-    assert matching_ap(ids, ids[[0, 2, 3, 1]] * torch.tensor([1, 0.5, 0.5, 0.5])[:, None]) == pytest.approx(1 / 4)
+    assert matching_ap(
+        ids, ids[[0, 2, 3, 1]] * torch.tensor([1, 0.5, 0.5, 0.5])[:, None]
+    ) == pytest.approx(1 / 4)
     assert matching_ap(ids[:0], ids[:0]) == 0
     with pytest.raises(ValueError, match="one shape"):
         matching_ap(ids, ids[:2])
@@ -219,7 +237,9 @@ def test_retrieval_equals_its_slow_twin(ties):
             positives, distractors = positives.round(1), distractors.round(1)
         pools = [5, 6, 20, 100, 205, 1000]
         expected = [slow_retrieval_ap(positives, distractors, pool) for pool in pools]
-        np.testing.assert_allclose(retrieval_ap(positives, distractors, pools), expected, atol=1e-12)
+        np.testing.assert_allclose(
+            retrieval_ap(positives, distractors, pools), expected, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("size", [1.0, 300.0])
@@ -264,12 +284,16 @@ def test_describe_goes_in_batches_and_checks_the_network():
 
 
 def make_phototour(folder: Path, points: np.ndarray, seed: int, noise: float) -> Path:
-    """A set of one mosaic, patches of a point alike but for noise, and 200 pairs, half of which correspond."""
+    """A set of one mosaic, patches of a point alike but for noise, and 200 pairs, half of which
+    correspond.
+    """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     scenes = rng.integers(40, 216, (points.max() + 1, 64, 64))
     patches = np.zeros((256, 64, 64), np.uint8)
-    patches[: len(points)] = (scenes[points] + rng.normal(0, noise, (len(points), 64, 64))).clip(0, 255)
+    patches[: len(points)] = (scenes[points] + rng.normal(0, noise, (len(points), 64, 64))).clip(
+        0, 255
+    )
     rows = [np.concatenate(list(row), axis=1) for row in patches.reshape(16, 16, 64, 64)]
     Image.fromarray(np.concatenate(rows)).save(folder / "patches0000.bmp")
     (folder / "info.txt").write_text("".join(f"{p} 0\n" for p in points))
@@ -293,17 +317,31 @@ def test_phototour_by_pixels(tmp_path):
     distances = [np.sqrt(((pixels[int(r[0])] - pixels[int(r[3])]) ** 2).sum()) for r in rows]
     assert 0 < found < 1
     assert found == pytest.approx(slow_fpr95(distances, [r[1] == r[4] for r in rows]))
-    assert phototour_fpr95(lambda patches: torch.ones(len(patches), 4), opened, pairs="m50_200_200_0.txt") == 1
+    assert (
+        phototour_fpr95(
+            lambda patches: torch.ones(len(patches), 4), opened, pairs="m50_200_200_0.txt"
+        )
+        == 1
+    )
 
 
 def test_all_phototour_sets_of_a_folder(tmp_path):
     points = np.repeat(np.arange(50), 3)
     for seed, name in enumerate(("yosemite", "liberty")):
         make_phototour(tmp_path / "sets" / name, points, seed, 3)
-    found = evaluate_patches(flat, tmp_path / "sets", "phototour", pairs="m50_200_200_0.txt", cache=tmp_path / "cache")
-    assert found == {"kind": "phototour", "pairs": "m50_200_200_0.txt", "fpr95": {"liberty": 0.0, "yosemite": 0.0}, "mean": 0.0}
+    found = evaluate_patches(
+        flat, tmp_path / "sets", "phototour", pairs="m50_200_200_0.txt", cache=tmp_path / "cache"
+    )
+    assert found == {
+        "kind": "phototour",
+        "pairs": "m50_200_200_0.txt",
+        "fpr95": {"liberty": 0.0, "yosemite": 0.0},
+        "mean": 0.0,
+    }
     assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["liberty.npy", "yosemite.npy"]
-    one = evaluate_patches(flat, tmp_path / "sets" / "liberty", "phototour", pairs="m50_200_200_0.txt")
+    one = evaluate_patches(
+        flat, tmp_path / "sets" / "liberty", "phototour", pairs="m50_200_200_0.txt"
+    )
     assert one["fpr95"] == {"liberty": 0.0}
     with pytest.raises(DataError, match=r"m50_100000_100000_0\.txt: missing"):
         evaluate_patches(flat, tmp_path / "sets", "phototour")
@@ -347,12 +385,20 @@ def test_rows_name_the_right_patches(hpatches):
     assert described.names == ["i_lamp", "v_boat", "v_wall"]
     assert described.counts.tolist() == [7, 9, 5]
     assert described.descriptors.shape == (16 * 21, 1024)
-    for name, image, noise, column in (("v_boat", 3, "hard", "h3"), ("v_wall", 0, "tough", "ref"), ("i_lamp", 5, "easy", "e5")):
+    for name, image, noise, column in (
+        ("v_boat", 3, "hard", "h3"),
+        ("v_wall", 0, "tough", "ref"),
+        ("i_lamp", 5, "easy", "e5"),
+    ):
         file = np.asarray(Image.open(hpatches / name / f"{column}.png")).reshape(-1, 65, 65)
-        np.testing.assert_allclose(patch_of(described, name, image, 4, noise), shrink(file)[4].ravel() / 255, atol=1e-6)
+        np.testing.assert_allclose(
+            patch_of(described, name, image, 4, noise), shrink(file)[4].ravel() / 255, atol=1e-6
+        )
         number = described.names.index(name)
         row = described.rows(np.array([number]), np.array([image]), np.array([4]), noise)
-        np.testing.assert_array_equal(described.descriptors[int(row[0])], described.column(number, image, noise)[4])
+        np.testing.assert_array_equal(
+            described.descriptors[int(row[0])], described.column(number, image, noise)[4]
+        )
     assert [c[0] < 10 < c[1:].min() for c in described.contrast] == [True] * 3
 
 
@@ -386,13 +432,23 @@ def test_matching_of_a_folder_equals_its_slow_twin(tmp_path):
     expected = {}
     for noise in ("easy", "hard", "tough"):
         per_sequence = {
-            name: np.mean([
-                slow_matching_ap(*(np.array([patch_of(described, name, i, k, noise) for k in range(count)]) for i in (0, image)))
-                for image in range(1, 6)
-            ])
+            name: np.mean(
+                [
+                    slow_matching_ap(
+                        *(
+                            np.array([patch_of(described, name, i, k, noise) for k in range(count)])
+                            for i in (0, image)
+                        )
+                    )
+                    for image in range(1, 6)
+                ]
+            )
             for name, count in COUNTS.items()
-        }  # fmt: skip
-        expected[noise] = {"illum": per_sequence["i_lamp"], "view": (per_sequence["v_boat"] + per_sequence["v_wall"]) / 2}
+        }
+        expected[noise] = {
+            "illum": per_sequence["i_lamp"],
+            "view": (per_sequence["v_boat"] + per_sequence["v_wall"]) / 2,
+        }
         assert found[noise] == pytest.approx(expected[noise], abs=1e-5)
     kinds = [np.mean([expected[noise][kind] for noise in expected]) for kind in ("illum", "view")]
     assert found["map"] == pytest.approx(np.mean(kinds), abs=1e-5)
@@ -402,7 +458,9 @@ def test_matching_of_a_folder_equals_its_slow_twin(tmp_path):
 @pytest.mark.parametrize("pools", [(7, 9, 12), (100, 500)])
 def test_retrieval_of_a_folder_equals_its_slow_twin(tmp_path, pools):
     described = describe_hpatches(flat, make_hpatches(tmp_path / "h", (150, 300, 600)))
-    tasks = draw_tasks(described.counts, described.contrast, seed=1, num_queries=5, num_distractors=12)
+    tasks = draw_tasks(
+        described.counts, described.contrast, seed=1, num_queries=5, num_distractors=12
+    )
     found = retrieval(described, tasks, pools=pools)
     sizes = pools if pools[0] == 7 else (12 + 5,)
     for noise in ("easy", "hard", "tough"):
@@ -410,22 +468,34 @@ def test_retrieval_of_a_folder_equals_its_slow_twin(tmp_path, pools):
             scores = []
             for s, index in tasks.queries:
                 asked = patch_of(described, described.names[s], 0, index, noise)
-                mine = [patch_of(described, described.names[s], i, index, noise) for i in range(1, 6)]
-                others = [patch_of(described, described.names[t], 0, k, noise) for t, k in tasks.distractors if t != s]
+                mine = [
+                    patch_of(described, described.names[s], i, index, noise) for i in range(1, 6)
+                ]
+                others = [
+                    patch_of(described, described.names[t], 0, k, noise)
+                    for t, k in tasks.distractors
+                    if t != s
+                ]
                 distances = [[((asked - o) ** 2).sum() for o in group] for group in (mine, others)]
                 scores.append(slow_retrieval_ap(*distances, size))
             assert found[noise][str(size)] == pytest.approx(np.mean(scores), abs=1e-5)
-    assert found["map"] == pytest.approx(np.mean([found[n][str(s)] for n in ("easy", "hard", "tough") for s in sizes]))
+    assert found["map"] == pytest.approx(
+        np.mean([found[n][str(s)] for n in ("easy", "hard", "tough") for s in sizes])
+    )
 
 
 def test_drawn_tasks_have_the_proportions_of_the_benchmark():
     counts = np.array([30, 60, 200])
     contrast = [np.where(np.arange(n) % 2, 20.0, 5.0) for n in counts]
-    tasks = draw_tasks(counts, contrast, seed=3, num_pairs=30_000, num_queries=20, num_distractors=40)
+    tasks = draw_tasks(
+        counts, contrast, seed=3, num_pairs=30_000, num_queries=20, num_distractors=40
+    )
     p, intra, inter = tasks.positives, tasks.intra, tasks.inter
     np.testing.assert_array_equal(p[:, [0, 2]], p[:, [3, 5]])
     assert (p[:, 1] != p[:, 4]).all()
-    assert set(p[:, [1, 4]].ravel()) == set(range(5))  # the sixth image is never drawn, as in the official files
+    assert set(p[:, [1, 4]].ravel()) == set(
+        range(5)
+    )  # the sixth image is never drawn, as in the official files
     np.testing.assert_allclose(np.bincount(p[:, 0]) / len(p), 1 / 3, atol=0.02)
     np.testing.assert_array_equal(intra[:, :5], p[:, :5])
     assert (intra[:, 5] != p[:, 5]).all()
@@ -437,15 +507,24 @@ def test_drawn_tasks_have_the_proportions_of_the_benchmark():
     assert both.shape == (60, 2)
     assert len(np.unique(both, axis=0)) == 60
     assert (both[:, 1] % 2 == 1).all()  # only patches with contrast
-    again, other = (draw_tasks(counts, contrast, seed=seed, num_pairs=100).positives for seed in (3, 4))
+    again, other = (
+        draw_tasks(counts, contrast, seed=seed, num_pairs=100).positives for seed in (3, 4)
+    )
     assert not np.array_equal(again, other)
-    np.testing.assert_array_equal(again, draw_tasks(counts, contrast, seed=3, num_pairs=100).positives)
+    np.testing.assert_array_equal(
+        again, draw_tasks(counts, contrast, seed=3, num_pairs=100).positives
+    )
 
 
 def test_first_draws_favour_no_sequence():
     counts = np.array([50, 50, 2000])
     contrast = [np.full(n, 20.0) for n in counts]
-    first = [draw_tasks(counts, contrast, seed=seed, num_pairs=1, num_queries=6, num_distractors=6).queries[:, 0] for seed in range(200)]
+    first = [
+        draw_tasks(
+            counts, contrast, seed=seed, num_pairs=1, num_queries=6, num_distractors=6
+        ).queries[:, 0]
+        for seed in range(200)
+    ]
     np.testing.assert_allclose(np.bincount(np.concatenate(first)) / 1200, 1 / 3, atol=0.06)
 
 
@@ -461,7 +540,11 @@ def test_sets_too_small_are_refused():
 
 def write_tasks(folder: Path, tasks, names, split="a") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for stem, rows in (("verif_pos", tasks.positives), ("verif_neg_intra", tasks.intra), ("verif_neg_inter", tasks.inter)):
+    for stem, rows in (
+        ("verif_pos", tasks.positives),
+        ("verif_neg_intra", tasks.intra),
+        ("verif_neg_inter", tasks.inter),
+    ):
         with (folder / f"{stem}_split-{split}.csv").open("w", newline="") as stream:
             out = csv.writer(stream)
             out.writerow(["s1", "t1", "idx1", "s2", "t2", "idx2"])
@@ -476,7 +559,9 @@ def write_tasks(folder: Path, tasks, names, split="a") -> Path:
 
 def test_task_files_give_what_was_drawn(hpatches, tmp_path):
     described = describe_hpatches(flat, hpatches)
-    tasks = draw_tasks(described.counts, described.contrast, num_pairs=60, num_queries=5, num_distractors=9)
+    tasks = draw_tasks(
+        described.counts, described.contrast, num_pairs=60, num_queries=5, num_distractors=9
+    )
     folder = write_tasks(tmp_path / "tasks", tasks, described.names)
     read = read_tasks(folder, "a", described.names, described.counts)
     for name in ("positives", "intra", "inter", "queries", "distractors"):
@@ -485,7 +570,9 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
     # the older order of columns
     path = folder / "retr_queries_split-a.csv"
     path.write_text("idx,s\n" + "".join(f"{k},{described.names[s]}\n" for s, k in tasks.queries))
-    np.testing.assert_array_equal(read_tasks(folder, "a", described.names, described.counts).queries, tasks.queries)
+    np.testing.assert_array_equal(
+        read_tasks(folder, "a", described.names, described.counts).queries, tasks.queries
+    )
 
 
 @pytest.mark.parametrize(
@@ -498,13 +585,21 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
         ("s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_wall,2\n", "line 2 is damaged"),
         ("s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_wall,2,x\n", "line 2 is damaged"),
         ("s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_gone,2,1\n", "line 2 names the sequence 'v_gone'"),
-        ("s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_wall,6,1\n", "column t2 names a patch that is not there"),
-        ("s1,t1,idx1,s2,t2,idx2\nv_boat,0,8,v_wall,2,5\n", "column idx2 names a patch that is not there"),
+        (
+            "s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_wall,6,1\n",
+            "column t2 names a patch that is not there",
+        ),
+        (
+            "s1,t1,idx1,s2,t2,idx2\nv_boat,0,8,v_wall,2,5\n",
+            "column idx2 names a patch that is not there",
+        ),
     ],
 )
 def test_damaged_task_files(tmp_path, text, words):
     names, counts = list(COUNTS), np.array(list(COUNTS.values()))
-    tasks = draw_tasks(counts, [np.full(n, 20.0) for n in counts], num_pairs=20, num_queries=4, num_distractors=8)
+    tasks = draw_tasks(
+        counts, [np.full(n, 20.0) for n in counts], num_pairs=20, num_queries=4, num_distractors=8
+    )
     folder = write_tasks(tmp_path / "tasks", tasks, names)
     path = folder / "verif_neg_intra_split-a.csv"
     if text is None:
@@ -523,7 +618,9 @@ def test_damaged_task_files(tmp_path, text, words):
 def test_everything_of_a_folder(hpatches, tmp_path):
     found = evaluate_patches(flat, hpatches, "hpatches", num_pairs=300)
     assert (found["sequences"], found["split"], found["tasks"]) == (3, "full", "drawn, seed 0")
-    assert found["verification"]["easy"]["inter"]["auc"] > 0.97  # flat patches of two sequences may look alike
+    assert (
+        found["verification"]["easy"]["inter"]["auc"] > 0.97
+    )  # flat patches of two sequences may look alike
     assert found["matching"]["easy"] == {"illum": 1.0, "view": 1.0}
     assert min(found["retrieval"]["easy"].values()) > 0.99
     assert json.loads(json.dumps(found)) == found
@@ -536,13 +633,24 @@ def test_everything_of_a_folder(hpatches, tmp_path):
 def test_splits_and_task_files_of_the_benchmark(hpatches, tmp_path):
     names = ["v_wall", "i_lamp"]
     described = describe_hpatches(flat, hpatches, names)
-    tasks = draw_tasks(described.counts, described.contrast, seed=5, num_pairs=50, num_queries=3, num_distractors=6)
+    tasks = draw_tasks(
+        described.counts, described.contrast, seed=5, num_pairs=50, num_queries=3, num_distractors=6
+    )
     folder = write_tasks(tmp_path / "tasks", tasks, names)
     (folder / "splits").mkdir()
-    (folder / "splits" / "splits.json").write_text(json.dumps({"a": {"test": names, "train": ["v_boat"]}}))
+    (folder / "splits" / "splits.json").write_text(
+        json.dumps({"a": {"test": names, "train": ["v_boat"]}})
+    )
     found = evaluate_patches(flat, hpatches, "hpatches", split="a", tasks=folder)
     assert (found["sequences"], found["tasks"]) == (2, "task files of split a")
-    drawn_alike = evaluate_patches(flat, hpatches, "hpatches", split="a", splits=folder / "splits" / "splits.json", only=["matching"])
+    drawn_alike = evaluate_patches(
+        flat,
+        hpatches,
+        "hpatches",
+        split="a",
+        splits=folder / "splits" / "splits.json",
+        only=["matching"],
+    )
     assert drawn_alike["matching"] == found["matching"]
     assert found["verification"] == verification(described, tasks)
     with pytest.raises(DataError, match="no split 'b'"):
@@ -551,7 +659,9 @@ def test_splits_and_task_files_of_the_benchmark(hpatches, tmp_path):
 
 def test_a_descriptor_that_calls_everything_equal_scores_nothing(hpatches):
     """In the benchmark's own code it reaches a retrieval of 1 (hpatches-benchmark, issue 16)."""
-    found = evaluate_patches(lambda patches: torch.full((len(patches), 8), 0.3), hpatches, "hpatches", num_pairs=300)
+    found = evaluate_patches(
+        lambda patches: torch.full((len(patches), 8), 0.3), hpatches, "hpatches", num_pairs=300
+    )
     assert found["verification"]["auc"] == 0
     assert found["verification"]["ap"] < 0.15
     assert found["matching"]["map"] < 0.2
@@ -561,7 +671,9 @@ def test_a_descriptor_that_calls_everything_equal_scores_nothing(hpatches):
 def test_wrong_arguments_are_said(hpatches, tmp_path):
     with pytest.raises(ValueError, match="kind must be one of phototour, hpatches"):
         evaluate_patches(flat, hpatches, "oxford")
-    with pytest.raises(ValueError, match="tasks are verification, matching, retrieval, got counting"):
+    with pytest.raises(
+        ValueError, match="tasks are verification, matching, retrieval, got counting"
+    ):
         evaluate_patches(flat, hpatches, "hpatches", only=["counting"])
     with pytest.raises(ValueError, match=r"split 'a' needs splits\.json"):
         evaluate_patches(flat, hpatches, "hpatches", split="a")

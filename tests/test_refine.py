@@ -1,4 +1,6 @@
-"""Sub-pixel positions: known warps recovered from keypoints that miss them, tracks made consistent."""
+"""Sub-pixel positions: known warps recovered from keypoints that miss them, tracks made
+consistent.
+"""
 
 import dataclasses
 import math
@@ -29,14 +31,28 @@ def places() -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(60.0, 180, 20), torch.arange(60.0, 140, 20))
 
 
-def similarity(angle: float, zoom: float, shift: tuple[float, float], about: tuple[float, float] = (119.5, 99.5)) -> torch.Tensor:
+def similarity(
+    angle: float,
+    zoom: float,
+    shift: tuple[float, float],
+    about: tuple[float, float] = (119.5, 99.5),
+) -> torch.Tensor:
     c, s = zoom * math.cos(angle), zoom * math.sin(angle)
     x, y = about
-    return torch.tensor([[c, -s, x - c * x + s * y + shift[0]], [s, c, y - s * x - c * y + shift[1]], [0, 0, 1]], dtype=torch.float64)
+    return torch.tensor(
+        [[c, -s, x - c * x + s * y + shift[0]], [s, c, y - s * x - c * y + shift[1]], [0, 0, 1]],
+        dtype=torch.float64,
+    )
 
 
 @pytest.mark.parametrize(
-    ("angle", "zoom", "shift"), [(0.0, 1.0, (0.37, -0.81)), (0.15, 1.1, (1.3, 0.4)), (1.9, 1.0, (0.5, 0.5)), (0.0, 0.6, (0.0, 0.0))]
+    ("angle", "zoom", "shift"),
+    [
+        (0.0, 1.0, (0.37, -0.81)),
+        (0.15, 1.1, (1.3, 0.4)),
+        (1.9, 1.0, (0.5, 0.5)),
+        (0.0, 0.6, (0.0, 0.0)),
+    ],
 )
 def test_keypoints_that_miss_their_place_find_it(angle, zoom, shift):
     a = textured()
@@ -44,9 +60,16 @@ def test_keypoints_that_miss_their_place_find_it(angle, zoom, shift):
     # the second view is low-passed as a camera would do, where it is smaller
     b = warp_image(gaussian_blur(a, 0.5 * math.sqrt(max(0.0, zoom**-2 - 1))), H[None].float())
     truth = warp_points(places().double(), H).float()
-    missed = truth + 0.8 * (2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(1)) - 1)
+    missed = truth + 0.8 * (
+        2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(1)) - 1
+    )
     known_turn = angle if abs(angle) > 0.5 else 0.0  # small rotations are left to the alignment
-    found = align(build_pyramid(a), keypoints(places(), 1.5), build_pyramid(b), keypoints(missed, 1.5 * zoom, known_turn))
+    found = align(
+        build_pyramid(a),
+        keypoints(places(), 1.5),
+        build_pyramid(b),
+        keypoints(missed, 1.5 * zoom, known_turn),
+    )
     error = (found.xy - truth).norm(dim=1)
     assert found.accepted.float().mean() > 0.9
     assert float(error.median()) < 0.08
@@ -72,7 +95,9 @@ def test_what_cannot_be_aligned_stays():
     other = textured(80, 90, seed=5)
     edge = torch.tensor([[0.0, 0.0], [89.0, 79.0], [45.0, 40.0], [-3.0, 200.0]])
     for a, b in ((flat, flat), (flat, other), (other, flat)):
-        found = align(build_pyramid(a), keypoints(edge, 2.0), build_pyramid(b), keypoints(edge, 2.0))
+        found = align(
+            build_pyramid(a), keypoints(edge, 2.0), build_pyramid(b), keypoints(edge, 2.0)
+        )
         assert torch.isfinite(found.xy).all()
         assert torch.isfinite(found.correlation).all()
         assert not found.accepted.any()
@@ -87,7 +112,9 @@ def test_match_refines_where_it_is_given_the_images():
     a = textured()
     H = similarity(0.0, 1.0, (7.4, -3.3))
     b = warp_image(a, H[None].float(), padding="reflection")
-    extractor = tiepoints.build("keynet-tiny", "hardnet", num_points=150, device="cpu", single_scale=True)
+    extractor = tiepoints.build(
+        "keynet-tiny", "hardnet", num_keypoints=150, device="cpu", single_scale=True
+    )
     one, two = extractor.extract(a[0, 0]), extractor.extract(b[0, 0])
     plain = tiepoints.match(one, two)
     found = tiepoints.match(one, two, refine=True, images=(a[0, 0], b[0, 0]))
@@ -122,13 +149,22 @@ def test_tracks_are_connected_and_contradictions_left_out():
 def test_tracks_get_one_position_for_each_image():
     base = textured()
     moves = {"a": (0.0, 0.0), "b": (3.3, 1.7), "c": (-2.6, 4.4)}
-    images = {name: warp_image(base, similarity(0, 1, move)[None].float(), padding="reflection") for name, move in moves.items()}
+    images = {
+        name: warp_image(base, similarity(0, 1, move)[None].float(), padding="reflection")
+        for name, move in moves.items()
+    }
     generator = torch.Generator().manual_seed(2)
     features = {}
     for name, move in moves.items():
-        missed = torch.zeros(1) if name == "a" else torch.rand(len(places()), 2, generator=generator) - 0.5
+        missed = (
+            torch.zeros(1)
+            if name == "a"
+            else torch.rand(len(places()), 2, generator=generator) - 0.5
+        )
         features[name] = keypoints(places() + torch.tensor(move) + missed)
-    features["a"] = dataclasses.replace(features["a"], scale=0.9 * features["a"].scale)  # the reference of every track
+    features["a"] = dataclasses.replace(
+        features["a"], scale=0.9 * features["a"].scale
+    )  # the reference of every track
     index = torch.arange(len(places()) - 1)
     matches = {pair: torch.stack([index, index], dim=1) for pair in (("a", "b"), ("b", "c"))}
     asked = []
@@ -141,7 +177,9 @@ def test_tracks_get_one_position_for_each_image():
     assert torch.equal(positions["a"], features["a"].xy)
     for name in ("b", "c"):
         truth = places() + torch.tensor(moves[name])
-        before, after = ((xy - truth).norm(dim=1)[:-1].mean() for xy in (features[name].xy, positions[name]))
+        before, after = (
+            (xy - truth).norm(dim=1)[:-1].mean() for xy in (features[name].xy, positions[name])
+        )
         assert float(after) < 0.25 * float(before)
         assert torch.equal(positions[name][-1], features[name].xy[-1])  # it has no track
     assert sorted(set(asked)) == ["a", "b", "c"]
@@ -152,7 +190,7 @@ def test_a_database_is_refined_and_verified_again(tmp_path):
     from PIL import Image
 
     from tiepoints.formats.colmap import ColmapDatabase
-    from tiepoints.jobs import refine_database
+    from tiepoints.jobs.match import refine_database
 
     base = textured()
     H = similarity(0.05, 1.0, (4.4, -2.7))
@@ -162,19 +200,25 @@ def test_a_database_is_refined_and_verified_again(tmp_path):
         files[name] = tmp_path / name
         Image.fromarray((view[0, 0] * 255).round().byte().numpy()).save(files[name])
     truth = warp_points(places().double(), H).float()
-    missed = truth + 0.7 * (2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(3)) - 1)
+    missed = truth + 0.7 * (
+        2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(3)) - 1
+    )
     descriptors = torch.nn.functional.normalize(torch.rand(len(truth), 16) - 0.5, dim=1)
     index = torch.arange(len(truth))
     pairs = [("a.png", "b.png")]
     with ColmapDatabase(tmp_path / "x.db", write=True) as database:
         for name, xy, scale in (("a.png", places(), 1.0), ("b.png", missed, 1.1)):
             database.write(name, Features(keypoints(xy, scale), descriptors, (240, 200)))
-        database.write_matches("a.png", "b.png", Matches(torch.stack([index, index], 1), torch.ones(len(index))))
+        database.write_matches(
+            "a.png", "b.png", Matches(torch.stack([index, index], 1), torch.ones(len(index)))
+        )
         assert database.verify(pairs) == 1
         assert refine_database(database, pairs, files) == 1
         moved = database.read("b.png")
         torch.testing.assert_close(database.read("a.png").xy, places())
-        assert float((moved.xy - truth).norm(dim=1).mean()) < 0.3 * float((missed - truth).norm(dim=1).mean())
+        assert float((moved.xy - truth).norm(dim=1).mean()) < 0.3 * float(
+            (missed - truth).norm(dim=1).mean()
+        )
         assert torch.equal(moved.scale, torch.full((len(truth),), 1.1))
         assert len(database.read_inliers("a.png", "b.png")) == len(truth)
         with pytest.raises(tiepoints.DataError, match="keypoints, got"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tiepoints import load
-from tiepoints.detectors import rekd as module
-from tiepoints.detectors.rekd import REKD, histogram_angle
 from tiepoints.filters import gaussian_blur
+from tiepoints.models import rekd as module
+from tiepoints.models.rekd import REKD, histogram_angle
 from tiepoints.weights import save
 
 
@@ -26,7 +26,9 @@ def lively(net: REKD, seed: int = 0) -> REKD:
 
 
 def picture(height: int = 60, width: int = 76, seed: int = 1) -> torch.Tensor:
-    image = gaussian_blur(torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(seed)), 1.5)
+    image = gaussian_blur(
+        torch.rand(1, 1, height, width, generator=torch.Generator().manual_seed(seed)), 1.5
+    )
     return (image - image.min()) / (image.max() - image.min())
 
 
@@ -50,7 +52,18 @@ def test_shapes_ranges_and_any_size(group, variant, size):
 @pytest.mark.parametrize(("group", "dims"), [(36, (2, 2, 2)), (8, (1, 2, 3)), (4, (2, 1, 1))])
 def test_number_of_parameters_is_the_published_formula(group, dims):
     a, b, c = dims
-    expected = 11 * a + 2 * a + 11 * group * a * b + 2 * b + 11 * group * b * c + 2 * c + group * c + 6 * c + 3 * c + 1
+    expected = (
+        11 * a
+        + 2 * a
+        + 11 * group * a * b
+        + 2 * b
+        + 11 * group * b * c
+        + 2 * c
+        + group * c
+        + 6 * c
+        + 3 * c
+        + 1
+    )
     assert sum(p.numel() for p in REKD(group=group, dims=dims).parameters()) == expected
     if group == 36:
         assert expected == 3293
@@ -72,7 +85,9 @@ def test_angle_is_exact_to_a_part_of_a_bin():
     for wanted in (0.0, 4.0, 7.3, 11.6):
         logits = 3 * torch.cos((bins - wanted) * 2 * math.pi / 12)
         angle = histogram_angle(logits.softmax(0).view(1, 12, 1, 1)).item()
-        assert difference(torch.tensor(angle), torch.tensor(-wanted * 2 * math.pi / 12)) < math.radians(1)
+        assert difference(
+            torch.tensor(angle), torch.tensor(-wanted * 2 * math.pi / 12)
+        ) < math.radians(1)
         assert 0 <= angle < 2 * math.pi
     assert histogram_angle(torch.full((1, 12, 2, 2), 1 / 12)).isfinite().all()
 
@@ -81,10 +96,13 @@ def test_angle_is_exact_to_a_part_of_a_bin():
 @pytest.mark.parametrize("size", [(60, 76), (37, 91), (1, 9), (130, 7)])
 @pytest.mark.parametrize("pixels", [10**6, 900])
 @pytest.mark.parametrize("quick", [1, 1000])
-def test_fused_is_the_same_function_in_any_number_of_strips(variant, size, pixels, quick, monkeypatch):
+def test_fused_is_the_same_function_in_any_number_of_strips(
+    variant, size, pixels, quick, monkeypatch
+):
     monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
     monkeypatch.setattr(module, "QUICK_CHANNELS", quick)
-    # a small range keeps the histograms from saturating, where the softmax loses what the logits still tell
+    # a small range keeps the histograms from saturating, where the softmax loses what the logits
+    # still tell
     net = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0))
     image = torch.cat([picture(*size), picture(*size, seed=2)])
     with torch.inference_mode():
@@ -103,7 +121,9 @@ def test_the_published_width_takes_the_quick_way_and_a_narrow_one_does_not():
         wide = net.fused().double()  # only float32 takes the quick way
         wide.reference.double()
         slow = wide(image.double())[0].float()
-        torch.testing.assert_close(net.fused()(image)[0], slow, atol=1e-4 * float(slow.max()), rtol=1e-4)
+        torch.testing.assert_close(
+            net.fused()(image)[0], slow, atol=1e-4 * float(slow.max()), rtol=1e-4
+        )
 
 
 def test_a_larger_group_starts_from_a_smaller_one():
@@ -115,7 +135,9 @@ def test_a_larger_group_starts_from_a_smaller_one():
         few, many = small(image)[0].flatten(), large(image)[0].flatten()
     assert torch.corrcoef(torch.stack([few, many]))[0, 1] > 0.97
     back = large.regrouped(12)
-    for (name, one), other in zip(small.state_dict().items(), back.state_dict().values(), strict=True):
+    for (name, one), other in zip(
+        small.state_dict().items(), back.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
 
 
@@ -131,9 +153,17 @@ def test_saved_and_loaded_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"group": 0}, {"dims": (2, 2)}, {"dims": (2, 0, 2)}, {"scale_factor": 1.0}, {"num_levels": 0}, {"variant": "mine"},
-                {"input_range": 0.0}]
-)  # fmt: skip
+    "options",
+    [
+        {"group": 0},
+        {"dims": (2, 2)},
+        {"dims": (2, 0, 2)},
+        {"scale_factor": 1.0},
+        {"num_levels": 0},
+        {"variant": "mine"},
+        {"input_range": 0.0},
+    ],
+)
 def test_impossible_settings_are_refused(options):
     with pytest.raises(ValueError, match=r"must|are|at least"):
         REKD(**options)

@@ -1,4 +1,6 @@
-"""REKD's ``best_model.pt``: files of its layout from random numbers, by the formulas of e2cnn's basis, against plain convolutions."""
+"""REKD's ``best_model.pt``: files of its layout from random numbers, by the formulas of e2cnn's
+basis, against plain convolutions.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tiepoints.checkpoints import load_official
 from tiepoints.cli import app
-from tiepoints.detectors.rekd import REKD
 from tiepoints.errors import WeightsError
-from tiepoints.importers import load_official
+from tiepoints.models.rekd import REKD
 from tiepoints.weights import load, save
 
 NORM = ("weight", "bias", "running_mean", "running_var")
 LIFTING, REGULAR = "('irrep_0', 'regular')", "('regular', 'regular')"
-BLOCK2_BASIS, BLOCK3_BASIS = (f"block{i}.0._basisexpansion.block_expansion_{REGULAR}.sampled_basis" for i in (2, 3))
+BLOCK2_BASIS, BLOCK3_BASIS = (
+    f"block{i}.0._basisexpansion.block_expansion_{REGULAR}.sampled_basis" for i in (2, 3)
+)
 #: Group, fields of the layers, levels.
 SIZES = [(4, (2, 2, 2), 3), (8, (1, 3, 2), 3), (5, (2, 1, 1), 2)]
 
@@ -50,11 +54,15 @@ def irreps(group: int) -> dict[int, np.ndarray]:
         if 2 * m == group:
             found[m] = np.cos(m * angle)[:, None] / math.sqrt(group)
         else:
-            found[m] = np.stack([np.cos(m * angle), np.sin(m * angle)], axis=1) * math.sqrt(2 / group)
+            found[m] = np.stack([np.cos(m * angle), np.sin(m * angle)], axis=1) * math.sqrt(
+                2 / group
+            )
     return found
 
 
-def angular(dims: tuple[int, int], frequency: int, shift: float, flip: int, phi: np.ndarray, r: np.ndarray) -> np.ndarray:
+def angular(
+    dims: tuple[int, int], frequency: int, shift: float, flip: int, phi: np.ndarray, r: np.ndarray
+) -> np.ndarray:
     """Block (out, in, k, k) of one frequency between irreps of ``dims`` (in, out)."""
     if frequency == 0:
         phi = np.zeros_like(phi)
@@ -89,7 +97,12 @@ def e2cnn_basis(group: int, k: int, *, lifting: bool) -> Tensor:
                     mu = start + t * group
                     if abs(mu) > cut or (dims == (1, 1) and (mu < 0 or (mu == 0 and shift > 0))):
                         continue
-                    made = np.einsum("om,mnyx,in->oiyx", q_out, angular(dims, mu, shift, flip, phi, r) * profile, q_in)
+                    made = np.einsum(
+                        "om,mnyx,in->oiyx",
+                        q_out,
+                        angular(dims, mu, shift, flip, phi, r) * profile,
+                        q_in,
+                    )
                     elements.append(made / math.sqrt((made**2).sum() / dims[1]))
     return torch.from_numpy(np.stack(elements)).flatten(3)
 
@@ -100,15 +113,22 @@ def expand(weights: Tensor, basis: Tensor, fields_in: int, fields_out: int) -> T
     k = math.isqrt(pixels)
     made = torch.zeros(fields_out * group, fields_in * wide_in, k, k, dtype=torch.float64)
     for place, (o, i) in enumerate(product(range(fields_out), range(fields_in))):
-        one = sum(float(w) * b for w, b in zip(weights[place * count : (place + 1) * count], basis, strict=True))
-        made[o * group : (o + 1) * group, i * wide_in : (i + 1) * wide_in] = one.view(group, wide_in, k, k)
+        one = sum(
+            float(w) * b
+            for w, b in zip(weights[place * count : (place + 1) * count], basis, strict=True)
+        )
+        made[o * group : (o + 1) * group, i * wide_in : (i + 1) * wide_in] = one.view(
+            group, wide_in, k, k
+        )
     return made
 
 
 # ---- files
 
 
-def checkpoint(group: int = 4, dims: tuple[int, int, int] = (2, 2, 2), levels: int = 3, seed: int = 1) -> dict[str, Tensor]:
+def checkpoint(
+    group: int = 4, dims: tuple[int, int, int] = (2, 2, 2), levels: int = 3, seed: int = 1
+) -> dict[str, Tensor]:
     """All tensors of the official file, random."""
     rng = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
@@ -117,31 +137,57 @@ def checkpoint(group: int = 4, dims: tuple[int, int, int] = (2, 2, 2), levels: i
         weights = torch.randn(fields_out * fields_in * len(basis), generator=rng)
         filters = expand(weights, basis, fields_in, fields_out)
         factor = float((2 / filters.square().sum(dim=(1, 2, 3)).mean()).sqrt())
-        state[f"{name}.weights"], state[f"{name}.filter"] = weights * factor, (filters * factor).float()
+        state[f"{name}.weights"], state[f"{name}.filter"] = (
+            weights * factor,
+            (filters * factor).float(),
+        )
         kind = LIFTING if basis.shape[2] == 1 else REGULAR
         state[f"{name}._basisexpansion.block_expansion_{kind}.sampled_basis"] = basis.float()
 
     def norm(name: str, width: int) -> None:
-        values = {"weight": 1 + 0.3 * torch.randn(width, generator=rng), "bias": 0.3 * torch.randn(width, generator=rng)}
-        values |= {"running_mean": 0.2 * torch.randn(width, generator=rng), "running_var": 0.1 + torch.rand(width, generator=rng)}
-        state.update({f"{name}.{kind}": value for kind, value in values.items()}, **{f"{name}.num_batches_tracked": torch.tensor(1234)})
+        values = {
+            "weight": 1 + 0.3 * torch.randn(width, generator=rng),
+            "bias": 0.3 * torch.randn(width, generator=rng),
+        }
+        values |= {
+            "running_mean": 0.2 * torch.randn(width, generator=rng),
+            "running_var": 0.1 + torch.rand(width, generator=rng),
+        }
+        state.update(
+            {f"{name}.{kind}": value for kind, value in values.items()},
+            **{f"{name}.num_batches_tracked": torch.tensor(1234)},
+        )
 
     bases = [e2cnn_basis(group, 5, lifting=True), *[e2cnn_basis(group, 5, lifting=False)] * 2]
-    for i, (basis, fields_in, fields_out) in enumerate(zip(bases, (1, *dims[:2]), dims, strict=True), 1):
+    for i, (basis, fields_in, fields_out) in enumerate(
+        zip(bases, (1, *dims[:2]), dims, strict=True), 1
+    ):
         layer(f"block{i}.0", basis, fields_in, fields_out)
         state[f"block{i}.1.indices_{group}"] = torch.tensor([0, fields_out * group])
         norm(f"block{i}.1.batch_norm_[{group}]", fields_out)
     layer("ori_learner.0", e2cnn_basis(group, 1, lifting=False), dims[2], 1)
-    state |= {f"gpool.in_indices_{group}": torch.tensor([0, dims[2] * group]), f"gpool.out_indices_{group}": torch.tensor([0, dims[2]])}
+    state |= {
+        f"gpool.in_indices_{group}": torch.tensor([0, dims[2] * group]),
+        f"gpool.out_indices_{group}": torch.tensor([0, dims[2]]),
+    }
     norm("last_layer_learner.0", levels * dims[2])
-    state["last_layer_learner.1.weight"] = 0.5 * torch.randn(1, levels * dims[2], 1, 1, generator=rng)
+    state["last_layer_learner.1.weight"] = 0.5 * torch.randn(
+        1, levels * dims[2], 1, 1, generator=rng
+    )
     state["last_layer_learner.1.bias"] = torch.rand(1, generator=rng) + 1
     return state
 
 
 def parted(state: dict[str, Tensor], way: str) -> dict[str, Tensor]:
-    """The file with everything, with the filters alone, or as saved while training: coefficients and basis alone."""
-    drop = {"all": (), "filter": ("weights", "sampled_basis"), "basis": ("filter",), "neither": ("filter", "sampled_basis")}[way]
+    """The file with everything, with the filters alone, or as saved while training: coefficients
+    and basis alone.
+    """
+    drop = {
+        "all": (),
+        "filter": ("weights", "sampled_basis"),
+        "basis": ("filter",),
+        "neither": ("filter", "sampled_basis"),
+    }[way]
     return {name: value for name, value in state.items() if not name.endswith(drop or ("\n",))}
 
 
@@ -157,18 +203,26 @@ def imported(state: dict[str, object], folder: Path, **options: float) -> REKD:
 
 
 def plain_contrast(x: Tensor) -> Tensor:
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(x.numpy(), 32, mode="reflect"), (65, 65))
-    rows = [(row.mean(axis=(1, 2)), row.std(axis=(1, 2))) for row in windows]  # by rows: all windows at once are 100 MB
+    windows = np.lib.stride_tricks.sliding_window_view(
+        np.pad(x.numpy(), 32, mode="reflect"), (65, 65)
+    )
+    rows = [
+        (row.mean(axis=(1, 2)), row.std(axis=(1, 2))) for row in windows
+    ]  # by rows: all windows at once are 100 MB
     mean, deviation = torch.from_numpy(np.array(rows)).unbind(1)
     return (x - mean) / (1 + deviation)
 
 
-def plain_rekd(image: Tensor, state: dict[str, Tensor], group: int, levels: int) -> tuple[Tensor, Tensor]:
+def plain_rekd(
+    image: Tensor, state: dict[str, Tensor], group: int, levels: int
+) -> tuple[Tensor, Tensor]:
     """Score (H,W) and histogram (N,H,W) in float64."""
     p = {name: value.double() for name, value in state.items()}
 
     def norm(maps: Tensor, name: str, times: int) -> Tensor:
-        weight, bias, mean, var = (p[f"{name}.{kind}"].repeat_interleave(times)[:, None, None] for kind in NORM)
+        weight, bias, mean, var = (
+            p[f"{name}.{kind}"].repeat_interleave(times)[:, None, None] for kind in NORM
+        )
         return (maps - mean) / (var + 1e-5).sqrt() * weight + bias
 
     def resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -190,7 +244,9 @@ def plain_rekd(image: Tensor, state: dict[str, Tensor], group: int, levels: int)
         strengths += [resize(field.amax(dim=0, keepdim=True), image.shape) for field in fields]
         directions.append(resize(F.conv2d(maps[None], p["ori_learner.0.filter"])[0], image.shape))
     merged = norm(torch.cat(strengths), "last_layer_learner.0", 1)
-    score = F.conv2d(merged[None], p["last_layer_learner.1.weight"], p["last_layer_learner.1.bias"])[0, 0].clamp(min=0)
+    score = F.conv2d(
+        merged[None], p["last_layer_learner.1.weight"], p["last_layer_learner.1.bias"]
+    )[0, 0].clamp(min=0)
     return score, sum(directions).softmax(dim=0)
 
 
@@ -210,7 +266,9 @@ def test_basis_spans_all_filters_of_a_group_convolution(group, dims, levels):
 def test_imported_network_equals_plain_convolutions(group, dims, levels, input_range, tmp_path):
     state = checkpoint(group, dims, levels)
     rng = torch.Generator().manual_seed(2)
-    image = F.interpolate(torch.rand(1, 1, 13, 15, generator=rng, dtype=torch.float64), size=(52, 60), mode="bicubic").clamp(0, 1)
+    image = F.interpolate(
+        torch.rand(1, 1, 13, 15, generator=rng, dtype=torch.float64), size=(52, 60), mode="bicubic"
+    ).clamp(0, 1)
     score, histogram = plain_rekd(image[0, 0] * input_range, state, group, levels)
     assert score.count_nonzero() > score.numel() / 2
     assert histogram.amax(dim=0).mean() > 1.5 / group  # directions differ
@@ -252,7 +310,9 @@ def test_other_wrappings_of_the_same_file(changed, tmp_path):
     elif changed == "wrapped":
         other = {"state_dict": state}
     elif changed == "one basis for two layers":
-        other = {name: value for name, value in parted(state, "basis").items() if name != BLOCK3_BASIS}
+        other = {
+            name: value for name, value in parted(state, "basis").items() if name != BLOCK3_BASIS
+        }
     else:
         other = {name: value for name, value in state.items() if "indices" not in name}
     expected = imported(state, tmp_path).state_dict()
@@ -264,8 +324,18 @@ def test_full_size_coefficients_come_back(tmp_path):
     torch.manual_seed(5)
     ours = REKD(variant="published")
     state = parted(checkpoint(), "filter")  # for the names
-    state = {name.replace("_[4]", "_[36]"): value for name, value in state.items() if "indices" not in name}
-    state |= dict(zip([f"block{i}.0.filter" for i in (1, 2, 3)] + ["ori_learner.0.filter"], filters(ours), strict=True))
+    state = {
+        name.replace("_[4]", "_[36]"): value
+        for name, value in state.items()
+        if "indices" not in name
+    }
+    state |= dict(
+        zip(
+            [f"block{i}.0.filter" for i in (1, 2, 3)] + ["ori_learner.0.filter"],
+            filters(ours),
+            strict=True,
+        )
+    )
     found = imported(state, tmp_path)
     assert found.settings == {**ours.settings, "input_range": 1.0}
     for name, value in ours.state_dict().items():
@@ -280,7 +350,10 @@ def test_round_trip_through_our_own_file_and_the_command_line(tmp_path):
     torch.save(state, tmp_path / "best_model.pt")
     for options, input_range in ((["--input-range", "255"], 255.0), ([], 1.0)):
         out = tmp_path / f"by_command_{input_range}.safetensors"
-        result = CliRunner().invoke(app, ["weights", "import", str(tmp_path / "best_model.pt"), "--out", str(out), *options])
+        result = CliRunner().invoke(
+            app,
+            ["weights", "import", str(tmp_path / "best_model.pt"), "--output", str(out), *options],
+        )
         assert result.exit_code == 0, result.output
         assert "REKD ->" in result.output
         assert load(out).settings == {**net.settings, "input_range": input_range}
@@ -306,7 +379,11 @@ def message(whole: dict[str, Tensor], tmp_path: Path) -> Callable[..., str]:
     """What is said of the file with some tensors replaced, or left out (None)."""
 
     def said(changes: dict[str, object], way: str = "all") -> str:
-        state = {name: value for name, value in (parted(whole, way) | changes).items() if value is not None}
+        state = {
+            name: value
+            for name, value in (parted(whole, way) | changes).items()
+            if value is not None
+        }
         with pytest.raises(WeightsError) as caught:
             imported(state, tmp_path)
         assert str(tmp_path) in str(caught.value)
@@ -321,17 +398,28 @@ def test_coefficients_without_their_basis_are_refused_with_reason_and_remedy(mes
         assert f"{layer}: neither filters" in text
     assert text.count("e2cnn and escnn are known to order it differently under the same names") == 1
     assert text.endswith("after eval(), which stores the filters")
-    assert "eval()" not in message({"block1.0.bias": torch.zeros(8)})  # advice for this trouble alone
+    assert "eval()" not in message(
+        {"block1.0.bias": torch.zeros(8)}
+    )  # advice for this trouble alone
     assert "block1.0: neither" in message({"block1.0.weights": None, "block1.0.filter": None})
-    assert "block3.0: neither" in message({"block3.0.filter": None, BLOCK2_BASIS: None, BLOCK3_BASIS: None})
+    assert "block3.0: neither" in message(
+        {"block3.0.filter": None, BLOCK2_BASIS: None, BLOCK3_BASIS: None}
+    )
 
 
 @pytest.mark.parametrize("layer", ["block1.0", "block2.0", "block3.0", "ori_learner.0"])
 def test_filters_that_disagree_with_their_coefficients_are_refused(layer, whole, message):
     stale = re.escape(f"{layer}.filter: differs by up to ")
-    assert re.search(stale + r"\S+, of \S+ at most, from what weights", message({f"{layer}.weights": whole[f"{layer}.weights"].flip(0)}))
-    basis = next(name for name in whole if name.startswith(layer) and name.endswith("sampled_basis"))
-    assert re.search(stale, message({basis: whole[basis].flip(0)}))  # the same elements in another order
+    assert re.search(
+        stale + r"\S+, of \S+ at most, from what weights",
+        message({f"{layer}.weights": whole[f"{layer}.weights"].flip(0)}),
+    )
+    basis = next(
+        name for name in whole if name.startswith(layer) and name.endswith("sampled_basis")
+    )
+    assert re.search(
+        stale, message({basis: whole[basis].flip(0)})
+    )  # the same elements in another order
 
 
 @pytest.mark.parametrize("layer", ["block1.0", "block2.0", "block3.0", "ori_learner.0"])
@@ -340,8 +428,13 @@ def test_filters_outside_our_space_are_refused_with_the_residual(layer, whole, m
     bent = whole[name].clone()
     bent.flatten()[7] += 1e-3 * bent.abs().max()
     text = message({name: bent}, "filter")
-    assert f"the filters of {name.removesuffix('.filter')} are not those of one filter turned to 4 orientations" in text
-    residual, largest, allowed = (float(value) for value in re.findall(r"(?:up to|, of|allowed:) ([\d.e+-]*\d)", text))
+    assert (
+        f"the filters of {name.removesuffix('.filter')} are not those of one filter turned to 4 "
+        "orientations" in text
+    )
+    residual, largest, allowed = (
+        float(value) for value in re.findall(r"(?:up to|, of|allowed:) ([\d.e+-]*\d)", text)
+    )
     assert 0.3e-3 * largest < residual < 1.1e-3 * largest
     assert math.isclose(allowed, 1e-4 * largest, rel_tol=0.1)
 
@@ -369,11 +462,15 @@ def test_orientations_in_the_other_sense_are_refused(whole, message):
 )
 def test_wrong_tensors_are_named_with_what_was_expected(name, shape, whole, message):
     assert tuple(whole[name].shape) == shape
-    assert f"{name}: expected shape {shape}, found {(*shape, 1)}" in message({name: whole[name][..., None]})
+    assert f"{name}: expected shape {shape}, found {(*shape, 1)}" in message(
+        {name: whole[name][..., None]}
+    )
     assert f"{name}: expected shape {shape}, found a str" in message({name: "words"})
     counter = name.endswith("tracked")
     kind = "torch.int64, found torch.float32" if counter else "torch.float32, found torch.int64"
-    assert f"{name}: expected {kind}" in message({name: torch.zeros(shape, dtype=torch.float32 if counter else torch.int64)})
+    assert f"{name}: expected {kind}" in message(
+        {name: torch.zeros(shape, dtype=torch.float32 if counter else torch.int64)}
+    )
     if not counter:
         assert f"{name}: expected finite numbers" in message({name: torch.full(shape, math.nan)})
     if not name.endswith(("filter", "weights", "basis")):
@@ -381,26 +478,41 @@ def test_wrong_tensors_are_named_with_what_was_expected(name, shape, whole, mess
     assert f"{name}_2: not expected" in message({f"{name}_2": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("name", ["block1.1.indices_4", "block3.1.indices_4", "gpool.in_indices_4", "gpool.out_indices_4"])
+@pytest.mark.parametrize(
+    "name",
+    ["block1.1.indices_4", "block3.1.indices_4", "gpool.in_indices_4", "gpool.out_indices_4"],
+)
 def test_places_of_channels_are_not_needed_but_must_look_right(name, message):
     assert f"{name}: expected shape (2,), found (3,)" in message({name: torch.arange(3)})
     assert f"{name}: expected torch.int64, found torch.float32" in message({name: torch.zeros(2)})
-    assert f"{name}0: not expected" in message({f"{name}0": torch.zeros(2, dtype=torch.int64)})  # of another group
+    assert f"{name}0: not expected" in message(
+        {f"{name}0": torch.zeros(2, dtype=torch.int64)}
+    )  # of another group
 
 
 def test_sizes_that_cannot_be_told_are_refused(whole, message):
     norm = "block1.1.batch_norm_[{}].weight"
-    assert "batch_norm_[N].weight: expected one number per field, found nothing" in message({norm.format(4): None})
-    assert "batch_norm_[N].weight: expected" in message({norm.format(36): torch.zeros(2)})  # two groups
-    assert f"{norm.format(4)}: expected one number per field, found ()" in message({norm.format(4): torch.tensor(1.0)})
+    assert "batch_norm_[N].weight: expected one number per field, found nothing" in message(
+        {norm.format(4): None}
+    )
+    assert "batch_norm_[N].weight: expected" in message(
+        {norm.format(36): torch.zeros(2)}
+    )  # two groups
+    assert f"{norm.format(4)}: expected one number per field, found ()" in message(
+        {norm.format(4): torch.tensor(1.0)}
+    )
     last = "last_layer_learner.0.weight"
     assert f"{last}: expected a multiple of 2 fields, found 7" in message({last: torch.zeros(7)})
     other = {name.replace("_[4]", "_[8]"): value for name, value in whole.items()}
-    assert "block1.0.filter: expected shape (16, 1, 5, 5), found (8, 1, 5, 5)" in message(dict.fromkeys(whole) | other)
+    assert "block1.0.filter: expected shape (16, 1, 5, 5), found (8, 1, 5, 5)" in message(
+        dict.fromkeys(whole) | other
+    )
 
 
 def test_a_prefix_of_some_names_is_no_prefix(whole, message):
-    assert "module.last_layer_learner.1.bias: not expected" in message({"module.last_layer_learner.1.bias": torch.zeros(1)})
+    assert "module.last_layer_learner.1.bias: not expected" in message(
+        {"module.last_layer_learner.1.bias": torch.zeros(1)}
+    )
 
 
 def test_input_range_must_be_positive(whole, tmp_path):

@@ -1,4 +1,6 @@
-"""The report: its numbers are means of the rows, controls and published values are marked, what is missing is left out."""
+"""The report: its numbers are means of the rows, controls and published values are marked, what is
+missing is left out.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ import torch
 from PIL import Image
 
 from tiepoints.errors import DataError
-from tiepoints.evaluation.report import repeated_points, write_report
 from tiepoints.evaluation.results import Rows, read_run
+from tiepoints.report.report import repeated_points, write_report
 
 VOID = {"meta", "img", "br", "rect", "circle", "path"}
 
 
 class Reader(HTMLParser):
-    """Collects tables (caption -> row name -> cells), headings, and everything that would need a network; checks nesting."""
+    """Collects tables (caption -> row name -> cells), headings, and everything that would need a
+    network; checks nesting.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -36,7 +40,9 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
-        self.addresses += [value for key in ("src", "href", "xlink:href") if (value := given.get(key))]
+        self.addresses += [
+            value for key in ("src", "href", "xlink:href") if (value := given.get(key))
+        ]
         if tag not in VOID:
             self.open.append(tag)
         if tag == "tbody":
@@ -64,9 +70,25 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def row(system: str, sequence: str, pair: str, kind: str = "view", **changes: Any) -> dict[str, Any]:
-    metrics = {"keynet.rep_SL": 0.5, "keynet.rep_L": 0.75, "keynet.err_SL": 0.125, "mutual.rep@1": 0.125, "mutual.rep@3": 0.25}
-    made = {"system": system, "sequence": sequence, "kind": kind, "pair": pair, "image_a": "", "image_b": "", "H_ab": np.eye(3).tolist()}
+def row(
+    system: str, sequence: str, pair: str, kind: str = "view", **changes: Any
+) -> dict[str, Any]:
+    metrics = {
+        "keynet.rep_SL": 0.5,
+        "keynet.rep_L": 0.75,
+        "keynet.err_SL": 0.125,
+        "mutual.rep@1": 0.125,
+        "mutual.rep@3": 0.25,
+    }
+    made = {
+        "system": system,
+        "sequence": sequence,
+        "kind": kind,
+        "pair": pair,
+        "image_a": "",
+        "image_b": "",
+        "H_ab": np.eye(3).tolist(),
+    }
     return made | {"ok": True, "reason": "", "seconds": 0.5, "metrics": metrics} | changes
 
 
@@ -77,22 +99,40 @@ def write(folder: Path, rows: list[dict[str, Any]], part: str = "rows", **facts:
         lines = [json.dumps(r) for r in rows if r["system"] == system]
         (folder / part / f"{system.replace('<', '-')}.jsonl").write_text("\n".join(lines) + "\n")
     if part == "rows":
-        known = {"dataset": {"name": "made", "root": "made"}, "num_points": 1000, "mode": "si", "systems": systems}
+        known = {
+            "dataset": {"name": "made", "root": "made"},
+            "num_points": 1000,
+            "mode": "si",
+            "systems": systems,
+        }
         (folder / "run.json").write_text(json.dumps(known | facts))
     return folder
 
 
 def read(folder: Path, **options: Any) -> tuple[Reader, str]:
     files = write_report(folder, **options)
-    return Reader(files.html.read_text(encoding="utf-8")), files.markdown.read_text(encoding="utf-8")
+    return Reader(files.html.read_text(encoding="utf-8")), files.markdown.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_tables_hold_the_means_of_the_rows(tmp_path: Path) -> None:
     values = [0.10, 0.30, 0.80]
-    rows = [row("one", "v_a", f"1-{k}", metrics={"keynet.rep_SL": v, "keynet.err_SL": None if k else 0.2}) for k, v in enumerate(values)]
+    rows = [
+        row(
+            "one",
+            "v_a",
+            f"1-{k}",
+            metrics={"keynet.rep_SL": v, "keynet.err_SL": None if k else 0.2},
+        )
+        for k, v in enumerate(values)
+    ]
     rows += [row("two", "i_b", "1-2", "illum", metrics={"keynet.rep_SL": 0.9})]
     page, markdown = read(write(tmp_path, rows))
-    assert page.tables["Viewpoint"]["one"][:2] == ["40.0", "0.200"]  # null counts for nothing, not for zero
+    assert page.tables["Viewpoint"]["one"][:2] == [
+        "40.0",
+        "0.200",
+    ]  # null counts for nothing, not for zero
     assert page.tables["Viewpoint"]["one"][-1] == "3"
     assert "two" not in page.tables["Viewpoint"]
     assert page.tables["All pairs"]["two"][0] == "90.0"
@@ -102,11 +142,18 @@ def test_tables_hold_the_means_of_the_rows(tmp_path: Path) -> None:
 
 
 def test_a_failed_pair_is_listed_and_enters_no_mean(tmp_path: Path) -> None:
-    rows = [row("one", "v_a", "1-2"), row("one", "v_a", "1-3", ok=False, reason="DataError: broken | image", metrics={})]
+    rows = [
+        row("one", "v_a", "1-2"),
+        row("one", "v_a", "1-3", ok=False, reason="DataError: broken | image", metrics={}),
+    ]
     page, markdown = read(write(tmp_path, rows))
     assert page.tables["Viewpoint"]["one"][0] == "50.0"
     assert page.tables["Viewpoint"]["one"][-1] == "1 of 2"
-    assert page.tables["1 failed, in no mean above"]["one"] == ["v_a", "1-3", "DataError: broken | image"]
+    assert page.tables["1 failed, in no mean above"]["one"] == [
+        "v_a",
+        "1-3",
+        "DataError: broken | image",
+    ]
     assert r"broken \| image" in markdown
 
 
@@ -140,40 +187,101 @@ def test_controls_and_published_values_are_set_apart(tmp_path: Path) -> None:
 
 def test_parts_that_a_run_lacks_are_left_out(tmp_path: Path) -> None:
     page, markdown = read(write(tmp_path, [row("one", "x", "1-2", "other")]))
-    assert page.headings == ["Repeatability", "Repeatability against the threshold", "Sequences", "What the columns mean"]
-    assert "published" not in "".join(page.tables["All pairs"])  # other changes than those of the paper
+    assert page.headings == [
+        "Repeatability",
+        "Repeatability against the threshold",
+        "Sequences",
+        "What the columns mean",
+    ]
+    assert "published" not in "".join(
+        page.tables["All pairs"]
+    )  # other changes than those of the paper
     assert "This run has no controls" in markdown
 
 
 def test_matching_homography_sweeps_and_bias(tmp_path: Path) -> None:
-    metrics = {f"keynet.mma@{t}": t / 10 for t in range(1, 11)} | {"keynet.score@5": 0.3, "keynet.matches": 7, "mutual.rep@3": 0.5}
+    metrics = {f"keynet.mma@{t}": t / 10 for t in range(1, 11)} | {
+        "keynet.score@5": 0.3,
+        "keynet.matches": 7,
+        "mutual.rep@3": 0.5,
+    }
     metrics |= {"rekd.repeatability": 0.4, "rekd.mma@3": 0.6, "rekd*.mma@3": 0.7}
-    rows = [row("one", "v_a", f"1-{k}", metrics=metrics | {"homography.error": e}) for k, e in enumerate((0.0, None))]
+    rows = [
+        row("one", "v_a", f"1-{k}", metrics=metrics | {"homography.error": e})
+        for k, e in enumerate((0.0, None))
+    ]
     write(tmp_path, rows)
-    sweeps = [{"system": "one", "image": "a", "kind": "rotation", "value": v, "metrics": {"mutual.rep@3": v / 100}} for v in (50, 100)]
-    failed = {"system": "two", "image": "a", "kind": "scale", "ok": False, "reason": "too small", "metrics": {}}
+    sweeps = [
+        {
+            "system": "one",
+            "image": "a",
+            "kind": "rotation",
+            "value": v,
+            "metrics": {"mutual.rep@3": v / 100},
+        }
+        for v in (50, 100)
+    ]
+    failed = {
+        "system": "two",
+        "image": "a",
+        "kind": "scale",
+        "ok": False,
+        "reason": "too small",
+        "metrics": {},
+    }
     write(tmp_path, [*sweeps, failed], "sweeps")
     shifts = {"mirror_x": {"dx": 6.0, "dy": 0.0}, "mirror_y": {"dx": 0.0, "dy": -8.0}}
-    write(tmp_path, [{"system": "one", "image": "a", "kind": kind, "metrics": m} for kind, m in shifts.items()], "bias")
+    write(
+        tmp_path,
+        [{"system": "one", "image": "a", "kind": kind, "metrics": m} for kind, m in shifts.items()],
+        "bias",
+    )
     page, _ = read(tmp_path)
     assert page.tables["Matching, Key.Net protocol"]["one"] == ["30.0", "30.0", "7"]
-    assert page.tables["Matching, Key.Net protocol"]["Key.Net + HardNet published"] == ["32.3", "–", "–"]
+    assert page.tables["Matching, Key.Net protocol"]["Key.Net + HardNet published"] == [
+        "32.3",
+        "–",
+        "–",
+    ]
     assert page.tables["right matches % by threshold px"]["4"] == ["40.0"]
     assert page.tables["REKD protocol"]["one*"] == ["–", "70.0"]
-    homography = next(table for caption, table in page.tables.items() if caption.startswith("Homography by PoseLib"))
+    homography = next(
+        table
+        for caption, table in page.tables.items()
+        if caption.startswith("Homography by PoseLib")
+    )
     assert homography["one"][-1] == "50.0"  # one of two pairs without an estimate
     assert page.tables["repeatability % at 3 px by rotation in degrees"]["50"] == ["50.0"]
-    assert page.tables["Constant shift of the points, mean over the images"]["one"] == ["6.00", "-8.00", "5.00"]
+    assert page.tables["Constant shift of the points, mean over the images"]["one"] == [
+        "6.00",
+        "-8.00",
+        "5.00",
+    ]
     assert page.tables["Viewpoint"]["one"][-3] == "5.00"
     assert page.tables["1 failed, in no mean above"]["two"] == ["a", "scale", "too small"]
 
 
 def test_poses_have_a_table_of_their_own(tmp_path: Path) -> None:
     metrics = [{"pose.error_poselib": error, "pose.error_opencv": 0.0} for error in (0.0, 180.0)]
-    rows = [row("one", "scene", str(k), "pose", H_ab=None, metrics=m) for k, m in enumerate(metrics)]
+    rows = [
+        row("one", "scene", str(k), "pose", H_ab=None, metrics=m) for k, m in enumerate(metrics)
+    ]
     page, markdown = read(write(tmp_path, rows))
-    (table,) = (table for caption, table in page.tables.items() if caption.startswith("Relative pose"))
-    assert table["one"] == ["50.0", "50.0", "50.0", "50.0", "100.0", "100.0", "100.0", "0.0", "0.500", "2"]
+    (table,) = (
+        table for caption, table in page.tables.items() if caption.startswith("Relative pose")
+    )
+    assert table["one"] == [
+        "50.0",
+        "50.0",
+        "50.0",
+        "50.0",
+        "100.0",
+        "100.0",
+        "100.0",
+        "0.0",
+        "0.500",
+        "2",
+    ]
     assert "Repeatability" not in page.headings
     assert "lattice" not in markdown  # there is nothing to explain
 
@@ -192,10 +300,19 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
     ones, descriptors = np.ones(len(xy), np.float32), np.eye(len(xy), dtype=np.float16)[order]
     for stem, moved in (("1", 0.0), ("2", np.where(np.arange(len(xy)) < 100, 1.0, 4.0)[:, None])):
         points = (xy[order] + moved).astype(np.float32)
-        stored = {"xy": points, "scale": ones, "angle": ones, "score": ones, "descriptors": descriptors}
+        stored = {
+            "xy": points,
+            "scale": ones,
+            "angle": ones,
+            "score": ones,
+            "descriptors": descriptors,
+        }
         np.savez(store / f"{stem}.npz", **stored, image_size=(160, 120), seconds=0.1)
     images = {"image_a": str(folder / "1.png"), "image_b": str(folder / "2.png")}
-    page, markdown = read(write(tmp_path, [row("one", "v_a", "1-2", **images, metrics={"mutual.rep@3": 2 / 3})]), pictures=1)
+    page, markdown = read(
+        write(tmp_path, [row("one", "v_a", "1-2", **images, metrics={"mutual.rep@3": 2 / 3})]),
+        pictures=1,
+    )
     assert sum(address.startswith("data:image/") for address in page.addresses) == 3
     assert "one on v\\_a 1-2: 100 of 150 points" in markdown
     named = write_report(tmp_path, pairs=["v_a:1-2"], only=["one"]).markdown.read_text()
@@ -205,7 +322,12 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
     with pytest.raises(ValueError, match="no system 'two'"):
         write_report(tmp_path, pairs=["v_a:1-2"], only=["two"])
     assert "150 mutual matches, 100 right within 3 px (blue), 50 wrong" in markdown
-    assert page.tables["repeatability % by number of points"] == {"100": ["100.0"], "250": ["66.7"], "500": ["66.7"], "1000": ["66.7"]}
+    assert page.tables["repeatability % by number of points"] == {
+        "100": ["100.0"],
+        "250": ["66.7"],
+        "500": ["66.7"],
+        "1000": ["66.7"],
+    }
     assert "Pictures" not in read(tmp_path, pictures=0)[0].headings
 
 
@@ -218,7 +340,12 @@ def test_repeated_points_are_one_to_one() -> None:
 
 def test_several_runs_draw_one_curve(tmp_path: Path) -> None:
     folders = [
-        write(tmp_path / str(n), [row("one", "v_a", "1-2", metrics={"keynet.rep_SL": n / 1000})], num_points=n) for n in (500, 250)
+        write(
+            tmp_path / str(n),
+            [row("one", "v_a", "1-2", metrics={"keynet.rep_SL": n / 1000})],
+            num_points=n,
+        )
+        for n in (500, 250)
     ]
     other = write(tmp_path / "other", [row("one", "v_a", "1-2")], mode="ti")
     files = write_report([*folders, other], tmp_path / "out" / "page.html")
@@ -230,7 +357,15 @@ def test_several_runs_draw_one_curve(tmp_path: Path) -> None:
 
 def test_names_cannot_break_the_page(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>'
-    page, markdown = read(write(tmp_path, [row("a<b>&", evil, "1|2", ok=True), row("a<b>&", evil, "3", ok=False, reason=evil, metrics={})]))
+    page, markdown = read(
+        write(
+            tmp_path,
+            [
+                row("a<b>&", evil, "1|2", ok=True),
+                row("a<b>&", evil, "3", ok=False, reason=evil, metrics={}),
+            ],
+        )
+    )
     assert page.tables["Viewpoint"]["a<b>&"][0] == "50.0"
     assert page.tables["1 failed, in no mean above"]["a<b>&"][2] == evil
     assert "<script" not in markdown

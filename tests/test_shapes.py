@@ -1,4 +1,6 @@
-"""What keeps keypoints on structure in training: drawn shapes, anchors of photographs, second layers."""
+"""What keeps keypoints on structure in training: drawn shapes, anchors of photographs, second
+layers.
+"""
 
 import dataclasses
 
@@ -7,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tiepoints.detectors.keynet import STRUCTURE_SIGMA, KeyNet
+from tiepoints.datasets.shapes import WithShapes, draw_shapes, target_map
+from tiepoints.datasets.synthetic import PairDataset, PairSettings, make_pair
 from tiepoints.filters import corner_strength, percentile_rank
 from tiepoints.geometry import warp_points
 from tiepoints.keypoints import detect_peaks
-from tiepoints.training.losses import GAUSSIAN_SIGMA, anchor_weight, beside_structure, gaussian_loss, local_cosine
-from tiepoints.training.recipes import validation_score
-from tiepoints.training.shapes import WithShapes, draw_shapes, target_map
-from tiepoints.training.synthetic import PairDataset, PairSettings, make_pair
+from tiepoints.models.keynet import STRUCTURE_SIGMA, KeyNet
+from tiepoints.structure import GAUSSIAN_SIGMA, anchor_weight
+from tiepoints.training.losses import gaussian_loss, local_cosine, off_structure
+from tiepoints.training.validation import validation_score
 from tiepoints.weights import load, save
 
 CLEAN = PairSettings(size=160, scale=(0.8, 1.25), rotation=30, skew=0.2)
@@ -83,9 +86,16 @@ def test_known_positions_are_all_that_counts_in_their_image():
     agreed = gaussian_loss(wrong, wrong, H, target_a=truth, target_b=truth)[1]
     assert agreed["shape"] > 0.5
     assert agreed["alone"] > 0.9
-    assert gaussian_loss(wrong, wrong, H, target_a=none, target_b=none)[1] == gaussian_loss(wrong, wrong, H)[1]
+    assert (
+        gaussian_loss(wrong, wrong, H, target_a=none, target_b=none)[1]
+        == gaussian_loss(wrong, wrong, H)[1]
+    )
     shifted = torch.maximum(bump((41.3, 40.6)), bump((48.0, 50.2)))
-    assert right["shape"] < gaussian_loss(shifted, shifted, H, target_a=truth, target_b=truth)[1]["shape"] < agreed["shape"]
+    assert (
+        right["shape"]
+        < gaussian_loss(shifted, shifted, H, target_a=truth, target_b=truth)[1]["shape"]
+        < agreed["shape"]
+    )
 
 
 def test_local_cosine_equals_a_loop():
@@ -105,13 +115,19 @@ def test_shapes_are_drawn_where_their_targets_say():
         mapped = warp_points(torch.from_numpy(pair.targets_a), torch.from_numpy(pair.H_ab)).numpy()
         inside = ((mapped >= 0) & (mapped <= CLEAN.size - 1)).all(axis=1)
         assert inside.sum() >= 5
-        distance = np.linalg.norm(mapped[inside][:, None] - pair.targets_b[None], axis=2).min(axis=1)
+        distance = np.linalg.norm(mapped[inside][:, None] - pair.targets_b[None], axis=2).min(
+            axis=1
+        )
         assert distance.max() < 1e-6
         for image, targets in ((pair.image_a, pair.targets_a), (pair.image_b, pair.targets_b)):
-            rank = percentile_rank(corner_strength(torch.from_numpy(image.copy()).float()[None, None] / 255, 1.0))[0, 0]
+            rank = percentile_rank(
+                corner_strength(torch.from_numpy(image.copy()).float()[None, None] / 255, 1.0)
+            )[0, 0]
             for x, y in targets:
                 column, row = round(x), round(y)
-                near.append(float(rank[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max()))
+                near.append(
+                    float(rank[max(0, row - 1) : row + 2, max(0, column - 1) : column + 2].max())
+                )
     assert len(near) > 60
     assert np.mean(np.array(near) > 0.9) > 0.9
 
@@ -119,7 +135,9 @@ def test_shapes_are_drawn_where_their_targets_say():
 def test_target_maps_peak_at_their_sub_pixel_positions():
     heat = target_map(np.array([[10.3, 20.8], [0.0, 31.0], [10.9, 20.8]]), 32)
     assert heat.shape == (1, 32, 32)
-    assert float(heat[0, 21, 10]) == pytest.approx(np.exp(-0.5 * (0.3**2 + 0.2**2) / GAUSSIAN_SIGMA**2), rel=1e-5)
+    assert float(heat[0, 21, 10]) == pytest.approx(
+        np.exp(-0.5 * (0.3**2 + 0.2**2) / GAUSSIAN_SIGMA**2), rel=1e-5
+    )
     assert float(heat[0, 31, 0]) == 1
     assert target_map(np.zeros((0, 2)), 32).sum() == 0
 
@@ -152,7 +170,9 @@ def test_pairs_with_shapes_have_anchors_or_targets(photos):
 
 
 def test_a_second_layer_moves_on_its_own_and_is_masked(photos):
-    """Without layers the views agree wherever their masks say so; with one they still do, and the masks are smaller."""
+    """Without layers the views agree wherever their masks say so; with one they still do, and the
+    masks are smaller.
+    """
     photo = np.asarray(Image.open(photos[0]))
     plain = PairSettings(size=128, scale=(1, 1), rotation=0, skew=0, colour=0)
     differs = 0
@@ -162,7 +182,10 @@ def test_a_second_layer_moves_on_its_own_and_is_masked(photos):
             assert pair is not None
             xy = torch.from_numpy(np.argwhere(pair.mask_a)[:, ::-1].copy())
             mapped = warp_points(xy.double(), torch.from_numpy(pair.H_ab)).round().long().numpy()
-            a, b = pair.image_a[pair.mask_a].astype(int), pair.image_b[mapped[:, 1], mapped[:, 0]].astype(int)
+            a, b = (
+                pair.image_a[pair.mask_a].astype(int),
+                pair.image_b[mapped[:, 1], mapped[:, 0]].astype(int),
+            )
             assert np.abs(a - b).max() <= 2
             if settings.layers:
                 hidden = ~pair.mask_a
@@ -207,7 +230,13 @@ def test_validation_counts_repeated_keypoints_on_structure_alone():
     generator = torch.Generator().manual_seed(0)
     image = square(112, 40, 72)[0] + 0.005 * torch.rand(1, 112, 112, generator=generator)
     everywhere = torch.ones(1, 112, 112)
-    pair = {"image_a": image, "image_b": image, "H_ab": torch.eye(3).double(), "mask_a": everywhere, "mask_b": everywhere}
+    pair = {
+        "image_a": image,
+        "image_b": image,
+        "H_ab": torch.eye(3).double(),
+        "mask_a": everywhere,
+        "mask_b": everywhere,
+    }
     scores = {}
     for name, at in (("corner", [corner]), ("flat", [flat]), ("both", [corner, flat])):
         one = sum(bump(place, 112) for place in at)
@@ -258,12 +287,14 @@ def test_peaks_beside_structure_have_their_price():
     anchor = torch.zeros_like(score)
     anchor[..., 30, 60] = 1.0
     everywhere = torch.ones_like(score)
-    assert float(beside_structure(score, anchor, everywhere)) == pytest.approx(0.75)
-    assert float(beside_structure(score, everywhere, everywhere)) == 0
+    assert float(off_structure(score, anchor, everywhere)) == pytest.approx(0.75)
+    assert float(off_structure(score, everywhere, everywhere)) == 0
     hidden = everywhere.clone()
     hidden[..., :40] = 0
-    assert float(beside_structure(score, anchor, hidden)) == 0
-    assert float(beside_structure(torch.zeros_like(score), anchor, everywhere)) == 0  # no peaks, no price, no nan
+    assert float(off_structure(score, anchor, hidden)) == 0
+    assert (
+        float(off_structure(torch.zeros_like(score), anchor, everywhere)) == 0
+    )  # no peaks, no price, no nan
     lowered = score.clone().requires_grad_(True)
-    beside_structure(lowered, anchor, everywhere).backward()
+    off_structure(lowered, anchor, everywhere).backward()
     assert lowered.grad[0, 0, 30, 30] > 0 > lowered.grad[0, 0, 30, 60]

@@ -1,4 +1,6 @@
-"""SobelNet: shapes and limits, scales summed, the cut, fused equals plain, meaning; the packed last layer; the Gaussian loss."""
+"""SobelNet: shapes and limits, scales summed, the cut, fused equals plain, meaning; the packed last
+layer; the Gaussian loss.
+"""
 
 import math
 
@@ -6,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import tiepoints.detectors.sobelnet as module
+import tiepoints.models.sobelnet as module
 from tiepoints import build
-from tiepoints.detectors.sobelnet import GRADIENTS, SobelNet, cut, gradients
 from tiepoints.filters import resize
 from tiepoints.geometry import warp_image
-from tiepoints.packed import OneMapConv
+from tiepoints.kernels.single_channel import OneMapConv
+from tiepoints.models.sobelnet import GRADIENTS, SobelNet, cut, gradients
 from tiepoints.training.losses import gaussian_likeness, gaussian_loss
 from tiepoints.weights import load, save
 
@@ -30,7 +32,9 @@ def lively(**options) -> SobelNet:
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-@pytest.mark.parametrize("shape", [(1, 1, 48, 64), (3, 1, 37, 41), (2, 1, 5, 1), (1, 1, 1, 1), (1, 1, 8, 19)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 48, 64), (3, 1, 37, 41), (2, 1, 5, 1), (1, 1, 1, 1), (1, 1, 8, 19)]
+)
 def test_any_size_and_batch_and_fused_equals_plain(kernel_size, shape):
     net = lively(kernel_size=kernel_size)
     image = torch.rand(shape)
@@ -55,7 +59,9 @@ def test_strips_do_not_show(pixels, monkeypatch):
 
 def test_parameters_and_settings():
     net = SobelNet()
-    assert sum(p.numel() for p in net.parameters()) == (3 * 8 * 9 + 8) + 2 * (8 * 8 * 9 + 8) + 3 * 16 + (8 * 9 + 1)
+    assert sum(p.numel() for p in net.parameters()) == (3 * 8 * 9 + 8) + 2 * (
+        8 * 8 * 9 + 8
+    ) + 3 * 16 + (8 * 9 + 1)
     assert sum(p.numel() for p in SobelNet(kernel_size=5).parameters()) > 2 * 1513
     for wrong in ({"kernel_size": 2}, {"kernel_size": 0}, {"ratio": 1.0}, {"ratio": -0.1}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -80,7 +86,9 @@ def test_a_flat_image_has_a_finite_gradient():
 
 
 def test_scales_are_summed_with_shared_filters():
-    """By hand: the same blocks on 1, 1/sqrt 2, 1/2 of the image, brought to the next size and added, then one convolution."""
+    """By hand: the same blocks on 1, 1/sqrt 2, 1/2 of the image, brought to the next size and
+    added, then one convolution.
+    """
     net = lively(ratio=0.0)
     image = torch.rand(1, 1, 40, 56)
     with torch.inference_mode():
@@ -94,7 +102,9 @@ def test_scales_are_summed_with_shared_filters():
 
 def test_scores_under_a_part_of_the_maximum_are_zero():
     score = torch.tensor([[10.0, 0.9, 1.1], [0.5, 1.0, 9.0]]).view(2, 1, 1, 3)
-    torch.testing.assert_close(cut(score, 0.1).view(2, 3), torch.tensor([[10.0, 0.0, 1.1], [0.0, 1.0, 9.0]]))  # of its own image
+    torch.testing.assert_close(
+        cut(score, 0.1).view(2, 3), torch.tensor([[10.0, 0.0, 1.1], [0.0, 1.0, 9.0]])
+    )  # of its own image
     assert cut(score, 0.0) is score
     image = torch.rand(1, 1, 40, 40)
     net, whole = lively(ratio=0.5), lively(ratio=0.0)
@@ -112,8 +122,15 @@ def test_packed_convolution_equals_the_plain_one(width, kernel):
     conv = torch.nn.Conv2d(6, 1, kernel, padding=kernel // 2)
     maps = torch.rand(2, 6, 11, width)
     with torch.no_grad():
-        torch.testing.assert_close(OneMapConv(conv.weight, conv.bias)(maps), conv(maps), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(OneMapConv(conv.weight)(maps), F.conv2d(maps, conv.weight, padding=kernel // 2), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            OneMapConv(conv.weight, conv.bias)(maps), conv(maps), atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(
+            OneMapConv(conv.weight)(maps),
+            F.conv2d(maps, conv.weight, padding=kernel // 2),
+            atol=1e-5,
+            rtol=1e-5,
+        )
 
 
 def test_weights_file_keeps_settings(tmp_path):
@@ -131,7 +148,7 @@ def test_weights_file_keeps_settings(tmp_path):
 def test_the_shipped_weights_find_the_same_points_in_a_turned_and_darkened_texture():
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(1, 1, 40, 40), size=(320, 320), mode="bicubic").clamp(0, 1)
-    extract = build("sobelnet", None, single_scale=True, num_points=100, device="cpu").extract
+    extract = build("sobelnet", None, single_scale=True, num_keypoints=100, device="cpu").extract
     xy = extract(image).xy
     assert len(xy) == 100
     turned = extract(0.6 * image.rot90(1, (-2, -1)) + 0.1).xy
@@ -147,7 +164,12 @@ def test_the_shipped_weights_find_the_same_points_in_a_turned_and_darkened_textu
 
 def blob(size: int, at: tuple[float, float], sigma: float, height: float = 1.0) -> torch.Tensor:
     axis = torch.arange(size, dtype=torch.float32)
-    return height * torch.exp(-((axis[None] - at[0]) ** 2 + (axis[:, None] - at[1]) ** 2) / (2 * sigma**2))[None, None]
+    return (
+        height
+        * torch.exp(-((axis[None] - at[0]) ** 2 + (axis[:, None] - at[1]) ** 2) / (2 * sigma**2))[
+            None, None
+        ]
+    )
 
 
 def test_likeness_is_the_cosine_with_a_gaussian():
@@ -159,7 +181,9 @@ def test_likeness_is_the_cosine_with_a_gaussian():
         around = maps[i, 0, y - 3 : y + 4, x - 3 : x + 4]
         wanted = (around * template).sum() / (around.norm() * template.norm())
         assert float(found[i, 0, y, x]) == pytest.approx(float(wanted), abs=1e-5)
-    assert float(gaussian_likeness(5 * blob(31, (15, 15), 1.5))[0, 0, 15, 15]) == pytest.approx(1, abs=1e-5)
+    assert float(gaussian_likeness(5 * blob(31, (15, 15), 1.5))[0, 0, 15, 15]) == pytest.approx(
+        1, abs=1e-5
+    )
 
 
 def slow_gaussian(score, other, visible, window, sigma):
@@ -176,13 +200,20 @@ def slow_gaussian(score, other, visible, window, sigma):
         return out
 
     ones = torch.ones_like(score, dtype=torch.bool)
-    own, theirs, both = peaks(score, visible > 0.999), peaks(other, ones), peaks(score + other, visible > 0.999)
+    own, theirs, both = (
+        peaks(score, visible > 0.999),
+        peaks(other, ones),
+        peaks(score + other, visible > 0.999),
+    )
 
     def near(p, group):
         return any(abs(p[0] - q[0]) <= 2 and abs(p[1] - q[1]) <= 2 for q in group)
 
     template = torch.tensor(
-        [[math.exp(-(i * i + j * j) / (2 * sigma**2)) for j in range(-half, half + 1)] for i in range(-half, half + 1)]
+        [
+            [math.exp(-(i * i + j * j) / (2 * sigma**2)) for j in range(-half, half + 1)]
+            for i in range(-half, half + 1)
+        ]
     )
     padded = F.pad(score[None, None], (half,) * 4)[0, 0]
     total, shape = 0.0, 0.0
@@ -191,7 +222,9 @@ def slow_gaussian(score, other, visible, window, sigma):
             around = padded[y : y + window, x : x + window]
             weight = float(score[y, x] + other[y, x]) ** 0.25
             total += weight
-            shape += weight * (1 - float((around * template).sum() / (around.norm() * template.norm())))
+            shape += weight * (
+                1 - float((around * template).sum() / (around.norm() * template.norm()))
+            )
     strength = sum(float(score[p]) ** 0.25 for p in own)
     alone = sum(float(score[p]) ** 0.25 for p in own if not near(p, theirs))
     return shape / max(total, 1e-6), alone / strength
@@ -205,7 +238,10 @@ def test_gaussian_loss_equals_its_slow_twin():
     _, numbers = gaussian_loss(a, b, H, window=9, sigma=1.2, border=6)
     frame = F.pad(torch.ones(36, 36), (6, 6, 6, 6))
     inside_a, inside_b = a[0, 0] * frame, b[0, 0] * frame
-    ways = [slow_gaussian(inside_a, inside_b, frame, 9, 1.2), slow_gaussian(inside_b, inside_a, frame, 9, 1.2)]
+    ways = [
+        slow_gaussian(inside_a, inside_b, frame, 9, 1.2),
+        slow_gaussian(inside_b, inside_a, frame, 9, 1.2),
+    ]
     assert numbers["shape"] == pytest.approx((ways[0][0] + ways[1][0]) / 2, abs=1e-4)
     assert numbers["alone"] == pytest.approx((ways[0][1] + ways[1][1]) / 2, abs=1e-4)
     assert 0 < numbers["alone"] < 1
@@ -228,7 +264,9 @@ def test_gaussian_loss_is_small_where_views_agree_on_gaussians_and_large_elsewhe
     shifted = gaussian_loss(a, a, H)[1]  # the second view did not move with the scene
     assert shifted["alone"] > 0.9
     lonely = gaussian_loss(a + blob(size, (70.0, 70.0), 1.5, 0.5), moved, H)[1]
-    assert lonely["alone"] == pytest.approx(0.5**0.25 / (3 + 0.5**0.25) / 2, abs=0.01)  # one way alone
+    assert lonely["alone"] == pytest.approx(
+        0.5**0.25 / (3 + 0.5**0.25) / 2, abs=0.01
+    )  # one way alone
 
 
 def test_gaussian_loss_does_not_see_the_scale_of_scores_but_its_gradient_works():
@@ -241,7 +279,9 @@ def test_gaussian_loss_does_not_see_the_scale_of_scores_but_its_gradient_works()
     assert more["loss"] == pytest.approx(numbers["loss"], rel=1e-3)
     loss.backward()
     with torch.no_grad():
-        nearer = gaussian_loss((a - 0.05 * a.grad / a.grad.abs().max()).clamp(min=0), b, H)[1]["loss"]
+        nearer = gaussian_loss((a - 0.05 * a.grad / a.grad.abs().max()).clamp(min=0), b, H)[1][
+            "loss"
+        ]
     assert nearer < numbers["loss"]
     assert torch.isfinite(a.grad).all()
 
@@ -251,7 +291,9 @@ def test_it_learns_by_the_gaussian_loss():
     torch.manual_seed(0)
     net = SobelNet()
     scene = F.interpolate(torch.rand(1, 1, 24, 24), size=(144, 144), mode="bicubic").clamp(0, 1)
-    H = torch.tensor([[[0.96, -0.26, 20.0], [0.26, 0.96, -16.0], [0.0, 0.0, 1.0]]], dtype=torch.float64)
+    H = torch.tensor(
+        [[[0.96, -0.26, 20.0], [0.26, 0.96, -16.0], [0.0, 0.0, 1.0]]], dtype=torch.float64
+    )
     pair = torch.cat([scene, 0.8 * warp_image(scene, H) + 0.05])
     seen = torch.ones_like(scene)
     optimiser = torch.optim.Adam(net.parameters(), lr=1e-2)
@@ -263,7 +305,10 @@ def test_it_learns_by_the_gaussian_loss():
         loss.backward()
         optimiser.step()
         curve.append(numbers)
-    first, last = ({key: sum(n[key] for n in part) / 5 for key in ("shape", "alone")} for part in (curve[:5], curve[-5:]))
+    first, last = (
+        {key: sum(n[key] for n in part) / 5 for key in ("shape", "alone")}
+        for part in (curve[:5], curve[-5:])
+    )
     assert last["shape"] < 0.7 * first["shape"]
     assert last["alone"] < 0.9 * first["alone"]
 

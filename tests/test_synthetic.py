@@ -1,4 +1,6 @@
-"""Synthetic pairs: the homography is true, the pairs are reproducible, bad photographs do no harm."""
+"""Synthetic pairs: the homography is true, the pairs are reproducible, bad photographs do no
+harm.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tiepoints.errors import DataError
-from tiepoints.filters import gaussian_blur
-from tiepoints.geometry import warp_image
-from tiepoints.training.synthetic import (
+from tiepoints.datasets.synthetic import (
     PRESETS,
     PairDataset,
     PairSettings,
@@ -27,12 +26,17 @@ from tiepoints.training.synthetic import (
     tone_curve,
     usable_photos,
 )
+from tiepoints.errors import DataError
+from tiepoints.filters import gaussian_blur
+from tiepoints.geometry import warp_image
 
 SIZE = 64
 PLAIN = PairSettings(size=SIZE, scale=(0.7, 1.5), rotation=60, skew=0.3, colour=0.0)
 
 
-def texture(height: int = 240, width: int = 320, seed: int = 0, sigma: float = 3.0, channels: int = 1) -> np.ndarray:
+def texture(
+    height: int = 240, width: int = 320, seed: int = 0, sigma: float = 3.0, channels: int = 1
+) -> np.ndarray:
     """Blurred noise that fills the range, (H,W,channels) uint8."""
     noise = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(seed))
     smooth = gaussian_blur(noise, sigma)
@@ -50,7 +54,9 @@ def photos(tmp_path_factory) -> list[Path]:
 
 
 def off_by(pair, H: np.ndarray) -> float:
-    """Mean difference of image b and image a moved by ``H``, in grey levels, where both show the photograph."""
+    """Mean difference of image b and image a moved by ``H``, in grey levels, where both show the
+    photograph.
+    """
     a = torch.from_numpy(pair.image_a).float()[None, None]
     stacked = torch.cat([a, torch.ones_like(a)], dim=1)
     moved, covered = warp_image(stacked, torch.from_numpy(H)[None])[0]
@@ -97,7 +103,9 @@ def test_presets(photos, name):
 
 def items(photos, seed: int, workers: int) -> list[dict[str, torch.Tensor]]:
     settings = dataclasses.replace(PRESETS["default"], size=SIZE)
-    loader = DataLoader(PairDataset(photos, settings, seed=seed, length=6), batch_size=2, num_workers=workers)
+    loader = DataLoader(
+        PairDataset(photos, settings, seed=seed, length=6), batch_size=2, num_workers=workers
+    )
     return list(loader)
 
 
@@ -111,7 +119,9 @@ def test_same_seed_same_pairs_with_any_number_of_workers(photos):
 
 
 def test_pairs_do_not_depend_on_what_came_before(photos):
-    first, second = (PairDataset(photos, PLAIN, seed=5, length=6, cache_bytes=room) for room in (10**9, 0))
+    first, second = (
+        PairDataset(photos, PLAIN, seed=5, length=6, cache_bytes=room) for room in (10**9, 0)
+    )
     ahead = [first.pair(i) for i in range(6)]
     for i in (5, 2, 0):
         pair = second.pair(i)
@@ -168,7 +178,9 @@ def test_rekd_is_rotation_about_the_centre(photos):
     assert min(angles) < -90
 
 
-@pytest.mark.parametrize("change", ["colour", "gamma", "tone", "shadow", "blur", "dark", "noise", "jpeg"])
+@pytest.mark.parametrize(
+    "change", ["colour", "gamma", "tone", "shadow", "blur", "dark", "noise", "jpeg"]
+)
 def test_photometric_changes(photos, change):
     changed = dataclasses.replace(PLAIN, **{change: 1.0})
     plain, other = (PairDataset(photos, s, seed=4, length=1).pair(0) for s in (PLAIN, changed))
@@ -180,7 +192,11 @@ def test_photometric_changes(photos, change):
 def test_changes_keep_shape_and_type():
     rng = np.random.default_rng(0)
     every = PairSettings(gamma=1, tone=1, shadow=1, blur=1, dark=1, noise=1, jpeg=1)
-    for image in (texture(40, 50, channels=3), np.zeros((40, 50, 3), np.uint8), np.full((40, 50, 3), 255, np.uint8)):
+    for image in (
+        texture(40, 50, channels=3),
+        np.zeros((40, 50, 3), np.uint8),
+        np.full((40, 50, 3), 255, np.uint8),
+    ):
         assert distort_colour(image, rng, 1.0).shape == image.shape
         assert distort_colour(image, rng, 1.0).dtype == np.uint8
         assert np.array_equal(distort_colour(image, rng, 0.0), image)
@@ -193,7 +209,10 @@ def test_changes_that_a_preset_lacks_draw_nothing():
     image = texture(40, 50)[..., 0] if texture(40, 50).ndim == 3 else texture(40, 50)
     gamma = PairSettings(gamma=1)
     never = dataclasses.replace(gamma, tone=1e-12, shadow=1e-12, dark=1e-12)
-    one, two = (degrade(image, np.random.default_rng(1), settings) for settings in (gamma, dataclasses.replace(gamma, tone=0.0)))
+    one, two = (
+        degrade(image, np.random.default_rng(1), settings)
+        for settings in (gamma, dataclasses.replace(gamma, tone=0.0))
+    )
     assert np.array_equal(one, two)
     drawn = [np.random.default_rng(1) for _ in range(2)]
     degrade(image, drawn[0], gamma)
@@ -207,7 +226,9 @@ def test_noise_has_the_deviations_of_its_settings():
     gray = np.full((100, 100), 128, np.uint8)
     for power, middle in ((1.0, 13), (3.0, 7.25)):  # mean of 1 + 24 u^power
         settings = PairSettings(noise=1, noise_sigma=25, noise_power=power)
-        deviations = [float(degrade(gray, np.random.default_rng(i), settings).std()) for i in range(300)]
+        deviations = [
+            float(degrade(gray, np.random.default_rng(i), settings).std()) for i in range(300)
+        ]
         assert min(deviations) > 0.9
         assert max(deviations) < 26
         assert np.mean(deviations) == pytest.approx(middle, rel=0.12)
@@ -226,7 +247,9 @@ def test_dark_images_shadows_and_tones_change_light_alone():
     curves = [tone_curve(np.random.default_rng(i)).astype(int) for i in range(400)]
     falling = np.mean([(np.diff(curve) < 0).any() for curve in curves])
     assert 0.05 < falling < 0.2
-    assert all(curve.shape == (256,) and curve.min() >= 0 and curve.max() <= 255 for curve in curves)
+    assert all(
+        curve.shape == (256,) and curve.min() >= 0 and curve.max() <= 255 for curve in curves
+    )
 
 
 # --- photographs that cannot be used

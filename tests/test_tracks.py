@@ -1,5 +1,8 @@
-"""Reconstructions as training data: a textured plane seen by known cameras, written as a COLMAP model and read back."""
+"""Reconstructions as training data: a textured plane seen by known cameras, written as a COLMAP
+model and read back.
+"""
 
+import logging
 import math
 import sys
 
@@ -9,50 +12,70 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from tiepoints.errors import DataError
-from tiepoints.filters import gaussian_blur
-from tiepoints.geometry import warp_image, warp_points
-from tiepoints.training.patchdata import PatchSettings
-from tiepoints.training.recipes import PosedCheck, candidate_loss, train_descriptor, train_desnet
-from tiepoints.training.synthetic import PairSettings
-from tiepoints.training.tracks import (
+from tiepoints.datasets.patch_pairs import PatchSettings
+from tiepoints.datasets.reconstructions import (
     ImageCache,
-    Mixture,
-    TrackCrops,
-    TrackPatches,
     TrackSettings,
-    correct_share,
     find_models,
-    onto_keypoints,
     pack_scene,
-    posed_pairs,
     read_scene,
     read_scenes,
 )
+from tiepoints.datasets.synthetic import PairSettings
+from tiepoints.datasets.tracks import (
+    Mixture,
+    TrackCrops,
+    TrackPatches,
+    correct_share,
+    onto_keypoints,
+    posed_pairs,
+)
+from tiepoints.errors import DataError
+from tiepoints.filters import gaussian_blur
+from tiepoints.geometry import warp_image, warp_points
+from tiepoints.training.loop import RunOptions
+from tiepoints.training.recipes import TrainData, train
+from tiepoints.training.recipes.descriptors import candidate_loss
+from tiepoints.training.validation import PosedCheck
 from tiepoints.weights import load
 
 pycolmap = pytest.importorskip("pycolmap")
 
 WIDTH, HEIGHT, FOCAL = 320, 240, 300.0
 #: Roll in degrees, tilt in degrees, height above the plane and position over it, for each camera.
-CAMERAS = [(0, 0, 3.0, (0, 0)), (40, 4, 3.0, (0.2, 0)), (90, 0, 2.2, (-0.2, 0.1)), (-150, 6, 4.0, (0.1, 0.3))]
+CAMERAS = [
+    (0, 0, 3.0, (0, 0)),
+    (40, 4, 3.0, (0.2, 0)),
+    (90, 0, 2.2, (-0.2, 0.1)),
+    (-150, 6, 4.0, (0.1, 0.3)),
+]
 PIXELS = 200.0  # of the texture, for each unit of the world
 CLEAN = TrackSettings(angles=(0.5, 60.0), detected=0.0, rotation=0.0, photometric=PairSettings())
 
 
-def pose(roll: float, tilt: float, height: float, at: tuple[float, float]) -> tuple[np.ndarray, np.ndarray]:
+def pose(
+    roll: float, tilt: float, height: float, at: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray]:
     """Camera above the plane z = 0, looking along +z: rotation and translation, world to camera."""
     roll, tilt = math.radians(roll), math.radians(tilt)
-    about_z = np.array([[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]])
-    about_x = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]])
+    about_z = np.array(
+        [[math.cos(roll), -math.sin(roll), 0], [math.sin(roll), math.cos(roll), 0], [0, 0, 1]]
+    )
+    about_x = np.array(
+        [[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]]
+    )
     rotation = about_x @ about_z
     return rotation, -rotation @ np.array([*at, -height])
 
 
 def texture_to_image(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """Homography from pixels of the texture, whose centre is the world's origin, to pixels of the image (ours)."""
+    """Homography from pixels of the texture, whose centre is the world's origin, to pixels of the
+    image (ours).
+    """
     camera = np.array([[FOCAL, 0, WIDTH / 2 - 0.5], [0, FOCAL, HEIGHT / 2 - 0.5], [0, 0, 1]])
-    to_world = np.array([[1 / PIXELS, 0, -499.5 / PIXELS], [0, 1 / PIXELS, -499.5 / PIXELS], [0, 0, 1]])
+    to_world = np.array(
+        [[1 / PIXELS, 0, -499.5 / PIXELS], [0, 1 / PIXELS, -499.5 / PIXELS], [0, 0, 1]]
+    )
     return camera @ np.c_[rotation[:, :2], translation] @ to_world
 
 
@@ -71,7 +94,13 @@ def world(tmp_path_factory):
     model = pycolmap.Reconstruction()
     # COLMAP's principal point counts from the corner of the first pixel
     model.add_camera_with_trivial_rig(
-        pycolmap.Camera(model="SIMPLE_PINHOLE", width=WIDTH, height=HEIGHT, params=[FOCAL, WIDTH / 2, HEIGHT / 2], camera_id=1)
+        pycolmap.Camera(
+            model="SIMPLE_PINHOLE",
+            width=WIDTH,
+            height=HEIGHT,
+            params=[FOCAL, WIDTH / 2, HEIGHT / 2],
+            camera_id=1,
+        )
     )
     homographies, tracks = [], [[] for _ in points]
     for number, camera in enumerate(CAMERAS, start=1):
@@ -79,13 +108,21 @@ def world(tmp_path_factory):
         H = texture_to_image(rotation, translation)
         homographies.append(torch.from_numpy(H))
         image = warp_image(texture, torch.from_numpy(H).float(), (HEIGHT, WIDTH))[0, 0]
-        Image.fromarray((image * 255).round().byte().numpy()).save(folder / "images" / f"{number}.png")
-        xy = warp_points(torch.from_numpy(points[:, :2] * PIXELS + 499.5), torch.from_numpy(H)).numpy()
+        Image.fromarray((image * 255).round().byte().numpy()).save(
+            folder / "images" / f"{number}.png"
+        )
+        xy = warp_points(
+            torch.from_numpy(points[:, :2] * PIXELS + 499.5), torch.from_numpy(H)
+        ).numpy()
         seen = ((xy >= 0) & (xy <= [WIDTH - 1, HEIGHT - 1])).all(axis=1).nonzero()[0]
         for index, point in enumerate(seen):
             tracks[point].append((number, index))
-        entry = pycolmap.Image(name=f"{number}.png", keypoints=xy[seen] + 0.5, camera_id=1, image_id=number)
-        model.add_image_with_trivial_frame(entry, pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), translation))
+        entry = pycolmap.Image(
+            name=f"{number}.png", keypoints=xy[seen] + 0.5, camera_id=1, image_id=number
+        )
+        model.add_image_with_trivial_frame(
+            entry, pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), translation)
+        )
     for xyz, seen_by in zip(points, tracks, strict=True):
         if len(seen_by) >= 2:
             track = pycolmap.Track()
@@ -121,17 +158,30 @@ def test_shared_points_follow_the_homography_of_their_plane(world, scene):
         assert np.abs(expected.numpy() - shared.xy_b).max() < 0.01  # half a pixel would show
         step = 1e-3
         axes = [
-            (warp_points(torch.from_numpy(shared.xy_a).double() + step * torch.eye(2)[k].double(), H_ab) - expected) / step for k in (0, 1)
+            (
+                warp_points(
+                    torch.from_numpy(shared.xy_a).double() + step * torch.eye(2)[k].double(), H_ab
+                )
+                - expected
+            )
+            / step
+            for k in (0, 1)
         ]
         angle = torch.atan2(axes[0][:, 1] - axes[1][:, 0], axes[0][:, 0] + axes[1][:, 1]).numpy()
         off = (shared.angle - angle + np.pi) % (2 * np.pi) - np.pi
         assert np.degrees(np.abs(off)).max() < 3
-        area = torch.sqrt((axes[0][:, 0] * axes[1][:, 1] - axes[0][:, 1] * axes[1][:, 0]).abs()).numpy()
-        assert np.abs(np.log(shared.scale / area)).max() < 0.15  # the plane is tilted against the camera by some degrees
+        area = torch.sqrt(
+            (axes[0][:, 0] * axes[1][:, 1] - axes[0][:, 1] * axes[1][:, 0]).abs()
+        ).numpy()
+        assert (
+            np.abs(np.log(shared.scale / area)).max() < 0.15
+        )  # the plane is tilted against the camera by some degrees
 
 
 def test_patches_of_a_track_look_alike_whatever_the_roll_and_distance(scene):
-    settings = PatchSettings(per_view=24, position_sigma=0.0, scale_sigma=0.0, symmetric=0.0, scale=(0.75, 1.2))
+    settings = PatchSettings(
+        per_view=24, position_sigma=0.0, scale_sigma=0.0, symmetric=0.0, scale=(0.75, 1.2)
+    )
     items = TrackPatches([scene], nothing, settings, seed=1, length=6)
     for i in range(6):
         item = items[i]
@@ -141,13 +191,18 @@ def test_patches_of_a_track_look_alike_whatever_the_roll_and_distance(scene):
         others = (a * b.roll(1, 0)).mean(dim=1)
         assert correlation.median() > 0.9
         assert others.median() < 0.4
-    assert torch.equal(items[2]["positive"], TrackPatches([scene], nothing, settings, seed=1, length=6)[2]["positive"])
+    assert torch.equal(
+        items[2]["positive"],
+        TrackPatches([scene], nothing, settings, seed=1, length=6)[2]["positive"],
+    )
     with pytest.raises(IndexError):
         items[6]
 
 
 def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
-    """The detector finds every texture point moved by a known vector; patches are cut there, not at the 3D point."""
+    """The detector finds every texture point moved by a known vector; patches are cut there, not at
+    the 3D point.
+    """
     _, homographies = world
     a, b = scene.pairs[0]
     shared = scene.shared(a, b)
@@ -161,7 +216,9 @@ def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
     assert nearest.max() < 1e-3
     again = np.linalg.norm((shared.xy_b + onto)[:, None] - found_b[None], axis=2).min(axis=1)
     assert np.median(again) < 1e-3
-    still, also = onto_keypoints(shared, found_a[:0], found_b[:0], settings, np.random.default_rng(0))
+    still, also = onto_keypoints(
+        shared, found_a[:0], found_b[:0], settings, np.random.default_rng(0)
+    )
     assert not still.any()
     assert not also.any()
 
@@ -179,7 +236,8 @@ def test_crops_show_their_tracks_at_the_positions_given(scene):
         assert negative[rows].any(dim=1).all()
         assert known[0][rows].all()
         assert known[1][columns].all()
-        # what lies around a track looks alike in both crops: their mean gray values within a few pixels agree
+        # what lies around a track looks alike in both crops: their mean gray values within a few
+        # pixels agree
         smooth = [gaussian_blur(item[f"image_{side}"][None], 2.0)[0, 0] for side in "ab"]
         pixels = [xy.round().long() for xy in (item["xy_a"][rows], item["xy_b"][columns])]
         values = [image[at[:, 1], at[:, 0]] for image, at in zip(smooth, pixels, strict=True)]
@@ -197,11 +255,29 @@ def test_posed_pairs_know_right_from_wrong_matches(scene):
         shared = scene.shared(a, b)
         assert pair.errors(shared.xy_a, shared.xy_b).max() < 0.05
         # moved along the normal of the epipolar line by 4 px, so a little more than the threshold
-        moved = np.median([pair.errors(shared.xy_a, shared.xy_b + np.float32(4) * direction) for direction in np.eye(2, dtype=np.float32)])
+        moved = np.median(
+            [
+                pair.errors(shared.xy_a, shared.xy_b + np.float32(4) * direction)
+                for direction in np.eye(2, dtype=np.float32)
+            ]
+        )
         assert moved > 1
         index = torch.arange(len(shared))
-        assert correct_share(pair, torch.from_numpy(shared.xy_a), torch.from_numpy(shared.xy_b), torch.stack([index, index], 1)) == 1
-        assert correct_share(pair, torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int64)) == 0
+        assert (
+            correct_share(
+                pair,
+                torch.from_numpy(shared.xy_a),
+                torch.from_numpy(shared.xy_b),
+                torch.stack([index, index], 1),
+            )
+            == 1
+        )
+        assert (
+            correct_share(
+                pair, torch.zeros(0, 2), torch.zeros(0, 2), torch.zeros(0, 2, dtype=torch.int64)
+            )
+            == 0
+        )
 
 
 def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
@@ -231,7 +307,10 @@ def test_text_models_are_read_as_binary_ones(world, tmp_path):
     pycolmap.Reconstruction(str(folder / "sparse")).write_text(str(tmp_path / "model"))
     (tmp_path / "images").symlink_to(folder / "images")
     ((model, images),) = find_models(tmp_path)
-    text, binary = read_scene(model, images, CLEAN), read_scene(folder / "sparse", folder / "images", CLEAN)
+    text, binary = (
+        read_scene(model, images, CLEAN),
+        read_scene(folder / "sparse", folder / "images", CLEAN),
+    )
     assert text.pairs == binary.pairs
     for one, two in ((text.shared(0, 1), binary.shared(0, 1)),):
         np.testing.assert_allclose(one.xy_a, two.xy_a, atol=1e-4)
@@ -272,7 +351,12 @@ def test_the_cache_of_images_drops_those_used_longest_ago(world):
     assert len(looked_at) == 3
     cache.get(paths[1], detect)
     assert len(looked_at) == 4
-    assert ImageCache(pixels=1).get(paths[0], detect)[0].image.shape == (1, 1, HEIGHT, WIDTH)  # one is always kept
+    assert ImageCache(pixels=1).get(paths[0], detect)[0].image.shape == (
+        1,
+        1,
+        HEIGHT,
+        WIDTH,
+    )  # one is always kept
 
 
 class Numbers(Dataset):
@@ -295,39 +379,56 @@ def test_a_mixture_draws_by_index():
         Mixture(Numbers(1), Numbers(-1), 1.5)
 
 
-def test_descriptors_train_on_a_reconstruction(world, tmp_path):
+def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     folder, _ = world
-    lines = []
-    options = {"steps": 2, "batch_size": 4, "workers": 0, "device": "cpu", "progress": False, "validate_every": 1, "warmup": 0}
-    data = {"reconstructions": [folder], "validation": [folder / "images"], "validation_reconstructions": [folder]}
+    caplog.set_level(logging.INFO, logger="tiepoints")
+    options = {"steps": 2, "batch_size": 4, "validate_every": 1, "warmup": 0}
+    options["run"] = RunOptions("cpu", workers=0, progress=False)
     photos = tmp_path / "photos"
     photos.mkdir()
     rng = np.random.default_rng(0)
     for i in range(3):
         coarse = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
         coarse.resize((400, 400), Image.Resampling.BICUBIC).save(photos / f"{i}.png")
-    result = train_descriptor("hardnet", photos, tmp_path / "h.safetensors", say=lines.append, **data, **options)
+    data = TrainData(
+        photos,
+        validation=[folder / "images"],
+        reconstructions=[folder],
+        validation_reconstructions=[folder],
+    )
+    result = train("hardnet", data, tmp_path / "h.safetensors", **options)
     assert 0 < result.best <= 1
-    assert any("pairs of views" in line for line in lines)
-    result = train_desnet(photos, tmp_path / "d.safetensors", width=2, say=lines.append, **data, **options)
+    assert "pairs of views" in caplog.text
+    result = train("desnet", data, tmp_path / "d.safetensors", network={"width": 2}, **options)
     assert 0 < result.best <= 1
     assert load(tmp_path / "d.safetensors").settings == {"dim": 128, "width": 2}
-    with pytest.raises(DataError, match="disjoint"):
-        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", say=lines.append, validation=[photos], **options)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no usable images in .*empty"):
-        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", say=lines.append, validation=[tmp_path / "empty"], **options)
-    with pytest.raises(ValueError, match="exclude each other"):
-        train_descriptor("hardnet", photos, tmp_path / "x.safetensors", patches=tmp_path, reconstructions=[folder], **options)
+    for wrong, error, message in (
+        (TrainData(photos, validation=[photos]), DataError, "disjoint"),
+        (TrainData(photos, validation=[tmp_path / "empty"]), DataError, "no usable images in"),
+        (
+            TrainData(photos, patches=tmp_path, reconstructions=[folder]),
+            ValueError,
+            "exclude each other",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            train("hardnet", wrong, tmp_path / "x.safetensors", **options)
     with pytest.raises(ValueError, match="width must be"):
-        train_desnet(photos, tmp_path / "x.safetensors", width=0, **options)
+        train("desnet", photos, tmp_path / "x.safetensors", network={"width": 0}, **options)
+    with pytest.raises(ValueError, match="width is an option of desnet"):
+        train("hardnet", photos, tmp_path / "x.safetensors", network={"width": 2}, **options)
 
 
 def test_validation_on_a_reconstruction_prefers_descriptors_that_tell_places_apart(world):
     scenes = read_scenes(world[0], CLEAN)
     check = PosedCheck(scenes, "keynet-tiny")
     generator = torch.Generator().manual_seed(0)
-    by_chance = check.patches(lambda patches: torch.nn.functional.normalize(torch.rand(len(patches), 8, generator=generator), dim=1))
+    by_chance = check.patches(
+        lambda patches: torch.nn.functional.normalize(
+            torch.rand(len(patches), 8, generator=generator), dim=1
+        )
+    )
     by_hardnet = check.patches(load("hardnet").fused())
     assert by_hardnet > 3 * by_chance
 

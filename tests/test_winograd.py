@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tiepoints.winograd import WinogradConv, pack, transforms, unpack
+from tiepoints.kernels.winograd import WinogradConv, pack, transforms, unpack
 
 
 def test_one_dimension_is_exact():
     a, g, b = transforms()
     signal, taps = torch.randn(8, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    torch.testing.assert_close(a @ ((g @ taps) * (b @ signal)), F.conv1d(signal[None, None], taps[None, None])[0, 0])
+    torch.testing.assert_close(
+        a @ ((g @ taps) * (b @ signal)), F.conv1d(signal[None, None], taps[None, None])[0, 0]
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 9), (5, 30), (30, 2), (47, 61)])
@@ -20,7 +22,13 @@ def test_it_is_the_plain_convolution(size, channels):
     maps = torch.randn(*size, channels[0], generator=rng)
     weight = torch.randn(channels[1], channels[0], 5, 5, generator=rng)
     bias = torch.randn(channels[1], generator=rng)
-    plain = F.conv2d(maps.permute(2, 0, 1)[None].double(), weight.double(), bias.double(), padding=2).relu()[0].permute(1, 2, 0)
+    plain = (
+        F.conv2d(maps.permute(2, 0, 1)[None].double(), weight.double(), bias.double(), padding=2)
+        .relu()[0]
+        .permute(1, 2, 0)
+    )
     packed = WinogradConv(weight, bias)(pack(maps), *size)
     assert (unpack(packed, *size) - plain).abs().max() < 5e-5 * plain.abs().max()
-    assert torch.equal(pack(unpack(packed, *size)), packed)  # zeros around, so the next layer may take it as it is
+    assert torch.equal(
+        pack(unpack(packed, *size)), packed
+    )  # zeros around, so the next layer may take it as it is

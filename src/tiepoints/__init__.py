@@ -6,43 +6,60 @@ The public names load on first use, so that ``import tiepoints`` costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = {
+#: Public name -> module that defines it.
+_EXPORTS = {
     "DataError": "errors",
     "Estimate": "structs",
-    "ExtractSettings": "extract",
+    "ExtractOptions": "extract",
     "Extractor": "extract",
     "Features": "structs",
-    "KeyNet": "detectors.keynet",
+    "KeyNet": "models.keynet",
     "Keypoints": "structs",
+    "MatchOptions": "jobs.match",
     "Matches": "structs",
     "WeightsError": "errors",
     "build": "extract",
+    "draw_keypoints": "plot",
+    "draw_matches": "plot",
     "estimate": "estimation",
     "load": "weights",
     "match": "matching",
+    "match_two": "jobs.match",
+    "train": "training.recipes",
 }
-__all__ = sorted(_HOMES)
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
-    from .detectors.keynet import KeyNet as KeyNet
     from .errors import DataError as DataError
     from .errors import WeightsError as WeightsError
     from .estimation import estimate as estimate
+    from .extract import ExtractOptions as ExtractOptions
     from .extract import Extractor as Extractor
-    from .extract import ExtractSettings as ExtractSettings
     from .extract import build as build
+    from .jobs.match import MatchOptions as MatchOptions
+    from .jobs.match import match_two as match_two
     from .matching import match as match
+    from .models.keynet import KeyNet as KeyNet
+    from .plot import draw_keypoints as draw_keypoints
+    from .plot import draw_matches as draw_matches
     from .structs import Estimate as Estimate
     from .structs import Features as Features
     from .structs import Keypoints as Keypoints
     from .structs import Matches as Matches
+    from .training.recipes import train as train
     from .weights import load as load
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tiepoints' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tiepoints")
+    if name not in _EXPORTS:
+        raise AttributeError(
+            f"module 'tiepoints' has no attribute {name!r}; public names: {', '.join(__all__)}"
+        )
+    value = getattr(import_module(f".{_EXPORTS[name]}", __name__), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,6 @@
-"""The two exceptions of this package; everything else is a ValueError, FileNotFoundError or ImportError at the door."""
+"""The two exceptions of this package; everything else is a ValueError, FileNotFoundError or
+ImportError at the door.
+"""
 
 
 class DataError(Exception):
@@ -6,4 +8,6 @@ class DataError(Exception):
 
 
 class WeightsError(Exception):
-    """A weights file that is missing, damaged, or made for another network; the message says what was expected."""
+    """A weights file that is missing, damaged, or made for another network; the message says what
+    was expected.
+    """

@@ -1,7 +1,8 @@
 """Pixel operations shared by networks, pyramids and data: gray, derivatives, blur, resize.
 
-All functions take and return float tensors (B,C,H,W) and keep size, dtype and device unless they say otherwise.
-Resizing follows the half-pixel law ``(x + 0.5) * s - 0.5``; no function looks at value ranges.
+All functions take and return float tensors (B,C,H,W) and keep size, dtype and device unless they
+say otherwise. Resizing follows the half-pixel law ``(x + 0.5) * s - 0.5``; no function looks at
+value ranges.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Binomial weights of the 5-tap blur that the official PyTorch Key.Net applies before every reduction (spec 1.5, A).
+# Binomial weights of the 5-tap blur that the official PyTorch Key.Net applies before every
+# reduction (spec 1.5, A).
 BINOMIAL_5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 # ITU-R BT.601 luma, what OpenCV and Pillow use.
 LUMA = (0.299, 0.587, 0.114)
@@ -27,7 +29,9 @@ def to_gray(image: Tensor) -> Tensor:
 
 
 def pad_reflect(image: Tensor, pad: int) -> Tensor:
-    """Pad all four sides by mirror reflection that does not repeat the border pixel, for any size from 1 x 1 up."""
+    """Pad all four sides by mirror reflection that does not repeat the border pixel, for any size
+    from 1 x 1 up.
+    """
     h, w = image.shape[-2:]
     if pad < min(h, w):
         return F.pad(image, (pad, pad, pad, pad), mode="reflect")
@@ -40,9 +44,15 @@ def pad_reflect(image: Tensor, pad: int) -> Tensor:
 
 
 def blur_separable(image: Tensor, taps: Tensor, pad_mode: str = "reflect") -> Tensor:
-    """Correlate every channel with ``taps`` (odd length) along rows and columns; borders reflected or replicated."""
+    """Correlate every channel with ``taps`` (odd length) along rows and columns; borders reflected
+    or replicated.
+    """
     r = len(taps) // 2
-    padded = pad_reflect(image, r) if pad_mode == "reflect" else F.pad(image, (r, r, r, r), mode=pad_mode)
+    padded = (
+        pad_reflect(image, r)
+        if pad_mode == "reflect"
+        else F.pad(image, (r, r, r, r), mode=pad_mode)
+    )
     h, w = image.shape[-2:]
     # Sums of shifted views: several times faster on a CPU than a convolution with one channel.
     weights = taps.tolist()
@@ -61,7 +71,9 @@ def binomial_blur(image: Tensor) -> Tensor:
 
 
 def gaussian_taps(sigma: float, radius: int | None = None) -> Tensor:
-    """Normalised Gaussian weights (2*radius+1,), ``radius`` defaulting to three and a half sigma."""
+    """Normalised Gaussian weights (2*radius+1,), ``radius`` defaulting to three and a half
+    sigma.
+    """
     radius = max(1, math.ceil(3.5 * sigma)) if radius is None else radius
     x = torch.arange(-radius, radius + 1, dtype=torch.float32)
     taps = torch.exp(-0.5 * (x / sigma) ** 2)
@@ -69,7 +81,9 @@ def gaussian_taps(sigma: float, radius: int | None = None) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian low-pass of standard deviation ``sigma`` pixels, replicated border; sigma 0 returns the image."""
+    """Gaussian low-pass of standard deviation ``sigma`` pixels, replicated border; sigma 0 returns
+    the image.
+    """
     if sigma <= 0:
         return image
     return blur_separable(image, gaussian_taps(sigma).to(image), pad_mode="replicate")
@@ -89,9 +103,11 @@ def sobel(image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
-    """Smaller eigenvalue of the structure tensor (Shi and Tomasi 1994), Gaussian window of ``sigma`` pixels: (B,1,H,W) -> (B,1,H,W) >= 0.
+    """Smaller eigenvalue of the structure tensor (Shi and Tomasi 1994), Gaussian window of
+    ``sigma`` pixels: (B,1,H,W) -> (B,1,H,W) >= 0.
 
-    It is large where gradients point several ways, so at corners, junctions and spots, and near 0 on flat areas and straight edges.
+    It is large where gradients point several ways, so at corners, junctions and spots, and near 0
+    on flat areas and straight edges.
     """
     dx, dy = sobel(image)
     products = gaussian_blur(torch.cat([dx.square(), dy.square(), dx * dy], dim=1), sigma)
@@ -100,7 +116,9 @@ def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
 
 
 def percentile_rank(values: Tensor) -> Tensor:
-    """Share of an image's other pixels that are smaller, for each pixel: (B,1,H,W) -> (B,1,H,W) in [0,1]; ties are ranked in order."""
+    """Share of an image's other pixels that are smaller, for each pixel: (B,1,H,W) -> (B,1,H,W) in
+    [0,1]; ties are ranked in order.
+    """
     flat = values.flatten(1)
     rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
     return (rank.to(values) / max(1, flat.shape[1] - 1)).view(values.shape)
@@ -113,15 +131,18 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
-#: Window of the local contrast normalisation of REKD and of the two older Key.Nets: 65 x 65 pixels (spec 1.5).
+#: Window of the local contrast normalisation of REKD and of the two older Key.Nets: 65 x 65 pixels
+#: (spec 1.5).
 CONTRAST_RADIUS = 32
 
 
 def bright_blur_taps() -> Tensor:
-    """Seven float64 taps of sigma 1.5 whose outer product is the published blur: centre 0.26596, sum 3.62994.
+    """Seven float64 taps of sigma 1.5 whose outer product is the published blur: centre 0.26596,
+    sum 3.62994.
 
-    The published kernel divides the two-dimensional Gaussian by the constant of the one-dimensional one, so that it
-    brightens the image; each direction here carries the square root of that constant.
+    The published kernel divides the two-dimensional Gaussian by the constant of the one-dimensional
+    one, so that it brightens the image; each direction here carries the square root of that
+    constant.
     """
     u = torch.arange(-3, 4, dtype=torch.float64)
     return torch.exp(-0.5 * (u / 1.5) ** 2) / (2 * math.pi * 1.5**2) ** 0.25
@@ -133,16 +154,20 @@ def _window_mean(image: Tensor, boxes: int) -> Tensor:
     for _ in range(boxes):
         image = pad_reflect(image, radius)
         for dim in (-2, -1):  # differences of running sums: the cost does not depend on the window
-            total = F.pad(image.to(torch.float64).cumsum(dim), (0, 0, 1, 0) if dim == -2 else (1, 0))
+            total = F.pad(
+                image.to(torch.float64).cumsum(dim), (0, 0, 1, 0) if dim == -2 else (1, 0)
+            )
             length = total.shape[dim] - side
             image = (total.narrow(dim, side, length) - total.narrow(dim, 0, length)) / side
     return image
 
 
 def normalise_contrast(image: Tensor, *, floor: float = 1.0, boxes: int = 1) -> Tensor:
-    """(value - mean) / (floor + deviation) over the 65 x 65 pixels around each pixel, mirror border; keeps (B,1,H,W).
+    """(value - mean) / (floor + deviation) over the 65 x 65 pixels around each pixel, mirror
+    border; keeps (B,1,H,W).
 
-    With two ``boxes`` of half the side the window falls off towards its edge and is nearly round, so that it turns with the image.
+    With two ``boxes`` of half the side the window falls off towards its edge and is nearly round,
+    so that it turns with the image.
     """
     mean = _window_mean(image, boxes)  # float64: the difference of two large numbers follows
     deviation = (_window_mean(image.to(torch.float64).square(), boxes) - mean.square()).abs().sqrt()

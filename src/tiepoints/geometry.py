@@ -1,6 +1,7 @@
 """Points and frames: warp by a homography, resize and crop frames, distances, common areas.
 
-The coordinate law is in ``structs``: x right, y down, the centre of the first pixel is (0, 0), ``H_ab`` maps a to b.
+The coordinate law is in ``structs``: x right, y down, the centre of the first pixel is (0, 0),
+``H_ab`` maps a to b.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from torch import Tensor
 
 
 def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
-    """Map points (...,N,2) of image a by homographies (...,3,3) into image b; points at infinity become inf or nan."""
+    """Map points (...,N,2) of image a by homographies (...,3,3) into image b; points at infinity
+    become inf or nan.
+    """
     H_ab = H_ab.to(xy)
     ones = torch.ones_like(xy[..., :1])
     mapped = torch.cat([xy, ones], dim=-1) @ H_ab.transpose(-1, -2)  # (...,N,3)
@@ -19,7 +22,8 @@ def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
 
 
 def local_rotation(xy: Tensor, H_ab: Tensor) -> Tensor:
-    """By how much homographies (...,3,3) turn what lies at points (...,N,2) of a: (...,N) radians, clockwise as seen, in (-pi, pi].
+    """By how much homographies (...,3,3) turn what lies at points (...,N,2) of a: (...,N) radians,
+    clockwise as seen, in (-pi, pi].
 
     The rotation nearest to the derivative of the homography there. What is mirrored has none.
     """
@@ -31,11 +35,15 @@ def local_rotation(xy: Tensor, H_ab: Tensor) -> Tensor:
     def derivative(row: int, axis: int, value: Tensor) -> Tensor:
         return (H_ab[..., row, axis, None] - value * H_ab[..., 2, axis, None]) / w
 
-    return torch.atan2(derivative(1, 0, v) - derivative(0, 1, u), derivative(0, 0, u) + derivative(1, 1, v))
+    return torch.atan2(
+        derivative(1, 0, v) - derivative(0, 1, u), derivative(0, 0, u) + derivative(1, 1, v)
+    )
 
 
 def resize_points(xy: Tensor, factor_x: float, factor_y: float) -> Tensor:
-    """Points (N,2) of an image in its copy resized by these factors: ``(x + 0.5) * factor - 0.5``."""
+    """Points (N,2) of an image in its copy resized by these factors: ``(x + 0.5) * factor -
+    0.5``.
+    """
     factor = xy.new_tensor([factor_x, factor_y])
     return (xy + 0.5) * factor - 0.5
 
@@ -53,21 +61,28 @@ def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
 def sample_at(image: Tensor, xy: Tensor, padding: str = "zeros") -> Tensor:
     """Bilinear values of ``image`` (B,C,H,W) at pixel positions (B,...,2): (B,C,...).
 
-    ``padding`` is ``zeros``, ``border`` or ``reflection``, as in ``torch.nn.functional.grid_sample``.
+    ``padding`` is ``zeros``, ``border`` or ``reflection``, as in
+    ``torch.nn.functional.grid_sample``.
     """
     b, _, h, w = image.shape
     scale = xy.new_tensor([2.0 / w, 2.0 / h])
     grid = (xy + 0.5) * scale - 1
     grid = grid.nan_to_num(nan=2e6, posinf=2e6, neginf=-2e6)
     flat = grid.reshape(b, 1, -1, 2)
-    values = F.grid_sample(image, flat, mode="bilinear", padding_mode=padding, align_corners=False)  # (B,C,1,N)
+    values = F.grid_sample(
+        image, flat, mode="bilinear", padding_mode=padding, align_corners=False
+    )  # (B,C,1,N)
     return values.reshape(b, image.shape[1], *xy.shape[1:-1])
 
 
-def warp_image(image: Tensor, H: Tensor, size: tuple[int, int] | None = None, padding: str = "zeros") -> Tensor:
-    """Move the content of ``image`` (B,C,H,W) by ``H`` (B,3,3): what was at p appears at H p. Bilinear.
+def warp_image(
+    image: Tensor, H: Tensor, size: tuple[int, int] | None = None, padding: str = "zeros"
+) -> Tensor:
+    """Move the content of ``image`` (B,C,H,W) by ``H`` (B,3,3): what was at p appears at H p.
+    Bilinear.
 
-    ``size`` (height, width) of the result defaults to that of the image; outside the image lie zeros.
+    ``size`` (height, width) of the result defaults to that of the image; outside the image lie
+    zeros.
     """
     h, w = image.shape[-2:] if size is None else size
     grid = pixel_grid(h, w, image)[None].expand(len(image), -1, -1)
@@ -76,7 +91,9 @@ def warp_image(image: Tensor, H: Tensor, size: tuple[int, int] | None = None, pa
 
 
 def common_area(xy_a: Tensor, H_ab: Tensor, size_b: tuple[int, int], border: float = 0.0) -> Tensor:
-    """Which points (N,2) of image a fall into image b of ``size_b`` = (height, width), ``border`` px inside: bool (N,)."""
+    """Which points (N,2) of image a fall into image b of ``size_b`` = (height, width), ``border``
+    px inside: bool (N,).
+    """
     xy = warp_points(xy_a, H_ab)
     h, w = size_b
     inside_x = (xy[:, 0] >= border) & (xy[:, 0] <= w - 1 - border)

@@ -1,8 +1,9 @@
 """Anything that is an image to a tensor (1,1,H,W) gray float32 in [0,1].
 
-8 and 16 bit, float, gray, colour, alpha and palette images land in [0,1] by the range of their type, never by their own
-maximum; float arrays must already lie in [0,1]. Pixels are taken as stored: an EXIF orientation is ignored, because the
-coordinates of key points are those of the stored image (as COLMAP and OpenCV's pixel access see it). Alpha is dropped.
+8 and 16 bit, float, gray, colour, alpha and palette images land in [0,1] by the range of their
+type, never by their own maximum; float arrays must already lie in [0,1]. Pixels are taken as
+stored: an EXIF orientation is ignored, because the coordinates of key points are those of the
+stored image (as COLMAP and OpenCV's pixel access see it). Alpha is dropped.
 """
 
 from __future__ import annotations
@@ -21,15 +22,18 @@ from .filters import to_gray
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
-#: Images with more pixels than this are refused with a reason (about 8 GiB of work); resize them first.
+
+#: Images with more pixels than this are refused with a reason (about 8 GiB of work); resize them
+#: first.
 MAX_PIXELS = 120_000_000
 
 
 def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Gray image (1,1,H,W) float32 in [0,1] from a path, PIL image, array or tensor.
 
-    Arrays are (H,W), (H,W,1), (H,W,3) RGB or (H,W,4); tensors (H,W), (C,H,W) or (1,C,H,W) with C = 1, 3 or 4. Unsigned integers
-    are divided by the top of their type, bool counts as 0 and 1, floats must lie in [0,1].
+    Arrays are (H,W), (H,W,1), (H,W,3) RGB or (H,W,4); tensors (H,W), (C,H,W) or (1,C,H,W) with C =
+    1, 3 or 4. Unsigned integers are divided by the top of their type, bool counts as 0 and 1,
+    floats must lie in [0,1].
 
     Raises:
         FileNotFoundError: no file at the path.
@@ -44,7 +48,44 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
         return _from_array(source)
     if isinstance(source, Tensor):
         return _from_tensor(source)
-    raise ValueError(f"an image must be a path, PIL image, numpy array or torch tensor, got {type(source).__name__}")
+    raise ValueError(
+        "an image must be a path, PIL image, numpy array or torch tensor, got "
+        f"{type(source).__name__}"
+    )
+
+
+def to_rgb(source: ImageLike) -> Image.Image:
+    """An RGB image to draw on; arguments and errors as ``load_image``."""
+    if isinstance(source, str | os.PathLike):
+        with Image.open(source) as photo:
+            return to_rgb(photo.copy())
+    if isinstance(source, Image.Image) and not source.mode.startswith(("I", "F")):
+        return source.convert("RGB")
+    if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (3, 4):
+        source = torch.from_numpy(np.ascontiguousarray(source[..., :3])).permute(2, 0, 1)
+    if isinstance(source, Tensor) and source.ndim >= 3 and source.shape[-3] in (3, 4):
+        color = source.reshape(source.shape[-3:])[:3]
+        channels = torch.cat([load_image(channel)[0] for channel in color])
+        return Image.fromarray(_as_bytes(channels.permute(1, 2, 0)))
+    return Image.fromarray(_as_bytes(load_image(source)[0, 0])).convert("RGB")
+
+
+def _as_bytes(values: Tensor) -> np.ndarray:
+    return (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def load_alpha(path: str | os.PathLike) -> Tensor:
+    """(H,W) bool, true where an image file is not fully transparent.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    try:
+        with Image.open(path) as photo:
+            alpha = np.asarray(photo.convert("RGBA").getchannel("A"))
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as an image ({error})") from error
+    return torch.from_numpy(alpha.copy()) > 0
 
 
 def _from_file(path: Path, max_pixels: int) -> Tensor:
@@ -55,19 +96,23 @@ def _from_file(path: Path, max_pixels: int) -> Tensor:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     try:
-        # Our own limit below speaks first; Pillow's guard against decompression bombs would only warn up to twice its own.
+        # Our own limit below speaks first; Pillow's guard against decompression bombs would only
+        # warn up to twice its own.
         with Image.open(path) as photo:
             width, height = photo.size
             if width * height > max_pixels:
                 raise DataError(
-                    f"{path}: {width} x {height} is over the limit of {max_pixels / 1e6:.0f} million pixels; "
+                    f"{path}: {width} x {height} is over the limit of {max_pixels / 1e6:.0f} "
+                    "million pixels; "
                     "reduce the image first"
                 )
             return _from_pil(photo)
     except Image.DecompressionBombError as error:
         raise DataError(f"{path} is too large ({error}); reduce the image first") from error
     except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as an image ({error}); convert it or restore it from its source") from error
+        raise DataError(
+            f"{path} cannot be read as an image ({error}); convert it or restore it from its source"
+        ) from error
 
 
 def _from_pil(photo: Image.Image) -> Tensor:
@@ -87,8 +132,13 @@ def _from_array(array: np.ndarray) -> Tensor:
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(f"an image array must be (H,W), (H,W,1), (H,W,3) or (H,W,4), not empty; got {array.shape}")
-    return _from_tensor(torch.from_numpy(np.require(_native(array), requirements=["C", "W"])).permute(2, 0, 1))
+        raise ValueError(
+            "an image array must be (H,W), (H,W,1), (H,W,3) or (H,W,4), not empty; got "
+            f"{array.shape}"
+        )
+    return _from_tensor(
+        torch.from_numpy(np.require(_native(array), requirements=["C", "W"])).permute(2, 0, 1)
+    )
 
 
 def _native(array: np.ndarray) -> np.ndarray:
@@ -98,7 +148,9 @@ def _native(array: np.ndarray) -> np.ndarray:
         return (array / np.iinfo(array.dtype).max).astype(np.float32)
     if array.dtype == np.uint8 or array.dtype == np.bool_ or array.dtype.kind == "f":
         return array.astype(np.float32) if array.dtype.kind == "f" else array
-    raise ValueError(f"an image must be uint8, uint16, uint32, bool or float in [0,1]; got {array.dtype}")
+    raise ValueError(
+        f"an image must be uint8, uint16, uint32, bool or float in [0,1]; got {array.dtype}"
+    )
 
 
 def _from_tensor(tensor: Tensor) -> Tensor:
@@ -107,7 +159,10 @@ def _from_tensor(tensor: Tensor) -> Tensor:
     if tensor.ndim == 4 and len(tensor) == 1:
         tensor = tensor[0]
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or tensor.numel() == 0:
-        raise ValueError(f"an image tensor must be (H,W), (C,H,W) or (1,C,H,W), C in 1, 3, 4; got {tuple(tensor.shape)}")
+        raise ValueError(
+            "an image tensor must be (H,W), (C,H,W) or (1,C,H,W), C in 1, 3, 4; got "
+            f"{tuple(tensor.shape)}"
+        )
     tensor = tensor[:3]
     if tensor.dtype in (torch.uint8, torch.uint16):
         tensor = tensor.to(torch.float32) / (255 if tensor.dtype == torch.uint8 else 65535)
@@ -117,8 +172,12 @@ def _from_tensor(tensor: Tensor) -> Tensor:
         tensor = tensor.to(torch.float32)
         low, high = float(tensor.min()), float(tensor.max())
         if not (low >= -1e-4 and high <= 1 + 1e-4):  # also catches nan
-            raise ValueError(f"a float image must lie in [0,1] without NaN; got values from {low:g} to {high:g}")
+            raise ValueError(
+                f"a float image must lie in [0,1] without NaN; got values from {low:g} to {high:g}"
+            )
         tensor = tensor.clamp(0, 1)
     else:
-        raise ValueError(f"an image must be uint8, uint16, bool or float in [0,1]; got {tensor.dtype}")
+        raise ValueError(
+            f"an image must be uint8, uint16, bool or float in [0,1]; got {tensor.dtype}"
+        )
     return to_gray(tensor[None])

@@ -1,6 +1,7 @@
 """Score map to keypoints: border, non-maximum suppression, strongest ones, sub-pixel position.
 
-Key.Net, section 5.2 and the published extraction code: a 15 x 15 suppression and a border of 15 pixels.
+Key.Net, section 5.2 and the published extraction code: a 15 x 15 suppression and a border of 15
+pixels.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ BORDER = 15
 
 
 def max_filter(score_map: Tensor, window: int) -> Tensor:
-    """Largest value in the ``window`` x ``window`` (odd) neighbourhood of every pixel; (...,H,W) -> (...,H,W).
+    """Largest value in the ``window`` x ``window`` (odd) neighbourhood of every pixel; (...,H,W) ->
+    (...,H,W).
 
-    Rows first, then columns, doubling the reach each time: about 2 log2(window) passes instead of window squared.
+    Rows first, then columns, doubling the reach each time: about 2 log2(window) passes instead of
+    window squared.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, got {window}")
@@ -27,7 +30,9 @@ def max_filter(score_map: Tensor, window: int) -> Tensor:
 
 
 def round_max_filter(score_map: Tensor, window: int) -> Tensor:
-    """As ``max_filter`` in the disc of diameter ``window`` around every pixel, which is the same whichever way the image is turned."""
+    """As ``max_filter`` in the disc of diameter ``window`` around every pixel, which is the same
+    whichever way the image is turned.
+    """
     radius = window // 2
     h = score_map.shape[-2]
     padded = F.pad(score_map, (0, 0, radius, radius), value=float("-inf"))
@@ -41,7 +46,9 @@ def round_max_filter(score_map: Tensor, window: int) -> Tensor:
 
 
 def _chord(radius: int, dy: int) -> int:
-    """Width in pixels of a disc's row ``dy`` rows from its middle; the disc reaches half a pixel beyond ``radius``."""
+    """Width in pixels of a disc's row ``dy`` rows from its middle; the disc reaches half a pixel
+    beyond ``radius``.
+    """
     return 2 * int(((radius + 0.5) ** 2 - dy * dy) ** 0.5) + 1
 
 
@@ -60,7 +67,7 @@ def _running_max(padded: Tensor, window: int, dim: int) -> Tensor:
     return padded
 
 
-NMS_SHAPES = {"square": max_filter, "round": round_max_filter}
+_MAX_FILTERS = {"square": max_filter, "round": round_max_filter}
 
 
 def clear_border(score_map: Tensor, border: int) -> Tensor:
@@ -74,28 +81,38 @@ def clear_border(score_map: Tensor, border: int) -> Tensor:
 
 
 def local_maxima(
-    score_map: Tensor, window: int = NMS_WINDOW, threshold: float = 0.0, *, unique: bool = True, shape: str = "square"
+    score_map: Tensor,
+    window: int = NMS_WINDOW,
+    threshold: float = 0.0,
+    *,
+    unique: bool = True,
+    shape: str = "square",
 ) -> Tensor:
-    """Pixels that are the maximum of their window (of a ``shape`` of ``NMS_SHAPES``) and above ``threshold``: bool, same shape (B,1,H,W).
+    """Pixels that are the maximum of their window (of a ``shape`` of ``names.NMS_SHAPES``) and
+    above ``threshold``: bool, same shape (B,1,H,W).
 
     With ``unique`` a plateau gives one point (the first in reading order) instead of one a pixel.
     """
-    largest = NMS_SHAPES[shape]
+    largest = _MAX_FILTERS[shape]
     found = (score_map == largest(score_map, window)) & (score_map > threshold)
     if not unique:
         return found
     scores = score_map[found]
     if scores.numel() == scores.unique().numel():
         return found
-    # Equal neighbours: number the candidates backwards and let the highest number of each window win.
+    # Equal neighbours: number the candidates backwards and let the highest number of each window
+    # win.
     count = score_map[0].numel()
-    numbers = torch.arange(count, 0, -1, device=score_map.device, dtype=torch.float64).view(score_map[:1].shape)
+    numbers = torch.arange(count, 0, -1, device=score_map.device, dtype=torch.float64).view(
+        score_map[:1].shape
+    )
     numbers = numbers * found
     return found & (numbers == largest(numbers, window))
 
 
 def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` strongest marked pixels of one map (H,W), strongest first: columns and rows (N,2) int64, score (N,).
+    """The ``count`` strongest marked pixels of one map (H,W), strongest first: columns and rows
+    (N,2) int64, score (N,).
 
     Equal scores keep reading order.
     """
@@ -108,8 +125,9 @@ def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Ten
 def refine(score_map: Tensor, xy: Tensor) -> Tensor:
     """Sub-pixel positions (N,2) float32 of integer maxima ``xy`` (N,2) of one map (H,W).
 
-    The vertex of the paraboloid through the 3 x 3 neighbourhood, at most half a pixel away along each axis; points at
-    the edge of the map, and those whose neighbourhood has no proper maximum, stay.
+    The vertex of the paraboloid through the 3 x 3 neighbourhood, at most half a pixel away along
+    each axis; points at the edge of the map, and those whose neighbourhood has no proper maximum,
+    stay.
     """
     h, w = score_map.shape
     if not len(xy):
@@ -147,14 +165,18 @@ def detect_peaks(
     subpixel: bool = True,
     shape: str = "square",
 ) -> list[tuple[Tensor, Tensor]]:
-    """Strongest peaks of each map of a batch (B,1,H,W): for every image xy (N,2) float32 and score (N,), N <= count.
+    """Strongest peaks of each map of a batch (B,1,H,W): for every image xy (N,2) float32 and score
+    (N,), N <= count.
 
-    The maxima are found before the border is dropped, so that a slope that rises into the border is no point.
-    With ``unique=False`` the published order is kept: the border is cleared first and plateaus stay.
+    The maxima are found before the border is dropped, so that a slope that rises into the border is
+    no point. With ``unique=False`` the published order is kept: the border is cleared first and
+    plateaus stay.
     """
     inner = clear_border(score_map, border)
     if unique:
-        found = local_maxima(score_map, window, threshold, shape=shape) & (clear_border(torch.ones_like(score_map), border) > 0)
+        found = local_maxima(score_map, window, threshold, shape=shape) & (
+            clear_border(torch.ones_like(score_map), border) > 0
+        )
     else:
         found = local_maxima(inner, window, threshold, unique=False)
     peaks = []

@@ -1,6 +1,8 @@
-"""Angles of points that others found: by a network with orientation, or by the dominant gradient around the point.
+"""Angles of points that others found: by a network with orientation, or by the dominant gradient
+around the point.
 
-Both are callables (pyramid, keypoints, index of the image in the batch) -> angles (N,), radians by the coordinate law.
+Both are callables (pyramid, keypoints, index of the image in the batch) -> angles (N,), radians by
+the coordinate law.
 """
 
 from __future__ import annotations
@@ -17,19 +19,28 @@ from .patches import CHUNK, extract_patches
 from .pyramid import Pyramid
 from .structs import Keypoints
 
-#: Bins of a histogram of gradient directions, and passes of (1, 1, 1) / 3 that smooth it (SIFT: Lowe 2004, section 5).
+#: Bins of a histogram of gradient directions, and passes of (1, 1, 1) / 3 that smooth it (SIFT:
+#: Lowe 2004, section 5).
 BINS = 36
 SMOOTHINGS = 6
-#: Gradients count to this radius, in pixels of a point's own scale, weighted by a Gaussian of a third of it.
+#: Gradients count to this radius, in pixels of a point's own scale, weighted by a Gaussian of a
+#: third of it.
 RADIUS = 20.0
 SIZE = 32
 
 
 def angle_at(angles: Tensor, xy: Tensor) -> Tensor:
-    """Values (N,) of an angle map (h,w) at the pixels nearest to points (N,2): angles cannot be averaged like gray values."""
+    """Values (N,) of an angle map (h,w) at the pixels nearest to points (N,2): angles cannot be
+    averaged like gray values.
+    """
     h, w = angles.shape
     x, y = xy.round().long().unbind(dim=-1)
     return angles[y.clamp(0, h - 1), x.clamp(0, w - 1)]
+
+
+def upright(pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
+    """Angles (N,) of 0."""
+    return torch.zeros_like(keypoints.angle)
 
 
 class NetOrientation:
@@ -58,24 +69,36 @@ class NetOrientation:
 
 
 class DominantOrientation:
-    """The strongest direction of the gradients around a point (Lowe 2004, section 5), to a part of a bin."""
+    """The strongest direction of the gradients around a point (Lowe 2004, section 5), to a part of
+    a bin.
+    """
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """(N,); 0 where there is no gradient."""
-        upright = Keypoints(keypoints.xy, keypoints.scale, torch.zeros_like(keypoints.score), keypoints.score)
+        upright = Keypoints(
+            keypoints.xy, keypoints.scale, torch.zeros_like(keypoints.score), keypoints.score
+        )
         with torch.inference_mode():
             parts = [
-                dominant_angle(extract_patches(pyramid, upright[part], index=index, size=SIZE, half_side=RADIUS))
+                dominant_angle(
+                    extract_patches(
+                        pyramid, upright[part], index=index, size=SIZE, half_side=RADIUS
+                    )
+                )
                 for part in torch.arange(len(upright), device=upright.xy.device).split(CHUNK)
             ]
         return torch.cat(parts) if parts else torch.zeros_like(keypoints.score)
 
 
 def dominant_angle(patches: Tensor) -> Tensor:
-    """Strongest gradient direction of patches (N,1,P,P): (N,) radians in [0, 2 pi), from +x towards +y; 0 without a gradient."""
+    """Strongest gradient direction of patches (N,1,P,P): (N,) radians in [0, 2 pi), from +x towards
+    +y; 0 without a gradient.
+    """
     n, size = len(patches), patches.shape[-1]
     dx, dy = sobel(patches)
-    axis = (torch.arange(size, device=patches.device) + 0.5) / size * 2 - 1  # -1..1 across the patch
+    axis = (
+        torch.arange(size, device=patches.device) + 0.5
+    ) / size * 2 - 1  # -1..1 across the patch
     r2 = axis[None, :] ** 2 + axis[:, None] ** 2
     weight = torch.exp(-r2 / (2 / 9)) * (r2 <= 1)
     strength = (torch.hypot(dx, dy)[:, 0] * weight).flatten(1)
@@ -91,6 +114,8 @@ def dominant_angle(patches: Tensor) -> Tensor:
     peak, best = histogram.max(dim=1)
     before, after = (histogram.gather(1, ((best + step) % BINS)[:, None])[:, 0] for step in (-1, 1))
     bend = 2 * peak - before - after
-    shift = torch.where(bend > 0, 0.5 * (after - before) / bend.clamp(min=1e-12), torch.zeros_like(bend))
+    shift = torch.where(
+        bend > 0, 0.5 * (after - before) / bend.clamp(min=1e-12), torch.zeros_like(bend)
+    )
     angle = ((best + shift) * (2 * math.pi / BINS)).remainder(2 * math.pi)
     return torch.where(peak > 0, angle, torch.zeros_like(angle))

@@ -1,7 +1,8 @@
 """One image to its scale levels, built once and shared by detector and descriptor.
 
-Level factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each made from the level
-before (spec 2.3). ``Level`` carries the true size ratios, so that points map back exactly.
+Level factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each
+made from the level before (spec 2.3). ``Level`` carries the true size ratios, so that points map
+back exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ MIN_SIDE = 48
 
 @dataclass(frozen=True)
 class Level:
-    """One level: its image (B,1,h,w), nominal scale (1 = original, 2 = half size), true size ratios to the original."""
+    """One level: its image (B,1,h,w), nominal scale (1 = original, 2 = half size), true size ratios
+    to the original.
+    """
 
     image: Tensor
     nominal_scale: float
@@ -48,7 +51,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Levels of a batch of equal-sized images, finest first; ``original`` is the index of the unresized one."""
+    """Levels of a batch of equal-sized images, finest first; ``original`` is the index of the
+    unresized one.
+    """
 
     levels: list[Level]
     original: int
@@ -59,8 +64,12 @@ class Pyramid:
         return self.levels[self.original].image
 
 
-def build_pyramid(image: Tensor, *, up: int = UP_LEVELS, down: int = DOWN_LEVELS, min_side: int = MIN_SIDE) -> Pyramid:
-    """Scale levels of ``image`` (B,1,H,W); coarser levels stop where the shorter side falls below ``min_side``."""
+def build_pyramid(
+    image: Tensor, *, up: int = UP_LEVELS, down: int = DOWN_LEVELS, min_side: int = MIN_SIDE
+) -> Pyramid:
+    """Scale levels of ``image`` (B,1,H,W); coarser levels stop where the shorter side falls below
+    ``min_side``.
+    """
     h, w = image.shape[-2:]
 
     def level(pixels: Tensor, nominal: float) -> Level:
@@ -83,7 +92,9 @@ def build_pyramid(image: Tensor, *, up: int = UP_LEVELS, down: int = DOWN_LEVELS
 
 
 def level_budgets(count: int, up: int, levels: int) -> list[int]:
-    """Points asked of each level, finest first: halved from level to level (spec 2.2), cut to whole numbers."""
+    """Points asked of each level, finest first: halved from level to level (spec 2.2), cut to whole
+    numbers.
+    """
     shares = [2.0 ** (up - i) for i in range(levels)]
     return [int(count * share / sum(shares)) for share in shares]
 
@@ -96,5 +107,8 @@ def as_batch(images: list[Tensor]) -> Tensor:
     """
     sizes = {tuple(image.shape[-2:]) for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"a batch needs images of one size, got {sorted(sizes)}; extract them one by one instead")
+        raise ValueError(
+            f"a batch needs images of one size, got {sorted(sizes)}; extract them one by one "
+            "instead"
+        )
     return torch.cat(images)

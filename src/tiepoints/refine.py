@@ -1,9 +1,12 @@
-"""Sub-pixel positions: matched keypoints aligned with each other by their pixels, and keypoints of tracks made consistent.
+"""Sub-pixel positions: matched keypoints aligned with each other by their pixels, and keypoints of
+tracks made consistent.
 
-A detector finds a keypoint in each image on its own, to about a pixel. Two matched keypoints show the same surface, so the second one
-can be moved to where its surroundings look most like those of the first: Lucas and Kanade's registration (1981) in its inverse
-compositional form (Baker and Matthews, IJCV 2004), over a shift and an affine change, on samples of zero mean and unit variance.
-Aligning each image on its own (corner refinement) does not help: what counts is that both positions are the same point.
+A detector finds a keypoint in each image on its own, to about a pixel. Two matched keypoints show
+the same surface, so the second one can be moved to where its surroundings look most like those of
+the first: Lucas and Kanade's registration (1981) in its inverse compositional form (Baker and
+Matthews, IJCV 2004), over a shift and an affine change, on samples of zero mean and unit variance.
+Aligning each image on its own (corner refinement) does not help: what counts is that both positions
+are the same point.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ from .image import ImageLike, load_image
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
 
-#: Samples along a side, and half the side of their square in pixels of the keypoint's scale (chosen on held-out pairs, docs/diary.md).
+#: Samples along a side, and half the side of their square in pixels of the keypoint's scale (chosen
+#: on held-out pairs, docs/diary.md).
 SAMPLES = 15
 RADIUS = 8.0
 ITERATIONS = 9
-#: An alignment is taken where the normalised cross-correlation rises by more than this, to at least that, and where it moves the
-#: keypoint no farther than so many pixels of its scale.
+#: An alignment is taken where the normalised cross-correlation rises by more than this, to at least
+#: that, and where it moves the keypoint no farther than so many pixels of its scale.
 MIN_GAIN = 0.0
 MIN_CORRELATION = 0.6
 MAX_SHIFT = 3.0
@@ -48,44 +52,68 @@ class Alignment:
 
 
 def align(
-    pyramid_a: Pyramid, keypoints_a: Keypoints, pyramid_b: Pyramid, keypoints_b: Keypoints, *, iterations: int = ITERATIONS
+    pyramid_a: Pyramid,
+    keypoints_a: Keypoints,
+    pyramid_b: Pyramid,
+    keypoints_b: Keypoints,
+    *,
+    iterations: int = ITERATIONS,
 ) -> Alignment:
     """Move keypoints of b to where their surroundings agree best with those of the same row of a.
 
     Args:
         pyramid_a, pyramid_b: of one image each (``pyramid.build_pyramid``).
-        keypoints_a, keypoints_b: K matched keypoints; scales and angles say how the surroundings differ to begin with.
+        keypoints_a, keypoints_b: K matched keypoints; scales and angles say how the surroundings
+            differ to begin with.
         iterations: Gauss-Newton steps.
 
     Raises:
         ValueError: the numbers of keypoints differ.
     """
     if len(keypoints_a) != len(keypoints_b):
-        raise ValueError(f"matched keypoints are needed, got {len(keypoints_a)} and {len(keypoints_b)}")
+        raise ValueError(
+            f"matched keypoints are needed, got {len(keypoints_a)} and {len(keypoints_b)}"
+        )
     parts = [
         _align(pyramid_a, keypoints_a[part], pyramid_b, keypoints_b[part], iterations)
         for part in torch.arange(len(keypoints_a)).split(CHUNK)
     ]
     if not parts:
         return Alignment(keypoints_b.xy, keypoints_b.score, torch.zeros(0, dtype=torch.bool))
-    return Alignment(*(torch.cat([getattr(part, name) for part in parts]) for name in ("xy", "correlation", "accepted")))
+    return Alignment(
+        *(
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("xy", "correlation", "accepted")
+        )
+    )
 
 
-def _align(pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int) -> Alignment:
+def _align(
+    pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
+) -> Alignment:
     step = 2 * RADIUS / (SAMPLES - 1)
-    axis = step * (torch.arange(SAMPLES + 2, dtype=torch.float32, device=a.xy.device) - (SAMPLES + 1) / 2)
+    axis = step * (
+        torch.arange(SAMPLES + 2, dtype=torch.float32, device=a.xy.device) - (SAMPLES + 1) / 2
+    )
     v, u = torch.meshgrid(axis, axis, indexing="ij")
-    outer = torch.stack([u, v], dim=-1).reshape(1, -1, 2)  # one sample more on each side, for the derivatives
+    outer = torch.stack([u, v], dim=-1).reshape(
+        1, -1, 2
+    )  # one sample more on each side, for the derivatives
     inner = torch.stack([u, v], dim=-1)[1:-1, 1:-1].reshape(1, -1, 2)  # (1,S,2)
-    template = _sampler(pyramid_a, a, step)(outer.expand(len(a), -1, -1)).view(-1, SAMPLES + 2, SAMPLES + 2)
+    template = _sampler(pyramid_a, a, step)(outer.expand(len(a), -1, -1)).view(
+        -1, SAMPLES + 2, SAMPLES + 2
+    )
     dx = (template[:, 1:-1, 2:] - template[:, 1:-1, :-2]).flatten(1) / (2 * step)
     dy = (template[:, 2:, 1:-1] - template[:, :-2, 1:-1]).flatten(1) / (2 * step)
     wanted, deviation = _normalised(template[:, 1:-1, 1:-1].flatten(1))
     x, y = inner[..., 0], inner[..., 1]
-    # derivatives by the shift and by the four parts of the affine change, (K,S,6); brightness and contrast explain nothing
+    # derivatives by the shift and by the four parts of the affine change, (K,S,6); brightness and
+    # contrast explain nothing
     jacobian = torch.stack([dx, dy, dx * x, dx * y, dy * x, dy * y], dim=-1) / deviation[..., None]
     jacobian = jacobian - jacobian.mean(dim=1, keepdim=True)
-    jacobian = jacobian - wanted[..., None] * (wanted[..., None] * jacobian).mean(dim=1, keepdim=True)
+    jacobian = jacobian - wanted[..., None] * (wanted[..., None] * jacobian).mean(
+        dim=1, keepdim=True
+    )
     hessian = jacobian.transpose(1, 2) @ jacobian
     damping = 1e-4 * hessian.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-6)
     hessian = hessian + damping[:, None, None] * torch.eye(6, device=hessian.device)
@@ -95,7 +123,9 @@ def _align(pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, i
     warp = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
     first: Tensor | None = None
     for _ in range(iterations):
-        found, _ = _normalised(sample_b(inner @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2]))
+        found, _ = _normalised(
+            sample_b(inner @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2])
+        )
         if first is None:
             first = (found * wanted).mean(dim=1)
         change = (solve @ (found - wanted)[..., None])[..., 0].clamp(-1, 1)  # (K,6)
@@ -108,20 +138,32 @@ def _align(pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, i
     last = (found * wanted).mean(dim=1)
     shift = warp[:, :2, 2]  # in pixels of the scale of b, along its axes
     area = torch.linalg.det(warp[:, :2, :2])
-    accepted = (last > first + MIN_GAIN) & (last > MIN_CORRELATION) & (shift.norm(dim=1) < MAX_SHIFT) & (area > 0.25) & (area < 4)
+    accepted = (
+        (last > first + MIN_GAIN)
+        & (last > MIN_CORRELATION)
+        & (shift.norm(dim=1) < MAX_SHIFT)
+        & (area > 0.25)
+        & (area < 4)
+    )
     moved = b.xy + _to_image(shift[:, None], b)[:, 0]
-    return Alignment(torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted)
+    return Alignment(
+        torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted
+    )
 
 
 def _to_image(offset: Tensor, keypoints: Keypoints) -> Tensor:
     """Offsets (K,S,2) in the frames of keypoints as offsets in pixels of the image."""
     cos, sin = (keypoints.scale * f(keypoints.angle) for f in (torch.cos, torch.sin))
     x, y = offset[..., 0], offset[..., 1]
-    return torch.stack([x * cos[:, None] - y * sin[:, None], x * sin[:, None] + y * cos[:, None]], dim=-1)
+    return torch.stack(
+        [x * cos[:, None] - y * sin[:, None], x * sin[:, None] + y * cos[:, None]], dim=-1
+    )
 
 
 def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[Tensor], Tensor]:
-    """Gray values (K,S) at offsets (K,S,2) in the frames of the keypoints, from levels whose pixels are not finer than the samples."""
+    """Gray values (K,S) at offsets (K,S,2) in the frames of the keypoints, from levels whose pixels
+    are not finer than the samples.
+    """
     scales = torch.tensor([level.scale for level in pyramid.levels], device=keypoints.scale.device)
     chosen = (1.05 * step * keypoints.scale[:, None] >= scales[None]).sum(dim=1).sub(1).clamp(min=0)
     groups = [(level, (chosen == i).nonzero()[:, 0]) for i, level in enumerate(pyramid.levels)]
@@ -146,9 +188,15 @@ def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def refine_matches(
-    a: Features, b: Features, matches: Matches, images: tuple[ImageLike, ImageLike], *, iterations: int = ITERATIONS
+    a: Features,
+    b: Features,
+    matches: Matches,
+    images: tuple[ImageLike, ImageLike],
+    *,
+    iterations: int = ITERATIONS,
 ) -> Matches:
-    """The matches with sub-pixel positions: those of ``a`` stay, those of ``b`` are aligned with them.
+    """The matches with sub-pixel positions: those of ``a`` stay, those of ``b`` are aligned with
+    them.
 
     Args:
         a, b: features that ``matches`` index.
@@ -164,17 +212,25 @@ def refine_matches(
     for pyramid, features in zip(pyramids, (a, b), strict=True):
         size = (pyramid.image.shape[-1], pyramid.image.shape[-2])
         if size != tuple(features.image_size):
-            raise ValueError(f"the image is {size[0]} x {size[1]} pixels, its features are of {' x '.join(map(str, features.image_size))}")
+            raise ValueError(
+                f"the image is {size[0]} x {size[1]} pixels, its features are of "
+                f"{' x '.join(map(str, features.image_size))}"
+            )
     index = matches.index.cpu()
     chosen_a, chosen_b = a.keypoints[index[:, 0]], b.keypoints[index[:, 1]]
-    return replace(matches, xy_a=chosen_a.xy, xy_b=align(pyramids[0], chosen_a, pyramids[1], chosen_b, iterations=iterations).xy)
+    return replace(
+        matches,
+        xy_a=chosen_a.xy,
+        xy_b=align(pyramids[0], chosen_a, pyramids[1], chosen_b, iterations=iterations).xy,
+    )
 
 
 # ---- tracks
 
 
 def build_tracks(matches: Mapping[tuple[str, str], Tensor]) -> list[list[tuple[str, int]]]:
-    """Tracks of matched keypoints: connected keypoints of different images, each as (image, index), sorted.
+    """Tracks of matched keypoints: connected keypoints of different images, each as (image, index),
+    sorted.
 
     Connected keypoints of which two lie in one image contradict each other; they are left out.
 
@@ -208,8 +264,9 @@ def refine_tracks(
 ) -> dict[str, Tensor]:
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
-    The reference of a track is its keypoint with the smallest scale, which shows most detail; the others are aligned with it. Pairs of
-    images are worked on one after another, so that two images are in memory at a time.
+    The reference of a track is its keypoint with the smallest scale, which shows most detail; the
+    others are aligned with it. Pairs of images are worked on one after another, so that two images
+    are in memory at a time.
 
     Args:
         features: keypoints of each image.
@@ -228,14 +285,18 @@ def refine_tracks(
                 work.setdefault((reference[0], node[0]), []).append((reference[1], node[1]))
     pyramids: dict[str, Pyramid] = {}
     for a, b in sorted(work):
-        pyramids = {name: pyramids.get(name) or build_pyramid(load_image(image(name))) for name in (a, b)}
+        pyramids = {
+            name: pyramids.get(name) or build_pyramid(load_image(image(name))) for name in (a, b)
+        }
         index = torch.tensor(work[a, b])
         found = align(pyramids[a], features[a][index[:, 0]], pyramids[b], features[b][index[:, 1]])
         positions[b][index[:, 1]] = found.xy
     return positions
 
 
-def matched_pairs(pairs: Iterable[tuple[str, str]], read: Callable[[str, str], Matches]) -> dict[tuple[str, str], Tensor]:
+def matched_pairs(
+    pairs: Iterable[tuple[str, str]], read: Callable[[str, str], Matches]
+) -> dict[tuple[str, str], Tensor]:
     """The indices of the matches of each pair that has some, for ``build_tracks``."""
     found = {pair: read(*pair).index for pair in pairs}
     return {pair: index for pair, index in found.items() if len(index)}

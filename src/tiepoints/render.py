@@ -12,11 +12,15 @@ from .geometry import warp_points
 OVERSAMPLING = 6
 
 
-def render_outlines(outlines: list[tuple[np.ndarray, int]], background: int, H: np.ndarray, size: int) -> np.ndarray:
+def render_outlines(
+    outlines: list[tuple[np.ndarray, int]], background: int, H: np.ndarray, size: int
+) -> np.ndarray:
     """Filled outlines mapped by H, on a plain ground: (size,size) float32."""
     large = Image.new("L", (size * OVERSAMPLING, size * OVERSAMPLING), background)
     draw = ImageDraw.Draw(large)
-    mapped = warp_points(torch.from_numpy(np.concatenate([outline for outline, _ in outlines])), torch.from_numpy(H)).numpy()
+    mapped = warp_points(
+        torch.from_numpy(np.concatenate([outline for outline, _ in outlines])), torch.from_numpy(H)
+    ).numpy()
     # pixel i of the view covers i - 0.5 .. i + 0.5; Pillow's integers are centres of its pixels
     points = ((mapped + 0.5) * OVERSAMPLING - 0.5).round().clip(-1e6, 1e6).astype(int)
     start = 0

@@ -1,9 +1,10 @@
 """The results that travel through the package, and the coordinate law they obey.
 
-**Coordinates.** x points right, y down, in pixels of the original image as stored; the centre of the first pixel is
-(0, 0), so an image of width w spans -0.5 .. w - 0.5. Resizing maps ``(x + 0.5) * s - 0.5``. ``scale`` is in pixels:
-1 for a point found at the original resolution, 2 for one found at half of it. ``angle`` is in radians from +x towards +y
-(clockwise as seen). ``H_ab`` maps points of a to points of b. Points are float32, never half precision.
+**Coordinates.** x points right, y down, in pixels of the original image as stored; the centre of
+the first pixel is (0, 0), so an image of width w spans -0.5 .. w - 0.5. Resizing maps ``(x + 0.5) *
+s - 0.5``. ``scale`` is in pixels: 1 for a point found at the original resolution, 2 for one found
+at half of it. ``angle`` is in radians from +x towards +y (clockwise as seen). ``H_ab`` maps points
+of a to points of b. Points are float32, never half precision.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ class Keypoints:
 
     Attributes:
         xy: (N,2) float32, pixels of the original image.
-        scale: (N,) float32, pixels of the original image; 1 stands for one pixel of an image at its original resolution.
+        scale: (N,) float32, pixels of the original image; 1 stands for one pixel of an image at its
+            original resolution.
         angle: (N,) float32, radians; zeros where the detector gives none.
-        score: (N,) float32, strongest first; comparable only within one detector (networks: response times squared scale of the level).
+        score: (N,) float32, strongest first; comparable only within one detector (networks:
+            response times squared scale of the level).
     """
 
     xy: Tensor
@@ -63,7 +66,9 @@ class Keypoints:
         """All points of ``parts`` in their order."""
         if not parts:
             return cls.empty()
-        return cls(*(torch.cat([getattr(p, n) for p in parts]) for n in ("xy", "scale", "angle", "score")))
+        return cls(
+            *(torch.cat([getattr(p, n) for p in parts]) for n in ("xy", "scale", "angle", "score"))
+        )
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,9 @@ class Features:
     def __post_init__(self) -> None:
         d = self.descriptors
         if d is not None and (d.ndim != 2 or len(d) != len(self.keypoints)):
-            raise ValueError(f"descriptors must be (N,D) with N = {len(self.keypoints)}, got {tuple(d.shape)}")
+            raise ValueError(
+                f"descriptors must be (N,D) with N = {len(self.keypoints)}, got {tuple(d.shape)}"
+            )
 
     def __len__(self) -> int:
         return len(self.keypoints)
@@ -119,9 +126,9 @@ class PaddedFeatures:
     """Features of B images in tensors of equal length N, for code that wants batches.
 
     Attributes:
-        xy (B,N,2), scale (B,N), angle (B,N), score (B,N), descriptors (B,N,D) or None: zeros where there is no point.
-        valid: (B,N) bool, which entries are points.
-        image_size: (width, height) of each image.
+        xy (B,N,2), scale (B,N), angle (B,N), score (B,N), descriptors (B,N,D) or None: zeros where
+        there is no point. valid: (B,N) bool, which entries are points. image_size: (width, height)
+        of each image.
     """
 
     xy: Tensor
@@ -153,7 +160,9 @@ class PaddedFeatures:
             angle=stack([f.angle for f in features]),
             score=stack([f.score for f in features]),
             descriptors=stack(described) if len(described) == len(features) else None,
-            valid=stack([torch.ones(len(f), dtype=torch.bool, device=f.xy.device) for f in features]),
+            valid=stack(
+                [torch.ones(len(f), dtype=torch.bool, device=f.xy.device) for f in features]
+            ),
             image_size=[f.image_size for f in features],
         )
 
@@ -164,8 +173,10 @@ class Matches:
 
     Attributes:
         index: (K,2) int64, point of a and point of b.
-        score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors, or what a learned matcher gives).
-        xy_a, xy_b: (K,2) float32 sub-pixel positions of the matches (``refine.refine_matches``); None = those of the keypoints.
+        score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors, or what a learned
+            matcher gives).
+        xy_a, xy_b: (K,2) float32 sub-pixel positions of the matches (``refine.refine_matches``);
+            None = those of the keypoints.
     """
 
     index: Tensor
@@ -190,7 +201,9 @@ class Matches:
         return Matches(*(None if column is None else column[chosen] for column in columns))  # type: ignore[arg-type]
 
     def positions(self, a: Features, b: Features) -> tuple[Tensor, Tensor]:
-        """Positions (K,2) of the matches in both images: the sub-pixel ones where there are some, else those of the keypoints."""
+        """Positions (K,2) of the matches in both images: the sub-pixel ones where there are some,
+        else those of the keypoints.
+        """
         xy_a = a.xy[self.index[:, 0].to(a.xy.device)] if self.xy_a is None else self.xy_a
         xy_b = b.xy[self.index[:, 1].to(b.xy.device)] if self.xy_b is None else self.xy_b
         return xy_a, xy_b
@@ -203,8 +216,8 @@ class Estimate:
     Attributes:
         kind: ``homography``, ``fundamental``, ``essential`` or ``pose``.
         model: (3,3) float64, of a pose (3,4) [R | t] with |t| = 1; None where ``ok`` is false.
-        inliers: (K,) bool over the matches given: which agree. Where ``ok`` is false none, unless they agree on more than one
-            model (a plane has no one fundamental matrix).
+        inliers: (K,) bool over the matches given: which agree. Where ``ok`` is false none, unless
+            they agree on more than one model (a plane has no one fundamental matrix).
         ok: whether there is a model to trust.
         reason: why not, in words; empty where ``ok``.
     """

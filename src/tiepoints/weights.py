@@ -1,14 +1,15 @@
-"""Trained weights by name: which class, settings, file, checksum and licence; ``load("keynet")`` gives the trained net.
+"""Trained weights by name: which class, settings, file, checksum and licence; ``load("keynet")``
+gives the trained net.
 
-The table is ``data/index.toml``; files are safetensors. ``save`` writes the same format for anybody's own weights, with
-the network's settings in the header, and ``load`` reads them by path.
+The table is ``data/index.toml``; files are safetensors. ``save`` writes the same format for
+anybody's own weights, with the network's settings in the header, and ``load`` reads them by path.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from .descriptors.desnet import DesNet
-from .descriptors.patchnets import HardNet, HyNet, SOSNet
-from .detectors.keynet import KeyNet
-from .detectors.keynet_legacy import LegacyKeyNet
-from .detectors.rekd import REKD
-from .detectors.sobelnet import SobelNet
+from .detect import response_floor
 from .errors import WeightsError
+from .files import atomic_path
+from .models.desnet import DesNet
+from .models.keynet import KeyNet
+from .models.keynet_legacy import LegacyKeyNet
+from .models.patchnets import HardNet, HyNet, SOSNet
+from .models.rekd import REKD
+from .models.sobelnet import SobelNet
+from .models.spec import DetectorSpec, fused, spec_of
 
 DATA = Path(__file__).parent / "data"
-NETWORKS: dict[str, type[nn.Module]] = {n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, SobelNet, HardNet, HyNet, SOSNet, DesNet)}
+NETWORKS: dict[str, type[nn.Module]] = {
+    n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, SobelNet, HardNet, HyNet, SOSNet, DesNet)
+}
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -40,7 +46,9 @@ def file_checksum(path: Path) -> str:
 
 
 def weights_checksum(net: nn.Module) -> str:
-    """SHA-256 of all tensors of a network, in hexadecimal: the same for the same weights, wherever they lie."""
+    """SHA-256 of all tensors of a network, in hexadecimal: the same for the same weights, wherever
+    they lie.
+    """
     digest = hashlib.sha256()
     for name, value in net.state_dict().items():
         digest.update(name.encode())
@@ -48,8 +56,11 @@ def weights_checksum(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None, *, half: bool = False) -> None:
-    """Write a network's weights with its class, settings and ``facts`` as one safetensors file (atomically).
+def save(
+    net: nn.Module, path: str | Path, metadata: dict[str, Any] | None = None, *, half: bool = False
+) -> None:
+    """Write a network's weights with its class, settings and ``metadata`` as one safetensors file
+    (atomically).
 
     With ``half`` the filters are stored in half precision; ``load`` gives float32 all the same.
     """
@@ -63,21 +74,29 @@ def save(net: nn.Module, path: str | Path, facts: dict[str, Any] | None = None, 
         "network": type(net).__name__,
         "settings": json.dumps(net.settings),
         "offset": json.dumps(getattr(net, "offset", (0.0, 0.0))),
-        "facts": json.dumps(facts or {}, default=str),
+        "floor": json.dumps(_measured_floor(net)),
+        "facts": json.dumps(metadata or {}, default=str),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        # bytes through an ordinary file: save_file makes one that only its owner may read
-        beside.write_bytes(to_bytes({k: stored(v) for k, v in net.state_dict().items()}, metadata=header))
-        os.replace(beside, path)
+        with atomic_path(path) as tmp_path:
+            # bytes through an ordinary file: save_file makes one that only its owner may read
+            tmp_path.write_bytes(
+                to_bytes({k: stored(v) for k, v in net.state_dict().items()}, metadata=header)
+            )
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise OSError(f"weights {path} could not be written ({error})") from error
 
 
+def _measured_floor(net: nn.Module) -> float | None:
+    """The response of a detector's weights to an image without content; None for a descriptor."""
+    if not isinstance(spec_of(net), DetectorSpec):
+        return None
+    return response_floor(fused(copy.deepcopy(net).cpu().eval()))
+
+
 def load(name: str | Path) -> nn.Module:
-    """The trained network ``name`` of the table, or the one in a weights file written by ``save``; in eval mode.
+    """The trained network ``name`` of the table, or the one in a weights file written by ``save``;
+    in eval mode.
 
     Raises:
         WeightsError: no such name or file, or a file that is damaged or made for another network.
@@ -85,28 +104,39 @@ def load(name: str | Path) -> nn.Module:
     entry = table().get(str(name))
     path = DATA / entry["file"] if entry else Path(name)
     if not path.is_file():
-        raise WeightsError(f"no weights called {str(name)!r}; known names are {', '.join(table())}, or give a .safetensors file")
+        raise WeightsError(
+            f"no weights called {str(name)!r}; known names are {', '.join(table())}, or give a "
+            ".safetensors file"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path} is no readable safetensors file ({error}); official checkpoints are converted by `tiepoints weights import`"
+            f"{path} is no readable safetensors file ({error}); official checkpoints are "
+            "converted by `tiepoints weights import`"
         ) from error
     if header.get("network") not in NETWORKS:
-        raise WeightsError(f"{path} names no network of ours in its header ({header.get('network')!r}); was it written by tiepoints?")
+        raise WeightsError(
+            f"{path} names no network of ours in its header ({header.get('network')!r}); was it "
+            "written by tiepoints?"
+        )
     net = NETWORKS[header["network"]](**json.loads(header["settings"]))
     try:
         net.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
-        raise WeightsError(f"{path} does not fit a {header['network']} with its own settings: {error}") from error
+        raise WeightsError(
+            f"{path} does not fit a {header['network']} with its own settings: {error}"
+        ) from error
+    if hasattr(net, "floor"):
+        net.floor = json.loads(header.get("floor", "null"))
     if hasattr(net, "offset"):
         net.offset = tuple(json.loads(header.get("offset", "[0.0, 0.0]")))  # type: ignore[assignment]
     return net.eval()
 
 
-def facts(path: Path) -> dict[str, Any]:
+def metadata_of(path: Path) -> dict[str, Any]:
     """What ``save`` was told about a weights file."""
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get("facts", "{}"))

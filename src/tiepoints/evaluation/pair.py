@@ -1,4 +1,5 @@
-"""All numbers of one pair of images whose geometry is known: features -> ``protocol.name`` -> value.
+"""All numbers of one pair of images whose geometry is known: features -> ``protocol.name`` ->
+value.
 
 docs/evaluation.md has each protocol; the measures themselves are in ``metrics``.
 """
@@ -11,25 +12,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import metrics as m
 from ..estimation import estimate, relative_pose
 from ..geometry import warp_points
-from ..matching import match
-from ..structs import Features
-from . import metrics as m
+from ..matching import filter_by_rotation, match
+from ..names import EVALUATION_NUM_KEYPOINTS
+from ..structs import Features, Matches
 
 PROTOCOLS = ("keynet", "rekd", "mutual", "homography", "pose")
-#: Where points have no order of strength, each protocol is averaged over so many random picks (Key.Net, table 2, MSER).
+#: Where points have no order of strength, each protocol is averaged over so many random picks
+#: (Key.Net, table 2, MSER).
 RANDOM_PICKS = 10
 HOMOGRAPHY_THRESHOLD = 3.0
-#: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by SuperGlue as 1 px over the focal length.
+#: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by
+#: SuperGlue as 1 px over the focal length.
 POSE_THRESHOLD = 1.0
-#: TILDE's repeatability (Verdie et al. 2015): px; many to one, of the first points wherever they are, as REKD's.
+#: TILDE's repeatability (Verdie et al. 2015): px; many to one, of the first points wherever they
+#: are, as REKD's.
 TILDE_THRESHOLD = 5.0
 #: Inlier threshold of a fundamental matrix in px: the default of ``estimate``.
 FUNDAMENTAL_THRESHOLD = 2.0
-#: WxBS (Mishkin et al. 2015): distances in px up to which a marked correspondence agrees with an estimate.
+#: WxBS (Mishkin et al. 2015): distances in px up to which a marked correspondence agrees with an
+#: estimate.
 MARKED_THRESHOLDS = tuple(range(1, 21))
-#: Random samples drawn anew for each seed; where few matches are correct, one seed moves the mean of 14 pairs by up to 5 of 100 (XFeat).
+#: Random samples drawn anew for each seed; where few matches are correct, one seed moves the mean
+#: of 14 pairs by up to 5 of 100 (XFeat).
 MARKED_SEEDS = 5
 
 
@@ -38,16 +45,18 @@ def homography_metrics(
     b: Features,
     H_ab: Tensor,
     *,
-    num_points: int = m.NUM_POINTS,
+    num_keypoints: int = EVALUATION_NUM_KEYPOINTS,
     protocols: Sequence[str] = PROTOCOLS,
     official: bool = False,
 ) -> dict[str, float | None]:
-    """All numbers of a pair with known homography: ``protocol.name`` -> value (docs/evaluation.md); shares are 0..1.
+    """All numbers of a pair with known homography: ``protocol.name`` -> value (docs/evaluation.md);
+    shares are 0..1.
 
-    Points without an order of strength (all scores equal) are picked at random ten times and the results averaged.
+    Points without an order of strength (all scores equal) are picked at random ten times and the
+    results averaged.
     """
-    options = {"num_points": num_points, "protocols": protocols, "official": official}
-    if not (_unordered(a, num_points) or _unordered(b, num_points)):
+    options = {"num_keypoints": num_keypoints, "protocols": protocols, "official": official}
+    if not (_unordered(a, num_keypoints) or _unordered(b, num_keypoints)):
         return _homography_metrics(a, b, H_ab, **options)  # type: ignore[arg-type]
     picks = []
     for seed in range(RANDOM_PICKS):
@@ -57,12 +66,18 @@ def homography_metrics(
     return {key: m.mean([p[key] for p in picks]) for key in picks[0]}
 
 
-def _unordered(features: Features, num_points: int) -> bool:
-    return len(features) > num_points and bool((features.score == features.score[0]).all())
+def _unordered(features: Features, num_keypoints: int) -> bool:
+    return len(features) > num_keypoints and bool((features.score == features.score[0]).all())
 
 
 def _homography_metrics(
-    a: Features, b: Features, H_ab: Tensor, *, num_points: int, protocols: Sequence[str], official: bool
+    a: Features,
+    b: Features,
+    H_ab: Tensor,
+    *,
+    num_keypoints: int,
+    protocols: Sequence[str],
+    official: bool,
 ) -> dict[str, float | None]:
     H_ab = torch.as_tensor(H_ab, dtype=torch.float64)
     size_a, size_b = a.image_size[::-1], b.image_size[::-1]
@@ -70,44 +85,74 @@ def _homography_metrics(
     found["s_range"] = m.mean([m.scale_range(a.scale), m.scale_range(b.scale)])
     described = a.descriptors is not None and b.descriptors is not None
     if "keynet" in protocols:
-        found |= _keynet(a, b, H_ab, size_a, size_b, num_points, official, described)
+        found |= _keynet(a, b, H_ab, size_a, size_b, num_keypoints, official, described)
     if "mutual" in protocols:
-        local = m.localisation(a.xy, b.xy, H_ab, size_a, size_b, num_points=num_points)
+        local = m.localisation(a.xy, b.xy, H_ab, size_a, size_b, num_keypoints=num_keypoints)
         found |= {f"mutual.{k}": v for k, v in local.items()}
-        chance = m.localisation(a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_points=num_points)
+        chance = m.localisation(
+            a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_keypoints=num_keypoints
+        )
         found["chance.rep@3"] = m.above_chance(local["rep@3"] or 0.0, chance["rep@3"] or 0.0)
-    first_a, first_b = a[:num_points], b[:num_points]
-    pairs = torch.zeros(0, 2, dtype=torch.int64)
+    first_a, first_b = a[:num_keypoints], b[:num_keypoints]
+    matches = Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
     if described and ("rekd" in protocols or "homography" in protocols):
-        pairs = match(first_a, first_b).index
+        matches = match(first_a, first_b)
+    pairs = matches.index
     if "rekd" in protocols:
         found["rekd.repeatability"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab)
-        found["rekd.repeatability@5"] = m.rekd_repeatability(first_a.xy, first_b.xy, H_ab, TILDE_THRESHOLD)
+        found["rekd.repeatability@5"] = m.rekd_repeatability(
+            first_a.xy, first_b.xy, H_ab, TILDE_THRESHOLD
+        )
         found["rekd.points"] = (len(first_a) + len(first_b)) / 2
         if described:
             found |= {f"rekd.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, pairs).items()}
             if bool(first_a.angle.any()):
-                kept = m.orientation_filter(first_a.angle, first_b.angle, pairs)
-                found |= {f"rekd*.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, kept).items()}
+                kept = filter_by_rotation(first_a, first_b, matches).index
+                found |= {
+                    f"rekd*.{k}": v for k, v in _accuracy(first_a, first_b, H_ab, kept).items()
+                }
     if "homography" in protocols and described:
         found |= _homography(first_a.xy[pairs[:, 0]], first_b.xy[pairs[:, 1]], H_ab, size_a)
     return found
 
 
-def _keynet(a: Features, b: Features, H_ab: Tensor, size_a, size_b, num_points: int, official: bool, described: bool):
+def _keynet(
+    a: Features,
+    b: Features,
+    H_ab: Tensor,
+    size_a,
+    size_b,
+    num_keypoints: int,
+    official: bool,
+    described: bool,
+):
     back = torch.linalg.inv(H_ab)
 
     def compare(xy_b: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, float | None]]:
-        chosen_a, chosen_b = m.keynet_points(a.xy, xy_b, H_ab, size_a, size_b, num_points=num_points, official=official)
+        chosen_a, chosen_b = m.keynet_points(
+            a.xy, xy_b, H_ab, size_a, size_b, num_keypoints=num_keypoints, official=official
+        )
         there = xy_b[chosen_b]
-        in_a, scale = warp_points(there.double(), back), m.projected_scale(there, b.scale[chosen_b], back)
-        return chosen_a, chosen_b, in_a, m.keynet_repeatability(a.xy[chosen_a], a.scale[chosen_a], in_a, scale, official=official)
+        in_a, scale = (
+            warp_points(there.double(), back),
+            m.projected_scale(there, b.scale[chosen_b], back),
+        )
+        return (
+            chosen_a,
+            chosen_b,
+            in_a,
+            m.keynet_repeatability(
+                a.xy[chosen_a], a.scale[chosen_a], in_a, scale, official=official
+            ),
+        )
 
     chosen_a, chosen_b, in_a, rep = compare(b.xy)
     chance = compare(m.turned(b.xy, size_b))[3]
     found = {f"keynet.{k}": v for k, v in rep.items()}
     for name in ("SL", "L"):
-        found[f"chance.rep_{name}"] = m.above_chance(rep[f"rep_{name}"] or 0.0, chance[f"rep_{name}"] or 0.0)
+        found[f"chance.rep_{name}"] = m.above_chance(
+            rep[f"rep_{name}"] or 0.0, chance[f"rep_{name}"] or 0.0
+        )
     if described:
         pairs = match(a[chosen_a], b[chosen_b]).index
         matching = m.keynet_matching(a.xy[chosen_a], in_a, pairs, int(rep["possible"] or 0))
@@ -120,10 +165,14 @@ def _accuracy(a: Features, b: Features, H_ab: Tensor, pairs: Tensor) -> dict[str
 
 
 def accuracy_metrics(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> dict[str, float | None]:
-    """``matches``, ``mma@t`` and the number of correct matches ``correct@t`` at 1..5 px of matched points (K,2)."""
+    """``matches``, ``mma@t`` and the number of correct matches ``correct@t`` at 1..5 px of matched
+    points (K,2).
+    """
     each = torch.arange(len(xy_a))[:, None].expand(-1, 2)
     accuracy = m.matching_accuracy(m.match_errors(xy_a, xy_b, H_ab, each))
-    correct = {key.replace("mma", "correct"): round(share * len(xy_a)) for key, share in accuracy.items()}
+    correct = {
+        key.replace("mma", "correct"): round(share * len(xy_a)) for key, share in accuracy.items()
+    }
     return {"matches": len(xy_a), **accuracy, **correct}
 
 
@@ -137,52 +186,83 @@ def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, f
     return found
 
 
-def _matched(a: Features, b: Features, num_points: int) -> tuple[Tensor, Tensor, dict[str, float | None]]:
+def _matched(
+    a: Features, b: Features, num_keypoints: int
+) -> tuple[Tensor, Tensor, dict[str, float | None]]:
     """Matched points (K,2) of the first points of both, and how many points there were."""
-    a, b = a[:num_points], b[:num_points]
+    a, b = a[:num_keypoints], b[:num_keypoints]
     pairs = match(a, b).index
     return a.xy[pairs[:, 0]], b.xy[pairs[:, 1]], {"points_a": len(a), "points_b": len(b)}
 
 
-def pose_metrics(a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_points: int) -> dict[str, float | None]:
-    """``matched_pose_metrics`` of the mutual nearest neighbours of the first ``num_points``."""
-    xy_a, xy_b, found = _matched(a, b, num_points)
+def pose_metrics(
+    a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_keypoints: int
+) -> dict[str, float | None]:
+    """``matched_pose_metrics`` of the mutual nearest neighbours of the first ``num_keypoints``."""
+    xy_a, xy_b, found = _matched(a, b, num_keypoints)
     return {**found, **matched_pose_metrics(xy_a, xy_b, K_a, K_b, T_ab)}
 
 
 def matched_pose_metrics(
-    xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, backends: Sequence[str] = ("poselib", "opencv")
+    xy_a: Tensor,
+    xy_b: Tensor,
+    K_a: Tensor,
+    K_b: Tensor,
+    T_ab: Tensor,
+    *,
+    backends: Sequence[str] = ("poselib", "opencv"),
 ) -> dict[str, float | None]:
-    """Pose error in degrees by each backend (180 = failed); matches (K,2), how many are right, and the share of these."""
+    """Pose error in degrees by each backend (180 = failed); matches (K,2), how many are right, and
+    the share of these.
+    """
     right = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
     found: dict[str, float | None] = {"pose.matches": len(xy_a)}
     found |= {"pose.right": right, "pose.precision": right / len(xy_a) if len(xy_a) else 0.0}
     for backend in backends:
-        pose = relative_pose(xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, judge=False)
-        found[f"pose.error_{backend}"] = 180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
+        pose = relative_pose(
+            xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, judge=False
+        )
+        found[f"pose.error_{backend}"] = (
+            180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
+        )
     return found
 
 
-def marked_metrics(a: Features, b: Features, marked_a: Tensor, marked_b: Tensor, *, num_points: int) -> dict[str, float | None]:
-    """``matched_marked_metrics`` of the mutual nearest neighbours of the first ``num_points``."""
-    xy_a, xy_b, found = _matched(a, b, num_points)
+def marked_metrics(
+    a: Features, b: Features, marked_a: Tensor, marked_b: Tensor, *, num_keypoints: int
+) -> dict[str, float | None]:
+    """``matched_marked_metrics`` of the mutual nearest neighbours of the first
+    ``num_keypoints``.
+    """
+    xy_a, xy_b, found = _matched(a, b, num_keypoints)
     return {**found, **matched_marked_metrics(xy_a, xy_b, marked_a, marked_b)}
 
 
-def matched_marked_metrics(xy_a: Tensor, xy_b: Tensor, marked_a: Tensor, marked_b: Tensor) -> dict[str, float | None]:
-    """WxBS: how many of the correspondences marked by hand agree with the fundamental matrix estimated from matches (K,2).
+def matched_marked_metrics(
+    xy_a: Tensor, xy_b: Tensor, marked_a: Tensor, marked_b: Tensor
+) -> dict[str, float | None]:
+    """WxBS: how many of the correspondences marked by hand agree with the fundamental matrix
+    estimated from matches (K,2).
 
-    ``marked.share@t`` is the share of those whose larger distance, of both points to their epipolar lines, is at most t px, and
-    ``marked.share`` its mean over t = 1..20; both are 0 without an estimate. Everything is the mean over ``MARKED_SEEDS`` seeds of
-    the estimator.
+    ``marked.share@t`` is the share of those whose larger distance, of both points to their epipolar
+    lines, is at most t px, and ``marked.share`` its mean over t = 1..20; both are 0 without an
+    estimate. Everything is the mean over ``MARKED_SEEDS`` seeds of the estimator.
     """
     estimates = [
-        estimate(xy_a, xy_b, "fundamental", threshold=FUNDAMENTAL_THRESHOLD, seed=seed, judge=False) for seed in range(MARKED_SEEDS)
+        estimate(xy_a, xy_b, "fundamental", threshold=FUNDAMENTAL_THRESHOLD, seed=seed, judge=False)
+        for seed in range(MARKED_SEEDS)
     ]
     found: dict[str, float | None] = {"marked.matches": len(xy_a)}
     found["marked.inliers"] = m.mean(float(one.inliers.sum()) for one in estimates)
     found["marked.ok"] = m.mean(float(one.ok) for one in estimates)
-    distances = [m.epipolar_distances(marked_a, marked_b, one.model) for one in estimates if one.model is not None]
-    shares = {t: sum(float((d <= t).double().mean()) for d in distances) / MARKED_SEEDS for t in MARKED_THRESHOLDS}
+    distances = [
+        m.epipolar_distances(marked_a, marked_b, one.model)
+        for one in estimates
+        if one.model is not None
+    ]
+    shares = {
+        t: sum(float((d <= t).double().mean()) for d in distances) / MARKED_SEEDS
+        for t in MARKED_THRESHOLDS
+    }
     found["marked.share"] = m.mean(shares.values())
     return found | {f"marked.share@{t}": share for t, share in shares.items()}

@@ -1,4 +1,5 @@
-"""The folder of an evaluation: rows, sweeps, biases and features as stored, read back, and means over the rows.
+"""The folder of an evaluation: rows, sweeps, biases and features as stored, read back, and means
+over the rows.
 
 Nothing here computes a metric; what is damaged or half written is left out and said.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +19,20 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import atomic_path
 from ..image import load_image
+from ..metrics.geometry import mean
 from ..structs import Features, Keypoints
-from .metrics import mean
 
 #: In the order of the report.
-SPLITS = {"all": "All pairs", "view": "Viewpoint", "illum": "Illumination", "other": "Other changes"}
-#: Kinds of pairs without a homography: they have measures of their own and enter no mean of the others.
+SPLITS = {
+    "all": "All pairs",
+    "view": "Viewpoint",
+    "illum": "Illumination",
+    "other": "Other changes",
+}
+#: Kinds of pairs without a homography: they have measures of their own and enter no mean of the
+#: others.
 APART = ("pose", "marked")
 REMEDY = "make one with `tiepoints evaluate DATASET --out DIR` and give that DIR"
 
@@ -37,7 +44,9 @@ def finite(value: Any) -> float | None:
 
 @dataclass(frozen=True)
 class PairRow:
-    """One system on one pair, as stored; ``place`` is the name of its file, which that of its features' folder equals."""
+    """One system on one pair, as stored; ``place`` is the name of its file, which that of its
+    features' folder equals.
+    """
 
     place: str
     system: str
@@ -59,7 +68,9 @@ class PairRow:
 
 @dataclass(frozen=True)
 class ExtraRow:
-    """One step of a sweep (``value`` in degrees, or a factor) or one bias of a system on an image, as stored."""
+    """One step of a sweep (``value`` in degrees, or a factor) or one bias of a system on an image,
+    as stored.
+    """
 
     system: str
     image: str
@@ -137,7 +148,9 @@ def read_run(folder: Path) -> Run:
     listed = facts.get("systems")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     if missing := [name for name in names if name not in found]:
-        notes.append(f"No rows yet of {', '.join(missing)}: the run was stopped or is still going on.")
+        notes.append(
+            f"No rows yet of {', '.join(missing)}: the run was stopped or is still going on."
+        )
     order = [name for name in dict.fromkeys(names) if name in found]
     order += sorted(found - set(order))
     stated = facts.get("controls")
@@ -161,7 +174,9 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file of lines, and how many lines hold none: a run that was killed leaves half a line."""
+    """The JSON objects of a file of lines, and how many lines hold none: a run that was killed
+    leaves half a line.
+    """
     objects, bad = [], 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in filter(str.strip, text.splitlines()):
@@ -177,23 +192,36 @@ def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file as stored; of rows for the same thing the last one counts. None where there is no file."""
+    """Rows of a file as stored; of rows for the same thing the last one counts. None where there is
+    no file.
+    """
     keys = ("system", "sequence", "pair", "image", "kind", "value")
-    return list({tuple(str(row.get(key)) for key in keys): row for row in _objects(path)[0]}.values())
+    return list(
+        {tuple(str(row.get(key)) for key in keys): row for row in _objects(path)[0]}.values()
+    )
 
 
-def _lines(folder: Path, needed: Sequence[str], notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
-    """(stem of the file, JSON object) of the lines in the files of a folder that have the ``needed`` keys."""
+def _lines(
+    folder: Path, needed: Sequence[str], notes: list[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """(stem of the file, JSON object) of the lines in the files of a folder that have the
+    ``needed`` keys.
+    """
     entries = []
     for path in sorted(folder.glob("*.jsonl")):
         objects, bad = _objects(path)
         for entry in objects:
-            if all(key in entry for key in needed) and isinstance(entry.get("metrics"), dict | None):
+            if all(key in entry for key in needed) and isinstance(
+                entry.get("metrics"), dict | None
+            ):
                 entries.append((path.stem, entry))
             else:
                 bad += 1
         if bad:
-            notes.append(f"{bad} line{'s' if bad > 1 else ''} of {folder.name}/{path.name} could not be read and left out.")
+            notes.append(
+                f"{bad} line{'s' if bad > 1 else ''} of {folder.name}/{path.name} could not be "
+                "read and left out."
+            )
     return entries
 
 
@@ -215,7 +243,9 @@ def _pair_row(place: str, entry: dict[str, Any]) -> PairRow:
 
 
 def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
-    """Rows of sweeps or biases; a failure of a whole sweep (no value) is gone once that sweep has succeeded."""
+    """Rows of sweeps or biases; a failure of a whole sweep (no value) is gone once that sweep has
+    succeeded.
+    """
     rows: dict[tuple[str, str, str, float | None], ExtraRow] = {}
     for _, entry in _lines(folder, ("system", "kind"), notes):
         row = ExtraRow(
@@ -235,7 +265,9 @@ def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
 
 
 class Rows:
-    """The pairs of a run by split and system; poses and marked correspondences are splits of their own."""
+    """The pairs of a run by split and system; poses and marked correspondences are splits of their
+    own.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -244,9 +276,18 @@ class Rows:
             split = row.kind if row.kind in ("view", "illum", *APART) else "other"
             for name in [split] if split in APART else [split, "all"]:
                 self._by.setdefault((name, row.system), []).append(row)
-        kinds = [split for split in list(SPLITS)[1:] if any((split, name) in self._by for name in run.systems)]
-        #: Splits of homography pairs: all and each kind, or where all are of one kind, that kind alone.
-        self.splits = ["all", *kinds] if len(kinds) > 1 else ["all" if kind == "other" else kind for kind in kinds]
+        kinds = [
+            split
+            for split in list(SPLITS)[1:]
+            if any((split, name) in self._by for name in run.systems)
+        ]
+        #: Splits of homography pairs: all and each kind, or where all are of one kind, that kind
+        #: alone.
+        self.splits = (
+            ["all", *kinds]
+            if len(kinds) > 1
+            else ["all" if kind == "other" else kind for kind in kinds]
+        )
 
     def all(self, split: str, system: str) -> list[PairRow]:
         """Every pair of a split, failed ones too."""
@@ -274,39 +315,59 @@ class Rows:
 def features_name(sequence: str, image: str | Path) -> str:
     """Name, without suffix, of the file with the features of an image of a sequence.
 
-    The image's own name where the sequence is its folder; else its folder comes before it, as names repeat between folders.
+    The image's own name where the sequence is its folder; else its folder comes before it, as names
+    repeat between folders.
     """
     image = Path(image)
     folder = image.parent.name
-    return f"{sequence}/{image.stem}" if folder in ("", sequence) else f"{sequence}/{folder}-{image.stem}"
+    return (
+        f"{sequence}/{image.stem}"
+        if folder in ("", sequence)
+        else f"{sequence}/{folder}-{image.stem}"
+    )
 
 
-def stored_features(run: Run, row: PairRow, image: str, *, described: bool = True) -> Features | None:
-    """Features a run stored for an image of a pair; None where they are missing or damaged. ``described=False`` skips descriptors."""
-    found = load_features(run.folder / "features" / row.place / f"{features_name(row.sequence, image)}.npz", described=described)
+def stored_features(
+    run: Run, row: PairRow, image: str, *, described: bool = True
+) -> Features | None:
+    """Features a run stored for an image of a pair; None where they are missing or damaged.
+    ``described=False`` skips descriptors.
+    """
+    found = load_features(
+        run.folder / "features" / row.place / f"{features_name(row.sequence, image)}.npz",
+        described=described,
+    )
     return None if found is None else found[0]
 
 
 def save_features(place: Path, features: Features, seconds: float) -> None:
-    """Features of one image as .npz, descriptors in half precision; written beside and renamed."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")}
+    """Features of one image as .npz, descriptors in half precision; written atomically."""
+    arrays: dict[str, Any] = {
+        k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")
+    }
     arrays |= {"image_size": np.array(features.image_size), "seconds": np.array(seconds)}
     if features.descriptors is not None:
         arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16)
-    beside = place.with_name(f".{place.stem}.{os.getpid()}.part.npz")
-    np.savez(beside, **arrays)
-    os.replace(beside, place)
+    with atomic_path(place) as tmp_path, tmp_path.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_features(place: Path, *, described: bool = True) -> tuple[Features, float] | None:
-    """What ``save_features`` wrote and the seconds; None where there is nothing or it is damaged."""
+    """What ``save_features`` wrote and the seconds; None where there is nothing or it is
+    damaged.
+    """
     try:
         with np.load(place, allow_pickle=False) as content:
             parts = [torch.from_numpy(content[k]) for k in ("xy", "scale", "angle", "score")]
-            descriptors = torch.from_numpy(content["descriptors"]).float() if described and "descriptors" in content else None
+            descriptors = (
+                torch.from_numpy(content["descriptors"]).float()
+                if described and "descriptors" in content
+                else None
+            )
             width, height = (int(v) for v in content["image_size"])
-            return Features(Keypoints(*parts), descriptors, (width, height)), float(content["seconds"])
+            return Features(Keypoints(*parts), descriptors, (width, height)), float(
+                content["seconds"]
+            )
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 

@@ -2,14 +2,15 @@
 
     rows = run(homography_sequences("oxford").pairs, tiepoints.build("keynet", "hardnet").extract)
 
-On disk (``evaluate``) features are computed once and kept, rows are appended pair by pair, and an interrupted run goes on where
-it stopped. What can fail for one pair is a row with a reason: it is neither an exception nor a zero. docs/evaluation.md lists
-the numbers of a row.
+On disk (``evaluate``) features are computed once and kept, rows are appended pair by pair, and an
+interrupted run goes on where it stopped. What can fail for one pair is a row with a reason: it is
+neither an exception nor a zero. docs/evaluation.md lists the numbers of a row.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import queue
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,20 +28,35 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..datasets.ground_truth import (
+    Dataset,
+    HomographyPair,
+    MarkedPair,
+    Pair,
+    PosePair,
+    resize_target,
+    resized_intrinsics,
+    turned_intrinsics,
+    turned_pose,
+)
 from ..errors import DataError, WeightsError
+from ..files import write_json
 from ..image import load_image
+from ..names import EVALUATION_NUM_KEYPOINTS
+from ..progress import Progress
 from ..structs import Features
-from .datasets import Dataset, HomographyPair, MarkedPair, Pair, PosePair, resize_target, resized_intrinsics, turned_intrinsics, turned_pose
-from .metrics import NUM_POINTS
 from .pair import PROTOCOLS, homography_metrics, marked_metrics, pose_metrics
 from .results import features_name, load_features, read_rows, save_features
 from .sweeps import FACTORS, ROTATIONS, bias, sweep
 from .systems import CONTROLS, REKD_SPARE, SPARE, Options, System, as_features, system
 
+logger = logging.getLogger(__name__)
+
 EXTRAS = ("rotation", "scale", "bias")
 #: Failed pairs that a run names at its end.
 SHOWN = 5
-#: Features that a run in memory keeps; sequences come one after the other, old images are not needed again.
+#: Features that a run in memory keeps; sequences come one after the other, old images are not
+#: needed again.
 KEPT = 64
 #: Seconds between looks for ended workers.
 POLL = 0.2
@@ -51,17 +67,18 @@ def run(
     detect: Callable[[Any], Any],
     *,
     name: str = "system",
-    num_points: int = NUM_POINTS,
+    num_keypoints: int = EVALUATION_NUM_KEYPOINTS,
     protocols: Sequence[str] = PROTOCOLS,
     resize: tuple[int, ...] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of ``pairs`` for any callable: image path -> ``Features``, ``Keypoints`` or (N,2..4) numbers, strongest first.
+    """Rows of ``pairs`` for any callable: image path -> ``Features``, ``Keypoints`` or (N,2..4)
+    numbers, strongest first.
 
     Each image is detected once. A pair that fails is a row with ``ok`` false and a reason.
 
     Args:
         name: what the rows call the system.
-        num_points: points compared.
+        num_keypoints: points compared.
         protocols: some of ``PROTOCOLS``.
         resize: for posed pairs, see ``datasets.resize_target``; ``detect`` then gets a tensor.
     """
@@ -75,7 +92,7 @@ def run(
             kept[view.name] = view.detect(detect)
         return kept[view.name]
 
-    return [_row(pair, name, get, num_points, protocols, resize) for pair in pairs]
+    return [_row(pair, name, get, num_keypoints, protocols, resize) for pair in pairs]
 
 
 def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -105,19 +122,26 @@ class View:
         if not isinstance(pair, PosePair):
             return cls(features_name(pair.sequence, path), path)
         turns = getattr(pair, f"turns_{side}")
-        # a list is one sequence of many scenes, where file names come again; how deep the scene stands in the path differs
+        # a list is one sequence of many scenes, where file names come again; how deep the scene
+        # stands in the path differs
         name = f"{'-'.join(path.with_suffix('').parts[-3:])}-{zlib.crc32(str(path).encode()):08x}"
-        return cls(f"{pair.sequence}/{name}" + (f"-turned{turns}" if turns else ""), path, resize, turns)
+        return cls(
+            f"{pair.sequence}/{name}" + (f"-turned{turns}" if turns else ""), path, resize, turns
+        )
 
     def detect(self, detect: Callable[[Any], Any]) -> tuple[Features, float]:
-        """Features and the seconds they took, reading the file included where it is used as stored."""
+        """Features and the seconds they took, reading the file included where it is used as
+        stored.
+        """
         source: Any = self.path
         image = load_image(self.path)
         if self.resize is not None or self.turns:
             size = (image.shape[-1], image.shape[-2])
             target = resize_target(*size, self.resize)
             if target != size:
-                image = F.interpolate(image, size=target[::-1], mode="bilinear", antialias=True).clamp(0, 1)
+                image = F.interpolate(
+                    image, size=target[::-1], mode="bilinear", antialias=True
+                ).clamp(0, 1)
             source = image = torch.rot90(image, self.turns, dims=(-2, -1))
         started = time.perf_counter()
         found = as_features(detect(source), (image.shape[-1], image.shape[-2]))
@@ -135,7 +159,7 @@ def _row(
     pair: Pair,
     name: str,
     get: Callable[[View], tuple[Features, float]],
-    num_points: int,
+    num_keypoints: int,
     protocols: Sequence[str],
     resize: tuple[int, ...] | None,
 ) -> dict[str, Any]:
@@ -156,15 +180,20 @@ def _row(
         view_a, view_b = (View.of(pair, side, resize) for side in "ab")
         (a, seconds_a), (b, seconds_b) = get(view_a), get(view_b)
         if isinstance(pair, HomographyPair):
-            row["metrics"] = homography_metrics(a, b, pair.H_ab, num_points=num_points, protocols=protocols)
+            row["metrics"] = homography_metrics(
+                a, b, pair.H_ab, num_keypoints=num_keypoints, protocols=protocols
+            )
         elif a.descriptors is None or b.descriptors is None:
-            raise DataError("the system gives no descriptors, and pairs without a homography need matches; name it DETECTOR+hardnet")
+            raise DataError(
+                "the system gives no descriptors, and pairs without a homography need matches; "
+                "name it DETECTOR+hardnet"
+            )
         elif isinstance(pair, MarkedPair):
-            row["metrics"] = marked_metrics(a, b, pair.xy_a, pair.xy_b, num_points=num_points)
+            row["metrics"] = marked_metrics(a, b, pair.xy_a, pair.xy_b, num_keypoints=num_keypoints)
         else:
             K_a, K_b = view_a.intrinsics(pair.K_a), view_b.intrinsics(pair.K_b)
             T_ab = turned_pose(pair.T_ab, pair.turns_a, pair.turns_b)
-            row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_points=num_points)
+            row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_keypoints=num_keypoints)
         row["seconds"] = (seconds_a + seconds_b) / 2
     except (DataError, WeightsError, ValueError, RuntimeError, OSError) as error:
         row |= {"ok": False, "reason": f"{type(error).__name__}: {error}", "metrics": {}}
@@ -179,9 +208,10 @@ class RunSettings:
     """What a folder of results was made with; stored in its ``run.json``.
 
     Attributes:
-        systems: names, see ``systems.system``; ``LABEL=NAME`` gives one another name in rows and tables.
-        num_points: points compared.
-        mode: ``ti`` (one scale) or ``si``.
+        systems: names, see ``systems.system``; ``LABEL=NAME`` gives one another name in rows and
+            tables.
+        num_keypoints: points compared.
+        single_scale: no pyramid (the papers' TI mode) instead of one (SI).
         protocols: some of ``PROTOCOLS``.
         extras: some of ``EXTRAS``, measured on the first image of every sequence.
         resize: of posed pairs.
@@ -189,18 +219,16 @@ class RunSettings:
     """
 
     systems: tuple[str, ...]
-    num_points: int = NUM_POINTS
-    mode: str = "ti"
+    num_keypoints: int = EVALUATION_NUM_KEYPOINTS
+    single_scale: bool = False
     protocols: tuple[str, ...] = PROTOCOLS
     extras: tuple[str, ...] = ()
     resize: tuple[int, ...] | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("ti", "si"):
-            raise ValueError(f"mode must be ti or si, got {self.mode!r}")
-        if self.num_points < 1:
-            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        if self.num_keypoints < 1:
+            raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
         _known("protocol", self.protocols, PROTOCOLS)
         _known("extra", self.extras, EXTRAS)
         files = [file_name(label(name)) for name in self.systems]
@@ -208,15 +236,28 @@ class RunSettings:
         if twice:
             raise ValueError(f"two systems called {', '.join(twice)}; name one LABEL=NAME")
 
+    def to_json(self) -> dict[str, Any]:
+        """The settings as ``run.json`` has them."""
+        return {
+            "num_points": self.num_keypoints,
+            "mode": "ti" if self.single_scale else "si",
+            "protocols": list(self.protocols),
+            "extras": list(self.extras),
+            "resize": None if self.resize is None else list(self.resize),
+            "device": self.device,
+        }
+
     @property
     def options(self) -> Options:
         # REKD's protocol takes the first points as they are: 1000 of 1500 extracted
         spare = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
-        return Options(int(self.num_points * spare), self.mode == "ti", self.device)
+        return Options(int(self.num_keypoints * spare), self.single_scale, self.device)
 
 
 def label(name: str) -> str:
-    """What rows call the system ``LABEL=NAME`` or ``NAME``, of a file or folder the last part of its path."""
+    """What rows call the system ``LABEL=NAME`` or ``NAME``, of a file or folder the last part of
+    its path.
+    """
     given, equals, _ = name.partition("=")
     return given if equals else name.rstrip("/").rsplit("/", 1)[-1]
 
@@ -241,13 +282,13 @@ def evaluate(
     *,
     workers: int = 1,
     progress: bool = False,
-    say: Callable[[str], None] = print,
     versions: dict[str, str] | None = None,
 ) -> Path:
-    """Measure all systems on a dataset and write rows, features and settings below ``folder``; what is there is not done again.
+    """Measure all systems on a dataset and write rows, features and settings below ``folder``; what
+    is there is not done again.
 
-    One worker process takes one sequence of one system at a time. An image or pair that fails becomes a row with its reason and is
-    tried again by the next run.
+    One worker process takes one sequence of one system at a time. An image or pair that fails
+    becomes a row with its reason and is tried again by the next run.
 
     Raises:
         DataError: the folder holds results of other settings.
@@ -257,32 +298,53 @@ def evaluate(
     if dataset.pairs and not isinstance(dataset.pairs[0], HomographyPair):
         controls = [name for name in settings.systems if _is_control(name)]
         if controls:
-            say(f"left out: {', '.join(controls)}: controls have no descriptors, and pairs without a homography need matches")
-            settings = replace(settings, systems=tuple(name for name in settings.systems if name not in controls))
+            logger.warning(
+                "skipped: %s: controls have no descriptors, and pairs without a homography need "
+                "matches",
+                ", ".join(controls),
+            )
+            settings = replace(
+                settings, systems=tuple(name for name in settings.systems if name not in controls)
+            )
     for name in settings.systems:
         _make(name, settings)  # a wrong name or missing library is said now, not in an hour
     _check_folder(folder, dataset, settings, versions or {})
     for problem in dataset.problems:
-        say(f"left out: {problem}")
+        logger.warning("skipped: %s", problem)
     tasks: list[Task] = []
     for name in settings.systems:
-        done = {(row["sequence"], row["pair"]) for row in read_rows(_place(folder, "rows", name)) if row["ok"]}
+        done = {
+            (row["sequence"], row["pair"])
+            for row in read_rows(_place(folder, "rows", name))
+            if row["ok"]
+        }
         for sequence in dataset.sequences:
-            pairs = [p for p in dataset.pairs if p.sequence == sequence and (sequence, p.name) not in done]
+            pairs = [
+                p
+                for p in dataset.pairs
+                if p.sequence == sequence and (sequence, p.name) not in done
+            ]
             image = next(p.image_a for p in dataset.pairs if p.sequence == sequence)
-            extras = [extra for extra in settings.extras if not _has_extra(folder, name, extra, image)]
+            extras = [
+                extra for extra in settings.extras if not _has_extra(folder, name, extra, image)
+            ]
             if pairs or extras:
                 tasks.append(Task(name, pairs, extras, image))
     failed: list[str] = []
-    with _bar(sum(len(task.pairs) + len(task.extras) for task in tasks), progress) as bar:
+    total = sum(len(task.pairs) + len(task.extras) for task in tasks)
+    with Progress(total, unit="pair", label="evaluate", enabled=progress) as bar:
         for name, part, rows in _work(tasks, settings, folder, workers):
             _append(_place(folder, part, name), rows)
-            failed += [f"{r['system']}, {r['sequence']} {r['pair']}: {r['reason']}" for r in rows if part == "rows" and not r["ok"]]
-            bar.update(1)
+            failed += [
+                f"{r['system']}, {r['sequence']} {r['pair']}: {r['reason']}"
+                for r in rows
+                if part == "rows" and not r["ok"]
+            ]
+            bar.update()
     if failed:
         for line in failed[:SHOWN]:
-            say(f"failed: {line}")
-        say(f"{len(failed)} pairs failed; all reasons are in {folder / 'rows'}")
+            logger.warning("failed: %s", line)
+        logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
     return folder
 
 
@@ -294,17 +356,20 @@ def _place(folder: Path, part: str, name: str) -> Path:
     return folder / part / f"{file_name(label(name))}.jsonl"
 
 
-def _bar(total: int, progress: bool):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="pair", disable=not progress)
-
-
-def _check_folder(folder: Path, dataset: Dataset, settings: RunSettings, versions: dict[str, str]) -> None:
-    """Write or compare ``run.json``: everything but the list of systems, extras and versions must agree."""
+def _check_folder(
+    folder: Path, dataset: Dataset, settings: RunSettings, versions: dict[str, str]
+) -> None:
+    """Write or compare ``run.json``: everything but the list of systems, extras and versions must
+    agree.
+    """
     content: dict[str, Any] = {
-        "dataset": {"name": dataset.name, "layout": dataset.layout, "root": str(dataset.root), "sequences": dataset.sequences},
-        **json.loads(json.dumps(asdict(settings))),
+        "dataset": {
+            "name": dataset.name,
+            "layout": dataset.layout,
+            "root": str(dataset.root),
+            "sequences": dataset.sequences,
+        },
+        **settings.to_json(),
         "systems": [label(name) for name in settings.systems],
         "controls": [label(name) for name in settings.systems if _is_control(name)],
         "made_by": {label(name): _spec(name) for name in settings.systems},
@@ -319,27 +384,29 @@ def _check_folder(folder: Path, dataset: Dataset, settings: RunSettings, version
             raise DataError(f"{place} is damaged ({error}); use another --out") from error
         for key in ("num_points", "mode", "protocols", "resize"):
             if before.get(key) != content[key]:
-                raise DataError(f"{folder} holds results with {key} = {before.get(key)}, asked is {content[key]}; use another --out")
+                raise DataError(
+                    f"{folder} holds results with {key} = {before.get(key)}, asked is "
+                    f"{content[key]}; use another --out"
+                )
         if before.get("dataset", {}).get("root") != content["dataset"]["root"]:
-            raise DataError(f"{folder} holds results of {before.get('dataset', {}).get('root')}; use another --out")
+            raise DataError(
+                f"{folder} holds results of {before.get('dataset', {}).get('root')}; use another "
+                "--out"
+            )
         there = {file_name(name): (name, spec) for name, spec in before.get("made_by", {}).items()}
         for name, spec in content["made_by"].items():
             other = there.get(file_name(name), (name, spec))
             if other != (name, spec):
-                raise DataError(f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another name: LABEL={spec}")
+                raise DataError(
+                    f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
+                    f"name: LABEL={spec}"
+                )
         content["made_by"] = {**before.get("made_by", {}), **content["made_by"]}
         for key in ("systems", "extras", "controls"):
             content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
         sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
         content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
-    _write(place, json.dumps(content, indent=1) + "\n")
-
-
-def _write(place: Path, text: str) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
-    beside.write_text(text)
-    os.replace(beside, place)
+    write_json(place, content)
 
 
 def _append(place: Path, rows: list[dict[str, Any]]) -> None:
@@ -356,7 +423,10 @@ def _append(place: Path, rows: list[dict[str, Any]]) -> None:
 
 def _has_extra(folder: Path, name: str, extra: str, image: Path) -> bool:
     rows = read_rows(_place(folder, _part(extra), name))
-    return any(r["image"] == str(image) and r["ok"] and (extra == "bias" or r["kind"] == extra) for r in rows)
+    return any(
+        r["image"] == str(image) and r["ok"] and (extra == "bias" or r["kind"] == extra)
+        for r in rows
+    )
 
 
 def _part(extra: str) -> str:
@@ -365,7 +435,9 @@ def _part(extra: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does at a time: pairs of one sequence for one system, and sweeps or bias of its first image."""
+    """What one worker does at a time: pairs of one sequence for one system, and sweeps or bias of
+    its first image.
+    """
 
     system: str
     pairs: Sequence[Pair]
@@ -384,7 +456,10 @@ def _work(tasks: list[Task], settings: RunSettings, folder: Path, workers: int) 
             yield from _make_rows(task, settings, folder)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool,
+    ):
         made = manager.Queue()
         running = {pool.submit(_send, task, settings, folder, made) for task in tasks}
         try:
@@ -397,7 +472,9 @@ def _work(tasks: list[Task], settings: RunSettings, folder: Path, workers: int) 
                     future.result()
                 running -= ended
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # nobody would write the rows of tasks that have not begun
+            pool.shutdown(
+                wait=False, cancel_futures=True
+            )  # nobody would write the rows of tasks that have not begun
             raise
 
 
@@ -426,13 +503,34 @@ def _make_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Made
         return found
 
     for pair in task.pairs:
-        yield task.system, "rows", [_row(pair, name, get, settings.num_points, settings.protocols, settings.resize)]
+        yield (
+            task.system,
+            "rows",
+            [_row(pair, name, get, settings.num_keypoints, settings.protocols, settings.resize)],
+        )
     for extra in task.extras:
         try:
             if extra == "bias":
-                made = bias(detect, task.image, num_points=settings.num_points)
+                made = bias(detect, task.image, num_keypoints=settings.num_keypoints)
             else:
-                made = sweep(detect, task.image, extra, ROTATIONS if extra == "rotation" else FACTORS, num_points=settings.num_points)
+                made = sweep(
+                    detect,
+                    task.image,
+                    extra,
+                    ROTATIONS if extra == "rotation" else FACTORS,
+                    num_keypoints=settings.num_keypoints,
+                )
         except (DataError, WeightsError, ValueError, RuntimeError, OSError) as error:
-            made = [{"kind": extra, "ok": False, "reason": f"{type(error).__name__}: {error}", "metrics": {}}]
-        yield task.system, _part(extra), [{"system": name, "image": str(task.image), **row} for row in made]
+            made = [
+                {
+                    "kind": extra,
+                    "ok": False,
+                    "reason": f"{type(error).__name__}: {error}",
+                    "metrics": {},
+                }
+            ]
+        yield (
+            task.system,
+            _part(extra),
+            [{"system": name, "image": str(task.image), **row} for row in made],
+        )

@@ -1,7 +1,8 @@
-"""Systems that an evaluation compares, by name: ours, OpenCV's, other libraries', features on disk, content-free controls.
+"""Systems that an evaluation compares, by name: ours, OpenCV's, other libraries', features on disk,
+content-free controls.
 
-A system is a callable image -> ``Features``. ``system("sift+rootsift")`` makes one; ``SYSTEMS`` lists the names, and adding one
-is one function under its name.
+A system is a callable image -> ``Features``. ``system("sift+rootsift")`` makes one; ``SYSTEMS``
+lists the names, and adding one is one function under its name.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..descriptors.classical import RawPatch
-from ..detectors.external import EXTERNAL_SYSTEMS, external_system
-from ..detectors.opencv import OPENCV_SYSTEMS, opencv_detect
+from ..describe import PatchDescriptor
 from ..errors import DataError
-from ..extract import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS, PatchDescriptor, build, describer
-from ..formats.npy import read_features
+from ..extract import build, describer
+from ..formats.hdf5 import need_h5py
+from ..formats.store import open_features
 from ..image import ImageLike, load_image
-from ..importers import load_official
 from ..keypoints import detect_peaks
+from ..models.classical import RawPatch
+from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
 from ..pyramid import SCALE_STEP, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
 from ..weights import load
+from .baselines.external import EXTERNAL_SYSTEMS, external_system
+from .baselines.opencv import OPENCV_SYSTEMS, opencv_detect
 
 System: TypeAlias = Callable[[ImageLike], Features]
+
 
 OURS = DETECTORS
 #: They never look at the image. What they score is what a measure gives for nothing.
@@ -41,7 +45,8 @@ MODES = ("", "official", "all", "upright", *ORIENTATIONS)
 #: What may stand behind the plus sign of a system's name.
 POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
-#: Points a system hands over for each point that is compared: the common area is chosen first, the strongest after it.
+#: Points a system hands over for each point that is compared: the common area is chosen first, the
+#: strongest after it.
 SPARE = 5
 REKD_SPARE = 1.5
 
@@ -51,23 +56,25 @@ class Options:
     """What every system is asked for.
 
     Attributes:
-        num_points: points an image, strongest first.
+        num_keypoints: points an image, strongest first.
         single_scale: no scale pyramid (the papers' TI) for detectors that can do without.
         device: for networks.
     """
 
-    num_points: int = 1000 * SPARE
+    num_keypoints: int = 1000 * SPARE
     single_scale: bool = False
     device: str = "cpu"
 
 
 def system(name: str, options: Options | None = None) -> System:
-    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` for described patches instead of its own descriptors.
+    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` for described patches
+    instead of its own descriptors.
 
-    DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file of ours.
-    DETECTOR is one of ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
-    extraction, ``NAME@all`` for a place at all its scales, ``NAME@upright`` for patches that are not turned, ``NAME@dominant`` and
-    the other ``extract.ORIENTATIONS`` for other angles), a folder of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
+    DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file of ours. DETECTOR is one of
+    ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
+    extraction, ``NAME@all`` for a place at all its scales, ``NAME@upright`` for patches that are
+    not turned, ``NAME@dominant`` and the other ``extract.ORIENTATIONS`` for other angles), a folder
+    of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
 
     Raises:
         ValueError: unknown name.
@@ -76,20 +83,27 @@ def system(name: str, options: Options | None = None) -> System:
     options = options or Options()
     detector, _, descriptor = name.partition("+")
     if descriptor and descriptor not in POINT_DESCRIPTORS and not Path(descriptor).is_file():
-        raise ValueError(f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got {descriptor!r} in {name!r}")
+        raise ValueError(
+            f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got "
+            f"{descriptor!r} in {name!r}"
+        )
     make: System
     if detector in CONTROLS:
         make = _control(detector, options)
     elif detector in OPENCV_SYSTEMS:
         make = _opencv(detector, options)
     elif detector in EXTERNAL_SYSTEMS:
-        make = external_system(detector, num_points=options.num_points, device=options.device)
-    elif detector.split("@")[0] in OURS or (Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))):
+        make = external_system(detector, num_keypoints=options.num_keypoints, device=options.device)
+    elif detector.split("@")[0] in OURS or (
+        Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))
+    ):
         return _ours(detector, descriptor or DESCRIPTOR, options)
     elif Path(detector).exists():
         make = from_disk(detector)
     else:
-        raise ValueError(f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
+        raise ValueError(
+            f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder"
+        )
     if descriptor == "none":
         return _without_descriptors(make)
     return _with_patches(make, descriptor, options) if descriptor else make
@@ -99,17 +113,25 @@ def _ours(name: str, descriptor: str, options: Options) -> System:
     file, _, mode = name.partition("@")
     if mode not in MODES:
         raise ValueError(f"after @ stands {', '.join(MODES[1:])}; got {mode!r} in {name!r}")
-    net: Any = file
-    if file not in OURS:
-        net = load(file) if file.endswith(".safetensors") else load_official(Path(file))
-    choices: dict[str, dict[str, Any]] = {"official": {"mode": "official"}, "all": {"scales": "all"}, "upright": {"upright": True}}
+    choices: dict[str, dict[str, Any]] = {
+        "official": {"official": True},
+        "all": {"per_scale": True},
+        "upright": {"upright": True},
+    }
     choice = choices.get(mode, {})
     if mode in ORIENTATIONS:
         choice = {"orientation": mode}
     extract = build(
-        net, _network(descriptor), single_scale=options.single_scale, device=options.device, num_points=options.num_points, **choice
+        file,
+        _network(descriptor),
+        single_scale=options.single_scale,
+        device=options.device,
+        num_keypoints=options.num_keypoints,
+        **choice,
     ).extract
-    return lambda image: _strongest_first(extract(image))  # the published extraction goes level by level
+    return lambda image: _strongest_first(
+        extract(image)
+    )  # the published extraction goes level by level
 
 
 def _network(descriptor: str) -> str | nn.Module:
@@ -119,16 +141,26 @@ def _network(descriptor: str) -> str | nn.Module:
     return RawPatch() if descriptor == "raw" else load(descriptor)
 
 
-def patch_network(descriptor: str, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
-    """A descriptor (of ``POINT_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32) in [0,1] -> (N,D).
+def patch_network(
+    descriptor: str, device: torch.device | str = "cpu"
+) -> Callable[[Tensor], Tensor]:
+    """A descriptor (of ``POINT_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32)
+    in [0,1] -> (N,D).
 
     Raises:
         ValueError: unknown name, or ``none``.
     """
     known = [name for name in POINT_DESCRIPTORS if name not in ("none", "desnet")]
-    found = describer(_network(descriptor), device=device) if descriptor in known or Path(descriptor).is_file() else None
+    found = (
+        describer(_network(descriptor), device=device)
+        if descriptor in known or Path(descriptor).is_file()
+        else None
+    )
     if not isinstance(found, PatchDescriptor):
-        raise ValueError(f"descriptor must be {', '.join(known)} or a weights file of a patch descriptor, got {descriptor!r}")
+        raise ValueError(
+            f"descriptor must be {', '.join(known)} or a weights file of a patch descriptor, got "
+            f"{descriptor!r}"
+        )
     return found.net
 
 
@@ -137,13 +169,16 @@ def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) 
 
 
 def _opencv(name: str, options: Options) -> System:
-    opencv_detect(name, torch.zeros(1, 1, dtype=torch.uint8).numpy())  # a missing library speaks up before the first image
+    opencv_detect(
+        name, torch.zeros(1, 1, dtype=torch.uint8).numpy()
+    )  # a missing library speaks up before the first image
 
     def run(source: ImageLike) -> Features:
         image = load_image(source)
         gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
-        # MSER has no order of strength: all its points are handed over, and the evaluation averages random picks.
-        points, descriptors = opencv_detect(name, gray, options.num_points)
+        # MSER has no order of strength: all its points are handed over, and the evaluation averages
+        # random picks.
+        points, descriptors = opencv_detect(name, gray, options.num_keypoints)
         return _sized(image, points, descriptors)
 
     return run
@@ -156,7 +191,9 @@ def _with_patches(make: System, descriptor: str, options: Options) -> System:
     def run(source: ImageLike) -> Features:
         found = make(source)
         pyramid = build_pyramid(load_image(source).to(options.device))
-        return replace(found, descriptors=describe(pyramid, found.keypoints.to(options.device), 0).cpu())
+        return replace(
+            found, descriptors=describe(pyramid, found.keypoints.to(options.device), 0).cpu()
+        )
 
     return run
 
@@ -171,7 +208,8 @@ def _without_descriptors(make: System) -> System:
 def as_features(found: Any, size: tuple[int, int]) -> Features:
     """What a system returned, as ``Features`` of an image of ``size`` (width, height).
 
-    ``Features``, ``Keypoints``, or an array or tensor (N,2), (N,3) with scale, (N,4) with scale and score, strongest first.
+    ``Features``, ``Keypoints``, or an array or tensor (N,2), (N,3) with scale, (N,4) with scale and
+    score, strongest first.
     """
     if isinstance(found, Features):
         return found
@@ -179,7 +217,10 @@ def as_features(found: Any, size: tuple[int, int]) -> Features:
         return Features(found, None, size)
     table = torch.as_tensor(np.asarray(found) if not isinstance(found, Tensor) else found).float()
     if table.ndim != 2 or not 2 <= table.shape[1] <= 4:
-        raise ValueError(f"a system must return Features, Keypoints or (N,2..4) numbers; got shape {tuple(table.shape)}")
+        raise ValueError(
+            "a system must return Features, Keypoints or (N,2..4) numbers; got shape "
+            f"{tuple(table.shape)}"
+        )
     n = len(table)
     scale = table[:, 2] if table.shape[1] > 2 else torch.ones(n)
     score = table[:, 3] if table.shape[1] > 3 else torch.linspace(1, 0.5, n)
@@ -195,10 +236,11 @@ def _seed(image: Tensor) -> int:
 
 
 def _control(name: str, options: Options) -> System:
-    """Uniform random points, or a square lattice turned and shifted at random; both with random scores.
+    """Uniform random points, or a square lattice turned and shifted at random; both with random
+    scores.
 
-    Random points pass the same 15 x 15 suppression as a network's. With many scales, each point gets the scale of a level as
-    often as Key.Net's budgets would.
+    Random points pass the same 15 x 15 suppression as a network's. With many scales, each point
+    gets the scale of a level as often as Key.Net's budgets would.
     """
 
     def run(source: ImageLike) -> Features:
@@ -207,15 +249,19 @@ def _control(name: str, options: Options) -> System:
         rng = torch.Generator().manual_seed(_seed(image))
         if name == "random":
             scores = torch.zeros(h * w)
-            places = torch.randperm(h * w, generator=rng)[: min(options.num_points, h * w)]
+            places = torch.randperm(h * w, generator=rng)[: min(options.num_keypoints, h * w)]
             scores[places] = torch.rand(len(places), generator=rng) + 1e-6
-            xy = detect_peaks(scores.view(1, 1, h, w), options.num_points, subpixel=False)[0][0]
+            xy = detect_peaks(scores.view(1, 1, h, w), options.num_keypoints, subpixel=False)[0][0]
         else:
             xy = _lattice(h, w, rng)
         scale = torch.ones(len(xy))
         if not options.single_scale:
             budgets = torch.tensor(level_budgets(10_000, 1, 6), dtype=torch.float32)
-            level = torch.multinomial(budgets, len(xy), replacement=True, generator=rng) if len(xy) else torch.zeros(0)
+            level = (
+                torch.multinomial(budgets, len(xy), replacement=True, generator=rng)
+                if len(xy)
+                else torch.zeros(0)
+            )
             scale = SCALE_STEP ** (level.float() - 1)
         score = torch.rand(len(xy), generator=rng)
         order = score.argsort(descending=True)
@@ -241,67 +287,36 @@ def _lattice(h: int, w: int, rng: torch.Generator, nodes: int = 1000) -> Tensor:
 # ---- features on disk
 
 
-def from_disk(place: str | Path) -> System:
-    """Features made elsewhere: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` mirroring the images' paths, or hloc's HDF5 file.
+def from_disk(path: str | Path) -> System:
+    """Features made elsewhere: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` mirroring the images'
+    paths, or hloc's HDF5 file (its journal alone too).
 
-    An image is looked up by the longest end of its path that exists there (``graf/1.png`` before ``1.png``).
+    An image is looked up by the longest end of its path that exists there (``graf/1.png`` before
+    ``1.png``).
 
     Raises (when called):
         DataError: the image has no features there, or it was not given as a path.
     """
-    place = Path(place)
-    if not place.is_dir():
-        _h5py()  # said now, not for every image
+    path = Path(path)
+    if not path.is_dir():
+        need_h5py()  # a missing library is reported before the first image
 
     def run(source: ImageLike) -> Features:
         if not isinstance(source, str | Path):
-            raise DataError(f"features of {place} belong to image files; give paths")
-        path = Path(source)
-        image = load_image(path)
-        size = (image.shape[-1], image.shape[-2])
-        parts = path.parts
-        names = ["/".join(parts[i:]) for i in range(len(parts))]
-        names = [n.lstrip("/") for n in names]
-        if place.is_dir():
-            for name in names:
-                if (place / (name + ".kpt.npy")).is_file():
-                    return _strongest_first(read_features(place / name, size))
-        else:
-            found = _from_hdf5(place, names, size)
-            if found is not None:
-                return _strongest_first(found)
-        raise DataError(f"{place} holds no features of {path}: looked for {', '.join(names[-3:])}")
+            raise DataError(f"features of {path} belong to image files; give paths")
+        image = load_image(source)
+        parts = Path(source).parts
+        names = ["/".join(parts[i:]).lstrip("/") for i in range(len(parts))]
+        with open_features(path) as store:
+            name = next((name for name in names if name in store), None)
+            if name is None:
+                raise DataError(
+                    f"{path} holds no features of {source}: looked for {', '.join(names[-3:])}"
+                )
+            features = store.read(name)
+        return _strongest_first(replace(features, image_size=(image.shape[-1], image.shape[-2])))
 
     return run
-
-
-def _h5py() -> Any:
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("HDF5 features need h5py: pip install 'tiepoints[hdf5]'") from error
-    return h5py
-
-
-def _from_hdf5(file: Path, names: list[str], size: tuple[int, int]) -> Features | None:
-    with _h5py().File(file, "r") as content:
-        for name in names:
-            group = content.get(name)
-            if group is None:
-                continue
-            if "keypoints" not in group:
-                raise DataError(f"{file}: {name} has no data set 'keypoints'")
-            xy = torch.from_numpy(group["keypoints"][()]).float()
-            if xy.ndim != 2 or xy.shape[1] < 2:
-                raise DataError(f"{file}: keypoints of {name} must be (N,2), found {tuple(xy.shape)}")
-
-            def column(key: str, default: float, group: Any = group, count: int = len(xy)) -> Tensor:
-                return torch.from_numpy(group[key][()]).float().reshape(-1) if key in group else torch.full((count,), default)
-
-            descriptors = torch.from_numpy(group["descriptors"][()]).float().T if "descriptors" in group else None
-            points = Keypoints(xy[:, :2].contiguous(), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0))
-            return Features(points, descriptors, size)
-    return None
 
 
 def _strongest_first(features: Features) -> Features:

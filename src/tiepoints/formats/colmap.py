@@ -1,11 +1,14 @@
-"""COLMAP's database through pycolmap, written and read; the only place where COLMAP's half pixel is added or taken away.
+"""COLMAP's database through pycolmap, written and read; the only place where COLMAP's half pixel is
+added or taken away.
 
-COLMAP puts the corner of the first pixel at (0, 0), we its centre: positions get +0.5 on the way in and -0.5 on the way out. Points
-have four columns: x, y, scale (ours, in pixels), orientation (radians from +x towards +y, as ours). Descriptors that are none of
-COLMAP's are kept as it keeps floats, their bytes as (N,4D) uint8, with type UNDEFINED: its own matchers refuse those aloud, ours read
-them. RootSIFT is what COLMAP calls SIFT: (N,128) uint8, 512 times the value.
+COLMAP puts the corner of the first pixel at (0, 0), we its centre: positions get +0.5 on the way in
+and -0.5 on the way out. Points have four columns: x, y, scale (ours, in pixels), orientation
+(radians from +x towards +y, as ours). Descriptors that are none of COLMAP's are kept as it keeps
+floats, their bytes as (N,4D) uint8, with type UNDEFINED: its own matchers refuse those aloud, ours
+read them. RootSIFT is what COLMAP calls SIFT: (N,128) uint8, 512 times the value.
 
-Each image is one transaction of a database with a write-ahead log, so a killed process leaves whole images only.
+Each image is one transaction of a database with a write-ahead log, so a killed process leaves whole
+images only.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
+from ..files import require
 from ..structs import Features, Keypoints, Matches
 
 #: Centre of the first pixel in COLMAP's coordinates.
@@ -33,12 +37,11 @@ FOCAL_FACTOR = 1.2
 
 
 def _pycolmap() -> Any:
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise ImportError("COLMAP databases need pycolmap: pip install 'tiepoints[colmap]'") from error
+    pycolmap = require("pycolmap", extra="colmap", purpose="a COLMAP database")
     if not hasattr(pycolmap, "FeatureDescriptors"):
-        raise ImportError("COLMAP databases need pycolmap 4.0 or newer: pip install -U 'tiepoints[colmap]'")
+        raise ImportError(
+            "COLMAP databases need pycolmap 4.0 or newer: pip install -U 'tiepoints[colmap]'"
+        )
     return pycolmap
 
 
@@ -47,9 +50,11 @@ class ColmapDatabase:
 
     Args:
         path: the ``.db`` file.
-        camera: ``auto`` = one camera an image, its focal length from EXIF or COLMAP's guess of 1.2 longest sides; ``single`` = one
-            camera for all images, begun like the first one's; ``MODEL:p1,p2,...`` = one camera with known intrinsics in COLMAP's
-            order and coordinates (principal point of a centred camera: half the size), such as ``PINHOLE:525,525,320,240``.
+        camera: ``auto`` = one camera an image, its focal length from EXIF or COLMAP's guess of 1.2
+            longest sides; ``single`` = one camera for all images, begun like the first one's;
+            ``MODEL:p1,p2,...`` = one camera with known intrinsics in COLMAP's order and coordinates
+            (principal point of a centred camera: half the size), such as
+            ``PINHOLE:525,525,320,240``.
         write: open for writing too.
 
     Raises:
@@ -73,7 +78,9 @@ class ColmapDatabase:
             self._database = self._colmap.Database.open(self.path)
             self._ids = {image.name: image.image_id for image in self._database.read_all_images()}
         except (RuntimeError, ValueError) as error:
-            raise DataError(f"{self.path} is no database of COLMAP or is damaged ({_first_line(error)})") from error
+            raise DataError(
+                f"{self.path} is no database of COLMAP or is damaged ({_first_line(error)})"
+            ) from error
 
     def _known_camera(self, camera: str) -> Any:
         if camera in ("auto", "single"):
@@ -85,10 +92,16 @@ class ColmapDatabase:
         except ValueError:
             values = []
         if model not in names or not values:
-            raise ValueError(f"camera must be auto, single or MODEL:p1,p2,... with MODEL one of {', '.join(names)}; got {camera!r}")
+            raise ValueError(
+                "camera must be auto, single or MODEL:p1,p2,... with MODEL one of "
+                f"{', '.join(names)}; got {camera!r}"
+            )
         known = self._colmap.Camera(model=model, width=1, height=1, params=values)
         if not known.verify_params():
-            raise ValueError(f"{model} has the parameters {known.params_info}; got {len(values)} numbers in {camera!r}")
+            raise ValueError(
+                f"{model} has the parameters {known.params_info}; got {len(values)} numbers in "
+                f"{camera!r}"
+            )
         known.has_prior_focal_length = True
         return known
 
@@ -129,17 +142,29 @@ class ColmapDatabase:
         Args:
             name: path below the image folder, / between parts.
             features: of the image as stored (COLMAP ignores EXIF orientations as we do).
-            image: the file, to read its EXIF; without it, or where COLMAP cannot read it, the focal length is a guess.
+            image: the file, to read its EXIF; without it, or where COLMAP cannot read it, the focal
+                length is a guess.
 
         Raises:
             DataError: the image has points there already, or another size than the single camera.
         """
-        xy, scale, angle = features.xy.cpu().double(), features.scale.cpu().double(), features.angle.cpu().double()
+        xy, scale, angle = (
+            features.xy.cpu().double(),
+            features.scale.cpu().double(),
+            features.angle.cpu().double(),
+        )
         table = torch.cat([xy + HALF_PIXEL, scale[:, None], angle[:, None]], dim=1).float().numpy()
-        descriptors = None if features.descriptors is None else self._encode(features.descriptors.cpu().float().numpy())
+        descriptors = (
+            None
+            if features.descriptors is None
+            else self._encode(features.descriptors.cpu().float().numpy())
+        )
         with self._lock:
             if name in self._ids and self._database.exists_keypoints(self._ids[name]):
-                raise DataError(f"{self.path} holds features of {name} already, and perhaps matches of them; clear() it first")
+                raise DataError(
+                    f"{self.path} holds features of {name} already, and perhaps matches of them; "
+                    "clear() it first"
+                )
             camera = None if name in self._ids else self._camera(features.image_size, image, name)
             try:
                 with self._colmap.DatabaseTransaction(self._database):
@@ -148,19 +173,25 @@ class ColmapDatabase:
                     if descriptors is not None:
                         self._database.write_descriptors(number, descriptors)
             except RuntimeError as error:
-                raise DataError(f"{self.path}: {name} could not be written ({_first_line(error)})") from error
+                raise DataError(
+                    f"{self.path}: {name} could not be written ({_first_line(error)})"
+                ) from error
             self._ids[name] = number
 
     def _camera(self, size: tuple[int, int], image: Path | None, name: str) -> Any:
         """A camera with its number where it is there already."""
         width, height = size
         if width < 1 or height < 1:
-            raise DataError(f"{name}: COLMAP needs the size of the image, which these features do not state; extract them again")
+            raise DataError(
+                f"{name}: COLMAP needs the size of the image, which these features do not state; "
+                "extract them again"
+            )
         if self._single and self._database.num_cameras():
             camera = self._database.read_all_cameras()[0]
             if (camera.width, camera.height) != size:
                 raise DataError(
-                    f"{name} is {width} x {height} but the single camera is {camera.width} x {camera.height}; use camera 'auto'"
+                    f"{name} is {width} x {height} but the single camera is {camera.width} x "
+                    f"{camera.height}; use camera 'auto'"
                 )
             return camera
         if self._known is not None:
@@ -175,7 +206,12 @@ class ColmapDatabase:
             except (ValueError, RuntimeError):
                 pass  # a kind of file that COLMAP does not read, such as WebP
         guess = FOCAL_FACTOR * max(size)
-        return self._colmap.Camera(model="SIMPLE_RADIAL", width=width, height=height, params=[guess, width / 2, height / 2, 0])
+        return self._colmap.Camera(
+            model="SIMPLE_RADIAL",
+            width=width,
+            height=height,
+            params=[guess, width / 2, height / 2, 0],
+        )
 
     def _add_image(self, name: str, camera: Any) -> int:
         """Camera, image, and the rig and frame of one camera that COLMAP makes of an image."""
@@ -223,18 +259,26 @@ class ColmapDatabase:
             scale, angle = table[:, 2].float(), table[:, 3].float()
         elif table.shape[1] == 6:
             a11, a12, a21, a22 = table[:, 2:].unbind(1)  # an affine shape
-            scale, angle = (a11 * a22 - a12 * a21).abs().sqrt().float(), torch.atan2(a21, a11).float()
+            scale, angle = (
+                (a11 * a22 - a12 * a21).abs().sqrt().float(),
+                torch.atan2(a21, a11).float(),
+            )
         camera = self._database.read_camera(self._database.read_image(number).camera_id)
         descriptors = None
         if self._database.exists_descriptors(number):
-            descriptors = torch.from_numpy(self._decode(self._database.read_descriptors(number), name))
+            descriptors = torch.from_numpy(
+                self._decode(self._database.read_descriptors(number), name)
+            )
             if len(descriptors) != count:
-                raise DataError(f"{self.path}: {name} has {count} points but {len(descriptors)} descriptors")
+                raise DataError(
+                    f"{self.path}: {name} has {count} points but {len(descriptors)} descriptors"
+                )
         points = Keypoints((table[:, :2] - HALF_PIXEL).float(), scale, angle, torch.ones(count))
         return Features(points, descriptors, (camera.width, camera.height))
 
     def move_keypoints(self, name: str, xy: torch.Tensor) -> None:
-        """Give the keypoints of an image other positions (N,2), ours; scales, angles, descriptors and matches stay.
+        """Give the keypoints of an image other positions (N,2), ours; scales, angles, descriptors
+        and matches stay.
 
         The geometries of the image's pairs are those of the old positions: see ``forget_geometry``.
 
@@ -244,13 +288,17 @@ class ColmapDatabase:
         number = self._number(name)
         table = np.array(self._database.read_keypoints(number), dtype=np.float32)
         if len(table) != len(xy):
-            raise DataError(f"{self.path}: {name} has {len(table)} keypoints, got {len(xy)} positions")
+            raise DataError(
+                f"{self.path}: {name} has {len(table)} keypoints, got {len(xy)} positions"
+            )
         table[:, :2] = (xy.double() + HALF_PIXEL).float().numpy()
         with self._lock, self._colmap.DatabaseTransaction(self._database):
             self._database.update_keypoints(number, table)
 
     def forget_geometry(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Remove the verified geometries of ``pairs``, so that ``verify`` works on them again; their raw matches stay."""
+        """Remove the verified geometries of ``pairs``, so that ``verify`` works on them again;
+        their raw matches stay.
+        """
         with self._lock, self._colmap.DatabaseTransaction(self._database):
             for a, b in pairs:
                 if self._verified(a, b):
@@ -263,7 +311,10 @@ class ColmapDatabase:
             values = data.astype(np.float32)
             return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
         if data.shape[1] % 4:
-            raise DataError(f"{self.path}: descriptors of {name} are {data.shape[1]} bytes of type {stored.type.name}, not floats")
+            raise DataError(
+                f"{self.path}: descriptors of {name} are {data.shape[1]} bytes of type "
+                f"{stored.type.name}, not floats"
+            )
         return data.view(np.float32)
 
     def _number(self, name: str) -> int:
@@ -280,7 +331,9 @@ class ColmapDatabase:
         return self._database.exists_matches(self._number(a), self._number(b))
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int | None = None) -> None:
-        """Keep raw matches of two images of the database, in place of older ones and of their geometry."""
+        """Keep raw matches of two images of the database, in place of older ones and of their
+        geometry.
+        """
         one, two = self._number(a), self._number(b)
         with self._lock, self._colmap.DatabaseTransaction(self._database):
             if self._database.exists_matches(one, two):
@@ -304,8 +357,11 @@ class ColmapDatabase:
             raise DataError(f"{self.path} holds no matches of {a!r} and {b!r}")
         return _as_matches(self._database.read_matches(self._number(a), self._number(b)))
 
-    def verify(self, pairs: Iterable[tuple[str, str]], *, max_error: float = 4.0, seed: int = 0) -> int:
-        """COLMAP's geometric verification of the raw matches of ``pairs``; what agrees becomes their two-view geometry.
+    def verify(
+        self, pairs: Iterable[tuple[str, str]], *, max_error: float = 4.0, seed: int = 0
+    ) -> int:
+        """COLMAP's geometric verification of the raw matches of ``pairs``; what agrees becomes
+        their two-view geometry.
 
         Pairs that have been verified already are left alone.
 
@@ -322,7 +378,10 @@ class ColmapDatabase:
         options.ransac.random_seed = seed
         spaced = sorted({n for pair in todo for n in pair if any(c.isspace() for c in n)})
         if spaced:
-            raise DataError(f"COLMAP's list of pairs cannot hold names with spaces such as {spaced[0]!r}; rename these images")
+            raise DataError(
+                f"COLMAP's list of pairs cannot hold names with spaces such as {spaced[0]!r}; "
+                "rename these images"
+            )
         if todo:
             with tempfile.TemporaryDirectory() as folder:
                 place = Path(folder) / "pairs.txt"
@@ -350,7 +409,9 @@ def _as_matches(table: np.ndarray) -> Matches:
 
 @contextmanager
 def _quiet(colmap: Any) -> Iterator[None]:
-    """COLMAP's log without its notes on every image and its warnings of a mapper's usual steps; errors stay."""
+    """COLMAP's log without its notes on every image and its warnings of a mapper's usual steps;
+    errors stay.
+    """
     before = colmap.logging.minloglevel
     colmap.logging.minloglevel = max(before, 2)
     try:
@@ -370,7 +431,8 @@ class Reconstruction:
     Attributes:
         models: how many models it fell into.
         registered: images with a pose in the largest one.
-        points: 3D points; every one is seen by three images or more unless the mapper is told otherwise.
+        points: 3D points; every one is seen by three images or more unless the mapper is told
+            otherwise.
         observations: image points that belong to a 3D point.
         track_length: mean number of images that see a 3D point.
         error: mean reprojection error in pixels.
@@ -387,7 +449,13 @@ class Reconstruction:
 
 
 def reconstruct(
-    database: str | Path, images: str | Path, out: str | Path, *, seed: int = 0, threads: int = -1, verbose: bool = False
+    database: str | Path,
+    images: str | Path,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    threads: int = -1,
+    verbose: bool = False,
 ) -> Reconstruction:
     """COLMAP's incremental mapper with its default options on a database of verified matches.
 
@@ -409,7 +477,9 @@ def reconstruct(
         models = colmap.incremental_mapping(Path(database), Path(images), out, options)
     if not models:
         return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
-    place, best = max(models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D()))
+    place, best = max(
+        models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D())
+    )
     return Reconstruction(
         models=len(models),
         registered=best.num_reg_images(),

@@ -1,18 +1,21 @@
-"""hloc's HDF5 files of features and of matches, written so that a kill at any moment loses nothing finished.
+"""hloc's HDF5 files of features and of matches, written so that a kill at any moment loses nothing
+finished.
 
-A group an image, named by its path below the image folder: ``keypoints`` (N,2), ``descriptors`` (D,N), ``scores`` (N,),
-``image_size`` (width, height); beside them ``scales`` and ``oris`` (N,), which hloc ignores. hloc keeps our coordinates (centre of
-the first pixel = (0, 0)) in these files and adds COLMAP's half pixel on import, so positions go in as they are.
-A group a pair, ``a-name/b-name`` with each / in a name turned into -: ``matches0`` (N_a,) point of b or -1, ``matching_scores0``.
+A group an image, named by its path below the image folder: ``keypoints`` (N,2), ``descriptors``
+(D,N), ``scores`` (N,), ``image_size`` (width, height); beside them ``scales`` and ``oris`` (N,),
+which hloc ignores. hloc keeps our coordinates (centre of the first pixel = (0, 0)) in these files
+and adds COLMAP's half pixel on import, so positions go in as they are. A group a pair,
+``a-name/b-name`` with each / in a name turned into -: ``matches0`` (N_a,) point of b or -1,
+``matching_scores0``.
 
-HDF5 cannot be appended to safely: a kill inside a write can lose images that were finished before (docs/formats.md). So what is
-finished goes to ``FILE.journal``, a plain file that only grows and whose torn tail is recognised; ``close`` merges it into a copy of
-the file, which is renamed into place. A journal left by a kill is read along with the file and merged by the next writer.
+HDF5 cannot be appended to safely: a kill inside a write can lose images that were finished before
+(docs/formats.md). So what is finished goes to ``FILE.journal``, a plain file that only grows and
+whose torn tail is recognised; ``close`` merges it into a copy of the file, which is renamed into
+place. A journal left by a kill is read along with the file and merged by the next writer.
 """
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..files import atomic_path, remove_temporary, require
 from ..structs import Features, Keypoints, Matches
 
 #: Standard deviation of a point in pixels, as hloc's own extractors state it by default.
@@ -39,39 +43,25 @@ _HEAD = struct.Struct("<4sIQI")
 
 
 def need_h5py() -> Any:
-    """The library, imported only where a file is opened."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ImportError("HDF5 files need h5py: pip install 'tiepoints[hdf5]'") from error
-    return h5py
+    """h5py, imported only where a file is opened."""
+    return require("h5py", extra="hdf5", purpose="an HDF5 file")
 
 
 @contextmanager
 def whole_file(path: Path, *, keep: bool = False) -> Iterator[Any]:
-    """An open ``h5py.File`` that takes the place of ``path`` once it is whole: a kill leaves the old file.
+    """An open ``h5py.File`` that takes the place of ``path`` once it is whole: a kill leaves the
+    old file.
 
     Args:
         keep: begin with a copy of what is there, instead of empty.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(path) as tmp_path:
         if keep and path.is_file():
-            shutil.copyfile(path, beside)
-        with need_h5py().File(beside, "a" if keep else "w") as file:
+            shutil.copyfile(path, tmp_path)
+        with need_h5py().File(tmp_path, "a" if keep else "w") as file:
             yield file
-        with open(beside, "rb+") as written:
+        with open(tmp_path, "rb+") as written:
             os.fsync(written.fileno())  # before the name points to it
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-
-
-def remove_parts(path: Path) -> None:
-    """Remove what killed writers of ``path`` left beside it; only for who holds the lock."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        left.unlink(missing_ok=True)
 
 
 class _Journal:
@@ -79,7 +69,9 @@ class _Journal:
 
     def __init__(self, path: Path, *, write: bool):
         self.path, self.writing = path, write
-        self.index: dict[str, tuple[int, frozenset[str]]] = {}  # name -> where its record begins, keys of its arrays
+        self.index: dict[
+            str, tuple[int, frozenset[str]]
+        ] = {}  # name -> where its record begins, keys of its arrays
         self._lock = threading.Lock()
         if not write and not path.is_file():
             self._file = None
@@ -100,14 +92,22 @@ class _Journal:
             import fcntl
         except ImportError:  # no such locks on Windows
             return
-        busy = f"another run is writing {self.path.with_name(self.path.name.removesuffix('.journal'))}; let it end first"
+        busy = (
+            "another run is writing "
+            f"{self.path.with_name(self.path.name.removesuffix('.journal'))}; let it end first"
+        )
         assert self._file is not None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise DataError(busy) from error
-        if not self.path.is_file() or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino:
-            raise DataError(busy)  # it ended, and removed its journal, between our opening and our locking
+        if (
+            not self.path.is_file()
+            or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino
+        ):
+            raise DataError(
+                busy
+            )  # it ended, and removed its journal, between our opening and our locking
 
     def _scan(self) -> int:
         """Fill the index; where the last whole record ends."""
@@ -135,7 +135,9 @@ class _Journal:
             return None
         return {**json.loads(words), "length": header_length}, data
 
-    def append(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]) -> None:
+    def append(
+        self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]
+    ) -> None:
         arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
         described = [[key, value.dtype.str, list(value.shape)] for key, value in arrays.items()]
         words = json.dumps({"name": name, "arrays": described, "attributes": attributes}).encode()
@@ -149,7 +151,9 @@ class _Journal:
                 while record:
                     record = record[self._file.write(record) :]
             except OSError:
-                self._file.truncate(offset)  # a full disk must not leave a torn record in the middle
+                self._file.truncate(
+                    offset
+                )  # a full disk must not leave a torn record in the middle
                 raise
             self.index[name] = offset, frozenset(arrays)
 
@@ -189,7 +193,9 @@ def _read(file: Any, length: int) -> bytes:
 
 
 class _GroupFile:
-    """Groups of arrays in an HDF5 file and its journal. ``with`` or ``close`` merges the journal."""
+    """Groups of arrays in an HDF5 file and its journal. ``with`` or ``close`` merges the
+    journal.
+    """
 
     def __init__(self, path: str | Path, *, write: bool = False):
         self.path, self.writing = Path(path), write
@@ -203,7 +209,7 @@ class _GroupFile:
         self._journal = _Journal(place, write=write)
         try:
             if write:
-                remove_parts(self.path)
+                remove_temporary(self.path)
             self._open()
         except BaseException:
             self._journal.close()
@@ -216,7 +222,8 @@ class _GroupFile:
             self._file = self._h5py.File(self.path, "r")
         except OSError as error:
             raise DataError(
-                f"{self.path} is no HDF5 file or is damaged ({str(error).splitlines()[0]}); delete it and make it again"
+                f"{self.path} is no HDF5 file or is damaged ({str(error).splitlines()[0]}); "
+                "delete it and make it again"
             ) from error
 
     def __enter__(self):
@@ -253,17 +260,28 @@ class _GroupFile:
             return self._journal.read(name)[0]
         group = self._file[name]
         try:
-            return {key: item[()] for key, item in group.items() if isinstance(item, self._h5py.Dataset)}
+            return {
+                key: item[()] for key, item in group.items() if isinstance(item, self._h5py.Dataset)
+            }
         except (OSError, RuntimeError) as error:
-            raise DataError(f"{self.path} is damaged at {name} ({error}); delete it and make it again") from error
+            raise DataError(
+                f"{self.path} is damaged at {name} ({error}); delete it and make it again"
+            ) from error
 
-    def _put(self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]] | None = None) -> None:
+    def _put(
+        self,
+        name: str,
+        arrays: dict[str, np.ndarray],
+        attributes: dict[str, dict[str, float]] | None = None,
+    ) -> None:
         if not self.writing:
             raise ValueError(f"{self.path} was opened for reading; open it with write=True")
         self._journal.append(name, arrays, attributes or {})
 
     def close(self) -> None:
-        """Merge what was written into the file; the file is the old or the new one at any moment."""
+        """Merge what was written into the file; the file is the old or the new one at any
+        moment.
+        """
         try:
             if self.writing and self._journal.index:
                 self._merge()
@@ -289,7 +307,10 @@ class _GroupFile:
                     for key, value in arrays.items():
                         group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
         except OSError as error:
-            raise OSError(f"{self.path} could not be written ({error}); nothing is lost, mend that and run again") from error
+            raise OSError(
+                f"{self.path} could not be written ({error}); nothing is lost, mend that and run "
+                "again"
+            ) from error
 
 
 class FeatureFile(_GroupFile):
@@ -318,7 +339,9 @@ class FeatureFile(_GroupFile):
         return "keypoints" in keys and (not described or "descriptors" in keys)
 
     def write(self, name: str, features: Features, image: Path | None = None) -> None:
-        """Keep the features of the image called ``name`` (path below the image folder, / between parts)."""
+        """Keep the features of the image called ``name`` (path below the image folder, / between
+        parts).
+        """
         arrays: dict[str, np.ndarray] = {
             "keypoints": features.xy.cpu().numpy().astype(np.float32),
             "scores": features.score.cpu().numpy().astype(np.float32),
@@ -327,7 +350,9 @@ class FeatureFile(_GroupFile):
             "image_size": np.array(features.image_size, dtype=np.int64),
         }
         if features.descriptors is not None:
-            arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16 if self.half else np.float32).T
+            arrays["descriptors"] = (
+                features.descriptors.cpu().numpy().astype(np.float16 if self.half else np.float32).T
+            )
         self._put(name, arrays, {"keypoints": {"uncertainty": UNCERTAINTY}})
 
     def read(self, name: str, image_size: tuple[int, int] | None = None) -> Features:
@@ -344,7 +369,9 @@ class FeatureFile(_GroupFile):
             raise DataError(f"{self.path} holds no features of {name!r}")
         group = self._get(name)
         if "keypoints" not in group:
-            raise DataError(f"{self.path}: {name} has no data set 'keypoints'; is this a file of features?")
+            raise DataError(
+                f"{self.path}: {name} has no data set 'keypoints'; is this a file of features?"
+            )
         xy = group["keypoints"]
         if xy.ndim != 2 or xy.shape[1] < 2:
             raise DataError(f"{self.path}: keypoints of {name} must be (N,2), found {xy.shape}")
@@ -354,17 +381,30 @@ class FeatureFile(_GroupFile):
             if key not in group:
                 return torch.full((count,), default)
             if group[key].size != count:
-                raise DataError(f"{self.path}: {key} of {name} must be ({count},), found {group[key].shape}")
+                raise DataError(
+                    f"{self.path}: {key} of {name} must be ({count},), found {group[key].shape}"
+                )
             return _tensor(group[key].reshape(-1))
 
         descriptors = None
         if "descriptors" in group:
             if group["descriptors"].ndim != 2 or group["descriptors"].shape[1] != count:
-                raise DataError(f"{self.path}: descriptors of {name} must be (D,{count}), found {group['descriptors'].shape}")
+                raise DataError(
+                    f"{self.path}: descriptors of {name} must be (D,{count}), found "
+                    f"{group['descriptors'].shape}"
+                )
             descriptors = _tensor(group["descriptors"].T)
         stated = group.get("image_size")
-        size = image_size if image_size is not None else (0, 0) if stated is None else (int(stated[0]), int(stated[1]))
-        points = Keypoints(_tensor(xy[:, :2]), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0))
+        size = (
+            image_size
+            if image_size is not None
+            else (0, 0)
+            if stated is None
+            else (int(stated[0]), int(stated[1]))
+        )
+        points = Keypoints(
+            _tensor(xy[:, :2]), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0)
+        )
         return Features(points, descriptors, size)
 
 
@@ -392,14 +432,18 @@ class MatchFile(_GroupFile):
         return self._key(a, b) is not None
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
-        """Keep the matches of the images called ``a`` and ``b``; ``count`` is the number of points of a.
+        """Keep the matches of the images called ``a`` and ``b``; ``count`` is the number of points
+        of a.
 
         Raises:
             ValueError: a point of a has several matches, or one lies beyond ``count``.
         """
         index = matches.index.cpu().numpy()
         if len(index) and (len(np.unique(index[:, 0])) < len(index) or index[:, 0].max() >= count):
-            raise ValueError(f"hloc keeps one match for each of the {count} points of {a}; match with mutual=True")
+            raise ValueError(
+                f"hloc keeps one match for each of the {count} points of {a}; match with "
+                "mutual=True"
+            )
         partner = np.full(count, -1, dtype=np.int32)
         score = np.zeros(count, dtype=np.float32)
         partner[index[:, 0]] = index[:, 1]
@@ -418,7 +462,9 @@ class MatchFile(_GroupFile):
             raise DataError(f"{self.path} holds no matches of {a!r} and {b!r}")
         group = self._get(found[0])
         if "matches0" not in group or group["matches0"].ndim != 1:
-            raise DataError(f"{self.path}: {found[0]} needs 'matches0' (N,); is this a file of matches?")
+            raise DataError(
+                f"{self.path}: {found[0]} needs 'matches0' (N,); is this a file of matches?"
+            )
         partner = group["matches0"].astype(np.int64)
         chosen = np.flatnonzero(partner >= 0)
         score = group.get("matching_scores0", np.ones(len(partner)))[chosen].astype(np.float32)
@@ -430,7 +476,8 @@ class MatchFile(_GroupFile):
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Pairs of a list: two names a line with white space between (hloc), or a tab where names have spaces; # begins a remark.
+    """Pairs of a list: two names a line with white space between (hloc), or a tab where names have
+    spaces; # begins a remark.
 
     Raises:
         FileNotFoundError: no list.
@@ -442,11 +489,20 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text ({error}); a list of pairs has two image names a line") from error
+        raise DataError(
+            f"{path} is no text ({error}); a list of pairs has two image names a line"
+        ) from error
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
-        names = [part.strip() for part in line.split("\t") if part.strip()] if "\t" in line else line.split()
+        names = (
+            [part.strip() for part in line.split("\t") if part.strip()]
+            if "\t" in line
+            else line.split()
+        )
         if len(names) != 2:
-            raise DataError(f"{path}, line {number}: expected two names, found {len(names)}: {line.strip()[:80]!r}")
+            raise DataError(
+                f"{path}, line {number}: expected two names, found {len(names)}: "
+                f"{line.strip()[:80]!r}"
+            )
         yield names[0], names[1]

@@ -8,18 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import require
 from ..structs import Features, Keypoints
 
-#: Diameter in pixels that OpenCV is told for a point of scale 1, and half side of a kornia frame (Key.Net's patches).
+#: Diameter in pixels that OpenCV is told for a point of scale 1, and half side of a kornia frame
+#: (Key.Net's patches).
 CV2_SIZE = 12.0
 LAF_HALF_SIDE = 22.0
 
 
 def to_cv2(keypoints: Keypoints, size: float = CV2_SIZE) -> list:
-    """``cv2.KeyPoint`` list: diameter ``size * scale``, angle in degrees (same sense as ours), response = score."""
+    """``cv2.KeyPoint`` list: diameter ``size * scale``, angle in degrees (same sense as ours),
+    response = score.
+    """
     cv2 = _cv2()
-    rows = zip(keypoints.xy.tolist(), keypoints.scale.tolist(), keypoints.angle.tolist(), keypoints.score.tolist(), strict=True)
-    return [cv2.KeyPoint(x, y, size * scale, math.degrees(angle) % 360, score) for (x, y), scale, angle, score in rows]
+    rows = zip(
+        keypoints.xy.tolist(),
+        keypoints.scale.tolist(),
+        keypoints.angle.tolist(),
+        keypoints.score.tolist(),
+        strict=True,
+    )
+    return [
+        cv2.KeyPoint(x, y, size * scale, math.degrees(angle) % 360, score)
+        for (x, y), scale, angle, score in rows
+    ]
 
 
 def from_cv2(points: list, size: float = CV2_SIZE) -> Keypoints:
@@ -32,40 +45,46 @@ def from_cv2(points: list, size: float = CV2_SIZE) -> Keypoints:
     )
 
 
-def _cv2():
-    try:
-        import cv2
-    except ImportError as error:
-        raise ImportError("OpenCV key points need OpenCV: pip install 'tiepoints[opencv]'") from error
-    return cv2
+def _cv2() -> Any:
+    return require("cv2", extra="opencv", purpose="the conversion of OpenCV's keypoints")
 
 
 def to_laf(keypoints: Keypoints, half_side: float = LAF_HALF_SIDE) -> Tensor:
-    """kornia's local affine frames (1,N,2,3): the columns are a patch's right and down half axes and its centre.
+    """kornia's local affine frames (1,N,2,3): the columns are a patch's right and down half axes
+    and its centre.
 
-    kornia counts angles the other way round (counter-clockwise as seen); written as a matrix in pixels there is nothing
-    to convert, the patch that kornia cuts is turned as ours.
+    kornia counts angles the other way round (counter-clockwise as seen); written as a matrix in
+    pixels there is nothing to convert, the patch that kornia cuts is turned as ours.
     """
     cos, sin = keypoints.angle.cos(), keypoints.angle.sin()
     radius = half_side * keypoints.scale
-    frame = torch.stack([torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)], dim=-2)  # (N,2,2)
+    frame = torch.stack(
+        [torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)], dim=-2
+    )  # (N,2,2)
     return torch.cat([frame * radius[:, None, None], keypoints.xy[:, :, None]], dim=-1)[None]
 
 
-def from_laf(lafs: Tensor, score: Tensor | None = None, half_side: float = LAF_HALF_SIDE) -> Keypoints:
-    """Key points of frames (1,N,2,3); an affine frame becomes the similarity of equal area and right axis."""
+def from_laf(
+    lafs: Tensor, score: Tensor | None = None, half_side: float = LAF_HALF_SIDE
+) -> Keypoints:
+    """Key points of frames (1,N,2,3); an affine frame becomes the similarity of equal area and
+    right axis.
+    """
     if lafs.ndim != 4 or len(lafs) != 1 or lafs.shape[2:] != (2, 3):
         raise ValueError(f"frames must be (1,N,2,3), got {tuple(lafs.shape)}")
     frame = lafs[0, :, :, :2]
     angle = torch.atan2(frame[:, 1, 0], frame[:, 0, 0])
-    scale = (frame[:, 0, 0] * frame[:, 1, 1] - frame[:, 0, 1] * frame[:, 1, 0]).abs().sqrt() / half_side
+    scale = (
+        frame[:, 0, 0] * frame[:, 1, 1] - frame[:, 0, 1] * frame[:, 1, 0]
+    ).abs().sqrt() / half_side
     score = torch.ones_like(angle) if score is None else score.reshape(-1)
     return Keypoints(lafs[0, :, :, 2].clone(), scale, angle.remainder(2 * math.pi), score)
 
 
 def to_lightglue(features: Features) -> dict[str, Tensor]:
-    """LightGlue's dictionary of one image: ``keypoints`` (1,N,2), ``keypoint_scores``, ``descriptors`` (1,N,D), ``scales``,
-    ``oris`` (radians), ``image_size`` (1,2) as width, height."""
+    """LightGlue's dictionary of one image: ``keypoints`` (1,N,2), ``keypoint_scores``,
+    ``descriptors`` (1,N,D), ``scales``, ``oris`` (radians), ``image_size`` (1,2) as width, height.
+    """
     content = {
         "keypoints": features.xy[None],
         "keypoint_scores": features.score[None],
@@ -79,7 +98,9 @@ def to_lightglue(features: Features) -> dict[str, Tensor]:
 
 
 def from_lightglue(content: dict[str, Any]) -> Features:
-    """Features of LightGlue's dictionary of one image; missing scales are 1, missing angles and scores 0 and 1."""
+    """Features of LightGlue's dictionary of one image; missing scales are 1, missing angles and
+    scores 0 and 1.
+    """
     xy = content["keypoints"][0].float()
 
     def column(name: str, default: float) -> Tensor:
@@ -89,5 +110,9 @@ def from_lightglue(content: dict[str, Any]) -> Features:
     size = content.get("image_size")
     width, height = (0, 0) if size is None else (int(v) for v in size.reshape(-1)[:2])
     descriptors = content.get("descriptors")
-    points = Keypoints(xy, column("scales", 1.0), column("oris", 0.0), column("keypoint_scores", 1.0))
-    return Features(points, None if descriptors is None else descriptors[0].float(), (width, height))
+    points = Keypoints(
+        xy, column("scales", 1.0), column("oris", 0.0), column("keypoint_scores", 1.0)
+    )
+    return Features(
+        points, None if descriptors is None else descriptors[0].float(), (width, height)
+    )

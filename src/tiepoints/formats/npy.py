@@ -1,39 +1,38 @@
-"""Features as the original authors' files: NAME.kpt.npy (N,4) x, y, scale, score and NAME.dsc.npy (N,D).
+"""Features as the original authors' files: NAME.kpt.npy (N,4) x, y, scale, score and NAME.dsc.npy
+(N,D).
 
-We write float32. The published files are float64, and REKD's have the angle in degrees, counter-clockwise, as a fifth
-column; both are read.
+We write float32. The published files are float64, and REKD's have the angle in degrees,
+counter-clockwise, as a fifth column; both are read.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..errors import DataError
+from ..files import atomic_path
 from ..structs import Features, Keypoints
 
 
 def feature_paths(base: Path) -> tuple[Path, Path]:
-    """Files of key points and descriptors for ``base``, the image's path below the results folder."""
+    """Files of key points and descriptors for ``base``, the image's path below the results
+    folder.
+    """
     return base.with_name(base.name + ".kpt.npy"), base.with_name(base.name + ".dsc.npy")
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            np.save(file, array)
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    with atomic_path(path) as tmp_path, tmp_path.open("wb") as file:
+        np.save(file, array)
 
 
 def write_features(base: Path, features: Features) -> None:
-    """Write both files, each whole or not at all, the key points last: their file means that the image is done."""
+    """Write both files, each whole or not at all, the key points last: their file means that the
+    image is done.
+    """
     points, descriptors = feature_paths(base)
     if features.descriptors is not None:
         _save(descriptors, features.descriptors.cpu().numpy().astype(np.float32))
@@ -55,17 +54,28 @@ def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
         raise FileNotFoundError(f"no key points at {points}; extract the image first")
     table = _read(points)
     if table.ndim != 2 or table.shape[1] not in (4, 5):
-        raise DataError(f"{points}: expected (N,4) or (N,5), found {table.shape}; extract the image again")
+        raise DataError(
+            f"{points}: expected (N,4) or (N,5), found {table.shape}; extract the image again"
+        )
     angle = torch.zeros(len(table))
     if table.shape[1] == 5:
-        angle = torch.from_numpy(np.remainder(-np.radians(table[:, 4]), 2 * np.pi).astype(np.float32))
+        angle = torch.from_numpy(
+            np.remainder(-np.radians(table[:, 4]), 2 * np.pi).astype(np.float32)
+        )
     values = torch.from_numpy(table[:, :4].astype(np.float32))
     found = None
     if descriptors.is_file():
         found = torch.from_numpy(_read(descriptors).astype(np.float32))
         if found.ndim != 2 or len(found) != len(values):
-            raise DataError(f"{descriptors}: expected ({len(values)},D), found {tuple(found.shape)}; extract the image again")
-    return Features(Keypoints(values[:, :2].clone(), values[:, 2].clone(), angle, values[:, 3].clone()), found, image_size)
+            raise DataError(
+                f"{descriptors}: expected ({len(values)},D), found {tuple(found.shape)}; extract "
+                "the image again"
+            )
+    return Features(
+        Keypoints(values[:, :2].clone(), values[:, 2].clone(), angle, values[:, 3].clone()),
+        found,
+        image_size,
+    )
 
 
 class FeatureFolder:
@@ -89,7 +99,11 @@ class FeatureFolder:
     def names(self) -> list[str]:
         """Names of the images with key points, sorted."""
         found = self.path.rglob("*.kpt.npy")
-        return sorted(p.relative_to(self.path).as_posix().removesuffix(".kpt.npy") for p in found if not p.name.startswith("."))
+        return sorted(
+            p.relative_to(self.path).as_posix().removesuffix(".kpt.npy")
+            for p in found
+            if not p.name.startswith(".")
+        )
 
     def done(self, name: str, *, described: bool) -> bool:
         """Whether the image has key points, and descriptors where they are asked for."""

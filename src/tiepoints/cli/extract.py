@@ -1,0 +1,133 @@
+"""``tiepoints extract``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..names import DESCRIPTOR, DETECTOR, EXTRACT_NUM_KEYPOINTS
+from .common import (
+    CameraOption,
+    DescriptorOption,
+    DetectorOption,
+    DeviceOption,
+    Format,
+    JsonOption,
+    MaskAlphaOption,
+    MasksOption,
+    OfficialOption,
+    OrientationOption,
+    PerScaleOption,
+    SingleScaleOption,
+    UprightOption,
+    WorkersOption,
+    extract_options,
+    fail,
+    finish,
+    print_json,
+    progress_wanted,
+    user_errors,
+)
+
+
+def extract(
+    images: Annotated[list[str] | None, typer.Argument(help="Images, folders or patterns.")] = None,
+    list_images: Annotated[
+        Path | None, typer.Option(help="Text file with one image path per line.")
+    ] = None,
+    root_images: Annotated[
+        Path | None,
+        typer.Option(help="Folder that listed paths start from, and names in h5 and colmap."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results (default: see --results-dir).")
+    ] = None,
+    results_dir: Annotated[
+        Path, typer.Option(help="Without --output: results go to RESULTS_DIR/METHOD_NAME.")
+    ] = Path("extracted_features"),
+    method_name: Annotated[
+        str | None, typer.Option(help="Name of the results (default: DETECTOR-DESCRIPTOR).")
+    ] = None,
+    form: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="npy: two files per image; h5: hloc's file; colmap: a database."
+        ),
+    ] = "npy",
+    num_keypoints: Annotated[
+        int,
+        typer.Option(
+            "--num-keypoints",
+            "--num-points",
+            "--num-kpts",
+            min=1,
+            help="Maximum number of keypoints per image.",
+        ),
+    ] = EXTRACT_NUM_KEYPOINTS,
+    detector: DetectorOption = DETECTOR,
+    descriptor: DescriptorOption = DESCRIPTOR,
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    single_scale: SingleScaleOption = False,
+    per_scale: PerScaleOption = False,
+    official: OfficialOption = False,
+    masks: MasksOption = None,
+    mask_alpha: MaskAlphaOption = False,
+    camera: CameraOption = "auto",
+    half: Annotated[bool, typer.Option("--half", help="h5: descriptors as float16.")] = False,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Extract again what is done (colmap: start over).")
+    ] = False,
+    workers: WorkersOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the features of images: npy files, an HDF5 file for hloc, or a COLMAP database.
+
+    Run again, it resumes: images that are done are skipped.
+    """
+    if not images and list_images is None:
+        fail("no images given; name images, folders or patterns, or use --list-images")
+    name = method_name or f"{Path(detector).stem}-{Path(descriptor).stem}"
+    if name in (".", "..") or "/" in name or "\\" in name:
+        fail(f"--method-name is the name of one folder, not a path; got {name!r}")
+    options = extract_options(
+        detector=detector,
+        descriptor=descriptor,
+        num_keypoints=num_keypoints,
+        orientation=orientation,
+        upright=upright,
+        single_scale=single_scale,
+        per_scale=per_scale,
+        official=official,
+        device=device,
+    )
+    from ..jobs.extract import extract_images
+
+    with user_errors():
+        report = extract_images(
+            images or [],
+            output or results_dir / name,
+            options,
+            format=form,
+            list_file=list_images,
+            root=root_images,
+            camera=camera,
+            half=half,
+            masks=masks,
+            mask_alpha=mask_alpha,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress_wanted(),
+        )
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        typer.echo(
+            f"{report.done} extracted ({report.keypoints} keypoints, {report.seconds:.1f} s), "
+            f"{report.skipped} done before, {len(report.failed)} failed -> {report.output}"
+        )
+    finish(report.failed, report.ignored)

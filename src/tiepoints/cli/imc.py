@@ -1,0 +1,115 @@
+"""``tiepoints imc``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
+from .common import (
+    DescriptorOption,
+    DetectorOption,
+    DeviceOption,
+    OfficialOption,
+    OrientationOption,
+    PerScaleOption,
+    SingleScaleOption,
+    UprightOption,
+    WorkersOption,
+    extract_options,
+    fail,
+    finish,
+    progress_wanted,
+    user_errors,
+)
+
+
+def imc(
+    images: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the benchmark's images: DATASET/SEQUENCE/*.jpg, or in set_100/images."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the submission.")],
+    label: Annotated[str, typer.Option(help="Its name: lower case letters, digits, '-' and '.'.")],
+    num_keypoints: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Maximum number of keypoints per image; the categories are 2048 and 8000."
+        ),
+    ] = NUM_KEYPOINTS,
+    detector: DetectorOption = DETECTOR,
+    descriptor: DescriptorOption = DESCRIPTOR,
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    single_scale: SingleScaleOption = False,
+    per_scale: PerScaleOption = False,
+    official: OfficialOption = False,
+    matches: Annotated[
+        bool,
+        typer.Option("--matches", help="Add our own matches, verified by a fundamental matrix."),
+    ] = False,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            min=0.1, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+        ),
+    ] = 0.95,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")
+    ] = 0.5,
+    device: DeviceOption = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Extract and match again what is done.")
+    ] = False,
+    workers: WorkersOption = 2,
+) -> None:
+    """Write a submission to the Image Matching Challenge 2021 and check it (docs/formats.md)."""
+    if descriptor == "none":
+        fail("a submission needs descriptors; --descriptor none has none")
+    extraction = extract_options(
+        detector=detector,
+        descriptor=descriptor,
+        num_keypoints=num_keypoints,
+        orientation=orientation,
+        upright=upright,
+        single_scale=single_scale,
+        per_scale=per_scale,
+        official=official,
+        device=device,
+    )
+    import dataclasses
+
+    from ..jobs.imc import MATCHING, export_imc
+
+    with user_errors():
+        options = dataclasses.replace(MATCHING, ratio=ratio, threshold=threshold)
+        result = export_imc(
+            images,
+            output,
+            label,
+            extraction,
+            options,
+            matches=matches,
+            overwrite=overwrite,
+            workers=workers,
+            progress=progress_wanted(),
+        )
+    matched, extracted = result.matched, result.extracted
+    pairs_done = ""
+    if matched is not None:
+        pairs_done = (
+            f"; {matched.done} pairs matched ({matched.matches} matches), {matched.skipped} done "
+            "before"
+        )
+    typer.echo(
+        f"{extracted.done} extracted ({extracted.keypoints} keypoints), {extracted.skipped} done "
+        f"before{pairs_done}; {len(result.failed)} failed -> {result.sequences} sequences in "
+        f"{output}"
+    )
+    for violation in result.violations:
+        typer.echo(f"refused by the challenge: {violation}", err=True)
+    finish(result.failed, bad=bool(result.violations))

@@ -1,0 +1,55 @@
+"""The ``tiepoints`` command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import evaluate, extract, imc, match, train, video, weights
+from .common import configure_logging
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find, describe, match and measure tie points, and train the networks that do so.",
+)
+app.command("extract")(extract.extract)
+app.command("match")(match.match)
+app.command("train")(train.train)
+app.command("pairs")(train.pairs)
+app.command("compare")(evaluate.compare)
+app.command("evaluate")(evaluate.evaluate)
+app.command("evaluate-patches")(evaluate.evaluate_patches)
+app.command("report")(evaluate.report)
+app.command("live")(video.live)
+app.command("imc")(imc.imc)
+app.add_typer(weights.app, name="weights")
+app.add_typer(evaluate.data_app, name="data")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .. import __version__
+
+        typer.echo(f"tiepoints {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="No progress; log warnings and errors alone.")
+    ] = False,
+) -> None:
+    """Find, describe, match and measure tie points, and train the networks that do so."""
+    configure_logging(verbose, quiet)
+
+
+def main() -> None:
+    """Entry point of the ``tiepoints`` command."""
+    app()

@@ -1,0 +1,245 @@
+"""``tiepoints match``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
+from .common import (
+    CameraOption,
+    DescriptorOption,
+    DetectorOption,
+    DeviceOption,
+    Geometry,
+    JsonOption,
+    OfficialOption,
+    PairOrientationOption,
+    PerScaleOption,
+    SingleScaleOption,
+    UprightOption,
+    extract_options,
+    fail,
+    finish,
+    print_json,
+    progress_wanted,
+    user_errors,
+)
+
+#: Suffixes of files of the matches of many pairs.
+MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
+
+
+def match(
+    context: typer.Context,
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Two images; or folders, patterns and more images.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Two images: picture of the matches. Many: .h5 for hloc or .db of COLMAP."
+        ),
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Many images: folder for pictures of the best pairs.")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="List of image pairs, two names per line (default: all pairs)."),
+    ] = None,
+    sequential: Annotated[
+        int | None,
+        typer.Option(min=1, help="Match each image with the N after it, in natural order."),
+    ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Stored features: folder, .h5 or .db (default: extract now)."),
+    ] = None,
+    root_images: Annotated[
+        Path | None, typer.Option(help="Folder that the names of many images start from.")
+    ] = None,
+    num_keypoints: Annotated[
+        int, typer.Option(min=1, help="Maximum number of keypoints per image.")
+    ] = NUM_KEYPOINTS,
+    detector: DetectorOption = DETECTOR,
+    descriptor: DescriptorOption = DESCRIPTOR,
+    orientation: PairOrientationOption = "auto",
+    upright: UprightOption = False,
+    rotation_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            max=180.0,
+            help="Drop matches whose rotation differs from the dominant one by more degrees "
+            "(REKD: 30).",
+        ),
+    ] = None,
+    geometry: Annotated[
+        Geometry | None,
+        typer.Option(
+            help="Two-view geometry of the inliers (default: fundamental; of many pairs none)."
+        ),
+    ] = None,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+        ),
+    ] = 0.95,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")
+    ] = 2.0,
+    single_scale: SingleScaleOption = False,
+    per_scale: PerScaleOption = False,
+    official: OfficialOption = False,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine/--no-refine",
+            help="Sub-pixel positions: of the matches of two images, of the tracks in a .db.",
+        ),
+    ] = True,
+    outliers: Annotated[
+        bool, typer.Option("--outliers", help="Picture: outliers as faint dots.")
+    ] = False,
+    camera: CameraOption = "auto",
+    device: DeviceOption = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Match again what is done already.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Match two images, or many pairs into one file: mutual nearest neighbours, ratio test, robust
+    geometry, sub-pixel refinement.
+    """
+    images = images or []
+    if descriptor == "none":
+        fail("matching needs descriptors; --descriptor none has none")
+    if pairs is not None and sequential is not None:
+        fail("give --pairs or --sequential, not both")
+    if geometry == "essential":
+        fail(
+            "an essential matrix needs the intrinsics of the cameras: use "
+            'tiepoints.estimate(..., "essential", intrinsics=(K_a, K_b)) in Python, or '
+            "--geometry fundamental"
+        )
+    to_file = output is not None and output.suffix in MATCH_SUFFIXES
+    many = len(images) != 2 or any(Path(name).is_dir() for name in images)
+    many = many or to_file or any(o is not None for o in (pairs, sequential, features))
+    if many and not images and features is None:
+        fail("no images given; name two images, or folders, or give --features")
+    extraction = extract_options(
+        detector=detector,
+        descriptor=descriptor,
+        num_keypoints=num_keypoints,
+        orientation=None if orientation == "auto" else orientation,
+        upright=upright,
+        single_scale=single_scale,
+        per_scale=per_scale,
+        official=official,
+        device=device,
+    )
+    from ..jobs.match import MatchOptions, match_images
+
+    with user_errors():
+        options = MatchOptions(
+            ratio=ratio,
+            rotation_tolerance=(
+                None if rotation_tolerance is None else math.radians(rotation_tolerance)
+            ),
+            geometry=geometry,
+            threshold=threshold,
+            refine=refine,
+            auto_orientation=orientation == "auto",
+        )
+    if not many:
+        _match_two(images, output, extraction, options, outliers, as_json)
+        return
+    if pictures is not None and not to_file:
+        output, to_file = pictures / "matches.h5", True
+    if output is None or not to_file:
+        came = "nothing" if output is None else output.name
+        fail(
+            "matches of many pairs need --output FILE.h5 (hloc) or FILE.db (COLMAP), or "
+            f"--pictures FOLDER; got {came}"
+        )
+    # of stored features only a descriptor that was asked for is compared
+    source = context.get_parameter_source("descriptor")
+    given = features is None or (source is not None and source.name != "DEFAULT")
+    with user_errors():
+        report = match_images(
+            images,
+            output,
+            extraction if given else None,
+            options,
+            pairs=pairs,
+            sequential=sequential,
+            features=features,
+            root=root_images,
+            camera=camera,
+            overwrite=overwrite,
+            progress=progress_wanted(),
+        )
+        drawn: list[Path] = []
+        if pictures is not None:
+            from ..jobs.pictures import draw_best_pairs
+
+            drawn = draw_best_pairs(output, images, pictures, features=features, root=root_images)
+    if as_json:
+        print_json({**dataclasses.asdict(report), "output": str(output)})
+    else:
+        verified = "" if report.verified is None else f", {report.verified} pairs with a geometry"
+        typer.echo(
+            f"{report.done} pairs matched ({report.matches} matches{verified}), "
+            f"{report.skipped} done before, {len(report.failed)} failed -> {output}"
+        )
+        for path in drawn:
+            typer.echo(f"picture  {path}")
+    finish(report.failed, report.ignored)
+
+
+def _match_two(
+    images: list[str],
+    output: Path | None,
+    extraction: Any,
+    options: Any,
+    outliers: bool,
+    as_json: bool,
+) -> None:
+    from ..jobs.match import match_two
+    from ..plot import draw_matches
+
+    with user_errors():
+        result = match_two(images[0], images[1], extraction, options)
+        found = result.estimate
+        inliers = int(found.inliers.sum())
+        if output is not None:
+            caption = (
+                f"{Path(images[0]).name} - {Path(images[1]).name}: {extraction.detector} + "
+                f"{extraction.descriptor}, {found.kind}, {inliers} inliers of "
+                f"{len(result.matches)} matches"
+            )
+            draw_matches(
+                images[0],
+                images[1],
+                result.xy_a,
+                result.xy_b,
+                found.inliers,
+                outliers=outliers,
+                caption=caption,
+                path=output,
+            )
+    if as_json:
+        print_json(result.to_json())
+        return
+    typer.echo(f"keypoints  {len(result.a)} and {len(result.b)}")
+    typer.echo(f"matches    {len(result.matches)}")
+    known = f"{inliers} ({found.kind})" if found.ok else f"no {found.kind}: {found.reason}"
+    typer.echo(f"inliers    {known}")
+    if output is not None:
+        typer.echo(f"picture    {output}")

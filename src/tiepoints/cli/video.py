@@ -1,0 +1,141 @@
+"""``tiepoints live``."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..names import VIDEO_NUM_KEYPOINTS
+from .common import (
+    DescriptorOption,
+    DetectorOption,
+    DeviceOption,
+    JsonOption,
+    OrientationOption,
+    UprightOption,
+    extract_options,
+    fail,
+    print_json,
+    progress_wanted,
+    user_errors,
+)
+
+
+def live(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            help="Video file, folder of images, pattern, or number of a camera (the first is 0)."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Video to write (.mp4 or .avi) instead of showing a window."),
+    ] = None,
+    num_keypoints: Annotated[
+        int, typer.Option(min=1, help="Maximum number of keypoints per frame.")
+    ] = VIDEO_NUM_KEYPOINTS,
+    detector: DetectorOption = "sobelnet",
+    descriptor: DescriptorOption = "desnet",
+    orientation: OrientationOption = None,
+    upright: UprightOption = False,
+    single_scale: Annotated[
+        bool,
+        typer.Option(
+            "--single-scale/--multi-scale",
+            help="A pyramid of scales is slower and follows zoom better.",
+        ),
+    ] = True,
+    ratio: Annotated[
+        float,
+        typer.Option(
+            min=0.01, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+        ),
+    ] = 0.9,
+    max_motion: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Largest motion from frame to frame, as a fraction of the image's diagonal.",
+        ),
+    ] = 0.2,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Frames that a track may miss before it ends.")
+    ] = 1,
+    tail: Annotated[
+        int, typer.Option(min=1, help="Last positions of each track that are drawn.")
+    ] = 12,
+    every: Annotated[int, typer.Option(min=1, help="Use every N-th frame.")] = 1,
+    max_frames: Annotated[int | None, typer.Option(min=1, help="Maximum number of frames.")] = None,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Track keypoints through a video, a sequence or a camera: shown in a window, or written as a
+    video (docs/live.md).
+    """
+    if descriptor == "none":
+        fail("tracking needs descriptors; --descriptor none has none")
+    one = len(source) == 1 and output is not None and output.exists()
+    if one and Path(source[0]).exists() and output is not None and output.samefile(source[0]):
+        fail(f"--output {output} is the source itself; name another file")
+    options = extract_options(
+        detector=detector,
+        descriptor=descriptor,
+        num_keypoints=num_keypoints,
+        orientation=orientation,
+        upright=upright,
+        single_scale=single_scale,
+        device=device,
+    )
+    from ..jobs.video import VideoFile, VideoFrames, Window, open_source
+    from ..jobs.video import live as run
+    from ..tracking import Tracker
+
+    with user_errors("stopped before the first frame"):
+        tracker = Tracker(
+            ratio=None if ratio >= 1 else ratio,
+            max_motion=max_motion,
+            patience=patience,
+            history=tail,
+        )
+        with closing(open_source(source, every)) as frames:
+            camera = isinstance(frames, VideoFrames) and frames.camera
+            screen = (
+                Window(None if camera else frames.rate)
+                if output is None
+                else VideoFile(output, frames.rate, live=camera)
+            )
+            with closing(screen):
+                summary = run(
+                    frames,
+                    options.build(),
+                    screen,
+                    tracker=tracker,
+                    max_frames=max_frames,
+                    progress=output is not None and progress_wanted(),
+                )
+    written = output if summary.frames else None
+    if as_json:
+        content = dataclasses.asdict(summary)
+        print_json({**content, "output": None if written is None else str(written)})
+    else:
+        ended = " (stopped)" if summary.stopped else ""
+        typer.echo(
+            f"frames     {summary.frames} in {summary.seconds:.1f} s{ended}, "
+            f"{summary.frames_per_second:.1f} per second"
+        )
+        typer.echo(f"keypoints  {summary.points:.0f} per frame")
+        typer.echo(
+            f"tracks     {summary.tracks}, length {summary.median_length:g} (median), "
+            f"{summary.mean_length:.1f} (mean) frames"
+        )
+        if written is not None:
+            typer.echo(f"video      {written}")
+    for name, reason in summary.skipped:
+        typer.echo(f"skipped: {name}: {reason}", err=True)
+    if summary.failure:
+        fail(summary.failure, 1 if summary.frames else 2)

@@ -1,0 +1,97 @@
+"""``tiepoints weights``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import WeightsError
+from .common import user_errors
+
+app = typer.Typer(no_args_is_help=True, help="Trained weights: list, show, import, verify.")
+
+
+@app.command("list")
+def list_weights() -> None:
+    """Names of the embedded weights."""
+    from ..weights import DATA, load, table
+
+    for name, entry in table().items():
+        count = sum(p.numel() for p in load(name).parameters())
+        size = (DATA / entry["file"]).stat().st_size
+        typer.echo(f"{name:14s} {entry['network']:8s} {count:6d} parameters  {size} bytes")
+
+
+@app.command("show")
+def show_weights(name: str) -> None:
+    """Settings, origin and checksum of embedded weights or of a weights file."""
+    from ..weights import DATA, file_checksum, load, metadata_of, table
+
+    with user_errors():
+        net = load(name)
+        known = table()
+        path = DATA / known[name]["file"] if name in known else Path(name)
+        content = {
+            "file": path.name,
+            "sha256": file_checksum(path),
+            "network": type(net).__name__,
+            "settings": net.settings,
+            "parameters": sum(p.numel() for p in net.parameters()),
+            "facts": metadata_of(path),
+        }
+        if name in known:
+            content |= {key: known[name][key] for key in ("licence", "recipe")}
+    typer.echo(json.dumps(content, indent=1))
+
+
+@app.command("import")
+def import_weights(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Official checkpoint: Key.Net (PyTorch, kornia, TensorFlow .npz, REKD's), REKD, "
+            "HardNet, SOSNet, HyNet."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
+    restore_statistics: Annotated[
+        bool,
+        typer.Option("--restore-statistics", help="TensorFlow: the true batch statistics."),
+    ] = False,
+    input_range: Annotated[
+        float,
+        typer.Option(
+            help="REKD: white inside the network; 1 as its extraction, 255 as its training."
+        ),
+    ] = 1.0,
+) -> None:
+    """Convert an official checkpoint into a weights file for --detector or --descriptor."""
+    from ..checkpoints import load_official
+    from ..weights import save
+
+    with user_errors():
+        net = load_official(
+            checkpoint, restore_statistics=restore_statistics, input_range=input_range
+        )
+        save(net, output, {"imported_from": checkpoint.name})
+    typer.echo(f"{type(net).__name__} -> {output}")
+
+
+@app.command("verify")
+def verify_weights(names: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Check embedded weights against their checksums and load them; all of them without a name."""
+    from ..weights import table, verify
+
+    failed = False
+    for name in names or list(table()):
+        try:
+            verify(name)
+            typer.echo(f"{name}: good")
+        except WeightsError as error:
+            failed = True
+            typer.echo(f"{name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)

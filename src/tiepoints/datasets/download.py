@@ -1,0 +1,141 @@
+"""Downloading, checking and unpacking HPatches."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from ..errors import DataError
+from .homography import HPATCHES_FOLDER, read_sequence
+
+HPATCHES_SEQUENCES = 116
+HPATCHES_MIRRORS = (
+    "https://huggingface.co/datasets/vbalnt/hpatches/resolve/main/hpatches-sequences-release.zip",
+    "https://cvg-data.inf.ethz.ch/hpatches/hpatches-sequences-release.tar.gz",
+    "http://icvl.ee.ic.ac.uk/vbalnt/hpatches/hpatches-sequences-release.tar.gz",
+)
+
+
+# ---- fetching HPatches
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_hpatches(
+    to: str | Path,
+    *,
+    mirrors: Iterable[str] = HPATCHES_MIRRORS,
+    sha256: str | None = None,
+) -> Path:
+    """Download, check and unpack the HPatches sequences (1.3 GB) below ``to``; the folder of
+    sequences.
+
+    A finished folder is only checked. The archive's checksum is said aloud and compared with
+    ``sha256`` where given; whatever the archive, the result must hold 116 sequences of six images
+    and five homographies each.
+
+    Raises:
+        DataError: no mirror answered (with what to do offline), the checksum differs, or sequences
+            are missing.
+    """
+    to = Path(to)
+    folder = to / HPATCHES_FOLDER
+    if folder.is_dir() and not _hpatches_problems(folder):
+        logger.info("%s: complete, nothing to fetch", folder)
+        return folder
+    to.mkdir(parents=True, exist_ok=True)
+    failures = []
+    archive: Path | None = None
+    for url in mirrors:
+        target = to / url.rsplit("/", 1)[-1]
+        part = target.with_name(target.name + ".part")
+        logger.info("fetching %s", url)
+        try:
+            digest = _download(url, part)
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            failures.append(f"{url}: {error}")
+            part.unlink(missing_ok=True)
+            continue
+        if sha256 is not None and digest != sha256.lower():
+            failures.append(f"{url}: sha256 is {digest}, expected {sha256}")
+            part.unlink(missing_ok=True)
+            continue
+        logger.info("sha256 %s", digest)
+        part.replace(target)
+        archive = target
+        break
+    if archive is None:
+        raise DataError(
+            "HPatches could not be fetched:\n  "
+            + "\n  ".join(failures)
+            + f"\nOffline: fetch {HPATCHES_FOLDER}.zip or .tar.gz on another "
+            f"machine from one of these addresses, unpack it so that {folder}/v_wall/1.ppm "
+            "exists, and run this command again to check it"
+        )
+    unpack(archive, to)
+    archive.unlink()
+    problems = _hpatches_problems(folder)
+    if problems:
+        raise DataError(f"{folder} is not complete: {'; '.join(problems[:5])}")
+    return folder
+
+
+def _download(url: str, part: Path) -> str:
+    from tqdm import tqdm
+
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=30) as answer, part.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        with tqdm(total=total or None, unit="B", unit_scale=True) as bar:
+            while block := answer.read(1 << 20):
+                file.write(block)
+                digest.update(block)
+                bar.update(len(block))
+    return digest.hexdigest()
+
+
+def unpack(archive: Path, to: Path) -> None:
+    """Unpack a .zip or .tar.gz below ``to``; members that would leave it are refused.
+
+    Raises:
+        DataError: not an archive, or a member leaves the folder.
+    """
+    inside = to.resolve()
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as content:
+                for name in content.namelist():
+                    if not (inside / name).resolve().is_relative_to(inside):
+                        raise DataError(f"{archive}: member {name!r} would leave {to}")
+                content.extractall(to)
+        else:
+            with tarfile.open(archive) as content:
+                content.extractall(to, filter="data")
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        raise DataError(
+            f"{archive}: cannot be unpacked ({error}); delete it and fetch again"
+        ) from error
+
+
+def _hpatches_problems(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        return [f"no folder {folder}"]
+    names = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name.startswith(("v_", "i_"))]
+    problems = (
+        []
+        if len(names) == HPATCHES_SEQUENCES
+        else [f"{len(names)} sequences, {HPATCHES_SEQUENCES} expected"]
+    )
+    for sequence in names:
+        try:
+            if len(read_sequence(sequence)) != 5:
+                problems.append(f"{sequence.name}: not six images")
+        except DataError as error:
+            problems.append(str(error))
+    return problems

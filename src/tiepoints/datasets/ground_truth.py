@@ -1,0 +1,151 @@
+"""Image pairs whose geometry is known: by a homography, by poses, by points marked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+KINDS = ("view", "illum", "other", "pose", "marked")
+
+
+@dataclass(frozen=True)
+class HomographyPair:
+    """Two images and the homography between them.
+
+    Attributes:
+        sequence, name: for example ``graf`` and ``1-4``.
+        kind: ``view``, ``illum`` or ``other`` (what changes).
+        image_a, image_b: paths.
+        H_ab: (3,3) float64 from a to b in pixels.
+    """
+
+    sequence: str
+    name: str
+    kind: str
+    image_a: Path
+    image_b: Path
+    H_ab: Tensor
+
+
+@dataclass(frozen=True)
+class PosePair:
+    """Two images of calibrated cameras and the pose between them.
+
+    Attributes:
+        sequence, name, kind: as in ``HomographyPair``; kind is ``pose``.
+        image_a, image_b: paths.
+        K_a, K_b: (3,3) float64 intrinsics of the images as stored.
+        T_ab: (4,4) float64, points of camera a into camera b.
+        turns_a, turns_b: quarter turns counter-clockwise by which each image is turned before use
+            (SuperGlue's lists).
+    """
+
+    sequence: str
+    name: str
+    kind: str
+    image_a: Path
+    image_b: Path
+    K_a: Tensor
+    K_b: Tensor
+    T_ab: Tensor
+    turns_a: int = 0
+    turns_b: int = 0
+
+
+@dataclass(frozen=True)
+class MarkedPair:
+    """Two images and correspondences between them that were marked by hand.
+
+    Attributes:
+        sequence, name, kind: as in ``HomographyPair``; kind is ``marked``.
+        image_a, image_b: paths.
+        xy_a, xy_b: (K,2) float64, the marked points in pixels.
+    """
+
+    sequence: str
+    name: str
+    kind: str
+    image_a: Path
+    image_b: Path
+    xy_a: Tensor
+    xy_b: Tensor
+
+
+Pair: TypeAlias = HomographyPair | PosePair | MarkedPair
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Pairs found at a place, and what was left out, in words."""
+
+    name: str
+    layout: str
+    root: Path
+    pairs: list[HomographyPair] | list[PosePair] | list[MarkedPair]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def sequences(self) -> list[str]:
+        """Names in order, each once."""
+        return list(dict.fromkeys(pair.sequence for pair in self.pairs))
+
+
+# ---- sizes and rotations of posed images
+
+
+def resize_target(width: int, height: int, resize: tuple[int, ...] | None) -> tuple[int, int]:
+    """Size (width, height) that the pose papers resize an image to.
+
+    ``(w, h)``: exactly that (SuperGlue's ScanNet: 640, 480); ``(side,)``: longest side, smaller
+    images enlarged too (its outdoor 1600); None: as stored.
+    """
+    if resize is None:
+        return width, height
+    if len(resize) == 2:
+        return resize[0], resize[1]
+    if len(resize) != 1:
+        raise ValueError(f"resize must be (side,) or (width, height), got {resize}")
+    factor = resize[0] / max(width, height)
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def resized_intrinsics(K: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """(3,3) intrinsics of an image resized from ``size`` to ``new_size`` (width, height),
+    half-pixel law.
+    """
+    sx, sy = new_size[0] / size[0], new_size[1] / size[1]
+    moved = torch.tensor(
+        [[sx, 0, (sx - 1) / 2], [0, sy, (sy - 1) / 2], [0, 0, 1]], dtype=torch.float64
+    )
+    return moved @ K
+
+
+def turned_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
+    """(3,3) intrinsics after ``turns`` quarter turns counter-clockwise of an image of ``size``
+    (width, height).
+    """
+    w, h = size
+    for _ in range(turns % 4):
+        # the pixel (x, y) goes to (y, w - 1 - x); a camera keeps positive focal lengths, so its
+        # axes turn with the image
+        fx, fy, cx, cy = (float(v) for v in (K[0, 0], K[1, 1], K[0, 2], K[1, 2]))
+        K = torch.tensor([[fy, 0, cy], [0, fx, w - 1 - cx], [0, 0, 1]], dtype=torch.float64)
+        w, h = h, w
+    return K
+
+
+def turned_pose(T_ab: Tensor, turns_a: int, turns_b: int) -> Tensor:
+    """(4,4) pose between the turned cameras of images turned by quarter turns counter-clockwise."""
+
+    def turn(count: int) -> Tensor:
+        angle = torch.tensor(count % 4 * torch.pi / 2, dtype=torch.float64)
+        c, s = angle.cos().round(), angle.sin().round()
+        T = torch.eye(4, dtype=torch.float64)
+        T[:2, :2] = torch.stack([torch.stack([c, s]), torch.stack([-s, c])])
+        return T
+
+    return turn(turns_b) @ T_ab @ torch.linalg.inv(turn(turns_a))

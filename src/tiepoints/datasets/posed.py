@@ -1,0 +1,191 @@
+"""Pairs with known poses: SuperGlue's lists of pairs and Strecha's surveyed scenes."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from .ground_truth import Dataset, PosePair, resized_intrinsics
+from .homography import image_size_of, read_numbers, with_subfolders
+
+#: Folders of Strecha's sets (Strecha et al., CVPR 2008) and of EVD (Mishkin et al., CVIU 2015),
+#: file of WxBS (BMVC 2015).
+STRECHA_CAMERAS = "gt_dense_cameras"
+
+#: Largest deviation of R R^T from the identity: camera files have six digits.
+ROTATION_TOLERANCE = 1e-3
+
+
+# ---- posed pairs
+
+
+def posed_pairs(listing: str | Path, root: str | Path | None = None) -> Dataset:
+    """Pairs of a list with 38 columns a line: two names, two turns, two intrinsics (9 each), the
+    pose (16).
+
+    This is SuperGlue's format, in which its ScanNet and MegaDepth (YFCC) lists and the usual
+    ScanNet-1500 and MegaDepth-1500 lists come.
+
+    Args:
+        listing: the text file, or a folder that holds ``pairs_with_gt.txt``.
+        root: folder the names start from; default ``images`` beside the list, or the list's own
+            folder.
+
+    Raises:
+        FileNotFoundError: no list.
+        DataError: no usable line. Lines that are broken or whose images are missing are named in
+            ``problems``.
+    """
+    listing = Path(listing)
+    if listing.is_dir():
+        listing = listing / "pairs_with_gt.txt"
+    if not listing.is_file():
+        raise FileNotFoundError(f"no list of posed pairs {listing}")
+    base = (
+        Path(root)
+        if root is not None
+        else (listing.parent / "images" if (listing.parent / "images").is_dir() else listing.parent)
+    )
+    pairs: list[PosePair] = []
+    problems = []
+    for number, line in enumerate(listing.read_text().splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        try:
+            pair = _posed_pair(words, base, len(pairs) + 1)
+        except DataError as error:
+            problems.append(f"{listing.name}, line {number}: {error}")
+            continue
+        pairs.append(pair)
+    if not pairs:
+        raise DataError(
+            f"{listing}: no usable pair: {'; '.join(problems[:3]) or 'the file is empty'}"
+        )
+    return Dataset(listing.parent.name, "posed pairs", base, pairs, problems)
+
+
+def _posed_pair(words: list[str], base: Path, number: int) -> PosePair:
+    if len(words) != 38:
+        raise DataError(f"{len(words)} columns, 38 expected")
+    try:
+        numbers = [float(w) for w in words[2:]]
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    image_a, image_b = base / words[0], base / words[1]
+    for path in (image_a, image_b):
+        if not path.is_file():
+            raise DataError(f"no image {path}")
+    values = torch.tensor(numbers, dtype=torch.float64)
+    K_a, K_b, T_ab = (
+        values[2:11].reshape(3, 3),
+        values[11:20].reshape(3, 3),
+        values[20:].reshape(4, 4),
+    )
+    return PosePair(
+        base.parent.name,
+        str(number),
+        "pose",
+        image_a,
+        image_b,
+        K_a,
+        K_b,
+        T_ab,
+        int(numbers[0]) % 4,
+        int(numbers[1]) % 4,
+    )
+
+
+# ---- Strecha's surveyed cameras
+
+
+def strecha(root: str | Path) -> Dataset:
+    """All pairs of images of surveyed scenes (Strecha et al., CVPR 2008).
+
+    ``SCENE/gt_dense_cameras/NAME.camera`` of the image ``SCENE/images/NAME`` holds K (9 numbers),
+    three zeros, the rotation from the camera to the world (9), the centre (3), width and height.
+    Images may be smaller than that; K is scaled to them.
+
+    Args:
+        root: a folder of scenes, or one scene.
+
+    Raises:
+        DataError: no usable pair. Images without a camera, and cameras that are broken, are named
+            in ``problems``.
+    """
+    root = Path(root)
+    pairs: list[PosePair] = []
+    problems = []
+    for scene in strecha_scenes(root):
+        cameras: dict[Path, tuple[Tensor, Tensor]] = {}
+        for file in sorted((scene / STRECHA_CAMERAS).glob("*.camera")):
+            try:
+                image = _image_of(scene, file.name.removesuffix(".camera"))
+                cameras[image] = _read_camera(file, image)
+            except DataError as error:
+                problems.append(str(error))
+        for a, b in combinations(cameras, 2):
+            (K_a, T_a), (K_b, T_b) = cameras[a], cameras[b]
+            T_ab = T_b @ torch.linalg.inv(T_a)
+            if not float(T_ab[:3, 3].norm()) > 0:
+                problems.append(
+                    f"{scene.name}: {a.name} and {b.name} have one centre, so no direction of "
+                    "translation; remove one of them"
+                )
+                continue
+            pairs.append(
+                PosePair(scene.resolve().name, f"{a.stem}-{b.stem}", "pose", a, b, K_a, K_b, T_ab)
+            )
+    if not pairs:
+        detail = (
+            "; ".join(problems[:3])
+            or f"no scene with two {STRECHA_CAMERAS}/NAME.camera of images/NAME"
+        )
+        raise DataError(f"no usable pair of surveyed cameras in {root}: {detail}")
+    return Dataset(root.resolve().name, "strecha", root, pairs, problems)
+
+
+def strecha_scenes(root: Path) -> list[Path]:
+    return [folder for folder in with_subfolders(root) if (folder / STRECHA_CAMERAS).is_dir()]
+
+
+def _image_of(scene: Path, name: str) -> Path:
+    for image in (scene / "images" / name, scene / name):
+        if image.is_file():
+            return image
+    raise DataError(
+        f"{scene / STRECHA_CAMERAS / name}.camera has no image {scene / 'images' / name}; put it "
+        "there or remove the camera"
+    )
+
+
+def _read_camera(file: Path, image: Path) -> tuple[Tensor, Tensor]:
+    """Intrinsics (3,3) of the image as stored, and the pose (4,4) from the world to the camera."""
+    values = read_numbers(file)
+    if len(values) != 26:
+        raise DataError(
+            f"{file}: {len(values)} numbers, a camera has 26 (K 9, zeros 3, R 9, centre 3, size "
+            "2); replace or remove it"
+        )
+    K, R, centre = values[:9].reshape(3, 3), values[12:21].reshape(3, 3), values[21:24]
+    if (
+        float((R @ R.T - torch.eye(3, dtype=torch.float64)).abs().max()) > ROTATION_TOLERANCE
+        or float(torch.linalg.det(R)) < 0
+    ):
+        raise DataError(f"{file}: R is no rotation; replace or remove it")
+    width, height = (int(v) for v in values[24:])
+    size = image_size_of(image)
+    if (
+        width < 1 or height < 1 or abs(size[0] / width * height - size[1]) > 1
+    ):  # a pixel of rounding
+        raise DataError(
+            f"{file}: for {width} x {height}, but {image} is {size[0]} x {size[1]}; resize the "
+            "image without cropping it"
+        )
+    T = torch.eye(4, dtype=torch.float64)
+    T[:3, :3], T[:3, 3] = R.T, -R.T @ centre
+    return resized_intrinsics(K, (width, height), size), T

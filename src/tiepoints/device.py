@@ -1,0 +1,51 @@
+"""The device and the precision that networks run with."""
+
+from __future__ import annotations
+
+import torch
+
+from .names import PRECISIONS
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is CUDA, then Apple's MPS, then the CPU; other names are torch's.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu"
+        ) from error
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` computes in bfloat16: a GPU, or a processor with AVX-512 BF16 or AMX;
+    others emulate it, many times slower.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(
+        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
+    )
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device computes it faster than float32, which many processors
+    only emulate.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
+    if name != "auto":
+        return torch.bfloat16 if name == "bfloat16" else torch.float32
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32

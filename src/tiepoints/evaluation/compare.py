@@ -1,0 +1,217 @@
+"""Which of two systems is better on given images: measured on warped copies of them, with
+confidence intervals over the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..datasets.synthetic import PRESETS, Pair, PairDataset
+from ..device import choose_device
+from ..errors import DataError
+from ..geometry import warp_points
+from ..matching import match
+from ..metrics.repeatability import localisation
+from ..models.spec import DetectorSpec, spec_of
+from ..names import PATCH_DESCRIPTORS
+from ..progress import track
+from ..weights import load
+from .systems import Options, System, system
+
+#: A keypoint or match is correct within this many pixels.
+DISTANCE = 3.0
+#: Resamplings of the images for a confidence interval of 95 %.
+RESAMPLINGS = 2000
+#: Measure -> unit, and whether larger is better.
+MEASURES = {
+    "repeatability": ("%", True),
+    "correct matches": ("", True),
+    "localisation error": ("px", False),
+}
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """How two systems are compared.
+
+    Attributes:
+        photos: images to measure on, spread over those given.
+        num_keypoints: keypoints compared in each view.
+        size: side of the views in pixels.
+        seed: of the warps.
+        device: for networks.
+    """
+
+    photos: int = 30
+    num_keypoints: int = 500
+    size: int = 480
+    seed: int = 0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One measure of two systems.
+
+    Attributes:
+        a, b: means over the images.
+        difference: mean of b - a.
+        low, high: its confidence interval (95 %).
+    """
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems compared.
+
+    Attributes:
+        a, b: their names.
+        photos: number of images.
+        measures: name (``MEASURES``) -> values; without ``correct matches`` for a system without
+            descriptors.
+    """
+
+    a: str
+    b: str
+    photos: int
+    measures: dict[str, Measure]
+
+    def verdict(self, name: str) -> str:
+        """Which system is better in a measure: the interval of the difference excludes 0."""
+        measure, larger = self.measures[name], MEASURES[name][1]
+        if measure.low <= 0 <= measure.high:
+            return "no difference shown"
+        return self.b if (measure.difference > 0) == larger else self.a
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as a JSON object."""
+        measures = {
+            name: {**dataclasses.asdict(measure), "better": self.verdict(name)}
+            for name, measure in self.measures.items()
+        }
+        return {"a": self.a, "b": self.b, "photos": self.photos, "measures": measures}
+
+    def table(self) -> str:
+        """A text table with one line per measure."""
+        names = [Path(name).stem if Path(name).suffix else name for name in (self.a, self.b)]
+        widths = [max(8, len(name)) for name in names]
+        lines = [
+            f"{self.photos} images     {names[0]:>{widths[0]}}  {names[1]:>{widths[1]}}  "
+            "difference (95 % interval)   better"
+        ]
+        for name, m in self.measures.items():
+            unit = MEASURES[name][0]
+            better = self.verdict(name)
+            better = dict(zip((self.a, self.b), names, strict=True)).get(better, better)
+            lines.append(
+                f"{name:18s} {m.a:{widths[0]}.2f}  {m.b:{widths[1]}.2f}  "
+                f"{m.difference:+.2f} ({m.low:+.2f} .. {m.high:+.2f}) {unit:2s}   {better}"
+            )
+        return "\n".join(lines)
+
+
+def compare_systems(
+    a: str,
+    b: str,
+    images: Sequence[Path],
+    settings: CompareSettings | None = None,
+    *,
+    progress: bool = False,
+) -> Comparison:
+    """Compare two systems on warped copies of images.
+
+    Args:
+        a, b: names as ``systems.system`` takes them: ``keynet``, ``sift``, ``keynet+desnet``, a
+            weights file ...
+        images: image files.
+
+    Raises:
+        ValueError: an unknown system, or fewer than two images.
+        DataError: fewer than two images have texture.
+    """
+    settings = settings or CompareSettings()
+    if len(images) < 2:
+        raise ValueError(f"a comparison needs at least two images, got {len(images)}")
+    device = str(choose_device(settings.device))
+    options = Options(num_keypoints=2 * settings.num_keypoints, device=device)
+    systems = [system(name, options) for name in (a, b)]
+    step = max(1, len(images) // settings.photos)
+    views = dataclasses.replace(PRESETS["default"], size=settings.size)
+    rows: list[list[dict[str, float]]] = []
+    for path in track(
+        list(images)[::step][: settings.photos], unit="image", label="compare", enabled=progress
+    ):
+        try:
+            pair = PairDataset([path], views, seed=settings.seed, length=1).pair(0)
+        except DataError:
+            continue  # no texture
+        rows.append([_measure(one, pair, settings.num_keypoints) for one in systems])
+    if len(rows) < 2:
+        raise DataError(
+            f"{len(rows)} of {len(images)} images have texture in views of {settings.size} px, and "
+            "two are needed; give more images or a smaller --size"
+        )
+    found = {name: _interval(rows, name) for name in MEASURES}
+    return Comparison(a, b, len(rows), {k: v for k, v in found.items() if v is not None})
+
+
+def _measure(one: System, pair: Pair, num_keypoints: int) -> dict[str, float]:
+    """The measures of a system on one pair of views."""
+    a, b = one(pair.image_a), one(pair.image_b)
+    H = torch.from_numpy(pair.H_ab)
+    sizes = [image.shape[:2] for image in (pair.image_a, pair.image_b)]
+    local = localisation(a.xy, b.xy, H, *sizes, num_keypoints=num_keypoints, thresholds=(DISTANCE,))
+    found = {"repeatability": 100 * (local[f"rep@{DISTANCE:g}"] or 0.0)}
+    error = local[f"err@{DISTANCE:g}"]
+    if error is not None:
+        found["localisation error"] = error
+    if a.descriptors is not None and b.descriptors is not None:
+        first, second = a[:num_keypoints], b[:num_keypoints]
+        index = match(first, second).index
+        distance = warp_points(first.xy[index[:, 0]].double(), H) - second.xy[index[:, 1]].double()
+        found["correct matches"] = float((distance.norm(dim=1) <= DISTANCE).sum())
+    return found
+
+
+def _interval(rows: list[list[dict[str, float]]], name: str) -> Measure | None:
+    """Means and the bootstrapped interval of the difference; None where a system lacks it."""
+    values = np.array([[one[name] for one in row] for row in rows if all(name in o for o in row)])
+    if len(values) < 2:
+        return None
+    difference = values[:, 1] - values[:, 0]
+    rng = np.random.default_rng(0)
+    picks = rng.integers(0, len(difference), (RESAMPLINGS, len(difference)))
+    low, high = np.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
+    mean_a, mean_b = values.mean(axis=0)
+    return Measure(float(mean_a), float(mean_b), float(difference.mean()), float(low), float(high))
+
+
+def compare_trained(
+    name: str, weights: Path, images: Sequence[Path], *, progress: bool = False
+) -> Comparison | None:
+    """Compare freshly trained weights of a network with the shipped ones of its name on held-out
+    images; None where there are too few.
+    """
+    if len(images) < 2:
+        return None
+    detects = isinstance(spec_of(load(weights)), DetectorSpec)
+    beside = "keynet" if name in PATCH_DESCRIPTORS else "sobelnet"
+    names = (name, str(weights)) if detects else (f"{beside}+{name}", f"{beside}+{weights}")
+    settings = CompareSettings(photos=20, size=320)
+    try:
+        return compare_systems(*names, images, settings, progress=progress)
+    except DataError:
+        return None

@@ -1,0 +1,42 @@
+"""Maps of an image made strip by strip, which bounds memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def strips(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
+    """Rows of an image cut into strips of about ``pixels``: (top, bottom) of each."""
+    count = max(1, round(height * width / pixels))
+    edges = [height * i // count for i in range(count + 1)]
+    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
+
+
+def by_strips(
+    image: Tensor, reach: int, pixels: int, maps_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``maps_of(image)``, (B,1,H,W) -> (B,M,H,W) channels-last, made in strips of about ``pixels``.
+
+    A strip is computed with as many rows more as the filters ``reach``, which are then dropped: its
+    cut edges are padded wrongly, its edges at the border of the image rightly.
+    """
+    h, w = image.shape[-2:]
+    cut = strips(h, w, pixels)
+    if len(cut) == 1:
+        return maps_of(image)
+    out: Tensor | None = None
+    for top, bottom in cut:
+        low, high = max(0, top - reach), min(h, bottom + reach)
+        maps = maps_of(image[:, :, low:high])
+        if out is None:
+            shape = (len(image), maps.shape[1], h, w)
+            out = torch.empty(
+                shape, dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last
+            )
+        out[:, :, top:bottom] = maps[:, :, top - low : bottom - low]
+    assert out is not None
+    return out

@@ -1,0 +1,195 @@
+"""DesNet: a fast dense descriptor, trained on key point candidates (Yuan et al. 2020, "Realtime
+CNN-based ... Keypoint Candidates").
+
+Idea: a descriptor needs to see much around a point, and all points of an image share what is seen;
+so one fully convolutional network runs once over the image, and descriptors are read from its map
+where the points are, whoever found them.
+
+In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up.
+Out: map (B,D,ceil(H/8),ceil(W/8)); ``sample`` reads unit descriptors (N,D) from it.
+
+The paper's code was never published: separate network, gray image, large receptive field and the
+training on the detector's candidates are the paper's; the layers are ours (docs/models.md). A cell
+of the map sees ``FILTER_FIELD`` pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..filters import resize
+from ..geometry import resize_points
+from .spec import DenseSpec
+
+#: Image pixels from cell to cell of the map: three halvings.
+STRIDE = 8
+DIMS = (128, 64)
+WIDTHS = (16, 32, 64)  # channels after each halving
+# of the halvings: an even window is centred between pixels, where the half-pixel law wants it
+KERNEL = 4
+DILATIONS = (1, 2, 4)  # of the 3 x 3 layers at full stride
+#: Cells of the window that light is evened in, and what is added to its deviation, so that noise of
+#: flat areas stays small.
+LIGHT_CELLS = 5
+FLAT = 0.02
+#: Side in pixels of what the filters of one cell see (134), and of all that it depends on, through
+#: the evened light (184).
+FILTER_FIELD = (
+    1
+    + sum((KERNEL - 1) * 2**i for i in range(len(WIDTHS)))
+    + sum(2 * d * STRIDE for d in DILATIONS)
+)
+RECEPTIVE_FIELD = STRIDE * (1 + 2 * (FILTER_FIELD // (2 * STRIDE) + 1 + LIGHT_CELLS // 2))
+SAMPLING = ("bilinear", "bicubic")
+
+
+class DesNet(nn.Module):
+    """See the file's docstring.
+
+    Args:
+        dim: D, 128 or 64.
+        width: factor of ``WIDTHS``, 1 to 4: the time grows with its square.
+
+    Raises:
+        ValueError: another dimension or width.
+    """
+
+    spec = DenseSpec()
+
+    def __init__(self, *, dim: int = 128, width: int = 1):
+        super().__init__()
+        if dim not in DIMS:
+            raise ValueError(f"dim must be one of {DIMS}, got {dim}")
+        if width not in range(1, 5):
+            raise ValueError(f"width must be a whole number from 1 to 4, got {width}")
+        self.settings: dict[str, Any] = {"dim": int(dim), "width": int(width)}
+        widths = [width * channels for channels in WIDTHS]
+        self.dim = int(dim)
+        self.halvings = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(a, b, KERNEL, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(b),
+                nn.ReLU(),
+            )
+            for a, b in pairwise((1, *widths))
+        )
+        wide = widths[-1]
+        self.context = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(wide, wide, 3, padding=d, dilation=d, bias=False),
+                nn.BatchNorm2d(wide),
+                nn.ReLU(),
+            )
+            for d in DILATIONS
+        )
+        self.head = nn.Conv2d(wide, dim, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1]; cell j lies at pixel ``8 j + 3.5``. Not
+        normalised.
+        """
+        maps = even_light(whole_cells(image))
+        for halving in self.halvings:
+            maps = halving(maps)
+        for layer in self.context:
+            maps = maps + layer(maps)
+        return self.head(maps)
+
+    def fused(self, dtype: torch.dtype = torch.float32) -> FusedDesNet:
+        """The same function for inference, faster: see ``FusedDesNet``."""
+        return FusedDesNet(self, dtype)
+
+
+def whole_cells(image: Tensor) -> Tensor:
+    """A gray image continued to the right and below by its last column and row, up to a multiple of
+    ``STRIDE``.
+
+    Raises:
+        ValueError: it is no (B,1,H,W).
+    """
+    if image.ndim != 4 or image.shape[1] != 1:
+        raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
+    h, w = image.shape[-2:]
+    below, right = -h % STRIDE, -w % STRIDE
+    return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
+
+
+def even_light(image: Tensor) -> Tensor:
+    """(value - mean) / (deviation + ``FLAT``) of a gray image (B,1,H,W) of whole cells: of the 5 x
+    5 cells around, linear between cells.
+    """
+    size = (image.shape[-2], image.shape[-1])
+    cells = F.avg_pool2d(torch.cat([image, image.square()], dim=1), STRIDE)
+    mean, square = F.avg_pool2d(
+        cells, LIGHT_CELLS, stride=1, padding=LIGHT_CELLS // 2, count_include_pad=False
+    ).split(1, dim=1)
+    factor = 1 / ((square - mean.square()).clamp(min=0).sqrt() + FLAT)
+    mean, factor = resize(torch.cat([mean, factor], dim=1), size).split(1, dim=1)
+    return (image - mean) * factor
+
+
+def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor:
+    """Unit descriptors (N,D) at points (N,2) in pixels of the image, read from its map (1,D,h,w).
+
+    Half-pixel law: pixel x lies at ``(x + 0.5) / 8 - 0.5`` of the map; outside the outermost cells
+    those are continued.
+
+    Raises:
+        ValueError: an unknown mode (``SAMPLING``) or shapes that do not fit.
+    """
+    if mode not in SAMPLING:
+        raise ValueError(f"mode must be one of {', '.join(SAMPLING)}; got {mode!r}")
+    if descriptor_map.ndim != 4 or len(descriptor_map) != 1 or xy.ndim != 2 or xy.shape[1] != 2:
+        raise ValueError(
+            f"expected a map (1,D,h,w) and points (N,2), got {tuple(descriptor_map.shape)} and "
+            f"{tuple(xy.shape)}"
+        )
+    h, w = descriptor_map.shape[-2:]
+    at = resize_points(xy.to(descriptor_map.dtype), 1 / STRIDE, 1 / STRIDE)
+    grid = (at + 0.5) * at.new_tensor([2 / w, 2 / h]) - 1
+    values = F.grid_sample(
+        descriptor_map, grid[None, None], mode=mode, padding_mode="border", align_corners=False
+    )  # (1,D,1,N)
+    return F.normalize(values[0, :, 0].T, dim=1)
+
+
+class FusedDesNet(nn.Module):
+    """A trained ``DesNet`` for inference: batch normalisation folded into the filters,
+    channels-last memory, ``dtype`` inside.
+
+    Equal to the network in eval mode up to rounding. It copies the weights, so later training of
+    the original does not show here.
+    """
+
+    spec = DesNet.spec
+
+    def __init__(self, net: DesNet, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dim, self.dtype = net.dim, dtype
+        net = copy.deepcopy(net).eval().requires_grad_(False)
+
+        def folded(layers: nn.ModuleList) -> nn.ModuleList:
+            return nn.ModuleList(fuse_conv_bn_eval(layer[0], layer[1]) for layer in layers)  # type: ignore[index]
+
+        self.halvings, self.context, self.head = folded(net.halvings), folded(net.context), net.head
+        self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """Map (B,D,h,w) float32 of a gray image (B,1,H,W) in [0,1]."""
+        maps = even_light(whole_cells(image)).to(self.dtype)
+        for conv in self.halvings:
+            maps = F.relu_(conv(maps.contiguous(memory_format=torch.channels_last)))
+        for conv in self.context:
+            maps = F.relu_(conv(maps)).add_(maps)
+        return self.head(maps).float()

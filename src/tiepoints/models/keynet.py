@@ -1,0 +1,352 @@
+"""Key.Net: keypoint detection by handcrafted and learned CNN filters (Barroso-Laguna et al., ICCV
+2019).
+
+Idea: image derivatives up to second order and their products anchor a very small network; the same
+learned blocks look at three slightly different scales of the image; one last filter merges them
+into a score for every pixel.
+
+In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0,
+without unit: only the order of scores within one network means something.
+
+The defaults are the official PyTorch network, 5,873 parameters (variant A in docs/models.md); the
+two other published variants, kept to reproduce old files, live in ``keynet_legacy``.
+``KeyNet.fused()`` gives the same function, faster.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..filters import binomial_blur, corner_strength, resize, sobel
+from ..kernels.single_channel import OneMapConv
+from ..kernels.tiling import by_strips
+from .spec import DetectorSpec
+
+#: Handcrafted channels in the order of the official PyTorch weights; each belongs to the first or
+#: the second order set.
+FIRST_ORDER = ("dx", "dy", "dx^2", "dy^2", "dx*dy")
+SECOND_ORDER = ("dxy", "dxy^2", "dxx", "dyy", "dxx*dyy")
+HANDCRAFTED_SETS = {
+    "both": FIRST_ORDER + SECOND_ORDER,
+    "first": FIRST_ORDER,
+    "second": SECOND_ORDER,
+    "none": (),
+}
+FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
+DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
+#: What follows the last convolution.
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
+#: Window of the structure tensor that ``structure`` multiplies the score by, in pixels.
+STRUCTURE_SIGMA = 2.0
+#: Corner strength that is rounding: gradients of a hundredth of a gray level of eight bits.
+STRUCTURE_FLOOR = 1e-10
+# bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
+STRIP_PIXELS = 300_000
+
+
+def handcrafted_channels(
+    image: Tensor, names: tuple[str, ...] = HANDCRAFTED_SETS["both"]
+) -> list[Tensor]:
+    """Derivative channels ``names`` of a gray image (paper 3.1): (B,1,H,W) -> (B,1,H,W) each.
+
+    Second derivatives are the Sobel operator applied twice, border replicated each time.
+    """
+    dx, dy = sobel(image)
+    made = {"dx": dx, "dy": dy}
+    if any(name in SECOND_ORDER for name in names):
+        made["dxx"], made["dxy"] = sobel(dx)
+        made["dyy"] = sobel(dy)[1]
+    channels = []
+    for name in names:
+        if name.endswith("^2"):
+            channels.append(made[name[:-2]].square())
+        elif "*" in name:
+            left, right = name.split("*")
+            channels.append(made[left] * made[right])
+        else:
+            channels.append(made[name])
+    return channels
+
+
+def on_structure(score: Tensor, image: Tensor, power: float) -> Tensor:
+    """Scores (B,1,H,W) times a power of ``filters.corner_strength`` of their gray image (B,1,H,W).
+
+    A network trained on homographies alone learns to answer beside edges, because there a keypoint
+    moves with the plane as well as on a corner. The smaller eigenvalue of the structure tensor is
+    small there, so such answers lose against those on corners.
+    """
+    if not power:
+        return score
+    with torch.no_grad():  # the image is given, and the derivative of a power at 0 is infinite
+        strength = corner_strength(image.float(), STRUCTURE_SIGMA)
+        # a small power would make structure of the rounding of a flat area
+        factor = torch.where(
+            strength < STRUCTURE_FLOOR, torch.zeros_like(strength), strength**power
+        )
+    return score * factor
+
+
+def pyramid_level_size(height: int, width: int, factor: float) -> tuple[int, int]:
+    """Size of the next coarser level inside the network, never below 1 x 1."""
+    return max(1, int(height // factor)), max(1, int(width // factor))
+
+
+class FirstLayer(nn.Module):
+    """Ten channels from the image: the handcrafted ones first, learned filters for the rest.
+    (B,1,H,W) -> (B,10,H,W).
+    """
+
+    def __init__(self, handcrafted: str, kernel_size: int):
+        super().__init__()
+        self.names = HANDCRAFTED_SETS[handcrafted]
+        learned = FIRST_LAYER_CHANNELS - len(self.names)
+        self.learned = (
+            nn.Conv2d(1, learned, kernel_size, padding=kernel_size // 2) if learned else None
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.cat(self.parts(image), dim=1)
+
+    def parts(self, image: Tensor) -> list[Tensor]:
+        """The channels before they are put together."""
+        parts = handcrafted_channels(image, self.names) if self.names else []
+        if self.learned is not None:
+            parts.append(self.learned(image))
+        return parts
+
+
+class LearnedBlock(nn.Sequential):
+    """Convolution, batch normalisation, ReLU; keeps the size."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel_size: int):
+        super().__init__(
+            nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2),
+            nn.BatchNorm2d(channels_out),
+            nn.ReLU(),
+        )
+
+
+class KeyNet(nn.Module):
+    """Key.Net with the freedom of the paper (section 6.1, figure 5 and table 1a).
+
+    Args:
+        num_filters: M, filters of each learned block, >= 1.
+        num_blocks: learned blocks, >= 1, shared by all pyramid levels.
+        kernel_size: odd side of all learned filters in pixels.
+        num_levels: pyramid levels inside the network, >= 1.
+        scale_factor: size ratio of neighbouring levels, > 1; default 1.2. Refused with one level,
+            where it means nothing.
+        handcrafted: ``both``, ``first``, ``second`` order channels or ``none``; learned filters
+            take the places of missing ones so that the first layer always has ten channels.
+        merge: whether a last convolution merges the levels. Without it the single block gives the
+            score itself, which needs one filter and one level (Tiny-Key.Net).
+        score: what follows the last convolution: ``relu`` as published, or ``softplus``, which
+            never becomes 0 everywhere and so can be trained by losses of peaks alone
+            (docs/training.md). Refused without ``merge``.
+        structure: 0 as published; above 0 the score is multiplied by this power of the image's
+            corner strength (``on_structure``). Refused without ``merge``.
+
+    Raises:
+        ValueError: an argument is outside these limits.
+
+    A new network is untrained (He initialisation, biases 0); ``tiepoints.weights.load`` gives
+    trained ones.
+    """
+
+    spec = DetectorSpec()
+
+    def __init__(
+        self,
+        *,
+        num_filters: int = 8,
+        num_blocks: int = 3,
+        kernel_size: int = 5,
+        num_levels: int = 3,
+        scale_factor: float | None = None,
+        handcrafted: str = "both",
+        merge: bool = True,
+        score: str = "relu",
+        structure: float = 0.0,
+    ):
+        super().__init__()
+        if score not in SCORES or (not merge and score != "relu"):
+            raise ValueError(
+                f"score must be one of {', '.join(SCORES)}, and relu without merge; got {score!r}"
+            )
+        if not 0 <= structure <= 2 or (not merge and structure):
+            raise ValueError(
+                f"structure must lie in [0, 2], and be 0 without merge; got {structure}"
+            )
+        for name, value in (
+            ("num_filters", num_filters),
+            ("num_blocks", num_blocks),
+            ("num_levels", num_levels),
+        ):
+            if int(value) != value or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1 up, got {value}")
+        if int(kernel_size) != kernel_size or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be an odd whole number from 1 up, got {kernel_size}"
+            )
+        if handcrafted not in HANDCRAFTED_SETS:
+            raise ValueError(
+                f"handcrafted must be one of {', '.join(HANDCRAFTED_SETS)}; got {handcrafted!r}"
+            )
+        if num_levels == 1 and scale_factor is not None:
+            raise ValueError("scale_factor has no meaning with num_levels=1; leave it out")
+        if not merge and (num_filters != 1 or num_levels != 1):
+            raise ValueError(
+                "merge=False needs num_filters=1 and num_levels=1, because nothing else makes one "
+                "map"
+            )
+        num_filters, num_blocks, num_levels, kernel_size = (
+            int(num_filters),
+            int(num_blocks),
+            int(num_levels),
+            int(kernel_size),
+        )
+        self.scale_factor = DEFAULT_SCALE_FACTOR if scale_factor is None else float(scale_factor)
+        if not self.scale_factor > 1:
+            raise ValueError(f"scale_factor must be above 1, got {scale_factor}")
+        self.settings: dict[str, Any] = {
+            "num_filters": num_filters,
+            "num_blocks": num_blocks,
+            "kernel_size": kernel_size,
+            "num_levels": num_levels,
+            "scale_factor": scale_factor,
+            "handcrafted": handcrafted,
+            "merge": merge,
+            "score": score,
+            "structure": float(structure),
+        }
+        #: Localisation bias (x, y) of the trained network in pixels, which extraction subtracts.
+        self.offset: tuple[float, float] = (0.0, 0.0)
+        #: Response to an image without content, stored with the weights; None = not measured.
+        self.floor: float | None = None
+        self.num_levels = num_levels
+        self.first = FirstLayer(handcrafted, kernel_size)
+        widths = [FIRST_LAYER_CHANNELS] + [num_filters] * num_blocks
+        self.blocks = nn.Sequential(
+            *(LearnedBlock(widths[i], widths[i + 1], kernel_size) for i in range(num_blocks))
+        )
+        self.last = (
+            nn.Conv2d(num_filters * num_levels, 1, kernel_size, padding=kernel_size // 2)
+            if merge
+            else None
+        )
+        self.initialise()
+
+    @classmethod
+    def tiny(cls) -> KeyNet:
+        """Tiny-Key.Net (paper 6.4): all handcrafted filters, one learned 5 x 5 filter, one scale;
+        253 parameters.
+
+        The paper says 260 and counts 5*5*10 + bias + batch normalisation, which is 253.
+        """
+        return cls(num_filters=1, num_blocks=1, num_levels=1, merge=False)
+
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """He initialisation of all filters (fan-in), zero biases, drawn from ``generator`` (paper
+        5.3).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                fan_in = module.weight[0].numel()
+                with torch.no_grad():
+                    module.weight.normal_(0.0, (2.0 / fan_in) ** 0.5, generator=generator)
+                    module.bias.zero_()  # type: ignore[union-attr]
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_running_stats()
+                module.reset_parameters()
+
+    def level_images(self, image: Tensor) -> list[Tensor]:
+        """The image and its coarser copies, each blurred and reduced from the one before."""
+        levels = [image]
+        for _ in range(self.num_levels - 1):
+            previous = levels[-1]
+            size = pyramid_level_size(previous.shape[-2], previous.shape[-1], self.scale_factor)
+            levels.append(resize(binomial_blur(previous), size))
+        return levels
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
+        if image.ndim != 4 or image.shape[1] != 1:
+            raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
+        size = (image.shape[-2], image.shape[-1])
+        maps = [
+            resize(self.blocks(self.first(level)), size) for level in self.level_images(image)
+        ]  # each (B,M,H,W)
+        volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
+        if self.last is None:
+            return volume
+        return on_structure(
+            SCORES[self.settings["score"]](self.last(volume)), image, self.settings["structure"]
+        )
+
+    def fused(self) -> FusedKeyNet:
+        """The same function for inference, faster: see ``FusedKeyNet``."""
+        return FusedKeyNet(self)
+
+
+class FusedKeyNet(nn.Module):
+    """A trained ``KeyNet`` for inference: batch normalisation folded into the filters,
+    channels-last memory, strips of rows.
+
+    Equal to the network in eval mode up to rounding; about twice as fast on a CPU. It copies the
+    weights, so later training of the original does not show here.
+    """
+
+    spec = KeyNet.spec
+
+    def __init__(self, net: KeyNet):
+        super().__init__()
+        self.offset, self.floor = net.offset, net.floor
+        self.reference = copy.deepcopy(net).eval().requires_grad_(False)
+        folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
+        self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
+        side = net.settings["kernel_size"] // 2
+        self.filters = net.settings["num_filters"]
+        self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
+        self.merges = net.last is not None
+        self.score, self.structure = net.settings["score"], net.settings["structure"]
+        if net.last is not None:
+            # The last convolution is a sum over levels: adding up its parts spares a volume of all
+            # levels' maps.
+            parts = net.last.weight.split(self.filters, dim=1)
+            self.merge = nn.ModuleList(
+                OneMapConv(part, net.last.bias if i == 0 else None) for i, part in enumerate(parts)
+            )
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
+        levels = self.reference.level_images(image)
+        if not self.merges:
+            return self._learned(levels[0])
+        size = (image.shape[-2], image.shape[-1])
+        score: Tensor | float = 0.0
+        for level, merge in zip(levels, self.merge, strict=True):
+            score = score + merge(resize(self._learned(level), size))
+        return on_structure(SCORES[self.score](score), image, self.structure)  # type: ignore[arg-type]
+
+    def _learned(self, level: Tensor) -> Tensor:
+        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""
+        return by_strips(level, self.reach, STRIP_PIXELS, self._features)
+
+    def _features(self, level: Tensor) -> Tensor:
+        shape = (len(level), FIRST_LAYER_CHANNELS, *level.shape[-2:])
+        features = torch.empty(
+            shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last
+        )
+        # Straight into channels-last: one pass less than to concatenate and convert.
+        torch.cat(self.reference.first.parts(level), dim=1, out=features)
+        for conv in self.blocks:
+            features = F.relu_(conv(features))
+        return features

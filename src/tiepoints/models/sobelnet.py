@@ -1,0 +1,182 @@
+"""SobelNet: real-time key points from gradients (Yuan et al. 2020, "Realtime CNN-based Keypoint
+Detector with Sobel Filter ...").
+
+Idea: corners are places whose gradients point several ways, so gradients are what a small network
+is given; the same network looks at three scales of the image, and what it sees on each is summed,
+not stacked, before one last filter makes the score.
+
+In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0,
+without unit: only the order of scores within one network means something.
+
+The paper's code was never published. Scales, the order of Sobel, Gaussian, three layers of eight
+channels, sum, last layer and the cut at a part of the maximum are the paper's; which gradients,
+kernel sizes, and the soft ReLU of the score are ours (docs/models.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..filters import binomial_blur, resize, sobel
+from ..kernels.single_channel import OneMapConv
+from ..kernels.tiling import by_strips
+from .spec import DetectorSpec
+
+#: Size of each scale over the one before: 1, 1/sqrt(2), 1/2.
+SCALE_FACTOR = math.sqrt(2.0)
+NUM_LEVELS = 3
+NUM_FILTERS = 8
+NUM_BLOCKS = 3
+GRADIENTS = ("dx", "dy", "magnitude")
+#: Scores under this part of the image's largest are set to zero. They range widely: a part of 1e-6
+#: already costs points that repeat.
+RATIO = 1e-8
+# bounds the memory of maps on a large image; smaller strips cost more in calls than they save in
+# cache
+STRIP_PIXELS = 300_000
+_TINY = 1e-12  # of the squared gradient: the root of 0 has no derivative
+
+
+def gradients(image: Tensor) -> list[Tensor]:
+    """``GRADIENTS`` of a gray image (B,1,H,W), smoothed by a 5 x 5 binomial: (B,1,H,W) each, in
+    gray values a pixel.
+    """
+    dx, dy = sobel(
+        binomial_blur(image)
+    )  # Sobel and Gaussian may change places: one blur instead of two
+    return [dx, dy, (dx.square() + dy.square() + _TINY).sqrt()]
+
+
+class SobelNet(nn.Module):
+    """See the file's docstring.
+
+    Args:
+        kernel_size: odd side of all learned filters in pixels.
+        ratio: scores under this part of the image's largest become zero (in eval mode), 0 = none,
+            below 1.
+
+    Raises:
+        ValueError: an argument is outside these limits.
+    """
+
+    spec = DetectorSpec()
+
+    def __init__(self, *, kernel_size: int = 3, ratio: float = RATIO):
+        super().__init__()
+        if int(kernel_size) != kernel_size or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be an odd whole number from 1 up, got {kernel_size}"
+            )
+        if not 0 <= ratio < 1:
+            raise ValueError(f"ratio must be from 0 to below 1, got {ratio}")
+        self.settings: dict[str, Any] = {"kernel_size": int(kernel_size), "ratio": float(ratio)}
+        self.ratio = float(ratio)
+        #: Localisation bias (x, y) of the trained network in pixels, which extraction subtracts.
+        self.offset: tuple[float, float] = (0.0, 0.0)
+        #: Response to an image without content, stored with the weights; None = not measured.
+        self.floor: float | None = None
+        pad = kernel_size // 2
+        widths = [len(GRADIENTS)] + NUM_BLOCKS * [NUM_FILTERS]
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(a, b, kernel_size, padding=pad), nn.BatchNorm2d(b), nn.ReLU()
+                )
+                for a, b in pairwise(widths)
+            )
+        )
+        self.last = nn.Conv2d(NUM_FILTERS, 1, kernel_size, padding=pad)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+    def level_images(self, image: Tensor) -> list[Tensor]:
+        """The image and its coarser copies, each blurred and reduced from the one before."""
+        h, w = image.shape[-2:]
+        levels = [image]
+        for i in range(1, NUM_LEVELS):
+            size = max(1, round(h / SCALE_FACTOR**i)), max(1, round(w / SCALE_FACTOR**i))
+            levels.append(resize(binomial_blur(levels[-1]), size))
+        return levels
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
+        if image.ndim != 4 or image.shape[1] != 1:
+            raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
+        total: Tensor | None = None
+        for level in reversed(self.level_images(image)):
+            maps = self.blocks(torch.cat(gradients(level), dim=1))
+            total = (
+                maps if total is None else maps + resize(total, (level.shape[-2], level.shape[-1]))
+            )
+        assert total is not None
+        score = F.softplus(self.last(total))
+        return score if self.training else cut(score, self.ratio)
+
+    def fused(self) -> FusedSobelNet:
+        """The same function for inference, faster: see ``FusedSobelNet``."""
+        return FusedSobelNet(self)
+
+
+def cut(score: Tensor, ratio: float) -> Tensor:
+    """Scores (B,1,H,W) with those under ``ratio`` times the largest of their image set to zero."""
+    return (
+        torch.where(score < ratio * score.amax(dim=(1, 2, 3), keepdim=True), 0.0, score)
+        if ratio
+        else score
+    )
+
+
+class FusedSobelNet(nn.Module):
+    """A trained ``SobelNet`` for inference: batch normalisation folded into the filters,
+    channels-last memory.
+
+    Equal to the network in eval mode up to rounding. It copies the weights, so later training of
+    the original does not show here.
+    """
+
+    spec = SobelNet.spec
+
+    def __init__(self, net: SobelNet):
+        super().__init__()
+        self.offset, self.floor, self.ratio = net.offset, net.floor, net.ratio
+        self.reference = copy.deepcopy(net).eval().requires_grad_(False)
+        folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
+        self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
+        self.last = OneMapConv(net.last.weight, net.last.bias)
+        self.reach = 3 + NUM_BLOCKS * (
+            net.settings["kernel_size"] // 2
+        )  # gradients reach one pixel, their blur two
+
+    @torch.inference_mode()
+    def forward(self, image: Tensor) -> Tensor:
+        """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
+        total: Tensor | None = None
+        for level in reversed(self.reference.level_images(image)):
+            maps = by_strips(level, self.reach, STRIP_PIXELS, self._features)
+            total = (
+                maps
+                if total is None
+                else maps.add_(resize(total, (level.shape[-2], level.shape[-1])))
+            )
+        assert total is not None
+        return cut(F.softplus(self.last(total)), self.ratio)
+
+    def _features(self, level: Tensor) -> Tensor:
+        shape = (len(level), len(GRADIENTS), *level.shape[-2:])
+        maps = torch.empty(
+            shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last
+        )
+        torch.cat(gradients(level), dim=1, out=maps)
+        for conv in self.blocks:
+            maps = F.relu_(conv(maps))
+        return maps

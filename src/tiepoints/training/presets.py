@@ -1,0 +1,235 @@
+"""Presets of every training: what is drawn, which loss, how long."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..models.keynet import KeyNet
+from ..models.patchnets import HardNet, HyNet, PatchNet, SOSNet
+from ..models.sobelnet import SobelNet
+from .loop import FitSettings
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a detector is trained.
+
+    Attributes:
+        pairs: name of the pair preset (``synthetic.PRESETS``).
+        fit: schedule (``loop.FitSettings``).
+        kind: what places points: ``msip`` or ``gaussian``.
+        loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
+        structure: of the network (``KeyNet``).
+        structure_penalty: weight of ``losses.off_structure``, with ``msip``.
+        anchored: pairs have anchors (``shapes.WithShapes``). Gaussian loss: only peaks on structure
+            count (``losses.anchor_weight``).
+        shapes, pull: of ``shapes.WithShapes``, where ``anchored``.
+        balance: weight of the orientation loss, where there is one (REKD: 100).
+        checks, check_pairs, check_size: validation: pair preset, number and side of pairs of
+            held-out photographs.
+    """
+
+    pairs: str = "default"
+    fit: FitSettings = field(default_factory=FitSettings)
+    kind: str = "msip"
+    loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
+    structure: float = 0.0
+    structure_penalty: float = 0.0
+    anchored: bool = False
+    shapes: float = 0.0
+    pull: float = 0.0
+    balance: float = 0.0
+    checks: str = "default"
+    check_pairs: int = 60
+    check_size: int = 320
+
+
+#: Key.Net on structure: M-SIP, scores times the fourth root of corner strength, a penalty on peaks
+#: beside structure (docs/training.md).
+_ON_STRUCTURE = Recipe(
+    pairs="layers",
+    fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50),
+    structure=0.25,
+    structure_penalty=150.0,
+    anchored=True,
+    checks="layers",
+)
+RECIPES: dict[str, Recipe] = {
+    "default": _ON_STRUCTURE,
+    # Keypoints on the very corner, by SobelNet's loss and drawn shapes; fewer repeat
+    # (docs/diary.md).
+    "corners": Recipe(
+        pairs="layers",
+        fit=FitSettings(learning_rate=5e-3, validate_every=50),
+        kind="gaussian",
+        loss={},
+        anchored=True,
+        shapes=0.2,
+        pull=1.0,
+        checks="layers",
+    ),
+    "msip": Recipe(),
+    # Paper 5.3 (batch 32, Adam 1e-3 halved after 30 of 45 epochs of 9,000 pairs, here a cosine);
+    # loss of its TensorFlow code.
+    "paper": Recipe(
+        pairs="keynet-paper",
+        fit=FitSettings(
+            steps=12_700,
+            batch_size=32,
+            learning_rate=1e-3,
+            clip=0.0,
+            average=0.0,
+            validate_every=500,
+        ),
+        loss={"weighting": "softmax", "visibility": "any", "empty": "ignore"},
+    ),
+    # A look at whether one's own images train at all.
+    "smoke": dataclasses.replace(
+        _ON_STRUCTURE, fit=dataclasses.replace(_ON_STRUCTURE.fit, learning_rate=3e-3, steps=150)
+    ),
+}
+#: Tiny-Key.Net lies on structure by Key.Net's published loss already; it has few parameters and
+#: takes larger steps.
+_TINY = Recipe(fit=FitSettings(learning_rate=2e-2))
+TINY_RECIPES: dict[str, Recipe] = {
+    "default": _TINY,
+    "msip": _TINY,
+    "paper": RECIPES["paper"],
+    "smoke": dataclasses.replace(
+        _TINY, fit=dataclasses.replace(_TINY.fit, steps=300, validate_every=100)
+    ),
+}
+#: SobelNet's paper says no schedule; ``default`` is its Gaussian loss, ``msip`` Key.Net's for
+#: comparison.
+SOBELNET_RECIPES: dict[str, Recipe] = {
+    "default": Recipe(
+        fit=FitSettings(learning_rate=5e-3, validate_every=25), kind="gaussian", loss={}
+    ),
+    "msip": Recipe(fit=FitSettings(validate_every=25)),
+    "smoke": Recipe(
+        fit=FitSettings(learning_rate=5e-3, steps=150, validate_every=50), kind="gaussian", loss={}
+    ),
+}
+
+
+MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {
+    "keynet": KeyNet,
+    "keynet-tiny": KeyNet.tiny,
+    "sobelnet": SobelNet,
+}
+#: The published size, and one that costs a ninth.
+REKD_SIZES: dict[str, dict[str, Any]] = {
+    "rekd": {"group": 36, "dims": (2, 2, 2)},
+    "rekd-light": {"group": 12, "dims": (2, 2, 2)},
+}
+#: Its maps of all orientations are large: fewer and smaller pairs to validate on.
+_OURS = Recipe(
+    pairs="turns",
+    fit=FitSettings(batch_size=4, learning_rate=3e-3, warmup=25, average=0.97, validate_every=50),
+    loss={"visibility": "half", "factor": 100.0},
+    balance=600.0,
+    checks="turns",
+    check_pairs=30,
+    check_size=256,
+)
+REKD_RECIPES: dict[str, Recipe] = {
+    "default": _OURS,
+    # Released code: 20 epochs of 9,000 pairs, Adam 1e-3, halved once after ten, decay 0.1 on
+    # everything; its cut angles are mended.
+    "paper": dataclasses.replace(
+        _OURS,
+        pairs="rekd",
+        balance=100.0,
+        fit=FitSettings(
+            steps=11_240,
+            batch_size=16,
+            learning_rate=1e-3,
+            warmup=0,
+            decay="step",
+            final_rate=0.5,
+            weight_decay=0.1,
+            clip=0.0,
+            average=0.0,
+            validate_every=562,
+        ),
+        loss={"weighting": "minmax", "visibility": "any", "empty": "zero", "detach_max": False},
+    ),
+    "smoke": dataclasses.replace(_OURS, fit=dataclasses.replace(_OURS.fit, steps=100)),
+}
+
+
+@dataclass(frozen=True)
+class PatchRecipe:
+    """How a patch descriptor is trained.
+
+    Attributes:
+        fit: schedule; ``batch_size`` counts views of ``PatchSettings.per_view`` pairs each, of
+            ``PatchBatches`` whole batches.
+        dropout: of the network, before its last convolution.
+        pairs, augment: of ``PatchBatches``, where published patches are trained on.
+    """
+
+    fit: FitSettings
+    dropout: float = 0.1
+    pairs: int = 1024
+    augment: str = "fliprot"
+
+
+DESCRIPTORS: dict[str, type[PatchNet]] = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
+#: Eight views of 48 pairs a step: 384 pairs, each with 47 negatives of its own view.
+PATCH_FIT = FitSettings(
+    batch_size=8, learning_rate=2e-3, warmup=30, clip=0.0, average=0.99, validate_every=100
+)
+#: One item is a whole batch of published patches. HardNet: 10 epochs of 5 million pairs, SGD from
+#: 10 (sic) along a line to 0.
+_HARDNET = FitSettings(
+    steps=48_830,
+    batch_size=1,
+    optimizer="sgd",
+    learning_rate=10.0,
+    warmup=0,
+    decay="linear",
+    final_rate=0.0,
+    weight_decay=1e-4,
+    clip=0.0,
+    average=0.0,
+    validate_every=2_000,
+)
+#: 200 epochs of Liberty, Adam at a constant rate. SOSNet's authors published no training; HyNet's
+#: repository has its loss.
+_HYNET = FitSettings(
+    steps=88_000,
+    batch_size=1,
+    learning_rate=1e-2,
+    warmup=0,
+    final_rate=1.0,
+    weight_decay=0.0,
+    clip=0.0,
+    average=0.0,
+    validate_every=2_000,
+)
+PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
+    "default": dict.fromkeys(DESCRIPTORS, PatchRecipe(PATCH_FIT)),
+    "smoke": dict.fromkeys(
+        DESCRIPTORS, PatchRecipe(dataclasses.replace(PATCH_FIT, steps=100, validate_every=50))
+    ),
+    "paper": {
+        "hardnet": PatchRecipe(_HARDNET, dropout=0.3),
+        "hynet": PatchRecipe(_HYNET, dropout=0.3, pairs=512, augment="turns"),
+        "sosnet": PatchRecipe(_HYNET, dropout=0.1, pairs=512, augment="turns"),
+    },
+}
+
+
+#: Presets of ``train_desnet``; the paper says no schedule.
+DESNET_RECIPES: dict[str, FitSettings] = {
+    "default": FitSettings(
+        batch_size=8, learning_rate=3e-3, warmup=50, average=0.99, validate_every=100
+    ),
+    "smoke": FitSettings(
+        batch_size=8, learning_rate=3e-3, warmup=50, average=0.99, steps=200, validate_every=100
+    ),
+}

@@ -1,0 +1,65 @@
+"""Features of a drawn image by every kind of system, stored in ``data/outputs.npz``.
+
+``python tests/record_outputs.py`` writes them again, after the shipped weights have changed;
+``test_outputs.py`` compares: a change of the code must not change them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiepoints import build
+
+FILE = Path(__file__).parent / "data" / "outputs.npz"
+#: Name -> detector, descriptor, options.
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "keynet_hardnet": ("keynet", "hardnet", {}),
+    "tiny_hynet_single": ("keynet-tiny", "hynet", {"single_scale": True}),
+    "sobelnet_desnet": ("sobelnet", "desnet", {}),
+    "rekd_light_sosnet": ("rekd-light", "sosnet", {}),
+    "keynet_rootsift": ("keynet", "rootsift", {"per_scale": True, "orientation": "dominant"}),
+    "keynet_official": ("keynet", "none", {"official": True}),
+}
+#: Columns of the descriptors that are stored.
+COLUMNS = 8
+
+
+def image() -> np.ndarray:
+    """(144,192) float32: overlapping boxes and noise."""
+    rng = np.random.default_rng(7)
+    canvas = np.full((144, 192), 0.5, np.float32)
+    for _ in range(40):
+        x, y = rng.integers(0, 170), rng.integers(0, 125)
+        w, h = rng.integers(6, 40), rng.integers(6, 30)
+        canvas[y : y + h, x : x + w] = rng.random()
+    return np.clip(canvas + rng.normal(0, 0.01, canvas.shape), 0, 1).astype(np.float32)
+
+
+def features(name: str) -> dict[str, np.ndarray]:
+    """Keypoints (N,5) x, y, scale, angle, score, and the first columns of the descriptors."""
+    detector, descriptor, options = CASES[name]
+    extractor = build(
+        detector, descriptor, num_keypoints=40, precision="float32", device="cpu", **options
+    )
+    found = extractor.extract(image())
+    columns = (found.scale, found.angle, found.score)
+    keypoints = torch.cat([found.xy, *(column[:, None] for column in columns)], dim=1)
+    arrays = {"keypoints": keypoints.numpy()}
+    if found.descriptors is not None:
+        arrays["descriptors"] = found.descriptors[:, :COLUMNS].numpy()
+    return arrays
+
+
+def main() -> None:
+    """Write the file."""
+    arrays = {f"{name}.{key}": a for name in CASES for key, a in features(name).items()}
+    FILE.parent.mkdir(exist_ok=True)
+    np.savez_compressed(FILE, **arrays)
+
+
+if __name__ == "__main__":
+    main()
