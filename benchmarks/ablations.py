@@ -42,7 +42,7 @@ from tiepoints.models.keynet import KeyNet
 from tiepoints.training.loop import FitSettings, RunOptions, Task, Trainer
 from tiepoints.training.losses import WINDOW_WEIGHTS, WINDOWS, msip_loss
 from tiepoints.training.presets import RECIPES
-from tiepoints.training.validation import VALIDATION_POINTS, VALIDATION_SEED, validation_score
+from tiepoints.training.validation import VALIDATION_KEYPOINTS, VALIDATION_SEED, validation_score
 
 PAPER_POINTS = 25
 #: A short training may end with a map of zeros; the row is then trained again from another seed, at
@@ -110,9 +110,9 @@ def scores(net: torch.nn.Module, pairs: list[dict[str, Tensor]]) -> dict[str, fl
         )
         h, w = pair["image_a"].shape[-2:]
         found = mutual_matches(
-            xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=VALIDATION_POINTS
+            xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=VALIDATION_KEYPOINTS
         )[0]
-        ours.append(found / VALIDATION_POINTS)
+        ours.append(found / VALIDATION_KEYPOINTS)
         a, b = keynet_points(xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=PAPER_POINTS)
         in_a = warp_points(xy_b[b].double(), torch.linalg.inv(pair["H_ab"].double()))
         one_a, one_b = torch.ones(len(a)), torch.ones(len(b))

@@ -21,7 +21,7 @@ from common import machine
 from tiepoints.datasets.synthetic import list_photos
 from tiepoints.evaluation.systems import Options, as_features, system
 from tiepoints.image import load_image
-from tiepoints.metrics.anchoring import ANCHORED_POINTS, anchoring, corners, layers
+from tiepoints.metrics.anchoring import ANCHORED_KEYPOINTS, anchoring, corners, layers
 from tiepoints.report.page import Column, Row, Table
 
 SYSTEMS = "keynet,keynet-tiny,sobelnet,rekd-light,sift,akaze,orb,harris,shi-tomasi"
@@ -36,7 +36,7 @@ def measure(name: str, photos: list[Path]) -> dict[str, float]:
         return as_features(found(image), (image.shape[-1], image.shape[-2])).xy
 
     images = [load_image(path) for path in photos]
-    anchored = anchoring(detect, images, num_keypoints=ANCHORED_POINTS)
+    anchored = anchoring(detect, images, num_keypoints=ANCHORED_KEYPOINTS)
     moved = again = 0
     for background, foreground in zip(images, images[1:] + images[:1], strict=True):
         size = background.shape[-2:]

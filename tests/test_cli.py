@@ -495,13 +495,13 @@ def test_match_folders_into_a_file_for_hloc(views, tmp_path):
         "rootsift",
     )
     for features in (tmp_path / "m.features.h5", tmp_path / "npy"):
-        place = tmp_path / f"{features.name}.m.h5"
+        path = tmp_path / f"{features.name}.m.h5"
         code, said = call(
-            "match", views, "--features", features, "--sequential", 1, "--output", place
+            "match", views, "--features", features, "--sequential", 1, "--output", path
         )
         assert code == 0, said
         assert "3 pairs matched" in said
-        listed = place.with_name(f"{place.stem}.pairs.txt").read_text().split()
+        listed = path.with_name(f"{path.stem}.pairs.txt").read_text().split()
         assert [name.rpartition("/")[2] for name in listed] == [
             "flat.png",
             "v3.png",

@@ -15,8 +15,8 @@ from tiepoints.datasets.download import fetch_hpatches, unpack
 from tiepoints.datasets.ground_truth import (
     resize_target,
     resized_intrinsics,
-    turned_intrinsics,
-    turned_pose,
+    rotated_intrinsics,
+    rotated_pose,
 )
 from tiepoints.datasets.homography import homography_sequences
 from tiepoints.datasets.posed import posed_pairs
@@ -123,7 +123,7 @@ def test_posed_pairs_of_a_list(tmp_path):
     pair = found.pairs[0]
     assert pair.K_a[1, 1] == 510
     assert pair.T_ab[0, 3] == 0.5
-    assert (pair.turns_a, pair.turns_b) == (0, 1)
+    assert (pair.rot90_a, pair.rot90_b) == (0, 1)
     assert "line 2" in found.problems[0]
     assert "38 expected" in found.problems[0]
     assert "gone.png" in found.problems[1]
@@ -167,9 +167,9 @@ def test_intrinsics_follow_resizing_and_turning():
     image[12, 33] = 1
     for turns in range(4):
         y, x = (torch.rot90(image, turns) > 0).nonzero()[0].tolist()
-        T = turned_pose(torch.eye(4, dtype=torch.float64), 0, turns)
+        T = rotated_pose(torch.eye(4, dtype=torch.float64), 0, turns)
         ray = torch.linalg.inv(K) @ torch.tensor([33.0, 12, 1], dtype=torch.float64)
-        moved = project(turned_intrinsics(K, (40, 30), turns), (T[:3, :3] @ ray)[None])[0]
+        moved = project(rotated_intrinsics(K, (40, 30), turns), (T[:3, :3] @ ray)[None])[0]
         torch.testing.assert_close(moved, torch.tensor([x, y], dtype=torch.float64))
 
 

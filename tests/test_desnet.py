@@ -19,7 +19,7 @@ from tiepoints.models.desnet import (
     RECEPTIVE_FIELD,
     STRIDE,
     DesNet,
-    even_light,
+    local_contrast_normalization,
     sample,
     whole_cells,
 )
@@ -115,16 +115,16 @@ def test_its_filters_see_what_is_stated():
 
 def test_light_is_evened():
     image = torch.rand(1, 1, 64, 96) * 0.2 + 0.4
-    even = even_light(image)
+    even = local_contrast_normalization(image)
     torch.testing.assert_close(
-        even_light(0.5 * image + 0.1), even, atol=0.3, rtol=0
+        local_contrast_normalization(0.5 * image + 0.1), even, atol=0.3, rtol=0
     )  # all but what FLAT keeps
     cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that begins at 24, 32
     centre = image[..., 27:29, 35:37]
     at = even[..., 27:29, 35:37].mean()
     rough = (centre.mean() - cells.mean()) / (cells.std(correction=0) + FLAT)
     assert float(at) == pytest.approx(float(rough), abs=0.1)
-    assert even_light(torch.full((1, 1, 16, 16), 0.7)).abs().max() < 1e-3
+    assert local_contrast_normalization(torch.full((1, 1, 16, 16), 0.7)).abs().max() < 1e-3
 
 
 def test_sampling_is_exact_at_cells_and_linear_between():

@@ -110,18 +110,18 @@ def check_answer(result: Estimate, loose: bool) -> None:
     model, factor = result.model, 2.0 if loose else 1.0
     assert model.dtype == torch.float64
     a, b = views(200, generator(99))
-    if result.kind == "homography":
+    if result.geometry == "homography":
         a = anywhere(200, generator(99))
         assert (warp_points(a, model) - warp_points(a, H)).norm(dim=1).max() < 2 * factor
         assert model[2, 2] == 1
-    elif result.kind == "fundamental":
+    elif result.geometry == "fundamental":
         one = torch.ones(len(a), 1, dtype=torch.float64)
         lines = torch.cat([a, one], 1) @ model.T
         assert (
             (lines * torch.cat([b, one], 1)).sum(1).abs() / lines[:, :2].norm(dim=1)
         ).median() < factor
         assert torch.linalg.svdvals(model)[2] < 1e-6
-    elif result.kind == "essential":
+    elif result.geometry == "essential":
         assert (model - essential(torch.cat([R, T[:, None]], 1))).norm() < 0.1 * factor
         torch.testing.assert_close(
             torch.linalg.svdvals(model),
@@ -547,7 +547,7 @@ def test_without_judgement_the_backends_answer_comes_as_it_is():
         ("pose", {"K_a": K, "K_b": K}),
     ):
         assert not estimate(a, b, kind, **intrinsics).ok
-        raw = estimate(a, b, kind, judge=False, **intrinsics)
+        raw = estimate(a, b, kind, verify=False, **intrinsics)
         assert raw.ok
         assert raw.model is not None
         assert raw.inliers.shape == (60,)

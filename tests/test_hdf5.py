@@ -349,14 +349,14 @@ def test_files_that_are_none_of_ours(tmp_path):
 
 
 def test_lists_of_pairs(tmp_path):
-    place = tmp_path / "pairs.txt"
-    place.write_text("\ufeffa.png  s/b.png\n\n# remark\nmy photo.png\tc.png\r\n", encoding="utf-8")
-    assert list(read_pairs(place)) == [("a.png", "s/b.png"), ("my photo.png", "c.png")]
-    place.write_text("a b\nmy photo.png c.png\n")
+    path = tmp_path / "pairs.txt"
+    path.write_text("\ufeffa.png  s/b.png\n\n# remark\nmy photo.png\tc.png\r\n", encoding="utf-8")
+    assert list(read_pairs(path)) == [("a.png", "s/b.png"), ("my photo.png", "c.png")]
+    path.write_text("a b\nmy photo.png c.png\n")
     with pytest.raises(DataError, match="line 2"):
-        list(read_pairs(place))
-    place.write_bytes(b"\xff\xfe\x00\x81")
+        list(read_pairs(path))
+    path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match="no text"):
-        list(read_pairs(place))
+        list(read_pairs(path))
     with pytest.raises(FileNotFoundError, match="list of pairs"):
         list(read_pairs(tmp_path / "none.txt"))

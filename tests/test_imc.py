@@ -622,8 +622,8 @@ def test_submissions_of_others_are_read(tmp_path):
     """What the benchmark's tutorial and examples do: (n,1) columns, angles under one name, commas
     after last items.
     """
-    place = tmp_path / PLACE
-    place.mkdir(parents=True)
+    path = tmp_path / PLACE
+    path.mkdir(parents=True)
     for kind, shape in (
         ("keypoints", (3, 2)),
         ("descriptors", (3, 128)),
@@ -643,7 +643,7 @@ def test_submissions_of_others_are_read(tmp_path):
         ("angles.h5", "a"),
         ("orientations.h5", ""),
     ]
-    found = imc.read_sequence(place)["a"]
+    found = imc.read_sequence(path)["a"]
     assert found.angle.tolist() == pytest.approx([math.pi / 2] * 3)
     assert found.scale.tolist() == [1.0] * 3
     with pytest.raises(FileNotFoundError, match="no submission"):

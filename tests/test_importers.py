@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tiepoints.checkpoints import load_official, to_official_state_dict
 from tiepoints.errors import WeightsError
 from tiepoints.extract import build
-from tiepoints.filters import bright_blur_taps, normalise_contrast
+from tiepoints.filters import bright_blur_taps, normalize_contrast
 from tiepoints.models.keynet import KeyNet, handcrafted_channels
 from tiepoints.models.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
 from tiepoints.models.patchnets import HardNet, HyNet, SOSNet
@@ -364,7 +364,7 @@ def test_blur_kernel_is_appendix_a3() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 40), (70, 66)])
 def test_contrast_equals_its_plain_twin(size: tuple[int, int]) -> None:
     image = torch.rand(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    torch.testing.assert_close(normalise_contrast(image[None, None])[0, 0], plain_contrast(image))
+    torch.testing.assert_close(normalize_contrast(image[None, None])[0, 0], plain_contrast(image))
 
 
 def test_level_sizes() -> None:
@@ -447,7 +447,7 @@ def test_tensorflow_statistics_are_left_out_as_published(tensors, tmp_path: Path
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_there_and_back_through_the_official_names(wrapped: bool, tmp_path: Path) -> None:
     net = KeyNet()
-    net.initialise(torch.Generator().manual_seed(5))
+    net.initialize(torch.Generator().manual_seed(5))
     official = to_official_state_dict(net)
     assert {name: tuple(value.shape) for name, value in official.items()} == official_shapes()
     torch.save({"state_dict": official} if wrapped else official, tmp_path / "out")

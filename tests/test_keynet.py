@@ -15,7 +15,7 @@ from tiepoints.models.keynet import (
 
 def seeded(**arguments) -> KeyNet:
     net = KeyNet(**arguments)
-    net.initialise(torch.Generator().manual_seed(3))
+    net.initialize(torch.Generator().manual_seed(3))
     return net.eval()
 
 
@@ -144,7 +144,7 @@ def test_initialise_is_reproducible():
     first, second = seeded(), seeded()
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    second.initialise(torch.Generator().manual_seed(4))
+    second.initialize(torch.Generator().manual_seed(4))
     assert not torch.equal(first.last.weight, second.last.weight)
     assert first.last.bias.abs().max() == 0
     spread = first.blocks[1][0].weight.std().item()

@@ -103,7 +103,7 @@ def interrupt() -> None:
 
 def new_net() -> KeyNet:
     net = KeyNet(num_filters=2, num_blocks=1, num_levels=2)
-    net.initialise(torch.Generator().manual_seed(0))
+    net.initialize(torch.Generator().manual_seed(0))
     return net
 
 

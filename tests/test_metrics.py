@@ -230,7 +230,7 @@ def test_no_points_anywhere():
         == 0
     )
     assert metrics.rekd_repeatability(none, grid(), torch.eye(3)) == 0
-    assert metrics.localisation(none, grid(), torch.eye(3), SIZE, SIZE)["err@3"] is None
+    assert metrics.localization(none, grid(), torch.eye(3), SIZE, SIZE)["err@3"] is None
     assert metrics.scale_range(scale) is None
 
 

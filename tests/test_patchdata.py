@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tiepoints.datasets.patch_pairs import PatchPairs, PatchSettings, local_scale, turn_alike
+from tiepoints.datasets.patch_pairs import PatchPairs, PatchSettings, local_scale, rotate_pair
 from tiepoints.datasets.synthetic import PRESETS
 from tiepoints.errors import DataError
 from tiepoints.geometry import warp_points
@@ -114,11 +114,11 @@ def test_turns_are_the_same_for_both():
     a = torch.rand(1, 8, 8)
     seen = set()
     for _ in range(60):
-        x, y = turn_alike(a, a.clone(), rng, 0.7)
+        x, y = rotate_pair(a, a.clone(), rng, 0.7)
         assert torch.equal(x, y)
         seen.add(tuple(x.flatten().tolist()))
     assert len(seen) == 8  # four turns, mirrored or not
-    assert torch.equal(turn_alike(a, a, rng, 0.0)[0], a)
+    assert torch.equal(rotate_pair(a, a, rng, 0.0)[0], a)
 
 
 def test_photographs_without_contrast_are_refused(photos, tmp_path):

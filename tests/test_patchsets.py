@@ -22,8 +22,8 @@ from tiepoints.datasets.patch_sets import (
     read_mosaic,
     read_split,
     read_test_pairs,
+    rotate_both,
     shrink,
-    turn_both,
 )
 from tiepoints.errors import DataError
 
@@ -386,7 +386,7 @@ def test_both_patches_are_turned_alike_and_every_way(augment):
     patch = np.arange(9, dtype=np.uint8).reshape(3, 3)
     anchor = np.repeat(patch[None], 2000, axis=0)
     positive = anchor + 100
-    turn_both(anchor, positive, augment, rng)
+    rotate_both(anchor, positive, augment, rng)
     np.testing.assert_array_equal(positive, anchor + 100)
     ways = [np.rot90(patch, quarter) for quarter in range(4)]
     if augment == "fliprot":

@@ -15,7 +15,7 @@ from tiepoints.weights import save
 def lively(net: REKD, seed: int = 0) -> REKD:
     """The net in eval mode with statistics as a training leaves them."""
     rng = torch.Generator().manual_seed(seed)
-    net.initialise(rng)
+    net.initialize(rng)
     for layer in net.modules():
         if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.BatchNorm3d):
             layer.running_mean.normal_(0, 0.2, generator=rng)

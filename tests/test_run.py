@@ -349,16 +349,16 @@ def test_workers_give_the_same_rows(dataset, tmp_path):
 def test_stored_features_come_back(tmp_path):
     points = Keypoints(torch.rand(5, 2) * 50, torch.rand(5), torch.rand(5), torch.rand(5))
     described = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
-    place = tmp_path / "a" / "1.npz"
-    save_features(place, Features(points, described, (64, 48)), 0.25)
-    found, seconds = load_features(place)
+    path = tmp_path / "a" / "1.npz"
+    save_features(path, Features(points, described, (64, 48)), 0.25)
+    found, seconds = load_features(path)
     assert torch.equal(found.xy, points.xy)
     assert torch.equal(found.scale, points.scale)
     assert found.image_size == (64, 48)
     assert torch.allclose(found.descriptors, described, atol=1e-3)
     assert seconds == 0.25
-    place.write_bytes(place.read_bytes()[:100])
-    assert load_features(place) is None
+    path.write_bytes(path.read_bytes()[:100])
+    assert load_features(path) is None
     assert load_features(tmp_path / "none.npz") is None
 
 

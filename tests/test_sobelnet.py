@@ -12,7 +12,7 @@ import tiepoints.models.sobelnet as module
 from tiepoints import build
 from tiepoints.filters import resize
 from tiepoints.geometry import warp_image
-from tiepoints.kernels.single_channel import OneMapConv
+from tiepoints.kernels.single_channel import SingleChannelConv2d
 from tiepoints.models.sobelnet import GRADIENTS, SobelNet, cut, gradients
 from tiepoints.training.losses import gaussian_likeness, gaussian_loss
 from tiepoints.weights import load, save
@@ -123,10 +123,10 @@ def test_packed_convolution_equals_the_plain_one(width, kernel):
     maps = torch.rand(2, 6, 11, width)
     with torch.no_grad():
         torch.testing.assert_close(
-            OneMapConv(conv.weight, conv.bias)(maps), conv(maps), atol=1e-5, rtol=1e-5
+            SingleChannelConv2d(conv.weight, conv.bias)(maps), conv(maps), atol=1e-5, rtol=1e-5
         )
         torch.testing.assert_close(
-            OneMapConv(conv.weight)(maps),
+            SingleChannelConv2d(conv.weight)(maps),
             F.conv2d(maps, conv.weight, padding=kernel // 2),
             atol=1e-5,
             rtol=1e-5,

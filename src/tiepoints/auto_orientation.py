@@ -33,7 +33,7 @@ from .structs import Features, Matches
 ENOUGH = 15
 #: Strongest keypoints of b that the search describes, and the rotations into which it divides the
 #: circle, upright included.
-SEARCH_POINTS = 300
+SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
 #: Smallest rotation in radians for which it pays to describe again.
 MIN_ROTATION = math.radians(10)
@@ -146,7 +146,7 @@ class PairMatcher:
         """
         found = None if key is None else self._searches.get(key)
         if found is None:
-            few = b[b.score.argsort(descending=True, stable=True)[:SEARCH_POINTS]]
+            few = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
             found = []
             for step in range(1, SEARCH_STEPS):
                 again = self._described(few, image_b, key, 2 * math.pi * step / SEARCH_STEPS)

@@ -38,7 +38,7 @@ FAR = 1e6
 def estimate(
     xy_a: Tensor,
     xy_b: Tensor,
-    kind: str = "fundamental",
+    geometry: str = "fundamental",
     *,
     K_a: Tensor | None = None,
     K_b: Tensor | None = None,
@@ -47,15 +47,15 @@ def estimate(
     confidence: float = 0.9999,
     max_iterations: int = 10_000,
     seed: int = 0,
-    judge: bool = True,
+    verify: bool = True,
 ) -> Estimate:
     """Geometry that the matches obey.
 
     Args:
         xy_a, xy_b: (K,2) matched points in pixels, of any real type and device. ``usac_prosac``
             wants the surest first.
-        kind: ``homography`` (x_b ~ H x_a), ``fundamental`` (x_b^T F x_a = 0), ``essential`` (the
-            same for K^-1 x), or ``pose`` ([R | t] from camera a to camera b).
+        geometry: ``homography`` (x_b ~ H x_a), ``fundamental`` (x_b^T F x_a = 0), ``essential``
+            (the same for K^-1 x), or ``pose`` ([R | t] from camera a to camera b).
         K_a, K_b: (3,3) intrinsics, for ``essential`` and ``pose`` only; points are to be free of
             lens distortion.
         backend: ``poselib``; ``opencv``, its plain RANSAC; or a variant of OpenCV's USAC such as
@@ -67,7 +67,7 @@ def estimate(
         max_iterations: number of samples, at least 1, at which it stops anyway.
         seed: of PoseLib's samples; OpenCV's estimators have a fixed generator of their own, so
             every backend but ``usac_parallel`` gives the same answer to the same matches.
-        judge: False gives what the backend found, however few matches agree: the protocols of
+        verify: False gives what the backend found, however few matches agree: the protocols of
             papers measure that.
 
     Returns:
@@ -76,11 +76,11 @@ def estimate(
         turned has no fundamental matrix to be found.
 
     Raises:
-        ValueError: shapes, kind, intrinsics, backend or a number are wrong.
+        ValueError: shapes, geometry, intrinsics, backend or a number are wrong.
         ImportError: OpenCV is asked for and missing.
     """
-    if kind not in SAMPLES:
-        raise ValueError(f"kind must be one of {', '.join(SAMPLES)}; got {kind!r}")
+    if geometry not in SAMPLES:
+        raise ValueError(f"geometry must be one of {', '.join(SAMPLES)}; got {geometry!r}")
     for name, value, fits, wanted in (
         ("threshold", threshold, 0 < threshold < math.inf, "positive and finite"),
         ("confidence", confidence, 0 < confidence < 1, "in (0, 1)"),
@@ -92,15 +92,15 @@ def estimate(
     a, b = _points("xy_a", xy_a), _points("xy_b", xy_b)
     if len(a) != len(b):
         raise ValueError(f"matched points come in pairs, got {len(a)} and {len(b)}")
-    calibrated = kind in ("essential", "pose")
+    calibrated = geometry in ("essential", "pose")
     if calibrated != (K_a is not None) or calibrated != (K_b is not None):
         raise ValueError(
             "K_a and K_b go with essential and "
-            f"pose{', and only with them' if not calibrated else ''}; got kind {kind!r}"
+            f"pose{', and only with them' if not calibrated else ''}; got geometry {geometry!r}"
         )
     K = (_intrinsics("K_a", K_a), _intrinsics("K_b", K_b)) if calibrated else None
-    method = _method(kind, backend)
-    matches = _Matches(kind, a, b, K, threshold)
+    method = _method(geometry, backend)
+    matches = _Matches(geometry, a, b, K, threshold)
 
     if reason := _unusable(matches):
         return matches.failed(reason)
@@ -111,13 +111,13 @@ def estimate(
     )
     models = [m for m in models if bool(torch.isfinite(m).all()) and float(m.abs().max()) > 0]
     if not models:
-        return matches.failed(f"{backend} found no {kind}")
+        return matches.failed(f"{backend} found no {geometry}")
     model = max(
         (_oriented(matches, m) for m in models), key=lambda m: int(matches.inliers(m).sum())
     )
-    if judge:
-        return _judged(matches, model)
-    return Estimate(kind, _scaled(kind, model), matches.inliers(model), True)
+    if verify:
+        return _verified_estimate(matches, model)
+    return Estimate(geometry, _scaled(geometry, model), matches.inliers(model), True)
 
 
 def relative_pose(
@@ -131,7 +131,7 @@ def relative_pose(
     confidence: float = 0.99999,
     max_iterations: int = 10_000,
     seed: int = 0,
-    judge: bool = True,
+    verify: bool = True,
 ) -> Estimate:
     """Pose between two calibrated cameras: ``model`` (3,4) = [R | t], |t| = 1, camera a to camera
     b.
@@ -145,15 +145,15 @@ def relative_pose(
         "max_iterations": max_iterations,
         "seed": seed,
     }
-    return estimate(xy_a, xy_b, "pose", K_a=K_a, K_b=K_b, backend=backend, judge=judge, **options)
+    return estimate(xy_a, xy_b, "pose", K_a=K_a, K_b=K_b, backend=backend, verify=verify, **options)
 
 
-def backends(kind: str = "fundamental") -> list[str]:
-    """The backends for a kind of model: PoseLib, and what the installed OpenCV offers (none where
-    it is missing).
+def backends(geometry: str = "fundamental") -> list[str]:
+    """The backends for a geometry of model: PoseLib, and what the installed OpenCV offers (none
+    where it is missing).
     """
     try:
-        return ["poselib", *_opencv_methods(kind)]
+        return ["poselib", *_opencv_methods(geometry)]
     except ImportError:
         return ["poselib"]
 
@@ -192,21 +192,21 @@ def _intrinsics(name: str, K: Tensor | None) -> Tensor:
     return K
 
 
-def _opencv_methods(kind: str) -> dict[str, int]:
+def _opencv_methods(geometry: str) -> dict[str, int]:
     import cv2
 
     usac = {name.lower(): getattr(cv2, name) for name in dir(cv2) if name.startswith("USAC_")}
-    if kind != "fundamental":
+    if geometry != "fundamental":
         usac.pop("usac_fm_8pts", None)  # eight points for a fundamental matrix
     return {"opencv": cv2.RANSAC, **usac}
 
 
-def _method(kind: str, backend: str) -> int | None:
+def _method(geometry: str, backend: str) -> int | None:
     """OpenCV's number of a backend; None is PoseLib."""
     if backend == "poselib":
         return None
     try:
-        methods = _opencv_methods(kind)
+        methods = _opencv_methods(geometry)
     except ImportError as error:
         if backend == "opencv" or backend.startswith("usac_"):
             raise ImportError(
@@ -218,7 +218,7 @@ def _method(kind: str, backend: str) -> int | None:
         ) from error
     if backend not in methods:
         raise ValueError(
-            f"backend of a {kind} must be one of poselib, {', '.join(methods)}; got {backend!r}"
+            f"backend of a {geometry} must be one of poselib, {', '.join(methods)}; got {backend!r}"
         )
     return methods[backend]
 
@@ -234,7 +234,7 @@ class _Matches:
     A model is a matrix (3,3), or a pose (3,4) also where the essential matrix is asked for.
     """
 
-    kind: str
+    geometry: str
     a: Tensor
     b: Tensor
     K: tuple[Tensor, Tensor] | None
@@ -245,7 +245,7 @@ class _Matches:
 
     def failed(self, reason: str, inliers: Tensor | None = None) -> Estimate:
         return Estimate(
-            self.kind,
+            self.geometry,
             None,
             torch.zeros(len(self), dtype=torch.bool) if inliers is None else inliers,
             False,
@@ -254,7 +254,7 @@ class _Matches:
 
     def error(self, model: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Distance in pixels of pairs of points from a model; nan where there is none."""
-        if self.kind == "homography":
+        if self.geometry == "homography":
             return (warp_points(a, model) - b).norm(dim=1)
         if self.K is not None:
             back_a, back_b = (torch.linalg.inv(K) for K in self.K)
@@ -272,7 +272,7 @@ class _Matches:
         horizon of a plane.
         """
         fits = self.fits(model)
-        if self.kind == "homography":
+        if self.geometry == "homography":
             return fits & (_homogeneous(self.a) @ model[2] > 0)
         return fits if self.K is None else fits & self.in_front(model)
 
@@ -302,7 +302,7 @@ def _essential(pose: Tensor) -> Tensor:
 
 def _oriented(matches: _Matches, model: Tensor) -> Tensor:
     """A homography with the sign that sees most of its matches; other models as they are."""
-    if matches.kind != "homography":
+    if matches.geometry != "homography":
         return model
     seen = (_homogeneous(matches.a) @ model[2])[matches.fits(model)]
     return -model if (seen < 0).sum() > (seen > 0).sum() else model
@@ -325,7 +325,7 @@ def _by_poselib(
         if matches.K is None:
             run = (
                 poselib.estimate_homography
-                if matches.kind == "homography"
+                if matches.geometry == "homography"
                 else poselib.estimate_fundamental
             )
             return [
@@ -359,7 +359,7 @@ def _by_opencv(
     try:
         if matches.K is None:
             a, b = matches.a.numpy(), matches.b.numpy()
-            if matches.kind == "homography":
+            if matches.geometry == "homography":
                 found, _ = cv2.findHomography(
                     a, b, method, t, maxIters=max_iterations, confidence=confidence
                 )
@@ -399,28 +399,29 @@ def _pose(R: Tensor, t: Tensor) -> Tensor:
 
 def _unusable(matches: _Matches) -> str:
     """Why no model can come of the matches; empty where one can."""
-    least = SAMPLES[matches.kind][0]
+    least = SAMPLES[matches.geometry][0]
     if len(matches) <= least:
         return (
-            f"{len(matches)} matches; a {matches.kind} is fixed by {least} and needs more to be "
+            f"{len(matches)} matches; a {matches.geometry} is fixed by {least} and needs more to "
+            "be "
             "trusted"
         )
     if not bool(torch.isfinite(matches.a).all() & torch.isfinite(matches.b).all()):
         return "some points are not finite"
     if float(torch.cat([matches.a, matches.b]).abs().max()) > FAR:
         return f"some points are further than {FAR:.0e} pixels away"
-    if _on_a_line(matches.a) or _on_a_line(matches.b):
+    if _collinear(matches.a) or _collinear(matches.b):
         return "the points lie on one line or in one place"
     return ""
 
 
-def _on_a_line(xy: Tensor) -> bool:
+def _collinear(xy: Tensor) -> bool:
     spread = torch.linalg.svdvals(xy - xy.mean(dim=0))
     return float(spread[1]) <= FLAT * float(spread[0])
 
 
-def _judged(matches: _Matches, model: Tensor) -> Estimate:
-    sample, solutions = SAMPLES[matches.kind]
+def _verified_estimate(matches: _Matches, model: Tensor) -> Estimate:
+    sample, solutions = SAMPLES[matches.geometry]
     chance = _chance(matches, model)
 
     def by_chance(agreeing: Tensor) -> bool:
@@ -441,22 +442,22 @@ def _judged(matches: _Matches, model: Tensor) -> Estimate:
             > FALSE_ALARMS
         )
 
-    if reason := _left_open(matches, model, fits, rest_by_chance):
+    if reason := _degenerate(matches, model, fits, rest_by_chance):
         return matches.failed(reason, fits)
     inliers = matches.inliers(model)
     if by_chance(inliers):
         return matches.failed("most matches that agree lie behind a camera or the horizon")
-    return Estimate(matches.kind, _scaled(matches.kind, model), inliers, True)
+    return Estimate(matches.geometry, _scaled(matches.geometry, model), inliers, True)
 
 
-def _scaled(kind: str, model: Tensor) -> Tensor:
+def _scaled(geometry: str, model: Tensor) -> Tensor:
     """A model with the free factor set; the essential matrix of a pose where that is asked for."""
-    if kind == "homography":
+    if geometry == "homography":
         corner = float(model[2, 2])
         return model / (corner if abs(corner) > 1e-12 * float(model.norm()) else model.norm())
-    if kind == "fundamental":
+    if geometry == "fundamental":
         return model / model.norm()
-    return _essential(model) if kind == "essential" else model
+    return _essential(model) if geometry == "essential" else model
 
 
 def _chance(matches: _Matches, model: Tensor) -> float:
@@ -551,13 +552,13 @@ def _log_choose(n: int, k: Tensor) -> Tensor:
 # ---- simpler geometries that would explain the matches and leave the model open
 
 
-def _left_open(
+def _degenerate(
     matches: _Matches, model: Tensor, fits: Tensor, rest_by_chance: Callable[[Tensor, int], bool]
 ) -> str:
     """Why the matches that fit the model do not tell it from others that fit as well; empty where
     they do.
     """
-    if matches.kind == "homography":
+    if matches.geometry == "homography":
         alone = rest_by_chance(_best_line(matches, fits), 2)
         return (
             "nearly all matches that agree lie on one line, which leaves the homography open"
@@ -585,7 +586,11 @@ def _left_open(
             "the camera only turned, or all points are far away: no direction of movement can be "
             "told"
         )
-    twins = [pose for pose in _poses_of_plane(of_rays) if not _alike(pose, model)] if flat else []
+    twins = (
+        [pose for pose in _poses_of_plane(of_rays) if not _similar_pose(pose, model)]
+        if flat
+        else []
+    )
     if any(rest_by_chance(matches.fits(twin, SLACK) & matches.in_front(twin), 0) for twin in twins):
         return "the points lie in one plane, which two poses explain"
     return ""
@@ -616,7 +621,7 @@ def _best_line(matches: _Matches, fits: Tensor) -> Tensor:
 def _plane(matches: _Matches, fits: Tensor) -> Tensor | None:
     """The homography that most of the matches that fit obey, loosely."""
     a, b = matches.a[fits], matches.b[fits]
-    if _on_a_line(a) or _on_a_line(b):
+    if _collinear(a) or _collinear(b):
         return None
     found = _by_poselib(
         _Matches("homography", a, b, None, SLACK * matches.threshold), 0.9999, 1000, 0
@@ -679,7 +684,7 @@ def _poses_of_plane(H: Tensor) -> list[Tensor]:
     return poses
 
 
-def _alike(pose: Tensor, other: Tensor, degrees: float = 5.0) -> bool:
+def _similar_pose(pose: Tensor, other: Tensor, degrees: float = 5.0) -> bool:
     """Whether two poses differ by so little that it does not matter which is meant."""
     turn = ((pose[:, :3] * other[:, :3]).sum() - 1) / 2
     way = pose[:, 3] @ other[:, 3]

@@ -162,7 +162,7 @@ def _window_mean(image: Tensor, boxes: int) -> Tensor:
     return image
 
 
-def normalise_contrast(image: Tensor, *, floor: float = 1.0, boxes: int = 1) -> Tensor:
+def normalize_contrast(image: Tensor, *, floor: float = 1.0, boxes: int = 1) -> Tensor:
     """(value - mean) / (floor + deviation) over the 65 x 65 pixels around each pixel, mirror
     border; keeps (B,1,H,W).
 

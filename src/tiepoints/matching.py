@@ -399,16 +399,16 @@ class Nearest(NamedTuple):
 def _nearest_neighbours(
     a: Features, b: Features, mutual: bool, ratio: float | None, min_similarity: float | None
 ) -> Matches:
-    rows_a, first_a, twin_a = _distinct(_comparable(a.descriptors))
-    rows_b, first_b, twin_b = _distinct(_comparable(b.descriptors))
+    rows_a, first_a, twin_a = _unique_rows(_comparable(a.descriptors))
+    rows_b, first_b, twin_b = _unique_rows(_comparable(b.descriptors))
     there, back = _nearest(rows_a, rows_b)
     keep = torch.ones_like(there.row, dtype=torch.bool)
     if mutual:
         keep &= back.row[there.row] == torch.arange(len(keep), device=keep.device)
     if ratio is not None:
-        keep &= _is_distinct(there, _has_twin(twin_b)[there.row], ratio)
+        keep &= _is_unique(there, _has_duplicate(twin_b)[there.row], ratio)
         if mutual:
-            keep &= _is_distinct(back, _has_twin(twin_a)[back.row], ratio)[there.row]
+            keep &= _is_unique(back, _has_duplicate(twin_a)[back.row], ratio)[there.row]
     if min_similarity is not None:
         keep &= there.best >= min_similarity
     if mutual:  # the first of equal descriptors stands for them all
@@ -430,7 +430,7 @@ def _comparable(descriptors: Tensor | None) -> Tensor:
     return rows if descriptors.dtype.itemsize >= 4 else torch.nn.functional.normalize(rows, dim=1)
 
 
-def _distinct(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The different ones of N rows in their order: rows (U,D), the first index of each (U,), and
     for each row its place (N,).
 
@@ -447,12 +447,12 @@ def _distinct(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return rows if len(first) == len(rows) else rows[first], first, place[group]
 
 
-def _has_twin(place: Tensor) -> Tensor:
+def _has_duplicate(place: Tensor) -> Tensor:
     """Which of the different rows occur more than once."""
     return place.bincount() > 1
 
 
-def _is_distinct(nearest: Nearest, twin: Tensor, ratio: float) -> Tensor:
+def _is_unique(nearest: Nearest, twin: Tensor, ratio: float) -> Tensor:
     """Lowe's ratio test; a nearest row that has a twin has its second at the same distance."""
     best = _distance(nearest.best)
     second = torch.where(twin, best, _distance(nearest.second))

@@ -168,8 +168,11 @@ def draw_matches(
             for i in (~kept).nonzero()[:, 0].tolist():
                 for at in (starts[i], ends[i]):
                     canvas.circle(at, 1, OUTLIER, fill=True)
-        for i in _spread(kept.nonzero()[:, 0], max_lines):
-            part = starts[i][0] / max(1.0, (canvas.lefts[1] - GAP) * OVERSAMPLE)
+        lines = _spread(kept.nonzero()[:, 0], max_lines)
+        low = min((starts[i][0] for i in lines), default=0.0)
+        span = max((starts[i][0] for i in lines), default=1.0) - low
+        for i in lines:
+            part = (starts[i][0] - low) / max(span, 1.0)
             canvas.line(starts[i], ends[i], hue_at(part))
             for at in (starts[i], ends[i]):
                 canvas.circle(at, 2, hue_at(part), fill=True)

@@ -214,7 +214,7 @@ class Estimate:
     """A geometric model estimated from matches; failure is a value.
 
     Attributes:
-        kind: ``homography``, ``fundamental``, ``essential`` or ``pose``.
+        geometry: ``homography``, ``fundamental``, ``essential`` or ``pose``.
         model: (3,3) float64, of a pose (3,4) [R | t] with |t| = 1; None where ``ok`` is false.
         inliers: (K,) bool over the matches given: which agree. Where ``ok`` is false none, unless
             they agree on more than one model (a plane has no one fundamental matrix).
@@ -222,7 +222,7 @@ class Estimate:
         reason: why not, in words; empty where ``ok``.
     """
 
-    kind: str
+    geometry: str
     model: Tensor | None
     inliers: Tensor
     ok: bool

@@ -42,8 +42,8 @@ def compare(
     with user_errors():
         settings = CompareSettings(photos, num_keypoints, size, seed, device)
         usable, refused = usable_photos(list_photos(images), min_side=size // 2)
-        for line in refused:
-            typer.echo(f"skipped: {line}", err=True)
+        if refused:
+            typer.echo(f"skipped: {len(refused)} images, such as {refused[0]}", err=True)
         result = compare_systems(a, b, usable, settings, progress=progress_wanted())
     if as_json:
         print_json(result.to_json())

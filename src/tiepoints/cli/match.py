@@ -221,7 +221,7 @@ def _match_two(
         if output is not None:
             caption = (
                 f"{Path(images[0]).name} - {Path(images[1]).name}: {extraction.detector} + "
-                f"{extraction.descriptor}, {found.kind}, {inliers} inliers of "
+                f"{extraction.descriptor}, {found.geometry}, {inliers} inliers of "
                 f"{len(result.matches)} matches"
             )
             draw_matches(
@@ -239,7 +239,7 @@ def _match_two(
         return
     typer.echo(f"keypoints  {len(result.a)} and {len(result.b)}")
     typer.echo(f"matches    {len(result.matches)}")
-    known = f"{inliers} ({found.kind})" if found.ok else f"no {found.kind}: {found.reason}"
+    known = f"{inliers} ({found.geometry})" if found.ok else f"no {found.geometry}: {found.reason}"
     typer.echo(f"inliers    {known}")
     if output is not None:
         typer.echo(f"picture    {output}")

@@ -168,7 +168,7 @@ def train(
         from ..evaluation.compare import compare_trained
 
         with user_errors(stopped):
-            comparison = compare_trained(network, output, data.photographs()[1])
+            comparison = compare_trained(network, output, data.photographs(log=False)[1])
     if as_json:
         content = {**dataclasses.asdict(result), "output": str(output)}
         print_json({**content, "comparison": None if comparison is None else comparison.to_json()})
@@ -207,8 +207,8 @@ def pairs(
         fail(f"--split must be train, validation or all; got {split!r}")
     with user_errors():
         photos, refused = usable_photos(list_photos(images))
-        for line in refused:
-            typer.echo(f"skipped: {line}", err=True)
+        if refused:
+            typer.echo(f"skipped: {len(refused)} images, such as {refused[0]}", err=True)
         if split != "all":
             photos = split_photos(photos)[split == "validation"]
         chosen = PRESETS[preset]

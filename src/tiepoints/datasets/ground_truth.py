@@ -40,7 +40,7 @@ class PosePair:
         image_a, image_b: paths.
         K_a, K_b: (3,3) float64 intrinsics of the images as stored.
         T_ab: (4,4) float64, points of camera a into camera b.
-        turns_a, turns_b: quarter turns counter-clockwise by which each image is turned before use
+        rot90_a, rot90_b: quarter turns counter-clockwise by which each image is turned before use
             (SuperGlue's lists).
     """
 
@@ -52,8 +52,8 @@ class PosePair:
     K_a: Tensor
     K_b: Tensor
     T_ab: Tensor
-    turns_a: int = 0
-    turns_b: int = 0
+    rot90_a: int = 0
+    rot90_b: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def resized_intrinsics(K: Tensor, size: tuple[int, int], new_size: tuple[int, in
     return moved @ K
 
 
-def turned_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
+def rotated_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
     """(3,3) intrinsics after ``turns`` quarter turns counter-clockwise of an image of ``size``
     (width, height).
     """
@@ -138,7 +138,7 @@ def turned_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
     return K
 
 
-def turned_pose(T_ab: Tensor, turns_a: int, turns_b: int) -> Tensor:
+def rotated_pose(T_ab: Tensor, rot90_a: int, rot90_b: int) -> Tensor:
     """(4,4) pose between the turned cameras of images turned by quarter turns counter-clockwise."""
 
     def turn(count: int) -> Tensor:
@@ -148,4 +148,4 @@ def turned_pose(T_ab: Tensor, turns_a: int, turns_b: int) -> Tensor:
         T[:2, :2] = torch.stack([torch.stack([c, s]), torch.stack([-s, c])])
         return T
 
-    return turn(turns_b) @ T_ab @ torch.linalg.inv(turn(turns_a))
+    return turn(rot90_b) @ T_ab @ torch.linalg.inv(turn(rot90_a))

@@ -140,7 +140,7 @@ class PatchPairs(Dataset):
         if len(kept) < s.per_view:
             return None
         anchor, positive = (p[kept] for p in patches)
-        turned = [turn_alike(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
+        turned = [rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
         return {
             "anchor": torch.stack([a for a, _ in turned]),
             "positive": torch.stack([p for _, p in turned]),
@@ -190,7 +190,7 @@ def local_scale(xy: Tensor, H_ab: Tensor) -> Tensor:
     return (torch.linalg.det(h).abs() / depth.abs().pow(3)).sqrt()
 
 
-def turn_alike(
+def rotate_pair(
     anchor: Tensor, positive: Tensor, rng: np.random.Generator, probability: float = 0.5
 ) -> tuple[Tensor, Tensor]:
     """Both patches (1,P,P) turned by the same quarter turns and mirrored alike, each with this

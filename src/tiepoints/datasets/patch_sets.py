@@ -395,7 +395,7 @@ class PatchBatches(Dataset):
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index])
         anchor, positive = (self._read(indices) for indices in self._draw(rng))
-        turn_both(anchor, positive, self.augment, rng)
+        rotate_both(anchor, positive, self.augment, rng)
         return {"anchor": as_patches(anchor), "positive": as_patches(positive)}
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
@@ -424,7 +424,7 @@ def _by_point(sets: Sequence[PatchSet]) -> tuple[np.ndarray, np.ndarray, np.ndar
     return np.concatenate(members), np.concatenate(starts), np.concatenate(counts)
 
 
-def turn_both(
+def rotate_both(
     anchor: np.ndarray, positive: np.ndarray, augment: str, rng: np.random.Generator
 ) -> None:
     """Turn and mirror pairs of patches (n,P,P) in place, the two of a pair alike; see

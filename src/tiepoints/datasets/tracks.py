@@ -25,7 +25,7 @@ from ..patches import extract_patches
 from ..pyramid import Pyramid
 from ..structs import Keypoints
 from .candidates import CANDIDATES, OTHER_PLACE, SAME_PLACE
-from .patch_pairs import PatchSettings, turn_alike
+from .patch_pairs import PatchSettings, rotate_pair
 from .reconstructions import ImageCache, Shared, TrackScene, TrackSettings
 from .synthetic import PairSettings, degrade
 
@@ -155,7 +155,7 @@ class TrackPatches(Dataset):
         if len(kept) < s.per_view:
             return None
         anchor, positive = (_photometric(p[kept], rng, t.photometric) for p in patches)
-        rotated = [turn_alike(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
+        rotated = [rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
         return {
             "anchor": torch.stack([a for a, _ in rotated]),
             "positive": torch.stack([p for _, p in rotated]),
@@ -220,7 +220,7 @@ class TrackCrops(Dataset):
             (pair[0], shared.xy_a, zoom_a, 0.0),
             (pair[1], shared.xy_b, zoom_a * shared.scale[at] * change, shared.angle[at] + extra),
         ):
-            pyramid, _ = self.cache.get(scene.images[number], _nothing)
+            pyramid, _ = self.cache.get(scene.images[number], _empty_item)
             half = zoom * v.size / 2
             sides_of = np.array([pyramid.image.shape[-1], pyramid.image.shape[-2]]) - 1
             # as much inside the image as the place allows
@@ -274,7 +274,7 @@ class TrackCrops(Dataset):
         return item
 
 
-def _nothing(image: Tensor) -> Tensor:
+def _empty_item(image: Tensor) -> Tensor:
     """No keypoints: crops are searched after they are cut."""
     return torch.zeros(0, 2)
 

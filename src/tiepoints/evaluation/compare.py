@@ -18,7 +18,7 @@ from ..device import choose_device
 from ..errors import DataError
 from ..geometry import warp_points
 from ..matching import match
-from ..metrics.repeatability import localisation
+from ..metrics.repeatability import localization
 from ..models.spec import DetectorSpec, spec_of
 from ..names import PATCH_DESCRIPTORS
 from ..progress import track
@@ -33,7 +33,7 @@ RESAMPLINGS = 2000
 MEASURES = {
     "repeatability": ("%", True),
     "correct matches": ("", True),
-    "localisation error": ("px", False),
+    "localization error": ("px", False),
 }
 
 
@@ -108,17 +108,18 @@ class Comparison:
         """A text table with one line per measure."""
         names = [Path(name).stem if Path(name).suffix else name for name in (self.a, self.b)]
         widths = [max(8, len(name)) for name in names]
+        title = f"{self.photos} images"
         lines = [
-            f"{self.photos} images     {names[0]:>{widths[0]}}  {names[1]:>{widths[1]}}  "
-            "difference (95 % interval)   better"
+            f"{title:18s} {names[0]:>{widths[0]}}  {names[1]:>{widths[1]}}  "
+            f"{'difference (95 % interval)':28s} better"
         ]
         for name, m in self.measures.items():
             unit = MEASURES[name][0]
             better = self.verdict(name)
             better = dict(zip((self.a, self.b), names, strict=True)).get(better, better)
+            interval = f"{m.difference:+.2f} ({m.low:+.2f} .. {m.high:+.2f}) {unit}"
             lines.append(
-                f"{name:18s} {m.a:{widths[0]}.2f}  {m.b:{widths[1]}.2f}  "
-                f"{m.difference:+.2f} ({m.low:+.2f} .. {m.high:+.2f}) {unit:2s}   {better}"
+                f"{name:18s} {m.a:{widths[0]}.2f}  {m.b:{widths[1]}.2f}  {interval:28s} {better}"
             )
         return "\n".join(lines)
 
@@ -173,11 +174,11 @@ def _measure(one: System, pair: Pair, num_keypoints: int) -> dict[str, float]:
     a, b = one(pair.image_a), one(pair.image_b)
     H = torch.from_numpy(pair.H_ab)
     sizes = [image.shape[:2] for image in (pair.image_a, pair.image_b)]
-    local = localisation(a.xy, b.xy, H, *sizes, num_keypoints=num_keypoints, thresholds=(DISTANCE,))
+    local = localization(a.xy, b.xy, H, *sizes, num_keypoints=num_keypoints, thresholds=(DISTANCE,))
     found = {"repeatability": 100 * (local[f"rep@{DISTANCE:g}"] or 0.0)}
     error = local[f"err@{DISTANCE:g}"]
     if error is not None:
-        found["localisation error"] = error
+        found["localization error"] = error
     if a.descriptors is not None and b.descriptors is not None:
         first, second = a[:num_keypoints], b[:num_keypoints]
         index = match(first, second).index

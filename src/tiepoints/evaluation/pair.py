@@ -87,9 +87,9 @@ def _homography_metrics(
     if "keynet" in protocols:
         found |= _keynet(a, b, H_ab, size_a, size_b, num_keypoints, official, described)
     if "mutual" in protocols:
-        local = m.localisation(a.xy, b.xy, H_ab, size_a, size_b, num_keypoints=num_keypoints)
+        local = m.localization(a.xy, b.xy, H_ab, size_a, size_b, num_keypoints=num_keypoints)
         found |= {f"mutual.{k}": v for k, v in local.items()}
-        chance = m.localisation(
+        chance = m.localization(
             a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_keypoints=num_keypoints
         )
         found["chance.rep@3"] = m.above_chance(local["rep@3"] or 0.0, chance["rep@3"] or 0.0)
@@ -177,7 +177,7 @@ def accuracy_metrics(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> dict[str, floa
 
 
 def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, float | None]:
-    robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD, judge=False)
+    robust = estimate(xy_a, xy_b, "homography", threshold=HOMOGRAPHY_THRESHOLD, verify=False)
     found: dict[str, float | None] = {"homography.ok": float(robust.ok)}
     plain = m.homography_dlt(xy_a, xy_b)
     for name, H in (("error", robust.model), ("error_dlt", plain)):
@@ -220,7 +220,7 @@ def matched_pose_metrics(
     found |= {"pose.right": right, "pose.precision": right / len(xy_a) if len(xy_a) else 0.0}
     for backend in backends:
         pose = relative_pose(
-            xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, judge=False
+            xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, verify=False
         )
         found[f"pose.error_{backend}"] = (
             180.0 if pose.model is None else m.pose_error(pose.model[:, :3], pose.model[:, 3], T_ab)
@@ -249,7 +249,9 @@ def matched_marked_metrics(
     estimate. Everything is the mean over ``MARKED_SEEDS`` seeds of the estimator.
     """
     estimates = [
-        estimate(xy_a, xy_b, "fundamental", threshold=FUNDAMENTAL_THRESHOLD, seed=seed, judge=False)
+        estimate(
+            xy_a, xy_b, "fundamental", threshold=FUNDAMENTAL_THRESHOLD, seed=seed, verify=False
+        )
         for seed in range(MARKED_SEEDS)
     ]
     found: dict[str, float | None] = {"marked.matches": len(xy_a)}

@@ -340,7 +340,7 @@ def stored_features(
     return None if found is None else found[0]
 
 
-def save_features(place: Path, features: Features, seconds: float) -> None:
+def save_features(path: Path, features: Features, seconds: float) -> None:
     """Features of one image as .npz, descriptors in half precision; written atomically."""
     arrays: dict[str, Any] = {
         k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")
@@ -348,16 +348,16 @@ def save_features(place: Path, features: Features, seconds: float) -> None:
     arrays |= {"image_size": np.array(features.image_size), "seconds": np.array(seconds)}
     if features.descriptors is not None:
         arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16)
-    with atomic_path(place) as tmp_path, tmp_path.open("wb") as file:
+    with atomic_path(path) as tmp_path, tmp_path.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_features(place: Path, *, described: bool = True) -> tuple[Features, float] | None:
+def load_features(path: Path, *, described: bool = True) -> tuple[Features, float] | None:
     """What ``save_features`` wrote and the seconds; None where there is nothing or it is
     damaged.
     """
     try:
-        with np.load(place, allow_pickle=False) as content:
+        with np.load(path, allow_pickle=False) as content:
             parts = [torch.from_numpy(content[k]) for k in ("xy", "scale", "angle", "score")]
             descriptors = (
                 torch.from_numpy(content["descriptors"]).float()

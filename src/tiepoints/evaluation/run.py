@@ -36,8 +36,8 @@ from ..datasets.ground_truth import (
     PosePair,
     resize_target,
     resized_intrinsics,
-    turned_intrinsics,
-    turned_pose,
+    rotated_intrinsics,
+    rotated_pose,
 )
 from ..errors import DataError, WeightsError
 from ..files import write_json
@@ -152,7 +152,7 @@ class View:
         with Image.open(self.path) as stored:
             size = stored.size
         target = resize_target(*size, self.resize)
-        return turned_intrinsics(resized_intrinsics(K, size, target), target, self.turns)
+        return rotated_intrinsics(resized_intrinsics(K, size, target), target, self.turns)
 
 
 def _row(
@@ -192,7 +192,7 @@ def _row(
             row["metrics"] = marked_metrics(a, b, pair.xy_a, pair.xy_b, num_keypoints=num_keypoints)
         else:
             K_a, K_b = view_a.intrinsics(pair.K_a), view_b.intrinsics(pair.K_b)
-            T_ab = turned_pose(pair.T_ab, pair.turns_a, pair.turns_b)
+            T_ab = rotated_pose(pair.T_ab, pair.rot90_a, pair.rot90_b)
             row["metrics"] = pose_metrics(a, b, K_a, K_b, T_ab, num_keypoints=num_keypoints)
         row["seconds"] = (seconds_a + seconds_b) / 2
     except (DataError, WeightsError, ValueError, RuntimeError, OSError) as error:
@@ -376,12 +376,12 @@ def _check_folder(
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
-    place = folder / "run.json"
-    if place.is_file():
+    path = folder / "run.json"
+    if path.is_file():
         try:
-            before = json.loads(place.read_text())
+            before = json.loads(path.read_text())
         except ValueError as error:
-            raise DataError(f"{place} is damaged ({error}); use another --out") from error
+            raise DataError(f"{path} is damaged ({error}); use another --out") from error
         for key in ("num_points", "mode", "protocols", "resize"):
             if before.get(key) != content[key]:
                 raise DataError(
@@ -406,13 +406,13 @@ def _check_folder(
             content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
         sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
         content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
-    write_json(place, content)
+    write_json(path, content)
 
 
-def _append(place: Path, rows: list[dict[str, Any]]) -> None:
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     """Add lines to a file, all by one write: a sweep that is there at all is there whole."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.open("ab+") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         if file.tell():
             file.seek(-1, os.SEEK_END)

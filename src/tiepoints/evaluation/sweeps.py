@@ -16,7 +16,7 @@ from .. import metrics as m
 from ..geometry import warp_image
 from ..image import ImageLike, load_image
 from ..matching import match
-from ..metrics.anchoring import ANCHORED_POINTS, percentiles
+from ..metrics.anchoring import ANCHORED_KEYPOINTS, percentiles
 from ..metrics.bias import REACH
 from ..names import EVALUATION_NUM_KEYPOINTS
 from .pair import homography_metrics
@@ -24,7 +24,7 @@ from .systems import System, as_features
 
 ROTATIONS = tuple(range(0, 360, 15))
 #: Degrees within which a point's turn counts as right.
-RIGHT_TURN = 15.0
+ROTATION_TOLERANCE = 15.0
 FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
@@ -119,7 +119,7 @@ def sweep(
             )
             if len(i):
                 errors = m.orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
-                right = float((errors <= RIGHT_TURN).double().mean())
+                right = float((errors <= ROTATION_TOLERANCE).double().mean())
                 numbers |= {"turn.median": float(errors.median()), "turn.right": right}
         rows.append(
             {
@@ -157,7 +157,7 @@ def bias(
             dx, dy = (a[index_a] - b[index_b]).median(dim=0).values.tolist()
             numbers = {"dx": dx, "dy": dy, "points": len(index_a)}
         rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
-    rank = percentiles(original, a[:ANCHORED_POINTS].float())
+    rank = percentiles(original, a[:ANCHORED_KEYPOINTS].float())
     placed: dict[str, float | None] = {"median": None, "below_half": None, "points": len(rank)}
     if len(rank):
         placed |= {"median": float(rank.median()), "below_half": float((rank < 0.5).float().mean())}

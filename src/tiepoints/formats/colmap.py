@@ -384,10 +384,10 @@ class ColmapDatabase:
             )
         if todo:
             with tempfile.TemporaryDirectory() as folder:
-                place = Path(folder) / "pairs.txt"
-                place.write_text("".join(f"{a} {b}\n" for a, b in todo))
+                path = Path(folder) / "pairs.txt"
+                path.write_text("".join(f"{a} {b}\n" for a, b in todo))
                 with _quiet(self._colmap):
-                    self._colmap.verify_matches(self.path, place, options)
+                    self._colmap.verify_matches(self.path, path, options)
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
 
     def read_inliers(self, a: str, b: str) -> Matches:

@@ -108,8 +108,8 @@ def find_sequences(root: str | Path) -> tuple[dict[str, dict[str, Path]], list[t
     return sequences, refused
 
 
-def _folders(place: Path) -> list[Path]:
-    return sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+def _folders(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _images(sequence: Path, refused: list[tuple[str, str]]) -> dict[str, Path]:
@@ -281,23 +281,23 @@ def read_config(folder: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is none.
         DataError: it is no list of methods.
     """
-    place = Path(folder) / CONFIG
-    if not place.is_file():
-        raise FileNotFoundError(f"no {place}")
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}")
     try:
-        text = place.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
         try:
             config = json.loads(text)
         except ValueError:
             config = json.loads(re.sub(r",(\s*[\]}])", r"\1", text))
     except ValueError as error:
-        raise DataError(f"{place} is no JSON ({error})") from error
+        raise DataError(f"{path} is no JSON ({error})") from error
     if (
         not isinstance(config, list)
         or not config
         or not all(isinstance(method, dict) for method in config)
     ):
-        raise DataError(f"{place} must be a list of methods")
+        raise DataError(f"{path} must be a list of methods")
     return config
 
 

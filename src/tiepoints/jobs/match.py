@@ -123,7 +123,7 @@ class PairResult:
             "points": [len(self.a), len(self.b)],
             "matches": len(self.matches),
             "inliers": int(found.inliers.sum()),
-            "model": found.kind,
+            "model": found.geometry,
             "ok": found.ok,
             "reason": found.reason,
             "matrix": None if found.model is None else found.model.tolist(),

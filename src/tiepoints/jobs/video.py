@@ -187,14 +187,14 @@ class VideoFrames:
         ImportError: OpenCV is missing.
     """
 
-    def __init__(self, place: Path | int, every: int = 1) -> None:
+    def __init__(self, path: Path | int, every: int = 1) -> None:
         cv2 = _cv2()
-        self.every, self.camera = every, isinstance(place, int)
-        self.name = f"camera {place}" if self.camera else str(place)
+        self.every, self.camera = every, isinstance(path, int)
+        self.name = f"camera {path}" if self.camera else str(path)
         self.skipped: list[tuple[str, str]] = []
         try:
             with _quiet(cv2):
-                self.capture = cv2.VideoCapture(place if isinstance(place, int) else str(place))
+                self.capture = cv2.VideoCapture(path if isinstance(path, int) else str(path))
             opened = self.capture.isOpened()
         except cv2.error:  # a number beyond the range of a C integer
             opened = False

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 LANES = 8  # float32 values of a 256-bit vector register
 
 
-class OneMapConv(nn.Module):
+class SingleChannelConv2d(nn.Module):
     """``F.conv2d`` with zeros outside, of weight (1,C,k,k), k odd, and bias (1,): the same up to
     rounding.
 

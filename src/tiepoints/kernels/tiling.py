@@ -9,29 +9,27 @@ import torch
 from torch import Tensor
 
 
-def strips(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
-    """Rows of an image cut into strips of about ``pixels``: (top, bottom) of each."""
+def tiles(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
+    """Rows of an image cut into tiles of about ``pixels``: (top, bottom) of each."""
     count = max(1, round(height * width / pixels))
     edges = [height * i // count for i in range(count + 1)]
     return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
 
 
-def by_strips(
-    image: Tensor, reach: int, pixels: int, maps_of: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """``maps_of(image)``, (B,1,H,W) -> (B,M,H,W) channels-last, made in strips of about ``pixels``.
+def apply_tiled(image: Tensor, halo: int, pixels: int, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """``fn(image)``, (B,1,H,W) -> (B,M,H,W) channels-last, made in tiles of about ``pixels``.
 
-    A strip is computed with as many rows more as the filters ``reach``, which are then dropped: its
+    A strip is computed with as many rows more as the filters ``halo``, which are then dropped: its
     cut edges are padded wrongly, its edges at the border of the image rightly.
     """
     h, w = image.shape[-2:]
-    cut = strips(h, w, pixels)
+    cut = tiles(h, w, pixels)
     if len(cut) == 1:
-        return maps_of(image)
+        return fn(image)
     out: Tensor | None = None
     for top, bottom in cut:
-        low, high = max(0, top - reach), min(h, bottom + reach)
-        maps = maps_of(image[:, :, low:high])
+        low, high = max(0, top - halo), min(h, bottom + halo)
+        maps = fn(image[:, :, low:high])
         if out is None:
             shape = (len(image), maps.shape[1], h, w)
             out = torch.empty(

@@ -25,7 +25,7 @@ Detector = Callable[[Tensor], Tensor]
 
 
 #: Keypoints of an image that anchoring looks at, and the window of its structure tensor in pixels.
-ANCHORED_POINTS = 200
+ANCHORED_KEYPOINTS = 200
 SIGMA = 2.0
 #: Layers: radius of the disc over the shorter side, how far it moves, how near to its rim keypoints
 #: of the background count, and how near a keypoint must be to be the same one. Pixels.
@@ -65,7 +65,7 @@ def percentiles(image: Tensor, xy: Tensor) -> Tensor:
 
 
 def anchoring(
-    detect: Detector, images: Iterable[Tensor], *, num_keypoints: int = ANCHORED_POINTS
+    detect: Detector, images: Iterable[Tensor], *, num_keypoints: int = ANCHORED_KEYPOINTS
 ) -> Anchoring:
     """How far the strongest ``num_keypoints`` keypoints of gray images (1,1,H,W) lie on structure,
     all images together.

@@ -342,7 +342,7 @@ def mutual_repeatability(
     return matches / min(count_a, count_b) if matches else 0.0
 
 
-def localisation(
+def localization(
     xy_a: Tensor,
     xy_b: Tensor,
     H_ab: Tensor,

@@ -31,14 +31,14 @@ from .spec import DenseSpec
 #: Image pixels from cell to cell of the map: three halvings.
 STRIDE = 8
 DIMS = (128, 64)
-WIDTHS = (16, 32, 64)  # channels after each halving
+WIDTHS = (16, 32, 64)  # channels after each layer
 # of the halvings: an even window is centred between pixels, where the half-pixel law wants it
 KERNEL = 4
 DILATIONS = (1, 2, 4)  # of the 3 x 3 layers at full stride
 #: Cells of the window that light is evened in, and what is added to its deviation, so that noise of
 #: flat areas stays small.
-LIGHT_CELLS = 5
-FLAT = 0.02
+LCN_WINDOW = 5
+LCN_EPS = 0.02
 #: Side in pixels of what the filters of one cell see (134), and of all that it depends on, through
 #: the evened light (184).
 FILTER_FIELD = (
@@ -46,7 +46,7 @@ FILTER_FIELD = (
     + sum((KERNEL - 1) * 2**i for i in range(len(WIDTHS)))
     + sum(2 * d * STRIDE for d in DILATIONS)
 )
-RECEPTIVE_FIELD = STRIDE * (1 + 2 * (FILTER_FIELD // (2 * STRIDE) + 1 + LIGHT_CELLS // 2))
+RECEPTIVE_FIELD = STRIDE * (1 + 2 * (FILTER_FIELD // (2 * STRIDE) + 1 + LCN_WINDOW // 2))
 SAMPLING = ("bilinear", "bicubic")
 
 
@@ -72,7 +72,7 @@ class DesNet(nn.Module):
         self.settings: dict[str, Any] = {"dim": int(dim), "width": int(width)}
         widths = [width * channels for channels in WIDTHS]
         self.dim = int(dim)
-        self.halvings = nn.ModuleList(
+        self.downsample = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(a, b, KERNEL, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(b),
@@ -81,7 +81,7 @@ class DesNet(nn.Module):
             for a, b in pairwise((1, *widths))
         )
         wide = widths[-1]
-        self.context = nn.ModuleList(
+        self.dilated = nn.ModuleList(
             nn.Sequential(
                 nn.Conv2d(wide, wide, 3, padding=d, dilation=d, bias=False),
                 nn.BatchNorm2d(wide),
@@ -98,10 +98,10 @@ class DesNet(nn.Module):
         """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1]; cell j lies at pixel ``8 j + 3.5``. Not
         normalised.
         """
-        maps = even_light(whole_cells(image))
-        for halving in self.halvings:
-            maps = halving(maps)
-        for layer in self.context:
+        maps = local_contrast_normalization(whole_cells(image))
+        for layer in self.downsample:
+            maps = layer(maps)
+        for layer in self.dilated:
             maps = maps + layer(maps)
         return self.head(maps)
 
@@ -124,16 +124,16 @@ def whole_cells(image: Tensor) -> Tensor:
     return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
 
 
-def even_light(image: Tensor) -> Tensor:
-    """(value - mean) / (deviation + ``FLAT``) of a gray image (B,1,H,W) of whole cells: of the 5 x
-    5 cells around, linear between cells.
+def local_contrast_normalization(image: Tensor) -> Tensor:
+    """(value - mean) / (deviation + ``LCN_EPS``) of a gray image (B,1,H,W) of whole cells: of the 5
+    x 5 cells around, linear between cells.
     """
     size = (image.shape[-2], image.shape[-1])
     cells = F.avg_pool2d(torch.cat([image, image.square()], dim=1), STRIDE)
     mean, square = F.avg_pool2d(
-        cells, LIGHT_CELLS, stride=1, padding=LIGHT_CELLS // 2, count_include_pad=False
+        cells, LCN_WINDOW, stride=1, padding=LCN_WINDOW // 2, count_include_pad=False
     ).split(1, dim=1)
-    factor = 1 / ((square - mean.square()).clamp(min=0).sqrt() + FLAT)
+    factor = 1 / ((square - mean.square()).clamp(min=0).sqrt() + LCN_EPS)
     mean, factor = resize(torch.cat([mean, factor], dim=1), size).split(1, dim=1)
     return (image - mean) * factor
 
@@ -181,15 +181,19 @@ class FusedDesNet(nn.Module):
         def folded(layers: nn.ModuleList) -> nn.ModuleList:
             return nn.ModuleList(fuse_conv_bn_eval(layer[0], layer[1]) for layer in layers)  # type: ignore[index]
 
-        self.halvings, self.context, self.head = folded(net.halvings), folded(net.context), net.head
+        self.downsample, self.dilated, self.head = (
+            folded(net.downsample),
+            folded(net.dilated),
+            net.head,
+        )
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Map (B,D,h,w) float32 of a gray image (B,1,H,W) in [0,1]."""
-        maps = even_light(whole_cells(image)).to(self.dtype)
-        for conv in self.halvings:
+        maps = local_contrast_normalization(whole_cells(image)).to(self.dtype)
+        for conv in self.downsample:
             maps = F.relu_(conv(maps.contiguous(memory_format=torch.channels_last)))
-        for conv in self.context:
+        for conv in self.dilated:
             maps = F.relu_(conv(maps)).add_(maps)
         return self.head(maps).float()

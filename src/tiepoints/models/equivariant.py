@@ -122,9 +122,9 @@ class _RotationConv(nn.Module):
         self.coefficients = nn.Parameter(
             torch.zeros(fields_out, fields_in, relations, basis.shape[1])
         )
-        self.initialise()
+        self.initialize()
 
-    def initialise(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """He initialisation: the filters of one output map have the mean squared norm 2."""
         with torch.no_grad():
             self.coefficients.normal_(

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, corner_strength, resize, sobel
-from ..kernels.single_channel import OneMapConv
-from ..kernels.tiling import by_strips
+from ..kernels.single_channel import SingleChannelConv2d
+from ..kernels.tiling import apply_tiled
 from .spec import DetectorSpec
 
 #: Handcrafted channels in the order of the official PyTorch weights; each belongs to the first or
@@ -48,7 +48,7 @@ STRUCTURE_SIGMA = 2.0
 #: Corner strength that is rounding: gradients of a hundredth of a gray level of eight bits.
 STRUCTURE_FLOOR = 1e-10
 # bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
-STRIP_PIXELS = 300_000
+TILE_PIXELS = 300_000
 
 
 def handcrafted_channels(
@@ -241,7 +241,7 @@ class KeyNet(nn.Module):
             if merge
             else None
         )
-        self.initialise()
+        self.initialize()
 
     @classmethod
     def tiny(cls) -> KeyNet:
@@ -252,7 +252,7 @@ class KeyNet(nn.Module):
         """
         return cls(num_filters=1, num_blocks=1, num_levels=1, merge=False)
 
-    def initialise(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """He initialisation of all filters (fan-in), zero biases, drawn from ``generator`` (paper
         5.3).
         """
@@ -313,7 +313,7 @@ class FusedKeyNet(nn.Module):
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
         side = net.settings["kernel_size"] // 2
         self.filters = net.settings["num_filters"]
-        self.reach = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
+        self.halo = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
         self.merges = net.last is not None
         self.score, self.structure = net.settings["score"], net.settings["structure"]
         if net.last is not None:
@@ -321,7 +321,8 @@ class FusedKeyNet(nn.Module):
             # levels' maps.
             parts = net.last.weight.split(self.filters, dim=1)
             self.merge = nn.ModuleList(
-                OneMapConv(part, net.last.bias if i == 0 else None) for i, part in enumerate(parts)
+                SingleChannelConv2d(part, net.last.bias if i == 0 else None)
+                for i, part in enumerate(parts)
             )
 
     @torch.inference_mode()
@@ -338,7 +339,7 @@ class FusedKeyNet(nn.Module):
 
     def _learned(self, level: Tensor) -> Tensor:
         """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""
-        return by_strips(level, self.reach, STRIP_PIXELS, self._features)
+        return apply_tiled(level, self.halo, TILE_PIXELS, self._features)
 
     def _features(self, level: Tensor) -> Tensor:
         shape = (len(level), FIRST_LAYER_CHANNELS, *level.shape[-2:])

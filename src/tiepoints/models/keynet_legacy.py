@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..filters import blur_separable, bright_blur_taps, normalise_contrast
+from ..filters import blur_separable, bright_blur_taps, normalize_contrast
 from ..keypoints import clear_border, local_maxima
 from ..pyramid import SCALE_STEP, Pyramid, level_budgets
 from ..structs import Keypoints
@@ -169,7 +169,7 @@ class LegacyKeyNet(nn.Module):
                     blurred, level_size(height, width, level, float32=self.float32_sizes)
                 )
             )
-        return [normalise_contrast(level) for level in levels]
+        return [normalize_contrast(level) for level in levels]
 
     def forward(self, image: Tensor) -> Tensor:
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""

@@ -61,7 +61,7 @@ class PatchNet(nn.Module):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-    def standardise(self, patches: Tensor) -> Tensor:
+    def standardize(self, patches: Tensor) -> Tensor:
         """(N,1,32,32) in [0,1] -> what the first convolution takes."""
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class PatchNet(nn.Module):
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         dtype = cast(nn.Conv2d, self.convolutions[0]).weight.dtype
-        maps = self.standardise(to_side(patches.float(), PATCH_SIZE)).to(dtype)
+        maps = self.standardize(to_side(patches.float(), PATCH_SIZE)).to(dtype)
         if not self.training:  # a third faster on a CPU
             maps = maps.contiguous(memory_format=torch.channels_last)
         for index, layer in enumerate(self.convolutions):
@@ -117,7 +117,7 @@ class HardNet(PatchNet):
         super().__init__(dropout)
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (*CHANNELS, DIMENSION))
 
-    def standardise(self, patches: Tensor) -> Tensor:
+    def standardize(self, patches: Tensor) -> Tensor:
         # constants in the gradient, as published
         deviation, mean = torch.std_mean(patches.detach(), dim=(1, 2, 3), keepdim=True)
         return (patches - mean) / (deviation + HARDNET_EPS)
@@ -137,7 +137,7 @@ class HardNet(PatchNet):
 class SOSNet(HardNet):
     """SOSNet: HardNet's layers behind an instance normalisation of the gray levels."""
 
-    def standardise(self, patches: Tensor) -> Tensor:
+    def standardize(self, patches: Tensor) -> Tensor:
         return F.instance_norm(patches * GRAY_LEVELS, eps=SOSNET_EPS)
 
 
@@ -216,7 +216,7 @@ class HyNet(PatchNet):
         self.activations = nn.ModuleList(ThresholdedLinear(c) for c in (1, *CHANNELS))
         self.last_norm = nn.BatchNorm2d(DIMENSION, affine=False)
 
-    def standardise(self, patches: Tensor) -> Tensor:
+    def standardize(self, patches: Tensor) -> Tensor:
         return self._respond(0, patches * GRAY_LEVELS)
 
     def follow(self, index: int, maps: Tensor) -> Tensor:

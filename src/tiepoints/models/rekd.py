@@ -30,10 +30,10 @@ from ..filters import (
     binomial_blur,
     blur_separable,
     bright_blur_taps,
-    normalise_contrast,
+    normalize_contrast,
     resize,
 )
-from ..kernels.tiling import strips
+from ..kernels.tiling import tiles
 from ..kernels.winograd import PAD, WinogradConv, pack
 from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
 from .spec import DetectorSpec
@@ -50,10 +50,10 @@ VARIANTS = ("default", "published")
 CONTRAST_FLOOR = 15.0
 #: Rows of the image computed at a time, as pixels: bounds the memory of the maps of all
 #: orientations.
-STRIP_PIXELS = 150_000
+TILE_PIXELS = 150_000
 #: Channels from which on Winograd's convolution beats the library's on a CPU: 72 do (twice as
 #: fast), 24 do not.
-QUICK_CHANNELS = 48
+WINOGRAD_CHANNELS = 48
 
 
 class Trunk(nn.Module):
@@ -142,15 +142,15 @@ class REKD(nn.Module):
         self.orientation = GroupConv(group, third, 1, 1)
         self.score_norm = nn.BatchNorm2d(third * num_levels)
         self.score = nn.Conv2d(third * num_levels, 1, 1)
-        self.initialise()
+        self.initialize()
 
-    def initialise(self, generator: torch.Generator | None = None) -> None:
+    def initialize(self, generator: torch.Generator | None = None) -> None:
         """He initialisation; the score starts as a mean of the pooled maps, because strong means
         wanted.
         """
         for module in self.modules():
             if isinstance(module, LiftingConv | GroupConv):
-                module.initialise(generator)
+                module.initialize(generator)
             elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
                 module.reset_running_stats()
                 module.reset_parameters()
@@ -168,7 +168,7 @@ class REKD(nn.Module):
                 return self._published_levels(image)
             # The blur takes away what the pixel grid shows differently from turn to turn.
             levels = [
-                normalise_contrast(
+                normalize_contrast(
                     binomial_blur(image), floor=CONTRAST_FLOOR * self.input_range / 255, boxes=2
                 )
             ]
@@ -181,11 +181,11 @@ class REKD(nn.Module):
     def _published_levels(self, image: Tensor) -> list[Tensor]:
         h, w = image.shape[-2:]
         blurred = blur_separable(image, bright_blur_taps().to(image), pad_mode="constant")
-        levels = [normalise_contrast(image)]
+        levels = [normalize_contrast(image)]
         for i in range(1, self.num_levels):
             size = max(1, int(h / self.scale_factor**i)), max(1, int(w / self.scale_factor**i))
             levels.append(
-                normalise_contrast(
+                normalize_contrast(
                     F.interpolate(blurred, size=size, mode="bilinear", align_corners=True)
                 )
             )
@@ -288,14 +288,14 @@ class FusedREKD(nn.Module):
         )
         self.direction = self.reference.orientation.frozen()
         channels = min(conv.weight.shape[1] for conv in self.convs[1:])  # type: ignore[index]
-        wide = channels >= QUICK_CHANNELS
+        wide = channels >= WINOGRAD_CHANNELS
         # the Winograd layers pack channels last; the library prefers the other layout
         self.layout = torch.channels_last if wide else torch.contiguous_format
         for conv in self.convs:
             conv.to(memory_format=self.layout)  # type: ignore[call-overload]
         inner = cast(list[nn.Conv2d], list(self.convs[1:])) if wide else []
-        self.quick = [WinogradConv(conv.weight, cast(Tensor, conv.bias)) for conv in inner]
-        self.reach = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
+        self.winograd = [WinogradConv(conv.weight, cast(Tensor, conv.bias)) for conv in inner]
+        self.halo = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
         norm, score = self.reference.score_norm, self.reference.score
         assert norm.running_var is not None
         assert norm.running_mean is not None
@@ -313,7 +313,7 @@ class FusedREKD(nn.Module):
         b, _, h, w = image.shape
         levels = self.reference.level_images(image)
         score, angle = image.new_empty(b, 1, h, w), image.new_empty(b, 1, h, w)
-        for top, bottom in strips(h, b * w, STRIP_PIXELS):
+        for top, bottom in tiles(h, b * w, TILE_PIXELS):
             score[:, :, top:bottom], angle[:, :, top:bottom] = self._strip(
                 levels, (h, w), top, bottom
             )
@@ -344,10 +344,10 @@ class FusedREKD(nn.Module):
         Made from as many rows more as the filters reach, which are then dropped.
         """
         h, w = level.shape[-2:]
-        first, last = max(0, low - self.reach), min(h, high + self.reach)
+        first, last = max(0, low - self.halo), min(h, high + self.halo)
         maps = F.relu_(self.convs[0](level[:, :, first:last].contiguous(memory_format=self.layout)))
         mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)
-        if not self.quick or maps.device.type != "cpu" or maps.dtype != torch.float32:
+        if not self.winograd or maps.device.type != "cpu" or maps.dtype != torch.float32:
             for conv in self.convs[1:]:
                 maps = F.relu_(conv(maps))
             maps = maps[:, :, low - first : high - first]
@@ -356,8 +356,8 @@ class FusedREKD(nn.Module):
         parts = []
         for image in maps.permute(0, 2, 3, 1):
             packed = pack(image)
-            for quick in self.quick:
-                packed = quick(packed, last - first, w)
+            for layer in self.winograd:
+                packed = layer(packed, last - first, w)
             packed = packed[PAD + low - first : PAD + high - first]
             flat = packed.flatten(0, 2)
             shape = (*packed.shape[:3], -1)

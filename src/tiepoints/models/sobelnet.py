@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, resize, sobel
-from ..kernels.single_channel import OneMapConv
-from ..kernels.tiling import by_strips
+from ..kernels.single_channel import SingleChannelConv2d
+from ..kernels.tiling import apply_tiled
 from .spec import DetectorSpec
 
 #: Size of each scale over the one before: 1, 1/sqrt(2), 1/2.
@@ -41,7 +41,7 @@ GRADIENTS = ("dx", "dy", "magnitude")
 RATIO = 1e-8
 # bounds the memory of maps on a large image; smaller strips cost more in calls than they save in
 # cache
-STRIP_PIXELS = 300_000
+TILE_PIXELS = 300_000
 _TINY = 1e-12  # of the squared gradient: the root of 0 has no derivative
 
 
@@ -152,8 +152,8 @@ class FusedSobelNet(nn.Module):
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
-        self.last = OneMapConv(net.last.weight, net.last.bias)
-        self.reach = 3 + NUM_BLOCKS * (
+        self.last = SingleChannelConv2d(net.last.weight, net.last.bias)
+        self.halo = 3 + NUM_BLOCKS * (
             net.settings["kernel_size"] // 2
         )  # gradients reach one pixel, their blur two
 
@@ -162,7 +162,7 @@ class FusedSobelNet(nn.Module):
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
         total: Tensor | None = None
         for level in reversed(self.reference.level_images(image)):
-            maps = by_strips(level, self.reach, STRIP_PIXELS, self._features)
+            maps = apply_tiled(level, self.halo, TILE_PIXELS, self._features)
             total = (
                 maps
                 if total is None

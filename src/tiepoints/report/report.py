@@ -36,7 +36,7 @@ from ..files import write_text
 from ..geometry import common_area, warp_points
 from ..matching import match
 from ..metrics.geometry import error_auc, mean
-from ..metrics.repeatability import BORDER, localisation, mutual_nearest
+from ..metrics.repeatability import BORDER, localization, mutual_nearest
 from ..plot import draw_keypoints, draw_matches
 from ..report import published
 from .charts import (
@@ -617,7 +617,7 @@ def budget_curve(run: Run, system: str, budgets: Sequence[int]) -> dict[float, f
             found[n].append(
                 100
                 * (
-                    localisation(a.xy, b.xy, H_ab, *sizes, num_keypoints=n, thresholds=(REACH,))[
+                    localization(a.xy, b.xy, H_ab, *sizes, num_keypoints=n, thresholds=(REACH,))[
                         "rep@3"
                     ]
                     or 0.0

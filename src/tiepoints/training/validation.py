@@ -116,9 +116,9 @@ def correctly_matched(
 #: Validation: seed of the pairs of held-out photographs, how many points of each are compared, and
 #: in degrees what turn is right.
 VALIDATION_SEED = 7
-VALIDATION_POINTS = 150
-TURNED_POINTS = 75  # about half of the maxima of a smaller view
-RIGHT_TURN = 15.0
+VALIDATION_KEYPOINTS = 150
+ROTATED_KEYPOINTS = 75  # about half of the maxima of a smaller view
+ROTATION_TOLERANCE = 15.0
 
 
 def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
@@ -127,8 +127,8 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
 
     A repeated keypoint counts if its pixels lie above the median of their images by
     ``filters.corner_strength``: what lies beside structure moves with a plane as well as a corner
-    does, but not with a scene. Repeated keypoints are divided by ``VALIDATION_POINTS``, not by the
-    keypoints found: a network must not gain by finding few.
+    does, but not with a scene. Repeated keypoints are divided by ``VALIDATION_KEYPOINTS``, not by
+    the keypoints found: a network must not gain by finding few.
     """
     scores = []
     device = next(net.parameters()).device
@@ -144,7 +144,7 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
             for side, xy in (("a", xy_a), ("b", xy_b))
         )
         a, b = repeated_points(
-            xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=VALIDATION_POINTS
+            xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=VALIDATION_KEYPOINTS
         )
         on_structure = (
             torch.minimum(
@@ -153,7 +153,7 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
             )
             > 0.5
         )
-        scores.append(int(on_structure.sum()) / VALIDATION_POINTS)
+        scores.append(int(on_structure.sum()) / VALIDATION_KEYPOINTS)
     return float(np.mean(scores)) if scores else 0.0
 
 
@@ -172,21 +172,23 @@ def oriented_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
         (xy_a, _), (xy_b, _) = detect_peaks(score.float().cpu(), 1000, shape="round")
         h, w = pair["image_a"].shape[-2:]
         size = (int(h), int(w))
-        a, b = repeated_points(xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=TURNED_POINTS)
+        a, b = repeated_points(
+            xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=ROTATED_KEYPOINTS
+        )
         angle_a, angle_b = angle_at(angle[0, 0], xy_a[a]), angle_at(angle[1, 0], xy_b[b])
-        right = orientation_errors(xy_a[a], angle_a, angle_b, pair["H_ab"]) <= RIGHT_TURN
-        scores.append(int(right.sum()) / TURNED_POINTS)
+        right = orientation_errors(xy_a[a], angle_a, angle_b, pair["H_ab"]) <= ROTATION_TOLERANCE
+        scores.append(int(right.sum()) / ROTATED_KEYPOINTS)
     return float(np.mean(scores)) if scores else 0.0
 
 
 #: Validation: pairs of views of held-out photographs, their side, and points looked for in each.
 MATCHING_PAIRS = 24
 MATCHING_SIZE = 320
-MATCHING_POINTS = 200
+MATCHING_KEYPOINTS = 200
 
 #: Validation on reconstructions: pairs of views and keypoints of each image.
 POSED_PAIRS = 24
-POSED_POINTS = 500
+POSED_KEYPOINTS = 500
 
 
 class PosedCheck:
@@ -196,7 +198,7 @@ class PosedCheck:
 
     def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
         self.pairs = posed_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
-        extractor = build(detector, None, num_keypoints=POSED_POINTS, up_levels=0, device="cpu")
+        extractor = build(detector, None, num_keypoints=POSED_KEYPOINTS, up_levels=0, device="cpu")
         paths = dict.fromkeys(path for pair in self.pairs for path in pair.images)
         self.images = {path: load_image(path) for path in paths}
         self.keypoints = {

@@ -50,14 +50,14 @@ class TrainData:
     reconstructions: Folders | None = None
     validation_reconstructions: Folders | None = None
 
-    def photographs(self) -> tuple[list[Path], list[Path]]:
+    def photographs(self, *, log: bool = True) -> tuple[list[Path], list[Path]]:
         """Photographs to train on and to validate on; those that cannot be used are logged.
 
         Raises:
             FileNotFoundError, DataError: no folder, or too few usable images.
         """
         if self.validation:
-            training, held_out = _usable(self.images), _usable(self.validation)
+            training, held_out = (_usable(f, log) for f in (self.images, self.validation))
             if not training or not held_out:
                 empty = self.images if not training else self.validation
                 raise DataError(f"no usable images in {empty}")
@@ -68,8 +68,11 @@ class TrainData:
                     "disjoint folders"
                 )
         else:
-            training, held_out = split_photos(_usable(self.images))
-        logger.info("%d photographs to train on, %d to validate on", len(training), len(held_out))
+            training, held_out = split_photos(_usable(self.images, log))
+        level = logging.INFO if log else logging.DEBUG
+        logger.log(
+            level, "%d photographs to train on, %d to validate on", len(training), len(held_out)
+        )
         return training, held_out
 
 
@@ -80,13 +83,14 @@ def as_folders(folders: Folders | None) -> list[Path]:
     return [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
 
 
-def _usable(folders: Folders) -> list[Path]:
+def _usable(folders: Folders, log: bool) -> list[Path]:
     found = [photo for folder in as_folders(folders) for photo in list_photos(folder)]
     photos, refused = usable_photos(found)
-    for line in refused[:NAMED]:
-        logger.warning("skipped: %s", line)
-    if len(refused) > NAMED:
-        logger.warning("skipped: %d more images", len(refused) - NAMED)
+    if log:
+        for line in refused[:NAMED]:
+            logger.warning("skipped: %s", line)
+        if len(refused) > NAMED:
+            logger.warning("skipped: %d more images", len(refused) - NAMED)
     return photos
 
 

@@ -26,8 +26,8 @@ from ..loop import FitResult, RunOptions, Task
 from ..losses import circle_loss, hardnet_loss, hynet_loss, sosnet_loss
 from ..presets import DESCRIPTORS, DESNET_RECIPES, PATCH_RECIPES
 from ..validation import (
+    MATCHING_KEYPOINTS,
     MATCHING_PAIRS,
-    MATCHING_POINTS,
     MATCHING_SIZE,
     VALIDATION_SEED,
     PosedCheck,
@@ -133,7 +133,9 @@ def train_patches(
         return Mixture(warps, tracks, TRACK_SHARE, seed=seed)
 
     make_batches(1)[0]  # a folder without any texture is found out before the training starts
-    detector = ScoreMapDetector(fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_POINTS))
+    detector = ScoreMapDetector(
+        fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS)
+    )
     checks = matching_checks(
         held_out,
         lambda image: detector(build_pyramid(image))[0],
@@ -283,7 +285,7 @@ def train_dense(
         dataclasses.replace(views, size=MATCHING_SIZE),
         seed=VALIDATION_SEED,
         length=count,
-        count=MATCHING_POINTS,
+        count=MATCHING_KEYPOINTS,
     )
     held_out_pairs = [{**checks[i], "H_ab": checks.homography(i)} for i in range(count)]
     posed = _posed_check(data, finder)
