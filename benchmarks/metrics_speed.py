@@ -37,7 +37,7 @@ def main() -> None:
         H, times = torch.tensor(row.H_ab, dtype=torch.float64), []
         for _ in range(args.repeat):
             started = time.perf_counter()
-            homography_metrics(a, b, H, num_keypoints=run.facts["num_points"])
+            homography_metrics(a, b, H, num_keypoints=run.metadata["num_points"])
             times.append((time.perf_counter() - started) * 1000)
         milliseconds.append(min(times))
         detection.append(row.seconds or 0.0)

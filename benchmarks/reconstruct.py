@@ -15,14 +15,85 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+import time
+from dataclasses import asdict
+from functools import partial
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
+import tiepoints
 from common import machine
+from tiepoints.evaluation.systems import Options, system
+from tiepoints.files import collect, write_json
+from tiepoints.formats.colmap import ColmapDatabase, reconstruct
+from tiepoints.jobs.match import MatchOptions, named_matcher, refine_database
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "to_colmap.py"
+
+def measure(
+    name: str, descriptor: str, folder: Path, camera: str, ratio: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One system from photographs to models of every seed."""
+    images = {
+        str(task.relative): task.path for task in collect([folder], root=folder, inside=True).tasks
+    }
+    pairs = list(combinations(sorted(images), 2))
+    matcher: Any
+    if name == "sift":
+        extract = system("sift", Options(num_keypoints=args.points))
+        plain = partial(tiepoints.match, ratio=None if ratio >= 1 else ratio)
+        matcher = lambda a, b, one, two: plain(one, two)  # noqa: E731
+    else:
+        extractor = tiepoints.build("keynet", descriptor, num_keypoints=args.points)
+        extract = extractor.extract
+        matcher = named_matcher(extractor, images, MatchOptions(ratio=ratio))
+        if matcher is None:  # the descriptor has no upright patches
+            plain = MatchOptions(ratio=ratio).matcher()
+            matcher = lambda a, b, one, two: plain(one, two)  # noqa: E731
+    seconds, started = {}, time.perf_counter()
+    features = {image: extract(path) for image, path in images.items()}
+    seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
+    with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "database.db"
+        with ColmapDatabase(path, camera=camera, write=True) as database:
+            for image, file in images.items():
+                database.write(image, features[image], file)
+            count = 0
+            for a, b in pairs:
+                matches = matcher(a, b, features[a], features[b])
+                database.write_matches(a, b, matches)
+                count += len(matches)
+            seconds["match"], started = time.perf_counter() - started, time.perf_counter()
+            verified = database.verify(pairs)
+            # SIFT's keypoints are sub-pixel already, and the comparison is with SIFT as it is
+            if name != "sift":
+                verified = refine_database(database, pairs, images)
+            inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
+        seconds["verify"], started = time.perf_counter() - started, time.perf_counter()
+        tries = [
+            {
+                **asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1)),
+                "seed": seed,
+            }
+            for seed in range(args.seeds)
+        ]
+        seconds["map"] = time.perf_counter() - started
+    return {
+        "data": folder.name,
+        "ratio": ratio,
+        "system": name,
+        "images": len(images),
+        "points_an_image": sum(map(len, features.values())) / len(images),
+        "pairs": len(pairs),
+        "verified_pairs": verified,
+        "matches": count,
+        "inliers": inliers,
+        "tries": tries,
+        "seconds": seconds,
+        "camera": camera,
+        "machine": machine(),
+    }
 
 
 def main() -> None:
@@ -43,42 +114,13 @@ def main() -> None:
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
         folder, _, camera = given.partition(":")
-        for ratio in args.ratios.split(","):
-            for k, descriptor in enumerate(args.descriptors.split(",")):
-                words = [
-                    "--points",
-                    str(args.points),
-                    "--descriptor",
-                    descriptor,
-                    "--ratio",
-                    ratio,
-                    "--camera",
-                    camera or "auto",
-                ]
-                words += [
-                    "--tries",
-                    str(args.seeds),
-                    "--every-try",
-                    "--threads",
-                    "1",
-                    *(["--compare-sift"] if not k else []),
-                ]
-                with tempfile.TemporaryDirectory() as out:
-                    numbers = Path(out) / "numbers.json"
-                    subprocess.run(
-                        [sys.executable, EXAMPLE, folder, "--out", out, "--json", numbers, *words],
-                        check=True,
-                    )
-                    new = [
-                        {"data": Path(folder).name, "ratio": float(ratio), **row}
-                        for row in json.loads(numbers.read_text())
-                    ]
-                for row in new:
-                    row.update(summary(row), camera=camera or "auto", **{"machine": machine()})
-                rows = [
-                    row for row in rows if not any(_key(row) == _key(other) for other in new)
-                ] + new
-                args.out.write_text(json.dumps({"rows": sorted(rows, key=_key)}, indent=1) + "\n")
+        for ratio in map(float, args.ratios.split(",")):
+            descriptors = args.descriptors.split(",")
+            for name, descriptor in [(f"keynet-{d}", d) for d in descriptors] + [("sift", "")]:
+                row = measure(name, descriptor, Path(folder), camera or "auto", ratio, args)
+                row.update(summary(row))
+                rows = [other for other in rows if _key(other) != _key(row)] + [row]
+                write_json(args.out, {"rows": sorted(rows, key=_key)})
     print(table(sorted(rows, key=_key)))
 
 

@@ -1,9 +1,8 @@
 """Photographs and reconstructions packed small for training on another machine, such as a rented
 GPU without pycolmap.
 
-    python examples/pack_training_data.py --out DATA.tar --images PHOTOS... \\
-        --reconstructions SCENES... \\
-                                          --held-out SCENES... [--max-side 480] [--quality 70]
+    python examples/pack_training_data.py --output DATA.tar --images PHOTOS... \\
+        --reconstructions SCENES... --held-out SCENES... [--max-side 480] [--quality 70]
 
 SCENES: folders with a COLMAP model and its images each. The archive holds `photos/`, `scenes/NAME/`
 and `held_out/NAME/`, the latter to validate on; `tiepoints train --reconstructions` reads them
@@ -22,23 +21,23 @@ from tiepoints.datasets.synthetic import list_photos, read_photo, usable_photos
 from tiepoints.errors import DataError
 
 
-def pack_photos(folders: list[Path], out: Path, max_side: int, quality: int) -> int:
+def pack_photos(folders: list[Path], output: Path, max_side: int, quality: int) -> int:
     """Reduced copies of all usable photographs; returns their number."""
     from PIL import Image
 
-    out.mkdir(parents=True)
+    output.mkdir(parents=True)
     photos, refused = usable_photos([photo for folder in folders for photo in list_photos(folder)])
     for line in refused:
-        print(f"left out: {line}")
+        print(f"skipped: {line}")
     count = 0
     for photo in photos:
         try:
             Image.fromarray(read_photo(photo, max_side)).save(
-                out / f"{count:05}.jpg", quality=quality
+                output / f"{count:05}.jpg", quality=quality
             )
             count += 1
         except DataError as error:
-            print(f"left out: {error}")
+            print(f"skipped: {error}")
     return count
 
 
@@ -46,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--images", type=Path, nargs="+", required=True)
     parser.add_argument("--reconstructions", type=Path, nargs="*", default=[])
     parser.add_argument("--held-out", type=Path, nargs="*", default=[])
@@ -54,19 +53,19 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=70)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) / "data"
-        count = pack_photos(args.images, place / "photos", args.max_side, args.quality)
-        for part, folders in (("scenes", args.reconstructions), ("held_out", args.held_out)):
-            for folder in folders:
-                for number, scene in enumerate(read_scenes(folder)):
+        folder = Path(scratch) / "data"
+        count = pack_photos(args.images, folder / "photos", args.max_side, args.quality)
+        for part, sources in (("scenes", args.reconstructions), ("held_out", args.held_out)):
+            for source in sources:
+                for number, scene in enumerate(read_scenes(source)):
                     pack_scene(
                         scene,
-                        place / part / f"{folder.resolve().name}-{number}",
+                        folder / part / f"{source.resolve().name}-{number}",
                         quality=args.quality,
                     )
-        with tarfile.open(args.out, "w") as archive:
-            archive.add(place, arcname=".")
-    size = args.out.stat().st_size / 1e6
+        with tarfile.open(args.output, "w") as archive:
+            archive.add(folder, arcname=".")
+    size = args.output.stat().st_size / 1e6
     print(
         f"{count} photographs, {len(args.reconstructions)} + {len(args.held_out)} "
         f"reconstructions: {size:.0f} MB"

@@ -4,7 +4,7 @@
 #   sh examples/train_on_gpu.sh DATA.tar OUT [MINUTES] [WORKERS]
 #
 # Half of MINUTES for each network; WORKERS processes make the batches. Needs this repository, torch and lightning, no COLMAP.
-# OUT gets the weights, their logs and checkpoints: run it again with the same OUT to go on where it stopped.
+# OUT gets the weights, their logs and checkpoints: run it again with the same OUT to resume.
 set -eu
 data=$1
 out=$2
@@ -27,5 +27,5 @@ for model in desnet hardnet; do
     [ -f "$out/$model.safetensors.checkpoint" ] && options="$options --resume"
     # unquoted on purpose: lists of options
     python -m tiepoints train "$model" --images "$scratch/photos" --reconstructions "$scratch/scenes" $validation $options \
-        --minutes "$each" --workers "$workers" --precision auto --validate-every 200 --out "$out/$model.safetensors"
+        --minutes "$each" --workers "$workers" --precision auto --validate-every 200 --output "$out/$model.safetensors"
 done

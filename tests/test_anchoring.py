@@ -73,7 +73,7 @@ def test_layered_frames_move_the_disc_alone():
     assert torch.equal(
         moved[inside], one[0, 0, : 240 - int(SHIFT[1]), : 320 - int(SHIFT[0])][inside]
     )
-    with pytest.raises(ValueError, match="one size"):
+    with pytest.raises(ValueError, match="same size"):
         layered_frames(background, foreground[..., :100])
 
 

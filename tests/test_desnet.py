@@ -15,7 +15,7 @@ from tiepoints.extract import describer
 from tiepoints.geometry import warp_image, warp_points
 from tiepoints.models.desnet import (
     FILTER_FIELD,
-    FLAT,
+    LCN_EPS,
     RECEPTIVE_FIELD,
     STRIDE,
     DesNet,
@@ -104,9 +104,9 @@ def test_its_filters_see_what_is_stated():
     net = lively().requires_grad_(False)
     light = torch.rand(1, 1, 320, 320, requires_grad=True)
     maps = light
-    for layer in net.halvings:
+    for layer in net.downsample:
         maps = layer(maps)
-    for layer in net.context:
+    for layer in net.dilated:
         maps = maps + layer(maps)
     maps[0, :, 20, 20].square().sum().backward()
     xs = light.grad[0, 0].nonzero()[:, 1]
@@ -118,11 +118,11 @@ def test_light_is_evened():
     even = local_contrast_normalization(image)
     torch.testing.assert_close(
         local_contrast_normalization(0.5 * image + 0.1), even, atol=0.3, rtol=0
-    )  # all but what FLAT keeps
+    )  # all but what LCN_EPS keeps
     cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that begins at 24, 32
     centre = image[..., 27:29, 35:37]
     at = even[..., 27:29, 35:37].mean()
-    rough = (centre.mean() - cells.mean()) / (cells.std(correction=0) + FLAT)
+    rough = (centre.mean() - cells.mean()) / (cells.std(correction=0) + LCN_EPS)
     assert float(at) == pytest.approx(float(rough), abs=0.1)
     assert local_contrast_normalization(torch.full((1, 1, 16, 16), 0.7)).abs().max() < 1e-3
 
@@ -190,10 +190,10 @@ def test_half_and_names_and_files(tmp_path):
     assert rough.shape == (5, 64)
     assert ((rough * exact).sum(dim=1) > 0.99).all()
     for weights in (str(DATA / "keynet.safetensors"), load("sobelnet")):
-        with pytest.raises(ValueError, match="describes nothing; use it as the detector"):
+        with pytest.raises(ValueError, match="has no descriptors; use it as the detector"):
             describer(weights)
     for net in (load("desnet"), load("hardnet")):
-        with pytest.raises(ValueError, match="finds no keypoints; use it as the descriptor"):
+        with pytest.raises(ValueError, match="detects no keypoints; use it as the descriptor"):
             build(net, None)
     with pytest.raises(ValueError, match="patch descriptor"):
         patch_network("desnet")

@@ -111,7 +111,7 @@ def test_strecha_cameras_project_a_point_to_where_it_is_seen(tmp_path):
         ("no image", "0002.jpg"),
         ("words", "0002.jpg.camera"),
         ("short", "26"),
-        ("rotation", "no rotation"),
+        ("rotation", "not a rotation matrix"),
         ("cropped", "cropping"),
     ],
 )
@@ -152,7 +152,7 @@ def test_two_cameras_at_one_centre_have_no_direction(tmp_path):
     (cameras / "0001.jpg.camera").write_text((cameras / "0000.jpg.camera").read_text())
     found = open_dataset(tmp_path)
     assert [p.name for p in found.pairs] == ["0000-0002", "0001-0002"]
-    assert "one centre" in found.problems[0]
+    assert "same camera center" in found.problems[0]
 
 
 # ---- WxBS
@@ -343,7 +343,7 @@ def test_evaluate_and_report_of_marked_pairs(tmp_path):
     assert rows["other"].value("marked.share") < 0.5
     assert rows["same"].kind == "marked"
     text = write_report(tmp_path / "out").markdown.read_text()
-    assert "correspondences marked by hand" in text
+    assert "manually annotated correspondences" in text
     assert "| sift" in text
     bare = run(open_dataset(tmp_path / "wxbs").pairs, lambda _: torch.zeros(3, 2))
     assert all("needs matches" in row["reason"] or "need matches" in row["reason"] for row in bare)

@@ -329,7 +329,7 @@ def test_files_that_are_none_of_ours(tmp_path):
         FeatureFile(path)
     path.write_bytes(b"nonsense")
     for write in (False, True):
-        with pytest.raises(DataError, match=r"f\.h5 is no HDF5 file or is damaged"):
+        with pytest.raises(DataError, match=r"f\.h5 is not an HDF5 file or is damaged"):
             FeatureFile(path, write=write)
     path.unlink()
     with h5py.File(path, "w") as file:
@@ -356,7 +356,7 @@ def test_lists_of_pairs(tmp_path):
     with pytest.raises(DataError, match="line 2"):
         list(read_pairs(path))
     path.write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(DataError, match="no text"):
+    with pytest.raises(DataError, match="not a text file"):
         list(read_pairs(path))
     with pytest.raises(FileNotFoundError, match="list of pairs"):
         list(read_pairs(tmp_path / "none.txt"))

@@ -620,7 +620,7 @@ def test_wrong_tensors_are_named_with_what_was_expected(
 
     assert f"{name}: expected shape {right}, found {wrong}" in message(**{name: torch.zeros(wrong)})
     assert f"{name}: expected shape {right}, found nothing" in message(**{name: None})
-    assert f"{name}: expected finite numbers" in message(**{name: torch.full(right, math.nan)})
+    assert f"{name}: expected finite values" in message(**{name: torch.full(right, math.nan)})
     whole = torch.zeros(right, dtype=torch.int64)
     assert f"{name}: expected torch.float32, found torch.int64" in message(**{name: whole})
     assert f"{name}_2: not expected" in message(**{f"{name}_2": torch.zeros(1)})
@@ -828,7 +828,7 @@ def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
         **{name: torch.zeros(32, 64, 3, 3)}
     )
     assert f"{name}: expected shape (64, 32, 3, 3), found nothing" in message(**{name: None})
-    assert f"{name}: expected finite numbers" in message(
+    assert f"{name}: expected finite values" in message(
         **{name: torch.full((64, 32, 3, 3), math.inf)}
     )
     assert f"{name}_2: not expected" in message(**{f"{name}_2": torch.zeros(1)})

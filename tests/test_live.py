@@ -415,11 +415,11 @@ def test_a_video_that_breaks_off_says_so_and_what_was_written_is_usable(video, t
     cut.write_bytes(whole[: len(whole) * 6 // 10])
     done = run(cut, "--output", tmp_path / "out.mp4", "--json", ok=False)
     assert done.exit_code == 1
-    assert "breaks off" in done.stderr
+    assert "is truncated" in done.stderr
     assert str(cut) in done.stderr
     summary = json.loads(done.stdout)
     assert 2 <= summary["frames"] < FRAMES - 2
-    assert "breaks off" in summary["failure"]
+    assert "is truncated" in summary["failure"]
     assert len(read_video(tmp_path / "out.mp4")[0]) == summary["frames"]
 
 
@@ -472,7 +472,7 @@ def test_a_camera_that_goes_away_says_so_and_its_video_keeps_real_time(
     screen = VideoFile(tmp_path / "out.avi", 100.0, live=True)
     summary = live(source, extractor, screen)
     screen.close()
-    assert "camera 0 gives no more pictures" in summary.failure
+    assert "camera 0 returned no more images" in summary.failure
     assert summary.frames == 6
     frames = read_video(tmp_path / "out.avi")[0]
     assert 100 * 5 * 0.05 <= len(frames) <= 100 * summary.seconds + 1
@@ -558,7 +558,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_lost(video, tmp_pa
     (tmp_path / "folder.avi").mkdir()
     assert "is a folder" in run(video, "--output", tmp_path / "folder.avi", ok=False).stderr
     assert (
-        "none has none"
+        "--descriptor must not be none"
         in CliRunner().invoke(app, ["live", str(video), "--descriptor", "none"]).stderr
     )
     screen = VideoFile(tmp_path / "two.avi", 10)

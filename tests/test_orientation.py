@@ -122,5 +122,5 @@ def test_sweeps_tell_the_error_of_the_turn_and_hand_over_no_pixel_unchanged():
     ]
     assert plain["mutual.rep@3"] == 1
     assert "turn.median" not in plain
-    with pytest.raises(ValueError, match="after @ stands"):
+    with pytest.raises(ValueError, match="mode after @"):
         system("keynet@north+none")

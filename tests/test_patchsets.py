@@ -134,8 +134,8 @@ def test_colour_and_palette_bitmaps_are_gray_all_the_same(phototour):
         ("small mosaic", "patches0001.bmp", "512 x 1024 pixels"),
         ("no info", "info.txt", "missing"),
         ("empty info", "info.txt", "empty file"),
-        ("words in info", "info.txt", "cut or damaged"),
-        ("cut info", "info.txt", "is cut"),
+        ("words in info", "info.txt", "truncated or damaged"),
+        ("cut info", "info.txt", "is truncated"),
     ],
 )
 def test_damaged_phototour_sets_name_the_file_and_the_remedy(phototour, damage, named, words):
@@ -165,7 +165,7 @@ def test_no_folder_and_no_place_for_the_cache(phototour, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"info\.txt"):
         open_phototour(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="name a folder with 1 MB to spare as cache"):
+    with pytest.raises(DataError, match="give a cache folder with 1 MB of free space"):
         open_phototour(phototour[0], cache=tmp_path / "file" / "inside")
 
 
@@ -195,7 +195,7 @@ def test_damaged_pair_files(phototour, damage):
         folder / "m50_20_20_0.txt", points, np.stack([np.arange(20), np.arange(20) + 1], axis=1)
     )
     text = path.read_text()
-    words = "pairs, the name promises 20"
+    words = "pairs, expected 20 by the file name"
     if damage == "missing":
         path.unlink()
         words = "missing"
@@ -203,16 +203,16 @@ def test_damaged_pair_files(phototour, damage):
         path.write_text("".join(text.splitlines(keepends=True)[:11]))
     elif damage == "cut line":
         path.write_text(text[:-6])
-        words = "cut or damaged"
+        words = "truncated or damaged"
     elif damage == "another set":
         points = points + 1
-        words = "line 1 gives other 3-D points"
+        words = "line 1 has other 3D points"
     elif damage == "too few columns":
         path.write_text("1 2 3 4\n" * 20)
         words = "expected 6 or 7"
     else:
         points = points[:10]
-        words = "names patch 20, the set has 10"
+        words = "refers to patch 20, the set has 10"
     with pytest.raises(DataError, match=words) as caught:
         read_test_pairs(path, points)
     assert path.name in str(caught.value)
@@ -261,7 +261,7 @@ def test_damaged_columns_name_the_file(tmp_path, damage):
         words = "missing"
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:3000])
-        words = "cut or damaged"
+        words = "truncated or damaged"
     elif damage == "too wide":
         Image.new("L", (66, 260)).save(path)
     elif damage == "half a patch":

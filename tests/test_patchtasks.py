@@ -135,7 +135,7 @@ def test_average_precision_of_known_answers():
     )
     assert average_precision(np.arange(2.0), np.zeros(2, bool)) == 0
     assert average_precision(np.zeros(0), np.zeros(0, bool)) == 0
-    with pytest.raises(ValueError, match="2 right answers among 1"):
+    with pytest.raises(ValueError, match="2 correct results among 1"):
         average_precision(np.arange(2.0), np.ones(2, bool), positives=1)
 
 
@@ -202,7 +202,7 @@ def test_matching_of_known_answers():
         ids, ids[[0, 2, 3, 1]] * torch.tensor([1, 0.5, 0.5, 0.5])[:, None]
     ) == pytest.approx(1 / 4)
     assert matching_ap(ids[:0], ids[:0]) == 0
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="same shape"):
         matching_ap(ids, ids[:2])
 
 
@@ -578,7 +578,7 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, "missing; take it from"),
+        (None, "missing; it is in tasks/"),
         ("", "columns none, expected s1, t1"),
         ("s,idx\nv_wall,1\n", "columns s, idx, expected s1"),
         ("s1,t1,idx1,s2,t2,idx2\n", "empty"),
@@ -587,11 +587,11 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
         ("s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_gone,2,1\n", "line 2 names the sequence 'v_gone'"),
         (
             "s1,t1,idx1,s2,t2,idx2\nv_wall,0,1,v_wall,6,1\n",
-            "column t2 names a patch that is not there",
+            "column t2 names a patch that does not exist",
         ),
         (
             "s1,t1,idx1,s2,t2,idx2\nv_boat,0,8,v_wall,2,5\n",
-            "column idx2 names a patch that is not there",
+            "column idx2 names a patch that does not exist",
         ),
     ],
 )

@@ -182,7 +182,7 @@ def test_wrong_descriptors_are_named(photos, tmp_path):
     with pytest.raises(ValueError, match=r"descriptor must be one of hardnet.*'surf'"):
         build("keynet-tiny", "surf")
     save(KeyNet(), tmp_path / "detector.safetensors")
-    with pytest.raises(ValueError, match="describes nothing"):
+    with pytest.raises(ValueError, match="has no descriptors"):
         build("keynet-tiny", str(tmp_path / "detector.safetensors"))
     with pytest.raises(ValueError, match="precision must be"):
         build("keynet-tiny", "rootsift", precision="half")

@@ -99,8 +99,8 @@ def test_angle_is_exact_to_a_part_of_a_bin():
 def test_fused_is_the_same_function_in_any_number_of_strips(
     variant, size, pixels, quick, monkeypatch
 ):
-    monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
-    monkeypatch.setattr(module, "QUICK_CHANNELS", quick)
+    monkeypatch.setattr(module, "TILE_PIXELS", pixels)
+    monkeypatch.setattr(module, "WINOGRAD_CHANNELS", quick)
     # a small range keeps the histograms from saturating, where the softmax loses what the logits
     # still tell
     net = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0))
@@ -114,8 +114,8 @@ def test_fused_is_the_same_function_in_any_number_of_strips(
 
 
 def test_the_published_width_takes_the_quick_way_and_a_narrow_one_does_not():
-    assert REKD().fused().quick
-    assert not REKD(group=12).fused().quick
+    assert REKD().fused().winograd
+    assert not REKD(group=12).fused().winograd
     net, image = lively(REKD(group=36)), picture()
     with torch.inference_mode():
         wide = net.fused().double()  # only float32 takes the quick way

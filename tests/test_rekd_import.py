@@ -396,7 +396,7 @@ def test_coefficients_without_their_basis_are_refused_with_reason_and_remedy(mes
     text = message({}, "neither")
     for layer in ("block1.0", "block2.0", "block3.0", "ori_learner.0"):
         assert f"{layer}: neither filters" in text
-    assert text.count("e2cnn and escnn are known to order it differently under the same names") == 1
+    assert text.count("e2cnn and escnn order it differently under the same names") == 1
     assert text.endswith("after eval(), which stores the filters")
     assert "eval()" not in message(
         {"block1.0.bias": torch.zeros(8)}
@@ -411,7 +411,7 @@ def test_coefficients_without_their_basis_are_refused_with_reason_and_remedy(mes
 def test_filters_that_disagree_with_their_coefficients_are_refused(layer, whole, message):
     stale = re.escape(f"{layer}.filter: differs by up to ")
     assert re.search(
-        stale + r"\S+, of \S+ at most, from what weights",
+        stale + r"\S+, with values up to \S+, from weights times",
         message({f"{layer}.weights": whole[f"{layer}.weights"].flip(0)}),
     )
     basis = next(
@@ -429,11 +429,11 @@ def test_filters_outside_our_space_are_refused_with_the_residual(layer, whole, m
     bent.flatten()[7] += 1e-3 * bent.abs().max()
     text = message({name: bent}, "filter")
     assert (
-        f"the filters of {name.removesuffix('.filter')} are not those of one filter turned to 4 "
+        f"the filters of {name.removesuffix('.filter')} are not one filter rotated to 4 "
         "orientations" in text
     )
     residual, largest, allowed = (
-        float(value) for value in re.findall(r"(?:up to|, of|allowed:) ([\d.e+-]*\d)", text)
+        float(value) for value in re.findall(r"(?:best fit is|up to|allowed:) ([\d.e+-]*\d)", text)
     )
     assert 0.3e-3 * largest < residual < 1.1e-3 * largest
     assert math.isclose(allowed, 1e-4 * largest, rel_tol=0.1)
@@ -442,7 +442,7 @@ def test_filters_outside_our_space_are_refused_with_the_residual(layer, whole, m
 def test_orientations_in_the_other_sense_are_refused(whole, message):
     name = "block2.0.filter"
     other = whole[name].view(2, 4, 2, 4, 5, 5).flip(1, 3).reshape(8, 8, 5, 5)
-    assert "block2.0 are not those" in message({name: other}, "filter")
+    assert "block2.0 are not one filter" in message({name: other}, "filter")
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_wrong_tensors_are_named_with_what_was_expected(name, shape, whole, mess
         {name: torch.zeros(shape, dtype=torch.float32 if counter else torch.int64)}
     )
     if not counter:
-        assert f"{name}: expected finite numbers" in message({name: torch.full(shape, math.nan)})
+        assert f"{name}: expected finite values" in message({name: torch.full(shape, math.nan)})
     if not name.endswith(("filter", "weights", "basis")):
         assert f"{name}: expected shape {shape}, found nothing" in message({name: None})
     assert f"{name}_2: not expected" in message({f"{name}_2": torch.zeros(1)})
@@ -492,13 +492,13 @@ def test_places_of_channels_are_not_needed_but_must_look_right(name, message):
 
 def test_sizes_that_cannot_be_told_are_refused(whole, message):
     norm = "block1.1.batch_norm_[{}].weight"
-    assert "batch_norm_[N].weight: expected one number per field, found nothing" in message(
+    assert "batch_norm_[N].weight: expected one value per field, found nothing" in message(
         {norm.format(4): None}
     )
     assert "batch_norm_[N].weight: expected" in message(
         {norm.format(36): torch.zeros(2)}
     )  # two groups
-    assert f"{norm.format(4)}: expected one number per field, found ()" in message(
+    assert f"{norm.format(4)}: expected one value per field, found ()" in message(
         {norm.format(4): torch.tensor(1.0)}
     )
     last = "last_layer_learner.0.weight"

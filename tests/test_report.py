@@ -1,5 +1,5 @@
-"""The report: its numbers are means of the rows, controls and published values are marked, what is
-missing is left out.
+"""The report: values are means of the rows, controls and published values are marked, and sections
+without data are omitted.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ VOID = {"meta", "img", "br", "rect", "circle", "path"}
 
 
 class Reader(HTMLParser):
-    """Collects tables (caption -> row name -> cells), headings, and everything that would need a
-    network; checks nesting.
+    """Collects tables (caption -> row name -> cells), headings, and external addresses; checks
+    nesting.
     """
 
     def __init__(self, text: str) -> None:
@@ -80,7 +80,7 @@ def row(
         "mutual.rep@1": 0.125,
         "mutual.rep@3": 0.25,
     }
-    made = {
+    entry = {
         "system": system,
         "sequence": sequence,
         "kind": kind,
@@ -89,10 +89,10 @@ def row(
         "image_b": "",
         "H_ab": np.eye(3).tolist(),
     }
-    return made | {"ok": True, "reason": "", "seconds": 0.5, "metrics": metrics} | changes
+    return entry | {"ok": True, "reason": "", "seconds": 0.5, "metrics": metrics} | changes
 
 
-def write(folder: Path, rows: list[dict[str, Any]], part: str = "rows", **facts: Any) -> Path:
+def write(folder: Path, rows: list[dict[str, Any]], part: str = "rows", **metadata: Any) -> Path:
     (folder / part).mkdir(parents=True, exist_ok=True)
     systems = list(dict.fromkeys(r["system"] for r in rows))
     for system in systems:
@@ -105,7 +105,7 @@ def write(folder: Path, rows: list[dict[str, Any]], part: str = "rows", **facts:
             "mode": "si",
             "systems": systems,
         }
-        (folder / "run.json").write_text(json.dumps(known | facts))
+        (folder / "run.json").write_text(json.dumps(known | metadata))
     return folder
 
 
@@ -132,7 +132,7 @@ def test_tables_hold_the_means_of_the_rows(tmp_path: Path) -> None:
     assert page.tables["Viewpoint"]["one"][:2] == [
         "40.0",
         "0.200",
-    ]  # null counts for nothing, not for zero
+    ]  # null is skipped, not counted as zero
     assert page.tables["Viewpoint"]["one"][-1] == "3"
     assert "two" not in page.tables["Viewpoint"]
     assert page.tables["All pairs"]["two"][0] == "90.0"
@@ -141,7 +141,7 @@ def test_tables_hold_the_means_of_the_rows(tmp_path: Path) -> None:
     assert not [address for address in page.addresses if not address.startswith(("#", "data:"))]
 
 
-def test_a_failed_pair_is_listed_and_enters_no_mean(tmp_path: Path) -> None:
+def test_failed_pair_is_listed_and_excluded_from_means(tmp_path: Path) -> None:
     rows = [
         row("one", "v_a", "1-2"),
         row("one", "v_a", "1-3", ok=False, reason="DataError: broken | image", metrics={}),
@@ -149,7 +149,7 @@ def test_a_failed_pair_is_listed_and_enters_no_mean(tmp_path: Path) -> None:
     page, markdown = read(write(tmp_path, rows))
     assert page.tables["Viewpoint"]["one"][0] == "50.0"
     assert page.tables["Viewpoint"]["one"][-1] == "1 of 2"
-    assert page.tables["1 failed, in no mean above"]["one"] == [
+    assert page.tables["1 failure, excluded from all means"]["one"] == [
         "v_a",
         "1-3",
         "DataError: broken | image",
@@ -157,7 +157,7 @@ def test_a_failed_pair_is_listed_and_enters_no_mean(tmp_path: Path) -> None:
     assert r"broken \| image" in markdown
 
 
-def test_the_last_row_of_a_pair_counts_and_half_a_line_is_said(tmp_path: Path) -> None:
+def test_last_row_of_a_pair_is_used_and_incomplete_line_is_noted(tmp_path: Path) -> None:
     rows = [row("one", "v_a", "1-2", ok=False, reason="x", metrics={}), row("one", "v_a", "1-2")]
     write(tmp_path, rows, systems=["one", "later"])
     with (tmp_path / "rows" / "one.jsonl").open("a") as file:
@@ -169,7 +169,7 @@ def test_the_last_row_of_a_pair_counts_and_half_a_line_is_said(tmp_path: Path) -
     assert Rows(run).mean("view", "one", "keynet.rep_L") == 0.75
 
 
-def test_controls_and_published_values_are_set_apart(tmp_path: Path) -> None:
+def test_controls_and_published_values_are_separate(tmp_path: Path) -> None:
     rows = [row(s, "v_a", "1-2") for s in ("lattice", "one", "random")]
     rows[0]["metrics"] = {"keynet.rep_SL": 0.9, "keynet.rep_L": 0.8125}
     page, markdown = read(write(tmp_path, rows, controls=["random", "lattice"]))
@@ -181,17 +181,17 @@ def test_controls_and_published_values_are_set_apart(tmp_path: Path) -> None:
     assert page.roles["Key.Net-SI published"] == "published"
     assert "| *lattice* (control) | 90.0 |" in markdown  # not in bold: a control is never the best
     assert "| *Key.Net-SI* (published) | 60.5 |" in markdown
-    assert "repeats to 81.2 % in L" in markdown
-    assert "chance-corrected columns take off" in markdown
+    assert "has a repeatability of 81.2 % in L" in markdown
+    assert "chance-corrected columns subtract" in markdown
 
 
-def test_parts_that_a_run_lacks_are_left_out(tmp_path: Path) -> None:
+def test_sections_without_data_are_omitted(tmp_path: Path) -> None:
     page, markdown = read(write(tmp_path, [row("one", "x", "1-2", "other")]))
     assert page.headings == [
         "Repeatability",
-        "Repeatability against the threshold",
+        "Repeatability by threshold",
         "Sequences",
-        "What the columns mean",
+        "Definitions of the columns",
     ]
     assert "published" not in "".join(
         page.tables["All pairs"]
@@ -243,7 +243,7 @@ def test_matching_homography_sweeps_and_bias(tmp_path: Path) -> None:
         "–",
         "–",
     ]
-    assert page.tables["right matches % by threshold px"]["4"] == ["40.0"]
+    assert page.tables["correct matches % by threshold px"]["4"] == ["40.0"]
     assert page.tables["REKD protocol"]["one*"] == ["–", "70.0"]
     homography = next(
         table
@@ -252,16 +252,16 @@ def test_matching_homography_sweeps_and_bias(tmp_path: Path) -> None:
     )
     assert homography["one"][-1] == "50.0"  # one of two pairs without an estimate
     assert page.tables["repeatability % at 3 px by rotation in degrees"]["50"] == ["50.0"]
-    assert page.tables["Constant shift of the points, mean over the images"]["one"] == [
+    assert page.tables["Localization bias, mean over the images"]["one"] == [
         "6.00",
         "-8.00",
         "5.00",
     ]
     assert page.tables["Viewpoint"]["one"][-3] == "5.00"
-    assert page.tables["1 failed, in no mean above"]["two"] == ["a", "scale", "too small"]
+    assert page.tables["1 failure, excluded from all means"]["two"] == ["a", "scale", "too small"]
 
 
-def test_poses_have_a_table_of_their_own(tmp_path: Path) -> None:
+def test_poses_have_a_separate_table(tmp_path: Path) -> None:
     metrics = [{"pose.error_poselib": error, "pose.error_opencv": 0.0} for error in (0.0, 180.0)]
     rows = [
         row("one", "scene", str(k), "pose", H_ab=None, metrics=m) for k, m in enumerate(metrics)
@@ -283,10 +283,10 @@ def test_poses_have_a_table_of_their_own(tmp_path: Path) -> None:
         "2",
     ]
     assert "Repeatability" not in page.headings
-    assert "lattice" not in markdown  # there is nothing to explain
+    assert "lattice" not in markdown  # no controls to explain
 
 
-def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path) -> None:
+def test_images_and_curve_by_number_of_keypoints_use_stored_features(tmp_path: Path) -> None:
     gen = np.random.default_rng(0)
     folder = tmp_path / "data" / "v_a"
     folder.mkdir(parents=True)
@@ -314,21 +314,21 @@ def test_pictures_and_curve_over_points_come_from_stored_features(tmp_path: Path
         pictures=1,
     )
     assert sum(address.startswith("data:image/") for address in page.addresses) == 3
-    assert "one on v\\_a 1-2: 100 of 150 points" in markdown
+    assert "one on v\\_a 1-2: 100 of 150 keypoints" in markdown
     named = write_report(tmp_path, pairs=["v_a:1-2"], only=["one"]).markdown.read_text()
-    assert "one on v\\_a 1-2: 100 of 150 points" in named
+    assert "one on v\\_a 1-2: 100 of 150 keypoints" in named
     with pytest.raises(ValueError, match=r"no pair 'v_a:1-9'; pairs are named like v_a:1-2"):
         write_report(tmp_path, pairs=["v_a:1-9"])
     with pytest.raises(ValueError, match="no system 'two'"):
         write_report(tmp_path, pairs=["v_a:1-2"], only=["two"])
-    assert "150 mutual matches, 100 right within 3 px (blue), 50 wrong" in markdown
-    assert page.tables["repeatability % by number of points"] == {
+    assert "150 mutual matches, 100 correct within 3 px (blue), 50 incorrect" in markdown
+    assert page.tables["repeatability % by number of keypoints"] == {
         "100": ["100.0"],
         "250": ["66.7"],
         "500": ["66.7"],
         "1000": ["66.7"],
     }
-    assert "Pictures" not in read(tmp_path, pictures=0)[0].headings
+    assert "Keypoints and matches" not in read(tmp_path, pictures=0)[0].headings
 
 
 def test_repeated_points_are_one_to_one() -> None:
@@ -338,7 +338,7 @@ def test_repeated_points_are_one_to_one() -> None:
     assert found_b.tolist() == [True, False]
 
 
-def test_several_runs_draw_one_curve(tmp_path: Path) -> None:
+def test_several_runs_are_combined_in_one_curve(tmp_path: Path) -> None:
     folders = [
         write(
             tmp_path / str(n),
@@ -351,11 +351,14 @@ def test_several_runs_draw_one_curve(tmp_path: Path) -> None:
     files = write_report([*folders, other], tmp_path / "out" / "page.html")
     page = Reader(files.html.read_text())
     assert files.markdown == tmp_path / "out" / "page.md"
-    assert page.tables["repeatability % by number of points"] == {"250": ["25.0"], "500": ["50.0"]}
-    assert "not drawn beside" in files.markdown.read_text()
+    assert page.tables["repeatability % by number of keypoints"] == {
+        "250": ["25.0"],
+        "500": ["50.0"],
+    }
+    assert "not compared with" in files.markdown.read_text()
 
 
-def test_names_cannot_break_the_page(tmp_path: Path) -> None:
+def test_names_are_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>'
     page, markdown = read(
         write(
@@ -367,11 +370,11 @@ def test_names_cannot_break_the_page(tmp_path: Path) -> None:
         )
     )
     assert page.tables["Viewpoint"]["a<b>&"][0] == "50.0"
-    assert page.tables["1 failed, in no mean above"]["a<b>&"][2] == evil
+    assert page.tables["1 failure, excluded from all means"]["a<b>&"][2] == evil
     assert "<script" not in markdown
 
 
-def test_what_is_no_run_says_so(tmp_path: Path) -> None:
+def test_invalid_folders_raise(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.*tiepoints evaluate"):
         write_report(tmp_path / "gone")
     with pytest.raises(DataError, match=f"{tmp_path.name} has no run.json.*tiepoints evaluate"):

@@ -298,3 +298,12 @@ def test_peaks_beside_structure_have_their_price():
     lowered = score.clone().requires_grad_(True)
     off_structure(lowered, anchor, everywhere).backward()
     assert lowered.grad[0, 0, 30, 30] > 0 > lowered.grad[0, 0, 30, 60]
+
+
+def test_a_map_without_peaks_has_a_finite_gradient():
+    """Early in training a whole map can be 0."""
+    score = torch.zeros(2, 1, 64, 64, requires_grad=True)
+    value = off_structure(score, torch.rand(2, 1, 64, 64), torch.ones(2, 1, 64, 64))
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(score.grad).all()

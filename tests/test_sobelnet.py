@@ -51,7 +51,7 @@ def test_any_size_and_batch_and_fused_equals_plain(kernel_size, shape):
 def test_strips_do_not_show(pixels, monkeypatch):
     net = lively()
     image = torch.rand(2, 1, 61, 70)
-    monkeypatch.setattr(module, "STRIP_PIXELS", pixels)
+    monkeypatch.setattr(module, "TILE_PIXELS", pixels)
     with torch.inference_mode():
         plain, quick = net(image), net.fused()(image)
     torch.testing.assert_close(quick, plain, atol=1e-4 * float(plain.max()), rtol=0)

@@ -291,7 +291,7 @@ def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
     broken.mkdir()
     for name in ("cameras", "images", "points3D"):
         (broken / f"{name}.bin").write_bytes(b"\x07")
-    with pytest.raises(DataError, match="no readable COLMAP model"):
+    with pytest.raises(DataError, match="not a readable COLMAP model"):
         find_models(tmp_path)
     for path in (folder / "sparse").iterdir():
         (broken / path.name).write_bytes(path.read_bytes())

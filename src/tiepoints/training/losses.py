@@ -767,6 +767,6 @@ def off_structure(
     peak = (score.detach() == max_filter(score.detach(), window)) & (score > 0)
     height = score * peak
     share = (height * (1 - anchor)).sum(dim=(1, 2, 3)) / height.sum(dim=(1, 2, 3)).clamp(
-        min=torch.finfo(score.dtype).tiny
+        min=EPS
     )
     return share.mean()

@@ -1,0 +1,193 @@
+"""The command line as a whole: one word for one thing, exit codes, JSON, masks, pictures."""
+
+import json
+
+import click
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiepoints
+from tiepoints.cli import app
+from tiepoints.formats.npy import read_features
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two overlapping crops of a texture, as color images."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    texture = Image.fromarray(rng.integers(0, 256, (50, 60, 3), dtype=np.uint8))
+    texture = texture.resize((420, 340), Image.Resampling.BICUBIC)
+    for i in range(2):
+        texture.crop((20 * i, 10 * i, 20 * i + 320, 10 * i + 260)).save(folder / f"{i}.png")
+    return folder
+
+
+def call(*arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of a command."""
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def commands() -> dict[str, click.Command]:
+    """Every command by its full name."""
+    found: dict[str, click.Command] = {}
+
+    def add(prefix: str, command) -> None:
+        for name, inner in getattr(command, "commands", {}).items():
+            if getattr(inner, "commands", None):
+                add(f"{prefix}{name} ", inner)
+            else:
+                found[prefix + name] = inner
+
+    add("", typer.main.get_command(app))
+    return found
+
+
+def test_one_word_for_one_thing():
+    """The interface table of docs/concepts: no second name for an option."""
+    for name, command in commands().items():
+        options = {option for p in command.params for option in p.opts if option.startswith("--")}
+        assert not options & {"--out", "--model", "--mode", "--scales", "--weights"}, name
+        aliases = {"--num-points", "--num-kpts"} & options
+        assert not aliases or name == "extract", name
+    assert set(commands()) >= {"extract", "match", "train", "evaluate", "compare", "report", "live"}
+
+
+def test_every_command_has_help():
+    for name in commands():
+        code, out, _ = call(*name.split(), "--help")
+        assert code == 0
+        assert "Usage:" in out
+
+
+def test_version():
+    code, out, _ = call("--version")
+    assert (code, out) == (0, f"tiepoints {tiepoints.__version__}\n")
+
+
+def test_quiet_shows_no_log_lines(photos, tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(2):
+        (tmp_path / "p" / f"{i}.png").write_bytes((photos / f"{i}.png").read_bytes())
+    arguments = ["train", "keynet-tiny", "--images", tmp_path / "p", "--steps", 1]
+    arguments += ["--batch-size", 1, "--workers", 0, "--device", "cpu", "--no-compare"]
+    code, out, err = call(*arguments, "--output", tmp_path / "a.safetensors", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 1
+    assert "photographs to train on" in err
+    code, _, err = call("-q", *arguments, "--output", tmp_path / "b.safetensors")
+    assert (code, err) == (0, "")
+
+
+def test_files_that_are_no_images_are_skipped_and_broken_images_fail(photos, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((photos / "0.png").read_bytes())
+    for name in ("._a.png", "b.mpg", "c.pdf"):
+        (folder / name).write_bytes(b"no image")
+    arguments = ["extract", folder, "--num-keypoints", 60, "--single-scale", "--json"]
+    arguments += ["--descriptor", "none"]
+    code, out, err = call(*arguments, "--output", tmp_path / "x")
+    assert code == 0
+    assert err == "skipped: 3 files that are not images\n"
+    report = json.loads(out)
+    assert (report["done"], report["ignored"], report["failed"]) == (1, 3, [])
+    (folder / "broken.png").write_bytes(b"\x89PNG nonsense")
+    code, out, err = call(*arguments, "--output", tmp_path / "x")
+    assert code == 1
+    assert json.loads(out)["skipped"] == 1
+    assert "failed: " in err
+    code, _, err = call("extract", folder, "--output", tmp_path / "y", "--nms", 3)
+    assert code == 2
+
+
+def test_masks_and_transparency_keep_keypoints_out(photos, tmp_path):
+    image = Image.open(photos / "0.png")
+    mask = np.zeros((image.height, image.width), np.uint8)
+    mask[:, 160:] = 255
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(mask).save(tmp_path / "masks" / "0.png")
+    transparent = image.convert("RGBA")
+    transparent.putalpha(Image.fromarray(mask))
+    transparent.save(tmp_path / "0.png")
+    arguments = ["--num-keypoints", 80, "--single-scale", "--descriptor", "none", "--output"]
+    code, *_ = call(
+        "extract", photos / "0.png", "--masks", tmp_path / "masks", *arguments, tmp_path / "m"
+    )
+    assert code == 0
+    code, *_ = call("extract", tmp_path / "0.png", "--mask-alpha", *arguments, tmp_path / "a")
+    assert code == 0
+    for name in ("m", "a"):
+        xy = read_features(tmp_path / name / "0.png").xy
+        assert len(xy) > 20
+        assert xy[:, 0].min() > 157
+    code, _, err = call(
+        "extract", photos, "--masks", tmp_path / "masks", *arguments, tmp_path / "b"
+    )
+    assert code == 1
+    assert "no mask" in err
+    assert "1.png" in err
+
+
+def test_match_writes_a_color_picture_and_pictures_of_the_best_pairs(photos, tmp_path):
+    pytest.importorskip("h5py")
+    arguments = ["--num-keypoints", 200, "--single-scale", "--descriptor", "rootsift"]
+    images = [photos / "0.png", photos / "1.png"]
+    code, out, _ = call("match", *images, "--output", tmp_path / "m.png", "--outliers", *arguments)
+    assert code == 0
+    assert "inliers" in out
+    assert np.ptp(np.asarray(Image.open(tmp_path / "m.png")).astype(int), axis=2).max() > 60
+    code, out, _ = call("match", photos, "--pictures", tmp_path / "best", *arguments)
+    assert code == 0, out
+    assert (tmp_path / "best" / "0-1.jpg").is_file()
+    assert "picture" in out
+    code, _, err = call("match", *images, "--geometry", "essential")
+    assert code == 2
+    assert "intrinsics" in err
+
+
+def test_compare_says_which_system_is_better(tmp_path):
+    rng = np.random.default_rng(1)
+    for i in range(4):
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8))
+        coarse.resize((320, 240), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+    arguments = ["--images", tmp_path, "--size", 160, "--num-keypoints", 100, "--device", "cpu"]
+    code, out, _ = call("compare", "keynet-tiny", "random", *arguments, "--json")
+    assert code == 0
+    found = json.loads(out)
+    measure = found["measures"]["repeatability"]
+    assert found["photos"] == 4
+    assert measure["better"] == "keynet-tiny"
+    assert measure["low"] <= measure["difference"] <= measure["high"] < 0
+    assert "correct matches" not in found["measures"]  # random keypoints have no descriptors
+    code, out, _ = call("compare", "keynet-tiny", "keynet-tiny", *arguments)
+    assert code == 0
+    assert out.count("no difference shown") == 3
+    code, _, err = call("compare", "keynet-tiny", "nonsense", *arguments)
+    assert code == 2
+    assert "nonsense" in err
+
+
+def test_the_documented_calls_in_python(photos):
+    image_a, image_b = (str(photos / f"{i}.png") for i in range(2))
+    result = tiepoints.match_two(
+        image_a,
+        image_b,
+        tiepoints.ExtractOptions(num_keypoints=200, single_scale=True),
+        tiepoints.MatchOptions(geometry="homography"),
+    )
+    assert result.estimate.ok
+    picture = tiepoints.draw_matches(
+        image_a, image_b, result.xy_a, result.xy_b, result.estimate.inliers
+    )
+    assert picture.size[0] > 640
+    assert tiepoints.draw_keypoints(image_a, result.a).size == (320, 260)
+    with pytest.raises(ValueError, match=r"K_a and K_b|intrinsics"):
+        tiepoints.estimate(torch.rand(9, 2), torch.rand(9, 2), "essential")
