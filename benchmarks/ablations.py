@@ -1,10 +1,10 @@
-"""Design choices of the Key.Net paper at a small budget: M-SIP windows and handcrafted filters
-(figure 5), levels and base (table 1).
+"""Ablations of the Key.Net paper at a small budget: M-SIP windows and handcrafted filters (figure
+5), levels and base (table 1).
 
-Every network sees the same pairs in the same order and differs from the paper's in one choice. Two
-scores on held-out photographs: ``ours`` is the validation measure of training (3 px mutual
-repeatability, matches of 150), ``paper`` the published one (location only, overlap 0.6, top 25).
-Rows are written one by one; a run that is started again goes on where it stopped.
+All networks are trained on the same pairs in the same order and differ from the paper's in one
+choice. Two metrics on held-out photographs: ``ours`` is the validation metric of training (mutual
+repeatability within 3 px of 150 keypoints), ``paper`` the published one (location only, overlap
+0.6, top 25). Rows are written one by one; an interrupted run resumes.
 
     python benchmarks/ablations.py PHOTOS --out ablations.json [--steps 200] [--batch-size 4] \\
         [--size 160] [--only NAME]
@@ -45,8 +45,8 @@ from tiepoints.training.presets import RECIPES
 from tiepoints.training.validation import VALIDATION_KEYPOINTS, VALIDATION_SEED, validation_score
 
 PAPER_POINTS = 25
-#: A short training may end with a map of zeros; the row is then trained again from another seed, at
-#: most so many in all.
+#: Maximum number of seeds of a row: a short training may end with a score map of zeros and is then
+#: repeated with another seed.
 SEEDS = 4
 RECIPE = RECIPES["msip"]
 FULL = "M-SIP 8 16 24 32 40"
@@ -56,9 +56,9 @@ def variants() -> dict[str, dict[str, Any]]:
     """Row -> part of the paper, options of the network and of the loss, and the published
     repeatability (%) or None.
 
-    The check marks of figure 5 (left) are lost in the text we have; the order of its rows is taken
-    to be: growing from the smallest window, then growing from the largest one, then all. Its right
-    half and table 1b exist as plots only.
+    The check marks of figure 5 (left) are missing in the text of the paper; the order of its rows
+    is assumed to be: adding windows from the smallest, then from the largest, then all. Its right
+    half and table 1b are plots.
     """
     rows: dict[str, dict[str, Any]] = {}
 
@@ -73,8 +73,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
     add(FULL, "figure 5, left", 79.1)
     for sides, published in (((0, 1), 70.5), ((0, 2), 74.6), ((0, 3), 76.8), ((0, 4), 77.6)):
-        chosen = slice(*sides)
-        windows, weights = WINDOWS[chosen], WINDOW_WEIGHTS[chosen]
+        windows, weights = WINDOWS[slice(*sides)], WINDOW_WEIGHTS[slice(*sides)]
         add(
             "M-SIP " + " ".join(map(str, windows)),
             "figure 5, left",
@@ -102,7 +101,7 @@ def variants() -> dict[str, dict[str, Any]]:
 
 
 def scores(net: torch.nn.Module, pairs: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Both measures, mean over the pairs."""
+    """Both metrics, averaged over the pairs."""
     ours, paper = [], []
     for pair in pairs:
         (xy_a, _), (xy_b, _) = detect_peaks(
@@ -115,8 +114,8 @@ def scores(net: torch.nn.Module, pairs: list[dict[str, Tensor]]) -> dict[str, fl
         ours.append(found / VALIDATION_KEYPOINTS)
         a, b = keynet_points(xy_a, xy_b, pair["H_ab"], (h, w), (h, w), num_keypoints=PAPER_POINTS)
         in_a = warp_points(xy_b[b].double(), torch.linalg.inv(pair["H_ab"].double()))
-        one_a, one_b = torch.ones(len(a)), torch.ones(len(b))
-        paper.append(float(keynet_repeatability(xy_a[a], one_a, in_a, one_b)["rep_L"] or 0.0))
+        scale_a, scale_b = torch.ones(len(a)), torch.ones(len(b))
+        paper.append(float(keynet_repeatability(xy_a[a], scale_a, in_a, scale_b)["rep_L"] or 0.0))
     return {"ours": sum(ours) / len(ours), "paper": sum(paper) / len(paper)}
 
 
@@ -132,10 +131,10 @@ def train(
 
     def loss(network, batch):
         n = len(batch["image_a"])
-        both = torch.cat([batch["image_a"], batch["image_b"]]).contiguous(
+        images = torch.cat([batch["image_a"], batch["image_b"]]).contiguous(
             memory_format=torch.channels_last
         )
-        scores = network(both).float()
+        scores = network(images).float()
         options = {**RECIPE.loss, **row["loss"]}
         return msip_loss(
             scores[:n],
@@ -153,8 +152,8 @@ def train(
             loss,
             lambda n: validation_score(n, validation[:1]),
         )
-        run = RunOptions("cpu", progress=False, workers=0, save_every=math.inf)
-        Trainer(net, task, settings, Path(scratch) / "checkpoint", run).fit()
+        options = RunOptions("cpu", progress=False, workers=0, save_every=math.inf)
+        Trainer(net, task, settings, Path(scratch) / "checkpoint", options).fit()
     seconds = time.perf_counter() - started
     fused = net.eval().fused()
     with torch.inference_mode():
@@ -162,7 +161,7 @@ def train(
 
 
 def markdown(contents: list[dict[str, Any]]) -> str:
-    """A table of results files of different seeds: means, and each seed's value behind them."""
+    """Table of results files of different seeds: means, with the values of each seed."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in variants()}
     for content in contents:
         for row in content["rows"]:
@@ -177,8 +176,8 @@ def markdown(contents: list[dict[str, Any]]) -> str:
         cells = [found[0]["part"], name, f"{found[0]['parameters']:,}"]
         for key in ("ours", "paper"):
             values = [100 * row[key] for row in found]
-            each = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.1f}{each}")
+            per_seed = f" ({', '.join(f'{v:.1f}' for v in values)})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1f}{per_seed}")
         cells.append("" if found[0]["published"] is None else f"{found[0]['published']:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -200,14 +199,19 @@ def main() -> None:
         "--table",
         type=Path,
         nargs="+",
-        help="print the table of results files of different seeds and end",
+        help="only print the table of results files of different seeds",
     )
     args = parser.parse_args()
     if args.table:
         print(markdown([json.loads(path.read_text()) for path in args.table]))
-        return
-    if args.photos is None or args.out is None:
-        parser.error("PHOTOS and --out are needed (or --table FILE)")
+    elif args.photos is None or args.out is None:
+        parser.error("PHOTOS and --out are required (or --table FILE)")
+    else:
+        run(args, parser)
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Train and measure the rows that the results file lacks."""
     torch.set_num_threads(args.threads)
     settings = FitSettings(
         steps=args.steps,
@@ -221,7 +225,7 @@ def main() -> None:
     if args.out.is_file():
         content = json.loads(args.out.read_text())
         if content["budget"] != budget:
-            parser.error(f"{args.out} was made with {content['budget']}; choose another --out")
+            parser.error(f"{args.out} was made with {content['budget']}; use another --out")
     training, held_out = split_photos(usable_photos(list_photos(args.photos))[0])
     checks = PairDataset(
         held_out,
@@ -233,13 +237,8 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         pairs = Path(scratch) / "pairs.safetensors"
-        write_pairs(
-            pairs,
-            training,
-            replace(PRESETS["default"], size=args.size),
-            args.steps * args.batch_size,
-            seed=args.seed,
-        )
+        view = replace(PRESETS["default"], size=args.size)
+        write_pairs(pairs, training, view, args.steps * args.batch_size, seed=args.seed)
         done = {row["name"] for row in content["rows"]}
         for name, row in variants().items():
             if name in done or (args.only and args.only not in name):
@@ -247,15 +246,14 @@ def main() -> None:
             for seed in range(args.seed, args.seed + SEEDS):
                 found = train(row, pairs, validation, settings, seed)
                 if found["paper"] > 0:
-                    break  # otherwise the map fell to zero, from where no gradient leads back
-            parameters = sum(p.numel() for p in KeyNet(**row["net"]).parameters())
-            facts = {
+                    break  # a score map of zeros has no gradient
+            metadata = {
                 "part": row["part"],
                 "published": row["published"],
-                "parameters": parameters,
+                "parameters": sum(p.numel() for p in KeyNet(**row["net"]).parameters()),
                 "seed": seed,
             }
-            content["rows"].append({"name": name, **facts, **found})
+            content["rows"].append({"name": name, **metadata, **found})
             write_json(args.out, content)
             print(
                 f"{name:28} ours {found['ours']:.3f}  paper's {found['paper']:.3f}  "

@@ -1,9 +1,8 @@
-"""Mirror bias: median offset between detections on an image and on its mirror image, flipped back.
+"""Mirror bias: median displacement between keypoints of an image and of its mirrored copy.
 
-An unbiased detector finds mirrored points in the mirror image. For every level of the pyramid, the
-strongest 500 points of image and mirror image are paired (mutual nearest within 6 px of the level);
-half the median difference would be the offset of the detector itself; the whole median is printed,
-in pixels of the level.
+An unbiased detector finds mirrored keypoints in the mirrored image. For each pyramid level, the
+strongest 500 keypoints of both are paired (mutual nearest within 6 px of the level) and the median
+displacement is printed in pixels of the level; the bias of the detector is half of it.
 
     python benchmarks/bias.py FOLDER [--systems keynet,keynet-tiny,FILE] [--out bias.json]
 """
@@ -34,25 +33,25 @@ def main() -> None:
         net, threshold = load_network(system)
         levels: dict[int, dict[int, list[Tensor]]] = {}
         for path in sequence_images(args.folder):
-            for number, level in enumerate(build_pyramid(load_image(path)).levels):
+            for i, level in enumerate(build_pyramid(load_image(path)).levels):
                 for flip in (-1, -2):
                     found = mirror_offsets(
                         net, level.image, flip, offset=net.offset, threshold=threshold
                     )
-                    levels.setdefault(number, {-1: [], -2: []})[flip].append(found)
-        for number, both in levels.items():
-            x, y = (torch.cat(both[flip]) for flip in (-1, -2))
+                    levels.setdefault(i, {-1: [], -2: []})[flip].append(found)
+        for i, offsets in levels.items():
+            x, y = (torch.cat(offsets[flip]) for flip in (-1, -2))
             rows.append(
                 {
                     "system": Path(system).name,
-                    "level": number - 1,
+                    "level": i - 1,
                     "x": x.median().item(),
                     "y": y.median().item(),
                     "pairs": len(x),
                 }
             )
             print(
-                f"{Path(system).name:20s} level {number - 1:2d}  x {rows[-1]['x']:+.3f}  y "
+                f"{Path(system).name:20s} level {i - 1:2d}  x {rows[-1]['x']:+.3f}  y "
                 f"{rows[-1]['y']:+.3f} px  ({len(x)} pairs)"
             )
     if args.out:

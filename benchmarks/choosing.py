@@ -1,11 +1,12 @@
-"""Systems on held-out photographs changed in four known ways: what settings are chosen by, so that
-the Oxford images stay untouched.
+"""Systems on held-out photographs with four synthetic changes; used to select settings without the
+Oxford images.
 
-The photographs are those that training on the same folder validates on and never learns from
-(``split_photos``). Each is zoomed out and turned (``zoom``), seen from the side (``view``), blurred
-(``blur``) and darkened (``light``), all with noise. A line a kind and their mean: repeatability SL
-and L, 1 and 3 px one to one, what is above chance, MMA@3 and matching score@3 where there are
-descriptors, points compared (docs/evaluation.md; shares in %).
+The photographs are those that training on the same folder uses only for validation
+(``split_photos``). Each is zoomed out and rotated (``zoom``), warped by an oblique view (``view``),
+blurred (``blur``) and darkened (``light``), with noise. One line per change and their mean:
+repeatability SL and L, mutual repeatability at 1 and 3 px, chance-corrected values, MMA@3 and
+matching score@3 of systems with descriptors, number of keypoints compared (docs/evaluation.md;
+ratios in %).
 
     python benchmarks/choosing.py PHOTOS [--systems keynet,keynet@all,LABEL=FILE] [--photos 12] \\
         [--num-keypoints 300] [--out FILE.json]
@@ -35,7 +36,7 @@ from tiepoints.metrics.geometry import mean
 
 SYSTEMS = "keynet,keynet@all,akaze,kaze,random,lattice"
 NOISE = 0.008
-#: Heading, number of a pair, factor.
+#: Heading, metric, factor.
 COLUMNS = (
     ("SL", "keynet.rep_SL", 100),
     ("L", "keynet.rep_L", 100),
@@ -51,20 +52,21 @@ Change = tuple[Tensor, np.ndarray]
 
 
 def _warped(image: Tensor, M: np.ndarray) -> Change:
-    """The image moved by ``M`` about its centre, low-passed for the pixels that shrinking leaves;
-    and H.
+    """Warp an image by ``M`` about its center, with a low-pass filter for minification; returns the
+    new image and H.
     """
     h, w = image.shape[-2:]
-    to_centre = np.array([[1, 0, -(w - 1) / 2], [0, 1, -(h - 1) / 2], [0, 0, 1]])
-    H = np.linalg.inv(to_centre) @ M @ to_centre
+    to_center = np.array([[1, 0, -(w - 1) / 2], [0, 1, -(h - 1) / 2], [0, 0, 1]])
+    H = np.linalg.inv(to_center) @ M @ to_center
     factor = math.sqrt(abs(np.linalg.det(H[:2, :2])))
     low_passed = gaussian_blur(image, 0.5 * math.sqrt(max(0.0, 1 / factor**2 - 1)))
     return warp_image(low_passed, torch.from_numpy(H)[None], (h, w)), H
 
 
 def zoom(image: Tensor, rng: np.random.Generator) -> Change:
-    factor, turn = math.exp(rng.uniform(math.log(0.36), math.log(0.9))), rng.uniform(0, math.pi / 3)
-    c, s = factor * math.cos(turn), factor * math.sin(turn)
+    factor = math.exp(rng.uniform(math.log(0.36), math.log(0.9)))
+    angle = rng.uniform(0, math.pi / 3)
+    c, s = factor * math.cos(angle), factor * math.sin(angle)
     return _warped(image, np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]))
 
 
@@ -93,15 +95,15 @@ KINDS: dict[str, Callable[[Tensor, np.random.Generator], Change]] = {
 
 
 def changed(photos: list[Path], seed: int) -> Iterator[tuple[Tensor, dict[str, Change]]]:
-    """Each photograph (1,1,H,W) and, by kind, its changed copy in 8 bits and the H to it; the same
-    for the same seed.
+    """Each photograph (1,1,H,W) with its changed copies, quantized to 8 bits, and H, by kind;
+    reproducible for a seed.
     """
     rng = np.random.default_rng(seed)
     for path in photos:
         image = load_image(path)
         copies = {}
-        for kind, make in KINDS.items():
-            copy, H = make(image, rng)
+        for kind, change in KINDS.items():
+            copy, H = change(image, rng)
             noise = torch.from_numpy(rng.normal(0, NOISE, tuple(image.shape)).astype(np.float32))
             copies[kind] = (((copy + noise).clamp(0, 1) * 255).round() / 255, H)
         yield image, copies
@@ -110,7 +112,7 @@ def changed(photos: list[Path], seed: int) -> Iterator[tuple[Tensor, dict[str, C
 def measure(
     name: str, photos: list[Path], *, num_keypoints: int, seed: int, single_scale: bool
 ) -> dict[str, dict[str, float | None]]:
-    """Kind, and ``mean`` over kinds -> number -> mean over photographs."""
+    """Kind, or ``mean`` over kinds -> metric -> mean over photographs."""
     detect = system(name, Options(num_keypoints * SPARE, single_scale))
     rows: dict[str, list[dict[str, float | None]]] = {kind: [] for kind in KINDS}
     for image, copies in changed(photos, seed):
@@ -140,10 +142,10 @@ def main() -> None:
         "folder",
         type=Path,
         metavar="PHOTOS",
-        help="the folder that the networks were trained on, whole",
+        help="the whole folder that the networks were trained on",
     )
     parser.add_argument(
-        "--systems", default=SYSTEMS, help="names of docs/evaluation.md, LABEL=NAME to name a line"
+        "--systems", default=SYSTEMS, help="names of docs/evaluation.md, or LABEL=NAME"
     )
     parser.add_argument("--photos", type=int, default=12)
     parser.add_argument("--num-keypoints", type=int, default=300)
@@ -170,8 +172,8 @@ def main() -> None:
             single_scale=args.single_scale,
         )
         content["systems"][label] = found
-        for kind, numbers in found.items():
-            cells = [(numbers[key], factor) for _, key, factor in COLUMNS]
+        for kind, metrics in found.items():
+            cells = [(metrics[key], factor) for _, key, factor in COLUMNS]
             print(
                 f"{label:24} {kind:6}"
                 + "".join(

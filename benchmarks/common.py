@@ -1,4 +1,4 @@
-"""What the benchmarks share: networks by name, sequences of a folder, facts about the machine."""
+"""Functions shared by the benchmarks: networks by name, sequences of a folder, machine metadata."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SEQUENCES = ("graf", "boat", "bikes", "leuven")
 
 
 def load_network(system: str):
-    """A network by embedded name or weights file (ours or official), ready to run, and its score
-    threshold.
+    """Load a network by embedded name or weights file (of this package or official) for inference;
+    returns it and its score threshold.
     """
     path = Path(system)
     net = load_official(path) if path.is_file() and path.suffix != ".safetensors" else load(system)
@@ -30,17 +30,17 @@ def load_network(system: str):
 
 
 def sequence_images(folder: Path, first: int = 4) -> list[Path]:
-    """The first images of every sequence of an Oxford folder."""
+    """The first images of each sequence of an Oxford folder."""
     return [folder / s / f"{k}.png" for s in SEQUENCES for k in range(1, first + 1)]
 
 
 def homography(folder: Path, sequence: str, k: int) -> torch.Tensor:
-    """(3,3) from image 1 to image k."""
+    """Homography (3,3) from image 1 to image k."""
     return torch.from_numpy(np.loadtxt(folder / sequence / f"H_1_{k}"))
 
 
 def machine() -> dict[str, str]:
-    """Versions, processor and date to store beside every number."""
+    """Versions, processor and date, to store with results."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
@@ -60,11 +60,11 @@ def machine() -> dict[str, str]:
 
 
 def vga_image(file: Path | None) -> torch.Tensor:
-    """A gray image (1,1,480,640): of a file, or scikit-image's motorcycle."""
+    """A gray image (1,1,480,640) from a file, by default scikit-image's motorcycle."""
     if file is None:
         import skimage.data
 
-        picture = Image.fromarray(skimage.data.stereo_motorcycle()[0])
+        image = Image.fromarray(skimage.data.stereo_motorcycle()[0])
     else:
-        picture = Image.open(file)
-    return load_image(picture.convert("L").resize((640, 480), Image.Resampling.LANCZOS))
+        image = Image.open(file)
+    return load_image(image.convert("L").resize((640, 480), Image.Resampling.LANCZOS))

@@ -1,9 +1,9 @@
-"""Describing 2,048 patches on one thread: ours and kornia's HardNet with the same numbers, in one
-run; what bfloat16 costs in MMA.
+"""Time to describe 2,048 patches on one thread with HardNet, ours and kornia's with the same
+weights, and the accuracy of bfloat16.
 
-bfloat16 is timed as the processor computes it; one that only emulates it is slower than float32.
-Its accuracy is measured with weights and maps rounded to bfloat16 between float32 convolutions,
-which is what such units compute, on every processor.
+bfloat16 is slower than float32 on processors that emulate it. Its accuracy is measured with weights
+and feature maps rounded to bfloat16 between float32 convolutions, which is equivalent on every
+processor.
 
     python benchmarks/describe.py [--oxford FOLDER] [--weights hardnet] [--repeat 3] \\
         [--out describe.json]
@@ -30,26 +30,26 @@ from tiepoints.structs import Features
 from tiepoints.weights import load
 
 PATCHES = 2048
-POINTS = 2000
+NUM_KEYPOINTS = 2000
 
 
 def kornia_twin(net: PatchNet) -> torch.nn.Module:
-    """kornia's HardNet with our numbers."""
-    from kornia.feature import HardNet as Other
+    """kornia's HardNet with our weights."""
+    from kornia.feature import HardNet as KorniaHardNet
 
-    other = Other(pretrained=False).eval()
+    other = KorniaHardNet(pretrained=False).eval()
     renamed = {}
     for k in range(7):
-        place = 3 * k if k < 6 else 19
-        renamed[f"features.{place}.weight"] = net.state_dict()[f"convolutions.{k}.weight"]
+        index = 3 * k if k < 6 else 19
+        renamed[f"features.{index}.weight"] = net.state_dict()[f"convolutions.{k}.weight"]
         for part in ("running_mean", "running_var"):
-            renamed[f"features.{place + 1}.{part}"] = net.state_dict()[f"norms.{k}.{part}"]
+            renamed[f"features.{index + 1}.{part}"] = net.state_dict()[f"norms.{k}.{part}"]
     other.load_state_dict(renamed, strict=False)
     return other
 
 
 def rounded(net: PatchNet) -> PatchNet:
-    """The folded net with weights, and what flows between layers, rounded to bfloat16."""
+    """The fused network with weights and feature maps rounded to bfloat16."""
     copy = net.fused()
     for layer in copy.convolutions:
         for parameter in layer.parameters():
@@ -60,7 +60,7 @@ def rounded(net: PatchNet) -> PatchNet:
 
 
 def milliseconds(describe, patches: torch.Tensor, repeat: int) -> float:
-    """Best of ``repeat`` runs after one to warm up."""
+    """Minimum time of ``repeat`` runs after a warm-up."""
     times = []
     with torch.inference_mode():
         for _ in range(repeat + 1):
@@ -71,8 +71,8 @@ def milliseconds(describe, patches: torch.Tensor, repeat: int) -> float:
 
 
 def accuracy(oxford: Path, nets: dict[str, torch.nn.Module]) -> dict[str, float]:
-    """MMA@3 in % of each net on the same Key.Net points, mean over all pairs 1-k."""
-    detector = build("keynet", "none", device="cpu", num_keypoints=POINTS)
+    """MMA@3 in % of each network on the same Key.Net keypoints, mean over all pairs 1-k."""
+    detector = build("keynet", "none", device="cpu", num_keypoints=NUM_KEYPOINTS)
     describers = {name: PatchDescriptor(net) for name, net in nets.items()}
     scores: dict[str, list[float]] = {name: [] for name in nets}
     for sequence in SEQUENCES:
@@ -100,7 +100,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--oxford", type=Path)
-    parser.add_argument("--weights", default="hardnet", help="name or file; 'random' for untrained")
+    parser.add_argument("--weights", default="hardnet", help="name, file, or 'random'")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -109,14 +109,12 @@ def main() -> None:
     assert isinstance(net, PatchNet)
     patches = torch.rand(PATCHES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def chunked(one: torch.nn.Module):
-        return lambda all_of_them: torch.cat(
-            [one(part) for part in all_of_them.split(DESCRIBE_CHUNK)]
-        )
+    def chunked(module: torch.nn.Module):
+        return lambda patches: torch.cat([module(part) for part in patches.split(DESCRIBE_CHUNK)])
 
     times = {"kornia float32": milliseconds(kornia_twin(net), patches, args.repeat)}
     times["ours float32"] = milliseconds(chunked(net.fused()), patches, args.repeat)
-    # an emulated bfloat16 takes minutes
+    # a part of the patches, as emulated bfloat16 takes minutes
     times["ours bfloat16"] = 8 * milliseconds(
         chunked(net.fused(torch.bfloat16)), patches[: PATCHES // 8], 1
     )

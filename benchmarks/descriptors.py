@@ -1,10 +1,11 @@
-"""Descriptors on the same points, and whole systems beside them: matching on homography sequences,
-pose on pairs with known pose.
+"""Descriptors on the same keypoints, and whole systems: matching on homography sequences and
+relative pose on posed pairs.
 
-Key.Net's points on many scales (SI), the strongest 2000 of each image, mutual nearest neighbours.
-MMA@3: part of the matches within 3 px in image k (REKD's protocol), mean over all pairs 1-k;
-matching score: right matches within 5 px over the fewer points of the common area (Key.Net's
-protocol). AUC of the pose error with PoseLib. Stops and goes on like `tiepoints evaluate`.
+Keypoints of Key.Net at multiple scales (SI), the strongest 2000 of each image, mutual nearest
+neighbors. MMA@3: fraction of matches within 3 px in image k (REKD's protocol), mean over all pairs
+1-k; matching score: correct matches within 5 px divided by the smaller number of keypoints in the
+common area (Key.Net's protocol). AUC of the pose error with PoseLib. An interrupted run resumes, as
+`tiepoints evaluate` does.
 
     python benchmarks/descriptors.py OXFORD --poses POSE_PAIRS --work DIR \\
         [--out descriptors.json] [--table descriptors.md]
@@ -39,12 +40,12 @@ MEASURES = {
     "score@3": "keynet.score@3",
     "score@5": "keynet.score@5",
 }
-POSE_SIZE = (640, 480)  # as the papers that evaluate on ScanNet
+POSE_SIZE = (640, 480)  # as in papers that evaluate on ScanNet
 DEGREES = (5.0, 10.0, 20.0)
 
 
-def homography_figures(rows: Sequence[PairRow]) -> dict[str, Any]:
-    """Means over all pairs, and of MMA@3 over the pairs of each sequence."""
+def homography_results(rows: Sequence[PairRow]) -> dict[str, Any]:
+    """Means over all pairs, and MMA@3 by sequence."""
     found: dict[str, Any] = {
         name: mean(row.value(metric) for row in rows) for name, metric in MEASURES.items()
     }
@@ -58,11 +59,11 @@ def homography_figures(rows: Sequence[PairRow]) -> dict[str, Any]:
     return found
 
 
-def pose_figures(rows: Sequence[PairRow]) -> dict[str, Any]:
-    """AUC, and the pose error and right matches of each pair."""
+def pose_results(rows: Sequence[PairRow]) -> dict[str, Any]:
+    """AUC, and pose error and number of correct matches of each pair."""
     errors = [row.value("pose.error_poselib") for row in rows]
     found: dict[str, Any] = {
-        f"AUC@{d:g}": area for d, area in zip(DEGREES, error_auc(errors, DEGREES), strict=True)
+        f"AUC@{d:g}": auc for d, auc in zip(DEGREES, error_auc(errors, DEGREES), strict=True)
     }
     found["right"] = mean(row.value("pose.right") for row in rows)
     found["precision"] = mean(row.value("pose.precision") for row in rows)
@@ -77,9 +78,9 @@ def pose_figures(rows: Sequence[PairRow]) -> dict[str, Any]:
 
 
 def run(
-    dataset, systems: tuple[str, ...], work: Path, figures, resize: tuple[int, ...] | None = None
+    dataset, systems: tuple[str, ...], work: Path, summarize, resize: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
-    done = read_run(
+    results = read_run(
         evaluate(
             dataset,
             RunSettings(systems, num_keypoints=NUM_POINTS, resize=resize),
@@ -88,7 +89,8 @@ def run(
         )
     )
     return {
-        s: figures([row for row in done.rows if row.system == s and row.ok]) for s in done.systems
+        s: summarize([row for row in results.rows if row.system == s and row.ok])
+        for s in results.systems
     }
 
 
@@ -111,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--poses", type=Path, help="folder with pairs_with_gt.txt and images/")
-    parser.add_argument("--work", type=Path, required=True, help="features and rows of the runs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for features and rows")
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
@@ -119,7 +121,7 @@ def main() -> None:
     systems = tuple(args.systems.split(","))
     content: dict[str, Any] = {"machine": machine(), "num_points": NUM_POINTS}
     content["homography"] = run(
-        homography_sequences(args.folder), systems, args.work / "homography", homography_figures
+        homography_sequences(args.folder), systems, args.work / "homography", homography_results
     )
     sequences = [
         name for name in next(iter(content["homography"].values())) if name.startswith("MMA@3 ")
@@ -132,11 +134,11 @@ def main() -> None:
     )
     if args.poses:
         content["pose"] = run(
-            posed_pairs(args.poses), systems, args.work / "pose", pose_figures, POSE_SIZE
+            posed_pairs(args.poses), systems, args.work / "pose", pose_results, POSE_SIZE
         )
-        areas = [f"AUC@{d:g}" for d in DEGREES]
+        aucs = [f"AUC@{d:g}" for d in DEGREES]
         text += "\n\n" + table(
-            "Pairs with known pose (PoseLib)", content["pose"], [*areas, "precision"], ["right"]
+            "Pairs with known pose (PoseLib)", content["pose"], [*aucs, "precision"], ["right"]
         )
     if args.out:
         args.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Detectors and descriptors on warped pairs of held-out photographs: what losses and weights are
-chosen by (docs/weights.md).
+"""Detectors and descriptors on warped pairs of held-out photographs; used to select losses and
+weights (docs/weights.md).
 
-Detectors: mutual repeatability of the strongest points at 1 and 3 px, 94 pairs of preset
-``default`` (320 px, not mirrored, another seed than validation's). Descriptors: the part of
-repeated SobelNet points that mutual nearest ones match rightly, 24 pairs of preset ``dense`` (320
-px) with any turn, and with turns to 45 degrees.
+Detectors: mutual repeatability of the strongest keypoints at 1 and 3 px on 94 pairs of preset
+``default`` (320 px, not mirrored, with another seed than validation). Descriptors: fraction of
+repeated SobelNet keypoints with a correct mutual nearest neighbor on 24 pairs of preset ``dense``
+(320 px), with any rotation and with rotations up to 45 degrees.
 
     python benchmarks/held_out.py PHOTOS [--detectors sobelnet,MSIP.safetensors] \\
         [--descriptors desnet,hardnet,rootsift]
@@ -41,8 +41,8 @@ DETECTOR_PAIRS, DETECTOR_SEED = 94, 11
 DESCRIPTOR_PAIRS, DESCRIPTOR_SEED = 24, 7
 
 
-def detect_figures(system: str, pairs: list[dict[str, Tensor]]) -> str:
-    """Shares of the strongest 150 and 75 points that repeat."""
+def detector_results(system: str, pairs: list[dict[str, Tensor]]) -> str:
+    """Repeatability of the strongest 150 and 75 keypoints."""
     net, threshold = load_network(system)
     offset = torch.tensor(getattr(net, "offset", (0.0, 0.0)))
     found = dict.fromkeys([(150, 1.0), (150, 3.0), (75, 1.0), (75, 3.0)], 0.0)
@@ -51,19 +51,20 @@ def detect_figures(system: str, pairs: list[dict[str, Tensor]]) -> str:
             (a, _), (b, _) = detect_peaks(
                 net(torch.stack([pair["image_a"], pair["image_b"]])), 1000, threshold=threshold
             )
-            for count, reach in found:
-                options = {"num_keypoints": count, "threshold": reach}
+            for count, distance in found:
+                options = {"num_keypoints": count, "threshold": distance}
                 matches = mutual_matches(
                     a - offset, b - offset, pair["H_ab"], (SIZE, SIZE), (SIZE, SIZE), **options
                 )[0]
-                found[count, reach] += matches / count / len(pairs)
+                found[count, distance] += matches / count / len(pairs)
     return "  ".join(
-        f"{count} points {reach:g} px {share:.3f}" for (count, reach), share in found.items()
+        f"{count} keypoints {distance:g} px {repeatability:.3f}"
+        for (count, distance), repeatability in found.items()
     )
 
 
-def describe_figure(system: str, items: list[dict[str, Tensor]]) -> float:
-    """Mean share of repeated points matched rightly."""
+def descriptor_score(system: str, items: list[dict[str, Tensor]]) -> float:
+    """Mean fraction of repeated keypoints with a correct match."""
     describe = describer(system, precision="float32")
     assert describe is not None
     scores = []
@@ -73,10 +74,9 @@ def describe_figure(system: str, items: list[dict[str, Tensor]]) -> float:
             xy = item[f"xy_{side}"]
             xy = xy[~xy[:, 0].isnan()]
             ones = torch.ones(len(xy))
-            points = Keypoints(xy, ones, 0 * ones, ones)
-            sides.append(
-                (describe(build_pyramid(item[f"image_{side}"][None], up=0, down=0), points, 0), xy)
-            )
+            keypoints = Keypoints(xy, ones, 0 * ones, ones)
+            pyramid = build_pyramid(item[f"image_{side}"][None], up=0, down=0)
+            sides.append((describe(pyramid, keypoints, 0), xy))
         (a, xy_a), (b, xy_b) = sides
         scores.append(correctly_matched(a, b, xy_a, xy_b, item["H_ab"]))
     return mean_of_known(scores)
@@ -100,19 +100,21 @@ def main() -> None:
         )
         pairs = [views[i] for i in range(DETECTOR_PAIRS)]
         for system in args.detectors.split(","):
-            print(f"{Path(system).name:20}", detect_figures(system, pairs), flush=True)
+            print(f"{Path(system).name:20}", detector_results(system, pairs), flush=True)
     if args.descriptors:
         find = peak_detector(load_network("sobelnet")[0])
-        for turn in (180, 45):
-            views = replace(PRESETS["dense"], size=SIZE, rotation=turn)
-            made = CandidatePairs(
+        for rotation in (180, 45):
+            views = replace(PRESETS["dense"], size=SIZE, rotation=rotation)
+            candidates = CandidatePairs(
                 held_out, find, views, seed=DESCRIPTOR_SEED, length=DESCRIPTOR_PAIRS, count=200
             )
-            items = [{**made[i], "H_ab": made.homography(i)} for i in range(DESCRIPTOR_PAIRS)]
+            items = [
+                {**candidates[i], "H_ab": candidates.homography(i)} for i in range(DESCRIPTOR_PAIRS)
+            ]
             for system in args.descriptors.split(","):
                 print(
-                    f"{Path(system).name:20} turns to {turn:3} degrees: "
-                    f"{describe_figure(system, items):.3f}",
+                    f"{Path(system).name:20} rotations up to {rotation:3} degrees: "
+                    f"{descriptor_score(system, items):.3f}",
                     flush=True,
                 )
 

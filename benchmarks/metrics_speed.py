@@ -1,7 +1,7 @@
-"""Time of all measures of a pair with 1,000 points on one thread, from the stored features of
+"""Time of all metrics of a pair with 1,000 keypoints on one thread, from the stored features of
 `tiepoints evaluate`.
 
-python benchmarks/metrics_speed.py RESULTS [--system keynet] [--repeat 3]
+    python benchmarks/metrics_speed.py RESULTS [--system keynet] [--repeat 3]
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def main() -> None:
         detection.append(row.seconds or 0.0)
     print(
         f"{len(milliseconds)} pairs: median {statistics.median(milliseconds):.0f} ms, worst "
-        f"{max(milliseconds):.0f} ms a pair; "
-        f"detection {1000 * statistics.mean(detection):.0f} ms an image"
+        f"{max(milliseconds):.0f} ms per pair; "
+        f"detection {1000 * statistics.mean(detection):.0f} ms per image"
     )
 
 

@@ -1,8 +1,8 @@
-"""All systems that run here on homography sequences, many scales (SI) and one (TI): tables to read
-and all means as JSON.
+"""All available systems on homography sequences, at multiple scales (SI) and a single scale (TI):
+tables, and all means as JSON.
 
-Stops and goes on like `tiepoints evaluate`, which does the work; every figure is the mean over
-sequences of the mean over pairs.
+Every value is the mean over sequences of the mean over pairs. An interrupted run resumes, as
+`tiepoints evaluate` does.
 
     python benchmarks/oxford.py FOLDER --work DIR [--systems keynet,sift,LABEL=FILE] \\
         [--out oxford.json] [--table oxford.md]
@@ -28,13 +28,13 @@ SYSTEMS = (
     "kaze,akaze,orb,brisk,shi-tomasi,harris,random,lattice"
 )
 MODES = {
-    "si": "Many scales (SI)",
-    "ti": "One scale (TI) for ours and the controls; the others are as in SI",
+    "si": "Multiple scales (SI)",
+    "ti": "Single scale (TI) for our systems and controls; others as in SI",
 }
 
 
-def figures(run: Run, system: str) -> dict[str, Any]:
-    """Means of one system: metric -> number, per sequence and over all."""
+def summarize(run: Run, system: str) -> dict[str, Any]:
+    """Means of one system: metric -> value, overall and by sequence."""
     sequences: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(row.sequence for row in run.rows):
         rows = [row for row in run.rows if row.system == system and row.sequence == name and row.ok]
@@ -77,7 +77,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--work", type=Path, required=True, help="features and rows of the runs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for features and rows")
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
@@ -91,13 +91,13 @@ def main() -> None:
     }
     tables = []
     for mode, caption in MODES.items():
-        # with one scale there is nothing for "@all" to repeat
+        # "@all" has no effect at a single scale
         systems = tuple(
             name for name in args.systems.split(",") if mode == "si" or "@all" not in name
         )
         settings = RunSettings(systems, single_scale=mode == "ti", extras=("bias",))
         run = read_run(evaluate(dataset, settings, args.work / mode, progress=True))
-        content["modes"][mode] = {system: figures(run, system) for system in run.systems}
+        content["modes"][mode] = {system: summarize(run, system) for system in run.systems}
         tables.append(table(caption, content["modes"][mode], list(run.controls)).markdown())
     text = "\n\n".join(tables) + "\n"
     if args.out:

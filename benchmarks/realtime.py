@@ -1,10 +1,10 @@
-"""SobelNet + DesNet from gray tensor to points and descriptors, on one thread: 640 x 480, top 1000,
-one scale, float32.
+"""SobelNet + DesNet from gray tensor to keypoints and descriptors on one thread: 640 x 480, top
+1000, single scale, float32.
 
-Beside OpenCV's SIFT and ORB (detectAndCompute, 1000 points, one thread), and the network of XFeat
-as kornia has it (random weights serve for timing; no points are taken from its maps). All take
-turns in one run; the quickest and the median round are told, and the most memory that each had
-beyond the start, in a process of its own.
+Compared with OpenCV's SIFT and ORB (detectAndCompute, 1000 keypoints, one thread), and with the
+network of XFeat in kornia (random weights, without extraction of keypoints). All alternate in one
+run; reported are the minimum and the median time, and the peak memory in addition to that at the
+start, in a separate process.
 
     python benchmarks/realtime.py [--image FILE] [--rounds 15] [--out FILE.json]
 """
@@ -30,54 +30,49 @@ from tiepoints.keypoints import detect_peaks
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
 
-POINTS = 1000  # asked for
+NUM_KEYPOINTS = 1000
 XFEAT = "XFeat's network (kornia)"
 
 
-def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
-    """What is timed, whole systems and the stages of ours, each made only when it is called for.
-    The stages return what they make.
-    """
+def opencv(create: str, image: torch.Tensor) -> Callable[[], Any]:
+    import cv2
+
+    cv2.setNumThreads(1)
     gray = (image[0, 0].numpy() * 255).round().astype("uint8")
+    detector = getattr(cv2, create)(NUM_KEYPOINTS)
+    return lambda: detector.detectAndCompute(gray, None)[0]
 
-    def opencv(create: str) -> Callable[[], Any]:
-        import cv2
 
-        cv2.setNumThreads(1)
-        detector = getattr(cv2, create)(POINTS)
-        return lambda: detector.detectAndCompute(gray, None)[0]
+def sobelnet_desnet() -> Extractor:
+    return build(
+        "sobelnet",
+        "desnet",
+        single_scale=True,
+        num_keypoints=NUM_KEYPOINTS,
+        device="cpu",
+        precision="float32",
+    )
 
-    def ours() -> Extractor:
-        return build(
-            "sobelnet",
-            "desnet",
-            single_scale=True,
-            num_keypoints=POINTS,
-            device="cpu",
-            precision="float32",
-        )
+
+def network(name: str, image: torch.Tensor) -> Callable[[], Any]:
+    net = load(name).fused()  # type: ignore[operator]
+    return lambda: net(image)
+
+
+def factories(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Functions that create what is timed: whole systems, and the stages of ours."""
 
     def whole() -> Callable[[], Any]:
-        extractor = ours()
-        return lambda: extractor.extract(image)
+        return partial(sobelnet_desnet().extract, image)
 
     def peaks() -> Callable[[], Any]:
-        score = load("sobelnet").fused()(image)  # type: ignore[operator]
-        return lambda: detect_peaks(score, POINTS)
+        return partial(detect_peaks, network("sobelnet", image)(), NUM_KEYPOINTS)
 
-    def dense() -> Callable[[], Any]:
-        net = load("desnet").fused()  # type: ignore[operator]
-        return lambda: net(image)
-
-    def sobel() -> Callable[[], Any]:
-        net = load("sobelnet").fused()  # type: ignore[operator]
-        return lambda: net(image)
-
-    def sampled() -> Callable[[], Any]:
-        extractor, pyramid = ours(), build_pyramid(image, up=0, down=0)
-        points = extractor.detect(pyramid)[0]
+    def sampling() -> Callable[[], Any]:
+        extractor, pyramid = sobelnet_desnet(), build_pyramid(image, up=0, down=0)
+        keypoints = extractor.detect(pyramid)[0]
         assert extractor.describe is not None
-        return partial(extractor.describe, pyramid, points, 0)
+        return partial(extractor.describe, pyramid, keypoints, 0)
 
     def xfeat() -> Callable[[], Any]:
         from kornia.feature import XFeat
@@ -87,30 +82,26 @@ def makers(image: torch.Tensor) -> dict[str, Callable[[], Callable[[], Any]]]:
 
     return {
         "SobelNet + DesNet": whole,
-        "  SobelNet": sobel,
+        "  SobelNet": partial(network, "sobelnet", image),
         "  points from the score map": peaks,
-        "  DesNet": dense,
-        "  DesNet, sampled and normalised": sampled,
-        "SIFT": partial(opencv, "SIFT_create"),
-        "ORB": partial(opencv, "ORB_create"),
+        "  DesNet": partial(network, "desnet", image),
+        "  DesNet, sampled and normalised": sampling,
+        "SIFT": partial(opencv, "SIFT_create", image),
+        "ORB": partial(opencv, "ORB_create", image),
         XFEAT: xfeat,
     }
 
 
-def memory(name: str, picture: Path | None) -> float:
-    """MiB that the largest moment of one job takes beyond what was there before it, in a process of
-    its own.
-    """
-    words = [sys.executable, __file__, "--memory-of", name] + (
-        ["--image", str(picture)] if picture else []
-    )
-    return float(
-        subprocess.run(words, check=True, capture_output=True, text=True).stdout.split()[-1]
-    )
+def memory(name: str, image: Path | None) -> float:
+    """Peak memory of a call in MiB in addition to that before it, in a separate process."""
+    command = [sys.executable, __file__, "--memory-of", name]
+    command += ["--image", str(image)] if image else []
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
 
 
 def status(field: str) -> int:
-    """A number of KiB of this process as Linux tells it."""
+    """A field in KiB of the status of this process on Linux."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
@@ -126,41 +117,42 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     image = vga_image(args.image)
-    made = makers(image)
+    create = factories(image)
     if args.memory_of:
-        run = made[args.memory_of]()
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        run = create[args.memory_of]()
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak
         before = status("VmRSS")
         run()
         print((status("VmHWM") - before) / 1024)
         return
-    runs = {name: make() for name, make in made.items()}
+    runs = {name: factory() for name, factory in create.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(args.rounds + 1):
+    for i in range(args.rounds + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            started = time.perf_counter()
             run()
-            if turn:  # the first round warms up
-                times[name].append(1e3 * (time.perf_counter() - began))
+            if i:  # the first round is a warm-up
+                times[name].append(1e3 * (time.perf_counter() - started))
     found = {
-        name: {"best_ms": min(each), "median_ms": statistics.median(each)}
-        for name, each in times.items()
+        name: {"best_ms": min(values), "median_ms": statistics.median(values)}
+        for name, values in times.items()
     }
     for name in runs:
         if not name.startswith("  "):
             found[name]["peak_mib"] = memory(name, args.image)
             if name != XFEAT:
                 found[name]["points"] = len(runs[name]())
-    for name, each in found.items():
+    for name, row in found.items():
         more = "".join(
-            f", {each[key]:.0f} {unit}"
-            for key, unit in (("peak_mib", "MiB"), ("points", "points"))
-            if key in each
+            f", {row[key]:.0f} {unit}"
+            for key, unit in (("peak_mib", "MiB"), ("points", "keypoints"))
+            if key in row
         )
-        print(f"{name:34} best {each['best_ms']:7.1f} ms, median {each['median_ms']:7.1f} ms{more}")
+        print(f"{name:34} best {row['best_ms']:7.1f} ms, median {row['median_ms']:7.1f} ms{more}")
     if args.out:
         args.out.write_text(
-            json.dumps({"machine": machine(), "asked": POINTS, "systems": found}, indent=1) + "\n"
+            json.dumps({"machine": machine(), "asked": NUM_KEYPOINTS, "systems": found}, indent=1)
+            + "\n"
         )
 
 

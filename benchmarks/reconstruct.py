@@ -1,13 +1,14 @@
-"""Photographs to 3D models by COLMAP: ours against SIFT, the same number of points, matcher,
-verification and mapper.
+"""Reconstruction of photographs by COLMAP: our features compared with SIFT, with the same number of
+keypoints, matcher, verification and mapper.
 
-The mapper draws its first pair at random and sometimes ends with two images, whatever the features;
-so it runs from several seeds, and the table has the median of those that placed most images.
+The mapper selects its initial pair at random and sometimes stops at two images with any features;
+so it runs with several seeds, and the table has the median of those that registered the most
+images.
 
     python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--descriptors hardnet,rootsift] \\
         [--points 2048] [--seeds 5] --out FILE.json
 
-Rows of FILE.json that are not measured again stay in it.
+Other rows of FILE.json are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -29,28 +29,18 @@ from tiepoints.evaluation.systems import Options, system
 from tiepoints.files import collect, write_json
 from tiepoints.formats.colmap import ColmapDatabase, reconstruct
 from tiepoints.jobs.match import MatchOptions, named_matcher, refine_database
+from tiepoints.structs import Features, Matches
 
 
 def measure(
     name: str, descriptor: str, folder: Path, camera: str, ratio: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One system from photographs to models of every seed."""
+    """Reconstruct photographs with one system and several seeds."""
     images = {
         str(task.relative): task.path for task in collect([folder], root=folder, inside=True).tasks
     }
     pairs = list(combinations(sorted(images), 2))
-    matcher: Any
-    if name == "sift":
-        extract = system("sift", Options(num_keypoints=args.points))
-        plain = partial(tiepoints.match, ratio=None if ratio >= 1 else ratio)
-        matcher = lambda a, b, one, two: plain(one, two)  # noqa: E731
-    else:
-        extractor = tiepoints.build("keynet", descriptor, num_keypoints=args.points)
-        extract = extractor.extract
-        matcher = named_matcher(extractor, images, MatchOptions(ratio=ratio))
-        if matcher is None:  # the descriptor has no upright patches
-            plain = MatchOptions(ratio=ratio).matcher()
-            matcher = lambda a, b, one, two: plain(one, two)  # noqa: E731
+    extract, matcher = _system(name, descriptor, images, MatchOptions(ratio=ratio), args.points)
     seconds, started = {}, time.perf_counter()
     features = {image: extract(path) for image, path in images.items()}
     seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
@@ -66,7 +56,7 @@ def measure(
                 count += len(matches)
             seconds["match"], started = time.perf_counter() - started, time.perf_counter()
             verified = database.verify(pairs)
-            # SIFT's keypoints are sub-pixel already, and the comparison is with SIFT as it is
+            # SIFT's keypoints have subpixel positions, and SIFT is compared without changes
             if name != "sift":
                 verified = refine_database(database, pairs, images)
             inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
@@ -96,18 +86,33 @@ def measure(
     }
 
 
+def _system(
+    name: str, descriptor: str, images: dict[str, Path], options: MatchOptions, num_keypoints: int
+) -> tuple[Any, Any]:
+    """Functions that extract an image and match two named images."""
+    plain = options.matcher()
+
+    def match(name_a: str, name_b: str, a: Features, b: Features) -> Matches:
+        return plain(a, b)
+
+    if name == "sift":
+        return system("sift", Options(num_keypoints=num_keypoints)), match
+    extractor = tiepoints.build("keynet", descriptor, num_keypoints=num_keypoints)
+    return extractor.extract, named_matcher(extractor, images, options) or match
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "folders", nargs="+", help="photographs; :single for one camera, see docs/formats.md"
+        "folders",
+        nargs="+",
+        help="folders of photographs; :single for a shared camera, see docs/formats.md",
     )
-    parser.add_argument("--descriptors", default="hardnet,rootsift", help="with commas between")
+    parser.add_argument("--descriptors", default="hardnet,rootsift", help="comma-separated")
     parser.add_argument("--points", type=int, default=2048)
-    parser.add_argument(
-        "--ratios", default="0.95,0.8", help="of the ratio test, with commas between"
-    )
+    parser.add_argument("--ratios", default="0.95,0.8", help="of the ratio test, comma-separated")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -129,21 +134,21 @@ def _key(row: dict) -> tuple:
 
 
 def summary(row: dict) -> dict:
-    """Medians over the seeds that placed most images."""
-    most = max(one["registered"] for one in row["tries"])
-    good = [one for one in row["tries"] if one["registered"] == most]
-    for one in row["tries"]:
-        one.pop("folder", None)
+    """Medians over the seeds that registered the most images."""
+    most = max(result["registered"] for result in row["tries"])
+    best = [result for result in row["tries"] if result["registered"] == most]
+    for result in row["tries"]:
+        result.pop("folder", None)
     row.pop("folder", None)
     medians = {
-        key: statistics.median(one[key] for one in good)
+        key: statistics.median(result[key] for result in best)
         for key in ("points", "track_length", "error", "observations")
     }
-    return {"registered": most, "seeds_with_most": len(good), **medians}
+    return {"registered": most, "seeds_with_most": len(best), **medians}
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown."""
+    """Markdown table of the rows."""
     lines = [
         "| photographs | ratio | system | images (seeds) | 3D points | track length | error px | "
         "verified pairs | verified matches |",

@@ -1,11 +1,11 @@
-"""REKD: matching by its protocol with and without the orientation filter, and the time of the
+"""REKD: matching by its protocol with and without the filter by rotation, and the time of the
 network.
 
-Protocol (spec 6.4): the strongest 1000 points of each image on many scales, mutual nearest
-neighbours; repeatability one way, many to one, within 3 px; MMA: matches within 3 and 5 px in image
-k. A star: matches that turn otherwise than most by more than 30 degrees are dropped. Patches are
-turned by the points' angles; ``@upright`` describes them as the paper did. Stops and goes on like
-`tiepoints evaluate`.
+Protocol: the strongest 1000 keypoints of each image at multiple scales, mutual nearest neighbors;
+repeatability in one direction, many to one, within 3 px; MMA: fraction of matches within 3 and 5 px
+in image k. With a star, matches whose rotation differs from the dominant one by more than 30
+degrees are removed. Patches are rotated by the keypoints' angles; ``@upright`` describes them
+upright, as the paper. An interrupted run resumes, as `tiepoints evaluate` does.
 
     python benchmarks/rekd.py OXFORD --work DIR [--systems ...] [--speed] [--out rekd.json] \\
         [--table rekd.md]
@@ -51,7 +51,7 @@ MEASURES = {
 ROUNDS = 5
 
 
-def figures(rows: list[PairRow]) -> dict[str, Any]:
+def summarize(rows: list[PairRow]) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: mean(row.value(metric) for row in rows) for name, metric in MEASURES.items()
     }
@@ -79,20 +79,20 @@ def table(content: dict[str, Any]) -> str:
     return Table("REKD's protocol", columns, rows).markdown()
 
 
-def quickest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Seconds of the quickest of some rounds, in which all take turns."""
+def fastest(runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Minimum time in seconds over some rounds, in which the runs alternate."""
     times = dict.fromkeys(runs, float("inf"))
     for _ in range(ROUNDS):
         for key, run in runs.items():
-            began = time.perf_counter()
+            started = time.perf_counter()
             run()
-            times[key] = min(times[key], time.perf_counter() - began)
+            times[key] = min(times[key], time.perf_counter() - started)
     return times
 
 
 def speed() -> dict[str, Any]:
-    """Seconds of one 640 x 480 image, one scale, one thread, float32. Unexported: as it trains,
-    filters made from their coefficients.
+    """Seconds for a 640 x 480 image, single scale, one thread, float32. Unexported: the network as
+    trained, with filters computed from their coefficients.
     """
     torch.set_num_threads(1)
     image = torch.rand(1, 1, 480, 640, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def speed() -> dict[str, Any]:
         for name in ("rekd", "rekd-light"):
             net: Any = load(name)
             fused = net.fused()
-            times = quickest(
+            times = fastest(
                 {"unexported": lambda n=net: n(image), "exported": lambda f=fused: f(image)}
             )
             found[name] = {**times, "ratio": times["unexported"] / times["exported"]}
@@ -109,19 +109,19 @@ def speed() -> dict[str, Any]:
                 (net(image)[0] - fused(image)[0]).abs().max() / net(image)[0].max()
             )
         found["light is faster by"] = found["rekd"]["exported"] / found["rekd-light"]["exported"]
-        one: Any = REKD(group=36, num_levels=1).eval()
-        exported = one.fused()
+        single_level: Any = REKD(group=36, num_levels=1).eval()
+        exported = single_level.fused()
         runs = {"ours, exported": lambda: exported(image)}
-        theirs = escnn_trunk()
-        if theirs is not None:
-            runs["escnn"] = lambda: theirs(image)
-        found["one level"] = quickest(runs)
-        found["72 to 72 channels, 5 x 5"] = quickest(one_convolution())
+        escnn = escnn_trunk()
+        if escnn is not None:
+            runs["escnn"] = lambda: escnn(image)
+        found["one level"] = fastest(runs)
+        found["72 to 72 channels, 5 x 5"] = fastest(one_convolution())
     return found
 
 
 def escnn_trunk() -> Callable[[Tensor], Any] | None:
-    """REKD's trunk on one level as escnn runs it, None where it is not installed."""
+    """REKD's trunk on one level in escnn; None if that is not installed."""
     try:
         from escnn import gspaces, nn
     except ImportError:
@@ -138,26 +138,24 @@ def escnn_trunk() -> Callable[[Tensor], Any] | None:
             nn.ReLU(b),
         ]
     trunk = nn.SequentialModule(*layers).eval()
-    turn = nn.R2Conv(
+    orientation = nn.R2Conv(
         types[-1], nn.FieldType(space, [space.regular_repr]), kernel_size=1, bias=False
     ).eval()
     pool = nn.GroupPooling(types[-1])
 
     def run(image: Tensor) -> Any:
         maps = trunk(nn.GeometricTensor(image, types[0]))
-        return pool(maps), turn(maps)
+        return pool(maps), orientation(maps)
 
     return run
 
 
 def one_convolution() -> dict[str, Callable[[], Any]]:
-    """The inner layer of the published size, by the library and by Winograd's scheme on maps that
-    stay packed.
-    """
+    """The inner layer of the published size, in torch and by Winograd's algorithm."""
     conv = torch.nn.Conv2d(72, 72, 5, padding=2).to(memory_format=torch.channels_last)
     maps = torch.rand(1, 72, 480, 640).contiguous(memory_format=torch.channels_last)
-    quick, packed = WinogradConv(conv.weight, conv.bias), pack(maps[0].permute(1, 2, 0))  # type: ignore[arg-type]
-    return {"library": lambda: F.relu_(conv(maps)), "Winograd": lambda: quick(packed, 480, 640)}
+    winograd, packed = WinogradConv(conv.weight, conv.bias), pack(maps[0].permute(1, 2, 0))  # type: ignore[arg-type]
+    return {"library": lambda: F.relu_(conv(maps)), "Winograd": lambda: winograd(packed, 480, 640)}
 
 
 def main() -> None:
@@ -165,7 +163,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--work", type=Path, help="features and rows of the runs")
+    parser.add_argument("--work", type=Path, help="folder for features and rows")
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--speed", action="store_true")
@@ -178,11 +176,11 @@ def main() -> None:
     content["machine"] = machine()
     if args.folder is not None:
         if args.work is None:
-            parser.error("an evaluation needs --work DIR")
+            parser.error("an evaluation requires --work DIR")
         settings = RunSettings(
             tuple(args.systems.split(",")), num_keypoints=1000, protocols=("rekd",)
         )
-        done = read_run(
+        results = read_run(
             evaluate(
                 homography_sequences(args.folder),
                 settings,
@@ -192,8 +190,8 @@ def main() -> None:
             )
         )
         content["homography"] = {
-            s: figures([row for row in done.rows if row.system == s and row.ok])
-            for s in done.systems
+            s: summarize([row for row in results.rows if row.system == s and row.ok])
+            for s in results.systems
         }
         text = table(content["homography"])
         if args.table:

@@ -1,9 +1,9 @@
-"""Repeatability on homography sequences: 3 px, mutual, one to one, single scale, top 1000 of the
-common area.
+"""Repeatability on homography sequences: mutual nearest within 3 px, one to one, single scale, top
+1000 of the common area.
 
-15 x 15 suppression, 15 px border, pairs 1-2, 1-3, 1-4 of each sequence, distances in image k
-(``in_k``) and, as a second column, in image 1 (``in_1``). The mean number of points compared (the
-fewer ones of the common area) stands beside the shares, since few points repeat more easily.
+15 x 15 non-maximum suppression, 15 px border, pairs 1-2, 1-3, 1-4 of each sequence, distances in
+image k (``in_k``) and in image 1 (``in_1``). The mean number of keypoints compared (the smaller one
+in the common area) is reported too, as fewer keypoints have a higher repeatability.
 
     python benchmarks/repeatability.py FOLDER [--systems keynet,keynet-tiny,sift,fast,FILE] \\
         [--out FILE.json]
@@ -29,7 +29,7 @@ PAIRS = (2, 3, 4)
 
 
 def opencv_map(name: str, image: Tensor) -> Tensor:
-    """Responses of an OpenCV detector as a score map, so that all systems share one suppression."""
+    """Responses of an OpenCV detector as a score map, for the same suppression in all systems."""
     import cv2
 
     gray = (image[0, 0].numpy() * 255).round().astype(np.uint8)
@@ -37,20 +37,20 @@ def opencv_map(name: str, image: Tensor) -> Tensor:
         return torch.from_numpy(cv2.cornerMinEigenVal(gray, 3))[None, None]
     if name == "harris":
         return torch.from_numpy(cv2.cornerHarris(gray, 2, 3, 0.04)).clamp(min=0)[None, None]
-    makers = {
+    detectors = {
         "sift": cv2.SIFT_create,
         "orb": lambda: cv2.ORB_create(5000),
         "fast": lambda: cv2.FastFeatureDetector_create(5),
     }
     score_map = torch.zeros_like(image)
-    for point in makers[name]().detect(gray):
+    for point in detectors[name]().detect(gray):
         x, y = round(point.pt[0]), round(point.pt[1])
         score_map[0, 0, y, x] = max(float(score_map[0, 0, y, x]), point.response)
     return score_map
 
 
 def detector(system: str):
-    """image (1,1,H,W) -> (N,2), strongest first."""
+    """A function image (1,1,H,W) -> positions (N,2), strongest first."""
     if system in ("sift", "orb", "fast", "harris", "shi-tomasi"):
         return lambda image: detect_peaks(opencv_map(system, image), CANDIDATES, subpixel=False)[0][
             0
@@ -89,9 +89,11 @@ def main() -> None:
                 in_k.append(
                     mutual_repeatability(points[1], points[k], H, sizes[1], sizes[k], **options)
                 )
-                back = torch.linalg.inv(H)
+                inverse = torch.linalg.inv(H)
                 in_1.append(
-                    mutual_repeatability(points[k], points[1], back, sizes[k], sizes[1], **options)
+                    mutual_repeatability(
+                        points[k], points[1], inverse, sizes[k], sizes[1], **options
+                    )
                 )
                 _, *found = mutual_matches(points[1], points[k], H, sizes[1], sizes[k], **options)
                 counts.append(min(found))

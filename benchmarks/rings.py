@@ -1,8 +1,8 @@
-"""How far three untrained layers of 36 orientations are from turning with the image, for several
-sets of rings (docs/models.md).
+"""Equivariance error of three untrained layers with 36 orientations, for several sets of rings
+(docs/models.md).
 
-The error is that of tests/test_equivariant.py: the largest over turns of one to four steps, of the
-response, on images of waves of a given length and longer.
+The error is that of tests/test_equivariant.py: the maximum over rotations by one to four steps, of
+the response, on images of waves with a minimum wavelength.
 
     python benchmarks/rings.py [--out rings.json]
 """

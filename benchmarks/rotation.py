@@ -1,10 +1,9 @@
-"""Repeatability of photographs against themselves turned by 0..345 degrees in steps of 15, and the
-error of the points' angles.
+"""Repeatability between photographs and their copies rotated by 0..345 degrees in steps of 15, and
+the orientation error of keypoints.
 
-Held-out photographs of a folder (those that no training of ours sees), one scale, the strongest
-1000 of the common area, one-to-one mutual nearest within 3 px. The turned copy lies half a pixel
-beside the grid, so that quarter turns do not hand over the same pixels, which every detector finds
-again (``--plain`` leaves that out).
+Held-out photographs of a folder (not used in training), single scale, the strongest 1000 in the
+common area, mutual nearest within 3 px. The rotated copy is shifted by half a pixel, so that
+rotations by multiples of 90 degrees also interpolate (not with ``--plain``).
 
     python benchmarks/rotation.py PHOTOS --systems rekd,rekd-light,keynet,sift,fast \\
         --out rotation.json
@@ -29,7 +28,7 @@ SYSTEMS = "rekd,rekd-light,keynet,keynet-tiny,sift,fast,orb,akaze,harris"
 
 
 def measure(name: str, photos: list[Path], shift: float) -> dict[str, Any]:
-    """Means over the photographs for each angle, and their worst and best."""
+    """Means over the photographs for each angle, and the worst and the best of them."""
     detect = system(f"{name}+none", Options(single_scale=True))
     found: dict[float, list[dict[str, Any]]] = {float(angle): [] for angle in ROTATIONS}
     for photo in photos:
@@ -42,8 +41,8 @@ def measure(name: str, photos: list[Path], shift: float) -> dict[str, Any]:
         }
         for angle, rows in found.items()
     }
-    rates = [numbers["mutual.rep@3"] for numbers in angles.values()]
-    rows = [row for part in found.values() for row in part]
+    rates = [metrics["mutual.rep@3"] for metrics in angles.values()]
+    rows = [row for angle_rows in found.values() for row in angle_rows]
     return {
         "mean": mean(rates),
         "worst": min(rates),
@@ -57,18 +56,18 @@ def measure(name: str, photos: list[Path], shift: float) -> dict[str, Any]:
 
 def table(systems: dict[str, Any]) -> str:
     lines = [
-        "| system | mean | worst angle | best angle | turn, median error | turn within 15 deg | "
-        "points |"
+        "| system | mean | worst angle | best angle | median orientation error | within 15 deg | "
+        "keypoints |"
     ]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     for name, found in systems.items():
-        turn = (
+        orientation = (
             "| |"
             if found["turn.median"] is None
             else f"{found['turn.median']:.1f} | {100 * found['turn.right']:.0f} |"
         )
         rates = " | ".join(f"{100 * found[key]:.1f}" for key in ("mean", "worst", "best"))
-        lines.append(f"| {name} | {rates} | {turn} {found['points']:.0f} |")
+        lines.append(f"| {name} | {rates} | {orientation} {found['points']:.0f} |")
     return "\n".join(lines)
 
 
@@ -79,10 +78,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--photos", type=int, default=20)
-    parser.add_argument("--plain", action="store_true", help="turn about the centre, no shift")
     parser.add_argument(
-        "--out", type=Path, help="JSON; systems that it holds are not measured again"
+        "--plain", action="store_true", help="rotate about the center, without shift"
     )
+    parser.add_argument("--out", type=Path, help="JSON; existing systems are not measured again")
     args = parser.parse_args()
     torch.set_num_threads(1)
     _, held_out = split_photos(usable_photos(list_photos(args.folder))[0])

@@ -1,8 +1,8 @@
-"""Picture of an image and the score maps of several networks beside it, each raised to a power of
-0.4 so that weak scores show.
+"""Draw an image and the score maps of several networks side by side, with a gamma of 0.4 to show
+low scores.
 
-python benchmarks/score_maps.py sobelnet MSIP.safetensors --out docs/gaussian_loss.png [--image
-FILE] [--crop X Y SIDE]
+    python benchmarks/score_maps.py sobelnet MSIP.safetensors --out docs/gaussian_loss.png \\
+        [--image FILE] [--crop X Y SIDE]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from common import load_network
 from tiepoints.image import load_image
 
 GAMMA = 0.4
-BRIGHT = 0.998  # quantile of the scores that is shown white
+BRIGHT = 0.998  # quantile of the scores that is drawn white
 
 
 def main() -> None:
@@ -44,12 +44,12 @@ def main() -> None:
         with torch.inference_mode():
             score = load_network(system)[0](image)[0, 0, y : y + side, x : x + side]
         tiles.append(((score / score.quantile(BRIGHT)).clamp(0, 1) ** GAMMA).numpy())
-    picture = (
+    canvas = (
         (np.concatenate([np.pad(tile, 2, constant_values=1) for tile in tiles], axis=1) * 255)
         .round()
         .astype(np.uint8)
     )
-    Image.fromarray(picture).save(args.out, optimize=True)
+    Image.fromarray(canvas).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Detection of 2048 points in a 640 x 480 image on one thread, against kornia's KeyNetDetector with
-the same weights.
+"""Time to detect 2048 keypoints in a 640 x 480 image on one thread, compared with kornia's
+KeyNetDetector with the same weights.
 
-Both are measured in one run, alternately, median of ``--repeat`` calls. Ours is shown stage by
-stage; the convolutions of the network are timed by torch's profiler (self CPU time) and their
-operations counted, a multiplication and an addition being two.
+Both are measured alternately in one run; times are medians of ``--repeat`` calls. Ours is also
+measured by stage; the convolutions of the network are timed by torch's profiler (self CPU time),
+and their multiplications and additions are counted.
 
     python benchmarks/speed.py [--image FILE] [--repeat 7] [--out FILE.json]
 """
@@ -31,15 +31,14 @@ CONVOLUTIONS = "    of which convolutions"
 
 
 def convolutions(call: Callable[[], object]) -> tuple[float, float]:
-    """Milliseconds that one call spends in convolutions, and their GFLOP (strips that overlap and
-    padded filters counted as computed).
+    """Milliseconds in convolutions of one call, and their GFLOP (including those of overlapping
+    tiles and padded filters).
     """
-    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiler:
         call()
-    found = [event for event in seen.key_averages() if "conv" in event.key]
-    return sum(event.self_cpu_time_total for event in found) / 1e3, sum(
-        event.flops for event in found
-    ) / 1e9
+    found = [event for event in profiler.key_averages() if "conv" in event.key]
+    milliseconds = sum(event.self_cpu_time_total for event in found) / 1e3
+    return milliseconds, sum(event.flops for event in found) / 1e9
 
 
 def main() -> None:
@@ -73,8 +72,8 @@ def main() -> None:
         "ours, single scale": lambda: single.detect(build_pyramid(image, up=0, down=0)),
         "  stage: pyramid": lambda: build_pyramid(image),
         "  stage: network, all levels": network,
-        "  stage: key points of the maps": torch.inference_mode()(
-            lambda: ours.detect._default(pyramid, [m[0, 0] for m in maps], None)
+        "  stage: keypoints of the maps": torch.inference_mode()(
+            lambda: ours.detect.select(pyramid, [m[0, 0] for m in maps])
         ),
         "  stage: rootsift (not in detection)": lambda: ours.describe(pyramid, keypoints, 0),  # type: ignore[misc]
     }
@@ -86,15 +85,20 @@ def main() -> None:
             started = time.perf_counter()
             call()
             times[name].append(1000 * (time.perf_counter() - started))
-    profiled = [
-        convolutions(network) for _ in range(args.repeat)
-    ]  # afterwards: the profiler slows the other stages down
+    # after the other measurements, which the profiler slows down
+    profiled = [convolutions(network) for _ in range(args.repeat)]
     medians: dict[str, float] = {}
     for name, values in times.items():
         medians[name] = statistics.median(values)
         if calls[name] is network:
             medians[CONVOLUTIONS] = statistics.median(milliseconds for milliseconds, _ in profiled)
-    gflop = profiled[0][1]
+    report(medians, profiled[0][1], kornia.__version__, len(keypoints), args.out)
+
+
+def report(
+    medians: dict[str, float], gflop: float, kornia: str, num_keypoints: int, out: Path | None
+) -> None:
+    """Print the results and write them to ``out``."""
     rate = 1000 * gflop / medians[CONVOLUTIONS]
     for name, value in medians.items():
         print(
@@ -102,17 +106,17 @@ def main() -> None:
             + (f", {gflop:.1f} GFLOP: {rate:.0f} GFLOP/s" if name == CONVOLUTIONS else "")
         )
     ratio = medians["kornia KeyNetDetector"] / medians["ours, detection"]
-    print(f"kornia {kornia.__version__} / ours: {ratio:.2f}   ({len(keypoints)} points)")
-    if args.out:
+    print(f"kornia {kornia} / ours: {ratio:.2f}   ({num_keypoints} keypoints)")
+    if out:
         content = {
             "machine": machine(),
-            "kornia": kornia.__version__,
+            "kornia": kornia,
             "milliseconds": medians,
             "ratio": ratio,
             "GFLOP": gflop,
             "GFLOP/s": rate,
         }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Do keypoints lie on structure? Anchoring on photographs, layers, drawn corners:
-docs/evaluation.md has each measure.
+"""Localization of keypoints on image structure: anchoring on photographs, layers and drawn corners
+(docs/evaluation.md describes the metrics).
 
     python benchmarks/structure.py PHOTOS [--systems keynet,keynet-tiny,...] [--count 10] \\
         [--out FILE.json] [--table FILE.md]
 
-PHOTOS: a folder; COUNT photographs are taken evenly from its sorted list. One scale. A system is a
-name of `tiepoints evaluate` or a weights file, ours or an official one.
+PHOTOS: a folder; COUNT photographs are sampled evenly from its sorted list. Single scale. A system
+is a name of `tiepoints evaluate` or a weights file (of this package or official).
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from tiepoints.metrics.anchoring import ANCHORED_KEYPOINTS, anchoring, corners, 
 from tiepoints.report.page import Column, Row, Table
 
 SYSTEMS = "keynet,keynet-tiny,sobelnet,rekd-light,sift,akaze,orb,harris,shi-tomasi"
-#: Keypoints asked for in the image of drawn corners and in the frames of layers.
+#: Number of keypoints in the image of drawn corners and in the images with layers.
 POINTS = 500
 
 
 def measure(name: str, photos: list[Path]) -> dict[str, float]:
-    found = system(name, Options(num_keypoints=POINTS, single_scale=True))
+    extract = system(name, Options(num_keypoints=POINTS, single_scale=True))
 
     def detect(image: torch.Tensor) -> torch.Tensor:
-        return as_features(found(image), (image.shape[-1], image.shape[-2])).xy
+        return as_features(extract(image), (image.shape[-1], image.shape[-2])).xy
 
     images = [load_image(path) for path in photos]
     anchored = anchoring(detect, images, num_keypoints=ANCHORED_KEYPOINTS)
-    moved = again = 0
+    wrong_layer = near_edge = 0
     for background, foreground in zip(images, images[1:] + images[:1], strict=True):
         size = background.shape[-2:]
-        both = layers(
+        layered = layers(
             detect,
             background,
             F.interpolate(foreground, size=size, mode="bilinear", align_corners=False),
         )
-        moved, again = moved + both.wrong, again + both.found
+        wrong_layer, near_edge = wrong_layer + layered.wrong, near_edge + layered.found
     drawn = corners(detect)
     return {
         "median percentile": 100 * anchored.median,
         "below half %": 100 * anchored.below_half,
         "keypoints": anchored.count,
-        "with the wrong layer": moved,
-        "near the rim": again,
+        "with the wrong layer": wrong_layer,
+        "near the rim": near_edge,
         "corners within 1 px": drawn.found,
         "within 3 px": drawn.near,
         "error px": drawn.error,

@@ -1,19 +1,19 @@
-"""Pairs of views of reconstructions with known cameras: what is matched rightly, what refinement
-adds, and what rotated cameras cost.
+"""Matching of views of reconstructions with known cameras: correct matches, subpixel refinement,
+and rotated cameras.
 
     python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
-        [--rotations 0,30,60,90,180] [--num-keypoints 1000]
-                               [--out FILE.json]
+        [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--out FILE.json]
 
 SCENES: folders with COLMAP models and their images (docs/training.md). A system is
-DETECTOR+DESCRIPTOR, each a name or a weights file. A match is right within 2 px of the epipolar
+DETECTOR+DESCRIPTOR, each a name or a weights file. A match is correct within 2 px of the epipolar
 lines in both images. Columns:
 
-    right %      right matches over the smaller number of keypoints, as the keypoints were detected
-    0.5, 1 px    share of matches within this distance of the epipolar lines, detected and refined
-    time         processor time of refinement over that of matching (features extracted before)
-    N degrees    correct matches of the strongest half of the pairs, the second image rotated by N,
-                 without and with `--orientation auto`
+    right %      correct matches divided by the smaller number of keypoints, without refinement
+    0.5, 1 px    fraction of matches within this distance of the epipolar lines, before (detected)
+                 and after refinement
+    time         processor time of refinement divided by that of matching (without extraction)
+    N degrees    number of correct matches of the better half of the pairs with the second image
+                 rotated by N degrees, without and with `--orientation auto`
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features
 from tiepoints.weights import load
 
-RIGHT = 2.0
-NEAR = (0.5, 1.0)
+MAX_DISTANCE = 2.0
+SMALL_DISTANCES = (0.5, 1.0)
 SEED = 11
 
 
 def extractor(system: str, num_keypoints: int) -> Extractor:
-    """An extractor with the defaults of ``tiepoints match`` but for the number of keypoints."""
+    """An extractor with the defaults of ``tiepoints match``, except for the number of keypoints."""
     detector, _, descriptor = system.partition("+")
-    named = descriptor if descriptor == "rootsift" else load(descriptor)
-    return build(load(detector), named, num_keypoints=num_keypoints, device="cpu")
+    described_by = descriptor if descriptor == "rootsift" else load(descriptor)
+    return build(load(detector), described_by, num_keypoints=num_keypoints, device="cpu")
 
 
 def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
-    """A gray image (1,1,H,W) rotated clockwise about its centre, all of it kept, and (3,3) from its
-    pixels to the new ones.
+    """Rotate a gray image (1,1,H,W) clockwise about its center without cropping; returns the new
+    image and H (3,3).
     """
     h, w = image.shape[-2:]
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     new_w, new_h = (math.ceil(abs(x * cos) + abs(y * sin) - 1e-6) for x, y in ((w, h), (h, w)))
-    turn = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    there = np.array([[1, 0, (new_w - 1) / 2], [0, 1, (new_h - 1) / 2], [0, 0, 1]])
-    back = np.array([[1, 0, -(w - 1) / 2], [0, 1, -(h - 1) / 2], [0, 0, 1]])
-    matrix = torch.from_numpy(there @ turn @ back)
+    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    to_new = np.array([[1, 0, (new_w - 1) / 2], [0, 1, (new_h - 1) / 2], [0, 0, 1]])
+    to_origin = np.array([[1, 0, -(w - 1) / 2], [0, 1, -(h - 1) / 2], [0, 0, 1]])
+    matrix = torch.from_numpy(to_new @ rotation @ to_origin)
     y, x = torch.meshgrid(torch.arange(new_h), torch.arange(new_w), indexing="ij")
     grid = torch.stack([x, y], dim=-1).reshape(-1, 2).double()
     values = sample_at(
@@ -74,7 +74,9 @@ def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
     return values.view(1, 1, new_h, new_w), matrix
 
 
-def count_right(pair: PosedPair, xy_a: Tensor, xy_b: Tensor, threshold: float = RIGHT) -> int:
+def count_correct(
+    pair: PosedPair, xy_a: Tensor, xy_b: Tensor, threshold: float = MAX_DISTANCE
+) -> int:
     return int((pair.errors(xy_a.numpy(), xy_b.numpy()) <= threshold).sum()) if len(xy_a) else 0
 
 
@@ -89,8 +91,8 @@ def measure(
     features: dict[Path, Features] = {
         path: extract.extract(image) for path, image in images.items()
     }
-    shares, matches = [], 0
-    within = {(kind, t): 0 for kind in ("detected", "refined") for t in NEAR}
+    rates, matches = [], 0
+    within = {(kind, t): 0 for kind in ("detected", "refined") for t in SMALL_DISTANCES}
     spent = {"match": 0.0, "refine": 0.0}
     for pair in pairs:
         a, b = (features[path] for path in pair.images)
@@ -100,17 +102,17 @@ def measure(
         refined = refine_matches(a, b, found, (images[pair.images[0]], images[pair.images[1]]))
         spent["match"] += between - started
         spent["refine"] += time.process_time() - between
-        shares.append(count_right(pair, *found.positions(a, b)) / max(1, min(len(a), len(b))))
+        rates.append(count_correct(pair, *found.positions(a, b)) / max(1, min(len(a), len(b))))
         matches += len(found)
-        for kind, some in (("detected", found), ("refined", refined)):
-            for t in NEAR:
-                within[kind, t] += count_right(pair, *some.positions(a, b), t)
-    result: dict[str, Any] = {"right %": 100 * float(np.mean(shares))}
+        for kind, kind_matches in (("detected", found), ("refined", refined)):
+            for t in SMALL_DISTANCES:
+                within[kind, t] += count_correct(pair, *kind_matches.positions(a, b), t)
+    result: dict[str, Any] = {"right %": 100 * float(np.mean(rates))}
     for (kind, t), count in within.items():
         result[f"{t:g} px, {kind} %"] = 100 * count / max(1, matches)
     result["time"] = spent["refine"] / max(spent["match"], 1e-9)
-    # where upright cameras match little, rotated ones have nothing to lose
-    best = [pairs[i] for i in np.argsort(shares)[::-1][: len(pairs) // 2]]
+    # pairs with few matches without rotation are not informative
+    best = [pairs[i] for i in np.argsort(rates)[::-1][: len(pairs) // 2]]
     for degrees in rotations:
         result.update(_rotation(extract, best, images, features, degrees))
     return result
@@ -123,8 +125,8 @@ def _rotation(
     features: dict[Path, Features],
     degrees: float,
 ) -> dict[str, float]:
-    """Mean right matches of pairs whose second image is rotated, plain and with the rotation of the
-    pair.
+    """Mean number of correct matches of pairs whose second image is rotated, without and with
+    estimation of the relative rotation.
     """
     matcher = PairMatcher(extract) if can_reorient(extract) else None
     plain, auto = [], []
@@ -132,14 +134,14 @@ def _rotation(
         a = features[pair.images[0]]
         image, matrix = rotated(images[pair.images[1]], degrees)
         b = extract.extract(image)
-        back = torch.linalg.inv(matrix)
+        inverse = torch.linalg.inv(matrix)
         for counts, found in (
             (plain, match(a, b)),
             (auto, None if matcher is None else matcher(a, b, image).matches),
         ):
             if found is not None:
                 xy_a, xy_b = found.positions(a, b)
-                counts.append(count_right(pair, xy_a, warp_points(xy_b.double(), back)))
+                counts.append(count_correct(pair, xy_a, warp_points(xy_b.double(), inverse)))
     name = f"{degrees:g} degrees"
     return {
         name: float(np.mean(plain)),
@@ -166,7 +168,7 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):
         rows[name] = measure(name, pairs, rotations, args.num_keypoints)
-        if args.out:  # after each, so that a long run that is stopped leaves what it has
+        if args.out:  # after each system, so that an interrupted run keeps its results
             content = {
                 "machine": machine(),
                 "scenes": [path.name for path in args.scenes],

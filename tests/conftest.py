@@ -1,6 +1,4 @@
-"""Fixtures shared by all tests: where the reference outputs and data lie, if this machine has
-them.
-"""
+"""Fixtures of all tests: folders of the reference outputs and the data, if they exist."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def _folder(name: str, holds: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():
-        pytest.skip(f"no {holds} beside the repository (../shared/{name})")
+        pytest.skip(f"no {holds} next to the repository (../shared/{name})")
     return folder
 
 

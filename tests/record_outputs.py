@@ -1,7 +1,7 @@
-"""Features of a drawn image by every kind of system, stored in ``data/outputs.npz``.
+"""Features of a synthetic image by every kind of system, stored in ``data/outputs.npz``.
 
-``python tests/record_outputs.py`` writes them again, after the shipped weights have changed;
-``test_outputs.py`` compares: a change of the code must not change them.
+``python tests/record_outputs.py`` writes them again after a change of the shipped weights;
+``test_outputs.py`` checks that changes of the code do not change them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "keynet_rootsift": ("keynet", "rootsift", {"per_scale": True, "orientation": "dominant"}),
     "keynet_official": ("keynet", "none", {"official": True}),
 }
-#: Columns of the descriptors that are stored.
+#: Number of descriptor columns stored.
 COLUMNS = 8
 
 

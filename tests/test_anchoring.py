@@ -1,6 +1,4 @@
-"""Measures of where keypoints lie: on structure, with their own layer, on the corners that are
-drawn.
-"""
+"""Metrics of keypoint localization: on structure, on the correct layer, at drawn corners."""
 
 import math
 
@@ -42,7 +40,7 @@ def test_percentiles_are_ranks_among_the_pixels():
     assert percentiles(image, torch.zeros(0, 2)).shape == (0,)
 
 
-def test_anchoring_tells_corners_from_random_points_and_from_points_beside():
+def test_anchoring_separates_corners_from_random_and_offset_points():
     images = [textured(seed) for seed in range(3)]
     on = anchoring(shi_tomasi, images)
     assert on.median > 0.95
@@ -54,17 +52,17 @@ def test_anchoring_tells_corners_from_random_points_and_from_points_beside():
     )
     assert by_chance.median == pytest.approx(0.5, abs=0.06)
     assert by_chance.below_half == pytest.approx(0.5, abs=0.06)
-    beside = anchoring(lambda image: shi_tomasi(image) + 12, images)
-    assert beside.median < 0.7
+    offset = anchoring(lambda image: shi_tomasi(image) + 12, images)
+    assert offset.median < 0.7
     assert anchoring(lambda image: torch.zeros(0, 2), images).count == 0
 
 
-def test_layered_frames_move_the_disc_alone():
+def test_layered_images_move_only_the_disc():
     background, foreground = textured(0), textured(1)
-    one, two, centre, radius = layered_frames(background, foreground)
+    one, two, center, radius = layered_frames(background, foreground)
     y, x = torch.meshgrid(torch.arange(240), torch.arange(320), indexing="ij")
-    first = torch.hypot(x - centre[0], y - centre[1])
-    second = torch.hypot(x - centre[0] - SHIFT[0], y - centre[1] - SHIFT[1])
+    first = torch.hypot(x - center[0], y - center[1])
+    second = torch.hypot(x - center[0] - SHIFT[0], y - center[1] - SHIFT[1])
     away = (first > radius + 1) & (second > radius + 1)
     assert torch.equal(one[0, 0][away], background[0, 0][away])
     assert torch.equal(two[0, 0][away], one[0, 0][away])
@@ -77,25 +75,25 @@ def test_layered_frames_move_the_disc_alone():
         layered_frames(background, foreground[..., :100])
 
 
-def test_layers_catch_a_detector_that_answers_beside_the_foreground():
+def test_layers_find_keypoints_next_to_the_foreground():
     background, foreground = textured(0), textured(1)
     honest = layers(lambda image: shi_tomasi(image, count=2000), background, foreground)
     assert honest.found > 20
     assert honest.share < 0.03
-    first, _, centre, radius = layered_frames(background, foreground)
+    first, _, center, radius = layered_frames(background, foreground)
     angles = torch.linspace(0, 2 * math.pi, 40)
-    ring = centre + (radius + 12) * torch.stack([angles.cos(), angles.sin()], dim=1)
+    ring = center + (radius + 12) * torch.stack([angles.cos(), angles.sin()], dim=1)
 
-    def beside(image):  # a halo 12 px outside of the rim, wherever the disc is
+    def offset(image):  # a ring 12 px outside of the disc
         return ring if torch.equal(image, first) else ring + torch.tensor(SHIFT)
 
-    fooled = layers(beside, background, foreground)
+    fooled = layers(offset, background, foreground)
     assert fooled.found > 10
     assert fooled.share > 0.9
     assert layers(lambda image: torch.zeros(0, 2), background, foreground).share == 0
 
 
-def test_corners_are_where_the_image_says():
+def test_drawn_corners_are_at_their_positions():
     image, targets = corner_image()
     assert image.shape == (1, 1, 640, 640)
     assert targets.shape == (60, 2)
@@ -113,7 +111,7 @@ def test_corners_are_where_the_image_says():
     assert math.isnan(nothing.error)
 
 
-def test_a_corner_detector_finds_the_drawn_corners():
+def test_corner_detector_finds_drawn_corners():
     found = corners(lambda image: shi_tomasi(image, 0.8, 600))
     assert found.near >= 55
     assert found.error < 1.5

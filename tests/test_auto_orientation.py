@@ -1,4 +1,4 @@
-"""Pairs whose cameras were rotated against each other: one rotation for the pair."""
+"""Pairs of images with a relative rotation: one rotation per pair."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import tiepoints
 from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient, similarity_angle
 from tiepoints.cli import app
+from tiepoints.describe import PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
 from tiepoints.structs import Keypoints
@@ -44,12 +45,12 @@ def correct(oriented: Oriented, a, H) -> int:
 
 
 @pytest.mark.parametrize("degrees", [90.0, 180.0, -60.0])
-def test_a_rotated_photograph_is_matched_at_its_rotation(photo, extractor, degrees):
+def test_rotated_photograph_is_matched_with_its_rotation(photo, extractor, degrees):
     H = rotation_about(degrees, 256)
-    turned = warp_image(photo[None, None], H[None].float())[0, 0]
-    a, b = extractor.extract(photo), extractor.extract(turned)
+    rotated = warp_image(photo[None, None], H[None].float())[0, 0]
+    a, b = extractor.extract(photo), extractor.extract(rotated)
     plain = Oriented(tiepoints.match(a, b), b)
-    found = PairMatcher(extractor)(a, b, turned)
+    found = PairMatcher(extractor)(a, b, rotated)
     off = (math.degrees(found.rotation) - degrees + 180) % 360 - 180
     assert abs(off) < 5
     assert correct(found, a, H) > 60
@@ -57,7 +58,7 @@ def test_a_rotated_photograph_is_matched_at_its_rotation(photo, extractor, degre
     assert torch.equal(found.b.xy, b.xy)
 
 
-def test_an_upright_pair_stays_as_it_is_and_reads_no_image(photo, extractor):
+def test_upright_pair_is_unchanged_without_reading_images(photo, extractor):
     shifted = photo.roll((3, 5), dims=(0, 1))
     a, b = extractor.extract(photo), extractor.extract(shifted)
 
@@ -72,7 +73,7 @@ def test_an_upright_pair_stays_as_it_is_and_reads_no_image(photo, extractor):
     assert torch.equal(found.matches.index, plain.index)
 
 
-def test_few_keypoints_and_measured_angles_are_matched_as_they_are(photo, extractor):
+def test_few_keypoints_or_measured_angles_disable_reorientation(photo, extractor):
     a = extractor.extract(photo)
     none, few = a[torch.zeros(0, dtype=torch.int64)], a[torch.arange(3)]
     matcher = PairMatcher(extractor)
@@ -87,18 +88,18 @@ def test_few_keypoints_and_measured_angles_are_matched_as_they_are(photo, extrac
     assert matcher(angles, a, photo).rotation == 0
 
 
-def test_only_upright_patches_can_be_described_at_another_rotation(extractor):
+def test_only_upright_patches_can_be_reoriented(extractor):
     assert can_reorient(extractor)
     rotated = {"descriptor": "hardnet", "orientation": "dominant"}
-    for words in ({"descriptor": "desnet"}, rotated, {"descriptor": "hardnet", "upright": True}):
-        other = tiepoints.build("keynet-tiny", device="cpu", **words)
+    for options in ({"descriptor": "desnet"}, rotated, {"descriptor": "hardnet", "upright": True}):
+        other = tiepoints.build("keynet-tiny", device="cpu", **options)
         assert not can_reorient(other)
         with pytest.raises(ValueError, match="only patches"):
             PairMatcher(other)
     assert not can_reorient(lambda image: None)
 
 
-def test_the_angle_of_a_similarity():
+def test_angle_of_a_similarity():
     xy = torch.rand(20, 2) * 100
     for degrees in (0.0, 45.0, 170.0, -120.0):
         assert math.degrees(
@@ -106,13 +107,13 @@ def test_the_angle_of_a_similarity():
         ) == pytest.approx(degrees, abs=1e-3)
 
 
-def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path):
-    turned = torch.rot90(photo)
+def test_match_estimates_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path):
+    rotated = torch.rot90(photo)
     folder = tmp_path / "images"
     folder.mkdir()
-    for name, image in (("a.png", photo), ("b.png", turned)):
+    for name, image in (("a.png", photo), ("b.png", rotated)):
         Image.fromarray((image * 255).round().byte().numpy()).save(folder / name)
-    words = [
+    arguments = [
         "--detector",
         "keynet-tiny",
         "--descriptor",
@@ -124,19 +125,27 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
     counts = {}
     for orientation in ("auto", "none"):
         out = tmp_path / f"{orientation}.h5"
-        given = ["match", str(folder), "--output", str(out), "--orientation", orientation, *words]
+        given = [
+            "match",
+            str(folder),
+            "--output",
+            str(out),
+            "--orientation",
+            orientation,
+            *arguments,
+        ]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 0, result.output
         with MatchFile(out) as stored:
             counts[orientation] = stored.read_matches("a.png", "b.png")
         both = [str(folder / "a.png"), str(folder / "b.png")]
         two = CliRunner().invoke(
-            app, ["match", *both, "--json", "--orientation", orientation, *words]
+            app, ["match", *both, "--json", "--orientation", orientation, *arguments]
         )
         counts[orientation, "inliers"] = json.loads(two.stdout)["inliers"]
     assert counts["auto", "inliers"] > 100
     assert counts["auto", "inliers"] > 3 * counts["none", "inliers"]
-    # a is rotated by a quarter clockwise about the image: (x, y) -> (y, 255 - x)
+    # rotation by 90 degrees: (x, y) -> (y, 255 - x)
     extractor = tiepoints.build(
         "keynet-tiny", "hardnet", num_keypoints=400, single_scale=True, device="cpu"
     )
@@ -147,30 +156,36 @@ def test_match_finds_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path)
         assert least <= int(((truth[index[:, 0]] - b[index[:, 1]]).norm(dim=1) < 3).sum()) <= most
 
 
-def test_images_with_nothing_in_common_stay_upright_and_are_searched_once_each(
-    photo, extractor, monkeypatch
-):
+def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, monkeypatch):
     others = [
         torch.from_numpy(skimage_data.coins()[k : k + 256, k : k + 256].copy()).float() / 255
         for k in (0, 40)
     ]
     a, (b, c) = extractor.extract(photo), extractor.extract(others)
-    matcher = PairMatcher(extractor)
-    described = []
-    describe = matcher._described
-    monkeypatch.setattr(
-        matcher, "_described", lambda *given: described.append(given[2]) or describe(*given)
-    )
-    first = matcher(a, b, others[0], "b")
-    assert first.rotation == 0
-    assert torch.equal(first.matches.index, tiepoints.match(a, b).index)
-    once = len(described)
+    calls = []
+
+    class CountingDescriptor(PatchDescriptor):
+        def __call__(self, *args):
+            calls.append(args)
+            return super().__call__(*args)
+
+    describe = CountingDescriptor(extractor.describe.net, extractor.describe.half_side)
+    levels = {"up_levels": extractor.up_levels, "down_levels": extractor.down_levels}
+    matcher = PairMatcher(tiepoints.Extractor(extractor.detect, describe, **levels))
+
+    def calls_of(image_b, features_b, key) -> int:
+        before = len(calls)
+        oriented = matcher(a, features_b, image_b, key)
+        assert oriented.rotation == 0
+        assert torch.equal(oriented.matches.index, tiepoints.match(a, features_b).index)
+        return len(calls) - before
+
+    once = calls_of(others[0], b, "b")
     assert once > 0
-    again = matcher(a, b, others[0], "b")
-    assert len(described) == once
-    assert torch.equal(again.matches.index, first.matches.index)
-    monkeypatch.setattr("tiepoints.auto_orientation.SEARCHES", 1)  # what was used longest ago goes
-    matcher(a, c, others[1], "c")
-    assert list(matcher._searches) == ["c"]
-    matcher(a, b, others[0], "b")
-    assert described.count("b") == 2 * once
+    assert calls_of(others[0], b, "b") == 0
+    monkeypatch.setattr(
+        "tiepoints.auto_orientation.SEARCHES", 1
+    )  # the least recently used is removed
+    assert calls_of(others[1], c, "c") == once
+    assert calls_of(others[1], c, "c") == 0
+    assert calls_of(others[0], b, "b") == once

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: in a process of its own, on files."""
+"""The command line in a separate process, on files."""
 
 import json
 import os
@@ -25,9 +25,9 @@ from tiepoints.structs import Features, Keypoints
 from tiepoints.weights import load
 
 
-def run(*words, cwd, ok=True, timeout=300):
+def run(*arguments, cwd, ok=True, timeout=300):
     done = subprocess.run(
-        [sys.executable, "-m", "tiepoints", *map(str, words)],
+        [sys.executable, "-m", "tiepoints", *map(str, arguments)],
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -61,7 +61,7 @@ def photos(tmp_path_factory):
     return folder
 
 
-def test_extract_writes_mirrored_files_skips_done_ones_and_reports_bad_ones(photos, tmp_path):
+def test_extract_mirrors_folders_skips_done_images_and_reports_failures(photos, tmp_path):
     (photos / "broken.png").write_bytes(b"\x89PNG nonsense")
     (photos / "empty.jpg").write_bytes(b"")
     done = run(
@@ -116,7 +116,7 @@ def test_extract_writes_mirrored_files_skips_done_ones_and_reports_bad_ones(phot
     assert "2 extracted" in fresh.stdout
 
 
-def test_extract_from_a_list_keeps_inside_the_results(photos, tmp_path):
+def test_extract_from_a_list_stays_inside_the_results_folder(photos, tmp_path):
     (tmp_path / "list.txt").write_text("p0.png\n\nsub/p1.png\n../outside.png\n")
     done = run(
         "extract",
@@ -137,13 +137,13 @@ def test_extract_from_a_list_keeps_inside_the_results(photos, tmp_path):
         ok=False,
     )
     assert done.returncode == 1
-    assert "leaves the results folder" in done.stderr
+    assert "outside the results folder" in done.stderr
     found = sorted(str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.npy"))
     assert found == ["mine/p0.png.kpt.npy", "mine/sub/p1.png.kpt.npy"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("extract",),
         ("extract", "a.png", "--method-name", "../x"),
@@ -157,8 +157,8 @@ def test_extract_from_a_list_keeps_inside_the_results(photos, tmp_path):
         ("weights", "show", "nothing"),
     ],
 )
-def test_wrong_words_are_told_without_a_trace(words, tmp_path):
-    done = run(*words, cwd=tmp_path, ok=False)
+def test_invalid_arguments_are_reported_without_a_traceback(arguments, tmp_path):
+    done = run(*arguments, cwd=tmp_path, ok=False)
     assert done.returncode == 2
     assert done.stderr.strip()
 
@@ -199,7 +199,7 @@ def test_weights_commands(tmp_path):
     assert "ok" in run("weights", "verify", cwd=tmp_path).stdout
 
 
-def test_import_of_the_official_weights_and_extraction_with_them(reference_dir, photos, tmp_path):
+def test_import_official_weights_and_extract(reference_dir, photos, tmp_path):
     run(
         "weights",
         "import",
@@ -226,7 +226,7 @@ def test_import_of_the_official_weights_and_extraction_with_them(reference_dir, 
     assert len(np.load(tmp_path / "r" / "o" / "p0.png.kpt.npy")) > 50
 
 
-def test_pair_files_are_the_same_from_any_number_of_workers(photos, tmp_path):
+def test_pair_files_do_not_depend_on_the_number_of_workers(photos, tmp_path):
     settings = PRESETS["default"]
     for workers in (0, 2):
         write_pairs(
@@ -281,9 +281,9 @@ def test_pairs_command_writes_file_and_preview(photos, tmp_path):
     load(tmp_path / "t.safetensors")
 
 
-def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
-    """SIGKILL in the middle, then --resume: equal to the unbroken run bit for bit."""
-    words = [
+def test_killed_training_resumes_to_the_same_weights(photos, tmp_path):
+    """SIGKILL during training, then --resume: equal to an uninterrupted run bit for bit."""
+    arguments = [
         "train",
         "keynet-tiny",
         "--images",
@@ -301,12 +301,12 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
         "--save-every",
         "0.5",
     ]
-    run(*words, "--output", "whole.safetensors", cwd=tmp_path)
+    run(*arguments, "--output", "whole.safetensors", cwd=tmp_path)
     command = [
         sys.executable,
         "-m",
         "tiepoints",
-        *map(str, words),
+        *map(str, arguments),
         "--output",
         "broken.safetensors",
     ]
@@ -323,7 +323,7 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
     process.wait()
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < step < 160
-    run(*words, "--output", "broken.safetensors", "--resume", cwd=tmp_path)
+    run(*arguments, "--output", "broken.safetensors", "--resume", cwd=tmp_path)
     whole, again = load(tmp_path / "whole.safetensors"), load(tmp_path / "broken.safetensors")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
@@ -331,9 +331,7 @@ def test_training_killed_and_resumed_ends_at_the_same_weights(photos, tmp_path):
 
 @pytest.fixture(scope="module")
 def views(tmp_path_factory):
-    """Three real views of a scene, cut from one photograph so that neighbours overlap, and one
-    without any content.
-    """
+    """Three real overlapping views of a scene, cut from one photograph, and one without content."""
     data = pytest.importorskip("skimage.data")
     folder = tmp_path_factory.mktemp("views") / "v"
     (folder / "sub").mkdir(parents=True)
@@ -347,9 +345,9 @@ def views(tmp_path_factory):
 NAMES = ["flat.png", "sub/v3.png", "v10.png", "v2.png"]
 
 
-def call(*words) -> tuple[int, str]:
-    """The command in this process: its exit code and all it said."""
-    done = CliRunner().invoke(app, [str(word) for word in words])
+def call(*arguments) -> tuple[int, str]:
+    """Run a command in this process; returns its exit code and its output."""
+    done = CliRunner().invoke(app, [str(word) for word in arguments])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return done.exit_code, done.output
@@ -358,7 +356,7 @@ def call(*words) -> tuple[int, str]:
 @pytest.mark.parametrize("form", ["h5", "colmap"])
 def test_extract_into_one_file(form, views, tmp_path):
     pytest.importorskip({"h5": "h5py", "colmap": "pycolmap"}[form])
-    words = [
+    arguments = [
         "extract",
         views,
         "--format",
@@ -371,11 +369,11 @@ def test_extract_into_one_file(form, views, tmp_path):
         "rootsift",
     ]
     (views / "broken.png").write_bytes(b"\x89PNG nonsense")
-    code, said = call(*words, "--num-keypoints", 80)
+    code, text = call(*arguments, "--num-keypoints", 80)
     (views / "broken.png").unlink()
     assert code == 1
-    assert "4 extracted" in said
-    assert "broken.png" in said
+    assert "4 extracted" in text
+    assert "broken.png" in text
     with open_features(tmp_path / "m") as store:
         assert store.names() == NAMES
         counts = [len(store.read(name)) for name in NAMES]
@@ -383,38 +381,38 @@ def test_extract_into_one_file(form, views, tmp_path):
         assert min(counts[1:]) > 60
         assert store.read("v2.png").descriptors.shape == (counts[3], 128)
         assert store.read("v2.png").image_size == (360, 300)
-    assert "0 extracted" in call(*words, "--num-keypoints", 80)[1]
-    code, said = call(*words, "--num-keypoints", 40)
+    assert "0 extracted" in call(*arguments, "--num-keypoints", 80)[1]
+    code, text = call(*arguments, "--num-keypoints", 40)
     assert code == 2
-    assert "num_keypoints: 80 before, 40 now" in said
-    assert "--overwrite" in said
-    code, said = call(*words, "--num-keypoints", 40, "--overwrite")
-    assert "4 extracted" in said, said
-    code, said = call(
+    assert "num_keypoints: 80 before, 40 now" in text
+    assert "--overwrite" in text
+    code, text = call(*arguments, "--num-keypoints", 40, "--overwrite")
+    assert "4 extracted" in text, text
+    code, text = call(
         "extract",
         views / "v2.png",
         views / "sub",
         "--root-images",
         views,
-        *words[2:],
+        *arguments[2:],
         "--num-keypoints",
         40,
     )
-    assert "2 done before" in said, said
-    code, said = call(
-        "extract", views, "--root-images", tmp_path, *words[2:], "--num-keypoints", 40
+    assert "2 done before" in text, text
+    code, text = call(
+        "extract", views, "--root-images", tmp_path, *arguments[2:], "--num-keypoints", 40
     )
     assert code == 1
-    assert "not below --root-images" in said
+    assert "not inside --root-images" in text
 
 
-def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
+def test_killed_extraction_into_hdf5_resumes(photos, tmp_path):
     pytest.importorskip("h5py")
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(8):
         Image.fromarray(textured(i)).save(folder / f"{i}.png")
-    words = [
+    arguments = [
         "extract",
         "many",
         "--format",
@@ -426,7 +424,7 @@ def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
         "--device",
         "cpu",
     ]
-    command = [sys.executable, "-m", "tiepoints", *words]
+    command = [sys.executable, "-m", "tiepoints", *arguments]
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -443,7 +441,7 @@ def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
     with open_features(journal.parent) as store:
         before = {name: store.read(name) for name in store.names()}
     assert 0 < len(before) <= 8
-    done = run(*words, cwd=tmp_path)
+    done = run(*arguments, cwd=tmp_path)
     assert f"{8 - len(before)} extracted" in done.stdout
     assert f"{len(before)} done before" in done.stdout
     with open_features(journal.parent) as store:
@@ -453,13 +451,22 @@ def test_an_extraction_into_hdf5_that_is_killed_goes_on(photos, tmp_path):
     assert not journal.exists()
 
 
-def test_match_folders_into_a_file_for_hloc(views, tmp_path):
+def test_match_folder_into_a_file_for_hloc(views, tmp_path):
     pytest.importorskip("h5py")
     output = tmp_path / "m.h5"
-    words = ["match", views, "--output", output, "--num-keypoints", 150, "--descriptor", "rootsift"]
-    code, said = call(*words)
-    assert code == 0, said
-    assert "6 pairs matched" in said
+    arguments = [
+        "match",
+        views,
+        "--output",
+        output,
+        "--num-keypoints",
+        150,
+        "--descriptor",
+        "rootsift",
+    ]
+    code, text = call(*arguments)
+    assert code == 0, text
+    assert "6 pairs matched" in text
     assert (tmp_path / "m.pairs.txt").read_text().splitlines()[:2] == [
         "flat.png sub/v3.png",
         "flat.png v2.png",
@@ -472,16 +479,18 @@ def test_match_folders_into_a_file_for_hloc(views, tmp_path):
         move = a.xy[found.index[:, 0]] - b.xy[found.index[:, 1]] - torch.tensor([60.0, 20.0])
         assert (move.norm(dim=1) < 2).float().mean() > 0.8
         assert len(found) > 40
-    code, said = call(*words)
-    assert "0 pairs matched" in said
-    assert "6 done before" in said
-    code, said = call(*words, "--ratio", 0.8)
+    code, text = call(*arguments)
+    assert "0 pairs matched" in text
+    assert "6 done before" in text
+    code, text = call(*arguments, "--ratio", 0.8)
     assert code == 2
-    assert f"{output} holds results of other settings (ratio: 0.95 before, 0.8 now)" in said
-    code, said = call(*words, "--ratio", 0.8, "--geometry", "homography", "--overwrite", "--json")
-    content = json.loads(said)
+    assert f"{output} holds results of other settings (ratio: 0.95 before, 0.8 now)" in text
+    code, text = call(
+        *arguments, "--ratio", 0.8, "--geometry", "homography", "--overwrite", "--json"
+    )
+    content = json.loads(text)
     assert (content["done"], content["verified"]) == (6, 3)
-    # features made before: neighbours in natural order, from the file and from npy files
+    # stored features: neighbors in natural order, from the HDF5 file and from npy files
     call(
         "extract",
         views,
@@ -496,11 +505,11 @@ def test_match_folders_into_a_file_for_hloc(views, tmp_path):
     )
     for features in (tmp_path / "m.features.h5", tmp_path / "npy"):
         path = tmp_path / f"{features.name}.m.h5"
-        code, said = call(
+        code, text = call(
             "match", views, "--features", features, "--sequential", 1, "--output", path
         )
-        assert code == 0, said
-        assert "3 pairs matched" in said
+        assert code == 0, text
+        assert "3 pairs matched" in text
         listed = path.with_name(f"{path.stem}.pairs.txt").read_text().split()
         assert [name.rpartition("/")[2] for name in listed] == [
             "flat.png",
@@ -512,12 +521,12 @@ def test_match_folders_into_a_file_for_hloc(views, tmp_path):
         ]
 
 
-def test_match_a_list_of_pairs_and_what_is_missing(views, tmp_path):
+def test_match_a_list_of_pairs_with_missing_images(views, tmp_path):
     pytest.importorskip("h5py")
     (tmp_path / "pairs.txt").write_text(
         "# two names a line\nv2.png sub/v3.png\nsub/v3.png v2.png\nv2.png gone.png\nv2.png v2.png\n"
     )
-    code, said = call(
+    code, text = call(
         "match",
         views,
         "--pairs",
@@ -528,20 +537,20 @@ def test_match_a_list_of_pairs_and_what_is_missing(views, tmp_path):
         100,
     )
     assert code == 1
-    assert "1 pairs matched" in said
-    assert "gone.png: " in said
-    assert "holds no features of it" in said
-    assert "it has 2 with names such as sub/v3.png" in said
-    assert "not matched with itself" in said
+    assert "1 pairs matched" in text
+    assert "gone.png: " in text
+    assert "holds no features of it" in text
+    assert "it has 2 with names such as sub/v3.png" in text
+    assert "not matched with itself" in text
     with FeatureFile(tmp_path / "m.features.h5") as file:
-        assert file.names() == ["sub/v3.png", "v2.png"]  # only what the list names
+        assert file.names() == ["sub/v3.png", "v2.png"]  # only images of the list
 
 
-def test_match_into_a_database_of_colmap(views, tmp_path):
+def test_match_into_a_colmap_database(views, tmp_path):
     pytest.importorskip("pycolmap")
     output = tmp_path / "d.db"
     images = [views / "v2.png", views / "v10.png", views / "sub", views / "flat.png"]
-    words = [
+    arguments = [
         "match",
         *images,
         "--root-images",
@@ -553,30 +562,30 @@ def test_match_into_a_database_of_colmap(views, tmp_path):
         "--descriptor",
         "rootsift",
     ]
-    code, said = call(*words, "--camera", "PINHOLE:400,400,180,150")
-    assert code == 1  # the image without content has another size than the one camera
-    assert "flat.png is 120 x 90 but the single camera is 360 x 300" in said
-    assert "3 pairs matched" in said
-    assert "3 pairs with a geometry" in said
+    code, text = call(*arguments, "--camera", "PINHOLE:400,400,180,150")
+    assert code == 1  # the image without content has another size than the shared camera
+    assert "flat.png is 120 x 90 but the single camera is 360 x 300" in text
+    assert "3 pairs matched" in text
+    assert "3 pairs with a geometry" in text
     with ColmapDatabase(output) as database:
         assert database.names() == NAMES[1:]
         assert len(database.read_inliers("v2.png", "v10.png")) > 30
-    code, said = call("match", "--features", output, "--output", output)
+    code, text = call("match", "--features", output, "--output", output)
     assert code == 2
-    assert "features: " in said
-    code, said = call("match", "--features", output, "--output", output, "--overwrite")
-    assert code == 0, said
-    assert "3 pairs matched" in said
-    code, said = call("match", "--features", output, "--output", tmp_path / "other.db")
+    assert "features: " in text
+    code, text = call("match", "--features", output, "--output", output, "--overwrite")
+    assert code == 0, text
+    assert "3 pairs matched" in text
+    code, text = call("match", "--features", output, "--output", tmp_path / "other.db")
     assert code == 2
-    assert "its own features" in said
+    assert "its own features" in text
 
 
-def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(
+def test_interrupted_refinement_of_a_database_is_completed_by_the_next_run(
     views, tmp_path, monkeypatch
 ):
     pytest.importorskip("pycolmap")
-    words = [
+    arguments = [
         "match",
         views / "v2.png",
         views / "v10.png",
@@ -586,14 +595,14 @@ def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(
         "--detector",
         "keynet-tiny",
     ]
-    words += ["--root-images", views]
+    arguments += ["--root-images", views]
 
     def positions(name):
         with ColmapDatabase(tmp_path / name) as database:
             return torch.cat([database.read(image).xy for image in ("v2.png", "v10.png")])
 
-    assert call(*words, "--output", tmp_path / "whole.db")[0] == 0
-    assert call(*words, "--output", tmp_path / "plain.db", "--no-refine")[0] == 0
+    assert call(*arguments, "--output", tmp_path / "whole.db")[0] == 0
+    assert call(*arguments, "--output", tmp_path / "plain.db", "--no-refine")[0] == 0
 
     def stop(*given):
         raise KeyboardInterrupt
@@ -601,19 +610,19 @@ def test_a_database_whose_refinement_was_stopped_is_refined_by_the_next_run(
     with monkeypatch.context() as patched:
         patched.setattr("tiepoints.jobs.match.refine_database", stop)
         CliRunner().invoke(
-            app, [str(word) for word in (*words, "--output", tmp_path / "stopped.db")]
+            app, [str(word) for word in (*arguments, "--output", tmp_path / "stopped.db")]
         )
     assert torch.equal(positions("stopped.db"), positions("plain.db"))
-    code, said = call(*words, "--output", tmp_path / "stopped.db")
-    assert code == 0, said
+    code, text = call(*arguments, "--output", tmp_path / "stopped.db")
+    assert code == 0, text
     assert torch.equal(positions("stopped.db"), positions("whole.db"))
     assert not torch.equal(positions("whole.db"), positions("plain.db"))
-    call(*words, "--output", tmp_path / "stopped.db")  # nothing to do: nothing moves again
+    call(*arguments, "--output", tmp_path / "stopped.db")  # no new pairs: nothing is refined again
     assert torch.equal(positions("stopped.db"), positions("whole.db"))
     assert not list(tmp_path.glob("*pending*"))
 
 
-def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
+def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch):
     pytest.importorskip("h5py")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -627,11 +636,11 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
     with FeatureFile("one.h5", write=True) as file:
         file.write("a.png", Features(features, torch.rand(9, 128), (9, 9)))
     Path("f.settings.json").write_text(json.dumps({"descriptor": "rootsift"}))
-    for words, message in (
+    for arguments, message in (
         (["match"], "no images given"),
         (["match", views], "--output FILE.h5"),
         (["match", views, "--output", "m.png"], "got m.png"),
-        (["match", "empty", "--output", "m.h5"], "no image in this folder"),
+        (["match", "empty", "--output", "m.h5"], "no images in this folder"),
         (["match", "gone", "--output", "m.h5"], "no such file"),
         (
             ["match", views / "v2.png", "--output", "m.h5"],
@@ -653,7 +662,7 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         (["match", "--features", "gone.h5", "--output", "m.h5"], "no features at gone.h5"),
         (
             ["match", "--features", "empty", "--output", "m.h5"],
-            "empty holds no features; make some with: tiepoints extract",
+            "empty contains no features; create them with: tiepoints extract",
         ),
         (["match", "--features", "one.h5", "--output", "m.h5"], "two are needed"),
         (
@@ -686,21 +695,21 @@ def test_match_odd_input_is_told_with_its_remedy(views, tmp_path, monkeypatch):
         ),
         (["extract", views, "--format", "nonsense"], "npy"),
     ):
-        code, said = call(*words)
-        assert code == 2, (words, said)
-        assert message in " ".join(said.split()), (words, said)
-    code, said = call("match", "--features", "f.h5", "--output", "m.h5")
+        code, text = call(*arguments)
+        assert code == 2, (arguments, text)
+        assert message in " ".join(text.split()), (arguments, text)
+    code, text = call("match", "--features", "f.h5", "--output", "m.h5")
     assert code == 1
     assert (
         "a.png b.png: descriptor dimensions differ, 128 and 64; extract both images with one "
-        "descriptor" in said
+        "descriptor" in text
     )
-    assert "c.png: f.h5 has no descriptors of it; extract with a descriptor (2 pairs)" in said
+    assert "c.png: f.h5 has no descriptors of it; extract with a descriptor (2 pairs)" in text
 
 
-def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
+def test_train_and_evaluate_patches_reject_incompatible_arguments(photos, tmp_path):
     out = tmp_path / "x.safetensors"
-    for words, said in (
+    for arguments, message in (
         (
             ("softnet",),
             "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, hynet, "
@@ -721,17 +730,17 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     ):
         done = run(
             "train",
-            words[0],
+            arguments[0],
             "--images",
             photos,
             "--output",
             out,
-            *words[1:],
+            *arguments[1:],
             cwd=tmp_path,
             ok=False,
         )
         assert done.returncode == 2
-        assert said in done.stderr
+        assert message in done.stderr
         assert not out.exists()
     done = run("evaluate-patches", tmp_path, "--descriptors", "rootsift", cwd=tmp_path, ok=False)
     assert done.returncode == 2
@@ -740,7 +749,7 @@ def test_train_and_evaluate_patches_refuse_what_does_not_fit(photos, tmp_path):
     assert "rootsift, raw or a weights file" in done.stderr
 
 
-def test_points_with_angles_in_every_format(photos, tmp_path):
+def test_keypoint_angles_in_every_format(photos, tmp_path):
     image = sorted(photos.rglob("*.png"))[-1]
     base = [
         "extract",
@@ -751,7 +760,7 @@ def test_points_with_angles_in_every_format(photos, tmp_path):
         "60",
         "--single-scale",
     ]
-    for words, name, turned in (
+    for arguments, name, has_angles in (
         (["--detector", "rekd-light"], "rekd-light-hardnet", True),
         (["--orientation", "dominant"], "keynet-hardnet", True),
         (
@@ -760,47 +769,47 @@ def test_points_with_angles_in_every_format(photos, tmp_path):
             False,
         ),
     ):
-        code, out = call(*base, *words)
+        code, out = call(*base, *arguments)
         assert code == 0, out
         table = np.load(next((tmp_path / name).rglob("*.kpt.npy")))
-        assert table.shape[1] == (5 if turned else 4)
-        if turned:
+        assert table.shape[1] == (5 if has_angles else 4)
+        if has_angles:
             assert 0 <= table[:, 4].min() < table[:, 4].max() <= 360
             read = open_features(tmp_path / name)
             again = read.read(read.names()[0])
-            back = torch.rad2deg(-again.angle).remainder(360)
-            assert torch.allclose(back, torch.from_numpy(table[:, 4]), atol=1e-3)
+            angle = torch.rad2deg(-again.angle).remainder(360)
+            assert torch.allclose(angle, torch.from_numpy(table[:, 4]), atol=1e-3)
     code, out = call(*base, "--orientation", "rekd-light")
-    assert code == 2  # other settings than the results there
+    assert code == 2  # other settings than the existing results
     assert "--overwrite" in out
 
 
-def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
+def test_matches_are_filtered_by_rotation(photos, tmp_path):
     image = Image.open(sorted(photos.rglob("p0.png"))[0])
     image.save(tmp_path / "a.png")
     image.rotate(70, expand=True, resample=Image.Resampling.BICUBIC).save(tmp_path / "b.png")
-    words = [
+    arguments = [
         "match",
         *(str(tmp_path / name) for name in ("a.png", "b.png")),
         "--detector",
         "rekd-light",
         "--single-scale",
     ]
-    words += ["--geometry", "homography"]
+    arguments += ["--geometry", "homography"]
     found = {}
     for name, more in {"all": [], "filtered": ["--rotation-tolerance", "30"]}.items():
-        code, out = call(*words, *more, "--json")
+        code, out = call(*arguments, *more, "--json")
         assert code == 0, out
         found[name] = json.loads(out)
     assert found["filtered"]["inliers"] >= 0.9 * found["all"]["inliers"] >= 20
     assert found["filtered"]["matches"] <= found["all"]["matches"]
     H = np.array(found["filtered"]["matrix"])
-    turn = np.degrees(np.arctan2(H[1, 0], H[0, 0]))
-    assert abs(turn + 70) < 1  # Pillow turns counter-clockwise
+    rotation = np.degrees(np.arctan2(H[1, 0], H[0, 0]))
+    assert abs(rotation + 70) < 1  # Pillow rotates counterclockwise
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("arguments", "message"),
     [
         (["keynet", "--group-size", "8"], "group_size is an option of rekd"),
         (["keynet", "--init", "rekd"], "other layers"),
@@ -809,10 +818,10 @@ def test_matches_that_turn_otherwise_than_most_are_dropped(photos, tmp_path):
         (["rekd", "--dims", "0", "2", "2", "--steps", "1"], "fields"),
     ],
 )
-def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
+def test_rekd_training_rejects_incompatible_arguments(photos, tmp_path, arguments, message):
     code, out = call(
         "train",
-        *words,
+        *arguments,
         "--images",
         str(photos),
         "--output",
@@ -821,10 +830,10 @@ def test_rekd_training_refuses_what_does_not_fit(photos, tmp_path, words, told):
         "0",
     )
     assert code == 2
-    assert told in out
+    assert message in out
 
 
-def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
+def test_sobelnet_and_desnet_in_all_commands(photos, tmp_path):
     """Files, hloc's file, two images matched, an evaluation with its report."""
     images = sorted(photos.rglob("*.png"))[-2:]
     names = [
@@ -860,7 +869,9 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     assert code == 0, out
     found = json.loads(out)
     assert found["ok"]
-    assert found["inliers"] == found["matches"] == found["points"][0]  # an image against itself
+    assert (
+        found["inliers"] == found["matches"] == found["points"][0]
+    )  # an image matched with itself
     np.testing.assert_allclose(found["xy_a"], found["xy_b"])
     code, out = call(
         "match",
@@ -876,7 +887,7 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     repeated = json.loads(out)["xy_a"]
     assert len({(round(x / 3), round(y / 3)) for x, y in repeated}) < len(
         repeated
-    )  # places at several scales
+    )  # locations at several scales
     code, out = call(
         "extract", *map(str, images), "--results-dir", str(tmp_path), "--format", "h5", *names
     )
@@ -888,7 +899,7 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
     Image.fromarray(whole[:-6, :-9]).save(scene / "1.png")
     Image.fromarray(whole[6:, 9:]).save(scene / "2.png")
     np.savetxt(scene / "H_1_2", [[1, 0, -9], [0, 1, -6], [0, 0, 1]])
-    words = [
+    arguments = [
         "--systems",
         "sobelnet+desnet,sift+desnet",
         "--num-keypoints",
@@ -897,7 +908,7 @@ def test_sobelnet_and_desnet_through_every_door(photos, tmp_path):
         "--output",
         str(tmp_path / "run"),
     ]
-    code, out = call("evaluate", str(tmp_path / "data"), *words)
+    code, out = call("evaluate", str(tmp_path / "data"), *arguments)
     assert code == 0, out
     code, out = call("report", str(tmp_path / "run"))
     assert code == 0, out

@@ -1,4 +1,4 @@
-"""COLMAP's database, read with sqlite alone, by COLMAP itself and by us; cameras; kills; a model of
+"""COLMAP's database, read with sqlite, by COLMAP and by this package; cameras; kills; a model of
 real photographs.
 """
 
@@ -43,8 +43,8 @@ def tables(path, query):
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
-def test_features_there_and_back(tmp_path, n):
-    features = some(n)  # signed numbers, which COLMAP's SIFT cannot be
+def test_features_round_trip(tmp_path, n):
+    features = some(n)  # signed values, unlike COLMAP's SIFT
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
         database.write("sub/a.png", features)
         assert database.done("sub/a.png", described=True)
@@ -55,7 +55,7 @@ def test_features_there_and_back(tmp_path, n):
             database.read("b.png")
     assert torch.allclose(
         found.xy, features.xy, atol=1e-5
-    )  # to the last digit of float32, from which half a pixel was taken again
+    )  # up to rounding in float32 after adding and subtracting half a pixel
     assert torch.equal(found.scale, features.scale)
     assert torch.equal(found.angle, features.angle)
     assert found.image_size == (100, 80)
@@ -63,7 +63,7 @@ def test_features_there_and_back(tmp_path, n):
         assert torch.equal(found.descriptors, features.descriptors)
 
 
-def test_the_file_has_the_half_pixel_and_the_columns(tmp_path):
+def test_file_has_the_half_pixel_offset_and_all_columns(tmp_path):
     features = some(7)
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
         database.write("a.png", features)
@@ -77,9 +77,9 @@ def test_the_file_has_the_half_pixel_and_the_columns(tmp_path):
     assert (x, y) == tuple(table[0, :2])
 
 
-def test_hlocs_road_from_our_files_to_a_database_ends_where_ours_does(tmp_path, stereo):
-    """hloc fills a database from features, matches and a list of pairs: half a pixel added, then
-    COLMAP's verification.
+def test_hloc_import_of_our_files_equals_our_database(tmp_path, stereo):
+    """hloc creates a database from features, matches and a list of pairs: it adds half a pixel,
+    then COLMAP verifies.
     """
     h5py = pytest.importorskip("h5py")
     names, found = ("s/a.png", "b.png"), match(*stereo, ratio=0.95)
@@ -136,7 +136,7 @@ def test_missing_libraries_name_the_extra(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_colmap_matches_our_rootsift_as_we_do(tmp_path, stereo):
+def test_colmap_matches_our_rootsift_equally(tmp_path, stereo):
     a, b = stereo
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
         for name, features in (("a.png", a), ("b.png", b)):
@@ -151,7 +151,7 @@ def test_colmap_matches_our_rootsift_as_we_do(tmp_path, stereo):
     assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)) > 50
 
 
-def test_matches_either_way_round_and_verified(tmp_path, stereo):
+def test_matches_in_both_orders_are_verified(tmp_path, stereo):
     a, b = stereo
     found = match(a, b, ratio=0.95)
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
@@ -169,7 +169,7 @@ def test_matches_either_way_round_and_verified(tmp_path, stereo):
         assert {tuple(p) for p in inliers.index.tolist()} <= {
             tuple(p) for p in found.index.tolist()
         }
-        # the pair is rectified: what COLMAP keeps lies on the same line
+        # the pair is rectified: verified matches are on the same row
         assert (a.xy[inliers.index[:, 0], 1] - b.xy[inliers.index[:, 1], 1]).abs().max() < 8
         assert len(database.read_inliers("a.png", "c.png")) == 0
         with pytest.raises(DataError, match="already"):
@@ -184,7 +184,7 @@ def test_matches_either_way_round_and_verified(tmp_path, stereo):
 def test_cameras(tmp_path):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 100, 3), dtype=np.uint8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned, which COLMAP ignores as we do
+    exif[0x0112] = 6  # rotated, which COLMAP ignores too
     exif.get_ifd(0x8769)[0xA405] = 28  # focal length on 35 mm film
     photo.save(tmp_path / "exif.jpg", exif=exif)
     photo.save(tmp_path / "plain.webp")
@@ -203,7 +203,7 @@ def test_cameras(tmp_path):
 
     for camera, params in (("single", [120, 50, 40, 0]), ("PINHOLE:90,91,50,40", [90, 91, 50, 40])):
         path = tmp_path / f"{camera[:3]}.db"
-        for again in range(2):  # the second time in a database that has the camera
+        for again in range(2):  # second iteration: in a database that has the camera
             with ColmapDatabase(path, camera=camera, write=True) as database:
                 database.write(f"{again}.webp", some(3))
                 other = Features(some(3).keypoints, None, (50, 80))
@@ -221,12 +221,12 @@ def test_cameras(tmp_path):
 @pytest.mark.parametrize(
     "camera", ["pinhole", "PINHOLE", "PINHOLE:1,2", "NOTHING:1,2,3,4", "PINHOLE:a,b,c,d"]
 )
-def test_wrong_cameras_are_told(tmp_path, camera):
+def test_invalid_cameras_raise(tmp_path, camera):
     with pytest.raises(ValueError, match=r"auto, single or MODEL|has the parameters"):
         ColmapDatabase(tmp_path / "d.db", camera=camera, write=True)
 
 
-def test_files_that_are_none_of_colmaps(tmp_path):
+def test_files_that_are_not_colmap_databases_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no database"):
         ColmapDatabase(tmp_path / "none.db")
     (tmp_path / "d.db").write_bytes(b"nonsense, and more of it " * 100)
@@ -239,7 +239,7 @@ def test_files_that_are_none_of_colmaps(tmp_path):
         database.write("a.png", Features(some(3).keypoints, None, (0, 0)))
 
 
-#: As in test_hdf5.py: children write and are killed, and tell a pipe what they have finished.
+#: As in test_hdf5.py: child processes write and are killed, and report finished writes by a pipe.
 KILLS = """
 import os, random, signal, sys, time
 import torch
@@ -257,7 +257,7 @@ def features(i):
     points = Keypoints(*(torch.rand(n, *s, generator=g) for s in ((2,), (), (), ())))
     return Features(points, torch.rand(n, 128, generator=g) - 0.5, (9, 9))
 
-for turn in range(rounds):
+for cycle in range(rounds):
     end, start = os.pipe()
     child = os.fork()
     if not child:
@@ -265,20 +265,20 @@ for turn in range(rounds):
             os.close(end)
             with ColmapDatabase(path, write=True) as database:
                 for i in range(1000):
-                    database.write(f"{turn}-{i}.png", features(i))
-                    os.write(start, f"{turn}-{i}.png {i}\\n".encode())
+                    database.write(f"{cycle}-{i}.png", features(i))
+                    os.write(start, f"{cycle}-{i}.png {i}\\n".encode())
         finally:
             os._exit(7)
     os.close(start)
     time.sleep(chance.uniform(0.05, 0.3))
     os.kill(child, signal.SIGKILL)
     killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    with os.fdopen(end) as told:
-        finished |= {tuple(line.split()) for line in told if line.endswith("\\n")}
+    with os.fdopen(end) as pipe:
+        finished |= {tuple(line.split()) for line in pipe if line.endswith("\\n")}
     with ColmapDatabase(path) as database:
-        there = database.names()
-        assert {name for name, _ in finished} <= set(there), "finished images are lost"
-        assert all(database.done(name, described=True) for name in there), "half an image"
+        stored = database.names()
+        assert {name for name, _ in finished} <= set(stored), "finished images are lost"
+        assert all(database.done(name, described=True) for name in stored), "half an image"
         for name, i in list(finished)[-20:]:
             assert torch.equal(database.read(name).descriptors, features(int(i)).descriptors), name
 print(len(finished), killed)
@@ -286,7 +286,7 @@ print(len(finished), killed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kills_lose_nothing_finished(tmp_path):
+def test_finished_writes_survive_kills(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", KILLS, tmp_path / "d.db", "12"],
         capture_output=True,
@@ -301,7 +301,7 @@ def test_kills_lose_nothing_finished(tmp_path):
     assert tables(tmp_path / "d.db", "PRAGMA integrity_check") == [("ok",)]
 
 
-def test_photographs_become_one_model(data_dir, tmp_path):
+def test_photographs_are_reconstructed_as_one_model(data_dir, tmp_path):
     done = subprocess.run(
         [
             sys.executable,
@@ -329,13 +329,13 @@ def test_photographs_become_one_model(data_dir, tmp_path):
     assert model.num_reg_images() == registered
 
 
-def test_the_example_tells_what_is_wrong(tmp_path):
-    for words in (["nothing"], [str(tmp_path)]):
+def test_example_reports_invalid_input(tmp_path):
+    for arguments in (["nothing"], [str(tmp_path)]):
         done = subprocess.run(
             [
                 sys.executable,
                 ROOT / "examples" / "to_colmap.py",
-                *words,
+                *arguments,
                 "--output",
                 tmp_path / "o",
             ],

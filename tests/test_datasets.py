@@ -1,4 +1,4 @@
-"""Finding sequences and posed pairs, and what is said of broken ones."""
+"""Finding sequences and posed pairs, and messages for damaged ones."""
 
 import io
 import logging
@@ -34,7 +34,7 @@ def sequence(folder: Path, count: int = 3, *, oxford: bool = False, suffix: str 
     return folder
 
 
-def test_both_layouts_any_format_and_number(tmp_path):
+def test_both_layouts_with_any_format_and_number(tmp_path):
     sequence(tmp_path / "v_wall", 4, suffix=".ppm")
     sequence(tmp_path / "i_lamp", 2, suffix=".jpg")
     sequence(tmp_path / "graf", 3, oxford=True, suffix=".bmp")
@@ -76,7 +76,7 @@ def test_splits(tmp_path):
 @pytest.mark.parametrize(
     "damage", ["no image", "no homography", "words", "singular", "empty image"]
 )
-def test_a_broken_sequence_names_the_file_and_is_left_out(tmp_path, damage):
+def test_damaged_sequence_is_skipped_and_its_file_named(tmp_path, damage):
     bad = sequence(tmp_path / "v_bad")
     sequence(tmp_path / "v_good")
     named = "H_1_3"
@@ -98,7 +98,7 @@ def test_a_broken_sequence_names_the_file_and_is_left_out(tmp_path, damage):
     assert "v_bad skipped" in found.problems[0]
 
 
-def test_nothing_usable(tmp_path):
+def test_no_usable_data_raises(tmp_path):
     with pytest.raises(DataError, match="no usable homography sequence"):
         homography_sequences(tmp_path)
     with pytest.raises(FileNotFoundError, match="data hpatches"):
@@ -141,7 +141,7 @@ def test_real_posed_pairs(data_dir):
         )
 
 
-def test_resizing_as_in_the_papers():
+def test_resize_target_as_in_the_papers():
     assert resize_target(1296, 968, (640, 480)) == (640, 480)
     assert resize_target(1000, 500, (1600,)) == (1600, 800)
     assert resize_target(7, 5, None) == (7, 5)
@@ -152,9 +152,9 @@ def project(K, X):
     return x[:, :2] / x[:, 2:]
 
 
-def test_intrinsics_follow_resizing_and_turning():
-    """A projected point moved by hand is the point projected with the new intrinsics (and turned
-    axes).
+def test_intrinsics_follow_resizing_and_rotation():
+    """A projected point mapped explicitly equals the point projected with the new intrinsics (and
+    rotated axes).
     """
     K = torch.tensor([[500.0, 0, 21], [0, 510, 14], [0, 0, 1]], dtype=torch.float64)
     X = torch.tensor([[0.1, -0.2, 4.0], [-0.3, 0.1, 5.0]], dtype=torch.float64)
@@ -165,11 +165,11 @@ def test_intrinsics_follow_resizing_and_turning():
     )
     image = torch.zeros(30, 40)
     image[12, 33] = 1
-    for turns in range(4):
-        y, x = (torch.rot90(image, turns) > 0).nonzero()[0].tolist()
-        T = rotated_pose(torch.eye(4, dtype=torch.float64), 0, turns)
+    for k in range(4):
+        y, x = (torch.rot90(image, k) > 0).nonzero()[0].tolist()
+        T = rotated_pose(torch.eye(4, dtype=torch.float64), 0, k)
         ray = torch.linalg.inv(K) @ torch.tensor([33.0, 12, 1], dtype=torch.float64)
-        moved = project(rotated_intrinsics(K, (40, 30), turns), (T[:3, :3] @ ray)[None])[0]
+        moved = project(rotated_intrinsics(K, (40, 30), k), (T[:3, :3] @ ray)[None])[0]
         torch.testing.assert_close(moved, torch.tensor([x, y], dtype=torch.float64))
 
 
@@ -181,7 +181,7 @@ def hpatches(folder: Path, count: int = 116) -> Path:
     return folder
 
 
-def test_hpatches_is_fetched_checked_and_unpacked(tmp_path, caplog):
+def test_hpatches_is_downloaded_checked_and_unpacked(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="tiepoints")
     source = hpatches(tmp_path / "source")
     archive = tmp_path / "hpatches.tar.gz"
@@ -192,7 +192,7 @@ def test_hpatches_is_fetched_checked_and_unpacked(tmp_path, caplog):
     assert len(homography_sequences(tmp_path / "to").pairs) == 580
     assert "sha256" in caplog.text
     assert [f.name for f in (tmp_path / "to").iterdir()] == [folder.name]
-    fetch_hpatches(tmp_path / "to", mirrors=[gone])  # complete: nothing is fetched
+    fetch_hpatches(tmp_path / "to", mirrors=[gone])  # complete: nothing is downloaded
     assert "complete, nothing to download" in caplog.text
     with pytest.raises(DataError, match="Offline"):
         fetch_hpatches(tmp_path / "other", mirrors=[gone])
@@ -200,7 +200,7 @@ def test_hpatches_is_fetched_checked_and_unpacked(tmp_path, caplog):
         fetch_hpatches(tmp_path / "other", mirrors=[archive.as_uri()], sha256="00")
 
 
-def test_incomplete_hpatches_is_refused(tmp_path):
+def test_incomplete_hpatches_raises(tmp_path):
     archive = tmp_path / "h.zip"
     with zipfile.ZipFile(archive, "w") as content:
         content.writestr("hpatches-sequences-release/v_wall/1.ppm", b"P5 1 1 255 0")
@@ -208,7 +208,7 @@ def test_incomplete_hpatches_is_refused(tmp_path):
         fetch_hpatches(tmp_path / "to", mirrors=[archive.as_uri()])
 
 
-def test_an_archive_may_not_leave_its_folder(tmp_path):
+def test_archive_must_not_write_outside_its_folder(tmp_path):
     bad = tmp_path / "bad.zip"
     with zipfile.ZipFile(bad, "w") as content:
         content.writestr("../outside.txt", "x")

@@ -1,4 +1,4 @@
-"""Losses of descriptors, each against a twin of loops and plain numbers."""
+"""Descriptor losses, each compared with a reference implementation with loops."""
 
 import math
 
@@ -27,9 +27,7 @@ def slow_distance(x, y) -> float:
 
 
 def slow_negatives(a, b, i: int, within: bool, swap: bool = True) -> float:
-    """Nearest of everything that is another point than number i, from the anchor or from the
-    positive.
-    """
+    """Nearest descriptor of another point than number i, from the anchor or from the positive."""
     candidates = []
     for j in range(len(a)):
         if j == i:
@@ -42,9 +40,9 @@ def slow_negatives(a, b, i: int, within: bool, swap: bool = True) -> float:
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_hardnet_loss_equals_its_slow_twin(swap):
+def test_hardnet_loss_equals_reference_implementation(swap):
     a, b = vectors()
-    a[5] = b[2]  # a repetition of another pair's point is no negative
+    a[5] = b[2]  # another view of the same point is not a negative
     slow = [
         max(0.0, 1 + slow_distance(a[i], b[i]) - slow_negatives(a, b, i, False, swap))
         for i in range(len(a))
@@ -54,7 +52,7 @@ def test_hardnet_loss_equals_its_slow_twin(swap):
     assert numbers["loss"] == loss.item()
 
 
-def test_sosnet_loss_equals_its_slow_twin():
+def test_sosnet_loss_equals_reference_implementation():
     a, b = vectors(12)
     n, k = len(a), 3
     first = [
@@ -80,13 +78,13 @@ def test_sosnet_loss_equals_its_slow_twin():
         )
         for i in range(n)
     ]
-    loss, numbers = sosnet_loss(a, b, neighbours=k, second_order=0.5)
+    loss, numbers = sosnet_loss(a, b, neighbors=k, second_order=0.5)
     assert loss.item() == pytest.approx((sum(first) + 0.5 * sum(second)) / n, abs=1e-9)
     assert numbers["second"] == pytest.approx(sum(second) / n, abs=1e-9)
 
 
 @pytest.mark.parametrize("second", [0.0, 0.3])
-def test_hynet_loss_equals_its_slow_twin(second):
+def test_hynet_loss_equals_reference_implementation(second):
     a, b = vectors(10)
     rng = torch.Generator().manual_seed(4)
     raw_a, raw_b = (
@@ -118,8 +116,8 @@ def test_hynet_loss_equals_its_slow_twin(second):
 
 
 @pytest.mark.parametrize("loss", [hardnet_loss, sosnet_loss, hynet_loss])
-def test_descriptor_losses_teach(loss):
-    """Free vectors: thirty steps bring pairs together and drive others apart; equal vectors give
+def test_descriptor_losses_train_free_vectors(loss):
+    """Thirty steps on free vectors bring pairs together and separate others; equal vectors have
     finite gradients.
     """
     a, b = (x.clone().requires_grad_() for x in vectors(16, 8, noise=3.0))
@@ -138,8 +136,8 @@ def test_descriptor_losses_teach(loss):
 
 
 @pytest.mark.parametrize("loss", [hardnet_loss, sosnet_loss, hynet_loss])
-def test_descriptor_losses_refuse_what_they_cannot_compare(loss):
-    with pytest.raises(ValueError, match="one shape"):
+def test_descriptor_losses_reject_invalid_shapes(loss):
+    with pytest.raises(ValueError, match="same shape"):
         loss(torch.rand(3, 8), torch.rand(4, 8))
     with pytest.raises(ValueError, match="two pairs"):
         loss(torch.rand(1, 8), torch.rand(1, 8))

@@ -1,5 +1,5 @@
-"""DesNet: sizes, the sampling law, what a cell sees, fused equals plain, levels by scale; circle
-loss against a slow twin.
+"""DesNet: sizes, sampling convention, receptive field, fused equals unfused, levels by scale;
+circle loss compared with a reference implementation.
 """
 
 import math
@@ -42,7 +42,7 @@ def lively(**options) -> DesNet:
 
 @pytest.mark.parametrize("dim", [128, 64])
 @pytest.mark.parametrize("size", [(64, 80), (61, 83), (8, 8), (1, 1), (3, 50)])
-def test_any_size_and_fused_equals_plain(dim, size):
+def test_any_size_and_fused_equals_unfused(dim, size):
     net = lively(dim=dim)
     image = torch.rand(2, 1, *size)
     with torch.inference_mode():
@@ -51,7 +51,7 @@ def test_any_size_and_fused_equals_plain(dim, size):
     torch.testing.assert_close(quick, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_wrong_arguments():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match="128"):
         DesNet(dim=96)
     with pytest.raises(ValueError, match="gray image"):
@@ -62,32 +62,32 @@ def test_wrong_arguments():
         sample(torch.rand(2, 8, 4, 4), torch.zeros(1, 2))
 
 
-def test_an_image_moved_by_a_cell_moves_the_map_by_a_cell():
+def test_translation_by_a_cell_translates_the_map_by_a_cell():
     net = lively()
     scene = torch.rand(1, 1, 320, 320)
     with torch.inference_mode():
-        here, there = (
+        original, shifted = (
             net(scene[..., :288, :288]),
             net(scene[..., STRIDE : 288 + STRIDE, 2 * STRIDE : 288 + 2 * STRIDE]),
         )
-    reach = math.ceil(RECEPTIVE_FIELD / 2 / STRIDE)  # the zeros outside the image reach so far in
-    inner = slice(reach, 36 - reach - 2)
-    moved = here[
+    margin = math.ceil(RECEPTIVE_FIELD / 2 / STRIDE)  # cells affected by zero padding
+    inner = slice(margin, 36 - margin - 2)
+    expected = original[
         ..., slice(inner.start + 1, inner.stop + 1), slice(inner.start + 2, inner.stop + 2)
     ]
-    torch.testing.assert_close(there[..., inner, inner], moved, atol=1e-5, rtol=1e-4)
-    assert (here[..., inner, inner] - there[..., inner, inner]).abs().max() > 0.01
-    # and points moved with it have the same descriptors
+    torch.testing.assert_close(shifted[..., inner, inner], expected, atol=1e-5, rtol=1e-4)
+    assert (original[..., inner, inner] - shifted[..., inner, inner]).abs().max() > 0.01
+    # translated keypoints have the same descriptors
     xy = torch.tensor([[120.3, 130.9], [141.0, 127.5]])
     for mode in ("bilinear", "bicubic"):
         a, b = (
-            sample(here, xy + torch.tensor([2.0 * STRIDE, STRIDE]), mode),
-            sample(there, xy, mode),
+            sample(original, xy + torch.tensor([2.0 * STRIDE, STRIDE]), mode),
+            sample(shifted, xy, mode),
         )
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_a_cell_sees_what_is_stated():
+def test_receptive_field_of_a_cell():
     net = lively().requires_grad_(False)
     image = torch.rand(1, 1, 320, 320, requires_grad=True)
     net(image)[0, :, 20, 20].square().sum().backward()
@@ -97,10 +97,10 @@ def test_a_cell_sees_what_is_stated():
         float(xs.max() + xs.min()) / 2
         == float(ys.max() + ys.min()) / 2
         == 20 * STRIDE + (STRIDE - 1) / 2
-    )  # the half-pixel law
+    )  # half-pixel convention
 
 
-def test_its_filters_see_what_is_stated():
+def test_receptive_field_of_the_filters():
     net = lively().requires_grad_(False)
     light = torch.rand(1, 1, 320, 320, requires_grad=True)
     maps = light
@@ -113,27 +113,27 @@ def test_its_filters_see_what_is_stated():
     assert int(xs.max() - xs.min()) + 1 == FILTER_FIELD == 134
 
 
-def test_light_is_evened():
+def test_local_contrast_is_normalized():
     image = torch.rand(1, 1, 64, 96) * 0.2 + 0.4
     even = local_contrast_normalization(image)
     torch.testing.assert_close(
         local_contrast_normalization(0.5 * image + 0.1), even, atol=0.3, rtol=0
-    )  # all but what LCN_EPS keeps
-    cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that begins at 24, 32
-    centre = image[..., 27:29, 35:37]
+    )  # up to LCN_EPS
+    cells = image[..., 8:48, 16:56]  # the 5 x 5 cells around the cell that starts at 24, 32
+    center = image[..., 27:29, 35:37]
     at = even[..., 27:29, 35:37].mean()
-    rough = (centre.mean() - cells.mean()) / (cells.std(correction=0) + LCN_EPS)
+    rough = (center.mean() - cells.mean()) / (cells.std(correction=0) + LCN_EPS)
     assert float(at) == pytest.approx(float(rough), abs=0.1)
     assert local_contrast_normalization(torch.full((1, 1, 16, 16), 0.7)).abs().max() < 1e-3
 
 
-def test_sampling_is_exact_at_cells_and_linear_between():
+def test_sampling_is_exact_at_cells_and_linear_between_them():
     cells = torch.rand(1, 16, 5, 7)
-    centre = torch.tensor(
+    center = torch.tensor(
         [[2 * STRIDE + 3.5, 3 * STRIDE + 3.5], [3 * STRIDE + 3.5, 3 * STRIDE + 3.5]]
     )
     found = sample(
-        cells, torch.cat([centre, centre.mean(dim=0, keepdim=True), torch.tensor([[-3.0, -3.0]])])
+        cells, torch.cat([center, center.mean(dim=0, keepdim=True), torch.tensor([[-3.0, -3.0]])])
     )
     unit = torch.nn.functional.normalize
     raw = cells[0, :, 3, 2:4].T
@@ -144,12 +144,12 @@ def test_sampling_is_exact_at_cells_and_linear_between():
     )  # outside: the nearest cell
     torch.testing.assert_close(found.norm(dim=1), torch.ones(4))
     torch.testing.assert_close(
-        sample(cells, centre, "bicubic"), unit(raw, dim=1), atol=1e-5, rtol=1e-4
+        sample(cells, center, "bicubic"), unit(raw, dim=1), atol=1e-5, rtol=1e-4
     )
     assert sample(cells, torch.zeros(0, 2)).shape == (0, 16)
 
 
-def test_odd_sizes_are_continued():
+def test_odd_sizes_are_padded():
     image = torch.rand(1, 1, 9, 15)
     full = whole_cells(image)
     assert full.shape == (1, 1, 16, 16)
@@ -158,7 +158,7 @@ def test_odd_sizes_are_continued():
     assert whole_cells(full) is full
 
 
-def test_points_are_read_from_the_level_of_their_scale():
+def test_descriptors_are_sampled_at_the_level_of_the_scale():
     net = lively()
     image = torch.rand(1, 1, 160, 200)
     pyramid = build_pyramid(image, up=1, down=2)
@@ -176,7 +176,7 @@ def test_points_are_read_from_the_level_of_their_scale():
     assert describe(pyramid, Keypoints.empty(), 0).shape == (0, 128)
 
 
-def test_half_and_names_and_files(tmp_path):
+def test_half_precision_names_and_files(tmp_path):
     net = lively(dim=64)
     save(net, tmp_path / "d.safetensors", half=True)
     describe = describer(str(tmp_path / "d.safetensors"), precision="bfloat16")
@@ -199,7 +199,7 @@ def test_half_and_names_and_files(tmp_path):
         patch_network("desnet")
 
 
-def test_it_describes_every_detectors_points_and_patches_describe_sobelnets():
+def test_desnet_describes_all_detectors_and_patches_describe_sobelnet():
     image = (
         torch.nn.functional.interpolate(torch.rand(1, 1, 30, 40), size=(180, 240), mode="bicubic")
     ).clamp(0, 1)
@@ -219,17 +219,17 @@ def test_it_describes_every_detectors_points_and_patches_describe_sobelnets():
     assert features.descriptors.shape == (len(features), 128)
 
 
-def test_the_shipped_weights_know_places_again():
-    """A texture moved by a part of a cell, darkened and turned by 20 degrees: most points find
-    their own descriptor first.
+def test_shipped_weights_match_a_transformed_texture():
+    """A texture shifted by a fraction of a cell, darkened and rotated by 20 degrees: most keypoints
+    are matched correctly.
     """
     torch.manual_seed(1)
     scene = torch.nn.functional.interpolate(
         torch.rand(1, 1, 60, 60), size=(360, 360), mode="bicubic"
     ).clamp(0, 1)
-    turn, centre = math.radians(20), 179.5
-    c, s = math.cos(turn), math.sin(turn)
-    right, down = centre - c * centre + s * centre + 3.3, centre - s * centre - c * centre - 2.1
+    angle, center = math.radians(20), 179.5
+    c, s = math.cos(angle), math.sin(angle)
+    right, down = center - c * center + s * center + 3.3, center - s * center - c * center - 2.1
     H = torch.tensor([[c, -s, right], [s, c, down], [0, 0, 1]], dtype=torch.float64)
     other = 0.6 * warp_image(scene, H[None]) + 0.1
     net = load("desnet").fused()
@@ -246,8 +246,8 @@ def test_the_shipped_weights_know_places_again():
     assert (chance == torch.arange(150)).float().mean() < 0.5
 
 
-def test_it_learns_by_the_circle_loss():
-    """Thirty steps on one pair: candidates come to know their partners."""
+def test_training_with_the_circle_loss_converges():
+    """Thirty steps on one pair match the candidates."""
     torch.manual_seed(0)
     scene = torch.nn.functional.interpolate(
         torch.rand(1, 1, 32, 32), size=(192, 192), mode="bicubic"
@@ -298,12 +298,12 @@ def slow_circle(similarity, positive, negative, margin, scale):
     return sum(losses) / len(losses)
 
 
-def test_circle_loss_equals_its_slow_twin():
+def test_circle_loss_equals_reference_implementation():
     torch.manual_seed(0)
     similarity = torch.rand(12, 15, dtype=torch.float64) * 2 - 1
     kind = torch.randint(0, 6, (12, 15))
     positive, negative = kind == 0, kind > 1
-    positive[3] = False  # a row without partner does not count
+    positive[3] = False  # a row without a positive is ignored
     loss, numbers = circle_loss(similarity, positive, negative, margin=0.3, scale=20.0)
     assert float(loss) == pytest.approx(
         slow_circle(similarity, positive, negative, 0.3, 20.0), rel=1e-6
@@ -311,7 +311,7 @@ def test_circle_loss_equals_its_slow_twin():
     assert numbers["rows"] == int((positive.any(1) & negative.any(1)).sum())
 
 
-def test_circle_loss_pulls_hard_ones_most():
+def test_circle_loss_weights_hard_pairs_most():
     similarity = torch.tensor([[0.6, 0.7, 0.3, -0.5]], requires_grad=True)
     positive, negative = (
         torch.tensor([[True, False, False, False]]),
@@ -324,10 +324,10 @@ def test_circle_loss_pulls_hard_ones_most():
     assert far == 0  # already beyond the margin
     left_out = torch.tensor([[0.6, 0.7, 0.3, -0.5]], requires_grad=True)
     circle_loss(left_out, positive, torch.tensor([[False, False, True, True]]))[0].backward()
-    assert left_out.grad[0, 1] == 0  # near misses do not count
+    assert left_out.grad[0, 1] == 0  # small displacements are ignored
 
 
-def test_circle_loss_of_nothing_and_of_wrong_shapes():
+def test_circle_loss_of_empty_and_invalid_inputs():
     similarity = torch.rand(3, 4, requires_grad=True)
     none = torch.zeros(3, 4, dtype=torch.bool)
     loss, numbers = circle_loss(similarity, none, ~none)
@@ -338,7 +338,7 @@ def test_circle_loss_of_nothing_and_of_wrong_shapes():
         circle_loss(torch.rand(3, 4), none, none[:2])
 
 
-def test_candidates_are_one_place_two_places_or_neither():
+def test_candidates_are_positives_negatives_or_ignored():
     H = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))  # b is twice as large
     xy_a = torch.tensor([[10.0, 10.0]])
     xy_b = torch.tensor([[20.0, 20.0], [21.5, 20.0], [23.0, 20.0], [32.0, 20.0], [37.0, 20.0]])

@@ -19,13 +19,13 @@ import tiepoints
 from tiepoints.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The diary and the list of changes are records: they have the names of their time.
+#: The diary and the changelog are records with names that may have changed since.
 RECORDS = {ROOT / "docs" / "diary.md", ROOT / "CHANGELOG.md"}
 PAGES = sorted(
     {*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks" / "README.md"}
 )
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", flags=re.S | re.M)
-#: Programs that the documentation may call without a check.
+#: Programs in the documentation that are not checked.
 OTHERS = {"colmap", "mkdir", "cd", "git"}
 
 
@@ -64,51 +64,51 @@ def options_of(command: Any) -> set[str]:
     return {option for p in command.params for option in (*p.opts, *p.secondary_opts)}
 
 
-def parse_tiepoints(words: list[str]) -> None:
-    """Parse the arguments of ``tiepoints`` as the program itself would, without running it."""
-    while words[0].startswith("-"):
-        assert words[0] in options_of(COMMANDS[()]), f"no option {words[0]}"
-        words = words[1:]
+def parse_tiepoints(arguments: list[str]) -> None:
+    """Parse the arguments of ``tiepoints`` as the program would, without running it."""
+    while arguments[0].startswith("-"):
+        assert arguments[0] in options_of(COMMANDS[()]), f"no option {arguments[0]}"
+        arguments = arguments[1:]
     path: tuple[str, ...] = ()
-    while words and (*path, words[0]) in COMMANDS:
-        path, words = (*path, words[0]), words[1:]
-    assert path, f"no command {words[0]}"
+    while arguments and (*path, arguments[0]) in COMMANDS:
+        path, arguments = (*path, arguments[0]), arguments[1:]
+    assert path, f"no command {arguments[0]}"
     assert not hasattr(COMMANDS[path], "commands"), f"tiepoints {' '.join(path)} needs a command"
-    if "--help" not in words:
-        COMMANDS[path].make_context(" ".join(path), list(words))
+    if "--help" not in arguments:
+        COMMANDS[path].make_context(" ".join(path), list(arguments))
 
 
-def check_python(words: list[str]) -> None:
+def check_python(arguments: list[str]) -> None:
     """The script exists and has the options, or the module does."""
-    if words[0] == "-m":
-        assert importlib.util.find_spec(words[1]), f"no module {words[1]}"
+    if arguments[0] == "-m":
+        assert importlib.util.find_spec(arguments[1]), f"no module {arguments[1]}"
         return
-    script = ROOT / words[0]
-    assert script.is_file(), f"no script {words[0]}"
+    script = ROOT / arguments[0]
+    assert script.is_file(), f"no script {arguments[0]}"
     text = script.read_text()
-    for word in words[1:]:
+    for word in arguments[1:]:
         assert not word.startswith("--") or f'"{word}"' in text, f"no option {word}"
 
 
-def check_pip(words: list[str]) -> None:
+def check_pip(arguments: list[str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
         "optional-dependencies"
     ]
-    for inside in re.findall(r"\[([^]]+)\]", " ".join(words)):
+    for inside in re.findall(r"\[([^]]+)\]", " ".join(arguments)):
         unknown = set(inside.split(",")) - set(extras)
         assert not unknown, f"no extra {', '.join(sorted(unknown))}"
 
 
-def check_make(words: list[str]) -> None:
+def check_make(arguments: list[str]) -> None:
     text = (ROOT / "Makefile").read_text()
-    for word in words:
+    for word in arguments:
         target, variable, _ = word.partition("=")
         known = rf"^{target} \?=" if variable else rf"^{target}:"
         assert re.search(known, text, flags=re.M), f"make does not know {word}"
 
 
-def check_sh(words: list[str]) -> None:
-    assert (ROOT / words[0]).is_file(), f"no script {words[0]}"
+def check_sh(arguments: list[str]) -> None:
+    assert (ROOT / arguments[0]).is_file(), f"no script {arguments[0]}"
 
 
 CHECKS = {
@@ -124,13 +124,13 @@ CHECKS = {
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_shell_lines_are_accepted_by_the_programs(page):
     for line in shell_lines(page):
-        program, *words = shlex.split(line, comments=True)
+        program, *arguments = shlex.split(line, comments=True)
         program = Path(program).name
         if program in OTHERS:
             continue
         assert program in CHECKS, f"{line}: unknown program {program}"
         try:
-            CHECKS[program](words)
+            CHECKS[program](arguments)
         except Exception as error:  # of the command line too: their type depends on typer's version
             message = getattr(error, "format_message", lambda error=error: str(error))()
             pytest.fail(f"{line}: {message}")
@@ -222,7 +222,7 @@ SHORT = sorted({*(ROOT / "examples").glob("*.py")} - {ROOT / "examples" / "pack_
 
 
 @pytest.mark.parametrize("script", SHORT, ids=name)
-def test_examples_are_short_and_import_public_names_alone(script):
+def test_examples_are_short_and_import_only_public_names(script):
     text = script.read_text()
     assert len(text.splitlines()) <= 40
     pages = (ROOT / "docs" / "reference" / "api").glob("*.md")

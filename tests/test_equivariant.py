@@ -1,5 +1,5 @@
-"""Rotation-group convolutions: equivariance as a fact, filters against a slow twin and against
-escnn, freezing.
+"""Rotation-group convolutions: equivariance, filters compared with a reference implementation and
+with escnn, fusing.
 """
 
 import math
@@ -19,19 +19,19 @@ from tiepoints.models.equivariant import (
 )
 
 SIZE = 64
-#: Largest part of the response that a turn may change on smooth images (waves of 10 px and longer),
-#: after three layers.
+#: Maximum relative change of the response of three layers by a rotation of smooth images (waves of
+#: 10 px and longer).
 SMOOTH_TOLERANCE = 0.09
 
 
-def waves(turn: float = 0.0, wavelength: float = 10.0, size: int = SIZE) -> torch.Tensor:
-    """A smooth image (1,1,S,S) that is known everywhere, its content turned counter-clockwise as
-    seen about its centre.
+def waves(angle: float = 0.0, wavelength: float = 10.0, size: int = SIZE) -> torch.Tensor:
+    """A smooth image (1,1,S,S) known everywhere, with its content rotated counterclockwise about
+    its center.
     """
     rng = torch.Generator().manual_seed(3)
     axis = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    cos, sin = math.cos(turn), math.sin(turn)
+    cos, sin = math.cos(angle), math.sin(angle)
     u, v = cos * x - sin * y, sin * x + cos * y  # y points down
     image = torch.zeros_like(x)
     for a, b, c in torch.rand(40, 3, generator=rng, dtype=torch.float64):
@@ -40,14 +40,12 @@ def waves(turn: float = 0.0, wavelength: float = 10.0, size: int = SIZE) -> torc
     return (image / math.sqrt(20)).float()[None, None]
 
 
-def turned_back(maps: torch.Tensor, turn: float) -> torch.Tensor:
-    """Maps of the image turned by ``turn`` brought back to the frame of the upright one,
-    bicubically.
-    """
+def rotated_back(maps: torch.Tensor, angle: float) -> torch.Tensor:
+    """Maps of the image rotated by ``angle``, warped bicubically to the upright frame."""
     size = maps.shape[-1]
     axis = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    cos, sin = math.cos(turn), math.sin(turn)
+    cos, sin = math.cos(angle), math.sin(angle)
     xy = torch.stack([cos * x + sin * y, -sin * x + cos * y], dim=-1) + (size - 1) / 2
     return F.grid_sample(
         maps,
@@ -57,8 +55,8 @@ def turned_back(maps: torch.Tensor, turn: float) -> torch.Tensor:
     )
 
 
-def moved_on(maps: torch.Tensor, group: int, steps: int) -> torch.Tensor:
-    """Every regular field moved on by ``steps`` orientations."""
+def shift_orientations(maps: torch.Tensor, group: int, steps: int) -> torch.Tensor:
+    """Every regular field shifted by ``steps`` orientations."""
     b, c, h, w = maps.shape
     return maps.view(b, c // group, group, h, w).roll(steps, 2).view(b, c, h, w)
 
@@ -81,35 +79,39 @@ def run(modules, maps: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("group", [4, 8, 12, 36])
 @pytest.mark.parametrize("rings", [SMOOTH_RINGS, None])
-def test_quarter_turns_are_exact(group, rings):
+def test_rotations_by_90_degrees_are_exact(group, rings):
     image = torch.rand(2, 1, 33, 40)
     modules = layers(group, rings)
-    straight, turned = (
+    straight, rotated = (
         run(modules, image),
         run(modules, image.rot90(1, (-2, -1))),
-    )  # counter-clockwise as seen
-    expected = moved_on(straight, group, group // 4).rot90(1, (-2, -1))
-    assert (turned - expected).abs().max() < 1e-4 * straight.abs().max()
+    )  # counterclockwise
+    expected = shift_orientations(straight, group, group // 4).rot90(1, (-2, -1))
+    assert (rotated - expected).abs().max() < 1e-4 * straight.abs().max()
     assert (
-        group_pool(turned, group) - group_pool(straight, group).rot90(1, (-2, -1))
+        group_pool(rotated, group) - group_pool(straight, group).rot90(1, (-2, -1))
     ).abs().max() < 1e-4 * straight.abs().max()
-    other = moved_on(straight, group, -group // 4).rot90(1, (-2, -1))  # the wrong sense is far off
-    assert (turned - other).norm() > 0.3 * turned.norm()
+    other = shift_orientations(straight, group, -group // 4).rot90(
+        1, (-2, -1)
+    )  # the opposite direction is incorrect
+    assert (rotated - other).norm() > 0.3 * rotated.norm()
 
 
 def error_of(modules, group: int, step: int, wavelength: float = 10.0) -> float:
-    turn = 2 * math.pi * step / group
+    angle = 2 * math.pi * step / group
     axis = torch.arange(SIZE) - (SIZE - 1) / 2
     inside = (
         axis[:, None] ** 2 + axis[None] ** 2
-    ).sqrt() < SIZE / 2 - 9  # away from the zeros outside
+    ).sqrt() < SIZE / 2 - 9  # without the area affected by zero padding
     straight = run(modules, waves(wavelength=wavelength))
-    back = turned_back(moved_on(run(modules, waves(turn, wavelength)), group, -step), turn)
-    return float((back - straight)[..., inside].norm() / straight[..., inside].norm())
+    restored = rotated_back(
+        shift_orientations(run(modules, waves(angle, wavelength)), group, -step), angle
+    )
+    return float((restored - straight)[..., inside].norm() / straight[..., inside].norm())
 
 
 @pytest.mark.parametrize("group", [5, 8, 12, 36])
-def test_every_turn_of_the_group_keeps_its_promise_on_smooth_images(group):
+def test_all_rotations_of_the_group_are_within_tolerance_on_smooth_images(group):
     modules = layers(group)
     errors = [error_of(modules, group, step) for step in range(1, group)]
     assert max(errors) < SMOOTH_TOLERANCE
@@ -118,7 +120,7 @@ def test_every_turn_of_the_group_keeps_its_promise_on_smooth_images(group):
     )  # an ordinary layer does not
 
 
-def test_our_rings_err_less_than_the_published_ones():
+def test_our_rings_have_a_smaller_error_than_the_published_ones():
     ours, published = (
         max(error_of(layers(12, rings), 12, step) for step in range(1, 12))
         for rings in (SMOOTH_RINGS, None)
@@ -139,14 +141,14 @@ def test_basis_counts_and_norms(kernel):
 
 
 def test_group_filters_equal_their_definition():
-    """Filter of (out g, in g + h) is filter h of the upright orientation, turned by g: computed one
-    by one.
+    """The filter of (out g, in g + h) is filter h of the upright orientation rotated by g: computed
+    one by one.
     """
     conv = GroupConv(6, 2, 3, 5)
     made = conv.filters().detach()
     for o, i, g, h in [(0, 0, 0, 0), (2, 1, 3, 5), (1, 0, 5, 2), (2, 0, 4, 4)]:
-        turned = polar_basis(5, [2 * math.pi * g / 6])[0].float()
-        expected = (conv.coefficients[o, i, h, :, None, None].detach() * turned).sum(dim=0)
+        rotated = polar_basis(5, [2 * math.pi * g / 6])[0].float()
+        expected = (conv.coefficients[o, i, h, :, None, None].detach() * rotated).sum(dim=0)
         torch.testing.assert_close(made[o * 6 + g, i * 6 + (g + h) % 6], expected)
 
 
@@ -163,7 +165,7 @@ def test_frozen_layers_are_ordinary_and_equal():
         torch.testing.assert_close(frozen(maps), norm(conv(maps)), atol=1e-5, rtol=1e-5)
 
 
-def test_field_norm_shares_its_statistics_over_the_group():
+def test_field_norm_shares_statistics_over_the_group():
     norm = FieldNorm(4, 2).train()
     maps = torch.randn(3, 8, 5, 6) * torch.arange(1, 9).view(1, 8, 1, 1)
     out = norm(maps).view(3, 2, 4, 5, 6)
@@ -172,10 +174,10 @@ def test_field_norm_shares_its_statistics_over_the_group():
         out.var(dim=(0, 2, 3, 4), correction=0), torch.ones(2), atol=1e-3, rtol=0
     )
     assert norm.norm.weight.shape == (2,)
-    assert out[:, 0, 3].std() > 2 * out[:, 0, 0].std()  # not normalised one by one
+    assert out[:, 0, 3].std() > 2 * out[:, 0, 0].std()  # not normalized separately
 
 
-def test_initial_responses_keep_their_size():
+def test_initial_responses_keep_their_variance():
     torch.manual_seed(0)
     maps = F.relu(torch.randn(2, 24, 40, 40))
     out = GroupConv(12, 2, 2)(maps)
@@ -183,16 +185,14 @@ def test_initial_responses_keep_their_size():
 
 
 @pytest.mark.parametrize(("small", "large"), [(8, 16), (12, 36), (9, 27), (12, 24)])
-def test_regrouping_there_and_back(small, large):
+def test_regrouping_round_trip(small, large):
     conv = GroupConv(small, 2, 1)
-    back = conv.regrouped(large).regrouped(small)
-    torch.testing.assert_close(back.coefficients, conv.coefficients, atol=1e-5, rtol=1e-5)
+    restored = conv.regrouped(large).regrouped(small)
+    torch.testing.assert_close(restored.coefficients, conv.coefficients, atol=1e-5, rtol=1e-5)
 
 
-def test_a_regrouped_convolution_answers_alike():
-    """On maps that vary slowly with the orientation, orientation 2 g of 24 is orientation g
-    of 12.
-    """
+def test_regrouped_convolution_has_equal_responses():
+    """On maps that vary slowly with orientation, orientation 2 g of 24 is orientation g of 12."""
     conv = GroupConv(12, 1, 1, 5)
     phase = torch.randn(2, 9, 9)
 
@@ -206,13 +206,13 @@ def test_a_regrouped_convolution_answers_alike():
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 1), (4, 0, 1), (4, 1, 0)])
-def test_impossible_sizes_are_refused(arguments):
+def test_impossible_sizes_raise(arguments):
     with pytest.raises(ValueError, match="at least"):
         GroupConv(*arguments)
 
 
 def test_filters_agree_with_escnn():
-    """escnn's expanded filters for the same rings lie in our space, orientation by orientation."""
+    """escnn's expanded filters of the same rings are in our space, orientation by orientation."""
     pytest.importorskip("escnn", reason="escnn, the oracle, is not installed")
     from escnn import gspaces, nn
 

@@ -1,6 +1,4 @@
-"""Robust geometry: known answers from every backend, chance, and inputs that leave the answer
-open.
-"""
+"""Robust geometry: known geometry with all backends, chance, and degenerate inputs."""
 
 from __future__ import annotations
 
@@ -31,15 +29,15 @@ def anywhere(n: int, rng: torch.Generator) -> torch.Tensor:
     return torch.rand(n, 2, generator=rng, dtype=torch.float64) * torch.tensor([WIDTH, HEIGHT])
 
 
-def turn(x: float, y: float, z: float) -> torch.Tensor:
+def rotation_matrix(x: float, y: float, z: float) -> torch.Tensor:
     return torch.linalg.matrix_exp(
         torch.tensor([[0, -z, y], [z, 0, -x], [-y, x, 0]], dtype=torch.float64)
     )
 
 
-R = turn(0.03, -0.15, 0.05)
+R = rotation_matrix(0.03, -0.15, 0.05)
 T = torch.nn.functional.normalize(torch.tensor([1.0, 0.15, 0.2], dtype=torch.float64), dim=0)
-#: A movement towards what is seen, not straight at the plane below.
+#: A motion towards the scene, not perpendicular to the plane below.
 TOWARDS = torch.nn.functional.normalize(torch.tensor([0.5, -0.2, -1.0], dtype=torch.float64), dim=0)
 
 
@@ -70,7 +68,7 @@ def spoiled(
     noise: float = 0.5,
     outliers: float = 0.5,
 ):
-    """Noise on both, and the last part of the matches wrong."""
+    """Add noise to both, and make the last part of the matches incorrect."""
     right = round((1 - outliers) * len(a))
     a = a + noise * torch.randn(a.shape, generator=rng, dtype=torch.float64)
     b = b + noise * torch.randn(b.shape, generator=rng, dtype=torch.float64)
@@ -99,12 +97,12 @@ def assert_failed(result: Estimate, n: int) -> None:
     assert result.inliers.dtype == torch.bool
 
 
-# ---- known answers
+# ---- known geometry
 
 
 def check_answer(result: Estimate, loose: bool) -> None:
-    """Stated tolerances: 1 px and 1 degree (4 degrees for the direction of t); twice that for plain
-    RANSAC, which does not refine.
+    """Documented tolerances: 1 px and 1 degree (4 degrees for the direction of t); twice that for
+    plain RANSAC without refinement.
     """
     assert result.ok, result.reason
     model, factor = result.model, 2.0 if loose else 1.0
@@ -148,7 +146,7 @@ def drawn(kind: str, seed: int, n: int = 300) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k)])
-def test_known_answers_among_noise_and_half_outliers(kind, backend, seed):
+def test_known_geometry_with_noise_and_half_outliers(kind, backend, seed):
     a, b, right = drawn(kind, seed)
     result = estimate(a, b, kind, backend=backend, threshold=2.0, **cameras(kind))
     check_answer(result, loose=backend == "opencv")
@@ -156,7 +154,7 @@ def test_known_answers_among_noise_and_half_outliers(kind, backend, seed):
     assert result.inliers[right:].float().mean() < 0.1
 
 
-def test_relative_pose_is_the_pose():
+def test_relative_pose_equals_estimate_of_the_pose():
     a, b, _ = drawn("pose", 0)
     result = relative_pose(a, b, K_A, K_B, threshold=2.0)
     check_answer(result, loose=False)
@@ -195,11 +193,11 @@ def test_inliers_are_those_of_poselib(kind):
     theirs = torch.tensor(info["inliers"], dtype=torch.bool)
     assert (
         theirs != result.inliers
-    ).float().mean() < 0.02  # they mark them before the last refinement
+    ).float().mean() < 0.02  # they compute inliers before the last refinement
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_types_of_points_make_no_difference_and_seeds_repeat(kind):
+def test_point_types_do_not_matter_and_seeds_are_reproducible(kind):
     a, b, _ = drawn(kind, 5)
     a, b = a.float(), b.float()
     first = estimate(a, b, kind, **cameras(kind))
@@ -238,15 +236,15 @@ def test_points_on_two_devices():
 )
 @pytest.mark.parametrize(
     "kind", ["homography", "fundamental", "pose"]
-)  # an essential matrix is found as the pose
-def test_random_matches_have_no_answer(kind, n, threshold, seeds, clustered):
+)  # an essential matrix is estimated as a pose
+def test_random_matches_have_no_estimate(kind, n, threshold, seeds, clustered):
     for seed in range(seeds):
         rng = generator(seed)
 
         def draw(rng=rng) -> torch.Tensor:
-            centres = anywhere(5, rng)[torch.randint(5, (n,), generator=rng)]
+            centers = anywhere(5, rng)[torch.randint(5, (n,), generator=rng)]
             return (
-                centres + 8 * torch.randn(n, 2, generator=rng, dtype=torch.float64)
+                centers + 8 * torch.randn(n, 2, generator=rng, dtype=torch.float64)
                 if clustered
                 else anywhere(n, rng)
             )
@@ -259,7 +257,7 @@ def test_random_matches_have_no_answer(kind, n, threshold, seeds, clustered):
 @pytest.mark.parametrize(
     ("kind", "backend"), [(k, b) for k in KINDS for b in backends(k) if b != "poselib"]
 )
-def test_random_matches_have_no_answer_from_opencv_either(kind, backend):
+def test_random_matches_have_no_estimate_with_opencv(kind, backend):
     for seed in range(3):
         for n in (9, 40):
             a, b = anywhere(n, generator(seed)), anywhere(n, generator(100 + seed))
@@ -272,14 +270,14 @@ def test_random_matches_have_no_answer_from_opencv_either(kind, backend):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_threshold_as_large_as_the_scene_proves_nothing(kind):
+def test_threshold_as_large_as_the_scene_has_no_estimate(kind):
     a, b, _ = drawn(kind, 0, n=60)
     assert_failed(estimate(a / 100, b / 100, "homography", threshold=5.0), 60)
     assert_failed(estimate(a, b, kind, threshold=800.0, **cameras(kind)), 60)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_match_seen_many_times_counts_once(kind):
+def test_repeated_matches_count_once(kind):
     rng = generator(0)
     a, b = (anywhere(6, rng).repeat(20, 1) for _ in range(2))
     jitter = 0.4 * torch.randn(2, 120, 2, generator=rng, dtype=torch.float64)
@@ -288,7 +286,7 @@ def test_a_match_seen_many_times_counts_once(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_few_matches_that_all_agree_are_enough(kind):
+def test_few_consistent_matches_are_enough(kind):
     rng = generator(1)
     n = {"homography": 8, "fundamental": 14}.get(kind, 12)
     a = anywhere(n, rng)
@@ -314,7 +312,7 @@ def test_false_alarms_equal_the_formula():
     assert num_false_alarms(matches, torch.arange(n) < sample, sample, 3, chance) == math.inf
 
 
-# ---- inputs without an answer
+# ---- degenerate inputs
 
 
 LINE = torch.stack([torch.arange(50.0), 2 * torch.arange(50.0)], dim=1)
@@ -323,8 +321,8 @@ WITHOUT = {
     "one": (torch.rand(1, 2), torch.rand(1, 2)),
     "four": (100 * torch.rand(4, 2), 100 * torch.rand(4, 2)),
     "eight": (100 * torch.rand(8, 2), 100 * torch.rand(8, 2)),
-    "one place": (torch.ones(50, 2), torch.ones(50, 2)),
-    "to one place": (100 * torch.rand(50, 2), torch.ones(50, 2)),
+    "one point": (torch.ones(50, 2), torch.ones(50, 2)),
+    "to one point": (100 * torch.rand(50, 2), torch.ones(50, 2)),
     "line": (LINE, LINE + 3),
     "to a line": (100 * torch.rand(50, 2), LINE),
     "nan": (torch.full((50, 2), math.nan), torch.rand(50, 2)),
@@ -336,7 +334,7 @@ WITHOUT = {
 
 @pytest.mark.parametrize("name", WITHOUT)
 @pytest.mark.parametrize(("kind", "backend"), [(k, b) for k in KINDS for b in backends(k)])
-def test_inputs_without_an_answer_are_not_ok(kind, backend, name):
+def test_degenerate_inputs_are_not_ok(kind, backend, name):
     a, b = WITHOUT[name]
     assert_failed(
         estimate(a, b, kind, backend=backend, max_iterations=200, **cameras(kind)), len(a)
@@ -344,7 +342,7 @@ def test_inputs_without_an_answer_are_not_ok(kind, backend, name):
 
 
 @pytest.mark.parametrize("backend", backends("homography"))
-def test_identical_images_have_a_homography_and_nothing_else(backend):
+def test_identical_images_have_only_a_homography(backend):
     a = anywhere(100, generator(0))
     same = estimate(a, a, "homography", backend=backend)
     assert same.ok, same.reason
@@ -356,7 +354,7 @@ def test_identical_images_have_a_homography_and_nothing_else(backend):
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("backend", ["poselib", "opencv", "usac_magsac"])
-def test_a_camera_that_only_turned_has_no_pose(backend, noise):
+def test_rotated_camera_without_translation_has_no_pose(backend, noise):
     if backend not in backends("pose"):
         pytest.skip("needs OpenCV")
     for seed in range(3):
@@ -370,12 +368,12 @@ def test_a_camera_that_only_turned_has_no_pose(backend, noise):
             result = estimate(a, b, kind, backend=backend, **cameras(kind))
             assert_failed(result, 200)
             assert "rotated" in result.reason
-            assert result.inliers[:right].float().mean() > 0.6  # that they agree is known
+            assert result.inliers[:right].float().mean() > 0.6  # their agreement is given
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 @pytest.mark.parametrize("backend", ["poselib", "opencv", "usac_magsac"])
-def test_a_plane_has_no_fundamental_matrix_and_may_have_two_poses(backend, noise):
+def test_plane_has_no_fundamental_matrix_and_two_poses(backend, noise):
     if backend not in backends("pose"):
         pytest.skip("needs OpenCV")
     for seed, t in ((0, T), (1, T), (2, TOWARDS), (3, TOWARDS)):
@@ -389,15 +387,15 @@ def test_a_plane_has_no_fundamental_matrix_and_may_have_two_poses(backend, noise
             result = estimate(a, b, kind, backend=backend, **cameras(kind))
             if t is T and (
                 result.ok or backend == "poselib"
-            ):  # the other pose would have points behind the cameras,
-                check_answer(result, loose=True)  # which OpenCV does not look at and may choose
+            ):  # the other pose has points behind the cameras,
+                check_answer(result, loose=True)  # which OpenCV does not check
             else:
                 assert_failed(result, 200)
                 assert "two poses" in result.reason
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_enough_points_beside_the_plane_settle_it(kind):
+def test_enough_points_off_the_plane_resolve_the_ambiguity(kind):
     rng = generator(0)
     plane, rest = views(150, rng, flat=True), views(60, rng)
     a, b, _ = spoiled(
@@ -408,7 +406,7 @@ def test_enough_points_beside_the_plane_settle_it(kind):
     check_answer(result, loose=True)
 
 
-def test_a_line_and_two_points_leave_the_homography_open():
+def test_a_line_and_two_points_do_not_determine_a_homography():
     rng = generator(3)
     along = 600 * torch.rand(40, 1, generator=rng, dtype=torch.float64)
     line = along * torch.tensor([[0.9, 0.4]], dtype=torch.float64) + 20
@@ -422,21 +420,21 @@ def test_a_line_and_two_points_leave_the_homography_open():
     assert "collinear" in result.reason
 
 
-def test_planes_seen_across_their_horizon_are_refused():
+def test_homographies_across_the_horizon_are_rejected():
     rng = generator(0)
     a = anywhere(60, rng)
     across = torch.tensor(
         [[1.0, 0, 0], [0, 1.0, 0], [1 / 320.5, 0, -1.0]], dtype=torch.float64
-    )  # the horizon cuts the points in two
+    )  # points on both sides of the horizon
     b = warp_points(a, across)
     b = b / b.abs().max() * 1e5
     result = estimate(a, b, "homography")
-    if result.ok:  # then of one side only
+    if result.ok:  # points on one side
         depth = torch.cat([a, torch.ones(60, 1, dtype=torch.float64)], 1) @ result.model[2]
         assert len(depth[result.inliers].sign().unique()) == 1
 
 
-def test_poses_of_a_plane_hold_the_right_one():
+def test_poses_of_a_plane_contain_the_correct_one():
     normal, distance = (
         torch.nn.functional.normalize(torch.tensor([0.3, 0.2, 1.0], dtype=torch.float64), dim=0),
         5.0,
@@ -453,7 +451,7 @@ def test_poses_of_a_plane_hold_the_right_one():
 # ---- arguments
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_raise():
     a = 100 * torch.rand(9, 2)
     with pytest.raises(ValueError, match="geometry must be one of"):
         estimate(a, a, "affine")
@@ -484,7 +482,7 @@ def test_wrong_arguments_are_refused():
                 estimate(a, a, **{name: value})
 
 
-def test_wrong_intrinsics_are_refused():
+def test_invalid_intrinsics_raise():
     a, eye = 100 * torch.rand(9, 2), torch.eye(3)
     for kind, K in (
         ("pose", {}),
@@ -508,7 +506,7 @@ def test_wrong_intrinsics_are_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_unknown_backends_are_refused_with_the_known_ones(kind, monkeypatch):
+def test_unknown_backends_raise_with_the_allowed_names(kind, monkeypatch):
     a = 100 * torch.rand(9, 2)
     if "opencv" in backends(kind):
         with pytest.raises(ValueError, match=r"poselib, opencv, usac_.*got 'ransac'"):
@@ -523,15 +521,15 @@ def test_unknown_backends_are_refused_with_the_known_ones(kind, monkeypatch):
         estimate(a, a, kind, backend="ransac", **cameras(kind))
 
 
-def test_numpy_is_no_part_of_the_answer():
+def test_estimates_are_tensors_for_numpy_input():
     a, b, _ = drawn("pose", 0)
     result = relative_pose(np.asarray(a), np.asarray(b), K_A.numpy(), K_B.numpy())
     assert isinstance(result.model, torch.Tensor)
     assert isinstance(result.inliers, torch.Tensor)
 
 
-def test_without_judgement_the_backends_answer_comes_as_it_is():
-    """Random matches: nothing to trust, but protocols measure whatever was found."""
+def test_without_verification_the_estimate_of_the_backend_is_returned():
+    """Random matches: protocols measure any estimate."""
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.rand(60, 2, generator=rng) * 500 for _ in range(2))
     K = torch.tensor([[500.0, 0, 250], [0, 500, 250], [0, 0, 1]])

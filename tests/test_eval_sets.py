@@ -1,5 +1,5 @@
-"""Strecha, WxBS, EVD and TILDE's webcams: found by looking, broken items named and left out,
-numbers of a known geometry.
+"""Strecha, WxBS, EVD and TILDE's webcams: detected by content, damaged items skipped with a
+message, metrics of a known geometry.
 """
 
 import math
@@ -84,7 +84,7 @@ def webcam_scene(folder: Path, count: int = 3) -> Path:
 # ---- Strecha
 
 
-def test_strecha_cameras_project_a_point_to_where_it_is_seen(tmp_path):
+def test_strecha_cameras_project_a_point_to_its_image(tmp_path):
     strecha_scene(tmp_path / "castle")
     found = open_dataset(tmp_path)
     assert (found.layout, found.sequences, found.problems) == ("strecha", ["castle"], [])
@@ -97,7 +97,7 @@ def test_strecha_cameras_project_a_point_to_where_it_is_seen(tmp_path):
     for k in (0, 2):
         seen.append(rotation(10 * k).T @ (world - [k, 0.5 * k, 0.1]))
         full = K @ seen[-1]
-        pixels.append((full[:2] / full[2] + 0.5) / 32 - 0.5)  # centre of the first pixel at (0, 0)
+        pixels.append((full[:2] / full[2] + 0.5) / 32 - 0.5)  # center of the first pixel at (0, 0)
     for image_K, camera, pixel in zip((pair.K_a, pair.K_b), seen, pixels, strict=True):
         projected = image_K.numpy() @ camera
         np.testing.assert_allclose(projected[:2] / projected[2], pixel, atol=1e-6)
@@ -115,7 +115,7 @@ def test_strecha_cameras_project_a_point_to_where_it_is_seen(tmp_path):
         ("cropped", "cropping"),
     ],
 )
-def test_a_broken_camera_is_named_and_left_out(tmp_path, damage, named):
+def test_damaged_camera_is_named_and_skipped(tmp_path, damage, named):
     scene = strecha_scene(tmp_path / "castle")
     camera, image = scene / "gt_dense_cameras" / "0002.jpg.camera", scene / "images" / "0002.jpg"
     if damage == "no image":
@@ -125,9 +125,9 @@ def test_a_broken_camera_is_named_and_left_out(tmp_path, damage, named):
     elif damage == "short":
         camera.write_text(camera.read_text().rsplit(maxsplit=1)[0])
     elif damage == "rotation":
-        words = camera.read_text().split()
-        words[12] = "0.1"
-        camera.write_text(" ".join(words))
+        values = camera.read_text().split()
+        values[12] = "0.1"
+        camera.write_text(" ".join(values))
     else:
         Image.new("L", (96, 60)).save(image)
     found = open_dataset(tmp_path)
@@ -137,7 +137,7 @@ def test_a_broken_camera_is_named_and_left_out(tmp_path, damage, named):
     assert "0002.jpg" in found.problems[0]
 
 
-def test_strecha_without_two_cameras(tmp_path):
+def test_strecha_without_two_cameras_raises(tmp_path):
     strecha_scene(tmp_path / "castle", 1)
     with pytest.raises(DataError, match="gt_dense_cameras"):
         open_dataset(tmp_path)
@@ -146,7 +146,7 @@ def test_strecha_without_two_cameras(tmp_path):
             open_dataset(tmp_path, split)
 
 
-def test_two_cameras_at_one_centre_have_no_direction(tmp_path):
+def test_two_cameras_with_the_same_center_are_skipped(tmp_path):
     scene = strecha_scene(tmp_path / "castle")
     cameras = scene / "gt_dense_cameras"
     (cameras / "0001.jpg.camera").write_text((cameras / "0000.jpg.camera").read_text())
@@ -173,7 +173,7 @@ def two_views(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.nda
     return a[:, :2] / a[:, 2:], b[:, :2] / b[:, 2:], inverse.T @ cross @ R @ inverse
 
 
-def test_epipolar_distance_is_the_larger_of_both_sides():
+def test_epipolar_distance_is_the_maximum_of_both_images():
     a, b, F = two_views(6)
     none = epipolar_distances(torch.tensor(a), torch.tensor(b), torch.tensor(F))
     torch.testing.assert_close(none, torch.zeros(6).double(), atol=1e-9, rtol=0)
@@ -184,19 +184,19 @@ def test_epipolar_distance_is_the_larger_of_both_sides():
         sides = [abs(q @ F @ p) / np.hypot(*line[:2]) for line in (F @ p, F.T @ q)]
         assert found[k] == pytest.approx(max(sides))
         assert max(sides) - min(sides) > 1e-3
-    # a pure translation along the axis: the epipole lies in the centre and has no line
+    # translation along the axis: the epipole is at the center and has no line
     epipole = torch.tensor([[0.0, 0.0]])
     across = torch.tensor([[0.0, -1, 0], [1, 0, 0], [0, 0, 0]])
     assert epipolar_distances(epipole, epipole + 1, across).isinf().all()
 
 
-def test_share_of_marked_correspondences():
+def test_fraction_of_annotated_correspondences():
     a, b, _ = two_views(60)
     xy_a, xy_b = torch.tensor(a), torch.tensor(b)
     marked_a, marked_b, F = (torch.tensor(v) for v in two_views(40, seed=1))
     line = torch.cat([marked_a, torch.ones(40, 1)], dim=1).double() @ F.T
     across = line[:, :2] / line[:, :2].norm(dim=1, keepdim=True)
-    marked_b[:10] += 30 * across[:10]  # wrong by more than any threshold
+    marked_b[:10] += 30 * across[:10]  # errors above all thresholds
     found = measures.matched_marked_metrics(xy_a, xy_b, marked_a, marked_b)
     assert found["marked.ok"] == 1
     assert found["marked.inliers"] == found["marked.matches"] == 60
@@ -213,7 +213,7 @@ def test_share_of_marked_correspondences():
     assert (nothing["marked.ok"], nothing["marked.share"], nothing["marked.share@20"]) == (0, 0, 0)
 
 
-def test_wxbs_at_every_depth_and_what_is_broken(tmp_path):
+def test_wxbs_at_any_folder_depth_with_damaged_pairs(tmp_path):
     marked = np.concatenate(two_views(12)[:2], axis=1)
     wxbs_pair(tmp_path / "WGBS" / "church", marked)
     wxbs_pair(tmp_path / "WLABS" / "square", marked)
@@ -250,7 +250,7 @@ def test_wxbs_at_every_depth_and_what_is_broken(tmp_path):
 # ---- EVD, webcams
 
 
-def test_evd_and_what_is_broken(tmp_path):
+def test_evd_with_damaged_pairs(tmp_path):
     root = evd_folder(tmp_path / "EVD", ("adam", "cafe", "dum", "face"))
     (root / "2" / "cafe.png").unlink()
     (root / "h" / "dum.txt").write_text("1 2 3")
@@ -263,7 +263,7 @@ def test_evd_and_what_is_broken(tmp_path):
     assert len(found.problems) == 3
 
 
-def test_webcams_are_frames_named_by_their_time(tmp_path):
+def test_webcams_are_frames_named_by_time(tmp_path):
     webcam_scene(tmp_path / "Mexico")
     textured(1, (120, 90)).save(tmp_path / "Mexico" / "20130104_120000.png")
     (tmp_path / "photos").mkdir()
@@ -275,7 +275,7 @@ def test_webcams_are_frames_named_by_their_time(tmp_path):
     assert "120 x 90" in found.problems[0]
     with pytest.raises(
         DataError, match="no usable homography sequence"
-    ):  # photographs are no fixed camera
+    ):  # not images of a fixed camera
         open_dataset(tmp_path / "photos")
     webcam_scene(tmp_path / "one", 1)
     with pytest.raises(DataError, match="no scene has two frames"):
@@ -296,7 +296,7 @@ def test_tilde_repeatability_is_many_to_one_within_5_px():
     )
     assert (
         found["rekd.repeatability@5"] == 0.5
-    )  # both of the first two by one point; exactly 5 px is too far
+    )  # the first two match the same keypoint; exactly 5 px is too far
     assert found["rekd.repeatability@5"] == rekd_repeatability(a, b, torch.eye(3), 5.0)
     assert found["rekd.repeatability"] == 0
 
@@ -304,7 +304,7 @@ def test_tilde_repeatability_is_many_to_one_within_5_px():
 # ---- through the run and the command line
 
 
-def test_features_of_equal_file_names_are_kept_apart(tmp_path):
+def test_features_of_equal_file_names_are_separate(tmp_path):
     root = evd_folder(tmp_path / "EVD")
     evaluate(open_dataset(root), RunSettings(("sift",), num_keypoints=200), tmp_path / "out")
     stored = sorted(
@@ -320,12 +320,12 @@ def test_features_of_equal_file_names_are_kept_apart(tmp_path):
         )
 
 
-def test_evaluate_and_report_of_marked_pairs(tmp_path):
+def test_evaluate_and_report_of_annotated_pairs(tmp_path):
     a, b, _ = two_views(20)
     wxbs_pair(tmp_path / "wxbs" / "WGBS" / "same", np.concatenate([a, a], axis=1))
     textured(1).save(tmp_path / "wxbs" / "WGBS" / "same" / "02.png")  # the first image again
     wxbs_pair(tmp_path / "wxbs" / "WGBS" / "other", np.concatenate([a, b], axis=1))
-    words = [
+    arguments = [
         "evaluate",
         str(tmp_path / "wxbs"),
         "--systems",
@@ -333,12 +333,12 @@ def test_evaluate_and_report_of_marked_pairs(tmp_path):
         "--output",
         str(tmp_path / "out"),
     ]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "controls have no descriptors" in done.output
     rows = {row.pair: row for row in read_run(tmp_path / "out").rows}
     assert set(rows) == {"same", "other"}
-    # equal images: x_a = x_b obeys any skew-symmetric matrix, so every marked point agrees
+    # equal images: x_a = x_b fulfills any skew-symmetric matrix, so all annotations agree
     assert rows["same"].value("marked.share") == 1
     assert rows["other"].value("marked.share") < 0.5
     assert rows["same"].kind == "marked"
@@ -356,11 +356,11 @@ def test_evaluate_and_report_of_marked_pairs(tmp_path):
 def eval_dir(data_dir):
     folder = data_dir / "eval"
     if not folder.is_dir():
-        pytest.skip("no evaluation sets beside the repository (../shared/data/eval)")
+        pytest.skip("no evaluation sets next to the repository (../shared/data/eval)")
     return folder
 
 
-def test_real_folders_are_read_whole(eval_dir):
+def test_real_folders_are_read_completely(eval_dir):
     counts = {"strecha": 171 + 45, "wxbs": 14, "evd": 7, "tilde_webcam": 3 * 45}
     for name, count in counts.items():
         found = open_dataset(eval_dir / name)
@@ -368,7 +368,7 @@ def test_real_folders_are_read_whole(eval_dir):
         assert not found.problems
 
 
-def test_real_cameras_agree_with_matches_of_neighbours(eval_dir):
+def test_real_cameras_agree_with_matches_of_neighbors(eval_dir):
     pair = open_dataset(eval_dir / "strecha" / "entry-P10").pairs[0]
     row = run([pair], system("sift", Options(2000)), num_keypoints=2000)[0]
     assert row["ok"], row["reason"]
@@ -376,7 +376,7 @@ def test_real_cameras_agree_with_matches_of_neighbours(eval_dir):
     assert row["metrics"]["pose.error_poselib"] < 1
 
 
-def test_real_homographies_and_marks(eval_dir):
+def test_real_homographies_and_annotations(eval_dir):
     for pair in open_dataset(eval_dir / "evd").pairs:
         sizes = []
         for path in (pair.image_a, pair.image_b):
@@ -388,7 +388,7 @@ def test_real_homographies_and_marks(eval_dir):
         mapped = warp_points(grid, pair.H_ab)
         assert (
             float(((mapped >= 0) & (mapped <= sizes[1] - 1)).all(dim=1).double().mean()) > 0.15
-        )  # cafe shows the same in a sixth
+        )  # cafe has a sixth of the size
     for pair in open_dataset(eval_dir / "wxbs").pairs:
         for path, xy in ((pair.image_a, pair.xy_a), (pair.image_b, pair.xy_b)):
             with Image.open(path) as image:

@@ -1,5 +1,5 @@
-"""Other libraries' detectors: positions of drawn dots through each library's own decoding, shapes,
-errors. No weights are fetched.
+"""Detectors of other libraries: positions of drawn dots through each library's own decoding,
+shapes, errors. No weights are downloaded.
 """
 
 import sys
@@ -20,8 +20,8 @@ DOTS = ((45, 40, 1.0), (100, 52, 0.8), (60, 90, 0.6), (121, 83, 0.4))  # x, y, b
 
 
 def dots(size=(160, 128), ratio=1.0) -> torch.Tensor:
-    """Gaussian dots at ``DOTS`` of an image ``ratio`` times as large as the networks see, on black:
-    (1,1,h,w).
+    """Gaussian dots at ``DOTS`` of an image ``ratio`` times as large as the input of the network,
+    on black: (1,1,h,w).
     """
     y, x = torch.meshgrid(torch.arange(size[1]) * 1.0, torch.arange(size[0]) * 1.0, indexing="ij")
     image = torch.zeros(size[1], size[0])
@@ -31,7 +31,7 @@ def dots(size=(160, 128), ratio=1.0) -> torch.Tensor:
 
 
 class Brightness(nn.Module):
-    """Stands for a trained network: its score is the image's brightness, its descriptors are
+    """Replaces a trained network: its score is the brightness of the image, its descriptors are
     constant.
     """
 
@@ -57,13 +57,13 @@ def aliked(kornia):
 
 
 def dedode(kornia):
-    net = kornia.DeDoDe.__new__(kornia.DeDoDe)  # its own two networks take long to build
+    net = kornia.DeDoDe.__new__(kornia.DeDoDe)  # its two networks are slow to create
     nn.Module.__init__(net)
     net.normalizer = nn.Identity()
 
     def peaks(
         image,
-    ):  # DeDoDe does not suppress neighbours, so a dot must be one pixel to give one point
+    ):  # DeDoDe has no non-maximum suppression, so a dot must be one pixel
         gray = image[:, :1]
         return (gray * (gray == nn.functional.max_pool2d(gray, 9, 1, 4)) + 1e-6).log()
 
@@ -79,8 +79,8 @@ def xfeat(kornia):
 
     def forward(image):
         cells = nn.functional.pixel_unshuffle(image[:, :1], 8)
-        # so weak beside "no point" that the probability is the brightness, not a share of the
-        # cell's
+        # so small relative to "no keypoint" that the probability is the brightness, not a
+        # fraction of the cell's
         logits = torch.cat([(1e-3 * cells + 1e-9).log(), torch.zeros_like(cells[:, :1])], dim=1)
         h, w = cells.shape[-2:]
         return torch.ones(1, 64, h, w), logits, torch.ones(1, 1, h, w)
@@ -98,7 +98,7 @@ def kornia_keynet_hardnet(kornia):
 def superpoint(transformers):
     net = transformers.SuperPointForKeypointDetection(transformers.SuperPointConfig())
     decoder = net.keypoint_decoder
-    with torch.no_grad():  # the image's pixels pass through both layers
+    with torch.no_grad():  # pixels are unchanged by both layers
         for layer, middle in ((decoder.conv_score_a, 1), (decoder.conv_score_b, 0)):
             layer.weight.zero_()
             layer.bias.zero_()
@@ -139,13 +139,13 @@ def built(name: str) -> nn.Module:
 
 
 def offsets(found) -> torch.Tensor:
-    """From each dot to the nearest point."""
+    """Displacement from each dot to the nearest keypoint."""
     truth = torch.tensor([d[:2] for d in DOTS], dtype=torch.float32)
     return found.xy[torch.cdist(truth, found.xy).argmin(dim=1)] - truth
 
 
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
-def test_dots_are_found_where_they_are_drawn(name):
+def test_dots_are_detected_at_their_positions(name):
     found = external_system(name, model=built(name), num_keypoints=200)(dots())
     assert found.image_size == (160, 128)
     assert offsets(found).abs().max() < 0.3, offsets(found)
@@ -153,7 +153,7 @@ def test_dots_are_found_where_they_are_drawn(name):
     assert found.xy.dtype == found.descriptors.dtype == torch.float32
     assert found.descriptors.shape == (len(found), LENGTHS.get(name, 128))
     assert torch.allclose(found.descriptors.norm(dim=1), torch.ones(len(found)), atol=1e-4)
-    # the strongest first, and of all points
+    # the strongest of all keypoints first
     few = external_system(name, model=built(name), num_keypoints=2)(dots())
     assert len(few) == 2
     if "keynet" not in name:
@@ -161,29 +161,27 @@ def test_dots_are_found_where_they_are_drawn(name):
 
 
 @pytest.mark.parametrize("name", [n for n in EXTERNAL_SYSTEMS if "keynet" not in n])
-def test_sizes_that_are_no_multiple_of_anything(name):
+def test_sizes_that_are_not_multiples_of_cells(name):
     found = external_system(name, model=built(name), num_keypoints=100)(dots((175, 133)))
-    # XFeat sees the image resized to 160 x 128, whole pixels of which are up to half a pixel away
+    # XFeat resizes the image to 160 x 128, so that integer pixels are up to half a pixel away
     assert offsets(found).abs().max() < (0.7 if name == "xfeat" else 0.3), offsets(found)
     assert (found.xy >= -0.5).all()
     assert (found.xy <= torch.tensor([174.5, 132.5])).all()
 
 
 def test_xfeat_has_no_bias_on_an_image_it_resizes():
-    """Its own positions are (ratio - 1) / 2 too small, here 0.24 px, which a mirrored image
-    shows.
-    """
+    """Its own positions are (ratio - 1) / 2 too small, here 0.24 px, as a mirrored image shows."""
     find = external_system("xfeat", model=built("xfeat"), num_keypoints=100)
     image = dots((160, 95))  # 95 rows become 64
-    there, mirrored = find(image).xy, find(image.flip(-2)).xy
+    original, mirrored = find(image).xy, find(image.flip(-2)).xy
     mirrored[:, 1] = 94 - mirrored[:, 1]
-    distance, index = torch.cdist(there, mirrored).min(dim=1)
+    distance, index = torch.cdist(original, mirrored).min(dim=1)
     assert (distance < 2).sum() >= 3
-    assert abs(float((there - mirrored[index])[distance < 2, 1].mean())) < 0.05
+    assert abs(float((original - mirrored[index])[distance < 2, 1].mean())) < 0.05
 
 
-def test_keynet_levels_are_where_the_resizing_law_puts_them():
-    """A wide dot answers on coarse levels, whose half pixel kornia forgets."""
+def test_keynet_levels_have_the_half_pixel_offset_of_resizing():
+    """A wide dot is detected at coarse levels, whose half-pixel offset kornia omits."""
     found = external_system(
         "kornia-keynet-hardnet", model=built("kornia-keynet-hardnet"), num_keypoints=200
     )(dots(ratio=2.0))
@@ -195,7 +193,7 @@ def test_keynet_levels_are_where_the_resizing_law_puts_them():
 
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
 @pytest.mark.parametrize("shape", [(1, 1), (7, 20), (33, 40)])
-def test_tiny_and_flat_images(name, shape):
+def test_tiny_and_constant_images(name, shape):
     detect = external_system(name, model=built(name), num_keypoints=10)
     for image in (
         torch.zeros(1, 1, *shape),
@@ -226,7 +224,7 @@ def test_real_networks_with_random_weights(name):
     assert (found.scale == 1).all()
 
 
-def test_colour_reaches_the_networks(tmp_path):
+def test_color_is_passed_to_the_networks(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     expected = torch.from_numpy(image).permute(2, 0, 1)[None] / 255
     Image.fromarray(image).save(tmp_path / "a.png")
@@ -242,7 +240,7 @@ def test_colour_reaches_the_networks(tmp_path):
         load_rgb(tmp_path / "c.png")
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"disk.*got 'nonsense'"):
         external_system("nonsense")
     with pytest.raises(ValueError, match="num_keypoints"):
@@ -250,7 +248,7 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize("name", EXTERNAL_SYSTEMS)
-def test_missing_and_old_libraries_name_the_command(name, monkeypatch):
+def test_missing_and_old_libraries_name_the_install_command(name, monkeypatch):
     library = LIBRARY.get(name, "kornia")
     module = external.LIBRARIES[library][0]
     monkeypatch.setitem(sys.modules, module, None)
@@ -261,7 +259,7 @@ def test_missing_and_old_libraries_name_the_command(name, monkeypatch):
         external_system(name)
 
 
-def test_weights_that_cannot_be_fetched_are_named(monkeypatch):
+def test_failed_download_of_weights_raises(monkeypatch):
     def offline(_):
         raise RuntimeError("no route to host")
 

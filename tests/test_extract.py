@@ -1,4 +1,4 @@
-"""Extraction: the published output, and what the default mode promises."""
+"""Extraction: the published output, and the properties of the default mode."""
 
 import json
 import pickle
@@ -40,7 +40,7 @@ def extractor():
 @pytest.mark.parametrize(
     "key", ["graf1_n1000", "graf2_n5000", "boat2_n5000", "graf3_single_scale_n1000"]
 )
-def test_official_mode_gives_the_published_points(reference_dir, key):
+def test_official_mode_equals_the_published_keypoints(reference_dir, key):
     expected = np.load(reference_dir / "keynet_keypoints.npz")[key]
     image = np.load(reference_dir / "oxford_gray_inputs.npz")[key.split("_")[0]]
     net = load_official(reference_dir / "checkpoints" / "keynet_pytorch.pth")
@@ -59,7 +59,7 @@ def test_official_mode_gives_the_published_points(reference_dir, key):
     )
     real, ours = expected[expected[:, 3] > 1.2], table[table[:, 3] > 1.2]
     same = np.zeros(len(real), bool)
-    if len(real) == len(ours):  # in the published order, so row by row
+    if len(real) == len(ours):  # in the published order, row by row
         same = (np.abs(real[:, :2] - ours[:, :2]).max(axis=1) < 0.01) & (
             np.abs(real[:, 2] - ours[:, 2]) < 1e-4
         )
@@ -67,12 +67,12 @@ def test_official_mode_gives_the_published_points(reference_dir, key):
     assert same.mean() >= 0.99
 
 
-def test_budgets_of_the_spec():
+def test_published_level_budgets():
     assert level_budgets(5000, 1, 6) == [2539, 1269, 634, 317, 158, 79]
     assert level_budgets(1500, 1, 7) == [755, 377, 188, 94, 47, 23, 11]
 
 
-def test_features_have_the_promised_form(extractor, photo):
+def test_features_have_documented_shapes_and_order(extractor, photo):
     f = extractor.extract(photo)
     assert 100 < len(f) <= 400
     assert f.xy.dtype == f.descriptors.dtype == torch.float32
@@ -83,7 +83,7 @@ def test_features_have_the_promised_form(extractor, photo):
     assert ((f.xy >= -0.5) & (f.xy <= torch.tensor([319.5, 239.5]))).all()
 
 
-def test_all_kinds_of_input_agree(extractor, photo, tmp_path):
+def test_all_input_types_agree(extractor, photo, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(photo).save(path)
     first = extractor.extract(photo)
@@ -100,7 +100,7 @@ def test_all_kinds_of_input_agree(extractor, photo, tmp_path):
     assert len(extractor.extract([photo, photo[:100]])) == 2
 
 
-def test_several_images_are_extracted_one_by_one_however_they_are_given(extractor, photo):
+def test_several_images_are_extracted_from_any_container(extractor, photo):
     other = np.ascontiguousarray(photo[::-1])
     flat = np.full_like(photo, 128)
     images = [photo, other, flat]
@@ -122,7 +122,7 @@ def test_several_images_are_extracted_one_by_one_however_they_are_given(extracto
         extractor.extract(images[:2], [None])
 
 
-def test_masks_are_paths_pictures_arrays_or_tensors(extractor, photo, tmp_path):
+def test_masks_are_paths_images_arrays_or_tensors(extractor, photo, tmp_path):
     mask = np.zeros(photo.shape, np.uint8)
     mask[:, 160:] = 255
     picture = Image.fromarray(mask)
@@ -138,7 +138,7 @@ def test_masks_are_paths_pictures_arrays_or_tensors(extractor, photo, tmp_path):
         extractor.extract(photo, tmp_path / "none.png")
 
 
-def test_an_extractor_can_be_pickled_and_shows_what_it_is(photo):
+def test_extractor_can_be_pickled_and_has_a_repr(photo):
     for options in ({"orientation": "none"}, {}, {"orientation": "dominant"}):
         one = build("keynet-tiny", "rootsift", num_keypoints=30, device="cpu", **options)
         again = pickle.loads(pickle.dumps(one))
@@ -146,7 +146,7 @@ def test_an_extractor_can_be_pickled_and_shows_what_it_is(photo):
     assert repr(one) == "Extractor(keynet-tiny + rootsift, 30 keypoints, 6 levels, cpu)"
 
 
-def test_options_survive_json_also_those_of_earlier_versions():
+def test_options_round_trip_as_json_and_from_earlier_versions():
     options = ExtractOptions(detector="rekd", num_keypoints=77, per_scale=True, upright=True)
     content = json.loads(json.dumps(options.to_json()))
     assert ExtractOptions.from_json(content) == options
@@ -174,13 +174,13 @@ def test_a_weights_file_is_a_detector(photo, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 300), (31, 31), (49, 64), (97, 131)])
-def test_flat_and_small_images_give_no_points_and_no_error(extractor, shape):
+def test_constant_and_small_images_have_no_keypoints(extractor, shape):
     f = extractor.extract(np.full(shape, 77, np.uint8))
     assert len(f) == 0
     assert f.descriptors.shape == (0, 128)
 
 
-def test_mask_keeps_points_out(extractor, photo):
+def test_masked_areas_have_no_keypoints(extractor, photo):
     mask = np.zeros(photo.shape, bool)
     mask[:, 160:] = True
     f = extractor.extract(photo, mask)
@@ -190,7 +190,7 @@ def test_mask_keeps_points_out(extractor, photo):
         extractor.extract(photo, mask[:10])
 
 
-def test_single_scale_has_one_scale_and_many_levels_more(photo):
+def test_single_scale_and_multiple_levels(photo):
     single = build("keynet", None, single_scale=True, num_keypoints=300, device="cpu").extract(
         photo
     )
@@ -210,7 +210,7 @@ def test_duplicates_across_scales_are_removed(photo):
     levels = torch.log2(every.scale) * 2
     assert (
         levels - levels.round()
-    ).abs().max() < 0.05  # its points have the scales of the levels, up to whole pixels
+    ).abs().max() < 0.05  # keypoints have the scales of the levels, up to integer pixels
 
 
 def test_scale_follows_the_image(photo):
@@ -223,7 +223,7 @@ def test_scale_follows_the_image(photo):
     assert 1.3 < ratio.median() < 2.2
 
 
-def test_points_follow_a_mirror_to_a_fraction_of_a_pixel(photo):
+def test_keypoints_follow_mirroring_with_subpixel_accuracy(photo):
     run = build("keynet", None, num_keypoints=300, device="cpu")
     a, b = run.extract(photo), run.extract(np.ascontiguousarray(photo[:, ::-1]))
     mirrored = torch.stack([photo.shape[1] - 1 - b.xy[:, 0], b.xy[:, 1]], dim=1)
@@ -233,7 +233,7 @@ def test_points_follow_a_mirror_to_a_fraction_of_a_pixel(photo):
     assert abs((a.xy[:, 0] - mirrored[nearest][:, 0])[found].median()) < 0.2
 
 
-def test_levels_map_points_exactly():
+def test_pyramid_levels_map_points_exactly():
     pyramid = build_pyramid(torch.rand(1, 1, 201, 303))
     for level in pyramid.levels:
         h, w = level.image.shape[-2:]
@@ -244,11 +244,11 @@ def test_levels_map_points_exactly():
         assert torch.allclose(level.from_original(level.to_original(corners)), corners, atol=1e-3)
 
 
-def test_patches_are_centred_turned_and_scaled():
+def test_patches_are_centered_rotated_and_scaled():
     y, x = torch.meshgrid(torch.arange(200.0), torch.arange(200.0), indexing="ij")
     pyramid = build_pyramid(
         ((x + 2 * y) / 600)[None, None]
-    )  # a ramp: every sample shows where it was taken
+    )  # a ramp: the value of a sample is its position
     angle = 0.5
     points = Keypoints(
         torch.tensor([[90.25, 100.5], [100.0, 100.0]]),
@@ -265,7 +265,7 @@ def test_patches_are_centred_turned_and_scaled():
     assert torch.allclose(patches[1, 0], (100 + 2 * u + 2 * (100 + 2 * v)) / 600, atol=4e-3)
 
 
-def test_threshold_num_points_border_and_window_count(photo):
+def test_threshold_num_keypoints_border_and_window_are_used(photo):
     many = build("keynet", None, num_keypoints=1000, device="cpu").extract(photo)
     assert len(build("keynet", None, num_keypoints=50, device="cpu").extract(photo)) == 50
     one = build("keynet", None, num_keypoints=1000, single_scale=True, device="cpu").extract(photo)
@@ -297,7 +297,7 @@ def test_threshold_num_points_border_and_window_count(photo):
         (("hardnet",), {}, "detector must be one of"),
     ],
 )
-def test_invalid_arguments_are_refused_with_their_remedy(arguments, options, remedy):
+def test_invalid_arguments_raise_with_a_remedy(arguments, options, remedy):
     with pytest.raises(ValueError, match=remedy):
         build(*arguments, **options)
 

@@ -19,7 +19,7 @@ from tiepoints.files import (
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two images among companions of macOS, a film, a document and hidden folders."""
+    """Two images with files of macOS, a movie, a document and hidden folders."""
     root = tmp_path / "photos"
     for name in ("a.png", "sub/b.JPG"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def folder(tmp_path) -> Path:
     return root
 
 
-def test_only_images_are_listed_and_the_others_are_counted(folder):
+def test_only_images_are_listed_and_other_files_are_counted(folder):
     images, skipped = list_images(folder)
     assert [path.relative_to(folder).as_posix() for path in images] == ["a.png", "sub/b.JPG"]
     assert skipped == 5
@@ -47,7 +47,7 @@ def test_names_of_images(name, expected):
     assert is_image_name(Path(name)) == expected
 
 
-def test_collect_skips_other_files_of_folders_and_patterns_but_not_named_ones(folder):
+def test_collect_skips_other_files_of_folders_and_patterns(folder):
     found = collect([folder])
     assert [str(task.relative) for task in found.tasks] == ["photos/a.png", "photos/sub/b.JPG"]
     assert (found.refused, found.skipped) == ([], 5)
@@ -59,7 +59,7 @@ def test_collect_skips_other_files_of_folders_and_patterns_but_not_named_ones(fo
     assert "no such file" in named.refused[0][1]
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "deep" / "x.json"
     write_json(path, {"a": 1})
 
@@ -74,7 +74,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
 
 
-def test_a_missing_library_is_named_with_its_extra():
+def test_missing_library_is_named_with_its_extra():
     with pytest.raises(
         ImportError, match=r"video needs no_such: pip install 'tiepoints\[opencv\]'"
     ):

@@ -1,4 +1,4 @@
-"""Files and other libraries' types: there and back."""
+"""Files and types of other libraries: round trips."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def some(n: int = 7, d: int = 128) -> Features:
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
-def test_npy_there_and_back(tmp_path, n):
+def test_npy_round_trip(tmp_path, n):
     features = some(n)
     write_features(tmp_path / "a.png", features)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png.dsc.npy", "a.png.kpt.npy"]
@@ -43,19 +43,19 @@ def test_npy_there_and_back(tmp_path, n):
         features, keypoints=dataclasses.replace(features.keypoints, angle=torch.zeros(n))
     )
     write_features(tmp_path / "a.png", upright)
-    assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 4)  # as Key.Net's files
+    assert np.load(tmp_path / "a.png.kpt.npy").shape == (n, 4)  # as in Key.Net's files
     assert torch.equal(again.xy, features.xy)
     assert torch.equal(again.scale, features.scale)
     assert torch.equal(again.score, features.score)
     assert torch.equal(again.descriptors, features.descriptors)
 
 
-def test_npy_reads_rekd_angles_and_names_broken_files(tmp_path):
+def test_npy_reads_rekd_angles_and_names_damaged_files(tmp_path):
     np.save(tmp_path / "b.kpt.npy", np.array([[1.0, 2, 3, 4, 90]]))
     angle = float(read_features(tmp_path / "b").angle)
     assert angle == pytest.approx(
         1.5 * math.pi
-    )  # a quarter turn counter-clockwise is three clockwise
+    )  # 90 degrees counterclockwise are 270 degrees clockwise
     with pytest.raises(FileNotFoundError, match="extract"):
         read_features(tmp_path / "c")
     (tmp_path / "d.kpt.npy").write_bytes(b"nonsense")
@@ -67,7 +67,7 @@ def test_npy_reads_rekd_angles_and_names_broken_files(tmp_path):
 
 
 @pytest.mark.parametrize("n", [0, 7])
-def test_cv2_there_and_back(n):
+def test_cv2_round_trip(n):
     pytest.importorskip("cv2")
     points = some(n).keypoints
     again = interop.from_cv2(interop.to_cv2(points))
@@ -76,19 +76,19 @@ def test_cv2_there_and_back(n):
 
 
 @pytest.mark.parametrize("n", [0, 7])
-def test_lightglue_and_laf_there_and_back(n):
+def test_lightglue_and_laf_round_trip(n):
     features = some(n)
     again = interop.from_lightglue(interop.to_lightglue(features))
     assert torch.equal(again.xy, features.xy)
     assert torch.equal(again.descriptors, features.descriptors)
     assert again.image_size == (100, 80)
     points = features.keypoints
-    back = interop.from_laf(interop.to_laf(points), points.score)
+    converted = interop.from_laf(interop.to_laf(points), points.score)
     for name in ("xy", "scale", "angle", "score"):
-        assert torch.allclose(getattr(back, name), getattr(points, name), atol=1e-4)
+        assert torch.allclose(getattr(converted, name), getattr(points, name), atol=1e-4)
 
 
-def test_kornia_cuts_the_patch_that_we_cut():
+def test_kornia_extracts_the_same_patch():
     kornia = pytest.importorskip("kornia")
     from tiepoints.patches import extract_patches
     from tiepoints.pyramid import build_pyramid
@@ -101,11 +101,11 @@ def test_kornia_cuts_the_patch_that_we_cut():
     ours = extract_patches(build_pyramid(image), points)
     theirs = kornia.feature.extract_patches_from_pyramid(image, interop.to_laf(points), PS=32)[0]
     assert (ours - theirs).abs().max() < 0.05  # kornia's half-pixel shift remains
-    turned = Keypoints(points.xy, points.scale, -points.angle, points.score)
-    assert (extract_patches(build_pyramid(image), turned) - theirs).abs().max() > 0.1
+    mirrored = Keypoints(points.xy, points.scale, -points.angle, points.score)
+    assert (extract_patches(build_pyramid(image), mirrored) - theirs).abs().max() > 0.1
 
 
-def test_structs_refuse_wrong_shapes_and_pad():
+def test_structs_reject_invalid_shapes_and_pad():
     with pytest.raises(ValueError, match="xy"):
         Keypoints(torch.zeros(3, 3), torch.zeros(3), torch.zeros(3), torch.zeros(3))
     with pytest.raises(ValueError, match="scale"):
@@ -125,7 +125,7 @@ def test_structs_refuse_wrong_shapes_and_pad():
     assert len(Keypoints.concatenate([])) == 0
 
 
-def test_rootsift_is_unit_finite_and_ignores_gain():
+def test_rootsift_has_unit_length_and_is_gain_invariant():
     net = RootSIFT()
     generator = torch.Generator().manual_seed(0)
     patches = torch.rand(5, 1, 32, 32, generator=generator)
@@ -141,8 +141,8 @@ def test_rootsift_is_unit_finite_and_ignores_gain():
         net(torch.zeros(1, 1, 31, 32))
 
 
-def test_rootsift_votes_where_the_gradient_is():
-    """A vertical edge in the right half: all votes go along +x, in the right cells."""
+def test_rootsift_votes_at_the_gradient():
+    """A vertical edge in the right half: all votes are along +x, in the right cells."""
     patch = torch.zeros(1, 1, 32, 32)
     patch[..., 24:] = 1
     votes = RootSIFT()(patch).reshape(4, 4, 8)
@@ -150,7 +150,7 @@ def test_rootsift_votes_where_the_gradient_is():
     assert votes[:, 2:, 0].sum() > 0.9 * votes[..., 0].sum()
 
 
-def test_pictures_show_points_and_matches(tmp_path):
+def test_drawings_show_keypoints_and_matches(tmp_path):
     image = torch.rand(1, 1, 80, 100)
     xy = torch.tensor([[10.0, 20.0], [90.0, 70.0]])
     out = draw_matches(
@@ -165,8 +165,8 @@ def test_pictures_show_points_and_matches(tmp_path):
     assert out.size == (208, 106)
     gray = np.asarray(out).astype(int)
     colored = np.ptp(gray, axis=2) > 60
-    assert colored[26:].sum() > 50  # the inlier's line, and nothing else is in colour
-    assert colored[26 + 60 :].sum() == 0  # the outlier's end lies there
+    assert colored[26:].sum() > 50  # only the line of the inlier is colored
+    assert colored[26 + 60 :].sum() == 0  # the end of the outlier
     shown = draw_matches(
         image, image, xy, xy, correct=torch.tensor([True, False]), width=50, caption=""
     )
@@ -175,7 +175,7 @@ def test_pictures_show_points_and_matches(tmp_path):
         assert draw_keypoints(image, keypoints, path=tmp_path / "k.png").size == (100, 80)
 
 
-def test_pictures_keep_the_colors_of_what_extract_takes(tmp_path):
+def test_drawings_keep_the_colors_of_all_input_types(tmp_path):
     colors = np.zeros((40, 60, 3), np.uint8)
     colors[..., 0] = 200
     Image.fromarray(colors).save(tmp_path / "c.png")

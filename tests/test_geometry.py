@@ -1,4 +1,4 @@
-"""Points and frames."""
+"""Points and coordinate frames."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def test_warp_points_by_hand():
     assert xy[0].tolist() == pytest.approx([(11 + 4 - 7) / depth, (-1 + 18 + 4) / depth])
 
 
-def test_warp_points_there_and_back():
-    back = warp_points(warp_points(points(), H), torch.linalg.inv(H))
-    torch.testing.assert_close(back, points())
+def test_warp_points_round_trip():
+    result = warp_points(warp_points(points(), H), torch.linalg.inv(H))
+    torch.testing.assert_close(result, points())
 
 
-def test_warp_points_of_a_batch():
+def test_warp_points_batch():
     many = torch.stack([H, torch.eye(3, dtype=torch.float64)])
     xy = points().expand(2, -1, -1)
     both = warp_points(xy, many)
@@ -66,7 +66,7 @@ def test_pixel_grid_is_row_by_row():
     ]
 
 
-def test_sample_at_hits_pixel_centres():
+def test_sample_at_pixel_centers():
     image = torch.rand(2, 3, 5, 7)
     grid = pixel_grid(5, 7, image).expand(2, -1, -1)
     torch.testing.assert_close(sample_at(image, grid).view(2, 3, 5, 7), image)
@@ -89,7 +89,7 @@ def test_warp_image_translation_is_exact(dx, dy):
             torch.testing.assert_close(moved[0, :, y, x], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_warp_image_agrees_with_warp_points_and_takes_a_size():
+def test_warp_image_agrees_with_warp_points_for_any_size():
     y, x = torch.meshgrid(torch.arange(60.0), torch.arange(60.0), indexing="ij")
     position = torch.stack([x, y])[None]
     moved = warp_image(position, H[None].float(), size=(30, 45))

@@ -1,4 +1,4 @@
-"""hloc's files: there and back, as hloc reads and writes them, and after kills at any moment."""
+"""hloc's files: round trips, reading and writing by hloc, and kills at any moment."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def same(a, b) -> None:
     assert a.image_size == b.image_size
 
 
-# What hloc does with its files, written anew from its documented layout: the peer that ours must
+# hloc's use of its files, reimplemented from the documented layout, with which ours must
 # agree with.
 
 
@@ -42,7 +42,7 @@ def hloc_names(path):
 
 
 def hloc_matcher_input(path, name):
-    """Every data set of an image as a float tensor, and an image of its size made of nothing."""
+    """Every data set of an image as a float tensor, and an empty image of its size."""
     with h5py.File(path, "r") as file:
         tensors = {
             key: torch.from_numpy(np.array(item)).float() for key, item in file[name].items()
@@ -53,13 +53,14 @@ def hloc_matcher_input(path, name):
 
 def hloc_matches(path, a, b):
     with h5py.File(path, "r") as file:
-        key, back = (
+        a_to_b, b_to_a = (
             "/".join(n.replace("/", "-") for n in (a, b)),
             "/".join(n.replace("/", "-") for n in (b, a)),
         )
-        swapped = key not in file
+        swapped = a_to_b not in file
         partner, score = (
-            np.array(file[back if swapped else key][k]) for k in ("matches0", "matching_scores0")
+            np.array(file[b_to_a if swapped else a_to_b][k])
+            for k in ("matches0", "matching_scores0")
         )
     (own,) = np.where(partner != -1)
     table = np.stack([own, partner[own]], axis=1)
@@ -67,7 +68,7 @@ def hloc_matches(path, a, b):
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
-def test_features_there_and_back(tmp_path, n):
+def test_features_round_trip(tmp_path, n):
     with FeatureFile(tmp_path / "f.h5", write=True) as file:
         file.write("sub/a.png", some(n))
         assert file.done("sub/a.png", described=True)
@@ -82,7 +83,7 @@ def test_features_there_and_back(tmp_path, n):
             file.read("b.png")
 
 
-def test_hloc_reads_what_we_write(tmp_path):
+def test_hloc_reads_our_files(tmp_path):
     features = some(7)
     with FeatureFile(tmp_path / "f.h5", write=True) as file:
         file.write("sub/a.png", features)
@@ -92,7 +93,7 @@ def test_hloc_reads_what_we_write(tmp_path):
     assert image.shape == (1, 80, 100)
     assert torch.equal(
         tensors["keypoints"], features.xy
-    )  # hloc's files have the half pixel no more than we do
+    )  # hloc's files have no half-pixel offset either
     assert torch.equal(tensors["descriptors"], features.descriptors.T)
     assert torch.equal(tensors["scores"], features.score)
     with h5py.File(tmp_path / "f.h5") as file:
@@ -102,7 +103,7 @@ def test_hloc_reads_what_we_write(tmp_path):
         assert file["sub/a.png"]["descriptors"].shape == (128, 7)
 
 
-def test_we_read_what_hloc_writes(tmp_path):
+def test_we_read_hloc_files(tmp_path):
     """Half precision throughout, no scales, no angles."""
     features = some(7)
     with h5py.File(tmp_path / "f.h5", "a", libver="latest") as file:
@@ -126,7 +127,7 @@ def test_we_read_what_hloc_writes(tmp_path):
             file.read("g.png")
 
 
-def test_half_touches_descriptors_alone(tmp_path):
+def test_half_precision_affects_only_descriptors(tmp_path):
     with FeatureFile(tmp_path / "f.h5", write=True, half=True) as file:
         file.write("a.png", some(7))
     with h5py.File(tmp_path / "f.h5") as file:
@@ -136,7 +137,7 @@ def test_half_touches_descriptors_alone(tmp_path):
         assert torch.equal(file.read("a.png").xy, some(7).xy)
 
 
-def test_matches_of_real_images_there_and_back_and_as_hloc_reads_them(tmp_path):
+def test_matches_of_real_images_round_trip_and_in_hloc(tmp_path):
     data = pytest.importorskip("skimage.data")
     left, right, _ = data.stereo_motorcycle()
     a, b = build("keynet", "rootsift", num_keypoints=300, device="cpu").extract([left, right])
@@ -151,14 +152,17 @@ def test_matches_of_real_images_there_and_back_and_as_hloc_reads_them(tmp_path):
     with MatchFile(tmp_path / "m.h5") as file:
         assert file.has_matches("b.png", "s/a.png")
         assert not file.has_matches("b.png", "a.png")
-        again, back = file.read_matches("s/a.png", "b.png"), file.read_matches("b.png", "s/a.png")
+        again, reverse = (
+            file.read_matches("s/a.png", "b.png"),
+            file.read_matches("b.png", "s/a.png"),
+        )
         assert len(file.read_matches("e/a.png", "b.png")) == 0
         with pytest.raises(DataError, match="no matches"):
             file.read_matches("b.png", "a.png")
     assert torch.equal(again.index, found.index)
     assert torch.equal(again.score, found.score)
-    assert (back.index[1:, 0] >= back.index[:-1, 0]).all()
-    assert {(j, i) for i, j in back.index.tolist()} == {(i, j) for i, j in found.index.tolist()}
+    assert (reverse.index[1:, 0] >= reverse.index[:-1, 0]).all()
+    assert {(j, i) for i, j in reverse.index.tolist()} == {(i, j) for i, j in found.index.tolist()}
     for names in (("s/a.png", "b.png"), ("b.png", "s/a.png")):
         table, score = hloc_matches(tmp_path / "m.h5", *names)
         ours = found.index if names[0] == "s/a.png" else found.index.flip(1)
@@ -166,18 +170,18 @@ def test_matches_of_real_images_there_and_back_and_as_hloc_reads_them(tmp_path):
         assert score.tolist() == found.score.tolist()
 
 
-def test_matches_need_one_partner_a_point(tmp_path):
+def test_matches_must_be_one_to_one(tmp_path):
     double = Matches(torch.tensor([[1, 2], [1, 3]]), torch.ones(2))
     with MatchFile(tmp_path / "m.h5", write=True) as file:
         with pytest.raises(ValueError, match="mutual"):
             file.write_matches("a", "b", double, 5)
         with pytest.raises(ValueError, match="one match"):
             file.write_matches("a", "b", Matches(torch.tensor([[5, 2]]), torch.ones(1)), 5)
-    assert not list(tmp_path.iterdir())  # nothing written, nothing left behind
+    assert not list(tmp_path.iterdir())  # no file remains
     assert pair_name("x/a.png", "b.png") == "x-a.png/b.png"
 
 
-def test_more_is_appended_and_the_same_is_replaced(tmp_path):
+def test_new_entries_are_appended_and_existing_ones_replaced(tmp_path):
     path = tmp_path / "f.h5"
     for names, n in ((("a", "b"), 3), (("c", "b"), 6)):
         with FeatureFile(path, write=True) as file:
@@ -193,7 +197,7 @@ def test_more_is_appended_and_the_same_is_replaced(tmp_path):
     assert not path.exists()
 
 
-def test_a_second_writer_is_told_and_a_reader_sees_the_journal(tmp_path):
+def test_second_writer_raises_and_readers_see_the_journal(tmp_path):
     with FeatureFile(tmp_path / "f.h5", write=True) as file:
         file.write("a", some(3))
         with (
@@ -207,23 +211,23 @@ def test_a_second_writer_is_told_and_a_reader_sees_the_journal(tmp_path):
         same(reader.read("a"), some(3))
 
 
-def test_a_journal_cut_anywhere_gives_all_whole_records(tmp_path):
-    """What a kill inside a write leaves: the file up to some byte."""
-    path, place = tmp_path / "f.h5", tmp_path / "f.h5.journal"
+def test_truncated_journal_gives_all_complete_records(tmp_path):
+    """A kill during a write leaves the file up to some byte."""
+    path, journal = tmp_path / "f.h5", tmp_path / "f.h5.journal"
     file = FeatureFile(path, write=True)
     ends = []
     for i in range(3):
         file.write(f"{i}", some(i + 2, d=4))
-        ends.append(place.stat().st_size)
-    whole = place.read_bytes()
+        ends.append(journal.stat().st_size)
+    whole = journal.read_bytes()
     file.clear()
     file.close()
     for size in [*range(ends[0], len(whole), 7), *ends]:
-        place.write_bytes(whole[:size])
+        journal.write_bytes(whole[:size])
         with FeatureFile(path, write=True) as file:
             count = sum(end <= size for end in ends)
             assert file.names() == [f"{i}" for i in range(count)]
-            file.write("new", some(1, d=4))  # follows the last whole record
+            file.write("new", some(1, d=4))  # after the last complete record
         with FeatureFile(path) as file:
             assert file.names() == [*(f"{i}" for i in range(count)), "new"]
             for i in range(count):
@@ -231,7 +235,7 @@ def test_a_journal_cut_anywhere_gives_all_whole_records(tmp_path):
         path.unlink()
 
 
-def test_a_failing_disk_leaves_the_file_and_the_journal(tmp_path, monkeypatch):
+def test_disk_errors_keep_file_and_journal(tmp_path, monkeypatch):
     path = tmp_path / "f.h5"
     with FeatureFile(path, write=True) as file:
         file.write("a", some(3))
@@ -253,8 +257,8 @@ def test_a_failing_disk_leaves_the_file_and_the_journal(tmp_path, monkeypatch):
         same(file.read("b"), some(4))
 
 
-#: Children of one process write, and are killed at random moments, inside writes and merges; each
-#: tells a pipe what it has finished.
+#: Child processes write and are killed at random moments, in writes and merges; each
+#: reports finished writes by a pipe.
 KILLS = """
 import os, random, signal, sys, time
 import torch
@@ -272,7 +276,7 @@ def features(i):
 path, rounds = sys.argv[1], int(sys.argv[2])
 chance = random.Random(0)
 finished, killed = set(), 0
-for turn in range(rounds):
+for cycle in range(rounds):
     end, start = os.pipe()
     child = os.fork()
     if not child:
@@ -281,22 +285,22 @@ for turn in range(rounds):
             for part in range(100):
                 with FeatureFile(path, write=True) as file:
                     for i in range(chance.randrange(1, 6)):
-                        name = f"sub{turn}/{part}-{i}.png"
-                        file.write(name, features(hash((turn, part, i)) % 1000))
-                        os.write(start, f"{name} {hash((turn, part, i)) % 1000}\\n".encode())
+                        name = f"sub{cycle}/{part}-{i}.png"
+                        file.write(name, features(hash((cycle, part, i)) % 1000))
+                        os.write(start, f"{name} {hash((cycle, part, i)) % 1000}\\n".encode())
         finally:
             os._exit(7)
     os.close(start)
-    with os.fdopen(end) as told:
+    with os.fdopen(end) as pipe:
         # on a busy machine a child may need longer to start than the time it is given
-        lines = [told.readline()] if turn % 3 != 1 else []
+        lines = [pipe.readline()] if cycle % 3 != 1 else []
         time.sleep(chance.uniform(0.02, 0.25))
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
-        finished |= {tuple(line.split()) for line in (*lines, *told) if line.endswith("\\n")}
+        finished |= {tuple(line.split()) for line in (*lines, *pipe) if line.endswith("\\n")}
     with FeatureFile(path) as file:
-        there = set(file.names())
-        assert {name for name, _ in finished} <= there, "finished images are lost"
+        stored = set(file.names())
+        assert {name for name, _ in finished} <= stored, "finished images are lost"
         for name, i in list(finished)[-20:]:
             assert torch.equal(file.read(name).descriptors, features(int(i)).descriptors), name
 with FeatureFile(path, write=True) as file:
@@ -306,7 +310,7 @@ print(len(finished), killed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_kills_lose_nothing_finished(tmp_path):
+def test_finished_writes_survive_kills(tmp_path):
     path = tmp_path / "f.h5"
     done = subprocess.run(
         [sys.executable, "-c", KILLS, path, "25"],
@@ -318,12 +322,12 @@ def test_kills_lose_nothing_finished(tmp_path):
     assert done.returncode == 0, done.stderr
     finished, killed = (int(word) for word in done.stdout.split())
     assert killed == 25
-    assert finished >= 17  # one of each turn that waits for its first
-    assert len(hloc_names(path)) >= finished  # whole for hloc too, once merged
+    assert finished >= 17  # one of each cycle that waits for its first write
+    assert len(hloc_names(path)) >= finished  # complete for hloc too, once merged
     assert [p.name for p in tmp_path.iterdir()] == ["f.h5"]
 
 
-def test_files_that_are_none_of_ours(tmp_path):
+def test_files_of_other_formats_raise(tmp_path):
     path = Path(tmp_path / "f.h5")
     with pytest.raises(FileNotFoundError, match=r"f\.h5"):
         FeatureFile(path)
@@ -339,12 +343,12 @@ def test_files_that_are_none_of_ours(tmp_path):
         file["c/keypoints"] = np.zeros((3, 2))
         file["c/scores"] = np.zeros(4)
     with FeatureFile(path) as file:
-        for name, words in (
+        for name, message in (
             ("a", "keypoints of a"),
             ("b", r"descriptors of b must be \(D,3\)"),
             ("c", "scores of c"),
         ):
-            with pytest.raises(DataError, match=words):
+            with pytest.raises(DataError, match=message):
                 file.read(name)
 
 

@@ -1,6 +1,4 @@
-"""Every kind of image lands in [0,1] by the range of its type; everything else is refused with a
-reason.
-"""
+"""Images of all types are mapped to [0,1] by the range of their type; others raise."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from tiepoints.image import load_image
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (12, 17), dtype=np.uint8)
-COLOUR = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
+COLOR = RNG.integers(0, 256, (12, 17, 3), dtype=np.uint8)
 DEEP = RNG.integers(0, 65536, (12, 17), dtype=np.uint16)
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -39,18 +37,18 @@ def values(source) -> np.ndarray:
         (GRAY / 255, GRAY / 255),
         ((GRAY / 255).astype(np.float32), GRAY / 255),
         (GRAY > 99, GRAY > 99),
-        (COLOUR, COLOUR @ LUMA / 255),
-        (np.dstack([COLOUR, GRAY]), COLOUR @ LUMA / 255),
+        (COLOR, COLOR @ LUMA / 255),
+        (np.dstack([COLOR, GRAY]), COLOR @ LUMA / 255),
         (torch.from_numpy(GRAY), GRAY / 255),
         (torch.from_numpy(GRAY)[None], GRAY / 255),
         (torch.from_numpy(GRAY)[None, None], GRAY / 255),
-        (torch.from_numpy(COLOUR).permute(2, 0, 1), COLOUR @ LUMA / 255),
+        (torch.from_numpy(COLOR).permute(2, 0, 1), COLOR @ LUMA / 255),
         (torch.from_numpy(GRAY) > 99, GRAY > 99),
         (torch.from_numpy(GRAY / 255), GRAY / 255),
         (Image.fromarray(GRAY), GRAY / 255),
         (Image.fromarray(DEEP), DEEP / 65535),
-        (Image.fromarray(COLOUR), COLOUR @ LUMA / 255),
-        (Image.fromarray(np.dstack([COLOUR, GRAY])), COLOUR @ LUMA / 255),
+        (Image.fromarray(COLOR), COLOR @ LUMA / 255),
+        (Image.fromarray(np.dstack([COLOR, GRAY])), COLOR @ LUMA / 255),
         (Image.fromarray((GRAY / 255).astype(np.float32)), GRAY / 255),
         (Image.fromarray(GRAY > 99), GRAY > 99),
     ],
@@ -63,13 +61,13 @@ def test_half_precision():
     np.testing.assert_allclose(values((GRAY / 255).astype(np.float16)), GRAY / 255, atol=5e-4)
 
 
-def test_the_maximum_of_an_image_does_not_matter():
+def test_range_does_not_depend_on_the_maximum_of_an_image():
     assert load_image(np.full((4, 5), 50, np.uint8)).unique().item() == pytest.approx(50 / 255)
     assert load_image(np.full((4, 5), 50, np.uint16)).unique().item() == pytest.approx(50 / 65535)
     assert load_image(np.ones((4, 5), np.uint8)).unique().item() == pytest.approx(1 / 255)
 
 
-def test_the_source_is_left_alone():
+def test_source_is_not_modified():
     for source in (GRAY.copy(), (GRAY / 255).astype(np.float32)):
         before = source.copy()
         load_image(source).add_(5)
@@ -77,29 +75,29 @@ def test_the_source_is_left_alone():
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tif", "a.webp"])
-def test_gray_and_colour_files(tmp_path, name):
+def test_gray_and_color_files(tmp_path, name):
     path = tmp_path / name
     if name != "a.webp":
         Image.fromarray(GRAY).save(path)
         np.testing.assert_allclose(values(path), GRAY / 255, atol=1e-6)
-    Image.fromarray(COLOUR).save(path, lossless=True) if name == "a.webp" else Image.fromarray(
-        COLOUR
+    Image.fromarray(COLOR).save(path, lossless=True) if name == "a.webp" else Image.fromarray(
+        COLOR
     ).save(path)
-    np.testing.assert_allclose(values(str(path)), COLOUR @ LUMA / 255, atol=1e-5)
+    np.testing.assert_allclose(values(str(path)), COLOR @ LUMA / 255, atol=1e-5)
 
 
-def test_deep_palette_alpha_and_one_bit_files(tmp_path):
+def test_16_bit_palette_alpha_and_1_bit_files(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(DEEP).save(path)
     np.testing.assert_allclose(values(path), DEEP / 65535, atol=1e-6)
-    palette = Image.fromarray(COLOUR).quantize(16)
+    palette = Image.fromarray(COLOR).quantize(16)
     palette.save(path)
     assert Image.open(path).mode == "P"
     np.testing.assert_allclose(
         values(path), np.asarray(palette.convert("RGB")) @ LUMA / 255, atol=1e-5
     )
-    Image.fromarray(np.dstack([COLOUR, GRAY])).save(path)
-    np.testing.assert_allclose(values(path), COLOUR @ LUMA / 255, atol=1e-5)
+    Image.fromarray(np.dstack([COLOR, GRAY])).save(path)
+    np.testing.assert_allclose(values(path), COLOR @ LUMA / 255, atol=1e-5)
     Image.fromarray(np.dstack([GRAY, 255 - GRAY])).save(path)
     np.testing.assert_allclose(values(path), GRAY / 255, atol=1e-6)
     Image.fromarray(GRAY > 99).save(path)
@@ -108,7 +106,7 @@ def test_deep_palette_alpha_and_one_bit_files(tmp_path):
     np.testing.assert_allclose(values(tmp_path / "a.tif"), DEEP / 65535, atol=1e-6)
 
 
-def test_jpeg_is_read_as_stored_whatever_its_orientation(tmp_path):
+def test_jpeg_orientation_is_ignored(tmp_path):
     path = tmp_path / "turned.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -135,7 +133,7 @@ def test_unreadable_files(tmp_path, kind):
         load_image(path)
 
 
-def test_too_large_a_file_is_refused_before_decoding(tmp_path):
+def test_too_large_files_raise_before_decoding(tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(GRAY).save(path)
     with pytest.raises(DataError, match="17 x 12"):
@@ -171,6 +169,6 @@ def test_too_large_a_file_is_refused_before_decoding(tmp_path):
         [[0.0, 1.0]],
     ],
 )
-def test_wrong_values_are_refused(source):
+def test_invalid_values_raise(source):
     with pytest.raises(ValueError, match="image"):
         load_image(source)

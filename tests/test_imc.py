@@ -1,5 +1,5 @@
-"""Submissions to the Image Matching Challenge: what the benchmark reads, each of its rules broken
-once, and after kills.
+"""Submissions to the Image Matching Challenge: reading by the benchmark, violations of each rule,
+and kills.
 """
 
 import json
@@ -27,13 +27,13 @@ from tiepoints.structs import Features, Matches
 
 h5py = pytest.importorskip("h5py")
 
-#: Names as the benchmark has them: with a dot, with a hyphen.
+#: Names as in the benchmark, with a dot or a hyphen.
 NAMES = ("b.2", "c-3", "a_1")
 PLACE = "phototourism/sacre_coeur"
 
 
 class Fake:
-    """An extractor of drawn features: as many as the image's upper left pixel says."""
+    """An extractor of synthetic features, as many as the value of the upper left pixel."""
 
     def __init__(self, wait: float = 0.0):
         self.wait, self.seen = wait, 0
@@ -82,8 +82,8 @@ def table(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Two sequences, in the layouts of the validation and of the test data; an image without
-    points; what is no image.
+    """Two sequences in the layouts of the validation and test data, an image without keypoints, and
+    other files.
     """
     root = tmp_path / "data"
     for name, count in zip(NAMES, (9, 0, 6), strict=True):
@@ -107,7 +107,7 @@ def check(folder: Path) -> list[imc.Violation]:
     return imc.check_imc(folder, {PLACE: NAMES, "pragueparks/wall": ("x", "y")})
 
 
-def test_the_benchmark_reads_what_we_write(images, tmp_path):
+def test_benchmark_reads_our_submission(images, tmp_path):
     result = export(images, tmp_path / "sub", Fake())
     assert (result.failed, result.violations, result.sequences, result.extracted.done) == (
         [],
@@ -131,7 +131,7 @@ def test_the_benchmark_reads_what_we_write(images, tmp_path):
         for kind in imc.COLUMNS:
             assert tables[kind][name].shape == (count,)
         assert np.array_equal(tables["angles"][name], tables["orientations"][name])
-        # the importer's way to fewer points
+        # as the importer reduces the number of keypoints
         best = np.argsort(tables["scores"][name])[::-1][: min(count, 4)]
         assert tables["keypoints"][name][best, :].shape == (min(count, 4), 2)
     (method,) = json.loads((tmp_path / "sub" / "config.json").read_text())
@@ -181,7 +181,10 @@ def test_matches_have_the_greater_name_first(tmp_path):
     )
     found = table(tmp_path / "matches.h5")
     assert sorted(found) == ["b-c-a", "b-c-b"]
-    assert found["b-c-a"].tolist() == [[4, 1], [0, 2]]  # the first row has points of the first name
+    assert found["b-c-a"].tolist() == [
+        [4, 1],
+        [0, 2],
+    ]  # the first row has keypoints of the first image
     assert found["b-c-b"].tolist() == [[0, 2], [4, 1]]
     assert found["b-c-a"].dtype == np.int32
     again = imc.read_matches(tmp_path / "matches.h5", ("a", "b", "b-c"))
@@ -196,8 +199,8 @@ def test_matches_have_the_greater_name_first(tmp_path):
 
 
 def test_custom_matches_of_every_pair(submission):
-    """Pairs of an image without points too, and settings that the benchmark allows with custom
-    matches.
+    """Including pairs of an image without keypoints, and settings that the benchmark allows with
+    custom matches.
     """
     found = table(submission / PLACE / "matches.h5")
     assert sorted(found) == ["b.2-a_1", "c-3-a_1", "c-3-b.2"]
@@ -211,11 +214,11 @@ def test_custom_matches_of_every_pair(submission):
     }
 
 
-# ---- each rule broken once
+# ---- violations of each rule
 
 
 def change(path: str, key: str, value):
-    """Replace, add (or with None remove) one array of a file."""
+    """Replace, add or (with None) remove one array of a file."""
 
     def apply(folder: Path) -> None:
         with h5py.File(folder / path, "a") as file:
@@ -244,7 +247,7 @@ def every(kinds, action):
 
 
 def setting(path: str, value):
-    """Set (or with None remove) a setting of the config; . between the parts."""
+    """Set or (with None) remove a setting of the config; parts are separated by "."."""
 
     def apply(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text())
@@ -284,7 +287,7 @@ def f32(*shape: int) -> np.ndarray:
 P = PLACE
 NAN = np.full(9, np.nan, np.float32)
 BROKEN = [
-    # key points
+    # keypoints
     (change(f"{P}/keypoints.h5", "b.2", f32(9, 3)), "keypoints.h5", "b.2", "(n,2)", "x and y"),
     (
         change(f"{P}/keypoints.h5", "b.2", np.zeros((9, 2), int)),
@@ -316,7 +319,7 @@ BROKEN = [
         every(imc.FILES, lambda k: change(f"{P}/{k}.h5", "b.2", None)),
         "keypoints.h5",
         "b.2",
-        "no key points",
+        "no keypoints",
         "(0,2)",
     ),
     (
@@ -324,10 +327,10 @@ BROKEN = [
         "keypoints.h5",
         "c-3.png",
         "extension",
-        "call it c-3",
+        "rename it to c-3",
     ),
     (remove(f"{P}/keypoints.h5"), "keypoints.h5", "", "missing", "again"),
-    (text(f"{P}/keypoints.h5", "nonsense"), "keypoints.h5", "", "no HDF5 file", "again"),
+    (text(f"{P}/keypoints.h5", "nonsense"), "keypoints.h5", "", "not an HDF5 file", "again"),
     (
         every(["a"], lambda _: rename(f"{P}/keypoints.h5", "b.2", "sub/b.2")),
         "keypoints.h5",
@@ -341,7 +344,7 @@ BROKEN = [
         "descriptors.h5",
         "b.2",
         "(9,D)",
-        "one row a point",
+        "one row per keypoint",
     ),
     (
         change(f"{P}/descriptors.h5", "b.2", np.zeros((9, 128))),
@@ -362,7 +365,7 @@ BROKEN = [
         "descriptors.h5",
         "c-3",
         "64",
-        "one descriptor",
+        "same descriptor",
     ),
     (
         change("pragueparks/wall/descriptors.h5", "x", f32(7, 32)),
@@ -380,7 +383,7 @@ BROKEN = [
         "again",
     ),
     (remove(f"{P}/descriptors.h5"), "descriptors.h5", "", "missing", "again"),
-    # one number a point
+    # one value per keypoint
     (
         change(f"{P}/scores.h5", "b.2", f32(9, 1)),
         "scores.h5",
@@ -388,7 +391,7 @@ BROKEN = [
         "cannot sort",
         "one dimension",
     ),
-    (change(f"{P}/scales.h5", "b.2", f32(8)), "scales.h5", "b.2", "(9,)", "one number a point"),
+    (change(f"{P}/scales.h5", "b.2", f32(8)), "scales.h5", "b.2", "(9,)", "one value per keypoint"),
     (change(f"{P}/scores.h5", "b.2", NAN), "scores.h5", "b.2", "not finite", "again"),
     (change(f"{P}/scores.h5", "b.2", np.zeros(9, int)), "scores.h5", "b.2", "floating", "float32"),
     (
@@ -412,14 +415,14 @@ BROKEN = [
         rename(f"{P}/matches.h5", "c-3-b.2", "b.2-c-3"),
         "matches.h5",
         "b.2-c-3",
-        "wrong order",
+        "incorrect order",
         "c-3-b.2",
     ),
     (
         change(f"{P}/matches.h5", "c-3-zz", np.zeros((2, 0), int)),
         "matches.h5",
         "c-3-zz",
-        "no two images",
+        "two images",
         "A-B",
     ),
     (
@@ -433,7 +436,7 @@ BROKEN = [
         change(f"{P}/matches.h5", "b.2-a_1", f32(2, 3)),
         "matches.h5",
         "b.2-a_1",
-        "whole numbers",
+        "integers",
         "int32",
     ),
     (
@@ -448,8 +451,8 @@ BROKEN = [
         copy(f"{P}/matches.h5", f"{P}/matches_stereo.h5"),
         "matches.h5",
         "",
-        "does not go with",
-        "leave",
+        "conflicts with",
+        "keep",
     ),
     (
         move(f"{P}/matches.h5", f"{P}/matches_stereo_0.h5"),
@@ -474,9 +477,9 @@ BROKEN = [
     ),
     # config
     (remove("config.json"), "config.json", "", "is missing", "again"),
-    (text("config.json", "[{]"), "config.json", "", "no JSON", "again"),
+    (text("config.json", "[{]"), "config.json", "", "not valid JSON", "again"),
     (text("config.json", "{}"), "config.json", "", "list of methods", "again"),
-    (setting("metadata", None), "config.json", "metadata", "missing", "who"),
+    (setting("metadata", None), "config.json", "metadata", "missing", "add"),
     (setting("metadata.authors", 3), "config.json", "metadata.authors", "str", "add"),
     (
         setting("config_common.json_label", "Ours!"),
@@ -543,12 +546,12 @@ BROKEN = [
         "no such sequence",
         "remove",
     ),
-    (lambda folder: (folder / "mine").mkdir(), "mine", "", "no data set", "phototourism"),
+    (lambda folder: (folder / "mine").mkdir(), "mine", "", "not a dataset", "phototourism"),
 ]
 
 
 @pytest.mark.parametrize(("action", "file", "key", "problem", "remedy"), BROKEN)
-def test_a_broken_rule_is_named_with_file_key_and_remedy(
+def test_violated_rule_is_reported_with_file_key_and_remedy(
     submission, action, file, key, problem, remedy
 ):
     action(submission)
@@ -565,7 +568,7 @@ def test_a_broken_rule_is_named_with_file_key_and_remedy(
     assert problem in str(hits[0])
 
 
-def test_nothing_but_the_broken_rule_is_named(submission):
+def test_only_the_violated_rule_is_reported(submission):
     change(f"{P}/scores.h5", "b.2", f32(9, 1))(submission)
     change("pragueparks/wall/keypoints.h5", "x", f32(7, 3))(submission)
     assert [(v.file, v.key) for v in check(submission)] == [
@@ -576,32 +579,32 @@ def test_nothing_but_the_broken_rule_is_named(submission):
         imc.read_sequence(submission / "pragueparks" / "wall")
 
 
-def test_categories_are_kept(images, tmp_path):
+def test_categories_are_respected(images, tmp_path):
     draw(images / "pragueparks" / "wall" / "x.png", 250)
     out = tmp_path / "sub"
     export(images, out, Fake())
     big = np.zeros((2049, 2), np.float32)
     change("pragueparks/wall/keypoints.h5", "x", big)(out)
-    hit = next(v for v in check(out) if "2049 points" in v.problem)
-    assert hit.remedy == "state num_keypoints 8000, or export fewer"
+    hit = next(v for v in check(out) if "2049 keypoints" in v.problem)
+    assert hit.remedy == "set num_keypoints to 8000, or export fewer"
     setting("config_common.num_keypoints", 8000)(out)
-    assert not any("points, and" in v.problem for v in check(out))
+    assert not any("keypoints, but" in v.problem for v in check(out))
     change("pragueparks/wall/keypoints.h5", "x", np.zeros((8001, 2), np.float32))(out)
-    assert "at most 8000" in next(v for v in check(out) if "8001 points" in v.problem).remedy
+    assert "at most 8000" in next(v for v in check(out) if "8001 keypoints" in v.problem).remedy
     assert [imc.category(n) for n in (1, 2048, 2049, 8000)] == [2048, 2048, 8000, 8000]
 
 
 def test_rules_without_custom_matches(images, tmp_path):
     out = tmp_path / "sub"
     export(images, out, Fake())
-    for path, words in (
+    for path, problem in (
         ("geom.threshold", "DEGENSAC"),
         ("matcher", "is missing"),
         ("geom", "is missing"),
     ):
         before = (out / "config.json").read_text()
         setting(f"config_phototourism_stereo.{path}", None)(out)
-        assert [v.key for v in check(out) if words in v.problem] == [
+        assert [v.key for v in check(out) if problem in v.problem] == [
             f"config_phototourism_stereo.{path}"
         ]
         (out / "config.json").write_text(before)
@@ -611,16 +614,16 @@ def test_rules_without_custom_matches(images, tmp_path):
     before = (out / "config.json").read_text()
     for task in imc.TASKS:
         setting(f"config_phototourism_{task}", None)(out)
-    assert any("nothing would be done" in v.problem for v in check(out))
+    assert any("would ignore the dataset" in v.problem for v in check(out))
     (out / "config.json").write_text(before)
     with h5py.File(out / PLACE / "matches.h5", "w"):
         pass
-    assert any("no use_custom_matches" in v.problem for v in check(out))
+    assert any("does not set use_custom_matches" in v.problem for v in check(out))
 
 
-def test_submissions_of_others_are_read(tmp_path):
-    """What the benchmark's tutorial and examples do: (n,1) columns, angles under one name, commas
-    after last items.
+def test_submissions_of_other_methods_are_read(tmp_path):
+    """As in the benchmark's tutorial and examples: (n,1) columns, angles under one name, trailing
+    commas.
     """
     path = tmp_path / PLACE
     path.mkdir(parents=True)
@@ -650,11 +653,11 @@ def test_submissions_of_others_are_read(tmp_path):
         imc.check_imc(tmp_path / "none")
 
 
-# ---- arguments, images that fail, runs that go on
+# ---- arguments, damaged images, resumed runs
 
 
 @pytest.mark.parametrize(
-    ("option", "words"),
+    ("option", "message"),
     [
         ({"label": "My Method"}, "try 'my-method'"),
         ({"label": ""}, "label may use lower case"),
@@ -663,16 +666,18 @@ def test_submissions_of_others_are_read(tmp_path):
         ({"threshold": 0.0}, "threshold"),
     ],
 )
-def test_bad_words_are_refused_before_anything_is_made(images, tmp_path, option, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_arguments_raise_before_any_work(images, tmp_path, option, message):
+    with pytest.raises(ValueError, match=message):
         export(images, tmp_path / "sub", Fake(), **option)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
-def test_folders_that_are_not_the_benchmarks(images, tmp_path):
+def test_folders_of_other_layouts_raise(images, tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder at"):
         imc.find_sequences(tmp_path / "none")
-    with pytest.raises(DataError, match=r"must hold the benchmark's data sets.*found sacre_coeur"):
+    with pytest.raises(
+        DataError, match=r"must contain the benchmark's datasets.*found sacre_coeur"
+    ):
         imc.find_sequences(images / "phototourism")
     draw(images / "photos" / "mine" / "a.png", 3)
     draw(images / "pragueparks" / "wall" / "x.jpg", 3)
@@ -680,7 +685,7 @@ def test_folders_that_are_not_the_benchmarks(images, tmp_path):
     (images / "pragueparks" / "bare").mkdir()
     (images / "googleurban").mkdir()
     sequences, refused = imc.find_sequences(images)
-    assert {place: sorted(found) for place, found in sequences.items()} == {
+    assert {folder: sorted(found) for folder, found in sequences.items()} == {
         PLACE: sorted(NAMES),
         "pragueparks/wall": ["x", "y"],
     }
@@ -690,7 +695,7 @@ def test_folders_that_are_not_the_benchmarks(images, tmp_path):
     assert "convert" in reasons["z.bmp"]
 
 
-def test_a_broken_image_is_listed_and_the_rest_goes_on(images, tmp_path):
+def test_damaged_image_is_listed_and_others_are_processed(images, tmp_path):
     path = images / PLACE / "set_100" / "images" / "b.2.png"
     path.write_bytes(b"\x89PNG nonsense")
     extractor = Fake()
@@ -701,7 +706,7 @@ def test_a_broken_image_is_listed_and_the_rest_goes_on(images, tmp_path):
     config = json.loads((tmp_path / "sub" / "config.json").read_text())
     config[0]["metadata"]["authors"] = "We"
     (tmp_path / "sub" / "config.json").write_text(json.dumps(config))
-    draw(path, 9)  # mended: it alone is done
+    draw(path, 9)  # repaired: only this image is extracted
     again = export(images, tmp_path / "sub", extractor, matches=True)
     assert (again.failed, again.violations, extractor.seen) == ([], [], 5)
     assert (again.extracted.skipped, again.matched.skipped, again.matched.done) == (4, 2, 2)
@@ -712,7 +717,7 @@ def test_a_broken_image_is_listed_and_the_rest_goes_on(images, tmp_path):
         export(images, tmp_path / "sub", extractor, single_scale=True)
 
 
-def test_files_are_the_old_or_the_new_ones(submission):
+def test_files_are_replaced_atomically(submission):
     folder = submission / PLACE
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     (folder / ".scores.h5.77.part").write_bytes(b"left by a kill")
@@ -740,7 +745,7 @@ export(Path(sys.argv[1]), Path(sys.argv[2]), Fake(wait=0.3), workers=1)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_kill_loses_nothing_made(tmp_path):
+def test_finished_results_survive_a_kill(tmp_path):
     root, out = tmp_path / "data", tmp_path / "sub"
     for i in range(30):
         draw(root / PLACE / f"p{i}.png", i)
@@ -771,11 +776,11 @@ def test_a_kill_loses_nothing_made(tmp_path):
     )
 
 
-def test_the_command(tmp_path):
+def test_command(tmp_path):
     for i in range(2):
         (tmp_path / "data" / PLACE).mkdir(parents=True, exist_ok=True)
         Image.fromarray(textured(i)).save(tmp_path / "data" / PLACE / f"p{i}.png")
-    words = (
+    arguments = (
         "imc",
         "data",
         "--output",
@@ -788,20 +793,20 @@ def test_the_command(tmp_path):
         "--num-keypoints",
         100,
     )
-    bad = run(*words, "--label", "My_Method", cwd=tmp_path, ok=False)
+    bad = run(*arguments, "--label", "My_Method", cwd=tmp_path, ok=False)
     assert bad.returncode == 2
     assert "try 'my-method'" in bad.stderr
-    done = run(*words, "--label", "ours", "--matches", cwd=tmp_path)
+    done = run(*arguments, "--label", "ours", "--matches", cwd=tmp_path)
     for part in ("2 extracted", "1 pairs matched", "0 failed -> 1 sequences in sub"):
         assert part in done.stdout
     assert table(tmp_path / "sub" / PLACE / "keypoints.h5")["p0"].shape == (100, 2)
     (tmp_path / "data" / PLACE / "p2.png").write_bytes(b"nonsense")
-    again = run(*words, "--label", "ours", cwd=tmp_path, ok=False)
+    again = run(*arguments, "--label", "ours", cwd=tmp_path, ok=False)
     assert again.returncode == 1
     assert "0 extracted (0 keypoints), 2 done before; 1 failed" in again.stdout
-    for part in ("p2.png", "keypoints.h5: p2: the image has no key points", "matches.h5: is there"):
+    for part in ("p2.png", "keypoints.h5: p2: the image has no keypoints", "matches.h5: exists"):
         assert part in again.stderr
     assert (
         "descriptors"
-        in run(*words, "--label", "a", "--descriptor", "none", cwd=tmp_path, ok=False).stderr
+        in run(*arguments, "--label", "a", "--descriptor", "none", cwd=tmp_path, ok=False).stderr
     )

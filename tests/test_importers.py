@@ -1,6 +1,4 @@
-"""Published checkpoints: gold numbers of the official code, strict import, and the way back to
-kornia.
-"""
+"""Published checkpoints: outputs of the official code, strict import, and export to kornia."""
 
 from __future__ import annotations
 
@@ -108,7 +106,7 @@ def write(layout: str, tensors: dict[str, torch.Tensor], path: Path) -> Path:
         }
         torch.save(
             content, path, _use_new_zipfile_serialization=False
-        )  # the official file is of the old kind
+        )  # the official file has the old format
     else:
         nested: OrderedDict[str, OrderedDict[str, torch.Tensor]] = OrderedDict()
         for name, value in tensors.items():
@@ -124,7 +122,7 @@ def tensors() -> dict[str, dict[str, torch.Tensor]]:
     return {layout: random_tensors(generator, shapes()) for layout, shapes in SHAPES.items()}
 
 
-# ---- the slow, readable twin of LegacyKeyNet, from raw checkpoint tensors
+# ---- reference implementation of LegacyKeyNet from raw checkpoint tensors
 
 
 def norm(x: torch.Tensor, p: dict[str, torch.Tensor], name: str, eps: float) -> torch.Tensor:
@@ -142,7 +140,7 @@ def plain_contrast(x: torch.Tensor) -> torch.Tensor:
 
 
 def plain_legacy(image: np.ndarray, p: dict[str, torch.Tensor], eps: float) -> torch.Tensor:
-    """Score map (H,W) in float64 of an image (H,W), by the words of the specification."""
+    """Score map (H,W) in float64 of an image (H,W), as specified."""
     p = {name: value.double() for name, value in p.items()}
     x = torch.from_numpy(image.astype(np.float64))
     x = x / x.max()
@@ -196,18 +194,18 @@ def plain_names(layout: str, tensors: dict[str, torch.Tensor]) -> dict[str, torc
     return p
 
 
-# ---- gold numbers
+# ---- reference values
 
 
 @pytest.mark.parametrize("crop", CROPS)
-def test_variant_a_gives_the_official_score_maps(reference_dir: Path, crop: str) -> None:
+def test_variant_a_equals_the_official_score_maps(reference_dir: Path, crop: str) -> None:
     net = load_official(reference_dir / "checkpoints" / FILES["A"])
     gold = np.load(reference_dir / "keynet_scoremaps.npz")
     found = score(net, as_image(gold[f"{crop}_image"]))[0, 0].numpy()
     np.testing.assert_allclose(found, gold[f"{crop}_score"], rtol=1e-4, atol=0)
 
 
-def test_variant_a_gives_the_official_inner_maps(reference_dir: Path) -> None:
+def test_variant_a_equals_the_official_inner_maps(reference_dir: Path) -> None:
     net = load_official(reference_dir / "checkpoints" / FILES["A"])
     assert isinstance(net, KeyNet)
     gold = np.load(reference_dir / "keynet_scoremaps.npz")
@@ -224,13 +222,15 @@ def test_variant_a_gives_the_official_inner_maps(reference_dir: Path) -> None:
 
 @pytest.mark.parametrize("crop", CROPS)
 @pytest.mark.parametrize("mode", ["as_shipped", "full_restore"])
-def test_variant_b_gives_the_official_score_maps(reference_dir: Path, crop: str, mode: str) -> None:
+def test_variant_b_equals_the_official_score_maps(
+    reference_dir: Path, crop: str, mode: str
+) -> None:
     restore = mode == "full_restore"
     net = load_official(reference_dir / "checkpoints" / FILES["B"], restore_statistics=restore)
     gold = np.load(reference_dir / "tf_scoremaps.npz")
     expected = gold[f"{crop}_{mode}"]
     found = score(net, as_image(gold[f"{crop}_image"]))[0, 0].numpy()
-    # The official 65 x 65 means add 4,225 numbers in float32; ours are nearer to float64, which
+    # The official 65 x 65 means sum 4,225 values in float32; ours are closer to float64, which
     # differs as much.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=3e-5 * expected.max())
 
@@ -271,7 +271,7 @@ POINTS = ((0, 0), (20, 20), (32, 40), (50, 70), (63, 79))
         ("B", True, 0.0, 66.63379, (2, 78), 3.12110, (1.1385, 6.2506, 0.0, 4.1875, 1.4720), 1e-4),
     ],
 )
-def test_synthetic_image_gives_the_values_of_appendix_a1(
+def test_synthetic_image_has_the_values_of_appendix_a1(
     reference_dir, layout, restore, smallest, largest, at, mean, values, tolerance
 ) -> None:
     net = load_official(reference_dir / "checkpoints" / FILES[layout], restore_statistics=restore)
@@ -285,10 +285,10 @@ def test_synthetic_image_gives_the_values_of_appendix_a1(
     ("key", "restore", "down_levels"),
     [("as_shipped", False, 5), ("full_restore", True, 5), (None, False, 4)],
 )
-def test_official_mode_gives_the_published_tensorflow_points(
+def test_official_mode_equals_the_published_tensorflow_keypoints(
     reference_dir, key, restore, down_levels
 ) -> None:
-    """Appendix A2 (the file published beside the code) and both stored extractions: every point,
+    """Appendix A2 (the file published with the code) and both stored extractions: every keypoint,
     scale and score.
     """
     cv2 = pytest.importorskip("cv2")
@@ -325,8 +325,10 @@ def test_variant_c_loads_and_scores_a_photograph(reference_dir: Path) -> None:
     assert found.max() > 10  # it does respond
 
 
-def test_variant_c_equals_its_plain_twin(reference_dir: Path) -> None:
-    """No output of variant C is published; the twin at least shares no line with the network."""
+def test_variant_c_equals_reference_implementation(reference_dir: Path) -> None:
+    """No output of variant C is published; the reference implementation shares no code with the
+    network.
+    """
     path = reference_dir / "checkpoints" / FILES["C"]
     content = torch.load(path, weights_only=True, map_location="cpu")
     flat = {
@@ -343,7 +345,7 @@ def test_variant_c_equals_its_plain_twin(reference_dir: Path) -> None:
     )
 
 
-# ---- what can be known without the reference folder
+# ---- tests without the reference folder
 
 
 @pytest.mark.parametrize(
@@ -362,7 +364,7 @@ def test_blur_kernel_is_appendix_a3() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 40), (70, 66)])
-def test_contrast_equals_its_plain_twin(size: tuple[int, int]) -> None:
+def test_contrast_equals_reference_implementation(size: tuple[int, int]) -> None:
     image = torch.rand(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     torch.testing.assert_close(normalize_contrast(image[None, None])[0, 0], plain_contrast(image))
 
@@ -371,7 +373,7 @@ def test_level_sizes() -> None:
     assert level_size(240, 600, 1, float32=True) == (
         200,
         500,
-    )  # as the reference maps of TensorFlow show
+    )  # as in the reference maps of TensorFlow
     assert level_size(240, 600, 2, float32=True) == (166, 416)
     assert level_size(180, 324, 2, float32=False) == (125, 225)
     assert level_size(180, 324, 2, float32=True) == (124, 224)
@@ -385,12 +387,12 @@ def test_each_image_is_divided_by_its_own_maximum() -> None:
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
 @pytest.mark.parametrize("ending", ["", ".npz", ".pth"])
-def test_random_checkpoint_arrives_key_by_key(
+def test_random_checkpoint_is_imported_key_by_key(
     layout: str, ending: str, tensors, tmp_path: Path
 ) -> None:
     path = write(
         layout, tensors[layout], tmp_path / f"weights{ending}"
-    )  # recognised by content, not by name
+    )  # detected by content, not by name
     net = load_official(path, restore_statistics=True)
     assert not net.training
     state = net.state_dict()
@@ -410,13 +412,13 @@ def test_random_checkpoint_arrives_key_by_key(
         assert len(p) == len(state) - (len(counters) if layout == "B" else 0)
         for name, value in p.items():
             part, kind = name.rsplit(".", 1)
-            place = {"last": "last", "bn_last": "last_norm"}.get(part)
-            place = place or f"blocks.{part[-1]}.{0 if part.startswith('conv') else 1}"
-            torch.testing.assert_close(state[f"{place}.{kind}"], value, rtol=0, atol=0)
+            layer = {"last": "last", "bn_last": "last_norm"}.get(part)
+            layer = layer or f"blocks.{part[-1]}.{0 if part.startswith('conv') else 1}"
+            torch.testing.assert_close(state[f"{layer}.{kind}"], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("layout", "eps"), [("B", 1e-3), ("C", 1e-5)])
-def test_random_legacy_net_equals_its_plain_twin(
+def test_random_legacy_net_equals_reference_implementation(
     layout: str, eps: float, tensors, tmp_path: Path
 ) -> None:
     net = load_official(
@@ -428,7 +430,7 @@ def test_random_legacy_net_equals_its_plain_twin(
     torch.testing.assert_close(score(net, image[None, None])[0, 0], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_tensorflow_statistics_are_left_out_as_published(tensors, tmp_path: Path) -> None:
+def test_tensorflow_statistics_are_omitted_as_published(tensors, tmp_path: Path) -> None:
     path = write("B", tensors["B"], tmp_path / "weights.npz")
     published, full = (
         load_official(path).state_dict(),
@@ -445,22 +447,22 @@ def test_tensorflow_statistics_are_left_out_as_published(tensors, tmp_path: Path
 
 
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_there_and_back_through_the_official_names(wrapped: bool, tmp_path: Path) -> None:
+def test_round_trip_through_the_official_names(wrapped: bool, tmp_path: Path) -> None:
     net = KeyNet()
     net.initialize(torch.Generator().manual_seed(5))
     official = to_official_state_dict(net)
     assert {name: tuple(value.shape) for name, value in official.items()} == official_shapes()
     torch.save({"state_dict": official} if wrapped else official, tmp_path / "out")
-    back = load_official(tmp_path / "out").state_dict()
-    assert set(back) == set(net.state_dict())
+    exported = load_official(tmp_path / "out").state_dict()
+    assert set(exported) == set(net.state_dict())
     for name, value in net.state_dict().items():
-        torch.testing.assert_close(back[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
     official["last_conv.0.bias"] += 1
     assert net.last is not None
     assert net.last.bias.item() == 0  # copies, not views
 
 
-def test_kornia_takes_our_weights_and_gives_the_same_map(tensors, tmp_path: Path) -> None:
+def test_kornia_with_our_weights_has_the_same_map(tensors, tmp_path: Path) -> None:
     feature = pytest.importorskip("kornia.feature", reason="needs the extra 'interop'")
     net = load_official(write("A", tensors["A"], tmp_path / "weights"))
     assert isinstance(net, KeyNet)
@@ -481,14 +483,14 @@ def test_only_the_default_network_has_official_names() -> None:
         to_official_state_dict(KeyNet(handcrafted="first"))
     with pytest.raises(ValueError, match="LegacyKeyNet"):
         to_official_state_dict(LegacyKeyNet.tensorflow())
-    to_official_state_dict(KeyNet(scale_factor=1.2))  # the default, said aloud
+    to_official_state_dict(KeyNet(scale_factor=1.2))  # the default value given explicitly
 
 
 # ---- batches, sizes, values
 
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
-def test_a_batch_gives_what_single_images_give(layout: str, tensors, tmp_path: Path) -> None:
+def test_batch_equals_single_images(layout: str, tensors, tmp_path: Path) -> None:
     net = load_official(
         write(layout, tensors[layout], tmp_path / "weights"), restore_statistics=True
     )
@@ -514,22 +516,20 @@ def test_tiny_and_odd_sizes(layout: str, size: tuple[int, int], tensors, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["B", "C"])
-def test_brightness_does_not_matter_to_the_legacy_nets(
-    layout: str, tensors, tmp_path: Path
-) -> None:
+def test_legacy_nets_are_gain_invariant(layout: str, tensors, tmp_path: Path) -> None:
     net = load_official(write(layout, tensors[layout], tmp_path / "weights"))
     image = torch.rand(1, 1, 35, 38, generator=torch.Generator().manual_seed(9))
     torch.testing.assert_close(score(net, image / 4), score(net, image))
 
 
-def test_legacy_net_refuses_colour_and_even_filters() -> None:
+def test_legacy_net_rejects_color_and_even_filters() -> None:
     with pytest.raises(ValueError, match="gray image"):
         LegacyKeyNet()(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="last_kernel"):
         LegacyKeyNet(last_kernel=4)
 
 
-# ---- files that are not what they should be
+# ---- invalid files
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -548,7 +548,7 @@ def test_unreadable_files(content: bytes, tmp_path: Path) -> None:
         load_official(path)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="folder"):
         load_official(tmp_path)
 
@@ -563,7 +563,7 @@ def test_truncated_files(layout: str, tensors, tmp_path: Path) -> None:
 
 
 class Stowaway:
-    """Its unpickling would create a file; reading weights must never come so far."""
+    """Unpickling it would create a file; reading weights must not do so."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -590,7 +590,7 @@ def test_objects_are_never_unpickled(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [{"weight": torch.zeros(3)}, {}, {"state_dict": {"a": torch.zeros(1)}}, [1, 2]]
 )
-def test_weights_of_something_else(content: object, tmp_path: Path) -> None:
+def test_weights_of_other_networks_raise(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other")
     with pytest.raises(WeightsError, match=r"other: .*official PyTorch Key\.Net"):
         load_official(tmp_path / "other")
@@ -606,7 +606,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
-def test_wrong_tensors_are_named_with_what_was_expected(
+def test_invalid_tensors_are_named_with_the_expected_shape(
     layout: str, tensors, tmp_path: Path
 ) -> None:
     name, right, wrong = KERNELS[layout]
@@ -628,7 +628,7 @@ def test_wrong_tensors_are_named_with_what_was_expected(
     assert "and 1 more" in message(**dict.fromkeys(list(tensors[layout])[:5]))
 
 
-def test_statistics_are_checked_even_where_they_are_not_used(tensors, tmp_path: Path) -> None:
+def test_unused_statistics_are_checked(tensors, tmp_path: Path) -> None:
     name = "model_deep_detector_batch_final/moving_mean"
     del tensors["B"][name]
     with pytest.raises(WeightsError, match=name):
@@ -651,7 +651,7 @@ DESCRIPTORS = {"HardNet": HardNet, "SOSNet": SOSNet, "HyNet": HyNet}
 
 
 def descriptor_shapes(kind: str) -> dict[str, tuple[int, ...]]:
-    """Keys and shapes of the official files, without the counters of batches."""
+    """Keys and shapes of the official files, without the batch counters."""
     shapes: dict[str, tuple[int, ...]] = {}
     if kind == "HyNet":
         for layer, shape in enumerate(TRUNK[:6], 1):
@@ -676,14 +676,14 @@ def descriptor_shapes(kind: str) -> dict[str, tuple[int, ...]]:
             | {"layer7.1.weight": TRUNK[6]}
             | {f"layer7.2.{name}": (128,) for name in STATISTICS}
         )
-    prefix, places = (
+    prefix, indices = (
         ("features", (0, 3, 6, 9, 12, 15, 19))
         if kind == "HardNet"
         else ("layers", (1, 4, 7, 10, 13, 16, 20))
     )
-    for place, shape in zip(places, TRUNK, strict=True):
-        shapes |= {f"{prefix}.{place}.weight": shape} | {
-            f"{prefix}.{place + 1}.{name}": (shape[0],) for name in STATISTICS
+    for index, shape in zip(indices, TRUNK, strict=True):
+        shapes |= {f"{prefix}.{index}.weight": shape} | {
+            f"{prefix}.{index + 1}.{name}": (shape[0],) for name in STATISTICS
         }
     return shapes
 
@@ -691,7 +691,7 @@ def descriptor_shapes(kind: str) -> dict[str, tuple[int, ...]]:
 def descriptor_tensors(
     kind: str, *, counters: bool = True, seed: int = 11
 ) -> dict[str, torch.Tensor]:
-    """A checkpoint of random numbers of the size that trained ones have; every tensor counts in the
+    """A checkpoint of random numbers of the magnitude of trained ones; every tensor affects the
     result.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -718,8 +718,8 @@ def descriptor_tensors(
 def write_descriptor(
     kind: str, tensors: dict[str, torch.Tensor], path: Path, *, bare: bool | None = None
 ) -> Path:
-    """As published: HardNet's file is a dictionary of an epoch and a state dict, of the old kind;
-    the others are bare.
+    """As published: HardNet's file is a dictionary of an epoch and a state dict in the old format;
+    the others are state dicts.
     """
     bare = kind != "HardNet" if bare is None else bare
     content = OrderedDict(tensors) if bare else {"epoch": 10, "state_dict": OrderedDict(tensors)}
@@ -749,7 +749,7 @@ def real_patches(data_dir: Path) -> torch.Tensor:
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
 @pytest.mark.parametrize("counters", [True, False])
 @pytest.mark.parametrize("patches_from", ["random", "photograph"])
-def test_descriptor_checkpoints_give_what_kornia_gives(
+def test_descriptor_checkpoints_equal_kornia(
     kind, counters, patches_from, request, tmp_path: Path
 ) -> None:
     feature = pytest.importorskip(
@@ -767,7 +767,7 @@ def test_descriptor_checkpoints_give_what_kornia_gives(
     assert not net.training
     other = getattr(feature, kind)(pretrained=False)
     other.load_state_dict(tensors, strict=counters)
-    # theirs takes the range of the published training as it is, ours brings [0,1] there itself
+    # kornia expects the range of the published training, ours converts from [0,1]
     theirs = score(other.eval(), patches if kind == "HardNet" else patches * 255)
     ours = score(net, patches)
     assert theirs.std(dim=0).max() > 0.01  # descriptors of different patches differ
@@ -775,16 +775,16 @@ def test_descriptor_checkpoints_give_what_kornia_gives(
 
 
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
-def test_descriptor_checkpoints_arrive_key_by_key_and_go_back(kind, tmp_path: Path) -> None:
+def test_descriptor_checkpoints_round_trip_key_by_key(kind, tmp_path: Path) -> None:
     tensors = descriptor_tensors(kind)
     for bare in (True, False):
         net = load_official(write_descriptor(kind, tensors, tmp_path / "any.name", bare=bare))
         state = net.state_dict()
         assert len(state) == len(tensors)
-        back = to_official_state_dict(net)
-        assert set(back) == set(tensors)
+        exported = to_official_state_dict(net)
+        assert set(exported) == set(tensors)
         for name, value in tensors.items():
-            torch.testing.assert_close(back[name], value, rtol=0, atol=0)
+            torch.testing.assert_close(exported[name], value, rtol=0, atol=0)
         assert sorted(v.double().sum().item() for v in state.values()) == sorted(
             v.double().sum().item() for v in tensors.values()
         )
@@ -809,7 +809,7 @@ def test_fused_descriptors_have_no_official_names() -> None:
 
 
 @pytest.mark.parametrize("kind", list(DESCRIPTORS))
-def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
+def test_invalid_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
     tensors = descriptor_tensors(kind)
     name = {
         "HardNet": "features.6.weight",
@@ -839,7 +839,7 @@ def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("added", "words"),
+    ("added", "name"),
     [
         ({"features.0.bias": (32,), "features.1.weight": (32,)}, "HardNetPS"),
         ({"features.1.weight": (32,), "features.1.bias": (32,)}, "HardNetPS"),
@@ -850,13 +850,13 @@ def test_wrong_descriptor_tensors_are_named(kind, tmp_path: Path) -> None:
         ({"features.1.weight": (32, 1, 7, 7), "descr.0.weight": (128, 4096)}, "TFeat"),
     ],
 )
-def test_related_networks_are_refused_with_the_reason(added, words, tmp_path: Path) -> None:
+def test_related_networks_raise_with_the_reason(added, name, tmp_path: Path) -> None:
     tensors = descriptor_tensors("HardNet") | {
         name: torch.zeros(shape) for name, shape in added.items()
     }
     with pytest.raises(
         WeightsError,
-        match=f"{words}.* another network and not supported.*HardNet, SOSNet and HyNet",
+        match=f"{name}.* another network and not supported.*HardNet, SOSNet and HyNet",
     ):
         load_official(write_descriptor("HardNet", tensors, tmp_path / "weights.pth"))
     with pytest.raises(WeightsError, match="another network"):

@@ -1,4 +1,4 @@
-"""The command line as a whole: one word for one thing, exit codes, JSON, masks, pictures."""
+"""The command line as a whole: consistent names, exit codes, JSON, masks, images."""
 
 import json
 
@@ -50,7 +50,7 @@ def commands() -> dict[str, click.Command]:
     return found
 
 
-def test_one_word_for_one_thing():
+def test_option_names_are_consistent():
     """The interface table of docs/concepts: no second name for an option."""
     for name, command in commands().items():
         options = {option for p in command.params for option in p.opts if option.startswith("--")}
@@ -81,12 +81,12 @@ def test_quiet_shows_no_log_lines(photos, tmp_path):
     code, out, err = call(*arguments, "--output", tmp_path / "a.safetensors", "--json")
     assert code == 0
     assert json.loads(out)["steps"] == 1
-    assert "photographs to train on" in err
+    assert "photographs for training" in err
     code, _, err = call("-q", *arguments, "--output", tmp_path / "b.safetensors")
     assert (code, err) == (0, "")
 
 
-def test_files_that_are_no_images_are_skipped_and_broken_images_fail(photos, tmp_path):
+def test_other_files_are_skipped_and_damaged_images_fail(photos, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "a.png").write_bytes((photos / "0.png").read_bytes())
@@ -108,7 +108,7 @@ def test_files_that_are_no_images_are_skipped_and_broken_images_fail(photos, tmp
     assert code == 2
 
 
-def test_masks_and_transparency_keep_keypoints_out(photos, tmp_path):
+def test_masks_and_transparency_exclude_keypoints(photos, tmp_path):
     image = Image.open(photos / "0.png")
     mask = np.zeros((image.height, image.width), np.uint8)
     mask[:, 160:] = 255
@@ -136,7 +136,7 @@ def test_masks_and_transparency_keep_keypoints_out(photos, tmp_path):
     assert "1.png" in err
 
 
-def test_match_writes_a_color_picture_and_pictures_of_the_best_pairs(photos, tmp_path):
+def test_match_draws_two_images_and_the_best_pairs_in_color(photos, tmp_path):
     pytest.importorskip("h5py")
     arguments = ["--num-keypoints", 200, "--single-scale", "--descriptor", "rootsift"]
     images = [photos / "0.png", photos / "1.png"]
@@ -147,13 +147,13 @@ def test_match_writes_a_color_picture_and_pictures_of_the_best_pairs(photos, tmp
     code, out, _ = call("match", photos, "--pictures", tmp_path / "best", *arguments)
     assert code == 0, out
     assert (tmp_path / "best" / "0-1.jpg").is_file()
-    assert "picture" in out
+    assert "image  " in out
     code, _, err = call("match", *images, "--geometry", "essential")
     assert code == 2
     assert "intrinsics" in err
 
 
-def test_compare_says_which_system_is_better(tmp_path):
+def test_compare_reports_the_better_system(tmp_path):
     rng = np.random.default_rng(1)
     for i in range(4):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8))
@@ -175,7 +175,7 @@ def test_compare_says_which_system_is_better(tmp_path):
     assert "nonsense" in err
 
 
-def test_the_documented_calls_in_python(photos):
+def test_documented_python_calls(photos):
     image_a, image_b = (str(photos / f"{i}.png") for i in range(2))
     result = tiepoints.match_two(
         image_a,

@@ -1,4 +1,4 @@
-"""Key.Net: its published size, every argument, every image size."""
+"""Key.Net: its published size, all arguments, all image sizes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_merge_changes_the_result():
         {"merge": False, "num_levels": 1},
     ],
 )
-def test_meaningless_arguments_are_refused(arguments):
+def test_invalid_arguments_raise(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         KeyNet(**arguments)
 
@@ -135,12 +135,12 @@ def test_batch_equals_single():
 
 
 @pytest.mark.parametrize("shape", [(33, 41), (1, 33, 41), (1, 3, 33, 41), (1, 1, 1, 33, 41)])
-def test_wrong_shape_is_refused(shape):
+def test_invalid_shape_raises(shape):
     with pytest.raises(ValueError, match="gray"):
         seeded()(torch.rand(shape))
 
 
-def test_initialise_is_reproducible():
+def test_initialization_is_reproducible():
     first, second = seeded(), seeded()
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
@@ -153,7 +153,7 @@ def test_initialise_is_reproducible():
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (33, 41), (40, 48)])
 @pytest.mark.parametrize("make", [seeded, KeyNet.tiny], ids=["full", "tiny"])
-def test_fused_is_the_same_function(size, make):
+def test_fused_equals_unfused(size, make):
     net = make()
     net.train()
     with torch.no_grad():

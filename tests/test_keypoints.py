@@ -1,4 +1,4 @@
-"""From score map to points: suppression, order, sub-pixel position."""
+"""From score map to keypoints: suppression, order, subpixel positions."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def bump(
     y0: float,
     sigma: float = 2.0,
     stretch: float = 1.0,
-    turn: float = 0.0,
+    angle: float = 0.0,
 ):
     y, x = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
-    u = (x - x0) * math.cos(turn) + (y - y0) * math.sin(turn)
-    v = (y - y0) * math.cos(turn) - (x - x0) * math.sin(turn)
+    u = (x - x0) * math.cos(angle) + (y - y0) * math.sin(angle)
+    v = (y - y0) * math.cos(angle) - (x - x0) * math.sin(angle)
     return torch.exp(-0.5 * (u**2 + (v / stretch) ** 2) / sigma**2)
 
 
@@ -46,12 +46,12 @@ def test_max_filter_is_max_pooling(window, size):
 
 
 @pytest.mark.parametrize("window", [0, 2, -3])
-def test_max_filter_refuses_even_windows(window):
+def test_max_filter_rejects_even_windows(window):
     with pytest.raises(ValueError, match="window"):
         max_filter(noise(1, 1, 5, 5), window)
 
 
-def test_local_maxima_of_random_maps_are_the_published_rule():
+def test_local_maxima_of_random_maps_follow_the_published_rule():
     maps = noise(2, 1, 50, 60)
     wanted = (maps == F.max_pool2d(maps, 7, 1, 3)) & (maps > 0.9)
     assert torch.equal(local_maxima(maps, 7, 0.9), wanted)
@@ -62,7 +62,7 @@ def test_plateaus():
     maps = torch.zeros(2, 1, 30, 30)
     maps[0, 0, 10:12, 10:13] = 1
     maps[1, 0, 20, 5], maps[1, 0, 5, 20] = 1, 1
-    maps[1, 0, 20, 8] = 1  # within the window of its equal
+    maps[1, 0, 20, 8] = 1  # within the window of an equal value
     found = local_maxima(maps, 15)
     assert found[0, 0].nonzero().tolist() == [[10, 10]]
     assert found[1, 0].nonzero().tolist() == [[5, 20], [20, 5]]
@@ -89,7 +89,7 @@ def test_clear_border(size, border):
             assert cleared[0, 0, y, x] == (maps[0, 0, y, x] if inside else 0)
 
 
-def test_no_points_in_the_border():
+def test_no_keypoints_in_the_border():
     maps = noise(1, 1, 60, 70)
     for unique in (True, False):
         xy, _ = detect_peaks(maps, 1000, window=3, border=10, unique=unique, subpixel=False)[0]
@@ -99,13 +99,13 @@ def test_no_points_in_the_border():
         assert xy[:, 1].max() <= 49
 
 
-def test_slopes_into_the_border_are_no_points():
+def test_slopes_into_the_border_are_not_keypoints():
     ramp = torch.arange(40.0).expand(1, 1, 40, 40) + 1e-3 * torch.arange(40.0)[:, None]
     assert len(detect_peaks(ramp, 10, window=5, border=5)[0][0]) == 0
     assert len(detect_peaks(ramp, 10, window=5, border=5, unique=False)[0][0]) > 0
 
 
-def test_strongest_first_and_ties_in_reading_order():
+def test_strongest_first_and_ties_in_raster_order():
     maps = torch.zeros(9, 20)
     for y, x, value in (
         (7, 1, 3.0),
@@ -124,15 +124,15 @@ def test_strongest_first_and_ties_in_reading_order():
 
 
 @pytest.mark.parametrize(
-    "place", [(20.0, 15.0), (20.3, 15.0), (19.8, 15.4), (20.4, 14.6), (3.2, 3.3)]
+    "position", [(20.0, 15.0), (20.3, 15.0), (19.8, 15.4), (20.4, 14.6), (3.2, 3.3)]
 )
-@pytest.mark.parametrize(("stretch", "turn"), [(1.0, 0.0), (1.2, 0.6), (1.2, -0.9)])
-def test_refine_finds_the_top_of_a_gaussian(place, stretch, turn):
-    score_map = bump(30, 40, *place, sigma=2.5, stretch=stretch, turn=turn)
+@pytest.mark.parametrize(("stretch", "angle"), [(1.0, 0.0), (1.2, 0.6), (1.2, -0.9)])
+def test_refine_finds_the_top_of_a_gaussian(position, stretch, angle):
+    score_map = bump(30, 40, *position, sigma=2.5, stretch=stretch, angle=angle)
     row, column = divmod(int(score_map.argmax()), 40)
     found = refine(score_map, torch.tensor([[column, row]]))
     assert found.dtype == torch.float32
-    assert found[0].tolist() == pytest.approx(place, abs=0.05)
+    assert found[0].tolist() == pytest.approx(position, abs=0.05)
 
 
 def test_refine_is_exact_on_paraboloids():
@@ -142,7 +142,7 @@ def test_refine_is_exact_on_paraboloids():
     assert found[0].tolist() == pytest.approx([5.3, 6.2], abs=1e-4)
 
 
-def test_refine_stays_where_it_cannot_know():
+def test_refine_keeps_positions_without_a_maximum():
     flat = torch.ones(9, 9)
     xy = torch.tensor([[4, 4], [0, 4], [8, 8]])
     assert torch.equal(refine(flat, xy), xy.float())
@@ -161,10 +161,10 @@ def test_refine_moves_at_most_half_a_pixel():
 
 
 @pytest.mark.parametrize("border", [0, 10])
-@pytest.mark.parametrize("place", [(10.3, 20.2), (29.3, 10.4), (10.0, 10.0)])
-def test_peaks_beside_the_border_are_refined_from_the_whole_map(place, border):
-    xy, _ = detect_peaks(bump(40, 40, *place)[None, None], 1, border=border)[0]
-    assert xy[0].tolist() == pytest.approx(place, abs=0.05)
+@pytest.mark.parametrize("position", [(10.3, 20.2), (29.3, 10.4), (10.0, 10.0)])
+def test_peaks_next_to_the_border_are_refined_from_the_whole_map(position, border):
+    xy, _ = detect_peaks(bump(40, 40, *position)[None, None], 1, border=border)[0]
+    assert xy[0].tolist() == pytest.approx(position, abs=0.05)
 
 
 def test_empty_and_tiny_maps():
@@ -207,9 +207,9 @@ def test_round_filter_is_the_maximum_of_a_disc(window):
     assert torch.equal(round_max_filter(score, window), slow)
 
 
-def test_a_disc_suppresses_the_same_points_whichever_way_the_map_is_turned():
-    """Pairs of peaks 9 px apart: along the axes both shapes leave the stronger, across the corner
-    the square alone does.
+def test_suppression_by_a_disc_is_rotation_invariant():
+    """Pairs of maxima 9 px apart: along the axes both shapes keep the stronger one, along the
+    diagonal only the square does.
     """
     score = torch.zeros(1, 1, 60, 60)
     score[0, 0, 20, 20], score[0, 0, 20, 26], score[0, 0, 40, 20], score[0, 0, 46, 26] = 2, 1, 2, 1

@@ -1,5 +1,5 @@
-"""Tracks through videos, sequences and cameras: known motion is followed, sources that fail say so,
-what is written can be read.
+"""Tracks in videos, sequences and cameras: known motion is followed, failing sources are reported,
+outputs can be read.
 """
 
 import importlib
@@ -55,9 +55,7 @@ FAST = (
 
 
 def texture(width: int, height: int) -> np.ndarray:
-    """(H,W,3) uint8 RGB of boxes of many sizes and colours, slightly blurred; the same each
-    time.
-    """
+    """(H,W,3) uint8 RGB of boxes of many sizes and colors, slightly blurred, reproducible."""
     rng = np.random.default_rng(7)
     image = np.zeros((height, width, 3), np.uint8)
     for side in np.linspace(60, 8, 400):
@@ -75,7 +73,7 @@ def texture(width: int, height: int) -> np.ndarray:
 
 
 def moving(count: int = FRAMES) -> list[np.ndarray]:
-    """Frames (H,W,3) RGB of a scene that moves by STEP each time."""
+    """Frames (H,W,3) RGB of a scene that moves by STEP per frame."""
     w, h = SIZE
     scene = texture(w + 200, h + 200)
     return [scene[100 - k * STEP[1] :, 100 - k * STEP[0] :][:h, :w] for k in range(count)]
@@ -119,15 +117,15 @@ def extractor():
     return build("keynet-tiny", "rootsift", num_keypoints=60, single_scale=True, device="cpu")
 
 
-def run(*words, ok=True):
-    done = CliRunner().invoke(app, ["live", *map(str, words), *FAST])
+def run(*arguments, ok=True):
+    done = CliRunner().invoke(app, ["live", *map(str, arguments), *FAST])
     if ok:
         assert done.exit_code == 0, done.output
     return done
 
 
 def features(xy, names, size=SIZE) -> Features:
-    """Points with descriptors that are equal only where their names (small integers) are."""
+    """Keypoints whose descriptors are equal only if their names (small integers) are."""
     xy = torch.tensor(xy, dtype=torch.float32).reshape(-1, 2)
     descriptors = torch.eye(32)[torch.tensor(names, dtype=torch.int64)]
     one = torch.ones(len(xy))
@@ -135,7 +133,7 @@ def features(xy, names, size=SIZE) -> Features:
 
 
 class Pictures:
-    """A screen that keeps what it is shown, and that the user closes after some pictures."""
+    """A screen that stores the images shown, and that the user closes after some of them."""
 
     def __init__(self, most=math.inf):
         self.pictures, self.most = [], most
@@ -148,10 +146,10 @@ class Pictures:
         pass
 
 
-# ---- the tracker alone
+# ---- the tracker
 
 
-def test_points_are_linked_by_their_descriptors_and_ages_count():
+def test_keypoints_are_linked_by_descriptors_and_ages_are_counted():
     tracker = Tracker(history=2)
     first = tracker.update(features([[10, 10], [50, 50], [90, 20]], [1, 2, 3]))
     assert [t.length for t in first] == [1, 1, 1]
@@ -168,7 +166,7 @@ def test_points_are_linked_by_their_descriptors_and_ages_count():
     assert tracker.lengths() == Counter({3: 1, 2: 1})
 
 
-def test_no_points_and_one_point():
+def test_no_keypoints_and_one_keypoint():
     none, one = features([], []), features([[5, 6]], [1])
     tracker = Tracker(patience=0)
     assert tracker.update(none) == []
@@ -183,21 +181,21 @@ def test_no_points_and_one_point():
 @pytest.mark.parametrize(
     ("patience", "gap", "survives"), [(0, 1, False), (1, 1, True), (1, 2, False), (2, 2, True)]
 )
-def test_a_track_survives_so_many_frames_without_its_point(patience, gap, survives):
+def test_track_survives_missing_frames_up_to_patience(patience, gap, survives):
     tracker = Tracker(patience=patience)
     here, away = features([[20, 20], [70, 70]], [1, 2]), features([[71, 70]], [2])
     tracker.update(here)
     track = tracker.update(here)[0]
     for _ in range(gap):
         tracker.update(away)
-    back = tracker.update(here)[0]
-    assert (back is track) == survives
+    track_after = tracker.update(here)[0]
+    assert (track_after is track) == survives
     if survives:
         assert (track.length, track.age) == (3, 3 + gap)
     assert tracker.lengths()[3 if survives else 2] == 1
 
 
-def test_points_that_jump_are_not_linked_and_a_gap_allows_its_part_more():
+def test_maximum_motion_scales_with_missing_frames():
     diagonal = math.hypot(*SIZE)  # 200
     for far, linked in ((0.09, True), (0.11, False)):
         tracker = Tracker(max_motion=0.1)
@@ -210,10 +208,8 @@ def test_points_that_jump_are_not_linked_and_a_gap_allows_its_part_more():
     assert tracker.update(features([[10 + 0.19 * diagonal, 10]], [1]))[0] is track
 
 
-def test_the_ratio_refuses_a_point_with_two_likely_ones():
-    """Two descriptors of the second frame are about as near as each other to the one of the
-    first.
-    """
+def test_ratio_test_rejects_ambiguous_keypoints():
+    """Two descriptors of the second frame have similar distances to the one of the first."""
     first, second = features([[10, 10]], [0]), features([[10, 10], [30, 30]], [0, 1])
     twins = torch.zeros(2, 32)
     twins[:, 0], twins[0, 1], twins[1, 2] = 0.95, 0.31, 0.312
@@ -224,7 +220,7 @@ def test_the_ratio_refuses_a_point_with_two_likely_ones():
         assert any(t.length == 2 for t in tracker.update(second)) == linked
 
 
-def test_another_size_of_frame_ends_the_tracks():
+def test_change_of_frame_size_ends_all_tracks():
     tracker = Tracker()
     for size in (SIZE, SIZE, (80, 60), (80, 60), (80, 60)):
         tracks = tracker.update(features([[10, 10]], [1], size))
@@ -235,18 +231,18 @@ def test_another_size_of_frame_ends_the_tracks():
 @pytest.mark.parametrize(
     "options", [{"ratio": 0}, {"ratio": 1.5}, {"max_motion": 0}, {"patience": -1}, {"history": 0}]
 )
-def test_options_of_the_tracker_out_of_range_are_refused(options):
+def test_invalid_tracker_options_raise(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         Tracker(**options)
 
 
-def test_features_without_descriptors_are_refused():
+def test_features_without_descriptors_raise():
     with pytest.raises(ValueError, match="descriptor"):
         Tracker().update(Features(Keypoints.empty(), None, SIZE))
 
 
 @pytest.mark.parametrize("lengths", [[2], [2, 5], [2, 2, 3, 9], [4, 2, 2, 2, 7]])
-def test_the_median_of_counts_is_that_of_the_list(lengths):
+def test_median_of_counts_equals_median_of_the_list(lengths):
     assert _median(Counter(lengths)) == np.median(lengths)
 
 
@@ -267,7 +263,7 @@ def test_tracks_follow_a_known_motion_within_a_pixel(video, extractor):
     assert (error < 1).mean() > 0.9
 
 
-def test_sobelnet_and_desnet_are_the_default_and_follow_too(video, tmp_path):
+def test_default_sobelnet_and_desnet_follow_known_motion(video, tmp_path):
     out = tmp_path / "out.avi"
     done = CliRunner().invoke(
         app,
@@ -290,7 +286,7 @@ def test_sobelnet_and_desnet_are_the_default_and_follow_too(video, tmp_path):
     assert summary["median_length"] >= 4
 
 
-def test_real_frames_give_tracks_that_agree_with_one_camera_motion(data_dir, extractor, tmp_path):
+def test_tracks_of_real_frames_agree_with_the_camera_motion(data_dir, extractor, tmp_path):
     folder = data_dir / "sequence"
     if not folder.is_dir():
         pytest.skip("no sequence of frames (../shared/data/sequence)")
@@ -306,13 +302,13 @@ def test_real_frames_give_tracks_that_agree_with_one_camera_motion(data_dir, ext
     moves = np.array([np.subtract(t.xy[-1], t.xy[0]) for t in tracker._tracks if t.length == 3])
     assert len(moves) >= 10
     apart = np.linalg.norm(moves - np.median(moves, axis=0), axis=1)
-    assert np.median(apart) < 12  # the camera turns: most of the scene moves much alike
+    assert np.median(apart) < 12  # the camera rotates: most of the scene moves similarly
 
 
 # ---- sources
 
 
-def test_a_video_a_folder_a_pattern_and_files_give_the_same_frames(video, tmp_path):
+def test_video_folder_pattern_and_files_have_the_same_frames(video, tmp_path):
     frames = moving(12)
     folder = write_images(tmp_path / "frames", frames)
     (folder / "notes.txt").write_text("not a frame")
@@ -367,17 +363,15 @@ def test_frames_of_16_bit_and_gray_keep_their_contrast(tmp_path):
     [
         (None, "nothing.mp4", "give a video"),
         (None, "frames/*.png", "give a video"),
-        ("folder", "there", "no image in the folder"),
-        ("text", "there.avi", "convert it"),
-        ("empty", "there.mp4", "convert it"),
-        ("image", "there.png", "'*.png'"),
+        ("folder", "source", "no image in the folder"),
+        ("text", "source.avi", "convert it"),
+        ("empty", "source.mp4", "convert it"),
+        ("image", "source.png", "'*.png'"),
         (None, "987", "camera 987 does not open"),
         (None, "99999999999999", "does not open"),
     ],
 )
-def test_sources_that_are_missing_or_broken_end_with_a_clear_error(
-    tmp_path, make, given, says, monkeypatch
-):
+def test_missing_and_damaged_sources_raise(tmp_path, make, given, says, monkeypatch):
     monkeypatch.chdir(tmp_path)
     match make:
         case "folder":
@@ -397,7 +391,7 @@ def test_sources_that_are_missing_or_broken_end_with_a_clear_error(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_video_among_several_files_and_a_folder_of_broken_images_are_refused(video, tmp_path):
+def test_video_among_files_and_folder_of_damaged_images_raise(video, tmp_path):
     folder = write_images(tmp_path / "frames", moving(2))
     with pytest.raises(ValueError, match=r"moving\.avi is not an image"):
         open_source([str(folder / "f0.png"), str(video)])
@@ -409,7 +403,7 @@ def test_a_video_among_several_files_and_a_folder_of_broken_images_are_refused(v
     assert "f0.png" in done.stderr
 
 
-def test_a_video_that_breaks_off_says_so_and_what_was_written_is_usable(video, tmp_path):
+def test_truncated_video_is_reported_and_output_is_valid(video, tmp_path):
     whole = video.read_bytes()
     cut = tmp_path / "cut.avi"
     cut.write_bytes(whole[: len(whole) * 6 // 10])
@@ -423,7 +417,7 @@ def test_a_video_that_breaks_off_says_so_and_what_was_written_is_usable(video, t
     assert len(read_video(tmp_path / "out.mp4")[0]) == summary["frames"]
 
 
-def test_a_broken_image_in_a_folder_is_skipped_and_named(tmp_path):
+def test_damaged_image_in_a_folder_is_skipped_and_named(tmp_path):
     folder = write_images(tmp_path / "frames", moving(5))
     good = (folder / "f2.png").read_bytes()
     (folder / "f2.png").write_bytes(good[: len(good) // 2])
@@ -434,7 +428,7 @@ def test_a_broken_image_in_a_folder_is_skipped_and_named(tmp_path):
 
 
 class FakeCamera:
-    """A camera of a few pictures that then goes away."""
+    """A camera that is disconnected after a few images."""
 
     def __init__(self, frames, fps=0.0):
         self.frames, self.fps, self.at, self.settings = frames, fps, -1, {}
@@ -460,11 +454,11 @@ class FakeCamera:
         self.at = len(self.frames)
 
 
-def test_a_camera_that_goes_away_says_so_and_its_video_keeps_real_time(
+def test_disconnected_camera_is_reported_and_its_video_keeps_real_time(
     tmp_path, extractor, monkeypatch
 ):
     camera, opened = FakeCamera(moving(6)), cv2.VideoCapture
-    monkeypatch.setattr(cv2, "VideoCapture", lambda place: camera if place == 0 else opened(place))
+    monkeypatch.setattr(cv2, "VideoCapture", lambda index: camera if index == 0 else opened(index))
     source = open_source("0")
     assert isinstance(source, VideoFrames)
     assert (source.camera, source.total, source.rate) == (True, None, 25)
@@ -478,10 +472,10 @@ def test_a_camera_that_goes_away_says_so_and_its_video_keeps_real_time(
     assert 100 * 5 * 0.05 <= len(frames) <= 100 * summary.seconds + 1
 
 
-# ---- pictures
+# ---- drawings
 
 
-def test_tails_heads_and_single_points_are_drawn_where_they_are():
+def test_tails_heads_and_single_keypoints_are_drawn_at_their_positions():
     black = np.zeros((120, 160, 3), np.uint8)
     tracker = Tracker(history=3)
     for x in (20, 40, 60, 80):
@@ -493,7 +487,7 @@ def test_tails_heads_and_single_points_are_drawn_where_they_are():
     assert tuple(out[30, 80]) == age_color(4)
     assert np.allclose(out[30, 50], age_color(4), atol=30)  # lines are smoothed
     assert not out[30, :38].any()  # beyond the tail
-    assert out[90, 100].min() > 150  # gray-white, and small
+    assert out[90, 100].min() > 150  # light gray and small
     assert (
         (out[85:96, 95:106].max(axis=2) > 60).sum()
         <= 9
@@ -502,12 +496,12 @@ def test_tails_heads_and_single_points_are_drawn_where_they_are():
     assert np.array_equal(draw_tracks(black, []), black)
 
 
-def test_colours_tell_the_age_and_the_caption_stays_in_its_corner():
-    colours = [age_color(a) for a in (1, 4, 16, 64)]
-    assert len(set(colours)) == 4
-    assert colours[0][0] > 200 > colours[0][2]  # blue
-    assert colours[-1][2] > 200 > colours[-1][0]  # red
-    assert age_color(1000) == colours[-1]
+def test_colors_show_the_age_and_caption_is_in_the_corner():
+    colors = [age_color(a) for a in (1, 4, 16, 64)]
+    assert len(set(colors)) == 4
+    assert colors[0][0] > 200 > colors[0][2]  # blue
+    assert colors[-1][2] > 200 > colors[-1][0]  # red
+    assert age_color(1000) == colors[-1]
     picture = np.full((480, 640, 3), 200, np.uint8)
     draw_caption(picture, "12.5 frames/s   31 tracks")
     assert (picture[:20, :100] != 200).any()
@@ -517,7 +511,7 @@ def test_colours_tell_the_age_and_the_caption_stays_in_its_corner():
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
-def test_the_video_written_has_the_frames_the_rate_and_the_tracks(video, tmp_path, suffix):
+def test_written_video_has_frames_rate_and_tracks(video, tmp_path, suffix):
     out = tmp_path / "new" / f"out{suffix}"
     done = run(video, "--output", out, "--json", "--max-frames", 5)
     summary = json.loads(done.stdout)
@@ -530,7 +524,7 @@ def test_the_video_written_has_the_frames_the_rate_and_the_tracks(video, tmp_pat
     drawn = [
         np.abs(a.astype(int) - b[:, :, ::-1])[40:] for a, b in zip(frames, moving(5), strict=True)
     ]
-    assert np.mean(drawn[4] > 60) > 2 * np.mean(drawn[0] > 60)  # tails come with the second frame
+    assert np.mean(drawn[4] > 60) > 2 * np.mean(drawn[0] > 60)  # tails start at the second frame
     assert set(summary) == {*Summary.__dataclass_fields__, "output"}
     assert 10 < summary["points"] <= 60
     assert summary["tracks"] >= 10
@@ -540,7 +534,7 @@ def test_the_video_written_has_the_frames_the_rate_and_the_tracks(video, tmp_pat
     assert not summary["stopped"]
 
 
-def test_a_change_of_size_restarts_the_tracks_and_keeps_the_size_of_the_video(tmp_path):
+def test_change_of_frame_size_keeps_the_size_of_the_video(tmp_path):
     frames = moving(6)
     frames[3:] = [f[:90, :100] for f in frames[3:]]
     folder = write_images(tmp_path / "frames", frames)
@@ -550,7 +544,7 @@ def test_a_change_of_size_restarts_the_tracks_and_keeps_the_size_of_the_video(tm
     assert json.loads(done.stdout)["mean_length"] <= 3
 
 
-def test_what_cannot_be_written_is_refused_before_anything_is_lost(video, tmp_path):
+def test_invalid_outputs_raise_before_any_work(video, tmp_path):
     done = run(video, "--output", tmp_path / "out.gif", ok=False)
     assert (done.exit_code, "out.gif" in done.stderr, ".mp4" in done.stderr) == (2, True, True)
     assert run(video, "--output", video, ok=False).exit_code == 2
@@ -572,13 +566,13 @@ def test_what_cannot_be_written_is_refused_before_anything_is_lost(video, tmp_pa
     assert not (tmp_path / "none.avi").exists()
 
 
-# ---- the window and the end
+# ---- window and quitting
 
 
 @pytest.mark.skipif(
     sys.platform != "linux", reason="elsewhere the display is not known by the environment"
 )
-def test_without_a_display_the_error_names_output(video, monkeypatch):
+def test_missing_display_raises(video, monkeypatch):
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     done = run(video, ok=False)
@@ -586,7 +580,7 @@ def test_without_a_display_the_error_names_output(video, monkeypatch):
     assert "--output" in done.stderr
 
 
-def test_an_opencv_without_windows_says_so(monkeypatch):
+def test_opencv_without_windows_raises(monkeypatch):
     def refuse(*_):
         raise cv2.error(
             "The function is not implemented. Rebuild the library with Windows, GTK+ 2.x or Cocoa "
@@ -603,7 +597,7 @@ def test_an_opencv_without_windows_says_so(monkeypatch):
     ("key", "visible", "goes_on"),
     [(255, 1, True), (ord("q"), 1, False), (27, 1, False), (255, 0, False)],
 )
-def test_keys_and_closing_end_the_window(monkeypatch, key, visible, goes_on):
+def test_keys_and_closing_quit_the_window(monkeypatch, key, visible, goes_on):
     shown, waits = [], []
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(cv2, "namedWindow", lambda *_: None)
@@ -616,10 +610,10 @@ def test_keys_and_closing_end_the_window(monkeypatch, key, visible, goes_on):
     window.show(picture)
     assert len(shown) == 2
     assert waits[0] == 1
-    assert 300 < waits[1] <= 500  # the second picture is due half a second after the first
+    assert 300 < waits[1] <= 500  # the second image is due half a second after the first
 
 
-def test_the_user_ends_it_by_the_window_and_by_ctrl_c(video, extractor):
+def test_user_quits_by_the_window_and_by_ctrl_c(video, extractor):
     source = open_source(str(video))
     summary = live(source, extractor, Pictures(most=3))
     source.close()
@@ -638,12 +632,12 @@ def test_the_user_ends_it_by_the_window_and_by_ctrl_c(video, extractor):
     assert (summary.frames, summary.stopped) == (
         3,
         True,
-    )  # the one that was interrupted does not count
+    )  # the interrupted one is not counted
     assert summary.tracks >= 10
 
 
-def test_ctrl_c_in_the_command_prints_the_summary_and_leaves_a_good_video(tmp_path):
-    # a shell starts what it puts in the background deaf to SIGINT
+def test_ctrl_c_prints_the_summary_and_leaves_a_valid_video(tmp_path):
+    # a shell starts background processes with SIGINT ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = write_images(tmp_path / "frames", moving(2))
     for i in range(2, 1000):
@@ -664,14 +658,14 @@ def test_ctrl_c_in_the_command_prints_the_summary_and_leaves_a_good_video(tmp_pa
     finally:
         signal.signal(signal.SIGINT, before)
     assert "(stopped)" in done.stdout
-    written, said = len(read_video(tmp_path / "out.avi")[0]), int(done.stdout.split()[1])
+    written, reported = len(read_video(tmp_path / "out.avi")[0]), int(done.stdout.split()[1])
     assert (
-        1 <= said <= written <= said + 1 < 1000
-    )  # the last one may be written and not yet counted
+        1 <= reported <= written <= reported + 1 < 1000
+    )  # the last one may be written but not counted yet
     assert not list(tmp_path.glob(".out.*"))
 
 
-def test_opencv_is_named_where_it_is_missing_and_not_needed_to_import(video, monkeypatch):
+def test_missing_opencv_is_named_and_not_needed_to_import(video, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     monkeypatch.delitem(sys.modules, "tiepoints.jobs.video")
     importlib.import_module("tiepoints.jobs.video")

@@ -1,4 +1,4 @@
-"""The training loop: it learns, repeats itself, survives interruptions, and says what is wrong."""
+"""The training loop: convergence, reproducibility, interruptions, and messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SETTINGS = FitSettings(
 
 
 def one_pair(index: int, size: int = 64) -> dict[str, torch.Tensor]:
-    """Smooth noise and its copy moved by a few pixels; depends on ``index`` alone."""
+    """Smooth noise and its copy shifted by a few pixels; depends only on ``index``."""
     generator = torch.Generator().manual_seed(index)
     noise = torch.rand(1, 1, size + 4, size + 4, generator=generator)
     image = torch.nn.functional.avg_pool2d(noise, 5, 1)
@@ -85,7 +85,7 @@ class Interrupted(Exception):
 
 
 def breaking_loss(stop_at: int, action):
-    """The loss, and ``action`` in its place at the given step."""
+    """The loss, replaced by ``action`` at the given step."""
     calls = []
 
     def loss(net, batch):
@@ -144,7 +144,7 @@ def unbroken(tmp_path_factory):
     return train(tmp_path_factory.mktemp("unbroken") / "state.ckpt")
 
 
-def test_it_learns(tmp_path):
+def test_training_reduces_the_loss(tmp_path):
     seen = []
 
     def loss(net, batch):
@@ -169,11 +169,11 @@ def test_same_seed_same_weights(tmp_path, unbroken):
     assert not same(net, new_net())
 
 
-def test_workers_do_not_matter(tmp_path, unbroken):
+def test_number_of_workers_does_not_matter(tmp_path, unbroken):
     assert same(train(tmp_path / "c", workers=1)[0], unbroken[0])
 
 
-def test_a_batch_is_made_of_its_own_items(tmp_path):
+def test_batches_contain_their_own_items(tmp_path):
     seen = []
 
     def loss(net, batch):
@@ -182,8 +182,8 @@ def test_a_batch_is_made_of_its_own_items(tmp_path):
 
     train(tmp_path / "c", replace(SETTINGS, steps=2), loss)
     for step, images in enumerate(seen):
-        for place in range(2):
-            assert torch.equal(images[place], one_pair(2 * step + place)["image_a"])
+        for i in range(2):
+            assert torch.equal(images[i], one_pair(2 * step + i)["image_a"])
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, BREAK])
@@ -220,7 +220,7 @@ def test_interrupted_while_validating(tmp_path, unbroken):
 
 def test_killed_training_resumes(tmp_path, unbroken):
     checkpoint = tmp_path / "state.ckpt"
-    threads = torch.get_num_threads()  # another number sums in another order
+    threads = torch.get_num_threads()  # another number of workers sums in another order
     script = (
         "import os, signal, sys; from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -250,14 +250,14 @@ def test_resume_without_checkpoint_starts(tmp_path, unbroken):
     assert same(train(tmp_path / "c", resume=True)[0], unbroken[0])
 
 
-def test_without_resume_an_old_checkpoint_is_left_behind(tmp_path, unbroken):
+def test_without_resume_an_old_checkpoint_is_ignored(tmp_path, unbroken):
     with pytest.raises(Interrupted):
         train(tmp_path / "c", loss=breaking_loss(4, interrupt))
     assert same(train(tmp_path / "c")[0], unbroken[0])
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
-def test_damaged_checkpoint_is_refused(tmp_path, damage):
+def test_damaged_checkpoint_raises(tmp_path, damage):
     checkpoint = tmp_path / "state.ckpt"
     train(checkpoint, replace(SETTINGS, steps=1))
     if damage == "other":
@@ -273,7 +273,7 @@ def test_damaged_checkpoint_is_refused(tmp_path, damage):
     assert checkpoint.read_bytes() == before
 
 
-def test_other_settings_are_refused(tmp_path):
+def test_other_settings_raise(tmp_path):
     train(tmp_path / "c", replace(SETTINGS, steps=1), identity={"data": "x"})
     with pytest.raises(WeightsError, match=r"learning_rate was 0\.005, now 0\.5"):
         train(
@@ -303,7 +303,7 @@ def test_infinite_loss_stops_the_training(tmp_path):
         train(tmp_path / "c", loss=loss)
 
 
-def test_full_disk_does_not_end_the_training(tmp_path, unbroken, monkeypatch, caplog):
+def test_full_disk_does_not_stop_the_training(tmp_path, unbroken, monkeypatch, caplog):
     def full(state, path):
         raise OSError(f"checkpoint {path} could not be written (No space left on device)")
 
@@ -347,7 +347,7 @@ def test_best_weights_are_kept(tmp_path):
         assert torch.equal(value, kept[-1][0][key])
 
 
-def test_log_goes_on_where_it_stopped(tmp_path):
+def test_log_resumes_where_it_stopped(tmp_path):
     with pytest.raises(Interrupted):
         train(tmp_path / "c", loss=breaking_loss(4, interrupt), log_dir=tmp_path / "log")
     train(tmp_path / "c", resume=True, log_dir=tmp_path / "log")

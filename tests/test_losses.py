@@ -1,5 +1,5 @@
-"""Index proposals and the M-SIP loss: numbers by hand, a slow twin, the official outputs,
-gradients.
+"""Index proposals and the M-SIP loss: values by hand, a reference implementation, the official
+outputs, gradients.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tiepoints.geometry import warp_image
 from tiepoints.training import losses
 from tiepoints.training.losses import (
     border_mask,
@@ -37,7 +38,7 @@ def shift(x: float, y: float, batch: int = 2) -> torch.Tensor:
     return torch.tensor([[1.0, 0, x], [0, 1, y], [0, 0, 1]]).expand(batch, 3, 3)
 
 
-# --- a slow twin, window by window and pixel by pixel
+# --- reference implementation, window by window and pixel by pixel
 
 
 def slow_proposal(values: np.ndarray, base: float) -> tuple[float, float, float]:
@@ -58,12 +59,12 @@ def slow_loss(maps, targets, visible, window, *, base, weighting, visibility, em
     """``index_proposal_loss`` of (B,H,W) arrays."""
     terms = []
     for image, target, seen in zip(maps, targets, visible, strict=True):
-        places = [
+        windows = [
             (slice(y, y + window), slice(x, x + window))
             for y in range(0, image.shape[0] - window + 1, window)
             for x in range(0, image.shape[1] - window + 1, window)
         ]
-        soft = [slow_proposal(image[place], base) for place in places]
+        soft = [slow_proposal(image[part_of], base) for part_of in windows]
         scores = [s for _, _, s in soft]
         if weighting == "minmax":
             low = min(scores)
@@ -73,8 +74,8 @@ def slow_loss(maps, targets, visible, window, *, base, weighting, visibility, em
             weights = [100 * math.exp(s) / total for s in scores]
         else:
             weights = [1.0] * len(scores)
-        for place, (row, column, _), weight in zip(places, soft, weights, strict=True):
-            part = target[place]
+        for part_of, (row, column, _), weight in zip(windows, soft, weights, strict=True):
+            part = target[part_of]
             r, c = divmod(int(part.argmax()), window)
             r, c = r + 1, c + 1
             if part.max() <= 0:
@@ -82,8 +83,8 @@ def slow_loss(maps, targets, visible, window, *, base, weighting, visibility, em
                     weight = 0.0
                 r = c = 0
             if visibility == "any":
-                weight *= seen[place].max()
-            elif seen[place].mean() <= 0.5:
+                weight *= seen[part_of].max()
+            elif seen[part_of].mean() <= 0.5:
                 weight = 0.0
             terms.append(factor * weight * ((row - r) ** 2 + (column - c) ** 2) / window**2)
     return sum(terms) / len(terms)
@@ -106,7 +107,7 @@ def test_index_proposal_by_hand():
 
 @pytest.mark.parametrize("base", [1.5, math.e, 100.0])
 @pytest.mark.parametrize(("size", "window"), [((24, 24), 8), ((17, 29), 5), ((6, 20), 6)])
-def test_index_proposal_equals_its_slow_twin(size, window, base):
+def test_index_proposal_equals_reference_implementation(size, window, base):
     score_map = noise(2, 1, *size, seed=window, dtype=torch.float64) ** 4
     index, score = index_proposal(score_map, window, base=base)
     assert index.shape == (2, size[0] // window, size[1] // window, 2)
@@ -168,13 +169,13 @@ def test_huge_and_zero_scores_stay_finite():
 @pytest.mark.parametrize("weighting", ["minmax", "softmax", "none"])
 @pytest.mark.parametrize("visibility", ["any", "half"])
 @pytest.mark.parametrize("empty", ["ignore", "zero"])
-def test_loss_equals_its_slow_twin(weighting, visibility, empty):
+def test_loss_equals_reference_implementation(weighting, visibility, empty):
     size, window, base, factor = (18, 27), 6, 3.0, 500.0
     maps, targets, visible = (noise(2, 1, *size, seed=s, dtype=torch.float64) for s in (1, 2, 3))
     targets[0, 0, :6, :12] = 0  # two windows without a target
     visible = torch.where(visible > 0.5, visible, torch.zeros_like(visible))
-    visible[1, 0, 6:12, 6:12] = 0  # one that is not visible
-    visible[1, 0, 12:, :6] = 0.9  # one that clearly is
+    visible[1, 0, 6:12, 6:12] = 0  # a window that is not visible
+    visible[1, 0, 12:, :6] = 0.9  # a window that is visible
     options = {
         "base": base,
         "weighting": weighting,
@@ -191,7 +192,7 @@ def test_loss_equals_its_slow_twin(weighting, visibility, empty):
 
 
 @pytest.mark.parametrize("option", ["weighting", "visibility", "empty"])
-def test_unknown_options_are_refused(option):
+def test_unknown_options_raise(option):
     maps = noise(1, 1, 16, 16)
     with pytest.raises(ValueError, match=option):
         index_proposal_loss(maps, maps, torch.ones_like(maps), 8, **{option: "other"})
@@ -210,7 +211,7 @@ def test_gradients_are_exact():
     )
 
 
-def test_detached_maximum_changes_the_gradient_alone():
+def test_detached_maximum_changes_only_the_gradient():
     gradients, values = [], []
     for detach in (True, False):
         score_map = noise(1, 1, 8, 8).requires_grad_()
@@ -249,9 +250,9 @@ def test_loss_is_symmetric():
     assert forward.item() == pytest.approx(backward.item(), rel=1e-5)
 
 
-def test_true_homography_costs_less():
+def test_true_homography_has_a_lower_loss():
     whole = smooth_map(96, 120)
-    a, b = whole[..., :96], whole[..., 9:105]  # what is at x in a lies at x - 9 in b
+    a, b = whole[..., :96], whole[..., 9:105]  # x in a corresponds to x - 9 in b
     true, _ = msip_loss(a**8, b**8, shift(-9, 0))
     wrong, _ = msip_loss(a**8, b**8, shift(9, 0))
     assert true < 0.8 * wrong
@@ -292,9 +293,9 @@ def test_maps_need_not_be_square(size):
     assert math.isfinite(loss.item())
     assert (
         min(numbers["loss"], numbers["loss_8"], numbers["loss_16"]) > 0
-    )  # a window that is alone weighs 0
-    turned, _ = msip_loss(a.mT, b.mT, shift(1, 2), border=4)  # windows at the same places
-    assert turned.item() == pytest.approx(loss.item(), rel=1e-4)
+    )  # a single window has weight 0
+    transposed, _ = msip_loss(a.mT, b.mT, shift(1, 2), border=4)  # windows at the same positions
+    assert transposed.item() == pytest.approx(loss.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -311,14 +312,14 @@ def test_maps_need_not_be_square(size):
     ],
     ids=lambda options: "-".join(f"{k}" for k in options),
 )
-def test_every_option_counts(options):
+def test_every_option_is_used(options):
     a, b = smooth_map(96, 96), smooth_map(96, 96, 1)
     assert msip_loss(a, b, shift(9, 5), **options)[0].item() != pytest.approx(
         msip_loss(a, b, shift(9, 5))[0].item()
     )
 
 
-def test_wrong_arguments_are_refused():
+def test_invalid_arguments_raise():
     a = smooth_map(96, 96)
     with pytest.raises(ValueError, match="equal shape"):
         msip_loss(a, smooth_map(96, 90), shift(0, 0))
@@ -326,7 +327,7 @@ def test_wrong_arguments_are_refused():
         msip_loss(a[:, 0], a[:, 0], shift(0, 0))
     with pytest.raises(ValueError, match="5 windows but 1 weights"):
         msip_loss(a, a, shift(0, 0), weights=(1.0,))
-    with pytest.raises(ValueError, match="do not hold a window of 40"):
+    with pytest.raises(ValueError, match="smaller than a window of 40"):
         msip_loss(smooth_map(39, 96), smooth_map(39, 96), shift(0, 0))
 
 
@@ -356,13 +357,17 @@ def tensorflow(reference_dir):
 
 
 def frames(score_a, score_b, H_ab, window):
-    """What the loss compares: both maps, their warped partners and the common areas, cut to whole
-    windows.
+    """Inputs of the loss: both maps, their warped counterparts and the common areas, cropped to
+    whole windows.
     """
-    cut = score_a.shape[-1] // window * window
+    side = score_a.shape[-1] // window * window
     mask = border_mask(score_a)
-    parts = [t[..., :cut, :cut] for t in (score_a, score_b, mask, mask)]
-    return losses._meet(parts, H_ab, torch.linalg.inv(H_ab.double()).float())
+    a, b, mask = (t[..., :side, :side] for t in (score_a, score_b, mask))
+    H_ba = torch.linalg.inv(H_ab.double()).float()
+    b_in_a, in_b = warp_image(torch.cat([b * mask, mask], dim=1), H_ba).split(1, dim=1)
+    a_in_b, in_a = warp_image(torch.cat([a * mask, mask], dim=1), H_ab).split(1, dim=1)
+    visible_a, visible_b = in_b * mask, in_a * mask
+    return a * visible_a, b * visible_b, b_in_a * visible_a, a_in_b * visible_b
 
 
 def close_gradient(ours, theirs):
@@ -386,7 +391,7 @@ def test_rekd_loss_and_gradients(rekd, case):
 @pytest.mark.parametrize("case", CASES)
 def test_rekd_indices(rekd, case, window):
     gold = {k.split("/")[-1]: v for k, v in rekd.items() if k.startswith(f"{case}/ws{window}/")}
-    a, b, b_in_a, a_in_b, _, _ = frames(
+    a, b, b_in_a, a_in_b = frames(
         rekd[f"{case}/src_score"], rekd[f"{case}/dst_score"], rekd[f"{case}/h_src_2_dst"], window
     )
     for side, score_map in (("src", a), ("dst", b)):

@@ -1,4 +1,4 @@
-"""Matching: a slow twin, ties, votes, learned matchers, and inputs without an answer."""
+"""Matching: a reference implementation, ties, votes, learned matchers, and degenerate inputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pairs(matches: Matches) -> list[tuple[int, int]]:
     return [(i, j) for i, j in matches.index.tolist()]
 
 
-# ---- nearest neighbours
+# ---- nearest neighbors
 
 
 def slow_match(
@@ -54,7 +54,7 @@ def slow_match(
     def distances(row: torch.Tensor, others: torch.Tensor) -> list[float]:
         return [math.sqrt(max(0.0, 2 - 2 * float(row @ other))) for other in others]
 
-    def distinct(found: list[float]) -> bool:
+    def unique(found: list[float]) -> bool:
         if ratio is None or ratio == 1 or len(found) == 1:
             return True
         first, second = sorted(found)[:2]
@@ -62,10 +62,10 @@ def slow_match(
 
     found = []
     for i in range(len(a)):
-        there = distances(a[i], b)
-        j = there.index(min(there))
-        back = distances(b[j], a)
-        if distinct(there) and (not mutual or (back.index(min(back)) == i and distinct(back))):
+        a_to_b = distances(a[i], b)
+        j = a_to_b.index(min(a_to_b))
+        b_to_a = distances(b[j], a)
+        if unique(a_to_b) and (not mutual or (b_to_a.index(min(b_to_a)) == i and unique(b_to_a))):
             found.append((i, j))
     return found
 
@@ -73,7 +73,7 @@ def slow_match(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mutual", [True, False])
 @pytest.mark.parametrize("ratio", [None, 0.8, 0.9, 1.0])
-def test_equals_the_slow_twin_and_blocks_change_nothing(mutual, ratio, dtype, monkeypatch):
+def test_equals_reference_implementation_with_any_block_size(mutual, ratio, dtype, monkeypatch):
     a, b = (features(d.to(dtype)) for d in noisy_pair())
     assert a.descriptors.dtype == dtype
     as_float = [torch.nn.functional.normalize(f.descriptors.float(), dim=1) for f in (a, b)]
@@ -86,7 +86,7 @@ def test_equals_the_slow_twin_and_blocks_change_nothing(mutual, ratio, dtype, mo
         assert pairs(match(a, b, mutual=mutual, ratio=ratio)) == expected
 
 
-def test_mutual_ratio_is_tested_from_both_sides():
+def test_mutual_ratio_test_is_symmetric():
     # b0 is far nearer to a0 than b1 is, but a1 is about as near to b0 as a0 is
     angles_a, angles_b = torch.tensor([0.0, 0.25]), torch.tensor([0.1, 1.5])
     a, b = (features(torch.stack([t.cos(), t.sin()], dim=1)) for t in (angles_a, angles_b))
@@ -106,7 +106,7 @@ def test_equals_kornia(ratio):
     assert sorted(pairs(match(a, b))) == sorted(map(tuple, index.tolist()))
 
 
-def test_empty_sides_and_a_single_candidate():
+def test_empty_inputs_and_a_single_candidate():
     some, none = features(torch.randn(3, 8)), features(torch.zeros(0, 8))
     for options in (
         {},
@@ -125,7 +125,7 @@ def test_empty_sides_and_a_single_candidate():
 
 
 @pytest.mark.parametrize("block", [1, 2, 5, 2048])
-def test_of_equal_descriptors_the_first_is_taken_once(block, monkeypatch):
+def test_of_equal_descriptors_the_first_is_matched_once(block, monkeypatch):
     monkeypatch.setattr(matching, "BLOCK", block)
     rng = torch.Generator().manual_seed(0)
     rows = torch.nn.functional.normalize(torch.randn(3, 128, generator=rng), dim=1)
@@ -134,13 +134,13 @@ def test_of_equal_descriptors_the_first_is_taken_once(block, monkeypatch):
     assert pairs(match(b, a)) == [(0, 3), (2, 0)]
     everyone = pairs(match(a, b, mutual=False))
     assert [(i, j) for i, j in everyone if i in (0, 2, 3, 5)] == [(0, 2), (2, 2), (3, 0), (5, 2)]
-    assert pairs(match(a, b, ratio=0.99)) == []  # nothing says which of them is meant
+    assert pairs(match(a, b, ratio=0.99)) == []  # ambiguous
     assert pairs(match(a, b, ratio=1.0)) == pairs(match(a, b))
     same = features(torch.ones(4, 8))
     assert pairs(match(same, same)) == [(0, 0)]
 
 
-def test_no_point_has_two_mutual_matches_among_many_ties():
+def test_mutual_matches_are_one_to_one_with_many_ties():
     rng = torch.Generator().manual_seed(2)
     a, b = (features(torch.randint(0, 2, (200, 5), generator=rng).float() + 0.1) for _ in range(2))
     found = match(a, b)
@@ -160,7 +160,7 @@ def test_score_is_the_cosine_and_has_a_floor():
     ]
 
 
-def test_never_more_than_a_tile_of_the_matrix(monkeypatch):
+def test_memory_is_limited_to_a_tile_of_the_matrix(monkeypatch):
     monkeypatch.setattr(matching, "BLOCK", 64)
     sizes = []
 
@@ -178,7 +178,7 @@ def test_never_more_than_a_tile_of_the_matrix(monkeypatch):
     assert max(sizes) == 64 * 64
 
 
-def test_descriptors_that_require_gradients_are_taken():
+def test_descriptors_that_require_gradients_are_accepted():
     descriptors = torch.nn.functional.normalize(torch.randn(5, 8), dim=1).requires_grad_()
     a = Features(features(torch.randn(5, 8)).keypoints, descriptors, (10, 10))
     assert not match(a, a, ratio=0.9).score.requires_grad
@@ -186,7 +186,7 @@ def test_descriptors_that_require_gradients_are_taken():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_finds_the_same_and_keeps_it():
+def test_gpu_equals_cpu_and_keeps_the_device():
     a, b = (features(d) for d in noisy_pair(300, 200, 80, 32))
     on_gpu = [Features(f.keypoints.to("cuda"), f.descriptors.cuda(), f.image_size) for f in (a, b)]
     found = match(*on_gpu, ratio=0.9, rotation_tolerance=0.5, scale_tolerance=2.0)
@@ -194,7 +194,7 @@ def test_a_gpu_finds_the_same_and_keeps_it():
     assert pairs(found) == pairs(match(a, b, ratio=0.9))
 
 
-def test_wrong_features_and_options_are_refused():
+def test_invalid_features_and_options_raise():
     a, b = features(torch.randn(3, 8)), features(torch.randn(3, 16))
     with pytest.raises(ValueError, match="compared"):
         match(a, b)
@@ -222,14 +222,14 @@ def test_wrong_features_and_options_are_refused():
 def slow_rotation(
     angle_a: list[float], angle_b: list[float], index: list[list[int]], tolerance: float = 30.0
 ) -> list[int]:
-    """REKD's filter, read from its rule: degrees, the most frequent rounded difference, those near
-    it on the circle.
+    """REKD's filter as specified: degrees, the most frequent rounded difference, those near it on
+    the circle.
     """
-    turns = [(math.degrees(angle_b[j]) - math.degrees(angle_a[i])) % 360 for i, j in index]
-    rounded = [round(t) % 360 for t in turns]
-    votes = {r: rounded.count(r) for r in rounded}  # in the order met
+    rotations = [(math.degrees(angle_b[j]) - math.degrees(angle_a[i])) % 360 for i, j in index]
+    rounded = [round(t) % 360 for t in rotations]
+    votes = {r: rounded.count(r) for r in rounded}  # in the order of occurrence
     common = max(votes, key=lambda r: votes[r])
-    off = [abs((t - common + 180) % 360 - 180) for t in turns]
+    off = [abs((t - common + 180) % 360 - 180) for t in rotations]
     return [k for k, o in enumerate(off) if o <= tolerance + 1e-3]
 
 
@@ -241,15 +241,17 @@ def all_matches(n: int) -> Matches:
     )
 
 
-@pytest.mark.parametrize("turn", [0, 10, 90, 180, 350])
+@pytest.mark.parametrize("rotation", [0, 10, 90, 180, 350])
 @pytest.mark.parametrize("step", [10.0, 0.1])  # REKD's 36 directions, and continuous ones
-def test_rotation_equals_the_slow_twin(turn, step):
-    rng = torch.Generator().manual_seed(turn)
+def test_rotation_filter_equals_reference_implementation(rotation, step):
+    rng = torch.Generator().manual_seed(rotation)
     n = 120
     matches = all_matches(n)
     angle_a = torch.randint(0, int(360 / step), (n,), generator=rng) * step
     angle_b = torch.empty(n)
-    angle_b[matches.index[:, 1]] = angle_a + turn + step * torch.randint(-1, 2, (n,), generator=rng)
+    angle_b[matches.index[:, 1]] = (
+        angle_a + rotation + step * torch.randint(-1, 2, (n,), generator=rng)
+    )
     wrong = matches.index[70:, 1]
     angle_b[wrong] = torch.randint(0, int(360 / step), (len(wrong),), generator=rng) * step
     a, b = (
@@ -266,7 +268,7 @@ def test_rotation_equals_the_slow_twin(turn, step):
     assert len(expected) < 70 + 0.4 * 50
 
 
-def test_rotation_limit_is_kept_ties_take_the_first_met_and_no_angles_change_nothing():
+def test_rotation_filter_limit_ties_and_missing_angles():
     index = torch.arange(5)[:, None].expand(5, 2)
     zero, matches = torch.zeros(5), Matches(index.contiguous(), torch.ones(5))
     a = features(torch.ones(5, 2), angle=zero)
@@ -285,7 +287,7 @@ def test_rotation_limit_is_kept_ties_take_the_first_met_and_no_angles_change_not
     )
 
 
-def test_scale_keeps_the_common_zoom():
+def test_scale_filter_keeps_the_dominant_ratio():
     matches = all_matches(6)
     scale_a = torch.tensor([1.0, 2.0, 4.0, 1.5, 1.0, 1.0])
     zoom = torch.tensor([3.0, 3.1, 2.9, 5.5, 13.0, 0.0])  # a scale of 0 agrees with nothing
@@ -303,7 +305,7 @@ def test_scale_keeps_the_common_zoom():
     )
 
 
-def test_match_votes_over_its_matches():
+def test_match_votes_among_its_matches():
     rng = torch.Generator().manual_seed(3)
     descriptors = torch.randn(20, 16, generator=rng)
     angle, scale = torch.full((20,), 0.5), torch.full((20,), 2.0)
@@ -319,7 +321,7 @@ def test_match_votes_over_its_matches():
 # ---- matchers
 
 
-def test_a_matcher_takes_the_place_of_nearest_neighbours():
+def test_matcher_replaces_nearest_neighbors():
     a, b = (
         features(torch.randn(3, 8)),
         features(torch.randn(4, 8), angle=torch.tensor([0.0, 0, 2, 0])),
@@ -333,7 +335,7 @@ def test_a_matcher_takes_the_place_of_nearest_neighbours():
     plain = Features(a.keypoints, None, (10, 10))
     assert (
         match(plain, b, matcher=lambda x, y: found) is found
-    )  # whether it needs descriptors is its own affair
+    )  # a matcher may not need descriptors
 
     def never(x, y):
         raise AssertionError("called without points")
@@ -346,7 +348,7 @@ def test_a_matcher_takes_the_place_of_nearest_neighbours():
     )
 
 
-def test_wrong_matchers_are_refused():
+def test_invalid_matchers_raise():
     a = features(torch.randn(3, 8))
     for options in ({"ratio": 0.9}, {"min_similarity": 0.5}, {"mutual": False}):
         with pytest.raises(ValueError, match="matcher"):
@@ -384,7 +386,7 @@ def scene(n: int, size: tuple[int, int], seed: int) -> Features:
 
 
 @pytest.mark.parametrize("name", LIGHTGLUES)
-def test_lightglue_is_given_what_kornia_gives_it(name, monkeypatch):
+def test_lightglue_gets_the_same_input_as_from_kornia(name, monkeypatch):
     integrated = pytest.importorskip("kornia.feature.integrated")
     from tiepoints.formats.interop import to_laf
 
@@ -394,7 +396,7 @@ def test_lightglue_is_given_what_kornia_gives_it(name, monkeypatch):
     (
         a.xy.clamp_(min=0),
         b.xy.clamp_(min=0),
-    )  # kornia refuses points outside the outermost pixel centres
+    )  # kornia rejects keypoints outside the outermost pixel centers
     score, index = integrated.LightGlueMatcher(name)(
         a.descriptors,
         b.descriptors,
@@ -430,7 +432,7 @@ def test_lightglue_respects_the_image_size():
         matcher(*(Features(f.keypoints, f.descriptors[:, :64], f.image_size) for f in (a, b)))
 
 
-def test_lightglue_of_empty_and_single_sides():
+def test_lightglue_of_empty_and_single_inputs():
     matcher = LightGlueMatcher(random_lightglue("disk"))
     a, none = scene(20, (100, 100), 0), scene(0, (100, 100), 1)
     for x, y in ((a, none), (none, a), (none, none)):
@@ -462,11 +464,11 @@ def test_lightglue_runs_on_features_of_an_image():
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors", None])
-def test_lightglue_takes_your_copy_of_the_weights(suffix, tmp_path, monkeypatch):
+def test_lightglue_accepts_a_weights_file(suffix, tmp_path, monkeypatch):
     from safetensors.torch import save_file
 
     net = random_lightglue("disk", seed=7)
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)  # nothing is fetched
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)  # no downloads
     state = {}
     for key, value in net.state_dict().items():  # as published
         parts = key.split(".")
@@ -485,7 +487,7 @@ def test_lightglue_takes_your_copy_of_the_weights(suffix, tmp_path, monkeypatch)
     torch.testing.assert_close(theirs.score, ours.score)
 
 
-def test_lightglue_refuses_wrong_arguments(tmp_path, monkeypatch):
+def test_lightglue_rejects_invalid_arguments(tmp_path, monkeypatch):
     net = random_lightglue("disk")
     state = net.state_dict()
     with pytest.raises(ValueError, match=r"knows no features 'orb'.*disk"):

@@ -1,4 +1,4 @@
-"""Every measure: the original's recorded numbers, slow twins, known answers."""
+"""All metrics: recorded values of the original, reference implementations, known results."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_to_one():
     assert score(crowd, two) == score(two, crowd) == 0.5
 
 
-def test_points_beside_the_common_area_do_not_count():
+def test_points_outside_the_common_area_do_not_count():
     outside = torch.tensor([[10.0, 60]])
     a = torch.cat([outside, grid()])
     assert score(a, grid()) == 1
@@ -73,7 +73,7 @@ def test_points_beside_the_common_area_do_not_count():
     assert score(outside, outside, border=10) == 1
 
 
-def test_only_the_strongest_count():
+def test_only_the_strongest_are_counted():
     a = grid()
     order = torch.arange(len(a) - 1, -1, -1)
     assert score(a, a[order], num_keypoints=3) == 0
@@ -106,23 +106,23 @@ def test_official_protocol_stage_by_stage(goldens, case):
     def read(name):
         return torch.from_numpy(arrays[f"{case}/{name}"])
 
-    H, back = read("H_src_to_dst"), read("H_dst_to_src")
+    H, H_ba = read("H_src_to_dst"), read("H_dst_to_src")
     size_a, size_b = tuple(read("shape_src").tolist()), tuple(read("shape_dst").tolist())
     a, b = read("kpts_src"), read("kpts_dst")
     inside_a = metrics.in_official_mask(a[:, :2], size_a, H, size_b).nonzero()[:, 0]
-    inside_b = metrics.in_official_mask(b[:, :2], size_b, back, size_a).nonzero()[:, 0]
+    inside_b = metrics.in_official_mask(b[:, :2], size_b, H_ba, size_a).nonzero()[:, 0]
     assert torch.equal(inside_a, read("common_idx_src").long())
     assert torch.equal(inside_b, read("common_idx_dst").long())
     a = a[inside_a][a[inside_a][:, 3].argsort(descending=True, stable=True)[:1000]]
     b = b[inside_b][b[inside_b][:, 3].argsort(descending=True, stable=True)[:1000]]
-    in_a, scale = warp_points(b[:, :2], back), metrics.projected_scale(b[:, :2], b[:, 2], back)
+    in_a, scale = warp_points(b[:, :2], H_ba), metrics.projected_scale(b[:, :2], b[:, 2], H_ba)
     torch.testing.assert_close(
         torch.cat([in_a, scale[:, None]], dim=1),
         read("points_dst_in_src")[:, :3],
         atol=1e-6,
         rtol=1e-9,
     )
-    # the stored points from here on, so that each stage stands for itself
+    # from here with the stored keypoints, so that stages are tested separately
     a, b = read("points_src"), read("points_dst_in_src")
     near = metrics.near_pairs(a[:, :2], b[:, :2])
     multi, _ = metrics.overlap_correspondences(near, a[:, 2], b[:, 2])
@@ -153,7 +153,7 @@ def test_official_protocol_stage_by_stage(goldens, case):
     )
 
 
-# ---- known answers
+# ---- known results
 
 
 def test_circle_overlap_by_counting_pixels():
@@ -185,7 +185,7 @@ def test_appendix_a6():
     assert overlap(8.53, 30, 24) == pytest.approx(0.6, abs=1e-3)
 
 
-def test_one_to_one_equals_the_plain_double_loop():
+def test_one_to_one_equals_a_double_loop():
     torch.manual_seed(3)
     a, b = torch.rand(120, 2).double() * 100, torch.rand(90, 2).double() * 100
     near = metrics.near_pairs(a, b)
@@ -212,7 +212,7 @@ def test_one_to_one_equals_the_plain_double_loop():
     assert (overlap >= 0.6).all()
 
 
-def test_neighbouring_sqrt2_levels_never_match_in_sl():
+def test_neighboring_sqrt2_levels_never_match_in_sl():
     xy = grid()
     one, other = torch.ones(len(xy)), torch.full((len(xy),), 2**0.5)
     rep = metrics.keynet_repeatability(xy, one, xy, other)
@@ -221,7 +221,7 @@ def test_neighbouring_sqrt2_levels_never_match_in_sl():
     assert metrics.keynet_repeatability(xy, one, xy, one)["rep_SL"] == 1
 
 
-def test_no_points_anywhere():
+def test_no_keypoints_in_all_metrics():
     none, scale = torch.zeros(0, 2), torch.zeros(0)
     rep = metrics.keynet_repeatability(none, scale, grid(), torch.ones(len(grid())))
     assert (rep["rep_SL"], rep["rep_L"], rep["points"], rep["possible"]) == (0, 0, 0, 0)
@@ -259,7 +259,7 @@ def test_exact_and_official_common_area_agree_away_from_the_edge():
     assert (exact != official).double().mean() < 0.02
 
 
-def test_rekd_counts_one_way_and_strictly():
+def test_rekd_counts_one_direction_with_a_strict_limit():
     a, b = torch.tensor([[50.0, 50], [51, 50], [500, 500]]), torch.tensor([[50.0, 50]])
     assert metrics.rekd_repeatability(a, b, torch.eye(3)) == pytest.approx(2 / 3)
     assert metrics.rekd_repeatability(a[:1] + torch.tensor([3.0, 0]), b, torch.eye(3)) == 0
@@ -298,7 +298,7 @@ def test_error_auc():
     assert metrics.error_auc([], (5,)) == [0]
 
 
-def test_chance_level_takes_a_lattice_down_to_nothing():
+def test_chance_correction_of_a_lattice_is_zero():
     torch.manual_seed(0)
     size = (600, 800)
     lattice = torch.cartesian_prod(torch.arange(5.0, 800, 20), torch.arange(5.0, 600, 20))
@@ -318,9 +318,9 @@ def test_chance_level_takes_a_lattice_down_to_nothing():
     assert metrics.above_chance(0.5, 0.5) == 0
 
 
-def test_epipolar_errors_are_zero_for_right_matches_and_the_distance_for_others():
-    """Points seen by two cameras; moved by d pixels across its epipolar line a match is off by d in
-    both images' lines.
+def test_epipolar_errors_are_distances_to_epipolar_lines():
+    """Points seen by two cameras; a match shifted by d pixels across its epipolar line has an error
+    of d in both images.
     """
     K = torch.tensor([[500.0, 0, 320], [0, 480, 240], [0, 0, 1]], dtype=torch.float64)
     c, s = math.cos(0.2), math.sin(0.2)
@@ -335,7 +335,7 @@ def test_epipolar_errors_are_zero_for_right_matches_and_the_distance_for_others(
 
     a, b = seen(X), seen(X @ T[:, :3].T + T[:, 3])
     assert metrics.epipolar_errors(a, b, K, K, T).max() < 1e-20
-    # a sideways camera has level epipolar lines
+    # a camera translated sideways has horizontal epipolar lines
     level = torch.eye(4, dtype=torch.float64)
     level[0, 3] = 2.0
     moved = seen(X + torch.tensor([2.0, 0, 0])) + torch.tensor([0, 4.8])

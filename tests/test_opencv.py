@@ -1,5 +1,5 @@
 """OpenCV's detectors and our SURF: positions and scales of drawn blobs and corners, descriptors,
-odd images, missing parts.
+unusual images, missing libraries.
 """
 
 import math
@@ -34,7 +34,7 @@ def squares() -> np.ndarray:
     image[120:161, 140:201] = 220
     return cv2.GaussianBlur(
         image, (0, 0), 1.0
-    )  # FAST finds nothing where neighbours score the same
+    )  # FAST detects nothing where neighbors have equal scores
 
 
 CORNERS = ((50, 60), (90, 60), (50, 100), (90, 100), (140, 120), (200, 120), (140, 160), (200, 160))
@@ -72,7 +72,7 @@ def test_shapes_order_and_unit_descriptors(name):
 @pytest.mark.parametrize(
     ("name", "shift"), [("sift", 0.25), ("surf", 0.0), ("mser", 0.0), ("kaze", 0.0)]
 )
-def test_blobs_are_found_where_they_are_drawn(name, shift):
+def test_blobs_are_detected_at_their_positions(name, shift):
     points = opencv_detect(name, blobs(), 500)[0]
     for x, y, _ in BLOBS:
         offset = points.xy - torch.tensor([x, y])
@@ -81,13 +81,13 @@ def test_blobs_are_found_where_they_are_drawn(name, shift):
 
 
 @pytest.mark.parametrize("name", ["fast", "shi-tomasi", "harris", "orb"])
-def test_corners_are_found_where_they_are_drawn(name):
+def test_corners_are_detected_at_their_positions(name):
     points = opencv_detect(name, squares(), 500)[0]
     distance = torch.cdist(torch.tensor(CORNERS, dtype=torch.float32), points.xy).amin(dim=1)
     assert (distance <= 1.5).all(), distance
 
 
-def test_binary_descriptors_order_as_hamming_distances():
+def test_cosine_of_binary_descriptors_orders_as_hamming_distance():
     gray = texture(1)
     rows = opencv_detect("orb", gray, 50)[1]
     orb = cv2.ORB_create(nfeatures=5000)
@@ -107,7 +107,7 @@ def test_mser_order_is_random_but_repeatable():
 
 @pytest.mark.parametrize("name", OPENCV_SYSTEMS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (MIN_SIDE, MIN_SIDE), (9, 31), (64, 64)])
-def test_tiny_and_flat_images(name, shape):
+def test_tiny_and_constant_images(name, shape):
     for gray in (
         np.full(shape, 90, np.uint8),
         np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8),
@@ -118,7 +118,7 @@ def test_tiny_and_flat_images(name, shape):
             assert rows.shape == (len(points), LENGTHS[name])
 
 
-def test_wrong_arguments_are_named():
+def test_invalid_arguments_raise():
     with pytest.raises(ValueError, match=r"sift.*got 'nonsense'"):
         opencv_detect("nonsense", texture())
     with pytest.raises(ValueError, match="uint8"):
@@ -134,7 +134,7 @@ def test_missing_opencv_and_missing_contrib_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r"pip install 'tiepoints\[opencv\]'"):
         system("sift")
-    assert len(opencv_detect("surf", texture())[0])  # needs no OpenCV
+    assert len(opencv_detect("surf", texture())[0])  # does not need OpenCV
 
 
 def test_as_a_system_of_the_evaluation():
@@ -154,7 +154,7 @@ def test_surf_scale_is_that_of_the_blob():
     points = surf(torch.from_numpy(blobs()) / 255, 50)[0]
     for x, y, sigma in BLOBS:
         index = (points.xy - torch.tensor([x, y])).norm(dim=1).argmin()
-        # box filters answer a little finer than the Gaussians they stand for
+        # box filters respond at slightly finer scales than the Gaussians they approximate
         assert float(points.scale[index]) * surf_module.SIGMA == pytest.approx(sigma, rel=0.35)
 
 
@@ -173,16 +173,16 @@ def test_surf_hessian_is_the_sum_over_boxes():
     assert torch.allclose(hessian(integral, 9, 2), expected[::2, ::2])
 
 
-def test_surf_turns_with_the_image():
+def test_surf_rotates_with_the_image():
     gray = (
         torch.from_numpy(texture())[:185, :249] / 255
-    )  # turned, the samples of coarse octaves fall on the same pixels
+    )  # after rotation, samples of coarse octaves are at the same pixels
     a, rows_a = surf(gray, 40)
     b, rows_b = surf(
         torch.rot90(gray, -1), 40
-    )  # a quarter turn clockwise: (x, y) -> (h - 1 - y, x)
-    turned = torch.stack([gray.shape[0] - 1 - a.xy[:, 1], a.xy[:, 0]], dim=1)
-    distance, index = torch.cdist(turned, b.xy).min(dim=1)
+    )  # rotation by 90 degrees clockwise: (x, y) -> (h - 1 - y, x)
+    rotated = torch.stack([gray.shape[0] - 1 - a.xy[:, 1], a.xy[:, 0]], dim=1)
+    distance, index = torch.cdist(rotated, b.xy).min(dim=1)
     same = distance < 0.01
     assert same.sum() >= 30
     difference = (b.angle[index] - a.angle - math.pi / 2 + math.pi).remainder(2 * math.pi) - math.pi
@@ -190,7 +190,7 @@ def test_surf_turns_with_the_image():
     assert float((rows_a * rows_b[index]).sum(dim=1)[same].median()) > 0.99
 
 
-def test_surf_ignores_gain_and_offset_but_for_the_threshold():
+def test_surf_is_gain_and_offset_invariant_except_for_the_threshold():
     gray = torch.from_numpy(texture()) / 255
     a, rows_a = surf(gray, 40)
     b, rows_b = surf(0.5 * gray + 0.2, 40, threshold=surf_module.THRESHOLD / 4)

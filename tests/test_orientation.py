@@ -1,4 +1,4 @@
-"""Angles of points: they turn with the image, whoever measures them; descriptors follow or stay
+"""Keypoint angles: they rotate with the image for all orientations; descriptors are rotated or
 upright.
 """
 
@@ -29,24 +29,24 @@ def scene(height: int = 120, width: int = 150) -> torch.Tensor:
 def test_dominant_angle_of_a_ramp(degrees):
     axis = torch.arange(32) - 15.5
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    turn = math.radians(degrees)
-    ramp = (x * math.cos(turn) + y * math.sin(turn))[None, None]
+    angle = math.radians(degrees)
+    ramp = (x * math.cos(angle) + y * math.sin(angle))[None, None]
     off = (math.degrees(dominant_angle(ramp).item()) - degrees + 180) % 360 - 180
     assert abs(off) < 1
     assert dominant_angle(torch.full((1, 1, 32, 32), 0.5)).item() == 0
 
 
-def test_angle_at_takes_the_nearest_pixel_and_stays_inside():
+def test_angle_at_uses_the_nearest_pixel_inside():
     angles = torch.arange(12.0).view(3, 4)
     xy = torch.tensor([[0.4, 0.6], [3.4, 2.4], [9.0, -2.0]])
     assert angle_at(angles, xy).tolist() == [4.0, 11.0, 3.0]
 
 
 @pytest.mark.parametrize("orientation", ["dominant", "rekd-light", "rekd"])
-@pytest.mark.parametrize("turn", [90, 40])
-def test_key_nets_points_get_angles_that_turn_with_the_image(orientation, turn):
+@pytest.mark.parametrize("degrees", [90, 40])
+def test_keynet_keypoint_angles_rotate_with_the_image(orientation, degrees):
     image = scene()
-    moved, H = rotated(image, turn)
+    moved, H = rotated(image, degrees)
     extract = build(
         "keynet", None, orientation=orientation, num_keypoints=200, device="cpu"
     ).extract
@@ -54,17 +54,17 @@ def test_key_nets_points_get_angles_that_turn_with_the_image(orientation, turn):
     i, j = repeated_points(a.xy, b.xy, H, image.shape[-2:], moved.shape[-2:])
     assert len(i) > 15
     errors = orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
-    assert errors.median() < (5 if turn == 90 else 30)  # noise has few corners; chance is 90
+    assert errors.median() < (5 if degrees == 90 else 30)  # noise has few corners; chance is 90
     plain = build("keynet", None, num_keypoints=200, device="cpu").extract(image)
     assert not plain.angle.any()
     assert torch.equal(plain.xy, a.xy)  # the points are the same
 
 
-def test_patches_turn_with_the_angles_unless_upright():
+def test_patches_rotate_with_the_angles_unless_upright():
     image = scene()
     moved, H = rotated(image, 90)
     right = {}
-    for name, options in {"turned": {}, "upright": {"upright": True}}.items():
+    for name, options in {"rotated": {}, "upright": {"upright": True}}.items():
         extract = build(
             "keynet", "rootsift", orientation="dominant", num_keypoints=200, device="cpu", **options
         ).extract
@@ -73,10 +73,10 @@ def test_patches_turn_with_the_angles_unless_upright():
         mapped = torch.cat([a.xy[found[:, 0]].double(), torch.ones(len(found), 1)], dim=1) @ H.T
         right[name] = int(((mapped[:, :2] - b.xy[found[:, 1]]).norm(dim=1) < 3).sum())
         assert a.angle.any()
-    assert right["turned"] > 3 * right["upright"]
+    assert right["rotated"] > 3 * right["upright"]
 
 
-def test_rekd_measures_angles_itself_and_none_takes_them_away():
+def test_rekd_estimates_angles_unless_orientation_is_none():
     torch.manual_seed(0)
     net = REKD(group=8).eval()
     own = build(net, None, single_scale=True, num_keypoints=50, device="cpu").extract(scene())
@@ -88,7 +88,7 @@ def test_rekd_measures_angles_itself_and_none_takes_them_away():
     assert torch.equal(own.xy, none.xy)
 
 
-def test_batches_and_no_points():
+def test_batches_and_no_keypoints():
     image = torch.cat([scene(), scene().flip(-1)])
     pyramid = build_pyramid(image)
     points = Keypoints(
@@ -104,16 +104,16 @@ def test_batches_and_no_points():
         build("keynet", None, orientation="north")
 
 
-def test_sweeps_tell_the_error_of_the_turn_and_hand_over_no_pixel_unchanged():
-    turned = sweep(
+def test_sweeps_measure_orientation_errors_with_interpolated_pixels():
+    rotated_rows = sweep(
         system("keynet@dominant+none", Options(200, True)),
         scene(),
         "rotation",
         (0, 90, 40),
         shift=0.5,
     )
-    assert [row["value"] for row in turned] == [0, 90, 40]
-    for row in turned:
+    assert [row["value"] for row in rotated_rows] == [0, 90, 40]
+    for row in rotated_rows:
         assert row["metrics"]["turn.median"] < 20
         assert 0.4 < row["metrics"]["turn.right"] <= 1
         assert row["metrics"]["mutual.rep@3"] < 1

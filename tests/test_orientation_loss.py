@@ -1,5 +1,5 @@
-"""The dense orientation loss: published numbers, a slow twin, turns of every kind; the errors that
-the evaluation counts.
+"""The dense orientation loss: published values, a reference implementation, rotations; the errors
+used in evaluations.
 """
 
 import math
@@ -13,8 +13,8 @@ from tiepoints.metrics.repeatability import mutual_matches, orientation_errors, 
 from tiepoints.training.losses import orientation_loss, shift_bins
 
 
-def turn_about_centre(degrees: float, size: int) -> torch.Tensor:
-    """(1,3,3), clockwise as seen."""
+def rotation_about_center(degrees: float, size: int) -> torch.Tensor:
+    """(1,3,3), clockwise."""
     c, s, m = math.cos(math.radians(degrees)), math.sin(math.radians(degrees)), (size - 1) / 2
     return torch.tensor(
         [[[c, -s, m - c * m + s * m], [s, c, m - s * m - c * m], [0, 0, 1]]], dtype=torch.float64
@@ -44,23 +44,23 @@ def test_published_losses_and_gradients(reference_dir, n):
     torch.testing.assert_close(loss, golden["loss"].to(loss).reshape(()), rtol=1e-5, atol=0)
     for tensor, key in ((a, "grad_src"), (b, "grad_dst")):
         torch.testing.assert_close(tensor.grad, golden[key], rtol=1e-4, atol=1e-6)
-    # the angle that the published code cuts to whole bins is the one of the homography
-    turn = torch.rad2deg(-local_rotation(pixel_grid(24, 24, H_ab), H_ab))[:, 0]
-    torch.testing.assert_close(turn, golden["angle_deg"][:, 0].double(), atol=1e-3, rtol=0)
+    # the published code truncates the rotation of the homography to integer bins
+    angle = torch.rad2deg(-local_rotation(pixel_grid(24, 24, H_ab), H_ab))[:, 0]
+    torch.testing.assert_close(angle, golden["angle_deg"][:, 0].double(), atol=1e-3, rtol=0)
 
 
-def test_slow_twin_with_parts_of_bins():
+def test_reference_implementation_with_fractional_bins():
     n, size = 8, 15
     a, b = histograms(n, size), histograms(n, size, 1)
-    H_ab = turn_about_centre(-33.0, size)  # 33 degrees counter-clockwise: 0.733 bins
+    H_ab = rotation_about_center(-33.0, size)  # 33 degrees counterclockwise: 0.733 bins
     loss, _ = orientation_loss(a, b, H_ab, border=2)
     d = 33.0 * n / 360
-    back = torch.linalg.inv(H_ab[0])
+    H_ba = torch.linalg.inv(H_ab[0])
     total, count = 0.0, 0
     for y in range(2, size - 2):
         for x in range(2, size - 2):
-            there = H_ab[0] @ torch.tensor([x, y, 1.0], dtype=torch.float64)
-            u, v = (there[:2] / there[2]).tolist()
+            mapped = H_ab[0] @ torch.tensor([x, y, 1.0], dtype=torch.float64)
+            u, v = (mapped[:2] / mapped[2]).tolist()
             if not (0.001 <= u <= size - 1.001 and 0.001 <= v <= size - 1.001):
                 continue
             i, j, p, q = int(u), int(v), u - int(u), v - int(v)
@@ -75,24 +75,24 @@ def test_slow_twin_with_parts_of_bins():
                 ]
                 total -= float(expected * torch.log(seen[k] + 1e-7))
             count += 1
-    assert back.isfinite().all()
+    assert H_ba.isfinite().all()
     whole, _ = orientation_loss(a, b, H_ab, border=2, mask_a=torch.ones(1, 1, size, size))
     assert whole.item() == pytest.approx(total / count, rel=1e-4)
     assert loss.item() == pytest.approx(
         whole.item(), rel=0.05
-    )  # without a mask the half covered edge counts too
+    )  # without a mask the partly covered border is included
 
 
 @pytest.mark.parametrize("degrees", [0, 45, 90, -135, 180, 17])
-def test_histograms_that_turned_along_agree_best(degrees):
-    """Peaks at the same place of the world, and at wrong ones."""
+def test_rotated_histograms_agree_best(degrees):
+    """Peaks at the same location of the scene, and at incorrect ones."""
     n, size = 36, 31
-    H_ab = turn_about_centre(degrees, size)  # clockwise
+    H_ab = rotation_about_center(degrees, size)  # clockwise
     bins = torch.arange(n)
     peak = 5 * torch.cos((bins - 4) * 2 * math.pi / n)
     moved = 5 * torch.cos(
         (bins - 4 + degrees * n / 360) * 2 * math.pi / n
-    )  # bins count counter-clockwise
+    )  # bins are in counterclockwise order
     a = peak.softmax(0).view(1, n, 1, 1).expand(1, n, size, size)
     b = moved.softmax(0).view(1, n, 1, 1).expand(1, n, size, size)
     right, numbers = orientation_loss(a, b, H_ab)
@@ -102,7 +102,7 @@ def test_histograms_that_turned_along_agree_best(degrees):
     assert other["agree"] == pytest.approx(0.0)
 
 
-def test_shift_of_parts_of_a_bin_is_between_its_neighbours():
+def test_fractional_shift_interpolates_neighboring_bins():
     h = histograms(7, 3)
     for whole in (0, 2, -3):
         torch.testing.assert_close(
@@ -113,16 +113,16 @@ def test_shift_of_parts_of_a_bin_is_between_its_neighbours():
     torch.testing.assert_close(half.sum(dim=1), torch.ones(1, 3, 3))
 
 
-def test_gradients_reach_both_and_shapes_are_checked():
+def test_gradients_of_both_inputs_and_shape_checks():
     a, b = histograms(8).requires_grad_(), histograms(8, seed=1).requires_grad_()
-    orientation_loss(a, b, turn_about_centre(20, 15))[0].backward()
+    orientation_loss(a, b, rotation_about_center(20, 15))[0].backward()
     assert a.grad.abs().sum() > 0
     assert b.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="equal shape"):
-        orientation_loss(a, b[:, :4], turn_about_centre(20, 15))
+        orientation_loss(a, b[:, :4], rotation_about_center(20, 15))
 
 
-def test_local_rotation_of_a_tilted_plane_by_differences():
+def test_local_rotation_of_a_tilted_plane_equals_finite_differences():
     H = torch.tensor([[0.8, -0.5, 3.0], [0.55, 0.9, -2.0], [1e-3, -5e-4, 1.0]], dtype=torch.float64)
     xy = torch.tensor([[10.0, 20.0], [80.0, 5.0]], dtype=torch.float64)
 
@@ -140,7 +140,7 @@ def test_local_rotation_of_a_tilted_plane_by_differences():
 
 def test_orientation_errors_and_repeated_points():
     rng = torch.Generator().manual_seed(0)
-    H = turn_about_centre(50, 200)[0]
+    H = rotation_about_center(50, 200)[0]
     xy_a = 40 + 120 * torch.rand(60, 2, generator=rng, dtype=torch.float64)
     xy_b = (torch.cat([xy_a, torch.ones(60, 1)], dim=1) @ H.T)[:, :2]
     i, j = repeated_points(xy_a, xy_b.flip(0), H, (200, 200), (200, 200))
@@ -156,9 +156,9 @@ def test_orientation_errors_and_repeated_points():
     )
 
 
-def test_mirrored_pairs_are_refused():
+def test_mirrored_pairs_raise():
     mirror = torch.tensor([[[-1.0, 0, 14], [0, 1, 0], [0, 0, 1]]])
     for H_ab in (mirror, -2 * mirror):  # whatever the scale of the matrix
         with pytest.raises(ValueError, match="mirrored"):
             orientation_loss(histograms(8), histograms(8), H_ab)
-    orientation_loss(histograms(8), histograms(8), -turn_about_centre(20, 15))
+    orientation_loss(histograms(8), histograms(8), -rotation_about_center(20, 15))

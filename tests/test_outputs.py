@@ -1,4 +1,4 @@
-"""Features are those of the stored outputs: a change of the code must not change them."""
+"""Features equal the stored outputs: a change of the code must not change them."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from record_outputs import CASES, FILE, features
 
 @pytest.mark.parametrize("name", CASES)
 def test_features_equal_the_stored_ones(name):
-    """Equal up to the rounding of another processor's arithmetic."""
+    """Equal up to rounding on another processor."""
     with np.load(FILE) as content:
         stored = {key: content[key] for key in content.files if key.startswith(f"{name}.")}
     found = {f"{name}.{key}": array for key, array in features(name).items()}

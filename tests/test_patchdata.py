@@ -1,6 +1,4 @@
-"""Patch pairs from photographs: alike where they must be, seeded, and refused where there is
-nothing to see.
-"""
+"""Patch pairs from photographs: correspondence, seeds, and images without contrast."""
 
 import dataclasses
 
@@ -25,7 +23,7 @@ STILL = dataclasses.replace(
     skew=0,
     perspective=0,
     jitter=0,
-    colour=0,
+    color=0,
     gamma=0,
     blur=0,
     noise=0,
@@ -51,7 +49,7 @@ def photos(tmp_path_factory):
     return paths
 
 
-def test_items_are_patches_and_depend_on_seed_and_index_alone(photos):
+def test_items_are_patches_and_depend_only_on_seed_and_index(photos):
     views = dataclasses.replace(PRESETS["patches"], size=160)
 
     def make(seed):
@@ -73,7 +71,7 @@ def test_items_are_patches_and_depend_on_seed_and_index_alone(photos):
         first[6]
 
 
-def test_views_that_are_alike_give_equal_patches(photos):
+def test_identical_views_have_equal_patches(photos):
     item = PatchPairs(photos, brightest, EXACT, views=STILL, length=2)[1]
     torch.testing.assert_close(item["anchor"], item["positive"], atol=0.02, rtol=0)
     moved = PatchPairs(
@@ -83,11 +81,11 @@ def test_views_that_are_alike_give_equal_patches(photos):
 
 
 def test_patches_follow_a_rotation_and_a_change_of_size(photos):
-    """A quarter turn and half the size: the positive is the anchor turned, cut at half the
+    """Rotation by 90 degrees and half the size: the positive is the rotated anchor, cut at half the
     scale.
     """
-    turned = dataclasses.replace(STILL, rotation=90, rotation_power=0.0, scale=(0.999, 1.0))
-    item = PatchPairs(photos, brightest, EXACT, views=turned, length=3)[0]
+    rotated = dataclasses.replace(STILL, rotation=90, rotation_power=0.0, scale=(0.999, 1.0))
+    item = PatchPairs(photos, brightest, EXACT, views=rotated, length=3)[0]
     errors = [
         (torch.rot90(item["anchor"], k, dims=(-2, -1)) - item["positive"]).abs().mean()
         for k in (0, 1, 3)
@@ -101,7 +99,7 @@ def test_patches_follow_a_rotation_and_a_change_of_size(photos):
     assert (item["anchor"][inner] - item["positive"][inner]).abs().mean() < 0.05
 
 
-def test_local_scale_is_the_jacobians(photos):
+def test_local_scale_equals_that_of_the_jacobian(photos):
     H = torch.tensor([[1.2, 0.1, 3], [-0.2, 0.9, 5], [4e-4, -3e-4, 1]], dtype=torch.float64)
     at = torch.tensor([[40.0, 70], [10, 20]], dtype=torch.float64)
     for point, scale in zip(at, local_scale(at, H), strict=True):
@@ -109,7 +107,7 @@ def test_local_scale_is_the_jacobians(photos):
         torch.testing.assert_close(scale, torch.linalg.det(J).abs().sqrt())
 
 
-def test_turns_are_the_same_for_both():
+def test_rotations_are_the_same_for_both_patches():
     rng = np.random.default_rng(0)
     a = torch.rand(1, 8, 8)
     seen = set()
@@ -117,11 +115,11 @@ def test_turns_are_the_same_for_both():
         x, y = rotate_pair(a, a.clone(), rng, 0.7)
         assert torch.equal(x, y)
         seen.add(tuple(x.flatten().tolist()))
-    assert len(seen) == 8  # four turns, mirrored or not
+    assert len(seen) == 8  # four rotations, mirrored or not
     assert torch.equal(rotate_pair(a, a, rng, 0.0)[0], a)
 
 
-def test_photographs_without_contrast_are_refused(photos, tmp_path):
+def test_photographs_without_contrast_raise(photos, tmp_path):
     paths = []
     for i in range(2):
         path = tmp_path / f"{i}.png"
@@ -135,7 +133,7 @@ def test_photographs_without_contrast_are_refused(photos, tmp_path):
         )[0]
 
 
-def test_matching_score_knows_right_from_wrong(photos):
+def test_matching_score_distinguishes_correct_and_incorrect_matches(photos):
     def points(image):
         xy = brightest(image)
         return Keypoints(xy, torch.ones(len(xy)), torch.zeros(len(xy)), torch.ones(len(xy)))

@@ -1,5 +1,5 @@
-"""Patches: against a warp of the whole image, against kornia's, at the border, in batches, with
-gradients, in bounded memory.
+"""Patches: compared with a warp of the whole image and with kornia, at the border, in batches,
+gradients, memory.
 """
 
 import subprocess
@@ -34,7 +34,7 @@ def points(xy, scale, angle=0.0):
 
 
 def brute_force(image, keypoints, size=32):
-    """Each sample by itself, from the image itself, in double precision."""
+    """Each sample separately, from the image itself, in double precision."""
     pixels = image[0, 0].double().numpy()
     h, w = pixels.shape
     out = np.zeros((len(keypoints), size, size))
@@ -59,7 +59,7 @@ def brute_force(image, keypoints, size=32):
 def test_equals_a_warp_of_the_whole_image(scale, angle):
     image = smooth_image(
         300, 340, wave=100 * max(1.0, scale)
-    )  # what the level of this scale hardly blurs
+    )  # hardly blurred at the level of this scale
     keypoints = points([[170, 150], [150.3, 141.8], [160.6, 160.2]], scale, angle)
     found = extract_patches(build_pyramid(image), keypoints)
     torch.testing.assert_close(found, brute_force(image, keypoints), atol=0.01, rtol=0)
@@ -69,24 +69,24 @@ def test_equals_a_warp_of_the_whole_image(scale, angle):
     )
 
 
-def test_turns_as_the_law_says():
-    """A bright half plane on the right of the point: at angle a quarter turn (towards +y) it lies
-    at the top of the patch.
+def test_rotation_follows_the_angle_convention():
+    """A bright half plane to the right of the keypoint: with an angle of 90 degrees (towards +y) it
+    is at the top of the patch.
     """
     image = torch.zeros(1, 1, 100, 100)
     image[..., 50:] = 1
     at = [[49.5, 50]]
     upright = extract_patches(build_pyramid(image, up=0, down=0), points(at, 1.0))[0, 0]
-    turned = extract_patches(build_pyramid(image, up=0, down=0), points(at, 1.0, np.pi / 2))[0, 0]
+    rotated = extract_patches(build_pyramid(image, up=0, down=0), points(at, 1.0, np.pi / 2))[0, 0]
     assert upright[:, 17:].min() == 1
     assert upright[:, :15].max() == 0
-    # the patch's +x now points down the image, its +y to the left: the right of the image is at the
-    # patch's negative v
-    assert turned[:15].min() > 0.99
-    assert turned[17:].max() < 0.01
+    # the +x axis of the patch points down in the image, +y to the left: the right half is at
+    # negative v of the patch
+    assert rotated[:15].min() > 0.99
+    assert rotated[17:].max() < 0.01
 
 
-def test_border_pixel_is_repeated():
+def test_border_is_replicated():
     image = smooth_image(60, 80)
     patch = extract_patches(build_pyramid(image, up=0, down=0), points([[0, 0]], 1.0))[0, 0]
     assert torch.all(patch[:16, :16] == image[0, 0, 0, 0])
@@ -94,7 +94,7 @@ def test_border_pixel_is_repeated():
     torch.testing.assert_close(far, image[0, 0, -1, 0].expand(32, 32), atol=1e-5, rtol=0)
 
 
-def test_none_one_many_and_batches():
+def test_empty_single_many_and_batches():
     images = torch.cat([smooth_image(seed=1), smooth_image(seed=2)])
     pyramid = build_pyramid(images)
     assert extract_patches(pyramid, Keypoints.empty()).shape == (0, 1, 32, 32)
@@ -106,12 +106,12 @@ def test_none_one_many_and_batches():
     many = points(torch.rand(5000, 2) * 200, 1.0)
     first = extract_patches(pyramid, many)
     torch.testing.assert_close(first[4321:4322], extract_patches(pyramid, many[4321:4322]))
-    with pytest.raises(ValueError, match="1 sets of points for a batch of 2"):
+    with pytest.raises(ValueError, match="1 sets of keypoints for a batch of 2"):
         extract_patches(pyramid, [some])
     assert extract_patches(pyramid, some, size=20, half_side=10).shape == (2, 1, 20, 20)
 
 
-def test_gradients_flow_to_image_and_points():
+def test_gradients_of_image_and_points():
     image = smooth_image().requires_grad_()
     xy = torch.tensor([[100.2, 80.7]], requires_grad=True)
     scale, angle = torch.tensor([1.2], requires_grad=True), torch.tensor([0.4], requires_grad=True)
@@ -134,8 +134,8 @@ def test_gradients_flow_to_image_and_points():
     assert float(xy.grad[0, 0]) == pytest.approx(float(moved[0] - moved[1]) / (2 * step), rel=0.05)
 
 
-def test_equals_kornias_where_conventions_agree():
-    """kornia 0.9 samples by the half-pixel law too; a frame's columns are the patch's axes."""
+def test_equals_kornia_where_conventions_agree():
+    """kornia 0.9 also has half-pixel sampling; the columns of a frame are the axes of the patch."""
     kornia = pytest.importorskip("kornia.feature")
     if not hasattr(kornia.laf, "_sample_patches"):
         pytest.skip("kornia before 0.9 is half a pixel off")
@@ -151,7 +151,7 @@ def test_equals_kornias_where_conventions_agree():
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_twenty_thousand_points_stay_under_a_gibibyte_and_a_half():
+def test_memory_of_twenty_thousand_patches():
     code = """
 import resource, torch
 from tiepoints.patches import extract_patches

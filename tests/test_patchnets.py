@@ -1,5 +1,5 @@
-"""HardNet, HyNet, SOSNet: against kornia's, folded against plain, odd patches, fast normalisation
-against its slow twin.
+"""HardNet, HyNet, SOSNet: compared with kornia, fused with unfused, unusual patches, fast
+normalization with a reference implementation.
 """
 
 import pytest
@@ -22,7 +22,7 @@ PARAMETERS = {"hardnet": 1_334_560, "hynet": 1_336_355, "sosnet": 1_334_560}  # 
 
 
 def random_net(cls, seed: int = 0):
-    """A net none of whose numbers is a default: statistics, scales and thresholds too."""
+    """A network without default values, also in statistics, scales and thresholds."""
     torch.manual_seed(seed)
     net = cls()
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_shapes_lengths_and_sizes(name):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_flat_patches_give_finite_unit_vectors(name, trained):
+def test_constant_patches_have_finite_unit_vectors(name, trained):
     net = random_net(NETS[name]) if trained else NETS[name]().eval()
     for level in (0.0, 0.5, 1.0):
         out = net(torch.full((3, 1, 32, 32), level))
@@ -79,7 +79,7 @@ def test_flat_patches_give_finite_unit_vectors(name, trained):
         torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
 
 
-def test_batch_equals_single_and_other_sides(name):
+def test_batch_equals_single_for_any_patch_size(name):
     net = random_net(NETS[name])
     patches = textured(4)
     torch.testing.assert_close(
@@ -91,14 +91,14 @@ def test_batch_equals_single_and_other_sides(name):
     assert (similar > 0.98).all()
 
 
-def test_hardnet_and_sosnet_do_not_see_gain_and_offset():
+def test_hardnet_and_sosnet_are_gain_and_offset_invariant():
     for cls in (HardNet, SOSNet):
         net = random_net(cls)
         patches = 0.2 + 0.6 * textured(4)[3:]
         torch.testing.assert_close(net(patches), net(0.5 * patches + 0.1), atol=1e-3, rtol=0)
 
 
-def test_folded_is_the_same_function(name):
+def test_fused_equals_unfused(name):
     net = random_net(NETS[name])
     patches = textured(16)
     with torch.inference_mode():
@@ -111,7 +111,7 @@ def test_folded_is_the_same_function(name):
     assert any(key.endswith("running_mean") for key in net.state_dict())
 
 
-def test_response_norm_equals_its_slow_twin():
+def test_response_norm_equals_reference_implementation():
     torch.manual_seed(3)
     norm, limit = FilterResponseNorm(5).double(), ThresholdedLinear(5).double()
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_gradients_reach_every_parameter(name):
 
 
 def to_kornia(name, net):
-    """The same numbers in kornia's class, by the order of their layers."""
+    """The same weights in kornia's class, by the order of their layers."""
     kf = pytest.importorskip("kornia.feature")
     other = {"hardnet": kf.HardNet, "hynet": kf.HyNet, "sosnet": kf.SOSNet}[name](
         pretrained=False
@@ -161,13 +161,13 @@ def to_kornia(name, net):
         layout += [("activations.1", "layer1.4")]
         for k in range(2, 7):
             parts = ((f"convolutions.{k - 1}", 0), (f"norms.{k}", 1), (f"activations.{k}", 2))
-            layout += [(part, f"layer{k}.{place}") for part, place in parts]
+            layout += [(part, f"layer{k}.{index}") for part, index in parts]
         layout += [("convolutions.6", "layer7.1"), ("last_norm", "layer7.2")]
     else:
         kept, first = ("layers", 1) if name == "sosnet" else ("features", 0)
-        places = [first + 3 * k for k in range(6)] + [first + 19]
-        layout = [(f"convolutions.{k}", f"{kept}.{place}") for k, place in enumerate(places)]
-        layout += [(f"norms.{k}", f"{kept}.{place + 1}") for k, place in enumerate(places)]
+        indices = [first + 3 * k for k in range(6)] + [first + 19]
+        layout = [(f"convolutions.{k}", f"{kept}.{index}") for k, index in enumerate(indices)]
+        layout += [(f"norms.{k}", f"{kept}.{index + 1}") for k, index in enumerate(indices)]
     renamed = {}
     for key, value in mine.items():
         for mine_part, their_part in layout:
@@ -187,14 +187,14 @@ def test_equals_kornia(name):
     net = random_net(NETS[name])
     other = to_kornia(name, net)
     patches = textured(32)[8:]
-    # kornia's HyNet and SOSNet leave the range to the caller; the published weights saw gray levels
+    # kornia's HyNet and SOSNet expect gray levels, as the published weights
     theirs = patches if name == "hardnet" else patches * 255
     with torch.inference_mode():
         torch.testing.assert_close(net(patches), other(theirs), atol=1e-5, rtol=0)
         torch.testing.assert_close(net.fused()(patches), other(theirs), atol=2e-5, rtol=0)
 
 
-def test_small_tools():
+def test_helper_functions():
     torch.testing.assert_close(unit(torch.zeros(1, 4)), torch.full((1, 4), 0.5))
     patches = textured(2, 64)
     torch.testing.assert_close(to_side(patches, 32), F.avg_pool2d(patches, 2))

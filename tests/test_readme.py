@@ -1,4 +1,4 @@
-"""The README is short, and its start runs as it stands: code, commands and the demo."""
+"""The README is short, and its code, commands and demo run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tiepoints.training import presets
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-#: What makes the README's commands quick: fewer steps, smaller views.
+#: Options that make the README's commands fast: fewer steps, smaller views.
 QUICK = {
     "extract": ["--num-keypoints", "100"],
     "match": ["--num-keypoints", "200"],
@@ -76,12 +76,12 @@ def test_readme_commands_run(folder, monkeypatch):
     lines = re.search(r"```sh\n(.*?)```", section, flags=re.S).group(1).splitlines()
     assert len(lines) == 5
     for line in lines:
-        program, *words = shlex.split(line)
+        program, *arguments = shlex.split(line)
         assert program == "tiepoints"
-        if "--minutes" in words:
-            at = words.index("--minutes")
-            del words[at : at + 2]
-        done = CliRunner().invoke(app, [*words, *QUICK[words[0]]])
+        if "--minutes" in arguments:
+            at = arguments.index("--minutes")
+            del arguments[at : at + 2]
+        done = CliRunner().invoke(app, [*arguments, *QUICK[arguments[0]]])
         assert done.exit_code == 0, f"{line}\n{done.output}"
     for result in ("features/features.h5", "model/database.db", "mine.safetensors"):
         assert Path(result).is_file()

@@ -1,5 +1,5 @@
-"""Recipes: what each adds to a network for its training; descriptors trained from photographs and
-from published patches.
+"""Recipes: settings of each network in training; descriptors trained from photographs and from
+published patches.
 """
 
 import csv
@@ -30,7 +30,7 @@ from tiepoints.training.recipes.detectors import floored_tiny, local_max_weight
 from tiepoints.weights import save
 
 
-def test_tiny_in_training_is_a_tiny_that_scores_flat_images_zero() -> None:
+def test_tiny_in_training_scores_constant_images_zero() -> None:
     torch.manual_seed(1)
     net, plain = floored_tiny(), KeyNet.tiny()
     optimiser = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -77,7 +77,7 @@ def tour(tmp_path_factory):
 
 @contextmanager
 def broken_off(monkeypatch, step):
-    """A training that is begun in here ends before ``step``, as if it were killed."""
+    """A training started in this context is stopped before ``step``, as by a kill."""
 
     class Killed(Exception):
         pass
@@ -96,7 +96,7 @@ def broken_off(monkeypatch, step):
 
 
 def train(name, photos, out, **options):
-    """``recipes.train``, short and quiet, its options given flat."""
+    """``recipes.train`` with few steps and without output, with options as keyword arguments."""
     options = {"steps": 2, "batch_size": 2, "validate_every": 2, **options}
 
     def taken(*names):
@@ -113,7 +113,7 @@ def train(name, photos, out, **options):
 @pytest.mark.parametrize(
     ("model", "kind"), [("hardnet", HardNet), ("hynet", HyNet), ("sosnet", SOSNet)]
 )
-def test_each_descriptor_trains_and_its_file_extracts(model, kind, photos, tmp_path):
+def test_each_descriptor_trains_and_its_file_can_be_used(model, kind, photos, tmp_path):
     out = tmp_path / f"{model}.safetensors"
     result = train(model, photos, out)
     assert result.steps == 2
@@ -132,7 +132,7 @@ def test_each_descriptor_trains_and_its_file_extracts(model, kind, photos, tmp_p
         )
 
 
-def test_a_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypatch):
+def test_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypatch):
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     train("hardnet", photos, whole, steps=4)
 
@@ -143,7 +143,7 @@ def test_a_resumed_training_ends_at_the_same_weights(photos, tmp_path, monkeypat
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_published_patches_train_too(photos, tour, tmp_path):
+def test_training_on_published_patches(photos, tour, tmp_path):
     assert len(open_patches(tour)) == len(open_patches(tour.parent)) == 1
     out = tmp_path / "tour.safetensors"
     with pytest.raises(DataError, match="64 points"):  # a published batch holds 1,024
@@ -154,9 +154,9 @@ def test_published_patches_train_too(photos, tour, tmp_path):
         train("hardnet", photos, out, patches="nowhere")
 
 
-def test_hynets_loss_sees_the_lengths():
-    """Its regularisation needs descriptors before normalisation: scaling one branch's last layer
-    must change the loss.
+def test_hynet_loss_depends_on_lengths():
+    """Its regularization needs descriptors before normalization: scaling the last layer of one
+    branch must change the loss.
     """
     torch.manual_seed(0)
     net = HyNet().train()
@@ -165,16 +165,16 @@ def test_hynets_loss_sees_the_lengths():
     assert "second" in descriptor_loss("sosnet", SOSNet().train(), a, b)[1]
 
 
-def test_weights_to_start_from(tmp_path):
+def test_initial_weights(tmp_path):
     hardnet, sosnet, hynet = HardNet(), SOSNet(), HyNet()
     assert load_partial_state_dict(sosnet, hardnet, "x") == len(hardnet.state_dict())
     assert torch.equal(sosnet.convolutions[3].weight, hardnet.convolutions[3].weight)
-    assert load_partial_state_dict(hynet, hardnet, "x") == 7  # the filters alone
+    assert load_partial_state_dict(hynet, hardnet, "x") == 7  # only the filters
     with pytest.raises(WeightsError, match="no layer in common"):
         load_partial_state_dict(hardnet, KeyNet(), "keynet")
 
 
-def test_wrong_descriptors_are_named(photos, tmp_path):
+def test_invalid_descriptors_are_named(photos, tmp_path):
     with pytest.raises(ValueError, match="network must be one of keynet"):
         train("softnet", photos, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="preset must be"):
@@ -195,7 +195,7 @@ REKD_TINY = {
 }
 
 
-def test_rekd_trains_resumes_and_starts_another_group(photos, tmp_path, monkeypatch):
+def test_rekd_trains_resumes_and_initializes_another_group(photos, tmp_path, monkeypatch):
     whole = train(
         "rekd-light", photos, tmp_path / "whole.safetensors", group_size=4, steps=4, **REKD_TINY
     )
@@ -229,38 +229,38 @@ def test_rekd_trains_resumes_and_starts_another_group(photos, tmp_path, monkeypa
     assert len(features) > 0
 
 
-def test_rekd_learns_on_one_pair():
-    """Thirty steps bring both losses down, with the same curve for the same seed."""
+def test_rekd_training_on_one_pair_converges():
+    """Thirty steps reduce both losses, with the same curve for the same seed."""
     from tiepoints.training.losses import msip_loss, orientation_loss
 
     rng = torch.Generator().manual_seed(0)
     image = torch.nn.functional.avg_pool2d(torch.rand(1, 1, 100, 100, generator=rng), 5, 1)
     image = (image - image.min()) / (image.max() - image.min())
     both = torch.cat([image, image.rot90(1, (-2, -1))])
-    H = torch.tensor([[[0.0, 1, 0], [-1, 0, 95], [0, 0, 1]]])  # counter-clockwise as seen
+    H = torch.tensor([[[0.0, 1, 0], [-1, 0, 95], [0, 0, 1]]])  # counterclockwise
     curves = []
     for _ in range(2):
         torch.manual_seed(3)
         net = REKD(group=4, dims=(1, 1, 1))
         with torch.no_grad():
-            net.orientation.coefficients.mul_(0.1)  # begin without an opinion
-        optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+            net.orientation.coefficients.mul_(0.1)  # start with a uniform histogram
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
         curve = []
         for _ in range(30):
             score, histogram = net(both)
-            place = msip_loss(score[:1], score[1:], H, windows=(8,), weights=(1.0,))[0]
-            turn = orientation_loss(histogram[:1], histogram[1:], H, border=4)[0]
-            optimiser.zero_grad()
-            (place + 100 * turn).backward()
-            optimiser.step()
-            curve.append((place.item(), turn.item()))
+            detection = msip_loss(score[:1], score[1:], H, windows=(8,), weights=(1.0,))[0]
+            orientation = orientation_loss(histogram[:1], histogram[1:], H, border=4)[0]
+            optimizer.zero_grad()
+            (detection + 100 * orientation).backward()
+            optimizer.step()
+            curve.append((detection.item(), orientation.item()))
         curves.append(curve)
     assert curves[0] == curves[1]
     first, last = (np.mean(part, axis=0) for part in (curves[0][:3], curves[0][-3:]))
     assert (last < 0.9 * first).all()
 
 
-def test_orientation_counts_where_key_points_are():
+def test_orientation_loss_is_evaluated_at_keypoints():
     score = torch.rand(2, 1, 40, 40, generator=torch.Generator().manual_seed(0))
     weight = local_max_weight(score)
     assert weight.max() == 1
@@ -268,7 +268,7 @@ def test_orientation_counts_where_key_points_are():
     assert weight.mean() < 0.5
 
 
-def test_rekd_goes_on_as_the_weights_it_starts_from(photos, tmp_path):
+def test_rekd_keeps_the_settings_of_initial_weights(photos, tmp_path):
     published = REKD(group=4, dims=(1, 1, 1), variant="published", input_range=1.0).eval()
     save(published, tmp_path / "start.safetensors")
     options = {**REKD_TINY, "dims": None, "init": tmp_path / "start.safetensors", "steps": 1}
@@ -276,7 +276,7 @@ def test_rekd_goes_on_as_the_weights_it_starts_from(photos, tmp_path):
     assert load(tmp_path / "more.safetensors").settings == {**published.settings, "group": 8}
 
 
-def test_rekd_refuses_mirrored_pairs(photos, tmp_path):
+def test_rekd_rejects_mirrored_pairs(photos, tmp_path):
     settings = PairSettings(size=96, mirror=0.5, rotation=20, scale=(1, 1))
     write_pairs(tmp_path / "pairs.safetensors", list_photos(photos), settings, 8, seed=0)
     with pytest.raises(ValueError, match="mirrored"):
@@ -294,7 +294,7 @@ def test_rekd_refuses_mirrored_pairs(photos, tmp_path):
 DETECTOR_TINY = {"steps": 2, "batch_size": 2, "validate_every": 2}
 
 
-def test_sobelnet_trains_by_either_loss(photos, tmp_path):
+def test_sobelnet_trains_with_both_losses(photos, tmp_path):
     seen = {}
     for preset in ("default", "msip"):
         out = tmp_path / f"{preset}.safetensors"
@@ -311,7 +311,7 @@ def test_sobelnet_trains_by_either_loss(photos, tmp_path):
     assert len(features) == 40
 
 
-def test_candidates_lie_where_both_views_see(photos):
+def test_candidates_are_visible_in_both_views(photos):
     def everywhere(view):
         axis = torch.arange(4.0, view.shape[-1], 8)
         return torch.cartesian_prod(axis, axis)
@@ -332,9 +332,9 @@ def test_candidates_lie_where_both_views_see(photos):
     assert fewer > 0
 
 
-def test_candidate_loss_knows_the_truth():
-    """A network whose map tells pixels apart by their content: right pairs lie nearer than others,
-    and the loss says so.
+def test_candidate_loss_is_lowest_for_correct_pairs():
+    """A network whose map distinguishes pixels by their content: correct pairs have smaller
+    distances, and a lower loss.
     """
     torch.manual_seed(0)
     image = torch.nn.functional.interpolate(
@@ -362,7 +362,7 @@ def test_candidate_loss_knows_the_truth():
     assert wrong > same
 
 
-def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monkeypatch):
+def test_desnet_trains_resumes_and_its_file_can_be_used(photos, tmp_path, monkeypatch):
     options = {
         **DETECTOR_TINY,
         "detector": "keynet-tiny",
@@ -391,9 +391,9 @@ def test_desnet_trains_and_resumes_and_its_file_describes(photos, tmp_path, monk
         train("desnet", photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})
 
 
-def test_a_detector_starts_from_given_weights(photos, tmp_path):
-    """A learning rate of nothing: what is written is what it started from, with the recipe's
-    structure.
+def test_detector_starts_from_initial_weights(photos, tmp_path):
+    """A learning rate of zero: the result equals the initial weights, with the structure of the
+    recipe.
     """
     torch.manual_seed(5)
     first = KeyNet()

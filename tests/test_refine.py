@@ -1,6 +1,4 @@
-"""Sub-pixel positions: known warps recovered from keypoints that miss them, tracks made
-consistent.
-"""
+"""Subpixel refinement: known warps recovered from displaced keypoints, consistent tracks."""
 
 import dataclasses
 import math
@@ -27,7 +25,7 @@ def keypoints(xy: torch.Tensor, scale: float = 1.0, angle: float = 0.0) -> Keypo
     return Keypoints(xy.float(), torch.full((n,), scale), torch.full((n,), angle), torch.ones(n))
 
 
-def places() -> torch.Tensor:
+def grid_points() -> torch.Tensor:
     return torch.cartesian_prod(torch.arange(60.0, 180, 20), torch.arange(60.0, 140, 20))
 
 
@@ -54,19 +52,19 @@ def similarity(
         (0.0, 0.6, (0.0, 0.0)),
     ],
 )
-def test_keypoints_that_miss_their_place_find_it(angle, zoom, shift):
+def test_displaced_keypoints_are_refined_to_their_positions(angle, zoom, shift):
     a = textured()
     H = similarity(angle, zoom, shift)
-    # the second view is low-passed as a camera would do, where it is smaller
+    # the second view is low-pass filtered if it is smaller, as by a camera
     b = warp_image(gaussian_blur(a, 0.5 * math.sqrt(max(0.0, zoom**-2 - 1))), H[None].float())
-    truth = warp_points(places().double(), H).float()
+    truth = warp_points(grid_points().double(), H).float()
     missed = truth + 0.8 * (
         2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(1)) - 1
     )
     known_turn = angle if abs(angle) > 0.5 else 0.0  # small rotations are left to the alignment
     found = align(
         build_pyramid(a),
-        keypoints(places(), 1.5),
+        keypoints(grid_points(), 1.5),
         build_pyramid(b),
         keypoints(missed, 1.5 * zoom, known_turn),
     )
@@ -77,12 +75,12 @@ def test_keypoints_that_miss_their_place_find_it(angle, zoom, shift):
     assert float(found.correlation[found.accepted].min()) > 0.6
 
 
-def test_one_keypoint_is_aligned_as_among_others():
+def test_single_keypoint_is_aligned_as_in_a_batch():
     a = textured()
     b = warp_image(a, similarity(0.1, 1.05, (0.6, 0.3))[None].float())
-    xy = warp_points(places().double(), similarity(0.1, 1.05, (0.2, 0.9))).float()
+    xy = warp_points(grid_points().double(), similarity(0.1, 1.05, (0.2, 0.9))).float()
     scales = torch.linspace(0.8, 3.0, len(xy))
-    all_a, all_b = (dataclasses.replace(keypoints(at), scale=scales) for at in (places(), xy))
+    all_a, all_b = (dataclasses.replace(keypoints(at), scale=scales) for at in (grid_points(), xy))
     pyramids = build_pyramid(a), build_pyramid(b)
     together = align(pyramids[0], all_a, pyramids[1], all_b)
     for i in (0, 7, len(xy) - 1):
@@ -90,7 +88,7 @@ def test_one_keypoint_is_aligned_as_among_others():
         torch.testing.assert_close(alone.xy[0], together.xy[i], rtol=0, atol=1e-3)
 
 
-def test_what_cannot_be_aligned_stays():
+def test_keypoints_that_cannot_be_aligned_are_unchanged():
     flat = torch.full((1, 1, 80, 90), 0.4)
     other = textured(80, 90, seed=5)
     edge = torch.tensor([[0.0, 0.0], [89.0, 79.0], [45.0, 40.0], [-3.0, 200.0]])
@@ -108,7 +106,7 @@ def test_what_cannot_be_aligned_stays():
         align(build_pyramid(flat), keypoints(edge), build_pyramid(flat), keypoints(edge[:2]))
 
 
-def test_match_refines_where_it_is_given_the_images():
+def test_match_refines_if_images_are_given():
     a = textured()
     H = similarity(0.0, 1.0, (7.4, -3.3))
     b = warp_image(a, H[None].float(), padding="reflection")
@@ -136,7 +134,7 @@ def test_match_refines_where_it_is_given_the_images():
     assert torch.equal(chosen.xy_b, found.xy_b[::2])
 
 
-def test_tracks_are_connected_and_contradictions_left_out():
+def test_tracks_are_connected_without_contradictions():
     pairs = {
         ("a", "b"): torch.tensor([[0, 1], [2, 3], [4, 4]]),
         ("b", "c"): torch.tensor([[1, 5], [3, 3]]),
@@ -146,7 +144,7 @@ def test_tracks_are_connected_and_contradictions_left_out():
     assert build_tracks({}) == []
 
 
-def test_tracks_get_one_position_for_each_image():
+def test_tracks_have_one_position_per_image():
     base = textured()
     moves = {"a": (0.0, 0.0), "b": (3.3, 1.7), "c": (-2.6, 4.4)}
     images = {
@@ -159,13 +157,13 @@ def test_tracks_get_one_position_for_each_image():
         missed = (
             torch.zeros(1)
             if name == "a"
-            else torch.rand(len(places()), 2, generator=generator) - 0.5
+            else torch.rand(len(grid_points()), 2, generator=generator) - 0.5
         )
-        features[name] = keypoints(places() + torch.tensor(move) + missed)
+        features[name] = keypoints(grid_points() + torch.tensor(move) + missed)
     features["a"] = dataclasses.replace(
         features["a"], scale=0.9 * features["a"].scale
     )  # the reference of every track
-    index = torch.arange(len(places()) - 1)
+    index = torch.arange(len(grid_points()) - 1)
     matches = {pair: torch.stack([index, index], dim=1) for pair in (("a", "b"), ("b", "c"))}
     asked = []
 
@@ -176,7 +174,7 @@ def test_tracks_get_one_position_for_each_image():
     positions = refine_tracks(features, matches, image)
     assert torch.equal(positions["a"], features["a"].xy)
     for name in ("b", "c"):
-        truth = places() + torch.tensor(moves[name])
+        truth = grid_points() + torch.tensor(moves[name])
         before, after = (
             (xy - truth).norm(dim=1)[:-1].mean() for xy in (features[name].xy, positions[name])
         )
@@ -185,7 +183,7 @@ def test_tracks_get_one_position_for_each_image():
     assert sorted(set(asked)) == ["a", "b", "c"]
 
 
-def test_a_database_is_refined_and_verified_again(tmp_path):
+def test_database_is_refined_and_verified_again(tmp_path):
     pytest.importorskip("pycolmap")
     from PIL import Image
 
@@ -199,7 +197,7 @@ def test_a_database_is_refined_and_verified_again(tmp_path):
     for name, view in views.items():
         files[name] = tmp_path / name
         Image.fromarray((view[0, 0] * 255).round().byte().numpy()).save(files[name])
-    truth = warp_points(places().double(), H).float()
+    truth = warp_points(grid_points().double(), H).float()
     missed = truth + 0.7 * (
         2 * torch.rand(len(truth), 2, generator=torch.Generator().manual_seed(3)) - 1
     )
@@ -207,7 +205,7 @@ def test_a_database_is_refined_and_verified_again(tmp_path):
     index = torch.arange(len(truth))
     pairs = [("a.png", "b.png")]
     with ColmapDatabase(tmp_path / "x.db", write=True) as database:
-        for name, xy, scale in (("a.png", places(), 1.0), ("b.png", missed, 1.1)):
+        for name, xy, scale in (("a.png", grid_points(), 1.0), ("b.png", missed, 1.1)):
             database.write(name, Features(keypoints(xy, scale), descriptors, (240, 200)))
         database.write_matches(
             "a.png", "b.png", Matches(torch.stack([index, index], 1), torch.ones(len(index)))
@@ -215,7 +213,7 @@ def test_a_database_is_refined_and_verified_again(tmp_path):
         assert database.verify(pairs) == 1
         assert refine_database(database, pairs, files) == 1
         moved = database.read("b.png")
-        torch.testing.assert_close(database.read("a.png").xy, places())
+        torch.testing.assert_close(database.read("a.png").xy, grid_points())
         assert float((moved.xy - truth).norm(dim=1).mean()) < 0.3 * float(
             (missed - truth).norm(dim=1).mean()
         )

@@ -1,4 +1,4 @@
-"""REKD: shapes, equivariance of scores and angles, the fused form, group sizes, weights."""
+"""REKD: shapes, equivariance of scores and angles, the fused network, group sizes, weights."""
 
 import math
 
@@ -13,7 +13,7 @@ from tiepoints.weights import save
 
 
 def lively(net: REKD, seed: int = 0) -> REKD:
-    """The net in eval mode with statistics as a training leaves them."""
+    """The network in evaluation mode with statistics as after training."""
     rng = torch.Generator().manual_seed(seed)
     net.initialize(rng)
     for layer in net.modules():
@@ -50,7 +50,7 @@ def test_shapes_ranges_and_any_size(group, variant, size):
 
 
 @pytest.mark.parametrize(("group", "dims"), [(36, (2, 2, 2)), (8, (1, 2, 3)), (4, (2, 1, 1))])
-def test_number_of_parameters_is_the_published_formula(group, dims):
+def test_number_of_parameters_follows_the_published_formula(group, dims):
     a, b, c = dims
     expected = (
         11 * a
@@ -70,17 +70,17 @@ def test_number_of_parameters_is_the_published_formula(group, dims):
 
 
 @pytest.mark.parametrize("group", [8, 36])
-def test_quarter_turns_turn_scores_and_move_angles(group):
+def test_rotations_by_90_degrees_rotate_scores_and_shift_angles(group):
     net, image = lively(REKD(group=group)), picture(64, 64)
     with torch.inference_mode():
-        (score, histogram), (turned, moved) = net(image), net(image.rot90(1, (-2, -1)))
-    assert (turned - score.rot90(1, (-2, -1))).abs().max() < 1e-4 * score.max()
-    # counter-clockwise as seen is minus a quarter by the coordinate law
+        (score, histogram), (rotated, moved) = net(image), net(image.rot90(1, (-2, -1)))
+    assert (rotated - score.rot90(1, (-2, -1))).abs().max() < 1e-4 * score.max()
+    # counterclockwise is -90 degrees in our convention
     expected = histogram_angle(histogram).rot90(1, (-2, -1)) - math.pi / 2
     assert (difference(histogram_angle(moved), expected) < 1e-2).float().mean() > 0.99
 
 
-def test_angle_is_exact_to_a_part_of_a_bin():
+def test_angle_is_exact_to_a_fraction_of_a_bin():
     bins = torch.arange(12, dtype=torch.float64)
     for wanted in (0.0, 4.0, 7.3, 11.6):
         logits = 3 * torch.cos((bins - wanted) * 2 * math.pi / 12)
@@ -96,13 +96,11 @@ def test_angle_is_exact_to_a_part_of_a_bin():
 @pytest.mark.parametrize("size", [(60, 76), (37, 91), (1, 9), (130, 7)])
 @pytest.mark.parametrize("pixels", [10**6, 900])
 @pytest.mark.parametrize("quick", [1, 1000])
-def test_fused_is_the_same_function_in_any_number_of_strips(
-    variant, size, pixels, quick, monkeypatch
-):
+def test_fused_equals_unfused_for_any_number_of_tiles(variant, size, pixels, quick, monkeypatch):
     monkeypatch.setattr(module, "TILE_PIXELS", pixels)
     monkeypatch.setattr(module, "WINOGRAD_CHANNELS", quick)
-    # a small range keeps the histograms from saturating, where the softmax loses what the logits
-    # still tell
+    # a small range avoids saturated histograms, in which the softmax loses differences of the
+    # logits
     net = lively(REKD(group=8, dims=(2, 3, 2), variant=variant, input_range=1.0))
     image = torch.cat([picture(*size), picture(*size, seed=2)])
     with torch.inference_mode():
@@ -110,15 +108,15 @@ def test_fused_is_the_same_function_in_any_number_of_strips(
         fast, angle = net.fused()(image)
     torch.testing.assert_close(fast, score, atol=1e-4 * float(score.max()), rtol=1e-4)
     off = difference(angle, histogram_angle(histogram))
-    assert (off < 1e-3).float().mean() > 0.995  # two equal bins may change places
+    assert (off < 1e-3).float().mean() > 0.995  # two equal bins may be exchanged
 
 
-def test_the_published_width_takes_the_quick_way_and_a_narrow_one_does_not():
+def test_winograd_is_used_for_the_published_width_only():
     assert REKD().fused().winograd
     assert not REKD(group=12).fused().winograd
     net, image = lively(REKD(group=36)), picture()
     with torch.inference_mode():
-        wide = net.fused().double()  # only float32 takes the quick way
+        wide = net.fused().double()  # only float32 uses Winograd
         wide.reference.double()
         slow = wide(image.double())[0].float()
         torch.testing.assert_close(
@@ -126,7 +124,7 @@ def test_the_published_width_takes_the_quick_way_and_a_narrow_one_does_not():
         )
 
 
-def test_a_larger_group_starts_from_a_smaller_one():
+def test_larger_group_is_initialized_from_a_smaller_one():
     small = lively(REKD(group=12))
     large = small.regrouped(36)
     assert large.settings["group"] == 36
@@ -134,14 +132,14 @@ def test_a_larger_group_starts_from_a_smaller_one():
     with torch.inference_mode():
         few, many = small(image)[0].flatten(), large(image)[0].flatten()
     assert torch.corrcoef(torch.stack([few, many]))[0, 1] > 0.97
-    back = large.regrouped(12)
+    restored = large.regrouped(12)
     for (name, one), other in zip(
-        small.state_dict().items(), back.state_dict().values(), strict=True
+        small.state_dict().items(), restored.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_saved_and_loaded_again(tmp_path):
+def test_save_and_load(tmp_path):
     net = lively(REKD(group=8, dims=(1, 2, 2), scale_factor=1.3, input_range=1.0))
     net.offset = (0.25, -0.5)
     save(net, tmp_path / "mine.safetensors")
@@ -164,11 +162,11 @@ def test_saved_and_loaded_again(tmp_path):
         {"input_range": 0.0},
     ],
 )
-def test_impossible_settings_are_refused(options):
+def test_impossible_settings_raise(options):
     with pytest.raises(ValueError, match=r"must|are|at least"):
         REKD(**options)
 
 
-def test_colour_images_are_refused():
+def test_color_images_raise():
     with pytest.raises(ValueError, match="gray"):
         REKD(group=4)(torch.rand(1, 3, 20, 20))

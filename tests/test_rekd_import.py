@@ -1,5 +1,5 @@
-"""REKD's ``best_model.pt``: files of its layout from random numbers, by the formulas of e2cnn's
-basis, against plain convolutions.
+"""REKD's ``best_model.pt``: files of its layout with random numbers, by the formulas of e2cnn's
+basis, compared with plain convolutions.
 """
 
 from __future__ import annotations
@@ -112,10 +112,10 @@ def expand(weights: Tensor, basis: Tensor, fields_in: int, fields_out: int) -> T
     count, group, wide_in, pixels = basis.shape
     k = math.isqrt(pixels)
     made = torch.zeros(fields_out * group, fields_in * wide_in, k, k, dtype=torch.float64)
-    for place, (o, i) in enumerate(product(range(fields_out), range(fields_in))):
+    for index, (o, i) in enumerate(product(range(fields_out), range(fields_in))):
         one = sum(
             float(w) * b
-            for w, b in zip(weights[place * count : (place + 1) * count], basis, strict=True)
+            for w, b in zip(weights[index * count : (index + 1) * count], basis, strict=True)
         )
         made[o * group : (o + 1) * group, i * wide_in : (i + 1) * wide_in] = one.view(
             group, wide_in, k, k
@@ -179,8 +179,8 @@ def checkpoint(
 
 
 def parted(state: dict[str, Tensor], way: str) -> dict[str, Tensor]:
-    """The file with everything, with the filters alone, or as saved while training: coefficients
-    and basis alone.
+    """The file with everything, with only the filters, or as saved during training: only
+    coefficients and basis.
     """
     drop = {
         "all": (),
@@ -192,7 +192,7 @@ def parted(state: dict[str, Tensor], way: str) -> dict[str, Tensor]:
 
 
 def imported(state: dict[str, object], folder: Path, **options: float) -> REKD:
-    path = folder / "trained_group36_f2_s2_t2.log"  # a name that says other sizes
+    path = folder / "trained_group36_f2_s2_t2.log"  # a name with other sizes
     torch.save(state, path)
     net = load_official(path, **options)
     assert isinstance(net, REKD)
@@ -301,7 +301,7 @@ def test_order_of_the_basis_does_not_matter(tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("changed", ["prefix", "wrapped", "one basis for two layers", "no places"])
+@pytest.mark.parametrize("changed", ["prefix", "wrapped", "one basis for two layers", "no indices"])
 def test_other_wrappings_of_the_same_file(changed, tmp_path):
     state = checkpoint()
     other: dict[str, object] = dict(state)
@@ -320,7 +320,7 @@ def test_other_wrappings_of_the_same_file(changed, tmp_path):
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-6)
 
 
-def test_full_size_coefficients_come_back(tmp_path):
+def test_full_size_coefficients_round_trip(tmp_path):
     torch.manual_seed(5)
     ours = REKD(variant="published")
     state = parted(checkpoint(), "filter")  # for the names
@@ -366,7 +366,7 @@ def test_round_trip_through_our_own_file_and_the_command_line(tmp_path):
                 torch.testing.assert_close(found, value, rtol=0, atol=0)
 
 
-# ---- refusals
+# ---- errors
 
 
 @pytest.fixture(scope="module")
@@ -376,9 +376,9 @@ def whole() -> dict[str, Tensor]:
 
 @pytest.fixture
 def message(whole: dict[str, Tensor], tmp_path: Path) -> Callable[..., str]:
-    """What is said of the file with some tensors replaced, or left out (None)."""
+    """Error message for the file with some tensors replaced, or removed (None)."""
 
-    def said(changes: dict[str, object], way: str = "all") -> str:
+    def error_of(changes: dict[str, object], way: str = "all") -> str:
         state = {
             name: value
             for name, value in (parted(whole, way) | changes).items()
@@ -389,18 +389,16 @@ def message(whole: dict[str, Tensor], tmp_path: Path) -> Callable[..., str]:
         assert str(tmp_path) in str(caught.value)
         return str(caught.value)
 
-    return said
+    return error_of
 
 
-def test_coefficients_without_their_basis_are_refused_with_reason_and_remedy(message):
+def test_coefficients_without_a_basis_raise_with_reason_and_remedy(message):
     text = message({}, "neither")
     for layer in ("block1.0", "block2.0", "block3.0", "ori_learner.0"):
         assert f"{layer}: neither filters" in text
     assert text.count("e2cnn and escnn order it differently under the same names") == 1
     assert text.endswith("after eval(), which stores the filters")
-    assert "eval()" not in message(
-        {"block1.0.bias": torch.zeros(8)}
-    )  # advice for this trouble alone
+    assert "eval()" not in message({"block1.0.bias": torch.zeros(8)})  # advice for this error only
     assert "block1.0: neither" in message({"block1.0.weights": None, "block1.0.filter": None})
     assert "block3.0: neither" in message(
         {"block3.0.filter": None, BLOCK2_BASIS: None, BLOCK3_BASIS: None}
@@ -408,7 +406,7 @@ def test_coefficients_without_their_basis_are_refused_with_reason_and_remedy(mes
 
 
 @pytest.mark.parametrize("layer", ["block1.0", "block2.0", "block3.0", "ori_learner.0"])
-def test_filters_that_disagree_with_their_coefficients_are_refused(layer, whole, message):
+def test_filters_that_differ_from_their_coefficients_raise(layer, whole, message):
     stale = re.escape(f"{layer}.filter: differs by up to ")
     assert re.search(
         stale + r"\S+, with values up to \S+, from weights times",
@@ -423,7 +421,7 @@ def test_filters_that_disagree_with_their_coefficients_are_refused(layer, whole,
 
 
 @pytest.mark.parametrize("layer", ["block1.0", "block2.0", "block3.0", "ori_learner.0"])
-def test_filters_outside_our_space_are_refused_with_the_residual(layer, whole, message):
+def test_filters_outside_our_space_raise_with_the_residual(layer, whole, message):
     name = f"{layer}.filter"
     bent = whole[name].clone()
     bent.flatten()[7] += 1e-3 * bent.abs().max()
@@ -439,7 +437,7 @@ def test_filters_outside_our_space_are_refused_with_the_residual(layer, whole, m
     assert math.isclose(allowed, 1e-4 * largest, rel_tol=0.1)
 
 
-def test_orientations_in_the_other_sense_are_refused(whole, message):
+def test_opposite_orientation_order_raises(whole, message):
     name = "block2.0.filter"
     other = whole[name].view(2, 4, 2, 4, 5, 5).flip(1, 3).reshape(8, 8, 5, 5)
     assert "block2.0 are not one filter" in message({name: other}, "filter")
@@ -460,7 +458,7 @@ def test_orientations_in_the_other_sense_are_refused(whole, message):
         ("last_layer_learner.1.bias", (1,)),
     ],
 )
-def test_wrong_tensors_are_named_with_what_was_expected(name, shape, whole, message):
+def test_invalid_tensors_are_named_with_the_expected_shape(name, shape, whole, message):
     assert tuple(whole[name].shape) == shape
     assert f"{name}: expected shape {shape}, found {(*shape, 1)}" in message(
         {name: whole[name][..., None]}
@@ -482,7 +480,7 @@ def test_wrong_tensors_are_named_with_what_was_expected(name, shape, whole, mess
     "name",
     ["block1.1.indices_4", "block3.1.indices_4", "gpool.in_indices_4", "gpool.out_indices_4"],
 )
-def test_places_of_channels_are_not_needed_but_must_look_right(name, message):
+def test_channel_indices_are_optional_but_checked(name, message):
     assert f"{name}: expected shape (2,), found (3,)" in message({name: torch.arange(3)})
     assert f"{name}: expected torch.int64, found torch.float32" in message({name: torch.zeros(2)})
     assert f"{name}0: not expected" in message(
@@ -490,7 +488,7 @@ def test_places_of_channels_are_not_needed_but_must_look_right(name, message):
     )  # of another group
 
 
-def test_sizes_that_cannot_be_told_are_refused(whole, message):
+def test_ambiguous_sizes_raise(whole, message):
     norm = "block1.1.batch_norm_[{}].weight"
     assert "batch_norm_[N].weight: expected one value per field, found nothing" in message(
         {norm.format(4): None}
@@ -509,7 +507,7 @@ def test_sizes_that_cannot_be_told_are_refused(whole, message):
     )
 
 
-def test_a_prefix_of_some_names_is_no_prefix(whole, message):
+def test_prefix_of_some_names_is_not_removed(whole, message):
     assert "module.last_layer_learner.1.bias: not expected" in message(
         {"module.last_layer_learner.1.bias": torch.zeros(1)}
     )

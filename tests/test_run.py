@@ -1,6 +1,4 @@
-"""Runs: rows of any callable, what is kept on disk, what an interrupted or failing run does, sweeps
-and bias.
-"""
+"""Runs: rows of any callable, stored results, interrupted and failing runs, sweeps and bias."""
 
 import json
 from pathlib import Path
@@ -31,7 +29,7 @@ SHIFT = 6
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Two sequences of three images; images 2 and 3 are image 1 moved by SHIFT and 2 SHIFT pixels
+    """Two sequences of three images; images 2 and 3 are image 1 shifted by SHIFT and 2 SHIFT pixels
     to the left.
     """
     rng = np.random.default_rng(0)
@@ -45,7 +43,7 @@ def dataset(tmp_path):
         )
         wide = (smooth + rng.uniform(0, 25, smooth.shape)).astype(
             np.uint8
-        )  # noise: no two pixels of a peak are alike
+        )  # noise: no two pixels of a peak are equal
         for k in (1, 2, 3):
             left = SHIFT * (k - 1)
             Image.fromarray(wide[:, left : left + 240]).save(folder / f"{k}.png")
@@ -55,7 +53,7 @@ def dataset(tmp_path):
 
 
 def corners(source):
-    """A detector that needs no weights: (N,4) x, y, scale, score."""
+    """A detector without weights: (N,4) x, y, scale, score."""
     image = load_image(source)
     x, y = (image - image.roll(2, dims=d) for d in (-1, -2))
     response = (
@@ -65,7 +63,7 @@ def corners(source):
     return torch.cat([xy, torch.ones(len(xy), 1), score[:, None]], dim=1)
 
 
-def test_library_use_in_three_lines_with_any_callable(dataset):
+def test_library_use_with_any_callable(dataset):
     rows = run(homography_sequences(dataset).pairs, corners, protocols=("keynet", "mutual", "rekd"))
     assert [(r["sequence"], r["kind"], r["pair"]) for r in rows] == [
         ("i_two", "illum", "1-2"),
@@ -76,7 +74,7 @@ def test_library_use_in_three_lines_with_any_callable(dataset):
     for row in rows:
         assert row["ok"]
         assert row["seconds"] > 0
-        # the very same pixels: all points found again but for those a limit of 300 cuts off near
+        # equal pixels: all keypoints are repeated except for those removed by the limit of 300 near
         # the border
         assert row["metrics"]["mutual.rep@1"] > 0.85
         assert row["metrics"]["mutual.err@1"] < 0.05
@@ -84,22 +82,22 @@ def test_library_use_in_three_lines_with_any_callable(dataset):
         assert "keynet.mma@3" not in row["metrics"]  # no descriptors, no matches
 
 
-def test_points_turned_round_are_the_chance_level(dataset):
+def test_rotated_keypoints_have_the_chance_level(dataset):
     pair = homography_sequences(dataset).pairs[0]
     a, b = (as_features(corners(p), (240, 192)) for p in (pair.image_a, pair.image_b))
     numbers = homography_metrics(a, b, pair.H_ab)
-    turned = Features(
+    rotated = Features(
         Keypoints(torch.tensor([239.0, 191]) - b.xy, b.scale, b.keypoints.angle, b.score),
         None,
         b.image_size,
     )
-    chance = homography_metrics(a, turned, pair.H_ab)["mutual.rep@3"]
+    chance = homography_metrics(a, rotated, pair.H_ab)["mutual.rep@3"]
     assert numbers["chance.rep@3"] == pytest.approx(
         (numbers["mutual.rep@3"] - chance) / (1 - chance)
     )
 
 
-def test_a_failing_pair_is_a_row_with_a_reason(dataset):
+def test_failed_pair_is_a_row_with_a_reason(dataset):
     def broken(source):
         if str(source).endswith("3.png"):
             raise RuntimeError("no luck with three")
@@ -111,14 +109,14 @@ def test_a_failing_pair_is_a_row_with_a_reason(dataset):
     assert "no luck with three" in rows[1]["reason"]
 
 
-def test_no_points_are_numbers_not_a_failure(dataset):
+def test_no_keypoints_are_not_a_failure(dataset):
     rows = run(homography_sequences(dataset).pairs[:1], lambda _: torch.zeros(0, 2))
     assert rows[0]["ok"]
     assert rows[0]["metrics"]["mutual.rep@3"] == 0
     assert rows[0]["metrics"]["keynet.err_SL"] is None
 
 
-def test_equal_scores_are_averaged_over_random_picks(dataset):
+def test_equal_scores_are_averaged_over_random_selections(dataset):
     pair = homography_sequences(dataset).pairs[0]
     xy = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([239.0, 191])
     same = Features(
@@ -140,7 +138,7 @@ def test_equal_scores_are_averaged_over_random_picks(dataset):
     assert pair is not None
 
 
-def test_wrong_arguments(dataset):
+def test_invalid_arguments_raise(dataset):
     with pytest.raises(ValueError, match="nonsense"):
         run(homography_sequences(dataset).pairs, corners, protocols=("nonsense",))
     with pytest.raises(ValueError, match="num_keypoints must be at least 1"):
@@ -158,17 +156,17 @@ def settings(**changes):
     return RunSettings(("random", "lattice"), **{"protocols": ("keynet", "mutual"), **changes})
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(dataset, tmp_path, monkeypatch):
     out, data = tmp_path / "out", homography_sequences(dataset)
     evaluate(data, settings(), out)
     first = {name: (out / "rows" / f"{name}.jsonl").read_text() for name in ("random", "lattice")}
     assert all(len(text.splitlines()) == 4 for text in first.values())
-    # a kill in the middle of the last line
+    # a kill during the last line
     cut = out / "rows" / "random.jsonl"
     cut.write_text(first["random"][:-40])
     evaluate(data, settings(), out)
     lines = cut.read_text().splitlines()
-    # rows have the seconds they took: those that were whole have not been measured again
+    # rows have their durations: complete rows have not been measured again
     assert lines[:3] == first["random"].splitlines()[:3]
     assert [row["metrics"] for row in read_rows(cut)] == [
         json.loads(line)["metrics"] for line in first["random"].splitlines()
@@ -178,7 +176,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(dataset, tmp_path, monkeypa
     assert cut.read_text() == before
 
 
-def test_a_kill_between_pairs_keeps_the_rows_before_it(dataset, tmp_path, monkeypatch):
+def test_kill_between_pairs_keeps_earlier_rows(dataset, tmp_path, monkeypatch):
     out, data = tmp_path / "out", homography_sequences(dataset)
 
     def killed(source):
@@ -195,10 +193,10 @@ def test_a_kill_between_pairs_keeps_the_rows_before_it(dataset, tmp_path, monkey
     ]
     monkeypatch.setattr(module, "system", lambda *_: corners)
     evaluate(data, settings(), out)
-    assert len((out / "rows" / "random.jsonl").read_text().splitlines()) == 4  # no pair twice
+    assert len((out / "rows" / "random.jsonl").read_text().splitlines()) == 4  # no duplicate pairs
 
 
-def test_a_kill_while_detecting_leaves_no_half_features(dataset, tmp_path, monkeypatch):
+def test_kill_during_detection_leaves_no_incomplete_features(dataset, tmp_path, monkeypatch):
     out, data = tmp_path / "out", homography_sequences(dataset)
 
     def killed(source):
@@ -217,7 +215,7 @@ def test_a_kill_while_detecting_leaves_no_half_features(dataset, tmp_path, monke
     assert len(read_rows(out / "rows" / "random.jsonl")) == 1
 
 
-def test_results_of_other_settings_are_not_mixed(dataset, tmp_path):
+def test_results_of_other_settings_raise(dataset, tmp_path):
     out, data = tmp_path / "out", homography_sequences(dataset)
     evaluate(data, settings(), out)
     with pytest.raises(DataError, match="num_points = 1000"):
@@ -240,7 +238,7 @@ def test_labels_name_rows_and_files(dataset, tmp_path):
     assert facts["made_by"] == {"chance": "random"}
 
 
-def test_a_label_belongs_to_one_system(dataset, tmp_path):
+def test_label_belongs_to_one_system(dataset, tmp_path):
     data, out = homography_sequences(dataset), tmp_path / "out"
 
     def named(*systems):
@@ -254,14 +252,14 @@ def test_a_label_belongs_to_one_system(dataset, tmp_path):
     with pytest.raises(DataError, match="holds results of random called chance"):
         evaluate(data, named("chance/=random"), out)  # the same file
     evaluate(data, named("other=lattice"), out)
-    evaluate(data, named("chance=random"), out)  # of the first run, which the second did not name
+    evaluate(data, named("chance=random"), out)  # from the first run, not in the second
     assert json.loads((out / "run.json").read_text())["made_by"] == {
         "chance": "random",
         "other": "lattice",
     }
 
 
-def test_two_systems_of_one_file_are_refused():
+def test_two_systems_with_the_same_file_raise():
     for systems in (
         ("one/net.safetensors", "two/net.safetensors"),
         ("sift", "sift=orb"),
@@ -273,7 +271,7 @@ def test_two_systems_of_one_file_are_refused():
     assert RunSettings(("one/net.safetensors", "second=two/net.safetensors"))
 
 
-def test_features_of_posed_pairs_are_kept(tmp_path, monkeypatch):
+def test_features_of_posed_pairs_are_stored(tmp_path, monkeypatch):
     pytest.importorskip("cv2")
     rng, images = np.random.default_rng(0), tmp_path / "set" / "images"
     numbers = "100 0 60 0 100 40 0 0 1 " * 2 + "1 0 0 1 0 1 0 0 0 0 1 0 0 0 0 1"
@@ -284,7 +282,8 @@ def test_features_of_posed_pairs_are_kept(tmp_path, monkeypatch):
         for name in ("1.png", "2.png"):
             Image.fromarray(rng.integers(0, 255, (80, 120), dtype=np.uint8)).save(folder / name)
         lines += [
-            f"{scene}/color/1.png {scene}/color/2.png {turns} 0 {numbers}" for turns in (0, 1)
+            f"{scene}/color/1.png {scene}/color/2.png {quarter_turns} 0 {numbers}"
+            for quarter_turns in (0, 1)
         ]
     (tmp_path / "set" / "pairs_with_gt.txt").write_text("\n".join(lines) + "\n")
     data = posed_pairs(tmp_path / "set")
@@ -306,7 +305,7 @@ def test_features_of_posed_pairs_are_kept(tmp_path, monkeypatch):
     out = evaluate(data, chosen, tmp_path / "out")
     rows = read_rows(out / "rows" / "orb.jsonl")
     assert [r["ok"] for r in rows] == [True] * 4, rows[0]["reason"]
-    # image 1 straight and turned, image 2: three of each scene, however many pairs use them
+    # image 1 upright and rotated, image 2: three per scene for any number of pairs
     assert sorted(seen) == [(40, 60)] * 4 + [(60, 40)] * 2
     stored = sorted(p.stem for p in (out / "features" / "orb" / "set").glob("*.npz"))
     assert len(stored) == 6
@@ -321,12 +320,12 @@ def test_features_of_posed_pairs_are_kept(tmp_path, monkeypatch):
     ]
 
 
-def test_workers_give_the_same_rows(dataset, tmp_path):
+def test_number_of_workers_does_not_change_rows(dataset, tmp_path):
     data = homography_sequences(dataset)
     for name, workers in (("one", 1), ("two", 2)):
         evaluate(data, settings(extras=("bias",)), tmp_path / name, workers=workers)
     for part in ("rows/random.jsonl", "rows/lattice.jsonl", "bias/random.jsonl"):
-        # one line each, none lost and none twice
+        # one line each, none missing or duplicated
         assert (
             len({len((tmp_path / name / part).read_text().splitlines()) for name in ("one", "two")})
             == 1
@@ -346,7 +345,7 @@ def test_workers_give_the_same_rows(dataset, tmp_path):
         assert one
 
 
-def test_stored_features_come_back(tmp_path):
+def test_stored_features_round_trip(tmp_path):
     points = Keypoints(torch.rand(5, 2) * 50, torch.rand(5), torch.rand(5), torch.rand(5))
     described = torch.nn.functional.normalize(torch.randn(5, 8), dim=1)
     path = tmp_path / "a" / "1.npz"
@@ -362,7 +361,7 @@ def test_stored_features_come_back(tmp_path):
     assert load_features(tmp_path / "none.npz") is None
 
 
-def test_features_made_elsewhere_in_both_formats(dataset, tmp_path):
+def test_external_features_in_both_formats(dataset, tmp_path):
     h5py = pytest.importorskip("h5py")
     data = homography_sequences(dataset)
     folder, file = tmp_path / "npy", tmp_path / "features.h5"
@@ -386,8 +385,8 @@ def test_features_made_elsewhere_in_both_formats(dataset, tmp_path):
     expected = [
         r["metrics"]["mutual.rep@2"] for r in run(data.pairs, corners, protocols=("mutual",))
     ]
-    for place in (folder, file):
-        rows = run(data.pairs, from_disk(place), protocols=("mutual", "rekd"))
+    for path in (folder, file):
+        rows = run(data.pairs, from_disk(path), protocols=("mutual", "rekd"))
         assert [r["metrics"]["mutual.rep@2"] for r in rows] == expected
         assert all(r["metrics"]["rekd.matches"] > 0 for r in rows)
     Image.new("L", (64, 64)).save(tmp_path / "other.png")
@@ -396,7 +395,7 @@ def test_features_made_elsewhere_in_both_formats(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["rotation", "scale"])
-def test_sweeps_know_where_points_went(dataset, kind):
+def test_sweeps_use_the_correct_homography(dataset, kind):
     image = dataset / "v_one" / "1.png"
     values = (0, 90, 180, 30) if kind == "rotation" else (1.0, 0.71)
     rows = sweep(system("keynet+none", Options(1500, True)), image, kind, values, num_keypoints=200)
@@ -407,7 +406,7 @@ def test_sweeps_know_where_points_went(dataset, kind):
         assert rows[1]["metrics"]["mutual.err@3"] < 1.0
 
 
-def test_bias_is_twice_the_offset_of_a_detector_that_answers_beside(dataset):
+def test_bias_is_twice_the_offset_of_a_detector(dataset):
     image = dataset / "v_one" / "1.png"
     straight = {r["kind"]: r["metrics"] for r in bias(corners, image)}
     assert straight["anchoring"]["median"] > 0.7
@@ -416,11 +415,11 @@ def test_bias_is_twice_the_offset_of_a_detector_that_answers_beside(dataset):
         abs(straight[k][d]) < 0.01 for k in straight if k != "anchoring" for d in ("dx", "dy")
     )
 
-    def beside(source):
+    def shifted(source):
         table = corners(source)
         return torch.cat([table[:, :2] + torch.tensor([0.5, -0.25]), table[:, 2:]], dim=1)
 
-    found = {r["kind"]: r["metrics"] for r in bias(beside, image)}
+    found = {r["kind"]: r["metrics"] for r in bias(shifted, image)}
     assert found["mirror_x"]["dx"] == pytest.approx(1.0)
     assert found["mirror_x"]["dy"] == pytest.approx(0)
     assert found["mirror_y"]["dy"] == pytest.approx(-0.5)
@@ -430,12 +429,12 @@ def test_bias_is_twice_the_offset_of_a_detector_that_answers_beside(dataset):
     )
 
 
-def test_controls_do_not_look_and_repeat_by_chance(dataset):
+def test_controls_are_independent_of_the_image_and_at_chance_level(dataset):
     for name in ("random", "lattice"):
         detect = system(name, Options(1000, True))
         image = dataset / "v_one" / "1.png"
         a, again, other = detect(image), detect(image), detect(dataset / "v_one" / "2.png")
-        assert torch.equal(a.xy, again.xy)  # the same in every run
+        assert torch.equal(a.xy, again.xy)  # reproducible
         assert len(a) != len(other) or not torch.allclose(a.xy, other.xy)
     rows = run(
         homography_sequences(dataset).pairs,
@@ -448,7 +447,7 @@ def test_controls_do_not_look_and_repeat_by_chance(dataset):
 def test_command_line_from_folder_to_report(dataset, tmp_path):
     out = tmp_path / "out"
     runner = CliRunner()
-    words = [
+    arguments = [
         "evaluate",
         str(dataset),
         "--systems",
@@ -460,14 +459,14 @@ def test_command_line_from_folder_to_report(dataset, tmp_path):
         "--extras",
         "bias",
     ]
-    done = runner.invoke(app, words)
+    done = runner.invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "8 rows, 0 of them failed" in done.output
     made = runner.invoke(app, ["report", str(out), "--pictures", "1"])
     assert made.exit_code == 0, made.output
     assert "keynet-tiny" in (out / "report.md").read_text()
     (dataset / "v_one" / "3.png").write_bytes(b"not an image")
-    failing = runner.invoke(app, [*words[:-4], "--output", str(tmp_path / "other")])
+    failing = runner.invoke(app, [*arguments[:-4], "--output", str(tmp_path / "other")])
     assert failing.exit_code == 1
     assert "v_one" in failing.output
     nowhere = tmp_path / "nowhere"

@@ -1,6 +1,4 @@
-"""What keeps keypoints on structure in training: drawn shapes, anchors of photographs, second
-layers.
-"""
+"""Keypoints on structure in training: drawn shapes, anchors of photographs, second layers."""
 
 import dataclasses
 
@@ -29,7 +27,7 @@ def square(size: int = 96, low: int = 30, high: int = 62) -> torch.Tensor:
     return image
 
 
-def test_corner_strength_is_that_of_corners_alone():
+def test_corner_strength_is_high_only_at_corners():
     strength = corner_strength(square(), 1.5)[0, 0]
     corners = [(y, x) for y in (30, 61) for x in (30, 61)]
     near = [float(strength[y - 2 : y + 3, x - 2 : x + 3].max()) for y, x in corners]
@@ -45,14 +43,14 @@ def test_percentile_rank_counts_smaller_pixels():
     assert percentile_rank(torch.zeros(1, 1, 1, 1)).item() == 0
 
 
-def test_an_anchor_is_at_the_corner_and_not_beside_it():
+def test_anchor_is_at_the_corner():
     image = square() + 0.01 * torch.rand(1, 1, 96, 96, generator=torch.Generator().manual_seed(0))
     weight, ramp = anchor_weight(image, 1.0)[0, 0], anchor_weight(image)[0, 0]
     for y, x, outward in ((30, 30, -1), (61, 61, 1)):
         assert float(weight[y - 2 : y + 3, x - 2 : x + 3].max()) > 0.95
         assert float(weight[y + 6 * outward, x + 6 * outward]) < 0.1
         assert float(ramp[y, x]) == 1
-    assert float(ramp[5:20, 5:20].mean()) < 0.4  # flat ground
+    assert float(ramp[5:20, 5:20].mean()) < 0.4  # constant background
     assert bool((weight <= ramp).all())
     assert 0 <= float(weight.min()) <= float(ramp.max()) <= 1
 
@@ -61,27 +59,27 @@ def bump(at: tuple[float, float], size: int = 96, height: float = 1.0) -> torch.
     return height * target_map(np.array([at]), size, GAUSSIAN_SIGMA)[None]
 
 
-def test_a_peak_without_anchor_counts_as_one_that_the_other_view_lacks():
+def test_peak_without_anchor_counts_as_not_repeated():
     H = torch.eye(3)[None]
     both = bump((40, 40)) + bump((60, 62))
     everywhere = torch.ones(1, 1, 96, 96)
-    beside = everywhere.clone()
-    beside[..., 55:70, 55:70] = 0
+    elsewhere = everywhere.clone()
+    elsewhere[..., 55:70, 55:70] = 0
     free = gaussian_loss(both, both, H)[1]
     assert gaussian_loss(both, both, H, anchor_a=everywhere, anchor_b=everywhere)[1] == free
-    bound = gaussian_loss(both, both, H, anchor_a=beside, anchor_b=beside)[1]
+    bound = gaussian_loss(both, both, H, anchor_a=elsewhere, anchor_b=elsewhere)[1]
     assert free["alone"] == pytest.approx(0, abs=1e-3)
     assert bound["alone"] == pytest.approx(0.5, abs=1e-3)
 
 
-def test_known_positions_are_all_that_counts_in_their_image():
+def test_only_known_positions_are_used_in_their_image():
     H = torch.eye(3)[None]
     truth = torch.maximum(bump((40.3, 40.6)), bump((47.0, 50.2)))  # nearer than the window
     none = torch.zeros_like(truth)
     right = gaussian_loss(truth, truth, H, target_a=truth, target_b=truth)[1]
     assert right["shape"] == pytest.approx(0, abs=1e-3)
     assert right["alone"] == pytest.approx(0, abs=1e-3)
-    # both views agree on a peak elsewhere: agreement does not help
+    # both views agree on a peak elsewhere, which does not reduce the loss
     wrong = bump((70, 30)) + 1e-6
     agreed = gaussian_loss(wrong, wrong, H, target_a=truth, target_b=truth)[1]
     assert agreed["shape"] > 0.5
@@ -105,8 +103,8 @@ def test_local_cosine_equals_a_loop():
     assert float(found) == pytest.approx(float(one @ two / (one.norm() * two.norm())), rel=1e-5)
 
 
-def test_shapes_are_drawn_where_their_targets_say():
-    """Positions agree with the homography, and nearly all of them lie on structure."""
+def test_shapes_are_drawn_at_their_target_positions():
+    """Positions agree with the homography, and nearly all of them are on structure."""
     near = []
     for seed in range(4):
         pair = draw_shapes(np.random.default_rng(seed), CLEAN)
@@ -132,7 +130,7 @@ def test_shapes_are_drawn_where_their_targets_say():
     assert np.mean(np.array(near) > 0.9) > 0.9
 
 
-def test_target_maps_peak_at_their_sub_pixel_positions():
+def test_target_maps_have_maxima_at_subpixel_positions():
     heat = target_map(np.array([[10.3, 20.8], [0.0, 31.0], [10.9, 20.8]]), 32)
     assert heat.shape == (1, 32, 32)
     assert float(heat[0, 21, 10]) == pytest.approx(
@@ -169,12 +167,12 @@ def test_pairs_with_shapes_have_anchors_or_targets(photos):
     assert kinds == {True, False}
 
 
-def test_a_second_layer_moves_on_its_own_and_is_masked(photos):
-    """Without layers the views agree wherever their masks say so; with one they still do, and the
-    masks are smaller.
+def test_second_layer_moves_independently_and_is_masked(photos):
+    """The views agree where their masks are set, without and with layers; with layers the masks are
+    smaller.
     """
     photo = np.asarray(Image.open(photos[0]))
-    plain = PairSettings(size=128, scale=(1, 1), rotation=0, skew=0, colour=0)
+    plain = PairSettings(size=128, scale=(1, 1), rotation=0, skew=0, color=0)
     differs = 0
     for seed in range(6):
         for settings in (plain, dataclasses.replace(plain, layers=1.0)):
@@ -194,7 +192,7 @@ def test_a_second_layer_moves_on_its_own_and_is_masked(photos):
     assert differs == 6
 
 
-def test_a_soft_score_is_kept_by_the_file_and_the_fused_network(tmp_path):
+def test_soft_score_is_kept_by_file_and_fused_network(tmp_path):
     torch.manual_seed(0)
     net = KeyNet(score="softplus", num_filters=4, num_blocks=2)
     image = torch.rand(1, 1, 50, 61)
@@ -215,7 +213,7 @@ def test_a_soft_score_is_kept_by_the_file_and_the_fused_network(tmp_path):
 
 
 class Fixed(torch.nn.Module):
-    """A score map of bumps at given places of the first and of the second image of a pair."""
+    """A score map of peaks at given positions of the first and of the second image of a pair."""
 
     def __init__(self, maps: torch.Tensor):
         super().__init__()
@@ -225,7 +223,7 @@ class Fixed(torch.nn.Module):
         return self.maps
 
 
-def test_validation_counts_repeated_keypoints_on_structure_alone():
+def test_validation_counts_only_repeated_keypoints_on_structure():
     corner, flat = (40.0, 40.0), (80.0, 25.0)
     generator = torch.Generator().manual_seed(0)
     image = square(112, 40, 72)[0] + 0.005 * torch.rand(1, 112, 112, generator=generator)
@@ -239,7 +237,7 @@ def test_validation_counts_repeated_keypoints_on_structure_alone():
     }
     scores = {}
     for name, at in (("corner", [corner]), ("flat", [flat]), ("both", [corner, flat])):
-        one = sum(bump(place, 112) for place in at)
+        one = sum(bump(xy, 112) for xy in at)
         scores[name] = validation_score(Fixed(torch.cat([one, one])), [pair]) * 150
     assert round(scores["corner"]) == 1
     assert round(scores["both"]) == 1 + round(scores["flat"])
@@ -248,8 +246,8 @@ def test_validation_counts_repeated_keypoints_on_structure_alone():
     assert validation_score(Fixed(torch.cat([one, one])), [hidden]) == 0
 
 
-def test_scores_beside_structure_lose_against_those_on_corners():
-    """A constant network: what is left of its score is the corner strength."""
+def test_scores_off_structure_are_lower_than_those_at_corners():
+    """With a constant network, the score is the corner strength."""
     image = torch.full((1, 1, 80, 80), 0.2)
     image[..., 30:60, 30:60] = 0.9
     net = KeyNet(num_filters=2, num_blocks=1, structure=0.5).eval()
@@ -272,7 +270,7 @@ def test_scores_beside_structure_lose_against_those_on_corners():
         KeyNet(num_filters=1, num_blocks=1, num_levels=1, merge=False, structure=0.5)
 
 
-def test_structure_lets_gradients_through_on_flat_images():
+def test_structure_has_gradients_on_constant_images():
     net = KeyNet(num_filters=2, num_blocks=1, structure=0.5).train()
     image = torch.full((2, 1, 40, 40), 0.5)
     image[0, 0, 10:20, 10:20] = 1.0
@@ -280,7 +278,7 @@ def test_structure_lets_gradients_through_on_flat_images():
     assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
 
 
-def test_peaks_beside_structure_have_their_price():
+def test_peaks_off_structure_are_penalized():
     score = torch.zeros(1, 1, 80, 80)
     score[..., 30, 30], score[..., 30, 60] = 3.0, 1.0
     score[..., 2, 2] = 50.0  # in the frame
@@ -294,13 +292,13 @@ def test_peaks_beside_structure_have_their_price():
     assert float(off_structure(score, anchor, hidden)) == 0
     assert (
         float(off_structure(torch.zeros_like(score), anchor, everywhere)) == 0
-    )  # no peaks, no price, no nan
+    )  # no peaks: no penalty and no NaN
     lowered = score.clone().requires_grad_(True)
     off_structure(lowered, anchor, everywhere).backward()
     assert lowered.grad[0, 0, 30, 30] > 0 > lowered.grad[0, 0, 30, 60]
 
 
-def test_a_map_without_peaks_has_a_finite_gradient():
+def test_map_without_peaks_has_a_finite_gradient():
     """Early in training a whole map can be 0."""
     score = torch.zeros(2, 1, 64, 64, requires_grad=True)
     value = off_structure(score, torch.rand(2, 1, 64, 64), torch.ones(2, 1, 64, 64))

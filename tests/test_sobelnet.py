@@ -1,4 +1,4 @@
-"""SobelNet: shapes and limits, scales summed, the cut, fused equals plain, meaning; the packed last
+"""SobelNet: shapes and limits, sum over scales, threshold, fused equals unfused; the packed last
 layer; the Gaussian loss.
 """
 
@@ -19,7 +19,7 @@ from tiepoints.weights import load, save
 
 
 def lively(**options) -> SobelNet:
-    """A network whose normalisation is far from the initial one."""
+    """A network whose normalization differs from the initial one."""
     torch.manual_seed(2)
     net = SobelNet(**options)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def lively(**options) -> SobelNet:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 48, 64), (3, 1, 37, 41), (2, 1, 5, 1), (1, 1, 1, 1), (1, 1, 8, 19)]
 )
-def test_any_size_and_batch_and_fused_equals_plain(kernel_size, shape):
+def test_any_size_and_batch_and_fused_equals_unfused(kernel_size, shape):
     net = lively(kernel_size=kernel_size)
     image = torch.rand(shape)
     with torch.inference_mode():
@@ -48,7 +48,7 @@ def test_any_size_and_batch_and_fused_equals_plain(kernel_size, shape):
 
 
 @pytest.mark.parametrize("pixels", [1, 700, 2000])
-def test_strips_do_not_show(pixels, monkeypatch):
+def test_tiling_does_not_change_the_result(pixels, monkeypatch):
     net = lively()
     image = torch.rand(2, 1, 61, 70)
     monkeypatch.setattr(module, "TILE_PIXELS", pixels)
@@ -79,15 +79,15 @@ def test_gradients_of_a_ramp():
         torch.testing.assert_close(found, torch.full_like(found, wanted))
 
 
-def test_a_flat_image_has_a_finite_gradient():
+def test_constant_image_has_a_finite_gradient():
     image = torch.full((1, 1, 9, 9), 0.5, requires_grad=True)
     sum(g.sum() for g in gradients(image)).backward()
     assert torch.isfinite(image.grad).all()
 
 
 def test_scales_are_summed_with_shared_filters():
-    """By hand: the same blocks on 1, 1/sqrt 2, 1/2 of the image, brought to the next size and
-    added, then one convolution.
+    """Explicitly: the same blocks at 1, 1/sqrt 2, 1/2 of the image, resized and added, then one
+    convolution.
     """
     net = lively(ratio=0.0)
     image = torch.rand(1, 1, 40, 56)
@@ -100,7 +100,7 @@ def test_scales_are_summed_with_shared_filters():
         torch.testing.assert_close(net(image), F.softplus(net.last(total)))
 
 
-def test_scores_under_a_part_of_the_maximum_are_zero():
+def test_scores_below_a_fraction_of_the_maximum_are_zero():
     score = torch.tensor([[10.0, 0.9, 1.1], [0.5, 1.0, 9.0]]).view(2, 1, 1, 3)
     torch.testing.assert_close(
         cut(score, 0.1).view(2, 3), torch.tensor([[10.0, 0.0, 1.1], [0.0, 1.0, 9.0]])
@@ -112,12 +112,12 @@ def test_scores_under_a_part_of_the_maximum_are_zero():
         part, full = net(image), whole(image)
     assert torch.equal(part, torch.where(full < 0.5 * full.max(), 0.0, full))
     assert 0 < (part > 0).float().mean() < 1
-    assert (net.train()(image) > 0).all()  # training sees every score
+    assert (net.train()(image) > 0).all()  # training uses every score
 
 
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 31])
 @pytest.mark.parametrize("kernel", [1, 3, 5])
-def test_packed_convolution_equals_the_plain_one(width, kernel):
+def test_packed_convolution_equals_torch(width, kernel):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(6, 1, kernel, padding=kernel // 2)
     maps = torch.rand(2, 6, 11, width)
@@ -145,15 +145,15 @@ def test_weights_file_keeps_settings(tmp_path):
         assert torch.equal(again(image), net(image))
 
 
-def test_the_shipped_weights_find_the_same_points_in_a_turned_and_darkened_texture():
+def test_shipped_weights_are_repeatable_on_a_rotated_and_darkened_texture():
     torch.manual_seed(0)
     image = F.interpolate(torch.rand(1, 1, 40, 40), size=(320, 320), mode="bicubic").clamp(0, 1)
     extract = build("sobelnet", None, single_scale=True, num_keypoints=100, device="cpu").extract
     xy = extract(image).xy
     assert len(xy) == 100
-    turned = extract(0.6 * image.rot90(1, (-2, -1)) + 0.1).xy
-    back = torch.stack([image.shape[-1] - 1 - turned[:, 1], turned[:, 0]], dim=1)
-    again = (torch.cdist(back, xy).amin(dim=1) <= 3).float().mean()
+    rotated = extract(0.6 * image.rot90(1, (-2, -1)) + 0.1).xy
+    mapped = torch.stack([image.shape[-1] - 1 - rotated[:, 1], rotated[:, 0]], dim=1)
+    again = (torch.cdist(mapped, xy).amin(dim=1) <= 3).float().mean()
     by_chance = (torch.cdist(torch.rand(100, 2) * 290 + 15, xy).amin(dim=1) <= 3).float().mean()
     assert by_chance < 0.1
     assert again > 0.6
@@ -172,7 +172,7 @@ def blob(size: int, at: tuple[float, float], sigma: float, height: float = 1.0) 
     )
 
 
-def test_likeness_is_the_cosine_with_a_gaussian():
+def test_gaussian_similarity_is_the_cosine():
     maps = torch.rand(2, 1, 24, 26)
     found = gaussian_likeness(maps, 7, 1.3)
     axis = torch.arange(7.0) - 3
@@ -187,7 +187,7 @@ def test_likeness_is_the_cosine_with_a_gaussian():
 
 
 def slow_gaussian(score, other, visible, window, sigma):
-    """One way of the loss, point by point."""
+    """One direction of the loss, keypoint by keypoint."""
     half, size = window // 2, score.shape[-1]
 
     def peaks(m, seen):
@@ -230,7 +230,7 @@ def slow_gaussian(score, other, visible, window, sigma):
     return shape / max(total, 1e-6), alone / strength
 
 
-def test_gaussian_loss_equals_its_slow_twin():
+def test_gaussian_loss_equals_reference_implementation():
     torch.manual_seed(4)
     a = torch.rand(1, 1, 48, 48) ** 4
     b = (a + 0.3 * torch.rand(1, 1, 48, 48)).roll((1, 0), (-2, -1))
@@ -247,7 +247,7 @@ def test_gaussian_loss_equals_its_slow_twin():
     assert 0 < numbers["alone"] < 1
 
 
-def test_gaussian_loss_is_small_where_views_agree_on_gaussians_and_large_elsewhere():
+def test_gaussian_loss_is_small_only_if_views_agree_on_gaussians():
     size = 96
     H = torch.eye(3, dtype=torch.float64)[None]
     H[0, 0, 2] = 5.0
@@ -261,15 +261,15 @@ def test_gaussian_loss_is_small_where_views_agree_on_gaussians_and_large_elsewhe
     wide = gaussian_loss(broad, warp_image(broad, H), H)[1]
     assert wide["shape"] > 0.2
     assert wide["alone"] < 1e-3
-    shifted = gaussian_loss(a, a, H)[1]  # the second view did not move with the scene
+    shifted = gaussian_loss(a, a, H)[1]  # the second view does not follow the scene
     assert shifted["alone"] > 0.9
     lonely = gaussian_loss(a + blob(size, (70.0, 70.0), 1.5, 0.5), moved, H)[1]
     assert lonely["alone"] == pytest.approx(
         0.5**0.25 / (3 + 0.5**0.25) / 2, abs=0.01
-    )  # one way alone
+    )  # one direction only
 
 
-def test_gaussian_loss_does_not_see_the_scale_of_scores_but_its_gradient_works():
+def test_gaussian_loss_is_scale_invariant_and_has_a_gradient():
     torch.manual_seed(0)
     a = (torch.rand(1, 1, 64, 64) ** 3).requires_grad_()
     b = (a.detach() * (0.5 + torch.rand(1, 1, 64, 64))).requires_grad_()
@@ -286,8 +286,8 @@ def test_gaussian_loss_does_not_see_the_scale_of_scores_but_its_gradient_works()
     assert torch.isfinite(a.grad).all()
 
 
-def test_it_learns_by_the_gaussian_loss():
-    """Thirty steps on one pair bring both terms down."""
+def test_training_with_the_gaussian_loss_converges():
+    """Thirty steps on one pair reduce both terms."""
     torch.manual_seed(0)
     net = SobelNet()
     scene = F.interpolate(torch.rand(1, 1, 24, 24), size=(144, 144), mode="bicubic").clamp(0, 1)
@@ -313,7 +313,7 @@ def test_it_learns_by_the_gaussian_loss():
     assert last["alone"] < 0.9 * first["alone"]
 
 
-def test_gaussian_loss_refuses_what_does_not_fit():
+def test_gaussian_loss_rejects_invalid_inputs():
     H = torch.eye(3, dtype=torch.float64)[None]
     with pytest.raises(ValueError, match="equal shape"):
         gaussian_loss(torch.rand(1, 1, 64, 64), torch.rand(1, 1, 64, 32), H)

@@ -1,6 +1,4 @@
-"""Synthetic pairs: the homography is true, the pairs are reproducible, bad photographs do no
-harm.
-"""
+"""Synthetic pairs: correct homographies, reproducibility, unusable photographs."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tiepoints.datasets.synthetic import (
     PairSettings,
     cast_shadow,
     degrade,
-    distort_colour,
+    distort_color,
     list_photos,
     read_photo,
     split_photos,
@@ -31,7 +29,7 @@ from tiepoints.filters import gaussian_blur
 from tiepoints.geometry import warp_image
 
 SIZE = 64
-PLAIN = PairSettings(size=SIZE, scale=(0.7, 1.5), rotation=60, skew=0.3, colour=0.0)
+PLAIN = PairSettings(size=SIZE, scale=(0.7, 1.5), rotation=60, skew=0.3, color=0.0)
 
 
 def texture(
@@ -54,8 +52,8 @@ def photos(tmp_path_factory) -> list[Path]:
 
 
 def off_by(pair, H: np.ndarray) -> float:
-    """Mean difference of image b and image a moved by ``H``, in grey levels, where both show the
-    photograph.
+    """Mean difference between image b and image a warped by ``H``, in gray levels, where both show
+    the photograph.
     """
     a = torch.from_numpy(pair.image_a).float()[None, None]
     stacked = torch.cat([a, torch.ones_like(a)], dim=1)
@@ -76,7 +74,7 @@ def off_by(pair, H: np.ndarray) -> float:
     ],
     ids=["plain", "rotation", "all", "smaller", "larger"],
 )
-def test_homography_is_true(photos, settings):
+def test_homography_maps_between_the_views(photos, settings):
     data = PairDataset(photos, settings, seed=1, length=8)
     for i in range(8):
         pair = data.pair(i)
@@ -109,7 +107,7 @@ def items(photos, seed: int, workers: int) -> list[dict[str, torch.Tensor]]:
     return list(loader)
 
 
-def test_same_seed_same_pairs_with_any_number_of_workers(photos):
+def test_pairs_are_reproducible_with_any_number_of_workers(photos):
     alone, shared, other = items(photos, 5, 0), items(photos, 5, 2), items(photos, 6, 0)
     for one, two, three in zip(alone, shared, other, strict=True):
         for key in one:
@@ -118,7 +116,7 @@ def test_same_seed_same_pairs_with_any_number_of_workers(photos):
         assert not torch.equal(one["H_ab"], three["H_ab"])
 
 
-def test_pairs_do_not_depend_on_what_came_before(photos):
+def test_pairs_do_not_depend_on_earlier_pairs(photos):
     first, second = (
         PairDataset(photos, PLAIN, seed=5, length=6, cache_bytes=room) for room in (10**9, 0)
     )
@@ -129,17 +127,17 @@ def test_pairs_do_not_depend_on_what_came_before(photos):
         assert pair.source == ahead[i].source
 
 
-def test_every_photo_takes_its_turn(photos):
+def test_all_photos_are_used(photos):
     data = PairDataset(photos, PLAIN, seed=0, length=4)
     assert {data.pair(i).source for i in range(4)} == {str(p) for p in photos}
 
 
-def test_masks_leave_out_what_one_view_does_not_show(photos):
+def test_masks_exclude_areas_outside_the_other_view(photos):
     settings = dataclasses.replace(PLAIN, scale=(0.5, 0.5), rotation=0, skew=0)
     pair = PairDataset(photos, settings, seed=0, length=1).pair(0)
     assert pair.mask_a.dtype == np.bool_
-    assert pair.mask_a.mean() > 0.95  # b shows all of a
-    assert pair.mask_b.mean() == pytest.approx(0.25, abs=0.05)  # a shows a quarter of b
+    assert pair.mask_a.mean() > 0.95  # b contains all of a
+    assert pair.mask_b.mean() == pytest.approx(0.25, abs=0.05)  # a contains a quarter of b
     inside = pair.mask_b[18:46, 18:46]
     assert inside.all()
     assert not pair.mask_b[:14].any()
@@ -147,7 +145,7 @@ def test_masks_leave_out_what_one_view_does_not_show(photos):
 
 def test_windows_larger_than_the_photo_are_masked(tmp_path):
     Image.fromarray(texture(70, 80, sigma=2)[..., 0]).save(tmp_path / "a.png")
-    settings = PairSettings(size=100, scale=(1.0, 1.0), rotation=0, skew=0, colour=0)
+    settings = PairSettings(size=100, scale=(1.0, 1.0), rotation=0, skew=0, color=0)
     pair = PairDataset([tmp_path / "a.png"], settings, length=1).pair(0)
     assert pair.mask_a.mean() == pytest.approx(0.56, abs=0.02)
 
@@ -163,7 +161,7 @@ def test_mirror_gives_negative_determinants(photos):
     assert set(signs(photos, 0.5)) == {1.0, -1.0}
 
 
-def test_rekd_is_rotation_about_the_centre(photos):
+def test_rekd_is_a_rotation_about_the_center(photos):
     data = PairDataset(photos, dataclasses.replace(PRESETS["rekd"], size=SIZE), seed=0, length=12)
     angles = []
     for i in range(12):
@@ -171,22 +169,22 @@ def test_rekd_is_rotation_about_the_centre(photos):
         np.testing.assert_allclose(H[:2, :2] @ H[:2, :2].T, np.eye(2), atol=1e-9)
         assert np.linalg.det(H[:2, :2]) > 0
         np.testing.assert_allclose(H[2], [0, 0, 1], atol=1e-12)
-        centre = np.array([(SIZE - 1) / 2] * 2 + [1])
-        np.testing.assert_allclose(H @ centre, centre, atol=1e-9)
+        center = np.array([(SIZE - 1) / 2] * 2 + [1])
+        np.testing.assert_allclose(H @ center, center, atol=1e-9)
         angles.append(np.degrees(np.arctan2(H[1, 0], H[0, 0])))
     assert max(angles) > 90
     assert min(angles) < -90
 
 
 @pytest.mark.parametrize(
-    "change", ["colour", "gamma", "tone", "shadow", "blur", "dark", "noise", "jpeg"]
+    "change", ["color", "gamma", "tone", "shadow", "blur", "dark", "noise", "jpeg"]
 )
 def test_photometric_changes(photos, change):
     changed = dataclasses.replace(PLAIN, **{change: 1.0})
     plain, other = (PairDataset(photos, s, seed=4, length=1).pair(0) for s in (PLAIN, changed))
     assert np.array_equal(plain.H_ab, other.H_ab)
     assert not np.array_equal(plain.image_b, other.image_b)
-    assert np.array_equal(plain.image_a, other.image_a) == (change == "colour")
+    assert np.array_equal(plain.image_a, other.image_a) == (change == "color")
 
 
 def test_changes_keep_shape_and_type():
@@ -197,15 +195,15 @@ def test_changes_keep_shape_and_type():
         np.zeros((40, 50, 3), np.uint8),
         np.full((40, 50, 3), 255, np.uint8),
     ):
-        assert distort_colour(image, rng, 1.0).shape == image.shape
-        assert distort_colour(image, rng, 1.0).dtype == np.uint8
-        assert np.array_equal(distort_colour(image, rng, 0.0), image)
+        assert distort_color(image, rng, 1.0).shape == image.shape
+        assert distort_color(image, rng, 1.0).dtype == np.uint8
+        assert np.array_equal(distort_color(image, rng, 0.0), image)
         assert degrade(image[..., 0], rng, every).shape == (40, 50)
         assert degrade(image[..., 0], rng, every).dtype == np.uint8
         assert np.array_equal(degrade(image[..., 0], rng, PairSettings()), image[..., 0])
 
 
-def test_changes_that_a_preset_lacks_draw_nothing():
+def test_disabled_changes_use_no_random_numbers():
     image = texture(40, 50)[..., 0] if texture(40, 50).ndim == 3 else texture(40, 50)
     gamma = PairSettings(gamma=1)
     never = dataclasses.replace(gamma, tone=1e-12, shadow=1e-12, dark=1e-12)
@@ -217,12 +215,12 @@ def test_changes_that_a_preset_lacks_draw_nothing():
     drawn = [np.random.default_rng(1) for _ in range(2)]
     degrade(image, drawn[0], gamma)
     degrade(image, drawn[1], never)
-    # three more numbers: random() of a generator takes one state each
+    # three more random numbers: each uses one state of the generator
     drawn[0].random(3)
     assert drawn[0].random() == drawn[1].random()
 
 
-def test_noise_has_the_deviations_of_its_settings():
+def test_noise_has_the_standard_deviations_of_its_settings():
     gray = np.full((100, 100), 128, np.uint8)
     for power, middle in ((1.0, 13), (3.0, 7.25)):  # mean of 1 + 24 u^power
         settings = PairSettings(noise=1, noise_sigma=25, noise_power=power)
@@ -234,7 +232,7 @@ def test_noise_has_the_deviations_of_its_settings():
         assert np.mean(deviations) == pytest.approx(middle, rel=0.12)
 
 
-def test_dark_images_shadows_and_tones_change_light_alone():
+def test_dark_images_shadows_and_tones_change_only_intensities():
     gray = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))
     changes = []
     for i in range(20):
@@ -252,10 +250,10 @@ def test_dark_images_shadows_and_tones_change_light_alone():
     )
 
 
-# --- photographs that cannot be used
+# --- unusable photographs
 
 
-def test_textureless_photos_are_refused(tmp_path):
+def test_textureless_photos_raise(tmp_path):
     gradient = np.linspace(0, 255, 200).astype(np.uint8)[None].repeat(150, axis=0)
     for name, image in (("flat", np.full((150, 200), 90, np.uint8)), ("gradient", gradient)):
         Image.fromarray(image).save(tmp_path / f"{name}.png")
@@ -263,12 +261,12 @@ def test_textureless_photos_are_refused(tmp_path):
             PairDataset([tmp_path / f"{name}.png"], PLAIN, length=1).pair(0)
 
 
-def test_damaged_bodies_are_skipped(tmp_path, photos):
+def test_damaged_image_data_is_skipped(tmp_path, photos):
     damaged = tmp_path / "damaged.jpg"
     Image.fromarray(texture(sigma=0.7)[..., 0]).save(damaged)
     damaged.write_bytes(damaged.read_bytes()[:3000])
     good, refused = usable_photos([damaged, photos[0]])
-    assert (len(good), len(refused)) == (2, 0)  # the header is in order
+    assert (len(good), len(refused)) == (2, 0)  # the header is valid
     with pytest.raises(DataError, match=r"damaged\.jpg"):
         read_photo(damaged)
     data = PairDataset(good, PLAIN, length=4)
@@ -310,17 +308,17 @@ def test_split_is_disjoint_and_stable(count):
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_one_photo_is_too_few(count):
+def test_one_photo_raises(count):
     with pytest.raises(DataError, match="at least two"):
         split_photos([Path("a.jpg")] * count)
 
 
-def test_no_photos():
+def test_no_photos_raise():
     with pytest.raises(DataError, match="no photographs"):
         PairDataset([], PLAIN, length=1)
 
 
-def test_deep_photos_keep_their_range(tmp_path):
+def test_16_bit_photos_keep_their_range(tmp_path):
     eight = texture(100, 120, sigma=2)[..., 0]
     Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray((eight / 255).astype(np.float32)).save(tmp_path / "float.tif")
@@ -332,7 +330,7 @@ def test_deep_photos_keep_their_range(tmp_path):
     PairDataset([tmp_path / "deep.png"], PLAIN, length=1).pair(0)
 
 
-def test_long_photos_are_reduced(tmp_path):
+def test_large_photos_are_reduced(tmp_path):
     Image.fromarray(texture(100, 400)[..., 0]).save(tmp_path / "a.jpg")
     assert read_photo(tmp_path / "a.jpg", 200).shape == (50, 200, 3)
     assert read_photo(tmp_path / "a.jpg").shape == (100, 400, 3)

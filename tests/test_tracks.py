@@ -1,5 +1,5 @@
 """Reconstructions as training data: a textured plane seen by known cameras, written as a COLMAP
-model and read back.
+model and read again.
 """
 
 import logging
@@ -49,7 +49,7 @@ CAMERAS = [
     (90, 0, 2.2, (-0.2, 0.1)),
     (-150, 6, 4.0, (0.1, 0.3)),
 ]
-PIXELS = 200.0  # of the texture, for each unit of the world
+PIXELS = 200.0  # pixels of the texture per world unit
 CLEAN = TrackSettings(angles=(0.5, 60.0), detected=0.0, rotation=0.0, photometric=PairSettings())
 
 
@@ -69,8 +69,8 @@ def pose(
 
 
 def texture_to_image(rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-    """Homography from pixels of the texture, whose centre is the world's origin, to pixels of the
-    image (ours).
+    """Homography from pixels of the texture, whose center is the world's origin, to pixels of the
+    image.
     """
     camera = np.array([[FOCAL, 0, WIDTH / 2 - 0.5], [0, FOCAL, HEIGHT / 2 - 0.5], [0, 0, 1]])
     to_world = np.array(
@@ -92,7 +92,7 @@ def world(tmp_path_factory):
     rng = np.random.default_rng(0)
     points = np.c_[rng.uniform(-1.6, 1.6, (900, 2)), np.zeros(900)]
     model = pycolmap.Reconstruction()
-    # COLMAP's principal point counts from the corner of the first pixel
+    # COLMAP's principal point is relative to the corner of the first pixel
     model.add_camera_with_trivial_rig(
         pycolmap.Camera(
             model="SIMPLE_PINHOLE",
@@ -155,7 +155,7 @@ def test_shared_points_follow_the_homography_of_their_plane(world, scene):
         shared = scene.shared(a, b)
         H_ab = homographies[b] @ torch.linalg.inv(homographies[a])
         expected = warp_points(torch.from_numpy(shared.xy_a).double(), H_ab)
-        assert np.abs(expected.numpy() - shared.xy_b).max() < 0.01  # half a pixel would show
+        assert np.abs(expected.numpy() - shared.xy_b).max() < 0.01  # sensitive to half a pixel
         step = 1e-3
         axes = [
             (
@@ -175,10 +175,10 @@ def test_shared_points_follow_the_homography_of_their_plane(world, scene):
         ).numpy()
         assert (
             np.abs(np.log(shared.scale / area)).max() < 0.15
-        )  # the plane is tilted against the camera by some degrees
+        )  # the plane is tilted relative to the camera by some degrees
 
 
-def test_patches_of_a_track_look_alike_whatever_the_roll_and_distance(scene):
+def test_patches_of_a_track_are_similar_for_any_roll_and_distance(scene):
     settings = PatchSettings(
         per_view=24, position_sigma=0.0, scale_sigma=0.0, symmetric=0.0, scale=(0.75, 1.2)
     )
@@ -199,9 +199,9 @@ def test_patches_of_a_track_look_alike_whatever_the_roll_and_distance(scene):
         items[6]
 
 
-def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
-    """The detector finds every texture point moved by a known vector; patches are cut there, not at
-    the 3D point.
+def test_keypoints_near_a_track_replace_it_in_both_images(world, scene):
+    """The detector finds every texture point shifted by a known vector; patches are cut there, not
+    at the 3D point.
     """
     _, homographies = world
     a, b = scene.pairs[0]
@@ -223,7 +223,7 @@ def test_keypoints_near_a_track_take_its_place_in_both_images(world, scene):
     assert not also.any()
 
 
-def test_crops_show_their_tracks_at_the_positions_given(scene):
+def test_crops_show_their_tracks_at_their_positions(scene):
     views = PairSettings(size=128, rotation=20, scale=(0.8, 1.25))
     items = TrackCrops([scene], grid, views, seed=0, length=8, count=60)
     for i in range(8):
@@ -236,18 +236,18 @@ def test_crops_show_their_tracks_at_the_positions_given(scene):
         assert negative[rows].any(dim=1).all()
         assert known[0][rows].all()
         assert known[1][columns].all()
-        # what lies around a track looks alike in both crops: their mean gray values within a few
+        # the surroundings of a track are similar in both crops: mean gray values within a few
         # pixels agree
         smooth = [gaussian_blur(item[f"image_{side}"][None], 2.0)[0, 0] for side in "ab"]
         pixels = [xy.round().long() for xy in (item["xy_a"][rows], item["xy_b"][columns])]
         values = [image[at[:, 1], at[:, 0]] for image, at in zip(smooth, pixels, strict=True)]
         assert torch.corrcoef(torch.stack(values))[0, 1] > 0.8
-        # candidates that are no tracks are negatives of tracks alone
+        # candidates that are not tracks are negatives only of tracks
         loose = (~positive.any(dim=1)).nonzero()[:, 0]
         assert not negative[loose][:, (~positive.any(dim=0))].any()
 
 
-def test_posed_pairs_know_right_from_wrong_matches(scene):
+def test_posed_pairs_distinguish_correct_and_incorrect_matches(scene):
     pairs = posed_pairs([scene], 5, seed=0)
     assert len(pairs) == min(5, len(scene.pairs))
     for pair in pairs:
@@ -280,7 +280,7 @@ def test_posed_pairs_know_right_from_wrong_matches(scene):
         )
 
 
-def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
+def test_models_are_found_and_errors_are_named(world, tmp_path):
     folder, _ = world
     assert find_models(folder) == [(folder / "sparse", folder / "images")]
     with pytest.raises(FileNotFoundError, match="no folder"):
@@ -301,7 +301,7 @@ def test_models_are_found_and_what_is_wrong_is_named(world, tmp_path):
         read_scenes(folder, TrackSettings(min_shared=10_000))
 
 
-def test_text_models_are_read_as_binary_ones(world, tmp_path):
+def test_text_models_equal_binary_ones(world, tmp_path):
     folder, _ = world
     (tmp_path / "model").mkdir()
     pycolmap.Reconstruction(str(folder / "sparse")).write_text(str(tmp_path / "model"))
@@ -317,9 +317,9 @@ def test_text_models_are_read_as_binary_ones(world, tmp_path):
         np.testing.assert_allclose(one.scale, two.scale, rtol=1e-6)
 
 
-def test_a_packed_reconstruction_is_read_as_the_model_it_was(world, scene, tmp_path, monkeypatch):
+def test_packed_reconstruction_equals_the_model(world, scene, tmp_path, monkeypatch):
     pack_scene(scene, tmp_path / "packed")
-    monkeypatch.setitem(sys.modules, "pycolmap", None)  # as where COLMAP is missing
+    monkeypatch.setitem(sys.modules, "pycolmap", None)  # as without COLMAP
     (packed,) = read_scenes([tmp_path], CLEAN)
     assert packed.pairs == scene.pairs
     one, two = packed.shared(0, 1), scene.shared(0, 1)
@@ -334,7 +334,7 @@ def test_a_packed_reconstruction_is_read_as_the_model_it_was(world, scene, tmp_p
         read_scenes([tmp_path])
 
 
-def test_the_cache_of_images_drops_those_used_longest_ago(world):
+def test_image_cache_is_least_recently_used(world):
     paths = [world[0] / "images" / f"{number}.png" for number in (1, 2, 3)]
     looked_at = []
 
@@ -346,7 +346,7 @@ def test_the_cache_of_images_drops_those_used_longest_ago(world):
     for path in (*paths[:2], paths[0]):
         cache.get(path, detect)
     assert len(looked_at) == 2
-    cache.get(paths[2], detect)  # the second one goes
+    cache.get(paths[2], detect)  # the second one is removed
     cache.get(paths[0], detect)
     assert len(looked_at) == 3
     cache.get(paths[1], detect)
@@ -356,7 +356,7 @@ def test_the_cache_of_images_drops_those_used_longest_ago(world):
         1,
         HEIGHT,
         WIDTH,
-    )  # one is always kept
+    )  # at least one is kept
 
 
 class Numbers(Dataset):
@@ -370,7 +370,7 @@ class Numbers(Dataset):
         return {"x": torch.tensor(self.factor * (index + 1))}
 
 
-def test_a_mixture_draws_by_index():
+def test_mixture_draws_by_index():
     mixture = Mixture(Numbers(1), Numbers(-1), 0.25, seed=5)
     values = torch.stack([mixture[i]["x"] for i in range(2000)])
     assert torch.equal(values.abs(), torch.arange(1, 2001))
@@ -420,7 +420,7 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
         train("hardnet", photos, tmp_path / "x.safetensors", network={"width": 2}, **options)
 
 
-def test_validation_on_a_reconstruction_prefers_descriptors_that_tell_places_apart(world):
+def test_validation_on_a_reconstruction_prefers_distinctive_descriptors(world):
     scenes = read_scenes(world[0], CLEAN)
     check = PosedCheck(scenes, "keynet-tiny")
     generator = torch.Generator().manual_seed(0)
@@ -433,7 +433,7 @@ def test_validation_on_a_reconstruction_prefers_descriptors_that_tell_places_apa
     assert by_hardnet > 3 * by_chance
 
 
-def test_candidate_loss_takes_what_tracks_give(scene):
+def test_candidate_loss_accepts_tracks(scene):
     views = PairSettings(size=128, rotation=0, scale=(1.0, 1.0))
     items = TrackCrops([scene], grid, views, seed=0, length=2, count=60)
     batch = torch.utils.data.default_collate([items[0], items[1]])

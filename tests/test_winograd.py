@@ -1,4 +1,4 @@
-"""The quick 5 x 5 convolution against the plain one."""
+"""Winograd's 5 x 5 convolution compared with torch."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_one_dimension_is_exact():
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (7, 9), (5, 30), (30, 2), (47, 61)])
 @pytest.mark.parametrize("channels", [(3, 5), (24, 24)])
-def test_it_is_the_plain_convolution(size, channels):
+def test_equals_torch_convolution(size, channels):
     rng = torch.Generator().manual_seed(0)
     maps = torch.randn(*size, channels[0], generator=rng)
     weight = torch.randn(channels[1], channels[0], 5, 5, generator=rng)
@@ -31,4 +31,4 @@ def test_it_is_the_plain_convolution(size, channels):
     assert (unpack(packed, *size) - plain).abs().max() < 5e-5 * plain.abs().max()
     assert torch.equal(
         pack(unpack(packed, *size)), packed
-    )  # zeros around, so the next layer may take it as it is
+    )  # zero padding, as input of the next layer

@@ -1,6 +1,6 @@
-"""Find, describe, match and measure tie points, and train the small networks that do so.
+"""Detect, describe, match and evaluate tie points, and train the small networks that do so.
 
-The public names load on first use, so that ``import tiepoints`` costs nothing.
+Public names are imported on first use, which keeps ``import tiepoints`` fast.
 """
 
 from importlib import import_module

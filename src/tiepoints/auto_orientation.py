@@ -1,14 +1,14 @@
-"""Pairs of images taken with rotated cameras: one relative rotation for the pair instead of an
-angle for each keypoint.
+"""Matching of images from rotated cameras: one relative rotation per pair instead of an angle per
+keypoint.
 
-Upright patches tell places apart best, but they match only where both cameras were held about
-alike. So a pair is first matched upright and verified. Where no geometry beyond chance is found,
-the strongest keypoints of b are described at several rotations, and the one with most verified
-matches is taken; then, and wherever the verified matches themselves are rotated, the exact rotation
-is read off them and all keypoints of b are described again with their patches rotated by it. What
-verifies more is kept. Positions never change, so indices of matches stay valid for stored
-keypoints. Most pairs of a folder show nothing in common and need the search, so what it describes
-is kept for the next pairs of that image.
+Upright patches are the most distinctive, but they only match if both cameras had about the same
+orientation. So a pair is first matched upright and verified. If too few matches agree beyond
+chance, the strongest keypoints of b are described at several rotations, and the one with most
+verified matches is selected. Then, and if the verified upright matches are rotated, the exact
+rotation is computed from the matches and all keypoints of b are described again with patches
+rotated by it. The result with more verified matches is kept. Positions never change, so match
+indices stay valid for stored keypoints. Most pairs of a folder have nothing in common and need the
+search, so its descriptors are cached for the next pairs of that image.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from .matching import match
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Matches
 
-#: Matches that agree beyond chance, from which on a pair needs no search.
-ENOUGH = 15
-#: Strongest keypoints of b that the search describes, and the rotations into which it divides the
-#: circle, upright included.
+#: Number of verified matches from which on a pair needs no search.
+MIN_SUPPORT = 15
+#: Number of keypoints of b in the search (the strongest), and of rotations of the full circle,
+#: including 0.
 SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
-#: Smallest rotation in radians for which it pays to describe again.
+#: Smallest rotation in radians at which keypoints are described again.
 MIN_ROTATION = math.radians(10)
-#: Geometries that verify, and the largest error of a match in pixels: few matches show a plane
-#: before they show an epipolar geometry.
+#: Geometries that verify matches, and the largest error of a match in pixels: a homography is
+#: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
-#: Images whose pyramids are kept in memory, and those whose descriptors of the search are (half
-#: precision, some 0.5 MiB each).
+#: Number of images whose pyramids, and whose search descriptors (half precision, about 0.5 MiB
+#: each), are cached.
 PYRAMIDS, SEARCHES = 2, 256
-#: Samples that an estimate draws at most.
+#: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
 
@@ -52,9 +52,8 @@ class Oriented:
     """Matches of a pair.
 
     Attributes:
-        matches: indices into the keypoints as they were given.
-        b: features of the second image as matched: other angles and descriptors where it was
-            described again.
+        matches: indices into the given keypoints.
+        b: features of the second image, with other angles and descriptors if described again.
         rotation: of the patches of b in radians, from +x towards +y; 0 = as given.
     """
 
@@ -64,10 +63,10 @@ class Oriented:
 
 
 def can_reorient(extractor: Extractor) -> bool:
-    """Whether an extractor describes upright patches, which alone can be described at other
-    rotations.
+    """Whether an extractor describes upright patches; only these can be described at another
+    rotation.
     """
-    if not isinstance(extractor, Extractor):  # any callable can extract
+    if not isinstance(extractor, Extractor):  # a user's callable
         return False
     return (
         isinstance(extractor.describe, PatchDescriptor)
@@ -77,14 +76,14 @@ def can_reorient(extractor: Extractor) -> bool:
 
 
 class PairMatcher:
-    """Matches pairs of images whatever the relative rotation of their cameras.
+    """Matches pairs of images with any relative rotation of their cameras.
 
     Args:
-        extractor: what the features were extracted with.
-        matcher: pairs two features, such as ``matching.match`` with its options.
+        extractor: the extractor of the features.
+        matcher: matches two ``Features``, such as ``matching.match`` with its options.
 
     Raises:
-        ValueError: the extractor describes no upright patches (``can_reorient``).
+        ValueError: the extractor does not describe upright patches (``can_reorient``).
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class PairMatcher:
         if not can_reorient(extractor):
             raise ValueError(
                 "only patches without angles can be described at other rotations; match these "
-                "features as they are"
+                "features directly"
             )
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
@@ -102,61 +101,61 @@ class PairMatcher:
     def __call__(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
     ) -> Oriented:
-        """Match ``a`` with ``b``, described again at another rotation where that verifies more.
+        """Match ``a`` with ``b``, which is described at another rotation if that verifies more
+        matches.
 
         Args:
-            image_b: the image of ``b``, read only where it is needed.
-            key: a name under which its pyramid may be kept for the next pairs.
+            image_b: the image of ``b``, read only if needed.
+            key: cache key of the image for the next pairs; None = no caching.
         """
         best = Oriented(self.matcher(a, b), b)
         if bool(a.angle.any()) or bool(b.angle.any()):
-            return best  # angles were measured
+            return best  # the features have angles
         support, rotation = _support(a, best)
-        if support < ENOUGH:
-            found, rotated = self._search(a, b, image_b, key)
-            if found > support:
-                rotation = rotated
-        for _ in range(2):  # what is described anew shows the rotation more exactly
+        if support < MIN_SUPPORT:
+            search_support, search_rotation = self._search(a, b, image_b, key)
+            if search_support > support:
+                rotation = search_rotation
+        for _ in range(2):  # the rotation is more exact after describing again
             if abs(rotation - best.rotation) < MIN_ROTATION:
                 break
-            again = self._described(b, image_b, key, rotation)
-            other = Oriented(self.matcher(a, again), again, rotation)
-            more, rotation = _support(
-                a, other
-            )  # 0 where chance explains them: then nothing is replaced
-            if more <= support:
+            rotated_b = self._describe(b, image_b, key, rotation)
+            rotated = Oriented(self.matcher(a, rotated_b), rotated_b, rotation)
+            # the support is 0 if chance explains the matches, so nothing is replaced then
+            rotated_support, rotation = _support(a, rotated)
+            if rotated_support <= support:
                 break
-            best, support = other, more
+            best, support = rotated, rotated_support
         return best
 
     def _search(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None
     ) -> tuple[int, float]:
-        """Most verified matches of the strongest keypoints of b at any of the rotations, and the
-        rotation that they show.
+        """Largest number of verified matches of the strongest keypoints of b over the rotations,
+        and the rotation computed from these matches.
         """
-        tried = [
-            Oriented(self.matcher(a, again), again) for again in self._rotated(b, image_b, key)
+        candidates = [
+            Oriented(self.matcher(a, rotated), rotated)
+            for rotated in self._rotated(b, image_b, key)
         ]
-        return max((_support(a, oriented) for oriented in tried), default=(0, 0.0))
+        return max((_support(a, oriented) for oriented in candidates), default=(0, 0.0))
 
     def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
-        """The strongest keypoints of b as the search describes them, at each rotation but
-        upright.
-        """
-        found = None if key is None else self._searches.get(key)
-        if found is None:
-            few = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
-            found = []
+        """The strongest keypoints of b, described at each rotation of the search except 0."""
+        results = None if key is None else self._searches.get(key)
+        if results is None:
+            strongest = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
+            results = []
             for step in range(1, SEARCH_STEPS):
-                again = self._described(few, image_b, key, 2 * math.pi * step / SEARCH_STEPS)
-                assert again.descriptors is not None
-                found.append(replace(again, descriptors=again.descriptors.half()))
+                rotation = 2 * math.pi * step / SEARCH_STEPS
+                rotated = self._describe(strongest, image_b, key, rotation)
+                assert rotated.descriptors is not None
+                results.append(replace(rotated, descriptors=rotated.descriptors.half()))
         if key is not None:
-            _keep(self._searches, key, found, SEARCHES)
-        return found
+            _cache(self._searches, key, results, SEARCHES)
+        return results
 
-    def _described(
+    def _describe(
         self, features: Features, image: ImageLike, key: str | None, rotation: float
     ) -> Features:
         keypoints = replace(features.keypoints, angle=torch.full_like(features.angle, rotation))
@@ -176,33 +175,36 @@ class PairMatcher:
                 down=extractor.down_levels,
             )
         if key is not None:
-            _keep(self._pyramids, key, pyramid, PYRAMIDS)
+            _cache(self._pyramids, key, pyramid, PYRAMIDS)
         return pyramid
 
 
-def _keep(kept: OrderedDict, key: str, value: object, most: int) -> None:
-    """Put a value last, and drop those used longest ago beyond ``most``."""
-    kept[key] = value
-    kept.move_to_end(key)
-    while len(kept) > most:
-        kept.popitem(last=False)
+def _cache(cache: OrderedDict, key: str, value: object, size: int) -> None:
+    """Store a value and drop the least recently used ones beyond ``size``."""
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > size:
+        cache.popitem(last=False)
 
 
 def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
-    """Matches that agree with one geometry beyond chance, 0 where none does; and the rotation from
-    a to b that they show, in radians.
+    """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
+    rotation from a to b of these matches in radians.
     """
     xy_a, xy_b = oriented.matches.positions(a, oriented.b)
     best = (0, 0.0)
-    for kind, threshold in GEOMETRIES.items():
-        # a plane leaves the fundamental matrix open, but its matches agree and are given as inliers
-        agree = estimate(xy_a, xy_b, kind, threshold=threshold, max_iterations=ITERATIONS).inliers
-        if int(agree.sum()) > best[0]:
-            best = int(agree.sum()), similarity_angle(xy_a[agree], xy_b[agree])
+    for geometry, threshold in GEOMETRIES.items():
+        # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
+        # fundamental matrix undetermined
+        inliers = estimate(
+            xy_a, xy_b, geometry, threshold=threshold, max_iterations=ITERATIONS
+        ).inliers
+        if int(inliers.sum()) > best[0]:
+            best = int(inliers.sum()), similarity_angle(xy_a[inliers], xy_b[inliers])
     return best
 
 
 def similarity_angle(xy_a: Tensor, xy_b: Tensor) -> float:
-    """Rotation in radians, -pi..pi, of the similarity that maps points (N,2) nearest to (N,2)."""
+    """Rotation in radians, -pi..pi, of the least-squares similarity from points (N,2) to (N,2)."""
     a, b = (xy.double() - xy.double().mean(dim=0) for xy in (xy_a, xy_b))
     return math.atan2(float((a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()), float((a * b).sum()))

@@ -1,23 +1,25 @@
-"""Published checkpoints into our networks, key by key; and our networks back under the published
-names.
+"""Load published checkpoints into the networks of this package, and export networks under the
+published names.
 
-What is recognised, by content and never by name or ending (specification 1.6 to 1.8 and 7):
+Checkpoints are recognized by content, never by file name (specification 1.6 to 1.8 and 7):
 
-* the official PyTorch Key.Net: a torch file holding ``{"state_dict": ...}``, or the bare state dict
-as kornia keeps it; * the official TensorFlow Key.Net: its variables in an ``.npz``, kernels (kh,
-kw, in, out); * the Key.Net retrained by the REKD authors: a torch file holding ``{"learner": ...,
-"last_layer_learner": ...}``; * REKD itself (``best_model.pt``): the bare state dict of a network of
-e2cnn, with ``ori_learner.0...`` among its keys; * HardNet (``HardNet++.pth``,
-``checkpoint_liberty_with_aug.pth``, ...): ``{"epoch": ..., "state_dict": ...}`` or the bare state
-dict
-  with ``features.0.weight``; SOSNet (``sosnet-32x32-liberty.pth``, ...): ``layers.1.weight``; HyNet
-  (``HyNet_LIB.pth``, ...): ``layer1.0.weight``. kornia's networks of these names have the same
-  keys. Our networks take patches in [0,1] and bring them to the range the published weights saw;
-  docs/patchdata.md says what kornia does instead.
+* the official PyTorch Key.Net: a torch file with ``{"state_dict": ...}``, or the bare state dict as
+  kornia stores it;
+* the official TensorFlow Key.Net: its variables in an ``.npz``, kernels (kh, kw, in, out);
+* the Key.Net retrained by the REKD authors: a torch file with ``{"learner": ...,
+  "last_layer_learner": ...}``;
+* REKD itself (``best_model.pt``): the bare state dict of an e2cnn network, with
+  ``ori_learner.0...`` among its keys;
+* HardNet (``HardNet++.pth``, ``checkpoint_liberty_with_aug.pth``, ...): ``{"epoch": ...,
+  "state_dict": ...}`` or the bare state dict with ``features.0.weight``; SOSNet
+  (``sosnet-32x32-liberty.pth``, ...): ``layers.1.weight``; HyNet (``HyNet_LIB.pth``, ...):
+  ``layer1.0.weight``. kornia's networks of these names have the same keys. Ours take patches in
+  [0,1] and scale them to the range of the published training; docs/patchdata.md says what kornia
+  does instead.
 
-A tensor that is missing, unexpected, wrongly shaped, not real-valued or not finite is an error:
-nothing is guessed and nothing is left at its initial value in silence. Files are read as data only;
-no object in them is ever unpickled.
+A tensor that is missing, unexpected, of another shape, not real or not finite is an error: no value
+is guessed or silently left at its initialization. Files are read as data only; no object is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -48,41 +50,39 @@ ACCEPTED = (
     "keyNet.pt and best_model.pt, "
     "and the official HardNet, SOSNet and HyNet (.pth)"
 )
-#: Places of the seven convolutions in HardNet's published ``features``; batch normalisation follows
-#: each. SOSNet's ``layers`` begin with an instance normalisation, so everything is one later.
+#: Indices of the seven convolutions in HardNet's published ``features``, each followed by batch
+#: normalization. SOSNet's ``layers`` begin with an instance normalization: its are one larger.
 HARDNET_CONVOLUTIONS = (0, 3, 6, 9, 12, 15, 19)
-SHOWN_PROBLEMS = 4  # a file for another network has dozens; the first few say enough
+SHOWN_PROBLEMS = 4  # a file for another network has dozens
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-REKD_MARKS = ("ori_learner.", "last_layer_learner.")
-#: What rounding may do to a filter, as part of its largest value. e2cnn's own float32 does 1e-6; a
-#: filter turned the wrong way differs by about itself.
+REKD_PREFIXES = ("ori_learner.", "last_layer_learner.")
+#: Rounding error accepted in a filter, relative to its largest value. e2cnn's float32 filters have
+#: 1e-6; a filter rotated in the wrong direction has about 1.
 FILTER_TOLERANCE = 1e-4
 NO_FILTERS = "neither filters nor coefficients with their basis"
 WITHOUT_BASIS = (
-    "Coefficients alone cannot be read: the order of the basis they belong to cannot be verified, "
-    "and e2cnn and escnn are known to "
-    "order it differently under the same names. Save the network's state dict after eval(), which "
-    "stores the filters"
+    "Coefficients alone cannot be read: the order of their basis cannot be verified, and e2cnn and "
+    "escnn order it differently under the same names. Save the network's state dict after eval(), "
+    "which stores the filters"
 )
 
 
 def load_official(
     path: str | os.PathLike[str], *, restore_statistics: bool = False, input_range: float = 1.0
 ) -> nn.Module:
-    """The network in a published checkpoint, on the CPU, float32, in eval mode.
+    """Load the network of a published checkpoint, on the CPU, float32, in eval mode.
 
     Args:
-        path: the file; see the top of this module for what is recognised.
-        restore_statistics: for the TensorFlow file alone. The published extraction restored the
-            trainable variables alone, so its batch normalisation ran with mean 0 and variance 1,
-            and so does the default here. True loads the stored statistics, as training meant it:
-            other scores, about two thirds of the same keypoints. PyTorch files always bring their
-            statistics along.
-        input_range: for REKD's ``best_model.pt`` alone: the grey value that a white pixel has
-            inside the network. Published training showed it 0 to 255, the published extraction
-            [0,1]; the numbers of the paper are the extraction's, and so is the default. The
-            contrast is divided by 1 + its deviation, so [0,1] leaves it several times weaker than
-            in training; 255 is what the weights learned, and finds other points.
+        path: the file; the docstring of this module lists what is recognized.
+        restore_statistics: for the TensorFlow file only. The published extraction restored only the
+            trainable variables, so its batch normalization ran with mean 0 and variance 1; this is
+            the default. True loads the stored statistics of training: the scores differ, and about
+            two thirds of the keypoints are the same. Statistics of PyTorch files are always loaded.
+        input_range: for REKD's ``best_model.pt`` only: the gray value of a white pixel inside the
+            network. Published training used 0 to 255, the published extraction [0,1]; the numbers
+            of the paper are those of the extraction, which is the default. The contrast is divided
+            by 1 + its deviation, so it is several times weaker with [0,1] than in training; with
+            255 the keypoints differ.
 
     Returns:
         ``KeyNet`` (official PyTorch) or ``LegacyKeyNet`` (TensorFlow and REKD's ``keyNet.pt``):
@@ -90,8 +90,8 @@ def load_official(
         ``HardNet``, ``SOSNet`` or ``HyNet``: patches (N,1,P,P) in [0,1] -> descriptors (N,128).
 
     Raises:
-        FileNotFoundError: nothing lies at ``path``.
-        WeightsError: the file cannot be read, holds something else, or differs from the published
+        FileNotFoundError: no file at ``path``.
+        WeightsError: the file cannot be read, is no known checkpoint, or differs from the published
             layout.
         ValueError: ``input_range`` is not positive.
     """
@@ -104,7 +104,7 @@ def load_official(
         return keynet_from_rekd(content, file)
     state = content.get("state_dict", content)
     if isinstance(state, Mapping) and any(
-        str(k).removeprefix("module.").startswith(REKD_MARKS) for k in state
+        str(k).removeprefix("module.").startswith(REKD_PREFIXES) for k in state
     ):
         return rekd_from_e2cnn(state, file, input_range=input_range)
     if isinstance(state, Mapping) and any(
@@ -117,13 +117,12 @@ def load_official(
         return descriptor_from_pytorch(state, file)
     found = ", ".join(repr(str(key)) for key in list(content)[:3]) or "nothing"
     raise WeightsError(
-        f"{file}: not a checkpoint known here. Accepted: {ACCEPTED}. Found at its top level: "
-        f"{found}"
+        f"{file}: not a known checkpoint. Accepted: {ACCEPTED}. Found at its top level: {found}"
     )
 
 
 def keynet_from_pytorch(state: Mapping[str, Any], file: str = "checkpoint") -> KeyNet:
-    """Variant A from the official (and kornia's) state dict; ``file`` names the source in errors.
+    """Variant A from the official (and kornia's) state dict; ``file`` is its name in errors.
 
     Raises:
         WeightsError: a tensor is missing, unexpected or unusable.
@@ -138,7 +137,7 @@ def keynet_from_tensorflow(
 ) -> LegacyKeyNet:
     """Variant B from TensorFlow variables (arrays); arguments and errors as in ``load_official``.
 
-    The moving statistics must be there, and are checked, even where they are not used.
+    The moving statistics are required and checked even if they are not used.
     """
     net = LegacyKeyNet.tensorflow()
     names: dict[str, str] = {}
@@ -155,21 +154,21 @@ def keynet_from_tensorflow(
         names[f"{TENSORFLOW_PREFIX}{theirs}/moving_mean"] = f"{ours}.running_mean"
         names[f"{TENSORFLOW_PREFIX}{theirs}/moving_variance"] = f"{ours}.running_var"
         statistics |= {f"{ours}.running_mean", f"{ours}.running_var"}
-    # TensorFlow does not count batches; our counter plays no part in eval mode and stays 0.
+    # TensorFlow does not count batches; our counter has no effect in eval mode and stays 0.
     _copy_into(
         net,
         variables,
         names,
         file,
         kernel_axes=HWIO_TO_OIHW,
-        leave=set() if restore_statistics else statistics,
+        ignore=set() if restore_statistics else statistics,
     )
     return net.eval()
 
 
 def keynet_from_rekd(content: Mapping[str, Any], file: str = "checkpoint") -> LegacyKeyNet:
-    """Variant C from the two nested state dicts of REKD's ``keyNet.pt``; ``file`` names the source
-    in errors.
+    """Variant C from the two nested state dicts of REKD's ``keyNet.pt``; ``file`` is its name in
+    errors.
 
     Raises:
         WeightsError: a tensor is missing, unexpected or unusable.
@@ -194,16 +193,17 @@ def keynet_from_rekd(content: Mapping[str, Any], file: str = "checkpoint") -> Le
 def rekd_from_e2cnn(
     state: Mapping[str, Any], file: str = "checkpoint", *, input_range: float = 1.0
 ) -> REKD:
-    """REKD from the state dict of e2cnn's network; arguments as in ``load_official``, sizes from
-    the shapes.
+    """REKD from the state dict of e2cnn's network, with sizes from the shapes; arguments as in
+    ``load_official``.
 
-    The coefficients in the file belong to basis filters whose order only the library knows that
-    wrote it. So they are never read as ours: the ordinary filters, stored as they are or as
-    coefficients and basis, are fitted by ours, and a rest is an error.
+    The order of the basis filters to which the coefficients in the file belong depends on the
+    library that wrote it, so the coefficients are never copied. Instead, our coefficients are
+    fitted to the ordinary filters, which are stored or computed from coefficients and basis; a
+    residual is an error.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected or unusable, filters disagree or are no
-            rotated filters.
+        WeightsError: a tensor is missing, unexpected or unusable, filters are inconsistent or not
+            rotated copies of each other.
         ValueError: ``input_range`` is not positive.
     """
     names = [str(key) for key in state]
@@ -212,47 +212,20 @@ def rekd_from_e2cnn(
         name.removeprefix(prefix): value for name, value in zip(names, state.values(), strict=True)
     }
     group, dims, levels = _rekd_sizes(rest, file)
-    problems: list[str] = []
-    filters = {}
-    layers = [
-        ("block1", 1, dims[0]),
-        ("block2", *dims[:2]),
-        ("block3", *dims[1:]),
-        ("ori_learner", dims[2], 1),
-    ]
-    bases = {name: value for name, value in rest.items() if "._basisexpansion." in name}
-    for layer, fields_in, fields_out in layers:
-        made = _e2cnn_filter(rest, bases, f"{layer}.0", group, fields_in, fields_out, problems)
-        if made is not None:
-            filters[layer] = made
-    # places of channels, which follow from the sizes: of use to e2cnn alone
-    places = [f"block{i}.1.indices_{group}" for i in (1, 2, 3)] + [
-        f"gpool.{side}_indices_{group}" for side in ("in", "out")
-    ]
-    problems += [
-        problem
-        for name in places
-        if name in rest
-        for problem in _tensor_problem(name, rest.pop(name), (2,), torch.int64)
-    ]
-    _refuse(
-        problems,
-        file,
-        "REKD",
-        WITHOUT_BASIS if any(NO_FILTERS in problem for problem in problems) else "",
-    )
+    filters = _e2cnn_filters(rest, group, dims, file)
     net = REKD(
         group=group, dims=dims, num_levels=levels, variant="published", input_range=input_range
     )
-    for (layer, _, _), conv in zip(layers, [*net.trunk.convs, net.orientation], strict=True):
+    for (layer, target), conv in zip(
+        filters.items(), [*net.trunk.convs, net.orientation], strict=True
+    ):
         assert isinstance(conv, LiftingConv | GroupConv)
-        residual, largest = _fit(conv, filters[layer]), float(filters[layer].abs().max())
+        residual, largest = _fit(conv, target), float(target.abs().max())
         if residual > FILTER_TOLERANCE * largest:
             raise WeightsError(
-                f"{file}: the filters of {layer}.0 are not those of one filter turned to {group} "
-                "orientations: the nearest ones differ "
-                f"by up to {residual:.2g}, of {largest:.2g} at most (allowed: "
-                f"{FILTER_TOLERANCE * largest:.2g})"
+                f"{file}: the filters of {layer}.0 are not one filter rotated to {group} "
+                f"orientations: the residual of the best fit is {residual:.2g}, with filter values "
+                f"up to {largest:.2g} (allowed: {FILTER_TOLERANCE * largest:.2g})"
             )
     ours = {
         f"block{i + 1}.1.batch_norm_[{group}].{kind}": f"trunk.norms.{i}.norm.{kind}"
@@ -288,14 +261,50 @@ def _rekd_sizes(state: Mapping[str, Any], file: str) -> tuple[int, tuple[int, in
                 if isinstance(value, Tensor)
                 else type(value).__name__
             )
-            problems.append(f"{name}: expected one number per field, found {found}")
+            problems.append(f"{name}: expected one value per field, found {found}")
     if not problems and widths[3] % widths[2]:
         problems.append(
             f"last_layer_learner.0.weight: expected a multiple of {widths[2]} fields, found "
             f"{widths[3]}"
         )
-    _refuse(problems, file, "REKD")
+    _raise_problems(problems, file, "REKD")
     return int(group), (widths[0], widths[1], widths[2]), widths[3] // widths[2]
+
+
+def _e2cnn_filters(
+    rest: dict[str, Any], group: int, dims: tuple[int, int, int], file: str
+) -> dict[str, Tensor]:
+    """Layer -> its ordinary filters; removes from ``rest`` what it reads.
+
+    Raises:
+        WeightsError: filters are missing, unusable or inconsistent.
+    """
+    problems: list[str] = []
+    filters = {}
+    layers = [
+        ("block1", 1, dims[0]),
+        ("block2", *dims[:2]),
+        ("block3", *dims[1:]),
+        ("ori_learner", dims[2], 1),
+    ]
+    bases = {name: value for name, value in rest.items() if "._basisexpansion." in name}
+    for layer, fields_in, fields_out in layers:
+        found = _e2cnn_filter(rest, bases, f"{layer}.0", group, fields_in, fields_out, problems)
+        if found is not None:
+            filters[layer] = found
+    # channel indices, which follow from the sizes and only e2cnn needs
+    indices = [f"block{i}.1.indices_{group}" for i in (1, 2, 3)] + [
+        f"gpool.{side}_indices_{group}" for side in ("in", "out")
+    ]
+    problems += [
+        problem
+        for name in indices
+        if name in rest
+        for problem in _tensor_problem(name, rest.pop(name), (2,), torch.int64)
+    ]
+    advice = WITHOUT_BASIS if any(NO_FILTERS in problem for problem in problems) else ""
+    _raise_problems(problems, file, "REKD", advice)
+    return filters
 
 
 def _e2cnn_filter(
@@ -307,8 +316,8 @@ def _e2cnn_filter(
     fields_out: int,
     problems: list[str],
 ) -> Tensor | None:
-    """The ordinary filters (out, in, k, k) of a convolution of e2cnn, or ``problems`` more; takes
-    what it reads out of ``rest``.
+    """The ordinary filters (out, in, k, k) of an e2cnn convolution; None after adding to
+    ``problems``. Removes from ``rest`` what it reads.
     """
     lifting, k = layer.startswith("block1"), 1 if layer.startswith("ori") else KERNEL_SIZE
     wide_in = 1 if lifting else group
@@ -324,13 +333,13 @@ def _e2cnn_filter(
     if tensors[basis_name] is None and layer == "block3.0":  # the two layers share one basis
         tensors[basis_name] = bases.get(basis_name.replace("block3", "block2"))
     found = {name: value for name, value in tensors.items() if value is not None}
-    wrong = [
+    invalid = [
         line
         for name, value in found.items()
         for line in _tensor_problem(name, value, expected[name], torch.float32)
     ]
-    if wrong:
-        problems += wrong
+    if invalid:
+        problems += invalid
         return None
     stored, weights, basis = (
         None if value is None else value.double() for value in tensors.values()
@@ -341,18 +350,17 @@ def _e2cnn_filter(
                 f"{layer}: {NO_FILTERS} ({layer}.filter; {layer}.weights with its sampled_basis)"
             )
         return stored
-    made = (weights.view(-1, count) @ basis.flatten(1)).view(
+    computed = (weights.view(-1, count) @ basis.flatten(1)).view(
         fields_out, fields_in, group, wide_in, k, k
     )
-    made = made.transpose(1, 2).reshape(expected[f"{layer}.filter"])
+    computed = computed.transpose(1, 2).reshape(expected[f"{layer}.filter"])
     if stored is None:
-        return made
-    apart, largest = float((made - stored).abs().max()), float(stored.abs().max())
-    if apart > FILTER_TOLERANCE * largest:
+        return computed
+    difference, largest = float((computed - stored).abs().max()), float(stored.abs().max())
+    if difference > FILTER_TOLERANCE * largest:
         problems.append(
-            f"{layer}.filter: differs by up to {apart:.2g}, of {largest:.2g} at most, from what "
-            "weights and sampled_basis make; "
-            "the file contradicts itself"
+            f"{layer}.filter: differs by up to {difference:.2g}, with values up to {largest:.2g}, "
+            "from weights times sampled_basis; the file is inconsistent"
         )
         return None
     return stored
@@ -360,11 +368,11 @@ def _e2cnn_filter(
 
 @torch.no_grad()
 def _fit(conv: LiftingConv | GroupConv, filters: Tensor) -> float:
-    """Set ``conv`` to the nearest of its functions to ordinary ``filters``; the largest difference
-    that remains.
+    """Fit the coefficients of ``conv`` to ordinary ``filters``; returns the largest residual.
 
     Every pair of fields, and in a group convolution every difference h of orientations, is a
-    least-squares problem of its own, with the same matrix: pixels of all N turned filters by basis.
+    separate least-squares problem with the same matrix: the pixels of all N rotated filters by the
+    basis.
     """
     n, k = conv.group, conv.kernel_size
     basis = conv.basis.double()  # (g,K,y,x)
@@ -386,20 +394,20 @@ def _fit(conv: LiftingConv | GroupConv, filters: Tensor) -> float:
 def descriptor_from_pytorch(
     state: Mapping[str, Any], file: str = "checkpoint"
 ) -> HardNet | SOSNet | HyNet:
-    """A patch descriptor from its official (and kornia's) state dict; ``file`` names the source in
+    """A patch descriptor from its official (and kornia's) state dict; ``file`` is its name in
     errors.
 
-    Counters of batches may be absent, as they are in files older than PyTorch 0.4.1.
+    Batch counters may be absent, as in files older than PyTorch 0.4.1.
 
     Raises:
-        WeightsError: a tensor is missing, unexpected or unusable, or the file is of a network that
-            is related only.
+        WeightsError: a tensor is missing, unexpected or unusable, or the file is of a related
+            network that is not supported.
     """
     keys = {str(key) for key in state}
-    stranger = _related_network(state)
-    if stranger is not None:
+    related = _related_network(state)
+    if related is not None:
         raise WeightsError(
-            f"{file}: {stranger}, which is another network and not supported. Accepted: {ACCEPTED}"
+            f"{file}: {related}, which is another network and not supported. Accepted: {ACCEPTED}"
         )
     net: HardNet | SOSNet | HyNet
     if any(key.startswith("features.") for key in keys):
@@ -415,15 +423,17 @@ def descriptor_from_pytorch(
 
 
 def _related_network(state: Mapping[str, Any]) -> str | None:
-    """What a state dict with keys like HardNet's, SOSNet's or HyNet's holds instead, where that is
-    known.
+    """Name of an unsupported network whose keys resemble those of HardNet, SOSNet or HyNet; None
+    for any other.
     """
     if any(str(key).startswith("descr.") for key in state):
         return "TFeat (two convolutions and a linear layer)"
     if "components" in state or "features.22.weight" in state:
         return "HardNet8 (eight convolutions and a projection to principal components)"
     if "features.0.bias" in state or "features.1.weight" in state:
-        return "HardNetPS or alike (convolutions with biases, batch normalisation with parameters)"
+        return (
+            "HardNetPS or similar (convolutions with biases, batch normalization with parameters)"
+        )
     if "layers.0.weight" in state:
         return "a network with other layers under SOSNet's names"
     return None
@@ -439,7 +449,7 @@ def _descriptor_names(net: nn.Module) -> dict[str, str]:
             "layer1.1.tau": "activations.0.tau"
         }
         for i in range(6):
-            first = 0 if i else 2  # the first layer begins with the normalisation of the patch
+            first = 0 if i else 2  # the first layer begins with the normalization of the patch
             names |= {
                 f"layer{i + 1}.{first}.{kind}": f"convolutions.{i}.{kind}"
                 for kind in ("weight", "bias")
@@ -451,31 +461,30 @@ def _descriptor_names(net: nn.Module) -> dict[str, str]:
         names["layer7.1.weight"] = "convolutions.6.weight"
         return names | {f"layer7.2.{kind}": f"last_norm.{kind}" for kind in statistics}
     theirs, shift = ("layers", 1) if isinstance(net, SOSNet) else ("features", 0)
-    for i, place in enumerate(HARDNET_CONVOLUTIONS):
-        names[f"{theirs}.{place + shift}.weight"] = f"convolutions.{i}.weight"
+    for i, index in enumerate(HARDNET_CONVOLUTIONS):
+        names[f"{theirs}.{index + shift}.weight"] = f"convolutions.{i}.weight"
         names |= {
-            f"{theirs}.{place + shift + 1}.{kind}": f"norms.{i}.{kind}" for kind in statistics
+            f"{theirs}.{index + shift + 1}.{kind}": f"norms.{i}.{kind}" for kind in statistics
         }
     return names
 
 
 def to_official_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """Copies of our tensors, on the CPU, under the official names, so that the official code and
-    kornia load them.
+    """Copies of a network's tensors, on the CPU, under the official names, which the official code
+    and kornia load.
 
     Use: ``kornia.feature.KeyNet(pretrained=False).load_state_dict(to_official_state_dict(net))``;
     likewise ``HardNet``, ``SOSNet`` and ``HyNet``. The last two take patches in 0..255 there.
 
     Raises:
-        ValueError: ``net`` is none of these, a ``KeyNet`` with settings of its own (the official
-            code has no other), or fused.
+        ValueError: ``net`` is none of these, is fused, or is a ``KeyNet`` with settings that the
+            official code does not have.
     """
     if isinstance(net, HardNet | HyNet):
         names, state = _descriptor_names(net), net.state_dict()
         if set(names.values()) != set(state):
             raise ValueError(
-                f"this {type(net).__name__} is fused or changed; rename the network as it was "
-                "trained"
+                f"this {type(net).__name__} is fused or changed; use the network as it was trained"
             )
         return {theirs: state[ours].detach().cpu().clone() for theirs, ours in names.items()}
     if not isinstance(net, KeyNet):
@@ -489,8 +498,8 @@ def to_official_state_dict(net: nn.Module) -> dict[str, Tensor]:
             default, value = DEFAULT_SCALE_FACTOR, net.scale_factor
         if value != default:
             raise ValueError(
-                f"the official Key.Net has {name}={default!r}, this net {value!r}: it cannot be "
-                "renamed"
+                f"the official Key.Net has {name}={default!r}, this network {value!r}: it cannot "
+                "be exported under the official names"
             )
     state = net.state_dict()
     return {
@@ -514,9 +523,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no weights file at {path}")
     if not path.is_file():
         raise WeightsError(f"{path}: a folder or device, not a weights file")
-    with path.open(
-        "rb"
-    ) as stream:  # a file we may not read says so itself, before the readers below hide it
+    # opened here first, because the readers below would hide missing permissions
+    with path.open("rb") as stream:
         if not stream.read(1):
             raise WeightsError(f"{path}: the file is empty")
     try:
@@ -525,13 +533,10 @@ def _read(path: Path) -> dict[str, Any]:
             if _is_npz(path)
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (
-        Exception
-    ) as error:  # damaged bytes make the two readers raise nearly every type there is
+    except Exception as error:  # damaged files make the two readers raise almost any type
         raise WeightsError(
             f"{path}: cannot be read as weights ({type(error).__name__}); damaged, or neither a "
-            "torch nor an .npz file "
-            f"of plain tensors. Accepted: {ACCEPTED}"
+            f"torch nor an .npz file of plain tensors. Accepted: {ACCEPTED}"
         ) from error
     if not isinstance(content, Mapping):
         raise WeightsError(
@@ -560,20 +565,23 @@ def _copy_into(
     file: str,
     *,
     kernel_axes: tuple[int, ...] | None = None,
-    leave: set[str] | frozenset[str] = frozenset(),
+    ignore: set[str] | frozenset[str] = frozenset(),
     optional: set[str] | frozenset[str] = frozenset(),
 ) -> None:
-    """Fill ``net`` from ``source`` by ``names`` (theirs -> ours), both ways complete.
+    """Copy the tensors of ``source`` into ``net`` by ``names`` (theirs -> ours), complete in both
+    directions.
 
-    ``kernel_axes`` permutes four-dimensional tensors into our order; our names in ``leave`` are
-    checked, not copied, those in ``optional`` may be absent and then keep their initial value.
+    Args:
+        kernel_axes: permutes four-dimensional tensors into our order.
+        ignore: our names that are checked, but not copied.
+        optional: our names that may be absent and then keep their initial value.
     """
     state = net.state_dict()
     problems = []
     for theirs, ours in names.items():
         expected = tuple(state[ours].shape)
         axes = kernel_axes if kernel_axes is not None and len(expected) == 4 else None
-        if axes is not None:  # what the file should say, in its own order of axes
+        if axes is not None:  # the shape in the file's order of axes
             expected = tuple(expected[axes.index(axis)] for axis in range(4))
         if theirs not in source:
             if ours in optional:
@@ -583,18 +591,18 @@ def _copy_into(
         value = source[theirs]
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
             value = torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-        wrong = _tensor_problem(theirs, value, expected, state[ours].dtype)
-        problems += wrong
-        if not wrong and ours not in leave:
+        invalid = _tensor_problem(theirs, value, expected, state[ours].dtype)
+        problems += invalid
+        if not invalid and ours not in ignore:
             state[ours] = value if axes is None else value.permute(axes)
     problems += [f"{key}: not expected, found in the file" for key in source if key not in names]
-    _refuse(problems, file, type(net).__name__)
+    _raise_problems(problems, file, type(net).__name__)
     net.load_state_dict(state)  # copies, casts to float32
 
 
 def _tensor_problem(name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """What is wrong with a tensor of a file: a line, or none. Of the type it matters whether it
-    holds fractions.
+    """Problems of a tensor of a file, at most one line; of the type, only floating point or integer
+    matters.
     """
     if not isinstance(value, Tensor):
         found = f"{value.dtype} array" if isinstance(value, np.ndarray) else type(value).__name__
@@ -604,12 +612,12 @@ def _tensor_problem(name: str, value: Any, shape: tuple[int, ...], dtype: torch.
     if value.is_floating_point() != dtype.is_floating_point:
         return [f"{name}: expected {dtype}, found {value.dtype}"]
     if not torch.isfinite(value).all():
-        return [f"{name}: expected finite numbers, found NaN or infinity"]
+        return [f"{name}: expected finite values, found NaN or infinity"]
     return []
 
 
-def _refuse(problems: list[str], file: str, network: str, advice: str = "") -> None:
-    """Raise ``problems`` as one error, if there are any; ``advice`` ends it."""
+def _raise_problems(problems: list[str], file: str, network: str, advice: str = "") -> None:
+    """Raise ``problems``, if any, as one ``WeightsError`` that ends with ``advice``."""
     if problems:
         more = len(problems) - SHOWN_PROBLEMS
         lines = problems[:SHOWN_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])

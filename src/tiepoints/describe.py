@@ -1,4 +1,4 @@
-"""A network of patches, or a dense network, as a descriptor of keypoints."""
+"""Descriptors of keypoints from a patch network or a dense network."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .patches import HALF_SIDE, extract_patches
 from .pyramid import Pyramid
 from .structs import Keypoints
 
-#: A dense network sees far more than a patch: finer levels serve it better (chosen on warped
+#: Scale of the pyramid level on which a dense network describes a keypoint, relative to the
+#: keypoint's: below 1, because the receptive field is far larger than a patch (chosen on warped
 #: held-out photographs).
 DENSE_SCALE = 0.71
 
-#: Patches described at a time: their maps stay in a processor's cache, and memory is bounded.
+#: Patches described at a time: their maps stay in the CPU's cache, and the memory is bounded.
 DESCRIBE_CHUNK = 256
 
 
 class PatchDescriptor:
-    """A network of patches (N,1,P,P) -> (N,D) as a descriptor of points.
+    """Describe keypoints with a patch network (N,1,P,P) -> (N,D).
 
-    Patches are turned by the points' angles; with ``upright`` they are not, as in REKD's published
-    evaluation.
+    Patches are rotated by the angles of the keypoints; with ``upright`` they are not, as in REKD's
+    published evaluation.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class PatchDescriptor:
         self.net, self.half_side, self.upright = net, half_side, upright
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
-        """Descriptors (N,D) of the points of image ``index`` of the batch."""
+        """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
         if self.upright:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
         with torch.inference_mode():
@@ -47,17 +48,17 @@ class PatchDescriptor:
 
 
 class DenseDescriptor:
-    """Network image -> map (``desnet.DesNet``) as a descriptor: points are read at the level
-    nearest to ``DENSE_SCALE`` times their scale.
+    """Describe keypoints with a dense network image -> map (``desnet.DesNet``), sampled at the
+    level nearest to ``DENSE_SCALE`` times their scale.
 
-    The points' angles do not matter: what a turn changes, the network has to know.
+    Angles of keypoints are not used.
     """
 
     def __init__(self, net: Callable[[Tensor], Tensor], dim: int):
         self.net, self.dim = net, dim
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
-        """Descriptors (N,D) of the points of image ``index`` of the batch."""
+        """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
         scales = torch.tensor(
             [level.scale for level in pyramid.levels], device=keypoints.scale.device
         )
@@ -69,8 +70,8 @@ class DenseDescriptor:
         out = torch.zeros(len(keypoints), self.dim, device=keypoints.xy.device)
         with torch.inference_mode():
             for i, level in enumerate(pyramid.levels):
-                mine = (nearest == i).nonzero()[:, 0]
-                if len(mine):
-                    found = self.net(level.image[index : index + 1])
-                    out[mine] = sample(found, level.from_original(keypoints.xy[mine]))
+                rows = (nearest == i).nonzero()[:, 0]
+                if len(rows):
+                    descriptor_map = self.net(level.image[index : index + 1])
+                    out[rows] = sample(descriptor_map, level.from_original(keypoints.xy[rows]))
         return out

@@ -1,5 +1,5 @@
-"""A network image -> score map as a detector: levels, budgets of keypoints, suppression, sub-pixel
-positions (spec section 2).
+"""Keypoints from a score map network: pyramid levels, keypoint budgets, non-maximum suppression and
+sub-pixel positions (spec section 2).
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from .orientation import angle_at
 from .pyramid import SCALE_STEP, Level, Pyramid, level_budgets
 from .structs import Keypoints
 
-#: Two keypoints of different levels are the same one when nearer than this, in pixels of the finer
-#: level.
+#: Keypoints of different levels are duplicates if nearer than this, in pixels of the finer level.
 DUPLICATE_DISTANCE = 3.0
-#: Duplicates and masks cost keypoints, so each level offers this many times its budget.
+#: Each level proposes this many times its budget, because duplicates are removed.
 SURPLUS = 2.0
-#: Rows of distances between keypoints held at a time.
+#: Rows of the matrix of distances between keypoints in memory at a time.
 BLOCK = 2048
 
 
@@ -35,17 +34,17 @@ class DetectOptions:
 
     Attributes:
         num_keypoints: maximum number of keypoints per image.
-        official: the published extraction with its faults (docs/models.md).
-        per_scale: keep a corner on every level that finds it, with the level's scale, for matching
-            across large changes of scale; False keeps one keypoint per location, on the level where
-            it is strongest, with a continuous scale. ``official`` always keeps all.
+        official: the published extraction, including its errors (docs/models.md).
+        per_scale: keep a keypoint on every level where it is detected, with the level's scale, for
+            matching across large scale changes; False keeps one keypoint per location, on the level
+            with the strongest response, with a continuous scale. ``official`` always keeps all.
         up_levels, down_levels: enlarged and reduced pyramid levels; None = as published for the
             network (``DetectorSpec``).
         nms_window: odd side of the suppression window in pixels of the level.
-        nms_shape: ``square`` or ``round``; None = as is best for the network (``DetectorSpec``).
-        border: pixels of each level without keypoints.
-        threshold: smallest response, before it is weighted by area; the network's response to an
-            image without content is excluded too, except in ``official`` mode.
+        nms_shape: ``square`` or ``round``; None = the network's (``DetectorSpec``).
+        border: width of the margin of each level without keypoints, in pixels.
+        threshold: smallest response, before it is weighted by scale; responses up to that to a
+            constant image are excluded too, except with ``official``.
 
     Raises:
         ValueError: an option is out of range.
@@ -76,32 +75,32 @@ class DetectOptions:
 
 
 def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
-    """A network's score map alone: of one that gives an angle map too, the first of both."""
+    """A network's score map only, without the angle map that some networks also return."""
 
     def scores(image: Tensor) -> Tensor:
-        found = net(image)
-        return found if isinstance(found, Tensor) else found[0]
+        output = net(image)
+        return output if isinstance(output, Tensor) else output[0]
 
     return scores
 
 
 def response_floor(net: Callable[[Tensor], Tensor], device: torch.device | str = "cpu") -> float:
-    """The score that a network gives to an image without content, away from the border."""
+    """The response of a network to a constant image, away from the border."""
     with torch.inference_mode():
         image = torch.full((1, 1, 65, 65), 0.5, device=device)
         return float(score_maps(net)(image)[0, 0, 32, 32])
 
 
 class ScoreMapDetector:
-    """A network image -> score map as a detector: pyramid -> keypoints of each image of the batch.
+    """Detect keypoints with a score map network: pyramid -> keypoints of each image of the batch.
 
     Args:
-        net: (B,1,H,W) in [0,1] -> (B,1,H,W) >= 0, or that and an angle map (B,1,H,W) in radians,
-            which gives the angles of the keypoints. Its attribute ``floor``, the response to an
-            image without content, is stored with the weights; a network without one is measured on
-            first use.
+        net: (B,1,H,W) in [0,1] -> score map (B,1,H,W) >= 0, or score map and angle map (B,1,H,W) in
+            radians. Its attribute ``floor``, the response to a constant image, is stored with the
+            weights; without it, it is measured on first use.
         options: see ``DetectOptions``.
-        scale_power: scores of different levels are compared times the level's scale to this power.
+        scale_power: scores are multiplied by the scale of their level to this power before levels
+            are compared.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class ScoreMapDetector:
 
     @cached_property
     def floor(self) -> float:
-        """The response of the network to an image without content; 0 in ``official`` mode."""
+        """The response of the network to a constant image; 0 with ``official``."""
         if self.options.official:
             return 0.0
         stored = getattr(self.net, "floor", None)
@@ -125,7 +124,7 @@ class ScoreMapDetector:
 
     @property
     def threshold(self) -> float:
-        """Smallest response of a keypoint: rounding lifts pixels of a flat area above the floor."""
+        """Smallest response of a keypoint, above ``floor`` plus rounding errors."""
         if self.options.official:
             return max(self.options.threshold, 0.0)
         return max(self.options.threshold, self.floor * (1 + 1e-3) + 1e-6)
@@ -135,13 +134,12 @@ class ScoreMapDetector:
     ) -> list[Keypoints]:
         """Keypoints of each image; ``masks`` (H,W) bool, true where keypoints may lie."""
         with torch.inference_mode():
-            found = [self.net(level.image) for level in pyramid.levels]
-        maps = [one if isinstance(one, Tensor) else one[0] for one in found]
-        angles = None if isinstance(found[0], Tensor) else [one[1] for one in found]
+            outputs = [self.net(level.image) for level in pyramid.levels]
+        maps = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+        angles = None if isinstance(outputs[0], Tensor) else [output[1] for output in outputs]
         masks = [None] * len(pyramid.image) if masks is None else masks
-        select = self._official if self.options.official else self._default
         return [
-            select(
+            self.select(
                 pyramid,
                 [m[i, 0] for m in maps],
                 masks[i],
@@ -150,22 +148,33 @@ class ScoreMapDetector:
             for i in range(len(pyramid.image))
         ]
 
+    def select(
+        self,
+        pyramid: Pyramid,
+        maps: list[Tensor],
+        mask: Tensor | None = None,
+        angles: list[Tensor] | None = None,
+    ) -> Keypoints:
+        """Keypoints of one image from the score maps (h,w), and angle maps, of its levels."""
+        select = self._official if self.options.official else self._default
+        return select(pyramid, maps, mask, angles)
+
     def _official(
         self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None
     ) -> Keypoints:
-        """The published selection: border cleared first, plateaus kept, whole pixels, no half-pixel
-        term; angles of the level.
+        """The published selection: border cleared before suppression, plateaus kept, integer
+        positions, scaled without the half-pixel offset.
         """
-        s = self.options
-        budgets = level_budgets(s.num_keypoints, pyramid.original, len(maps))
+        options = self.options
+        budgets = level_budgets(options.num_keypoints, pyramid.original, len(maps))
         parts: list[Keypoints] = []
         requested = selected = 0
         for i, (level, score_map, budget) in enumerate(
             zip(pyramid.levels, maps, budgets, strict=True)
         ):
             requested += budget
-            inner = clear_border(score_map[None, None], s.border)
-            found = local_maxima(inner, s.nms_window, self.threshold, unique=False)[0, 0]
+            inner = clear_border(score_map[None, None], options.border)
+            found = local_maxima(inner, options.nms_window, self.threshold, unique=False)[0, 0]
             found &= _level_mask(mask, level, found)
             xy, score = strongest(inner[0, 0], found, max(0, requested - selected))
             selected += len(xy)
@@ -178,74 +187,72 @@ class ScoreMapDetector:
     def _default(
         self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None
     ) -> Keypoints:
-        """Exact mapping, sub-pixel positions, one point a plateau, no duplicates across levels,
-        strongest first.
+        """Sub-pixel positions mapped exactly, one keypoint per plateau, no duplicates across
+        levels, strongest first.
         """
-        s = self.options
-        budgets = level_budgets(s.num_keypoints, pyramid.original, len(maps))
+        options = self.options
+        budgets = level_budgets(options.num_keypoints, pyramid.original, len(maps))
         surplus = SURPLUS if len(maps) > 1 else 1.0
         parts: list[Keypoints] = []
         for i, (level, score_map, budget) in enumerate(
             zip(pyramid.levels, maps, budgets, strict=True)
         ):
             found = local_maxima(
-                score_map[None, None], s.nms_window, self.threshold, shape=s.nms_shape or "square"
+                score_map[None, None],
+                options.nms_window,
+                self.threshold,
+                shape=options.nms_shape or "square",
             )
-            found = (clear_border(found.to(score_map.dtype), s.border) > 0)[0, 0]
+            found = (clear_border(found.to(score_map.dtype), options.border) > 0)[0, 0]
             found &= _level_mask(mask, level, found)
-            xy, score = strongest(
-                score_map, found, int(surplus * budget) + s.num_keypoints - sum(budgets) + 1
-            )
+            count = int(surplus * budget) + options.num_keypoints - sum(budgets) + 1
+            xy, score = strongest(score_map, found, count)
             refined = refine(score_map, xy)
             position = level.to_original(refined - refined.new_tensor(self.offset))
             scale = torch.full_like(score, level.scale)
-            if not s.per_scale:
-                scale = scale * self._persistence(pyramid, maps, i, position)
+            if not options.per_scale:
+                scale = scale * self._scale_factor(pyramid, maps, i, position)
             angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], refined)
             parts.append(Keypoints(position, scale, angle, score))
-        rank = torch.cat([torch.arange(len(p)) for p in parts])  # place within its level
         level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
-        points = Keypoints.concatenate(parts)
-        kept = torch.ones(len(points), dtype=torch.bool)
-        if not s.per_scale:
-            kept = ~_duplicates(
-                points, level_of.to(points.xy.device), [level.scale for level in pyramid.levels]
-            )
-        # A coarse point stands for a larger area: without this weight the finest level would
-        # outnumber all others.
-        area = torch.tensor([level.scale**self.scale_power for level in pyramid.levels])[
-            level_of
-        ].to(points.score)
-        points = replace(points, score=points.score * area)
-        chosen = _within_budgets(
-            level_of, kept.cpu(), budgets, s.num_keypoints, rank, points.score.cpu()
+        keypoints = Keypoints.concatenate(parts)
+        scales = [level.scale for level in pyramid.levels]
+        kept = torch.ones(len(keypoints), dtype=torch.bool)
+        if not options.per_scale:
+            kept = ~_duplicates(keypoints, level_of.to(keypoints.xy.device), scales)
+        # Without this weight, most keypoints would be on the finest level.
+        weight = torch.tensor([scale**self.scale_power for scale in scales])[level_of]
+        keypoints = replace(keypoints, score=keypoints.score * weight.to(keypoints.score))
+        selected = _within_budgets(
+            level_of, kept.cpu(), budgets, options.num_keypoints, keypoints.score.cpu()
         )
-        points = points[chosen.to(points.xy.device)]
-        order = points.score.argsort(descending=True, stable=True)
-        return points[order]
+        keypoints = keypoints[selected.to(keypoints.xy.device)]
+        order = keypoints.score.argsort(descending=True, stable=True)
+        return keypoints[order]
 
-    def _persistence(
+    def _scale_factor(
         self, pyramid: Pyramid, maps: list[Tensor], index: int, position: Tensor
     ) -> Tensor:
-        """Factors (N,) >= 1 from the scale of level ``index`` to that of each of its points (N,2).
+        """Factors (N,) >= 1 from the scale of level ``index`` to the scales of its keypoints at
+        positions (N,2).
 
-        A corner answers alike on all levels up to the one where its surroundings interfere, and
-        that one moves with the scale of the image where the strongest level hardly does
-        (docs/diary.md). Each coarser level counts by the square root of its score there relative to
-        the point's own.
+        A corner has similar responses on all levels up to the one where its surroundings interfere.
+        That level follows the scale of the image; the level of the strongest response hardly does
+        (docs/diary.md). Each coarser level adds the square root of its response at the position
+        relative to the keypoint's own.
         """
         own = None
-        reach = torch.zeros(len(position), device=position.device)
+        levels_above = torch.zeros(len(position), device=position.device)
         for level, score_map in zip(pyramid.levels[index:], maps[index:], strict=True):
-            at = level.from_original(position) + position.new_tensor(self.offset)
-            value = (
-                sample_at(score_map[None, None], at[None], padding="border")[0, 0] - self.floor
+            xy = level.from_original(position) + position.new_tensor(self.offset)
+            response = (
+                sample_at(score_map[None, None], xy[None], padding="border")[0, 0] - self.floor
             ).clamp(min=0)
             if own is None:
-                own = value.clamp(min=1e-9)
+                own = response.clamp(min=1e-9)
             else:
-                reach = reach + (value / own).clamp(max=1).sqrt()
-        return SCALE_STEP**reach
+                levels_above = levels_above + (response / own).clamp(max=1).sqrt()
+        return SCALE_STEP**levels_above
 
 
 def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
@@ -256,39 +263,39 @@ def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
     return resized[0, 0].to(like.device) > 0
 
 
-def _duplicates(points: Keypoints, level_of: Tensor, scales: list[float]) -> Tensor:
-    """Points (N,) bool near a stronger one of any other level; ``scales`` of the levels, finest
+def _duplicates(keypoints: Keypoints, level_of: Tensor, scales: list[float]) -> Tensor:
+    """Keypoints (N,) bool near a stronger one of any other level; ``scales`` of the levels, finest
     first.
     """
-    drop = torch.zeros(len(points), dtype=torch.bool, device=points.xy.device)
+    drop = torch.zeros(len(keypoints), dtype=torch.bool, device=keypoints.xy.device)
     for fine, scale in enumerate(scales):
         a, b = (level_of == fine).nonzero()[:, 0], (level_of > fine).nonzero()[:, 0]
         if not len(a) or not len(b):
             continue
         for part in b.split(BLOCK):  # blocks bound the memory
             near_b, near_a = (
-                torch.cdist(points.xy[part], points.xy[a]) < DUPLICATE_DISTANCE * scale
+                torch.cdist(keypoints.xy[part], keypoints.xy[a]) < DUPLICATE_DISTANCE * scale
             ).nonzero(as_tuple=True)
-            stronger = points.score[part[near_b]] > points.score[a[near_a]]
+            stronger = keypoints.score[part[near_b]] > keypoints.score[a[near_a]]
             drop[a[near_a[stronger]]] = True
             drop[part[near_b[~stronger]]] = True
     return drop
 
 
 def _within_budgets(
-    level_of: Tensor, kept: Tensor, budgets: list[int], count: int, rank: Tensor, score: Tensor
+    level_of: Tensor, kept: Tensor, budgets: list[int], count: int, score: Tensor
 ) -> Tensor:
-    """Indices of at most ``count`` points: each level's budget, what it leaves passed on, the rest
-    by score.
+    """Indices of at most ``count`` keypoints: the budget of each level, of which the unused part is
+    passed on to the next level, then the strongest of the rest.
     """
-    chosen: list[Tensor] = []
+    parts: list[Tensor] = []
     requested = selected = 0
     for level, budget in enumerate(budgets):
         requested += budget
-        mine = ((level_of == level) & kept).nonzero()[:, 0][: max(0, requested - selected)]
-        selected += len(mine)
-        chosen.append(mine)
-    index = torch.cat(chosen)
+        of_level = ((level_of == level) & kept).nonzero()[:, 0][: max(0, requested - selected)]
+        selected += len(of_level)
+        parts.append(of_level)
+    index = torch.cat(parts)
     rest = kept.clone()
     rest[index] = False
     surplus = rest.nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The device and the precision that networks run with."""
+"""Choice of the device and the precision of networks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .names import PRECISIONS
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """``auto`` is CUDA, then Apple's MPS, then the CPU; other names are torch's.
+    """The device of a name: ``auto`` is CUDA, else Apple's MPS, else the CPU; others are torch's.
 
     Raises:
-        ValueError: the device is not there.
+        ValueError: the device is not available.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -27,8 +27,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` computes in bfloat16: a GPU, or a processor with AVX-512 BF16 or AMX;
-    others emulate it, many times slower.
+    """Whether ``device`` supports bfloat16 natively: a GPU, or a CPU with AVX-512 BF16 or AMX.
+
+    Other CPUs emulate it, many times slower.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -38,8 +39,8 @@ def fast_bfloat16(device: torch.device) -> bool:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device computes it faster than float32, which many processors
-    only emulate.
+    """The data type of a precision: ``auto`` is bfloat16 if the device supports it natively
+    (``fast_bfloat16``), else float32.
 
     Raises:
         ValueError: an unknown name.

@@ -1,5 +1,5 @@
-"""The two exceptions of this package; everything else is a ValueError, FileNotFoundError or
-ImportError at the door.
+"""Exceptions of the package; other errors at its API boundary are ValueError, FileNotFoundError or
+ImportError.
 """
 
 
@@ -8,6 +8,6 @@ class DataError(Exception):
 
 
 class WeightsError(Exception):
-    """A weights file that is missing, damaged, or made for another network; the message says what
-    was expected.
+    """A weights file that is missing, damaged, or of another network; the message says what was
+    expected.
     """

@@ -1,7 +1,7 @@
-"""Image to features: a detector and a descriptor that share one pyramid.
+"""Feature extraction: a detector and a descriptor that share one pyramid.
 
-``build("keynet", "hardnet")`` gives an ``Extractor``; its ``extract`` takes a path, PIL image,
-array or tensor, or several of them. ``ExtractOptions`` holds everything that decides its result.
+``build("keynet", "hardnet")`` returns an ``Extractor``; its ``extract`` takes a path, PIL image,
+array or tensor, or several of them. ``ExtractOptions`` holds everything that determines the result.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .weights import load
 Detect: TypeAlias = Callable[..., list[Keypoints]]
 Describe: TypeAlias = Callable[[Pyramid, Keypoints, int], Tensor]
 MaskLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
-#: Names of options in settings files of earlier versions, and their values as they are now.
+#: Options in settings files of earlier versions -> their present name and value.
 _RENAMED: dict[str, Callable[[Any], tuple[str, Any]]] = {
     "num_points": lambda value: ("num_keypoints", value),
     "mode": lambda value: ("official", value == "official"),
@@ -44,7 +44,7 @@ _RENAMED: dict[str, Callable[[Any], tuple[str, Any]]] = {
 
 @dataclass(frozen=True)
 class ExtractOptions(DetectOptions):
-    """Everything that decides which features an image has.
+    """Everything that determines the features of an image.
 
     Attributes:
         detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light``, ``sobelnet`` (embedded
@@ -52,9 +52,9 @@ class ExtractOptions(DetectOptions):
             map.
         descriptor: ``hardnet``, ``hynet``, ``sosnet``, ``desnet`` (embedded weights), ``rootsift``,
             a weights file, a network patches -> (N,D), a ``DesNet``, or ``none`` / None.
-        orientation: where the angles of keypoints come from: ``none``, ``rekd``, ``rekd-light``,
-            ``dominant`` (gradient); None = the detector if it measures them (REKD's), else 0.
-        upright: describe patches that are not rotated by the angles, as REKD's published
+        orientation: source of the keypoint angles: ``none``, ``rekd``, ``rekd-light``, ``dominant``
+            (gradient); None = the detector if it estimates them (REKD does), else 0.
+        upright: describe patches without rotating them by the angles, as in REKD's published
             evaluation; ``desnet`` never uses angles.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto``, the
@@ -104,21 +104,21 @@ class ExtractOptions(DetectOptions):
         """Options by name.
 
         Raises:
-            TypeError: an unknown name; the message has the nearest known one.
+            TypeError: an unknown name; the message suggests the most similar known one.
         """
         known = [field.name for field in fields(cls)]
         for name in options:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
                 raise TypeError(f"unknown option {name!r}; {hint}")
         return cls(**options)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as a JSON object, without ``device``, which does not decide the result.
+        """The options as a JSON object, without ``device``, which does not affect the result.
 
         Raises:
-            ValueError: a network without a name cannot be written.
+            ValueError: an option is a network in memory, which has no name to write.
         """
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
         for name in ("detector", "descriptor"):
@@ -131,7 +131,7 @@ class ExtractOptions(DetectOptions):
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExtractOptions:
-        """The options of ``to_json``, also of settings files of earlier versions.
+        """Options from the result of ``to_json``, also of earlier versions.
 
         Raises:
             TypeError, ValueError: unknown options, or values out of range.
@@ -150,24 +150,26 @@ class ExtractOptions(DetectOptions):
         return self.descriptor not in (None, "none")
 
     def build(self) -> Extractor:
-        """The extractor of these options.
+        """Build the extractor.
 
         Raises:
-            ValueError: a device that is not there, or a network that cannot do what it is for.
-            WeightsError: a weights file that is damaged or of an unknown kind.
+            ValueError: the device is not available, or a network does not fit its role.
+            WeightsError: a weights file is damaged or of an unknown type.
         """
         device = choose_device(self.device)
         net = _detector_network(self.detector)
         spec = spec_of(net)
         if not isinstance(spec, DetectorSpec | None):
-            raise ValueError(f"a {type(net).__name__} finds no keypoints; use it as the descriptor")
+            raise ValueError(
+                f"a {type(net).__name__} detects no keypoints; use it as the descriptor"
+            )
         spec = spec or DetectorSpec()
         levels = (0, 0) if self.single_scale else (self.up_levels, self.down_levels)
         up, down = (
             default if level is None else level
             for level, default in zip(levels, (spec.up_levels, spec.down_levels), strict=True)
         )
-        # the published extraction suppresses in squares
+        # the published extraction has a square suppression window
         shape = self.nms_shape or ("square" if self.official else spec.nms_shape)
         options = replace(self, single_scale=False, up_levels=up, down_levels=down, nms_shape=shape)
         detect: Detect
@@ -191,15 +193,15 @@ class ExtractOptions(DetectOptions):
 
 
 class Extractor:
-    """Features of images: a detector and, optionally, a descriptor that share one pyramid.
+    """Extracts features of images: a detector and, optionally, a descriptor share one pyramid.
 
     Args:
         detect: (pyramid, masks) -> keypoints of each image of the batch.
         describe: (pyramid, keypoints, index) -> (N,D), or None.
-        orient: (pyramid, keypoints, index) -> angles (N,) in place of the detector's, or None.
-        up_levels, down_levels: of the pyramid.
-        device: where images are moved.
-        options: what it was built from, None where it was put together by hand.
+        orient: (pyramid, keypoints, index) -> angles (N,) that replace the detector's, or None.
+        up_levels, down_levels: enlarged and reduced levels of the pyramid.
+        device: where images are processed.
+        options: the options it was built from, None if it was not built by ``ExtractOptions``.
     """
 
     def __init__(
@@ -240,20 +242,20 @@ class Extractor:
     ) -> list[Features]: ...
 
     def extract(self, image, mask=None):
-        """Features of an image, or a list of them for several images of any sizes.
+        """Extract the features of an image, or a list of features of several images of any sizes.
 
         Args:
             image: path, PIL image, array or tensor (see ``image.load_image``); or a list, tuple or
                 generator of these, or a tensor (B,C,H,W) with B > 1.
             mask: path, PIL image, array or tensor (H,W), non-zero where keypoints may lie; for
-                several images as many masks or Nones.
+                several images, one mask or None for each.
 
         Returns:
             ``Features`` in pixels of the original image, strongest first (``official``: level by
             level), on the CPU.
 
         Raises:
-            FileNotFoundError, DataError, ValueError: an image or mask that cannot be used.
+            FileNotFoundError, DataError, ValueError: an image or mask cannot be used.
         """
         batch = isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1
         if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not batch:
@@ -267,7 +269,7 @@ class Extractor:
     def extract_tensor(
         self, batch: Tensor, masks: Iterable[MaskLike | None] | None = None
     ) -> list[Features]:
-        """Features of each image of a batch (B,1,H,W) float32 gray in [0,1], computed together."""
+        """Extract the features of each image of a batch (B,1,H,W), float32 gray in [0,1]."""
         h, w = batch.shape[-2:]
         given = [None] * len(batch) if masks is None else list(masks)
         checked = [as_mask(mask, (h, w)) for mask in given]
@@ -284,11 +286,11 @@ class Extractor:
 
 
 def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
-    """(H,W) bool, true where keypoints may lie, from a path, PIL image, array or tensor.
+    """Mask (H,W) bool, true where keypoints may lie, from a path, PIL image, array or tensor.
 
     Raises:
         FileNotFoundError: no file at the path.
-        ValueError: another size than its image.
+        ValueError: the mask and its image differ in size.
     """
     if mask is None:
         return None
@@ -317,7 +319,7 @@ def describer(
     precision: str = "auto",
     upright: bool = False,
 ) -> PatchDescriptor | DenseDescriptor | None:
-    """A descriptor of keypoints by name, or around a network; arguments as ``ExtractOptions``."""
+    """A descriptor by name or from a network; arguments as in ``ExtractOptions``."""
     device = torch.device(device)
     dtype = choose_precision(precision, device)
     if descriptor is None or descriptor == "none":
@@ -327,7 +329,7 @@ def describer(
     net = load(descriptor) if isinstance(descriptor, str) else descriptor.eval()
     spec = spec_of(net)
     if isinstance(spec, DetectorSpec):
-        raise ValueError(f"a {type(net).__name__} describes nothing; use it as the detector")
+        raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the detector")
     if isinstance(spec, DenseSpec):
         return DenseDescriptor(fused(net, dtype).to(device), net.dim)  # type: ignore[arg-type]
     if isinstance(spec, PatchSpec):
@@ -336,8 +338,8 @@ def describer(
 
 
 def orienter(orientation: str | None, device: torch.device | str = "cpu") -> Describe | None:
-    """What gives keypoints their angles, by name (``names.ORIENTATIONS``); None leaves the
-    detector's.
+    """An orientation estimator by name (``names.ORIENTATIONS``); None keeps the detector's
+    angles.
     """
     if orientation is None:
         return None
@@ -353,13 +355,13 @@ def build(
     descriptor: str | nn.Module | None = DESCRIPTOR,
     **options: Any,
 ) -> Extractor:
-    """An extractor by names: ``build("keynet", "hardnet", num_keypoints=2000)``.
+    """Build an extractor by names: ``build("keynet", "hardnet", num_keypoints=2000)``.
 
     Args:
         detector, descriptor, options: see ``ExtractOptions``.
 
     Raises:
-        TypeError: an unknown option; the message has the nearest known one.
+        TypeError: an unknown option; the message suggests the most similar known one.
         ValueError: an unknown name or an option out of range.
     """
     return ExtractOptions.of(detector=detector, descriptor=descriptor, **options).build()

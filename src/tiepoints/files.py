@@ -1,6 +1,4 @@
-"""Files on disk: atomic writing, listing of images, names of results, natural order, optional
-imports.
-"""
+"""Files: atomic writing, listing of images, paths of results, natural sorting, optional imports."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from typing import Any
 
 from .errors import DataError
 
-#: Suffixes of the files in a folder that are taken for images; a file that is named is always one.
+#: Suffixes of the image files of a folder; a file given by its name may have any suffix.
 IMAGE_SUFFIXES = frozenset(
     (
         *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".tif", ".tiff", ".bmp", ".webp"),
@@ -27,7 +25,7 @@ IMAGE_SUFFIXES = frozenset(
 
 
 def require(module: str, *, extra: str, purpose: str) -> Any:
-    """An optional library, imported where it is used.
+    """Import an optional library.
 
     Raises:
         ImportError: it is not installed; the message says how to install it.
@@ -43,10 +41,10 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of ``path`` that takes its name when the block ends.
+    """Context manager: a temporary path that is renamed to ``path`` when the block ends.
 
-    The folder is made. Where the block fails, the temporary file is removed and an older file at
-    ``path`` stays as it was.
+    The folder is created. If the block fails, the temporary file is removed and an existing file at
+    ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,9 +58,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporary(path: Path) -> None:
-    """Remove what killed writers of ``path`` left; only for the process that holds its lock."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        left.unlink(missing_ok=True)
+    """Remove temporary files of killed writers of ``path``; only for the holder of its lock."""
+    for tmp_path in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        tmp_path.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -72,28 +70,28 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file atomically; what JSON does not know is written as text."""
+    """Write a JSON file atomically; values of other types than JSON's are written as text."""
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def natural(name: str) -> list[Any]:
-    """Sorting key that puts img2 before img10."""
+    """Sort key for natural order: img2 before img10."""
     return [
         (1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)
     ]
 
 
 def is_image_name(path: Path) -> bool:
-    """Whether a file of a folder is taken for an image: by its suffix, hidden files excluded.
+    """Whether a file of a folder is an image, by its suffix; hidden files are not.
 
-    Hidden files include the companions ``._NAME`` that macOS writes on other file systems.
+    Hidden files include the metadata files ``._NAME`` that macOS writes on other file systems.
     """
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], int]:
-    """Images in a folder, sorted by path, and the number of other files that were skipped; hidden
-    folders are skipped too.
+    """Images in a folder, sorted by path, and the number of other files; hidden folders are
+    skipped.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -113,7 +111,7 @@ def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], in
 
 @dataclass(frozen=True)
 class Task:
-    """One image: its file, and its path below the results folder."""
+    """An image file, and the relative path of its results."""
 
     path: Path
     relative: PurePosixPath
@@ -121,12 +119,12 @@ class Task:
 
 @dataclass
 class Collected:
-    """Images to work on.
+    """Images to process.
 
     Attributes:
         tasks: the images.
-        refused: (name, reason) of what was named and cannot be used.
-        skipped: number of files in folders that are no images.
+        refused: (name, reason) of arguments that cannot be used.
+        skipped: number of files in folders that are not images.
     """
 
     tasks: list[Task] = field(default_factory=list)
@@ -135,10 +133,10 @@ class Collected:
 
 
 def _inside(name: str) -> PurePosixPath:
-    """``name`` as a path below the results folder.
+    """``name`` as a path relative to the results folder.
 
     Raises:
-        DataError: it would leave that folder.
+        DataError: the path is outside that folder.
     """
     path = PurePosixPath(name.replace(os.sep, "/"))
     path = path.relative_to(path.anchor) if path.is_absolute() else path
@@ -146,7 +144,9 @@ def _inside(name: str) -> PurePosixPath:
     for part in path.parts:
         depth += -1 if part == ".." else 1
         if depth < 0:
-            raise DataError("its path leaves the results folder (../); list it below --root-images")
+            raise DataError(
+                "its path is outside the results folder (../); list it relative to --root-images"
+            )
     return PurePosixPath(os.path.normpath(str(path)))
 
 
@@ -167,7 +167,7 @@ class _Collector:
             return
         known = self.tasks.get(relative)
         if known is not None and known.path.resolve() != path.resolve():
-            reason = f"its results would overwrite those of {known.path}; extract them apart"
+            reason = f"its results would overwrite those of {known.path}; extract to another folder"
             self.refused.append((str(path), reason))
             return
         self.tasks[relative] = Task(path, relative)
@@ -177,10 +177,10 @@ class _Collector:
         try:
             self.add(path, path.resolve().relative_to(start.resolve()).as_posix())
         except ValueError:
-            self.refused.append((str(path), f"not below --root-images {start}"))
+            self.refused.append((str(path), f"not inside --root-images {start}"))
 
     def add_named(self, path: Path) -> None:
-        """A file that is named or matches a pattern."""
+        """Add a file given by its name or by a pattern."""
         if self.inside:
             self.add_inside(path, path.parent)
         elif path.is_absolute() or ".." in path.parts:
@@ -193,7 +193,7 @@ class _Collector:
         images, skipped = list_images(folder)
         self.skipped += skipped
         if not images:
-            self.refused.append((str(folder), "no image in this folder"))
+            self.refused.append((str(folder), "no images in this folder"))
         for path in images:
             if self.inside:
                 self.add_inside(path, folder)
@@ -208,11 +208,12 @@ def collect(
     *,
     inside: bool = False,
 ) -> Collected:
-    """Images named one by one, in folders, by patterns and in a list file.
+    """Collect images from file names, folders, patterns and a list file.
 
-    Listed images lie below ``root`` and keep their line as their path; files and folders keep the
-    path as typed, from the folder's own name on where that is absolute. With ``inside`` their path
-    begins at ``root``, or without it inside the folder given, as hloc and COLMAP name images.
+    Lines of the list file are paths relative to ``root`` and become the paths of the results. Other
+    results have the path as given, or, if that is absolute, from the name of the given folder on.
+    With ``inside``, paths are relative to ``root`` or, without it, to the given folder, as hloc and
+    COLMAP name images.
 
     Raises:
         FileNotFoundError: no list file.
@@ -227,7 +228,7 @@ def collect(
             if path.is_dir():
                 found.add_folder(path)
             elif len(names) > 1 and not is_image_name(path):
-                found.skipped += 1  # of a pattern
+                found.skipped += 1  # matched by a pattern
             else:
                 found.add_named(path)
     if list_file is not None:

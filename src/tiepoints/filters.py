@@ -1,8 +1,8 @@
-"""Pixel operations shared by networks, pyramids and data: gray, derivatives, blur, resize.
+"""Image filters: gray conversion, derivatives, blur, resizing, contrast normalization.
 
-All functions take and return float tensors (B,C,H,W) and keep size, dtype and device unless they
-say otherwise. Resizing follows the half-pixel law ``(x + 0.5) * s - 0.5``; no function looks at
-value ranges.
+All functions take and return float tensors (B,C,H,W) and keep size, dtype and device unless stated
+otherwise. Resizing follows the half-pixel convention ``(x + 0.5) * s - 0.5``; value ranges are not
+checked.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def to_gray(image: Tensor) -> Tensor:
 
 
 def pad_reflect(image: Tensor, pad: int) -> Tensor:
-    """Pad all four sides by mirror reflection that does not repeat the border pixel, for any size
-    from 1 x 1 up.
+    """Pad all four sides by reflection without repeating the border pixel, for any size from 1 x 1
+    up.
     """
     h, w = image.shape[-2:]
     if pad < min(h, w):
         return F.pad(image, (pad, pad, pad, pad), mode="reflect")
-    for dim, size in ((-2, h), (-1, w)):  # small sides bounce more than once, which F.pad refuses
+    for dim, size in ((-2, h), (-1, w)):  # repeated reflection, which F.pad does not support
         index = torch.arange(-pad, size + pad, device=image.device)
         period = max(2 * (size - 1), 1)
         index = index.remainder(period)
@@ -54,7 +54,7 @@ def blur_separable(image: Tensor, taps: Tensor, pad_mode: str = "reflect") -> Te
         else F.pad(image, (r, r, r, r), mode=pad_mode)
     )
     h, w = image.shape[-2:]
-    # Sums of shifted views: several times faster on a CPU than a convolution with one channel.
+    # Sums of shifted views: several times faster on a CPU than a single-channel convolution.
     weights = taps.tolist()
     rows = padded[..., :h, :] * weights[0]
     for i, weight in enumerate(weights[1:], start=1):
@@ -66,14 +66,12 @@ def blur_separable(image: Tensor, taps: Tensor, pad_mode: str = "reflect") -> Te
 
 
 def binomial_blur(image: Tensor) -> Tensor:
-    """5 x 5 binomial low-pass, mirror border."""
+    """5 x 5 binomial blur, border reflected."""
     return blur_separable(image, image.new_tensor(BINOMIAL_5))
 
 
 def gaussian_taps(sigma: float, radius: int | None = None) -> Tensor:
-    """Normalised Gaussian weights (2*radius+1,), ``radius`` defaulting to three and a half
-    sigma.
-    """
+    """Normalized Gaussian weights (2*radius+1,); the default ``radius`` is 3.5 sigma."""
     radius = max(1, math.ceil(3.5 * sigma)) if radius is None else radius
     x = torch.arange(-radius, radius + 1, dtype=torch.float32)
     taps = torch.exp(-0.5 * (x / sigma) ** 2)
@@ -81,8 +79,8 @@ def gaussian_taps(sigma: float, radius: int | None = None) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Gaussian low-pass of standard deviation ``sigma`` pixels, replicated border; sigma 0 returns
-    the image.
+    """Gaussian blur of standard deviation ``sigma`` pixels, border replicated; sigma 0 returns the
+    image.
     """
     if sigma <= 0:
         return image
@@ -92,7 +90,8 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
 def sobel(image: Tensor) -> tuple[Tensor, Tensor]:
     """First derivatives (dx, dy) by the 3 x 3 Sobel operator divided by 8, border replicated.
 
-    x points right and y down, so a ramp rising by one a pixel gives 1. (B,1,H,W) -> two (B,1,H,W).
+    x points right and y down; a ramp that rises by 1 per pixel gives 1. (B,1,H,W) -> two
+    (B,1,H,W).
     """
     p = F.pad(image, (1, 1, 1, 1), mode="replicate")
     rows = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]  # (B,C,H,W+2)
@@ -106,8 +105,8 @@ def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
     """Smaller eigenvalue of the structure tensor (Shi and Tomasi 1994), Gaussian window of
     ``sigma`` pixels: (B,1,H,W) -> (B,1,H,W) >= 0.
 
-    It is large where gradients point several ways, so at corners, junctions and spots, and near 0
-    on flat areas and straight edges.
+    Large where gradients have several directions (corners, junctions, blobs), near 0 in constant
+    areas and on straight edges.
     """
     dx, dy = sobel(image)
     products = gaussian_blur(torch.cat([dx.square(), dy.square(), dx * dy], dim=1), sigma)
@@ -116,8 +115,8 @@ def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
 
 
 def percentile_rank(values: Tensor) -> Tensor:
-    """Share of an image's other pixels that are smaller, for each pixel: (B,1,H,W) -> (B,1,H,W) in
-    [0,1]; ties are ranked in order.
+    """Fraction of an image's other pixels that are smaller, for each pixel: (B,1,H,W) ->
+    (B,1,H,W) in [0,1]; ties are ranked in reading order.
     """
     flat = values.flatten(1)
     rank = flat.argsort(dim=1, stable=True).argsort(dim=1)
@@ -125,24 +124,23 @@ def percentile_rank(values: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize to ``size`` = (height, width) by the half-pixel law, without low-pass."""
+    """Bilinear resizing to ``size`` = (height, width), half-pixel convention, no anti-aliasing."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
-#: Window of the local contrast normalisation of REKD and of the two older Key.Nets: 65 x 65 pixels
-#: (spec 1.5).
+#: Radius of the window of the local contrast normalization of REKD and of the two older Key.Nets:
+#: 65 x 65 pixels (spec 1.5).
 CONTRAST_RADIUS = 32
 
 
 def bright_blur_taps() -> Tensor:
-    """Seven float64 taps of sigma 1.5 whose outer product is the published blur: centre 0.26596,
+    """Seven float64 taps of sigma 1.5 whose outer product is the published blur: center 0.26596,
     sum 3.62994.
 
-    The published kernel divides the two-dimensional Gaussian by the constant of the one-dimensional
-    one, so that it brightens the image; each direction here carries the square root of that
-    constant.
+    The published kernel divides the two-dimensional Gaussian by the normalization constant of the
+    one-dimensional one, which brightens the image; the taps here contain its square root.
     """
     u = torch.arange(-3, 4, dtype=torch.float64)
     return torch.exp(-0.5 * (u / 1.5) ** 2) / (2 * math.pi * 1.5**2) ** 0.25
@@ -153,7 +151,7 @@ def _window_mean(image: Tensor, boxes: int) -> Tensor:
     side = 2 * radius + 1
     for _ in range(boxes):
         image = pad_reflect(image, radius)
-        for dim in (-2, -1):  # differences of running sums: the cost does not depend on the window
+        for dim in (-2, -1):  # differences of cumulative sums: the cost is that of any window
             total = F.pad(
                 image.to(torch.float64).cumsum(dim), (0, 0, 1, 0) if dim == -2 else (1, 0)
             )
@@ -163,12 +161,12 @@ def _window_mean(image: Tensor, boxes: int) -> Tensor:
 
 
 def normalize_contrast(image: Tensor, *, floor: float = 1.0, boxes: int = 1) -> Tensor:
-    """(value - mean) / (floor + deviation) over the 65 x 65 pixels around each pixel, mirror
-    border; keeps (B,1,H,W).
+    """Local contrast normalization: (value - mean) / (floor + deviation) over the 65 x 65 pixels
+    around each pixel, border reflected; keeps (B,1,H,W).
 
-    With two ``boxes`` of half the side the window falls off towards its edge and is nearly round,
-    so that it turns with the image.
+    With ``boxes=2``, two boxes of half the side are applied: the window decreases towards its edge
+    and is nearly isotropic, which makes the result nearly equivariant to rotation.
     """
-    mean = _window_mean(image, boxes)  # float64: the difference of two large numbers follows
+    mean = _window_mean(image, boxes)  # float64, because large numbers are subtracted next
     deviation = (_window_mean(image.to(torch.float64).square(), boxes) - mean.square()).abs().sqrt()
     return ((image - mean) / (floor + deviation + 1e-10)).to(image.dtype)

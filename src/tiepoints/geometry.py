@@ -1,7 +1,7 @@
-"""Points and frames: warp by a homography, resize and crop frames, distances, common areas.
+"""Geometry of points and images: warping by a homography, resizing, sampling, common areas.
 
-The coordinate law is in ``structs``: x right, y down, the centre of the first pixel is (0, 0),
-``H_ab`` maps a to b.
+The coordinate convention is that of ``structs``: x right, y down, the center of the first pixel is
+(0, 0), ``H_ab`` maps a to b.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
-    """Map points (...,N,2) of image a by homographies (...,3,3) into image b; points at infinity
+    """Map points (...,N,2) of image a to image b by homographies (...,3,3); points at infinity
     become inf or nan.
     """
     H_ab = H_ab.to(xy)
@@ -22,10 +22,11 @@ def warp_points(xy: Tensor, H_ab: Tensor) -> Tensor:
 
 
 def local_rotation(xy: Tensor, H_ab: Tensor) -> Tensor:
-    """By how much homographies (...,3,3) turn what lies at points (...,N,2) of a: (...,N) radians,
-    clockwise as seen, in (-pi, pi].
+    """Local rotation of homographies (...,3,3) at points (...,N,2) of a: (...,N) radians in (-pi,
+    pi], clockwise in the image.
 
-    The rotation nearest to the derivative of the homography there. What is mirrored has none.
+    The rotation nearest to the derivative of the homography at the point. Undefined for
+    reflections.
     """
     H_ab = H_ab.to(xy)
     mapped = torch.cat([xy, torch.ones_like(xy[..., :1])], dim=-1) @ H_ab.transpose(-1, -2)
@@ -41,7 +42,7 @@ def local_rotation(xy: Tensor, H_ab: Tensor) -> Tensor:
 
 
 def resize_points(xy: Tensor, factor_x: float, factor_y: float) -> Tensor:
-    """Points (N,2) of an image in its copy resized by these factors: ``(x + 0.5) * factor -
+    """Coordinates of points (N,2) after resizing the image by these factors: ``(x + 0.5) * factor -
     0.5``.
     """
     factor = xy.new_tensor([factor_x, factor_y])
@@ -49,7 +50,7 @@ def resize_points(xy: Tensor, factor_x: float, factor_y: float) -> Tensor:
 
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """Centres of all pixels, (H*W,2) as x, y, row by row."""
+    """Centers of all pixels, (H*W,2) as x, y, row by row."""
     y, x = torch.meshgrid(
         torch.arange(height, device=like.device, dtype=like.dtype),
         torch.arange(width, device=like.device, dtype=like.dtype),
@@ -59,7 +60,7 @@ def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def sample_at(image: Tensor, xy: Tensor, padding: str = "zeros") -> Tensor:
-    """Bilinear values of ``image`` (B,C,H,W) at pixel positions (B,...,2): (B,C,...).
+    """Sample ``image`` (B,C,H,W) bilinearly at pixel positions (B,...,2): (B,C,...).
 
     ``padding`` is ``zeros``, ``border`` or ``reflection``, as in
     ``torch.nn.functional.grid_sample``.
@@ -78,11 +79,10 @@ def sample_at(image: Tensor, xy: Tensor, padding: str = "zeros") -> Tensor:
 def warp_image(
     image: Tensor, H: Tensor, size: tuple[int, int] | None = None, padding: str = "zeros"
 ) -> Tensor:
-    """Move the content of ``image`` (B,C,H,W) by ``H`` (B,3,3): what was at p appears at H p.
-    Bilinear.
+    """Warp ``image`` (B,C,H,W) by ``H`` (B,3,3), bilinearly: the pixel at p moves to H p.
 
-    ``size`` (height, width) of the result defaults to that of the image; outside the image lie
-    zeros.
+    ``size`` (height, width) of the result defaults to that of the image; ``padding`` as in
+    ``sample_at``.
     """
     h, w = image.shape[-2:] if size is None else size
     grid = pixel_grid(h, w, image)[None].expand(len(image), -1, -1)
@@ -91,8 +91,8 @@ def warp_image(
 
 
 def common_area(xy_a: Tensor, H_ab: Tensor, size_b: tuple[int, int], border: float = 0.0) -> Tensor:
-    """Which points (N,2) of image a fall into image b of ``size_b`` = (height, width), ``border``
-    px inside: bool (N,).
+    """Whether points (N,2) of image a lie in image b of ``size_b`` = (height, width), at least
+    ``border`` pixels from its edge: bool (N,).
     """
     xy = warp_points(xy_a, H_ab)
     h, w = size_b

@@ -1,9 +1,9 @@
-"""Anything that is an image to a tensor (1,1,H,W) gray float32 in [0,1].
+"""Load images as gray tensors (1,1,H,W) float32 in [0,1].
 
-8 and 16 bit, float, gray, colour, alpha and palette images land in [0,1] by the range of their
-type, never by their own maximum; float arrays must already lie in [0,1]. Pixels are taken as
-stored: an EXIF orientation is ignored, because the coordinates of key points are those of the
-stored image (as COLMAP and OpenCV's pixel access see it). Alpha is dropped.
+8 and 16 bit, gray, color, alpha and palette images are scaled to [0,1] by the range of their type,
+not by their own maximum; float arrays must already lie in [0,1]. Pixels are read as stored: EXIF
+orientation is ignored, so keypoints are in pixels of the stored image, as in COLMAP. Alpha is
+dropped.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from .filters import to_gray
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
 
-#: Images with more pixels than this are refused with a reason (about 8 GiB of work); resize them
-#: first.
+#: Images with more pixels than this raise a ``DataError``: extraction would need about 8 GiB.
 MAX_PIXELS = 120_000_000
 
 
 def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Gray image (1,1,H,W) float32 in [0,1] from a path, PIL image, array or tensor.
+    """Load a gray image (1,1,H,W) float32 in [0,1] from a path, PIL image, array or tensor.
 
     Arrays are (H,W), (H,W,1), (H,W,3) RGB or (H,W,4); tensors (H,W), (C,H,W) or (1,C,H,W) with C =
-    1, 3 or 4. Unsigned integers are divided by the top of their type, bool counts as 0 and 1,
-    floats must lie in [0,1].
+    1, 3 or 4. Unsigned integers are divided by the largest value of their type, bool becomes 0 and
+    1, floats must lie in [0,1].
 
     Raises:
         FileNotFoundError: no file at the path.
-        DataError: the file cannot be decoded, is empty, or is larger than ``max_pixels``.
-        ValueError: array of another shape, type or range.
+        DataError: the file cannot be decoded, is empty, or has more than ``max_pixels``.
+        ValueError: an array or tensor of another shape, type or range.
     """
     if isinstance(source, str | os.PathLike):
         return _from_file(Path(source), max_pixels)
@@ -55,7 +54,7 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def to_rgb(source: ImageLike) -> Image.Image:
-    """An RGB image to draw on; arguments and errors as ``load_image``."""
+    """RGB image of any source for visualization; arguments and errors as ``load_image``."""
     if isinstance(source, str | os.PathLike):
         with Image.open(source) as photo:
             return to_rgb(photo.copy())
@@ -96,15 +95,13 @@ def _from_file(path: Path, max_pixels: int) -> Tensor:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
     try:
-        # Our own limit below speaks first; Pillow's guard against decompression bombs would only
-        # warn up to twice its own.
+        # The limit here is checked before decoding; Pillow's only warns up to twice its value.
         with Image.open(path) as photo:
             width, height = photo.size
             if width * height > max_pixels:
                 raise DataError(
                     f"{path}: {width} x {height} is over the limit of {max_pixels / 1e6:.0f} "
-                    "million pixels; "
-                    "reduce the image first"
+                    "million pixels; reduce the image first"
                 )
             return _from_pil(photo)
     except Image.DecompressionBombError as error:
@@ -119,7 +116,7 @@ def _from_pil(photo: Image.Image) -> Tensor:
     mode = photo.mode
     if mode.startswith("I;16"):
         return _from_array(np.asarray(photo).astype(np.uint16))
-    if mode == "I":  # Pillow opens 16-bit PNG so in some versions
+    if mode == "I":  # 16-bit PNG in some versions of Pillow
         return _from_array(np.asarray(photo).clip(0, 65535).astype(np.uint16))
     if mode == "F":
         return _from_array(np.asarray(photo))
@@ -142,7 +139,7 @@ def _from_array(array: np.ndarray) -> Tensor:
 
 
 def _native(array: np.ndarray) -> np.ndarray:
-    """Integers that torch lacks or that have no fixed top, to float in [0,1]; others unchanged."""
+    """Array in native byte order; uint16 and uint32 as float32 in [0,1], other types unchanged."""
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype in (np.uint16, np.uint32):
         return (array / np.iinfo(array.dtype).max).astype(np.float32)

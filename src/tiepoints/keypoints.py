@@ -1,4 +1,4 @@
-"""Score map to keypoints: border, non-maximum suppression, strongest ones, sub-pixel position.
+"""Score map to keypoints: border, non-maximum suppression, selection, sub-pixel positions.
 
 Key.Net, section 5.2 and the published extraction code: a 15 x 15 suppression and a border of 15
 pixels.
@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: Published window of the suppression and the border without points, in pixels.
+#: Published suppression window and width of the border without keypoints, in pixels.
 NMS_WINDOW = 15
 BORDER = 15
 
 
 def max_filter(score_map: Tensor, window: int) -> Tensor:
-    """Largest value in the ``window`` x ``window`` (odd) neighbourhood of every pixel; (...,H,W) ->
+    """Largest value in the ``window`` x ``window`` (odd) neighborhood of every pixel; (...,H,W) ->
     (...,H,W).
 
-    Rows first, then columns, doubling the reach each time: about 2 log2(window) passes instead of
-    window squared.
+    Separable, with window widths that double: about 2 log2(window) passes instead of window
+    squared.
     """
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window must be odd and positive, got {window}")
@@ -30,8 +30,8 @@ def max_filter(score_map: Tensor, window: int) -> Tensor:
 
 
 def round_max_filter(score_map: Tensor, window: int) -> Tensor:
-    """As ``max_filter`` in the disc of diameter ``window`` around every pixel, which is the same
-    whichever way the image is turned.
+    """As ``max_filter``, in the disc of diameter ``window`` around every pixel, which makes the
+    result independent of image rotation.
     """
     radius = window // 2
     h = score_map.shape[-2]
@@ -46,8 +46,8 @@ def round_max_filter(score_map: Tensor, window: int) -> Tensor:
 
 
 def _chord(radius: int, dy: int) -> int:
-    """Width in pixels of a disc's row ``dy`` rows from its middle; the disc reaches half a pixel
-    beyond ``radius``.
+    """Width in pixels of the row of a disc at distance ``dy`` from its center; the radius of the
+    disc is ``radius`` plus half a pixel.
     """
     return 2 * int(((radius + 0.5) ** 2 - dy * dy) ** 0.5) + 1
 
@@ -58,12 +58,12 @@ def _max_filter_rows(score_map: Tensor, width: int) -> Tensor:
 
 
 def _running_max(padded: Tensor, window: int, dim: int) -> Tensor:
-    reach = 1
-    while reach < window:
-        step = min(reach, window - reach)
+    width = 1
+    while width < window:
+        step = min(width, window - width)
         length = padded.shape[dim] - step
         padded = torch.maximum(padded.narrow(dim, 0, length), padded.narrow(dim, step, length))
-        reach += step
+        width += step
     return padded
 
 
@@ -88,10 +88,10 @@ def local_maxima(
     unique: bool = True,
     shape: str = "square",
 ) -> Tensor:
-    """Pixels that are the maximum of their window (of a ``shape`` of ``names.NMS_SHAPES``) and
+    """Pixels that are the maximum of their window (with a ``shape`` of ``names.NMS_SHAPES``) and
     above ``threshold``: bool, same shape (B,1,H,W).
 
-    With ``unique`` a plateau gives one point (the first in reading order) instead of one a pixel.
+    With ``unique``, only the first pixel of a plateau in reading order is marked, else all are.
     """
     largest = _MAX_FILTERS[shape]
     found = (score_map == largest(score_map, window)) & (score_map > threshold)
@@ -100,8 +100,8 @@ def local_maxima(
     scores = score_map[found]
     if scores.numel() == scores.unique().numel():
         return found
-    # Equal neighbours: number the candidates backwards and let the highest number of each window
-    # win.
+    # Equal scores: number the candidates in reverse order and keep the highest number of each
+    # window.
     count = score_map[0].numel()
     numbers = torch.arange(count, 0, -1, device=score_map.device, dtype=torch.float64).view(
         score_map[:1].shape
@@ -111,10 +111,10 @@ def local_maxima(
 
 
 def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` strongest marked pixels of one map (H,W), strongest first: columns and rows
-    (N,2) int64, score (N,).
+    """The ``count`` strongest marked pixels of one map (H,W), strongest first: positions (N,2)
+    int64 as x, y, and scores (N,).
 
-    Equal scores keep reading order.
+    Equal scores are in reading order.
     """
     yx = found.nonzero()
     scores = score_map[yx[:, 0], yx[:, 1]]
@@ -125,9 +125,8 @@ def strongest(score_map: Tensor, found: Tensor, count: int) -> tuple[Tensor, Ten
 def refine(score_map: Tensor, xy: Tensor) -> Tensor:
     """Sub-pixel positions (N,2) float32 of integer maxima ``xy`` (N,2) of one map (H,W).
 
-    The vertex of the paraboloid through the 3 x 3 neighbourhood, at most half a pixel away along
-    each axis; points at the edge of the map, and those whose neighbourhood has no proper maximum,
-    stay.
+    The vertex of the paraboloid through the 3 x 3 neighborhood, at most half a pixel away along
+    each axis. Positions at the edge of the map, and those without a strict maximum, are unchanged.
     """
     h, w = score_map.shape
     if not len(xy):
@@ -137,10 +136,10 @@ def refine(score_map: Tensor, xy: Tensor) -> Tensor:
     if h < 3 or w < 3:
         return xy.to(torch.float32)
     flat = score_map.reshape(-1).to(torch.float64)
-    centre = y * w + x
+    center = y * w + x
 
     def at(dy: int, dx: int) -> Tensor:
-        return flat[centre + dy * w + dx]
+        return flat[center + dy * w + dx]
 
     mid = at(0, 0)
     gx, gy = (at(0, 1) - at(0, -1)) / 2, (at(1, 0) - at(-1, 0)) / 2
@@ -165,12 +164,12 @@ def detect_peaks(
     subpixel: bool = True,
     shape: str = "square",
 ) -> list[tuple[Tensor, Tensor]]:
-    """Strongest peaks of each map of a batch (B,1,H,W): for every image xy (N,2) float32 and score
-    (N,), N <= count.
+    """Strongest peaks of each map of a batch (B,1,H,W): xy (N,2) float32 and score (N,) of every
+    image, N <= count.
 
-    The maxima are found before the border is dropped, so that a slope that rises into the border is
-    no point. With ``unique=False`` the published order is kept: the border is cleared first and
-    plateaus stay.
+    Maxima are computed before the border is cleared, so that a slope that rises into the border
+    gives no keypoint. ``unique=False`` is the published order: the border is cleared first, and
+    all pixels of a plateau are kept.
     """
     inner = clear_border(score_map, border)
     if unique:

@@ -1,14 +1,14 @@
-"""Every name and default that a user may type; imports nothing."""
+"""Names and defaults of the user interface; imports nothing."""
 
 from __future__ import annotations
 
 DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
 PATCH_DESCRIPTORS = ("hardnet", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
-#: What is used if nothing is chosen.
+#: Defaults.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 
-#: Where the angle of a keypoint comes from; REKD's detectors measure it themselves.
+#: Sources of keypoint angles; REKD's detectors estimate them themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
 PRECISIONS = ("auto", "float32", "bfloat16")
 NMS_SHAPES = ("square", "round")
@@ -19,7 +19,7 @@ FORMATS = ("npy", "h5", "colmap")
 NUM_KEYPOINTS = 2048
 #: The published default of ``extract`` (spec 2.1, PyTorch).
 EXTRACT_NUM_KEYPOINTS = 5000
-#: Keypoints compared by the evaluation protocols of the papers.
+#: Number of keypoints in the evaluation protocols of the papers.
 EVALUATION_NUM_KEYPOINTS = 1000
-#: Keypoints of a video frame: more do not fit the time of a frame, or into the picture.
+#: Number of keypoints of a video frame, limited by the time per frame and by readability.
 VIDEO_NUM_KEYPOINTS = 500

@@ -1,8 +1,7 @@
-"""Angles of points that others found: by a network with orientation, or by the dominant gradient
-around the point.
+"""Orientation of keypoints: from a network's angle map, or from the dominant gradient direction.
 
-Both are callables (pyramid, keypoints, index of the image in the batch) -> angles (N,), radians by
-the coordinate law.
+Both are callables (pyramid, keypoints, index of the image in the batch) -> angles (N,) in radians,
+in the convention of ``structs``.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from .patches import CHUNK, extract_patches
 from .pyramid import Pyramid
 from .structs import Keypoints
 
-#: Bins of a histogram of gradient directions, and passes of (1, 1, 1) / 3 that smooth it (SIFT:
-#: Lowe 2004, section 5).
+#: Bins of the histogram of gradient directions, and the number of passes of (1, 1, 1) / 3 that
+#: smooth it (SIFT: Lowe 2004, section 5).
 BINS = 36
 SMOOTHINGS = 6
-#: Gradients count to this radius, in pixels of a point's own scale, weighted by a Gaussian of a
-#: third of it.
+#: Radius of the window of gradients in pixels of the keypoint's scale, weighted by a Gaussian whose
+#: sigma is a third of it.
 RADIUS = 20.0
 SIZE = 32
 
 
 def angle_at(angles: Tensor, xy: Tensor) -> Tensor:
-    """Values (N,) of an angle map (h,w) at the pixels nearest to points (N,2): angles cannot be
-    averaged like gray values.
+    """Values (N,) of an angle map (h,w) at the pixels nearest to points (N,2), because angles must
+    not be interpolated linearly.
     """
     h, w = angles.shape
     x, y = xy.round().long().unbind(dim=-1)
@@ -44,7 +43,7 @@ def upright(pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
 
 
 class NetOrientation:
-    """Angles from a network's angle map on the pyramid level nearest to each point's scale.
+    """Angles from a network's angle map on the pyramid level nearest to each keypoint's scale.
 
     Args:
         net: image (B,1,H,W) -> (score map, angle map (B,1,H,W) in radians), such as ``FusedREKD``.
@@ -54,27 +53,27 @@ class NetOrientation:
         self.net = net
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
-        """(N,)."""
+        """Angles (N,)."""
         out = torch.zeros_like(keypoints.score)
         if not len(keypoints):
             return out
         scales = torch.tensor([level.scale for level in pyramid.levels], device=out.device)
         nearest = (keypoints.scale[:, None].log() - scales.log()[None]).abs().argmin(dim=1)
-        for number, level in enumerate(pyramid.levels):
-            chosen = nearest == number
-            if bool(chosen.any()):
+        for i, level in enumerate(pyramid.levels):
+            mask = nearest == i
+            if bool(mask.any()):
                 angles = self.net(level.image[index : index + 1])[1][0, 0]
-                out[chosen] = angle_at(angles, level.from_original(keypoints.xy[chosen])).to(out)
+                out[mask] = angle_at(angles, level.from_original(keypoints.xy[mask])).to(out)
         return out
 
 
 class DominantOrientation:
-    """The strongest direction of the gradients around a point (Lowe 2004, section 5), to a part of
-    a bin.
+    """Dominant gradient direction around a keypoint (Lowe 2004, section 5), interpolated between
+    histogram bins.
     """
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
-        """(N,); 0 where there is no gradient."""
+        """Angles (N,); 0 without a gradient."""
         upright = Keypoints(
             keypoints.xy, keypoints.scale, torch.zeros_like(keypoints.score), keypoints.score
         )
@@ -91,31 +90,32 @@ class DominantOrientation:
 
 
 def dominant_angle(patches: Tensor) -> Tensor:
-    """Strongest gradient direction of patches (N,1,P,P): (N,) radians in [0, 2 pi), from +x towards
+    """Dominant gradient direction of patches (N,1,P,P): (N,) radians in [0, 2 pi), from +x towards
     +y; 0 without a gradient.
     """
     n, size = len(patches), patches.shape[-1]
     dx, dy = sobel(patches)
-    axis = (
-        torch.arange(size, device=patches.device) + 0.5
-    ) / size * 2 - 1  # -1..1 across the patch
+    # -1..1 across the patch
+    axis = (torch.arange(size, device=patches.device) + 0.5) / size * 2 - 1
     r2 = axis[None, :] ** 2 + axis[:, None] ** 2
     weight = torch.exp(-r2 / (2 / 9)) * (r2 <= 1)
-    strength = (torch.hypot(dx, dy)[:, 0] * weight).flatten(1)
-    place = (torch.atan2(dy, dx).remainder(2 * math.pi) * (BINS / (2 * math.pi)))[:, 0].flatten(1)
-    low = place.floor()
-    part = place - low
+    magnitude = (torch.hypot(dx, dy)[:, 0] * weight).flatten(1)
+    bins = (torch.atan2(dy, dx).remainder(2 * math.pi) * (BINS / (2 * math.pi)))[:, 0].flatten(1)
+    bin0 = bins.floor()
+    frac = bins - bin0
     histogram = patches.new_zeros(n, BINS)
-    histogram.scatter_add_(1, low.long() % BINS, strength * (1 - part))
-    histogram.scatter_add_(1, (low.long() + 1) % BINS, strength * part)
+    histogram.scatter_add_(1, bin0.long() % BINS, magnitude * (1 - frac))
+    histogram.scatter_add_(1, (bin0.long() + 1) % BINS, magnitude * frac)
     kernel = patches.new_full((1, 1, 3), 1 / 3)
     for _ in range(SMOOTHINGS):
         histogram = F.conv1d(F.pad(histogram[:, None], (1, 1), mode="circular"), kernel)[:, 0]
     peak, best = histogram.max(dim=1)
     before, after = (histogram.gather(1, ((best + step) % BINS)[:, None])[:, 0] for step in (-1, 1))
-    bend = 2 * peak - before - after
+    curvature = 2 * peak - before - after
     shift = torch.where(
-        bend > 0, 0.5 * (after - before) / bend.clamp(min=1e-12), torch.zeros_like(bend)
+        curvature > 0,
+        0.5 * (after - before) / curvature.clamp(min=1e-12),
+        torch.zeros_like(curvature),
     )
     angle = ((best + shift) * (2 * math.pi / BINS)).remainder(2 * math.pi)
     return torch.where(peak > 0, angle, torch.zeros_like(angle))

@@ -1,6 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, a log line every 30 s
-elsewhere.
-"""
+"""Progress of long jobs: a bar with rate and time left on a terminal, else log lines."""
 
 from __future__ import annotations
 
@@ -14,19 +12,19 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Seconds between log lines where there is no terminal.
+#: Seconds between log lines without a terminal.
 INTERVAL = 30.0
 
 
 class Progress:
-    """Counts steps; ``with`` closes it.
+    """Progress of a number of steps; a context manager.
 
     Args:
-        total: number of steps, None while it is unknown.
-        unit: what a step is, such as ``image``.
-        label: what is done, such as ``extract``.
+        total: number of steps, None if unknown.
+        unit: name of a step, such as ``image``.
+        label: name of the job, such as ``extract``.
         enabled: False shows nothing.
-        initial: steps done before.
+        initial: number of steps already completed.
     """
 
     def __init__(
@@ -56,19 +54,19 @@ class Progress:
             self._bar.close()
 
     def set_total(self, total: int) -> None:
-        """State the number of steps once it is known."""
+        """Set the number of steps once it is known."""
         self.total = total
         if self._bar is not None:
             self._bar.total = total
 
     def set_values(self, **values: str) -> None:
-        """Numbers to show beside the count."""
+        """Set values to show next to the count."""
         self.values = values
         if self._bar is not None:
             self._bar.set_postfix(values, refresh=False)
 
     def update(self, steps: int = 1) -> None:
-        """Count ``steps`` more."""
+        """Advance by ``steps``."""
         self.count += steps
         if self._bar is not None:
             self._bar.update(steps)
@@ -79,8 +77,8 @@ class Progress:
     def line(self) -> str:
         """The state in one line: count, rate and time left."""
         rate = (self.count - self.initial) / max(time.monotonic() - self.started, 1e-9)
-        of = "" if self.total is None else f" of {self.total}"
-        text = f"{self.label}: {self.count}{of} {self.unit}s, {rate:.2g} {self.unit}s/s"
+        total = "" if self.total is None else f" of {self.total}"
+        text = f"{self.label}: {self.count}{total} {self.unit}s, {rate:.2g} {self.unit}s/s"
         if self.total is not None and rate > 0:
             left = round((self.total - self.count) / rate)
             text += f", {left // 60} min {left % 60} s left"
@@ -90,7 +88,7 @@ class Progress:
 def track(
     items: Iterable[T], *, total: int | None = None, unit: str, label: str, enabled: bool = True
 ) -> Iterator[T]:
-    """The items of an iterable, with progress."""
+    """Iterate over items with progress."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]
     with Progress(total, unit=unit, label=label, enabled=enabled) as progress:

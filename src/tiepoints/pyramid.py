@@ -1,8 +1,8 @@
-"""One image to its scale levels, built once and shared by detector and descriptor.
+"""Image pyramid, shared by detector and descriptor.
 
-Level factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each
-made from the level before (spec 2.3). ``Level`` carries the true size ratios, so that points map
-back exactly.
+Scale factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each
+computed from the previous level (spec 2.3). ``Level`` has the exact size ratios, so that points are
+mapped exactly.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .filters import binomial_blur, resize
@@ -20,14 +19,18 @@ SCALE_STEP = math.sqrt(2.0)
 #: Levels of the published extraction with the PyTorch weights.
 DOWN_LEVELS = 4
 UP_LEVELS = 1
-#: No level below this shorter side: the border of 15 pixels would leave nothing of it.
+#: Smallest shorter side of a level: a border of 15 pixels would cover most of a smaller one.
 MIN_SIDE = 48
 
 
 @dataclass(frozen=True)
 class Level:
-    """One level: its image (B,1,h,w), nominal scale (1 = original, 2 = half size), true size ratios
-    to the original.
+    """One level of a pyramid.
+
+    Attributes:
+        image: (B,1,h,w).
+        nominal_scale: 1 = original size, 2 = half size.
+        ratio_x, ratio_y: width and height of the original divided by those of the level.
     """
 
     image: Tensor
@@ -37,22 +40,22 @@ class Level:
 
     @property
     def scale(self) -> float:
-        """Original pixels per pixel of this level: geometric mean of both directions."""
+        """Original pixels per pixel of this level, geometric mean of both directions."""
         return math.sqrt(self.ratio_x * self.ratio_y)
 
     def to_original(self, xy: Tensor) -> Tensor:
-        """Points (N,2) of this level in pixels of the original image."""
+        """Convert points (N,2) from pixels of this level to pixels of the original image."""
         return resize_points(xy, self.ratio_x, self.ratio_y)
 
     def from_original(self, xy: Tensor) -> Tensor:
-        """Points (N,2) of the original image in pixels of this level."""
+        """Convert points (N,2) from pixels of the original image to pixels of this level."""
         return resize_points(xy, 1 / self.ratio_x, 1 / self.ratio_y)
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Levels of a batch of equal-sized images, finest first; ``original`` is the index of the
-    unresized one.
+    """Levels of a batch of equal-sized images, finest first; ``original`` is the index of the level
+    at the original size.
     """
 
     levels: list[Level]
@@ -60,15 +63,15 @@ class Pyramid:
 
     @property
     def image(self) -> Tensor:
-        """The images themselves, (B,1,H,W)."""
+        """The original images (B,1,H,W)."""
         return self.levels[self.original].image
 
 
 def build_pyramid(
     image: Tensor, *, up: int = UP_LEVELS, down: int = DOWN_LEVELS, min_side: int = MIN_SIDE
 ) -> Pyramid:
-    """Scale levels of ``image`` (B,1,H,W); coarser levels stop where the shorter side falls below
-    ``min_side``.
+    """Build the pyramid of ``image`` (B,1,H,W), without coarse levels whose shorter side would be
+    below ``min_side``.
     """
     h, w = image.shape[-2:]
 
@@ -92,23 +95,8 @@ def build_pyramid(
 
 
 def level_budgets(count: int, up: int, levels: int) -> list[int]:
-    """Points asked of each level, finest first: halved from level to level (spec 2.2), cut to whole
-    numbers.
+    """Number of keypoints of each level, finest first: halved from level to level (spec 2.2),
+    rounded down.
     """
     shares = [2.0 ** (up - i) for i in range(levels)]
     return [int(count * share / sum(shares)) for share in shares]
-
-
-def as_batch(images: list[Tensor]) -> Tensor:
-    """Equal-sized images (1,1,H,W) as one batch (B,1,H,W).
-
-    Raises:
-        ValueError: sizes differ.
-    """
-    sizes = {tuple(image.shape[-2:]) for image in images}
-    if len(sizes) != 1:
-        raise ValueError(
-            f"a batch needs images of one size, got {sorted(sizes)}; extract them one by one "
-            "instead"
-        )
-    return torch.cat(images)

@@ -1,12 +1,12 @@
 """Sub-pixel positions: matched keypoints aligned with each other by their pixels, and keypoints of
 tracks made consistent.
 
-A detector finds a keypoint in each image on its own, to about a pixel. Two matched keypoints show
-the same surface, so the second one can be moved to where its surroundings look most like those of
-the first: Lucas and Kanade's registration (1981) in its inverse compositional form (Baker and
-Matthews, IJCV 2004), over a shift and an affine change, on samples of zero mean and unit variance.
-Aligning each image on its own (corner refinement) does not help: what counts is that both positions
-are the same point.
+A detector localizes a keypoint in each image independently, to about a pixel. Two matched keypoints
+show the same surface, so the second one can be moved to where its neighborhood is most similar to
+that of the first: Lucas and Kanade's registration (1981) in its inverse compositional form (Baker
+and Matthews, IJCV 2004), over a translation and an affine change, on samples of zero mean and unit
+variance. Refining each image independently (corner refinement) does not help: both positions must
+be the same surface point.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from .image import ImageLike, load_image
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
 
-#: Samples along a side, and half the side of their square in pixels of the keypoint's scale (chosen
-#: on held-out pairs, docs/diary.md).
+#: Samples along a side of the square window, and half its side in pixels of the keypoint's scale
+#: (chosen on held-out pairs, docs/diary.md).
 SAMPLES = 15
 RADIUS = 8.0
 ITERATIONS = 9
-#: An alignment is taken where the normalised cross-correlation rises by more than this, to at least
-#: that, and where it moves the keypoint no farther than so many pixels of its scale.
+#: An alignment is accepted if the normalized cross-correlation rises by more than ``MIN_GAIN``, to
+#: more than ``MIN_CORRELATION``, and the keypoint moves by less than ``MAX_SHIFT`` pixels of its
+#: scale.
 MIN_GAIN = 0.0
 MIN_CORRELATION = 0.6
 MAX_SHIFT = 3.0
-#: Matches aligned at a time, which bounds the memory.
+#: Matches aligned at a time, to bound the memory.
 CHUNK = 4096
 
 
@@ -41,8 +42,8 @@ class Alignment:
     """Keypoints of b aligned with those of a.
 
     Attributes:
-        xy: (K,2) float32 positions in b; the given ones where the alignment was not taken.
-        correlation: (K,) normalised cross-correlation of the surroundings at ``xy``, -1..1.
+        xy: (K,2) float32 positions in b; the given ones if the alignment was not accepted.
+        correlation: (K,) normalized cross-correlation of the windows at ``xy``, -1..1.
         accepted: (K,) bool.
     """
 
@@ -59,12 +60,12 @@ def align(
     *,
     iterations: int = ITERATIONS,
 ) -> Alignment:
-    """Move keypoints of b to where their surroundings agree best with those of the same row of a.
+    """Align each keypoint of b with the keypoint of a in the same row.
 
     Args:
         pyramid_a, pyramid_b: of one image each (``pyramid.build_pyramid``).
-        keypoints_a, keypoints_b: K matched keypoints; scales and angles say how the surroundings
-            differ to begin with.
+        keypoints_a, keypoints_b: K matched keypoints; their scales and angles give the initial
+            affine change.
         iterations: Gauss-Newton steps.
 
     Raises:
@@ -72,7 +73,7 @@ def align(
     """
     if len(keypoints_a) != len(keypoints_b):
         raise ValueError(
-            f"matched keypoints are needed, got {len(keypoints_a)} and {len(keypoints_b)}"
+            f"expected matched keypoints, got {len(keypoints_a)} and {len(keypoints_b)}"
         )
     parts = [
         _align(pyramid_a, keypoints_a[part], pyramid_b, keypoints_b[part], iterations)
@@ -88,54 +89,70 @@ def align(
     )
 
 
-def _align(
-    pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
-) -> Alignment:
-    step = 2 * RADIUS / (SAMPLES - 1)
+@dataclass(frozen=True)
+class _Template:
+    """Windows of keypoints of a, linearized for Gauss-Newton steps.
+
+    Attributes:
+        grid: (1,S,2) offsets of the samples in the frame of a keypoint.
+        values: (K,S) normalized samples.
+        solve: (K,6,S), a difference of samples -> translation (2) and affine change (4).
+    """
+
+    grid: Tensor
+    values: Tensor
+    solve: Tensor
+
+
+def _linearize(pyramid: Pyramid, keypoints: Keypoints, step: float) -> _Template:
     axis = step * (
-        torch.arange(SAMPLES + 2, dtype=torch.float32, device=a.xy.device) - (SAMPLES + 1) / 2
+        torch.arange(SAMPLES + 2, dtype=torch.float32, device=keypoints.xy.device)
+        - (SAMPLES + 1) / 2
     )
     v, u = torch.meshgrid(axis, axis, indexing="ij")
-    outer = torch.stack([u, v], dim=-1).reshape(
-        1, -1, 2
-    )  # one sample more on each side, for the derivatives
-    inner = torch.stack([u, v], dim=-1)[1:-1, 1:-1].reshape(1, -1, 2)  # (1,S,2)
-    template = _sampler(pyramid_a, a, step)(outer.expand(len(a), -1, -1)).view(
-        -1, SAMPLES + 2, SAMPLES + 2
-    )
-    dx = (template[:, 1:-1, 2:] - template[:, 1:-1, :-2]).flatten(1) / (2 * step)
-    dy = (template[:, 2:, 1:-1] - template[:, :-2, 1:-1]).flatten(1) / (2 * step)
-    wanted, deviation = _normalised(template[:, 1:-1, 1:-1].flatten(1))
-    x, y = inner[..., 0], inner[..., 1]
-    # derivatives by the shift and by the four parts of the affine change, (K,S,6); brightness and
-    # contrast explain nothing
+    outer = torch.stack([u, v], dim=-1)  # one more sample on each side, for the derivatives
+    grid = outer[1:-1, 1:-1].reshape(1, -1, 2)
+    window = _sampler(pyramid, keypoints, step)(
+        outer.reshape(1, -1, 2).expand(len(keypoints), -1, -1)
+    ).view(-1, SAMPLES + 2, SAMPLES + 2)
+    dx = (window[:, 1:-1, 2:] - window[:, 1:-1, :-2]).flatten(1) / (2 * step)
+    dy = (window[:, 2:, 1:-1] - window[:, :-2, 1:-1]).flatten(1) / (2 * step)
+    values, deviation = _normalized(window[:, 1:-1, 1:-1].flatten(1))
+    x, y = grid[..., 0], grid[..., 1]
+    # derivatives (K,S,6) by translation and affine change, orthogonal to brightness and contrast
     jacobian = torch.stack([dx, dy, dx * x, dx * y, dy * x, dy * y], dim=-1) / deviation[..., None]
     jacobian = jacobian - jacobian.mean(dim=1, keepdim=True)
-    jacobian = jacobian - wanted[..., None] * (wanted[..., None] * jacobian).mean(
+    jacobian = jacobian - values[..., None] * (values[..., None] * jacobian).mean(
         dim=1, keepdim=True
     )
     hessian = jacobian.transpose(1, 2) @ jacobian
     damping = 1e-4 * hessian.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-6)
     hessian = hessian + damping[:, None, None] * torch.eye(6, device=hessian.device)
-    solve = torch.linalg.solve(hessian, jacobian.transpose(1, 2))  # (K,6,S)
+    return _Template(grid, values, torch.linalg.solve(hessian, jacobian.transpose(1, 2)))
 
+
+def _align(
+    pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
+) -> Alignment:
+    step = 2 * RADIUS / (SAMPLES - 1)
+    template = _linearize(pyramid_a, a, step)
     sample_b = _sampler(pyramid_b, b, step)
     warp = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
-    first: Tensor | None = None
+
+    def warped_b() -> Tensor:
+        offset = template.grid @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2]
+        return _normalized(sample_b(offset))[0]
+
+    values = warped_b()
+    first = (values * template.values).mean(dim=1)
     for _ in range(iterations):
-        found, _ = _normalised(
-            sample_b(inner @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2])
-        )
-        if first is None:
-            first = (found * wanted).mean(dim=1)
-        change = (solve @ (found - wanted)[..., None])[..., 0].clamp(-1, 1)  # (K,6)
-        move = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
-        move[:, 0, 2], move[:, 1, 2] = change[:, 0], change[:, 1]
-        move[:, :2, :2] += change[:, 2:].view(-1, 2, 2).clamp(-0.3, 0.3)
-        warp = warp @ torch.linalg.inv(move)
-    assert first is not None
-    found, _ = _normalised(sample_b(inner @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2]))
-    last = (found * wanted).mean(dim=1)
+        change = (template.solve @ (values - template.values)[..., None])[..., 0].clamp(-1, 1)
+        update = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
+        update[:, 0, 2], update[:, 1, 2] = change[:, 0], change[:, 1]
+        update[:, :2, :2] += change[:, 2:].view(-1, 2, 2).clamp(-0.3, 0.3)
+        warp = warp @ torch.linalg.inv(update)
+        values = warped_b()
+    last = (values * template.values).mean(dim=1)
     shift = warp[:, :2, 2]  # in pixels of the scale of b, along its axes
     area = torch.linalg.det(warp[:, :2, :2])
     accepted = (
@@ -161,8 +178,10 @@ def _to_image(offset: Tensor, keypoints: Keypoints) -> Tensor:
 
 
 def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[Tensor], Tensor]:
-    """Gray values (K,S) at offsets (K,S,2) in the frames of the keypoints, from levels whose pixels
-    are not finer than the samples.
+    """Function from offsets (K,S,2) in the frames of the keypoints to gray values (K,S).
+
+    Each keypoint is sampled on the coarsest level whose pixels are no larger than the sampling
+    step.
     """
     scales = torch.tensor([level.scale for level in pyramid.levels], device=keypoints.scale.device)
     chosen = (1.05 * step * keypoints.scale[:, None] >= scales[None]).sum(dim=1).sub(1).clamp(min=0)
@@ -180,11 +199,13 @@ def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[T
     return sample
 
 
-def _normalised(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (K,S) at zero mean and unit variance, and their deviations (K,1); flat rows become 0."""
-    centred = values - values.mean(dim=1, keepdim=True)
-    deviation = centred.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
-    return centred / deviation, deviation
+def _normalized(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (K,S) of zero mean and unit variance, and their deviations (K,1); constant rows become
+    0.
+    """
+    centered = values - values.mean(dim=1, keepdim=True)
+    deviation = centered.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-4)
+    return centered / deviation, deviation
 
 
 def refine_matches(
@@ -195,18 +216,18 @@ def refine_matches(
     *,
     iterations: int = ITERATIONS,
 ) -> Matches:
-    """The matches with sub-pixel positions: those of ``a`` stay, those of ``b`` are aligned with
+    """Give matches sub-pixel positions: those of ``a`` are kept, those of ``b`` are aligned with
     them.
 
     Args:
         a, b: features that ``matches`` index.
-        images: the images they were taken from (see ``image.load_image``).
+        images: the images of ``a`` and ``b`` (see ``image.load_image``).
 
     Returns:
         the same matches with ``xy_a`` and ``xy_b``.
 
     Raises:
-        ValueError: an image has another size than its features say.
+        ValueError: the size of an image differs from ``image_size`` of its features.
     """
     pyramids = [build_pyramid(load_image(image)) for image in images]
     for pyramid, features in zip(pyramids, (a, b), strict=True):
@@ -232,7 +253,7 @@ def build_tracks(matches: Mapping[tuple[str, str], Tensor]) -> list[list[tuple[s
     """Tracks of matched keypoints: connected keypoints of different images, each as (image, index),
     sorted.
 
-    Connected keypoints of which two lie in one image contradict each other; they are left out.
+    Connected components with two keypoints in one image are inconsistent and skipped.
 
     Args:
         matches: (image a, image b) -> (K,2) indices, such as the verified ones.
@@ -264,9 +285,8 @@ def refine_tracks(
 ) -> dict[str, Tensor]:
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
-    The reference of a track is its keypoint with the smallest scale, which shows most detail; the
-    others are aligned with it. Pairs of images are worked on one after another, so that two images
-    are in memory at a time.
+    The reference of a track is its keypoint with the smallest scale, which has the most detail; the
+    others are aligned with it. Only two images are in memory at a time.
 
     Args:
         features: keypoints of each image.
@@ -274,21 +294,21 @@ def refine_tracks(
         image: name -> the image (see ``image.load_image``).
 
     Returns:
-        name -> (N,2) float32 positions of all its keypoints; those without a track keep theirs.
+        name -> (N,2) float32 positions of all its keypoints, unchanged for those without a track.
     """
     positions = {name: keypoints.xy.clone() for name, keypoints in features.items()}
-    work: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for track in build_tracks(matches):
         reference = min(track, key=lambda node: (float(features[node[0]].scale[node[1]]), node))
         for node in track:
             if node != reference:
-                work.setdefault((reference[0], node[0]), []).append((reference[1], node[1]))
+                pairs.setdefault((reference[0], node[0]), []).append((reference[1], node[1]))
     pyramids: dict[str, Pyramid] = {}
-    for a, b in sorted(work):
+    for a, b in sorted(pairs):
         pyramids = {
             name: pyramids.get(name) or build_pyramid(load_image(image(name))) for name in (a, b)
         }
-        index = torch.tensor(work[a, b])
+        index = torch.tensor(pairs[a, b])
         found = align(pyramids[a], features[a][index[:, 0]], pyramids[b], features[b][index[:, 1]])
         positions[b][index[:, 1]] = found.xy
     return positions
@@ -297,6 +317,6 @@ def refine_tracks(
 def matched_pairs(
     pairs: Iterable[tuple[str, str]], read: Callable[[str, str], Matches]
 ) -> dict[tuple[str, str], Tensor]:
-    """The indices of the matches of each pair that has some, for ``build_tracks``."""
+    """Indices of the matches of each pair that has any, as input of ``build_tracks``."""
     found = {pair: read(*pair).index for pair in pairs}
     return {pair: index for pair, index in found.items() if len(index)}

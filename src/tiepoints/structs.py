@@ -1,18 +1,26 @@
-"""The results that travel through the package, and the coordinate law they obey.
+"""Data classes of the package, and their coordinate convention.
 
-**Coordinates.** x points right, y down, in pixels of the original image as stored; the centre of
+**Coordinates.** x points right, y down, in pixels of the original image as stored; the center of
 the first pixel is (0, 0), so an image of width w spans -0.5 .. w - 0.5. Resizing maps ``(x + 0.5) *
-s - 0.5``. ``scale`` is in pixels: 1 for a point found at the original resolution, 2 for one found
-at half of it. ``angle`` is in radians from +x towards +y (clockwise as seen). ``H_ab`` maps points
-of a to points of b. Points are float32, never half precision.
+s - 0.5``. ``scale`` is in pixels: 1 for a keypoint detected at the original resolution, 2 for one
+at half of it. ``angle`` is in radians from +x towards +y (clockwise in the image). ``H_ab`` maps
+points of a to points of b. Positions are float32, never half precision.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .errors import DataError
+from .files import atomic_path
 
 
 def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
@@ -22,15 +30,14 @@ def _check(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 @dataclass(frozen=True)
 class Keypoints:
-    """N points of one image; N may be 0.
+    """N keypoints of one image; N may be 0.
 
     Attributes:
         xy: (N,2) float32, pixels of the original image.
-        scale: (N,) float32, pixels of the original image; 1 stands for one pixel of an image at its
-            original resolution.
-        angle: (N,) float32, radians; zeros where the detector gives none.
+        scale: (N,) float32, pixels of the original image; 1 for the original resolution.
+        angle: (N,) float32, radians; zeros if the detector estimates none.
         score: (N,) float32, strongest first; comparable only within one detector (networks:
-            response times squared scale of the level).
+            response weighted by the scale of the level).
     """
 
     xy: Tensor
@@ -47,8 +54,11 @@ class Keypoints:
     def __len__(self) -> int:
         return len(self.xy)
 
+    def __repr__(self) -> str:
+        return f"Keypoints({len(self)})"
+
     def __getitem__(self, index: Tensor | slice) -> Keypoints:
-        """The points selected by a slice, an index or a mask."""
+        """The keypoints selected by a slice, indices or a mask."""
         return Keypoints(self.xy[index], self.scale[index], self.angle[index], self.score[index])
 
     def to(self, device: str | torch.device) -> Keypoints:
@@ -57,13 +67,13 @@ class Keypoints:
 
     @classmethod
     def empty(cls, device: str | torch.device = "cpu") -> Keypoints:
-        """No points."""
+        """No keypoints."""
         none = torch.zeros(0, device=device)
         return cls(torch.zeros(0, 2, device=device), none, none, none)
 
     @classmethod
     def concatenate(cls, parts: list[Keypoints]) -> Keypoints:
-        """All points of ``parts`` in their order."""
+        """All keypoints of ``parts`` in their order."""
         if not parts:
             return cls.empty()
         return cls(
@@ -73,11 +83,11 @@ class Keypoints:
 
 @dataclass(frozen=True)
 class Features:
-    """Key points of one image with their descriptors.
+    """Keypoints of one image with their descriptors.
 
     Attributes:
-        keypoints: N points.
-        descriptors: (N,D) float32, unit length; ``None`` where none were asked for.
+        keypoints: N keypoints.
+        descriptors: (N,D) float32, unit length; ``None`` without a descriptor.
         image_size: (width, height) of the original image.
     """
 
@@ -94,6 +104,56 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.keypoints)
+
+    def __repr__(self) -> str:
+        described = "no descriptors"
+        if self.descriptors is not None:
+            described = f"descriptors of dimension {self.descriptors.shape[1]}"
+        width, height = self.image_size
+        return f"Features({len(self)} keypoints, {described}, image {width} x {height})"
+
+    def to(self, device: str | torch.device) -> Features:
+        """A copy on ``device``."""
+        descriptors = None if self.descriptors is None else self.descriptors.to(device)
+        return Features(self.keypoints.to(device), descriptors, self.image_size)
+
+    def numpy(self) -> dict[str, np.ndarray]:
+        """The columns as arrays: ``xy``, ``scale``, ``angle``, ``score``, ``image_size`` and, where
+        there are some, ``descriptors``.
+        """
+        names = ("xy", "scale", "angle", "score")
+        arrays = {name: getattr(self.keypoints, name).cpu().numpy() for name in names}
+        arrays["image_size"] = np.array(self.image_size)
+        if self.descriptors is not None:
+            arrays["descriptors"] = self.descriptors.cpu().numpy()
+        return arrays
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the columns of ``numpy`` to an ``.npz`` file, atomically."""
+        arrays: dict[str, Any] = self.numpy()
+        with atomic_path(Path(path)) as tmp_path, tmp_path.open("wb") as file:
+            np.savez(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Features:
+        """Features that ``save`` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            DataError: the file is damaged or holds something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                columns = [torch.from_numpy(content[n]) for n in ("xy", "scale", "angle", "score")]
+                descriptors = None
+                if "descriptors" in content:
+                    descriptors = torch.from_numpy(content["descriptors"])
+                width, height = (int(value) for value in content["image_size"])
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
+            raise DataError(f"{path} holds no features written by Features.save") from error
+        return cls(Keypoints(*columns), descriptors, (width, height))
 
     @property
     def xy(self) -> Tensor:
@@ -116,19 +176,20 @@ class Features:
         return self.keypoints.score
 
     def __getitem__(self, index: Tensor | slice) -> Features:
-        """The features selected by a slice, an index or a mask."""
+        """The features selected by a slice, indices or a mask."""
         descriptors = None if self.descriptors is None else self.descriptors[index]
         return replace(self, keypoints=self.keypoints[index], descriptors=descriptors)
 
 
 @dataclass(frozen=True)
 class PaddedFeatures:
-    """Features of B images in tensors of equal length N, for code that wants batches.
+    """Features of B images as batched tensors, padded with zeros to equal length N.
 
     Attributes:
-        xy (B,N,2), scale (B,N), angle (B,N), score (B,N), descriptors (B,N,D) or None: zeros where
-        there is no point. valid: (B,N) bool, which entries are points. image_size: (width, height)
-        of each image.
+        xy, scale, angle, score: (B,N,2), (B,N), (B,N) and (B,N), see ``Keypoints``.
+        descriptors: (B,N,D), or None.
+        valid: (B,N) bool, false for padding.
+        image_size: (width, height) of each image.
     """
 
     xy: Tensor
@@ -141,7 +202,9 @@ class PaddedFeatures:
 
     @classmethod
     def pad(cls, features: list[Features], length: int | None = None) -> PaddedFeatures:
-        """Stack ``features``, padded to the longest of them or cut and padded to ``length``."""
+        """Stack ``features``, padded to the longest of them, or truncated and padded to
+        ``length``.
+        """
         length = max((len(f) for f in features), default=0) if length is None else length
         features = [f[:length] for f in features]
 
@@ -169,12 +232,12 @@ class PaddedFeatures:
 
 @dataclass(frozen=True)
 class Matches:
-    """K pairs of points.
+    """K matches between the keypoints of two images.
 
     Attributes:
-        index: (K,2) int64, point of a and point of b.
-        score: (K,) float32 in [0,1], 1 = surest (the cosine of the descriptors, or what a learned
-            matcher gives).
+        index: (K,2) int64, keypoint of a and keypoint of b.
+        score: (K,) float32 in [0,1], 1 = most certain (the cosine of the descriptors, or the
+            confidence of a learned matcher).
         xy_a, xy_b: (K,2) float32 sub-pixel positions of the matches (``refine.refine_matches``);
             None = those of the keypoints.
     """
@@ -195,14 +258,18 @@ class Matches:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, chosen: Tensor) -> Matches:
-        """The matches at ``chosen``, indices or a mask."""
+    def __repr__(self) -> str:
+        refined = ", refined" if self.xy_a is not None else ""
+        return f"Matches({len(self)}{refined})"
+
+    def __getitem__(self, selected: Tensor) -> Matches:
+        """The matches selected by indices or a mask."""
         columns = (self.index, self.score, self.xy_a, self.xy_b)
-        return Matches(*(None if column is None else column[chosen] for column in columns))  # type: ignore[arg-type]
+        return Matches(*(None if column is None else column[selected] for column in columns))  # type: ignore[arg-type]
 
     def positions(self, a: Features, b: Features) -> tuple[Tensor, Tensor]:
-        """Positions (K,2) of the matches in both images: the sub-pixel ones where there are some,
-        else those of the keypoints.
+        """Positions (K,2) of the matches in both images: the sub-pixel ones if available, else
+        those of the keypoints.
         """
         xy_a = a.xy[self.index[:, 0].to(a.xy.device)] if self.xy_a is None else self.xy_a
         xy_b = b.xy[self.index[:, 1].to(b.xy.device)] if self.xy_b is None else self.xy_b
@@ -215,11 +282,12 @@ class Estimate:
 
     Attributes:
         geometry: ``homography``, ``fundamental``, ``essential`` or ``pose``.
-        model: (3,3) float64, of a pose (3,4) [R | t] with |t| = 1; None where ``ok`` is false.
-        inliers: (K,) bool over the matches given: which agree. Where ``ok`` is false none, unless
-            they agree on more than one model (a plane has no one fundamental matrix).
-        ok: whether there is a model to trust.
-        reason: why not, in words; empty where ``ok``.
+        model: (3,3) float64, a pose is (3,4) [R | t] with |t| = 1; None if ``ok`` is false.
+        inliers: (K,) bool, the matches that agree with the model. If ``ok`` is false, all are
+            false, unless the matches agree with more than one model (as points of a plane do with
+            fundamental matrices).
+        ok: whether the model can be trusted.
+        reason: why not; empty if ``ok``.
     """
 
     geometry: str
@@ -227,3 +295,7 @@ class Estimate:
     inliers: Tensor
     ok: bool
     reason: str = ""
+
+    def __repr__(self) -> str:
+        count = f"{int(self.inliers.sum())} of {len(self.inliers)} inliers"
+        return f"Estimate({self.geometry}, {count}{'' if self.ok else f', not ok: {self.reason}'})"

@@ -1,4 +1,4 @@
-"""Keypoints followed from frame to frame: mutual nearest neighbours that did not move too far."""
+"""Tracking of keypoints from frame to frame by mutual nearest neighbors with limited motion."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from .matching import match
 from .structs import Features, Keypoints
 
-#: Defaults of the tracker: largest ratio of nearest to second distance, largest motion a frame as
-#: part of the image's diagonal, frames that a track may miss.
+#: Defaults of the tracker: largest ratio of nearest to second distance, largest motion per frame as
+#: a fraction of the image diagonal, number of frames that a track may miss.
 RATIO, MAX_MOTION, PATIENCE = 0.9, 0.2, 1
-#: Positions drawn behind each point.
+#: Default number of positions kept of each track, which are drawn as its tail.
 TAIL = 12
 
 
@@ -25,12 +25,12 @@ TAIL = 12
 
 @dataclass(eq=False)
 class Track:
-    """A point followed from frame to frame.
+    """A keypoint tracked from frame to frame.
 
     Attributes:
         xy: its last positions, newest last, in pixels of the frames.
-        born, seen: numbers of the first and of the last frame that has it.
-        length: in how many frames it was found; 1 is a point without a track as yet.
+        born, seen: numbers of the first and of the last frame in which it was detected.
+        length: number of frames in which it was detected; 1 = a single keypoint, not yet a track.
     """
 
     xy: deque[tuple[float, float]]
@@ -40,20 +40,20 @@ class Track:
 
     @property
     def age(self) -> int:
-        """Frames from its first to its last, both counted."""
+        """Number of frames from its first to its last, inclusive."""
         return self.seen - self.born + 1
 
 
 class Tracker:
-    """Features of one frame after the other -> tracks: mutual nearest neighbours that did not move
-    too far.
+    """Tracks keypoints through the features of consecutive frames: mutual nearest neighbors with
+    limited motion.
 
     Args:
-        ratio: of the nearest to the second distance, see ``match``; None = no test.
-        max_motion: farthest that a point moves from one frame to the next, as a part of the image's
-            diagonal.
-        patience: frames that a track may miss before it ends; it goes on from its last descriptor.
-        history: positions kept of each track; None keeps all.
+        ratio: largest ratio of the nearest to the second distance, see ``match``; None = no test.
+        max_motion: largest motion from one frame to the next, as a fraction of the image diagonal.
+        patience: number of frames that a track may miss before it ends; it is then matched by its
+            last descriptor.
+        history: number of positions kept of each track; None keeps all.
 
     Raises:
         ValueError: an option is out of range.
@@ -71,7 +71,7 @@ class Tracker:
             raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         if not max_motion > 0:
             raise ValueError(
-                f"max_motion must be positive, a part of the image's diagonal; got {max_motion}"
+                f"max_motion must be positive, a fraction of the image diagonal; got {max_motion}"
             )
         if patience < 0 or (history is not None and history < 1):
             raise ValueError(
@@ -85,19 +85,18 @@ class Tracker:
         )
         self.frame = -1
         self._ended: Counter[int] = Counter()
-        self._known: Features | None = (
-            None  # what the next frame is matched with: the last frame's points and missed tracks
-        )
-        self._tracks: list[Track] = []  # of each of these
+        # matched with the next frame: keypoints of the last frame and of missed tracks
+        self._known: Features | None = None
+        self._tracks: list[Track] = []  # the track of each of them
 
     def update(self, features: Features) -> list[Track]:
-        """The track of each of the N points of the next frame; a point that continues none begins
-        one, of length 1.
+        """Return the track of each of the N keypoints of the next frame; a keypoint without a match
+        starts a new one, of length 1.
 
-        A frame of another size than the one before ends all tracks.
+        A change of the frame size ends all tracks.
 
         Raises:
-            ValueError: no descriptors, or others than those of the frame before.
+            ValueError: no descriptors, or another dimension than in the previous frame.
         """
         self.frame += 1
         if self._known is None or self._known.image_size != features.image_size:
@@ -109,29 +108,29 @@ class Tracker:
             track = owners[j] = self._tracks[i]
             track.xy.append((float(xy[j, 0]), float(xy[j, 1])))
             track.seen, track.length = self.frame, track.length + 1
-        now = [
+        current = [
             owner or Track(deque([(x, y)], maxlen=self.history), self.frame, self.frame)
             for owner, (x, y) in zip(owners, xy.tolist(), strict=True)
         ]
-        # single points that nothing continued are dropped: they would be many, and compete with the
-        # points of this frame
+        # unmatched single keypoints are dropped: they would be many, and compete with the keypoints
+        # of this frame
         missed = [
             i
             for i, t in enumerate(self._tracks)
             if t.length > 1 and self.frame - self.patience <= t.seen < self.frame
         ]
         self._end(t for t in self._tracks if t.seen < self.frame - self.patience)
-        self._tracks = now + [self._tracks[i] for i in missed]
-        self._known = _joined(features, self._known[torch.tensor(missed, dtype=torch.int64)])
-        return now
+        self._tracks = current + [self._tracks[i] for i in missed]
+        self._known = _concatenate(features, self._known[torch.tensor(missed, dtype=torch.int64)])
+        return current
 
     def restart(self) -> None:
-        """End all tracks; the next frame begins new ones."""
+        """End all tracks; the next frame starts new ones."""
         self._end(self._tracks)
         self._tracks, self._known = [], None
 
     def lengths(self) -> Counter[int]:
-        """How many tracks of each length there were, those that still go on included; points found
+        """Number of tracks of each length, including those that have not ended; keypoints detected
         once are not tracks.
         """
         return self._ended + Counter(t.length for t in self._tracks if t.length > 1)
@@ -140,7 +139,7 @@ class Tracker:
         self._ended.update(t.length for t in tracks if t.length > 1)
 
     def _links(self, known: Features, features: Features, xy: Tensor) -> list[list[int]]:
-        """Pairs of a known point and a point of this frame."""
+        """Pairs (index of a known keypoint, index of a keypoint of this frame)."""
         index = match(known, features, ratio=self.ratio).index.cpu()
         frames = torch.tensor([self.frame - t.seen for t in self._tracks], dtype=torch.float64)[
             index[:, 0]
@@ -149,10 +148,9 @@ class Tracker:
         return index[moved <= self.max_motion * math.hypot(*features.image_size) * frames].tolist()
 
 
-def _joined(a: Features, b: Features) -> Features:
-    if (
-        a.descriptors is None or b.descriptors is None or not len(b)
-    ):  # match has refused those without
+def _concatenate(a: Features, b: Features) -> Features:
+    # features without descriptors do not get here: match raises an error
+    if a.descriptors is None or b.descriptors is None or not len(b):
         return a
     return Features(
         Keypoints.concatenate([a.keypoints, b.keypoints]),

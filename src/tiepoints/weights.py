@@ -1,8 +1,8 @@
-"""Trained weights by name: which class, settings, file, checksum and licence; ``load("keynet")``
-gives the trained net.
+"""Trained weights by name: ``load("keynet")`` returns the trained network.
 
-The table is ``data/index.toml``; files are safetensors. ``save`` writes the same format for
-anybody's own weights, with the network's settings in the header, and ``load`` reads them by path.
+``data/index.toml`` has class, settings, file, checksum and license of each; files are safetensors.
+``save`` writes the same format, with the network's settings in the header, and ``load`` also reads
+such files by path.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """Name -> entry of every embedded network, as written in ``data/index.toml``."""
+    """Name -> entry of every embedded network in ``data/index.toml``."""
     return tomllib.loads((DATA / "index.toml").read_text())
 
 
@@ -46,9 +46,7 @@ def file_checksum(path: Path) -> str:
 
 
 def weights_checksum(net: nn.Module) -> str:
-    """SHA-256 of all tensors of a network, in hexadecimal: the same for the same weights, wherever
-    they lie.
-    """
+    """SHA-256 of all tensors of a network in hexadecimal, independent of file and device."""
     digest = hashlib.sha256()
     for name, value in net.state_dict().items():
         digest.update(name.encode())
@@ -62,7 +60,7 @@ def save(
     """Write a network's weights with its class, settings and ``metadata`` as one safetensors file
     (atomically).
 
-    With ``half`` the filters are stored in half precision; ``load`` gives float32 all the same.
+    With ``half`` the filters are stored in half precision; ``load`` returns float32 in any case.
     """
     path = Path(path)
 
@@ -79,7 +77,7 @@ def save(
     }
     try:
         with atomic_path(path) as tmp_path:
-            # bytes through an ordinary file: save_file makes one that only its owner may read
+            # not by safetensors' save_file, whose files only their owner may read
             tmp_path.write_bytes(
                 to_bytes({k: stored(v) for k, v in net.state_dict().items()}, metadata=header)
             )
@@ -88,24 +86,23 @@ def save(
 
 
 def _measured_floor(net: nn.Module) -> float | None:
-    """The response of a detector's weights to an image without content; None for a descriptor."""
+    """The response of a detector to a constant image; None for a descriptor."""
     if not isinstance(spec_of(net), DetectorSpec):
         return None
     return response_floor(fused(copy.deepcopy(net).cpu().eval()))
 
 
 def load(name: str | Path) -> nn.Module:
-    """The trained network ``name`` of the table, or the one in a weights file written by ``save``;
-    in eval mode.
+    """Load an embedded network by name, or a weights file written by ``save``, in eval mode.
 
     Raises:
-        WeightsError: no such name or file, or a file that is damaged or made for another network.
+        WeightsError: no such name or file, or the file is damaged or does not fit its network.
     """
     entry = table().get(str(name))
     path = DATA / entry["file"] if entry else Path(name)
     if not path.is_file():
         raise WeightsError(
-            f"no weights called {str(name)!r}; known names are {', '.join(table())}, or give a "
+            f"no weights named {str(name)!r}; known names are {', '.join(table())}, or give a "
             ".safetensors file"
         )
     try:
@@ -119,7 +116,7 @@ def load(name: str | Path) -> nn.Module:
         ) from error
     if header.get("network") not in NETWORKS:
         raise WeightsError(
-            f"{path} names no network of ours in its header ({header.get('network')!r}); was it "
+            f"{path} names no known network in its header ({header.get('network')!r}); was it "
             "written by tiepoints?"
         )
     net = NETWORKS[header["network"]](**json.loads(header["settings"]))
@@ -127,7 +124,7 @@ def load(name: str | Path) -> nn.Module:
         net.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise WeightsError(
-            f"{path} does not fit a {header['network']} with its own settings: {error}"
+            f"{path} does not fit a {header['network']} with the settings in its header: {error}"
         ) from error
     if hasattr(net, "floor"):
         net.floor = json.loads(header.get("floor", "null"))
@@ -137,7 +134,7 @@ def load(name: str | Path) -> nn.Module:
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """What ``save`` was told about a weights file."""
+    """The ``metadata`` with which ``save`` wrote a weights file."""
     with safe_open(path, framework="pt") as file:
         return json.loads((file.metadata() or {}).get("facts", "{}"))
 
@@ -150,7 +147,7 @@ def verify(name: str) -> None:
     """
     entry = table().get(name)
     if entry is None:
-        raise WeightsError(f"no weights called {name!r}; known names are {', '.join(table())}")
+        raise WeightsError(f"no weights named {name!r}; known names are {', '.join(table())}")
     path = DATA / entry["file"]
     if not path.is_file():
         raise WeightsError(f"{path} is missing; reinstall the package")

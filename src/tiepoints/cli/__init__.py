@@ -1,4 +1,4 @@
-"""The command line: one file for each group of commands."""
+"""Command line interface, with one module per group of commands."""
 
 from .main import app as app
 from .main import main as main

@@ -1,7 +1,8 @@
-"""What the commands share: options worded once, errors, exit codes, logging.
+"""Options, error handling, exit codes and logging of all commands.
 
-Exit codes: 0 = all done; 1 = something was skipped or failed; 2 = invalid arguments, reported
-before any work; 130 = interrupted.
+Exit codes: 0 = success; 1 = something was skipped or failed; 2 = invalid arguments, reported before
+any work; 130 = interrupted. Commands have many parameters because typer declares an option by a
+parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import typer
 
 from ..errors import DataError, WeightsError
 
-#: What a user can correct; anything else is a fault of ours and shows its trace.
+#: Errors that a user can correct; others are bugs and show a traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsError, OSError)
 
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
@@ -28,8 +29,8 @@ Geometry = Literal["homography", "fundamental", "essential"]
 DetectorOption = Annotated[
     str,
     typer.Option(
-        help="keynet, keynet-tiny, rekd, rekd-light, sobelnet, or a weights file (ours, or an "
-        "official checkpoint)."
+        help="keynet, keynet-tiny, rekd, rekd-light, sobelnet, a weights file, or an official "
+        "checkpoint."
     ),
 ]
 DescriptorOption = Annotated[
@@ -39,29 +40,29 @@ DescriptorOption = Annotated[
 OrientationOption = Annotated[
     Orientation | None,
     typer.Option(
-        help="Angles of the keypoints: of a network, or of the dominant gradient (default: REKD's "
-        "own; others none)."
+        help="Keypoint angles: from a network, or from the dominant gradient (default: rekd and "
+        "rekd-light estimate them, others have none)."
     ),
 ]
 PairOrientationOption = Annotated[
     PairOrientation,
     typer.Option(
-        help="auto: match upright, and where little verifies at the rotation of one image to the "
-        "other; else as --orientation of extract."
+        help="auto: match upright, and if few matches are verified, estimate the relative rotation "
+        "of the images; others: as --orientation of extract."
     ),
 ]
 UprightOption = Annotated[
     bool,
     typer.Option(
         "--upright",
-        help="Describe patches that are not rotated by the angles, as in REKD's tables.",
+        help="Describe patches without rotation by the angles, as in REKD's tables.",
     ),
 ]
 SingleScaleOption = Annotated[
-    bool, typer.Option("--single-scale", help="No image pyramid (the papers' TI).")
+    bool, typer.Option("--single-scale", help="Without an image pyramid (the papers' TI).")
 ]
 OfficialOption = Annotated[
-    bool, typer.Option("--official", help="The published extraction, faults included.")
+    bool, typer.Option("--official", help="Extract as published, including known bugs.")
 ]
 PerScaleOption = Annotated[
     bool,
@@ -70,17 +71,17 @@ PerScaleOption = Annotated[
 CameraOption = Annotated[
     str,
     typer.Option(
-        help="COLMAP: auto (EXIF or a guess, per image), single (one for all) or "
+        help="COLMAP: auto (from EXIF or guessed, per image), single (shared by all images) or "
         "MODEL:p1,p2,... (known)."
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Threads that read and write.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="Threads for reading and writing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 MasksOption = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of masks, NAME.png or NAME.EXT.png; keypoints lie where they are not black."
+        help="Folder of masks NAME.png or NAME.EXT.png; no keypoints where they are black."
     ),
 ]
 MaskAlphaOption = Annotated[
@@ -106,9 +107,9 @@ def user_errors(stopped: str = "stopped; the same command resumes") -> Iterator[
 
 
 def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = False) -> None:
-    """Print what failed and exit with 1 if anything did; ignored files are counted alone."""
+    """Print failures and exit with 1 if there are any; of ignored files, print the number."""
     if ignored:
-        typer.echo(f"skipped: {ignored} files that are no images", err=True)
+        typer.echo(f"skipped: {ignored} files that are not images", err=True)
     lines = [f"failed: {name}: {reason}" for name, reason in failed]
     for line in lines:
         typer.echo(line, err=True)
@@ -117,17 +118,17 @@ def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = F
 
 
 def print_json(content: Any) -> None:
-    """A JSON object on standard output."""
+    """Print a JSON object to standard output."""
     typer.echo(json.dumps(content, default=str))
 
 
 def progress_wanted() -> bool:
-    """Whether to show progress: unless --quiet."""
+    """Whether to show progress (not with --quiet)."""
     return logging.getLogger("tiepoints").level <= logging.INFO
 
 
 def extract_options(**options: Any) -> Any:
-    """``ExtractOptions`` of a command; invalid arguments end it with 2."""
+    """Create ``ExtractOptions``; exits with code 2 for invalid arguments."""
     from ..extract import ExtractOptions
 
     with user_errors():
@@ -135,12 +136,12 @@ def extract_options(**options: Any) -> Any:
 
 
 def split_names(text: str) -> tuple[str, ...]:
-    """Names with commas between."""
+    """Split a comma-separated list of names."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 class _EchoHandler(logging.Handler):
-    """Log lines to the present standard error."""
+    """Log to the current standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
         level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
@@ -148,7 +149,7 @@ class _EchoHandler(logging.Handler):
 
 
 def configure_logging(verbose: bool, quiet: bool) -> None:
-    """Log to standard error: warnings alone with ``quiet``, details with ``verbose``."""
+    """Log to standard error: only warnings with ``quiet``, details with ``verbose``."""
     logger = logging.getLogger("tiepoints")
     logger.handlers[:] = [_EchoHandler()]
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)

@@ -24,26 +24,24 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets: download and check
 
 def compare(
     a: Annotated[str, typer.Argument(help="A system: keynet, sift, keynet+desnet, FILE ...")],
-    b: Annotated[str, typer.Argument(help="The system to compare it with.")],
-    images: Annotated[Path, typer.Option(help="Folder of your images.")],
-    photos: Annotated[int, typer.Option(min=2, help="Images to measure on.")] = 30,
-    num_keypoints: Annotated[int, typer.Option(min=1, help="Keypoints compared.")] = 500,
+    b: Annotated[str, typer.Argument(help="Another system.")],
+    images: Annotated[Path, typer.Option(help="Folder of images.")],
+    photos: Annotated[int, typer.Option(min=2, help="Number of images.")] = 30,
+    num_keypoints: Annotated[int, typer.Option(min=1, help="Keypoints compared per image.")] = 500,
     size: Annotated[int, typer.Option(min=128, help="Side of the views in pixels.")] = 480,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Say which of two systems is better on your images, measured on warped copies of them with
-    confidence intervals over the images.
-    """
+    """Compare two systems on warped copies of your images, with confidence intervals."""
     from ..datasets.synthetic import list_photos, usable_photos
     from ..evaluation.compare import CompareSettings, compare_systems
 
     with user_errors():
         settings = CompareSettings(photos, num_keypoints, size, seed, device)
-        usable, refused = usable_photos(list_photos(images), min_side=size // 2)
-        if refused:
-            typer.echo(f"skipped: {len(refused)} images, such as {refused[0]}", err=True)
+        usable, skipped = usable_photos(list_photos(images), min_side=size // 2)
+        if skipped:
+            typer.echo(f"skipped: {len(skipped)} images, such as {skipped[0]}", err=True)
         result = compare_systems(a, b, usable, settings, progress=progress_wanted())
     if as_json:
         print_json(result.to_json())
@@ -56,13 +54,13 @@ def evaluate(
         Path,
         typer.Argument(
             help="Folder of homography sequences (HPatches or Oxford layout), EVD, TILDE's "
-            "webcams, WxBS or Strecha's scenes, recognised by content; or a list of posed pairs."
+            "webcams, WxBS or Strecha's scenes, detected by content; or a list of posed pairs."
         ),
     ],
     systems: Annotated[
         str,
         typer.Option(
-            help="Names with commas between: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random, "
+            help="Comma-separated names: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,"
             "lattice ..."
         ),
     ],
@@ -74,7 +72,7 @@ def evaluate(
         typer.Option(help="Some of rotation,scale,bias, on the first image of each sequence."),
     ] = "",
     num_keypoints: Annotated[
-        int, typer.Option(min=1, help="Keypoints compared (the papers' 1000).")
+        int, typer.Option(min=1, help="Keypoints compared per image (1000 in the papers).")
     ] = EVALUATION_NUM_KEYPOINTS,
     single_scale: SingleScaleOption = False,
     split: Annotated[
@@ -90,7 +88,7 @@ def evaluate(
     ] = None,
     resize: Annotated[
         str | None,
-        typer.Option(help="Posed pairs: W,H or the longest side, as in the papers."),
+        typer.Option(help="Posed pairs: resize to W,H or to a longest side."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     workers: Annotated[
@@ -98,8 +96,8 @@ def evaluate(
     ] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure systems on pairs with known geometry; run again, it resumes. Then: tiepoints
-    report.
+    """Evaluate systems on image pairs with known geometry; run again, it resumes. The command
+    report shows the results.
     """
     from ..datasets.benchmark import open_dataset
     from ..evaluation.results import read_rows
@@ -107,9 +105,9 @@ def evaluate(
     from ..evaluation.run import evaluate as run
 
     with user_errors():
-        found = open_dataset(dataset, split)
+        opened = open_dataset(dataset, split)
         if resize is not None and not all(p.isdigit() and int(p) > 0 for p in resize.split(",")):
-            raise ValueError(f"--resize is SIDE or W,H in pixels, got {resize!r}")
+            raise ValueError(f"--resize must be SIDE or W,H in pixels, got {resize!r}")
         settings = RunSettings(
             systems=split_names(systems) + tuple(str(f) for f in features or []),
             num_keypoints=num_keypoints,
@@ -120,10 +118,10 @@ def evaluate(
             resize=tuple(int(part) for part in resize.split(",")) if resize else None,
         )
         if not settings.systems:
-            raise ValueError("no systems given; name some with --systems")
-        folder = output or Path("evaluation") / f"{found.name}-{'ti' if single_scale else 'si'}"
+            raise ValueError("no systems given; use --systems")
+        folder = output or Path("evaluation") / f"{opened.name}-{'ti' if single_scale else 'si'}"
         run(
-            found,
+            opened,
             settings,
             folder,
             workers=workers,
@@ -132,12 +130,12 @@ def evaluate(
         )
     rows = [row for path in sorted((folder / "rows").glob("*.jsonl")) for row in read_rows(path)]
     failed = sum(not row["ok"] for row in rows)
-    unread = len(found.problems)
+    unread = len(opened.problems)
     if as_json:
         print_json({"rows": len(rows), "failed": failed, "unread": unread, "output": str(folder)})
     else:
         typer.echo(
-            f"{len(rows)} rows, {failed} of them failed -> {folder}; tables and pictures: "
+            f"{len(rows)} rows, {failed} of them failed -> {folder}; tables and charts: "
             f"tiepoints report {folder}"
         )
     if failed or unread:
@@ -164,35 +162,37 @@ def evaluate_patches(
     folder: Annotated[
         Path,
         typer.Argument(
-            help="A PhotoTour set (or a folder of them), or HPatches' folder of sequences."
+            help="A PhotoTour set (or a folder of sets), or the HPatches folder of sequences."
         ),
     ],
     descriptors: Annotated[
-        str, typer.Option(help="Names (also rootsift, raw) or weights files, commas between.")
+        str, typer.Option(help="Comma-separated names (also rootsift, raw) or weights files.")
     ] = "hardnet,rootsift",
     test_pairs: Annotated[
         str, typer.Option(help="PhotoTour: file of test pairs in the set.")
     ] = "m50_100000_100000_0.txt",
     tasks: Annotated[
         Path | None,
-        typer.Option(help="HPatches: folder of the benchmark's task files (default: drawn)."),
+        typer.Option(
+            help="HPatches: folder of the benchmark's task files (default: drawn at random)."
+        ),
     ] = None,
     split: Annotated[
         str, typer.Option(help="HPatches: full, view, illum, or one of splits.json.")
     ] = "full",
-    output: Annotated[Path | None, typer.Option(help="JSON file of all numbers.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file of all results.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
-    """Published measures of patch descriptors: FPR95 on PhotoTour; verification, matching and
-    retrieval on HPatches.
+    """Evaluate patch descriptors: FPR95 on PhotoTour; verification, matching and retrieval on
+    HPatches.
     """
     from ..device import choose_device
     from ..evaluation.patch_tasks import evaluate_patches as run
     from ..evaluation.systems import patch_network
     from ..files import write_json
 
-    tour = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
-    kind = "phototour" if tour else "hpatches"
+    has_info = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
+    kind = "phototour" if has_info else "hpatches"
     found = {}
     with user_errors():
         chosen = choose_device(device)
@@ -213,17 +213,21 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report (default: the first results folder).")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=0, help="Pairs shown as pictures.")] = 4,
+    pictures: Annotated[
+        int, typer.Option(min=0, help="Number of pairs whose images are shown.")
+    ] = 4,
     pair: Annotated[
         list[str] | None,
         typer.Option(help="SEQUENCE:PAIR to show instead, such as graf:1-4; repeatable."),
     ] = None,
     systems: Annotated[
         str,
-        typer.Option(help="Systems in the pictures (default: the first and the best other one)."),
+        typer.Option(
+            help="Systems whose images are shown (default: the first and the best of the others)."
+        ),
     ] = "",
 ) -> None:
-    """Write one self-contained HTML page and a Markdown table from evaluation results."""
+    """Write a self-contained HTML page and a Markdown file of evaluation results."""
     from ..report.report import write_report
 
     with user_errors():
@@ -237,13 +241,13 @@ def report(
 @data_app.command("hpatches")
 def data_hpatches(
     output: Annotated[
-        Path, typer.Option(help="Folder to put hpatches-sequences-release into (1.3 GB).")
+        Path, typer.Option(help="Folder that will contain hpatches-sequences-release (1.3 GB).")
     ],
     mirror: Annotated[
         list[str] | None,
-        typer.Option(help="Address to try instead of the known ones; repeatable."),
+        typer.Option(help="URL to use instead of the default ones; repeatable."),
     ] = None,
-    sha256: Annotated[str | None, typer.Option(help="Checksum the archive must have.")] = None,
+    sha256: Annotated[str | None, typer.Option(help="Expected checksum of the archive.")] = None,
 ) -> None:
     """Download and check the HPatches sequences."""
     from ..datasets.download import HPATCHES_MIRRORS, fetch_hpatches

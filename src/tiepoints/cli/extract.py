@@ -40,10 +40,12 @@ def extract(
     ] = None,
     root_images: Annotated[
         Path | None,
-        typer.Option(help="Folder that listed paths start from, and names in h5 and colmap."),
+        typer.Option(
+            help="Folder to which listed paths, and names in h5 and colmap, are relative."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the results (default: see --results-dir).")
+        Path | None, typer.Option(help="Results folder (default: see --results-dir).")
     ] = None,
     results_dir: Annotated[
         Path, typer.Option(help="Without --output: results go to RESULTS_DIR/METHOD_NAME.")
@@ -54,7 +56,7 @@ def extract(
     form: Annotated[
         Format,
         typer.Option(
-            "--format", help="npy: two files per image; h5: hloc's file; colmap: a database."
+            "--format", help="npy: two files per image; h5: an hloc file; colmap: a database."
         ),
     ] = "npy",
     num_keypoints: Annotated[
@@ -80,20 +82,20 @@ def extract(
     half: Annotated[bool, typer.Option("--half", help="h5: descriptors as float16.")] = False,
     device: DeviceOption = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Extract again what is done (colmap: start over).")
+        bool, typer.Option("--overwrite", help="Extract images again (colmap: start over).")
     ] = False,
     workers: WorkersOption = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the features of images: npy files, an HDF5 file for hloc, or a COLMAP database.
+    """Extract features of images to npy files, an HDF5 file for hloc, or a COLMAP database.
 
-    Run again, it resumes: images that are done are skipped.
+    Run again, it resumes and skips images with stored features.
     """
     if not images and list_images is None:
         fail("no images given; name images, folders or patterns, or use --list-images")
     name = method_name or f"{Path(detector).stem}-{Path(descriptor).stem}"
     if name in (".", "..") or "/" in name or "\\" in name:
-        fail(f"--method-name is the name of one folder, not a path; got {name!r}")
+        fail(f"--method-name must be a folder name, not a path; got {name!r}")
     options = extract_options(
         detector=detector,
         descriptor=descriptor,

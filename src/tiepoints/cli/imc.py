@@ -30,11 +30,11 @@ def imc(
     images: Annotated[
         Path,
         typer.Argument(
-            help="Folder of the benchmark's images: DATASET/SEQUENCE/*.jpg, or in set_100/images."
+            help="Folder of the benchmark's images: DATASET/SEQUENCE/*.jpg, or with set_100/images."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder of the submission.")],
-    label: Annotated[str, typer.Option(help="Its name: lower case letters, digits, '-' and '.'.")],
+    label: Annotated[str, typer.Option(help="Name: lower case letters, digits, '-' and '.'.")],
     num_keypoints: Annotated[
         int,
         typer.Option(
@@ -50,20 +50,20 @@ def imc(
     official: OfficialOption = False,
     matches: Annotated[
         bool,
-        typer.Option("--matches", help="Add our own matches, verified by a fundamental matrix."),
+        typer.Option("--matches", help="Add matches, verified by a fundamental matrix."),
     ] = False,
     ratio: Annotated[
         float,
         typer.Option(
-            min=0.1, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+            min=0.1, max=1.0, help="Maximum ratio of nearest to second distance; 1 = off."
         ),
     ] = 0.95,
     threshold: Annotated[
-        float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")
+        float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 0.5,
     device: DeviceOption = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Extract and match again what is done.")
+        bool, typer.Option("--overwrite", help="Extract and match again.")
     ] = False,
     workers: WorkersOption = 2,
 ) -> None:
@@ -99,17 +99,17 @@ def imc(
             progress=progress_wanted(),
         )
     matched, extracted = result.matched, result.extracted
-    pairs_done = ""
+    pairs = ""
     if matched is not None:
-        pairs_done = (
+        pairs = (
             f"; {matched.done} pairs matched ({matched.matches} matches), {matched.skipped} done "
             "before"
         )
     typer.echo(
         f"{extracted.done} extracted ({extracted.keypoints} keypoints), {extracted.skipped} done "
-        f"before{pairs_done}; {len(result.failed)} failed -> {result.sequences} sequences in "
+        f"before{pairs}; {len(result.failed)} failed -> {result.sequences} sequences in "
         f"{output}"
     )
     for violation in result.violations:
-        typer.echo(f"refused by the challenge: {violation}", err=True)
+        typer.echo(f"not accepted by the challenge: {violation}", err=True)
     finish(result.failed, bad=bool(result.violations))

@@ -28,8 +28,8 @@ app.add_typer(weights.app, name="weights")
 app.add_typer(evaluate.data_app, name="data")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(enabled: bool) -> None:
+    if enabled:
         from .. import __version__
 
         typer.echo(f"tiepoints {__version__}")
@@ -39,11 +39,14 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="And exit.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details.")] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="No progress; log warnings and errors alone.")
+        bool, typer.Option("--quiet", "-q", help="No progress, log only warnings and errors.")
     ] = False,
 ) -> None:
     """Find, describe, match and measure tie points, and train the networks that do so."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,7 +30,10 @@ from .common import (
     user_errors,
 )
 
-#: Suffixes of files of the matches of many pairs.
+if TYPE_CHECKING:
+    from ..jobs.match import MatchReport
+
+#: Suffixes of files with the matches of many pairs.
 MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 
 
@@ -42,11 +45,12 @@ def match(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Two images: picture of the matches. Many: .h5 for hloc or .db of COLMAP."
+            help="Two images: image file that shows the matches. Many images: .h5 (hloc) or .db "
+            "(COLMAP)."
         ),
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Many images: folder for pictures of the best pairs.")
+        Path | None, typer.Option(help="Many images: folder for images of the best pairs.")
     ] = None,
     pairs: Annotated[
         Path | None,
@@ -54,14 +58,14 @@ def match(
     ] = None,
     sequential: Annotated[
         int | None,
-        typer.Option(min=1, help="Match each image with the N after it, in natural order."),
+        typer.Option(min=1, help="Match each image with the next N in natural order."),
     ] = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Stored features: folder, .h5 or .db (default: extract now)."),
+        typer.Option(help="Stored features: folder, .h5 or .db (default: extract them)."),
     ] = None,
     root_images: Annotated[
-        Path | None, typer.Option(help="Folder that the names of many images start from.")
+        Path | None, typer.Option(help="Many images: folder to which names are relative.")
     ] = None,
     num_keypoints: Annotated[
         int, typer.Option(min=1, help="Maximum number of keypoints per image.")
@@ -75,24 +79,24 @@ def match(
         typer.Option(
             min=0.1,
             max=180.0,
-            help="Drop matches whose rotation differs from the dominant one by more degrees "
-            "(REKD: 30).",
+            help="Maximum difference in degrees between the rotation of a match and the dominant "
+            "one (REKD: 30).",
         ),
     ] = None,
     geometry: Annotated[
         Geometry | None,
         typer.Option(
-            help="Two-view geometry of the inliers (default: fundamental; of many pairs none)."
+            help="Two-view geometry of the inliers (default: fundamental; many images: none)."
         ),
     ] = None,
     ratio: Annotated[
         float,
         typer.Option(
-            min=0.0, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+            min=0.0, max=1.0, help="Maximum ratio of nearest to second distance; 1 = off."
         ),
     ] = 0.95,
     threshold: Annotated[
-        float, typer.Option(min=0.0, help="Largest error of an inlier in pixels.")
+        float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 2.0,
     single_scale: SingleScaleOption = False,
     per_scale: PerScaleOption = False,
@@ -101,25 +105,23 @@ def match(
         bool,
         typer.Option(
             "--refine/--no-refine",
-            help="Sub-pixel positions: of the matches of two images, of the tracks in a .db.",
+            help="Subpixel refinement: of the matches of two images, of the tracks in a .db.",
         ),
     ] = True,
     outliers: Annotated[
-        bool, typer.Option("--outliers", help="Picture: outliers as faint dots.")
+        bool, typer.Option("--outliers", help="Two images: draw outliers as faint dots.")
     ] = False,
     camera: CameraOption = "auto",
     device: DeviceOption = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Match again what is done already.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Match two images, or many pairs into one file: mutual nearest neighbours, ratio test, robust
-    geometry, sub-pixel refinement.
+    """Match two images, or many pairs to one file: mutual nearest neighbors, ratio test, robust
+    geometry, subpixel refinement.
     """
     images = images or []
     if descriptor == "none":
-        fail("matching needs descriptors; --descriptor none has none")
+        fail("matching needs descriptors; --descriptor must not be none")
     if pairs is not None and sequential is not None:
         fail("give --pairs or --sequential, not both")
     if geometry == "essential":
@@ -160,22 +162,21 @@ def match(
     if not many:
         _match_two(images, output, extraction, options, outliers, as_json)
         return
+    # with stored features, an explicit descriptor is compared with theirs
+    source = context.get_parameter_source("descriptor")
+    explicit = features is None or (source is not None and source.name != "DEFAULT")
     if pictures is not None and not to_file:
         output, to_file = pictures / "matches.h5", True
     if output is None or not to_file:
-        came = "nothing" if output is None else output.name
         fail(
             "matches of many pairs need --output FILE.h5 (hloc) or FILE.db (COLMAP), or "
-            f"--pictures FOLDER; got {came}"
+            f"--pictures FOLDER; got {'nothing' if output is None else output.name}"
         )
-    # of stored features only a descriptor that was asked for is compared
-    source = context.get_parameter_source("descriptor")
-    given = features is None or (source is not None and source.name != "DEFAULT")
     with user_errors():
         report = match_images(
             images,
             output,
-            extraction if given else None,
+            extraction if explicit else None,
             options,
             pairs=pairs,
             sequential=sequential,
@@ -190,6 +191,10 @@ def match(
             from ..jobs.pictures import draw_best_pairs
 
             drawn = draw_best_pairs(output, images, pictures, features=features, root=root_images)
+    _print_report(report, output, drawn, as_json)
+
+
+def _print_report(report: MatchReport, output: Path, drawn: list[Path], as_json: bool) -> None:
     if as_json:
         print_json({**dataclasses.asdict(report), "output": str(output)})
     else:
@@ -199,7 +204,7 @@ def match(
             f"{report.skipped} done before, {len(report.failed)} failed -> {output}"
         )
         for path in drawn:
-            typer.echo(f"picture  {path}")
+            typer.echo(f"image  {path}")
     finish(report.failed, report.ignored)
 
 
@@ -216,12 +221,12 @@ def _match_two(
 
     with user_errors():
         result = match_two(images[0], images[1], extraction, options)
-        found = result.estimate
-        inliers = int(found.inliers.sum())
+        estimate = result.estimate
+        inliers = int(estimate.inliers.sum())
         if output is not None:
             caption = (
                 f"{Path(images[0]).name} - {Path(images[1]).name}: {extraction.detector} + "
-                f"{extraction.descriptor}, {found.geometry}, {inliers} inliers of "
+                f"{extraction.descriptor}, {estimate.geometry}, {inliers} inliers of "
                 f"{len(result.matches)} matches"
             )
             draw_matches(
@@ -229,7 +234,7 @@ def _match_two(
                 images[1],
                 result.xy_a,
                 result.xy_b,
-                found.inliers,
+                estimate.inliers,
                 outliers=outliers,
                 caption=caption,
                 path=output,
@@ -239,7 +244,11 @@ def _match_two(
         return
     typer.echo(f"keypoints  {len(result.a)} and {len(result.b)}")
     typer.echo(f"matches    {len(result.matches)}")
-    known = f"{inliers} ({found.geometry})" if found.ok else f"no {found.geometry}: {found.reason}"
-    typer.echo(f"inliers    {known}")
+    summary = (
+        f"{inliers} ({estimate.geometry})"
+        if estimate.ok
+        else f"no {estimate.geometry}: {estimate.reason}"
+    )
+    typer.echo(f"inliers    {summary}")
     if output is not None:
-        typer.echo(f"picture    {output}")
+        typer.echo(f"image      {output}")

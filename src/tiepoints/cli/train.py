@@ -22,8 +22,8 @@ Preset = Literal["default", "paper", "smoke", "msip", "corners"]
 
 
 def disable_malloc_trim() -> None:
-    """Let the C library keep freed memory: returning it each step and zeroing it anew costs a third
-    of the time of a training.
+    """Disable trimming of freed memory in glibc, which takes a third of the training time for
+    returning and zeroing memory in each step.
     """
     import ctypes
 
@@ -45,36 +45,36 @@ def train(
     images: Annotated[
         list[Path],
         typer.Option(
-            help="Folder of photographs, searched recursively; repeatable. A tenth is held out to "
-            "validate on."
+            help="Folder of photographs, searched recursively; repeatable. A tenth is held out for "
+            "validation."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
     preset: Annotated[
         Preset,
         typer.Option(
-            help="paper: the published schedule; smoke: a few steps; msip: Key.Net's published "
-            "loss; corners: Key.Net on the very corner."
+            help="paper: the published schedule; smoke: a few steps; msip: Key.Net with its "
+            "published loss; corners: Key.Net localized at corners."
         ),
     ] = "default",
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Time to train for.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time.")] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps to train for, instead of minutes.")
+        int | None, typer.Option(min=1, help="Number of steps, instead of --minutes.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that make pairs.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that generate pairs.")] = 1,
     precision: Annotated[
         str | None,
-        typer.Option(help="32-true, bf16-mixed, or auto: the latter where the device computes it."),
+        typer.Option(help="32-true, bf16-mixed, or auto: bf16-mixed if the device supports it."),
     ] = None,
     training_pairs: Annotated[
         Path | None, typer.Option(help="Detectors: pairs written by `tiepoints pairs`.")
     ] = None,
     patches: Annotated[
         Path | None,
-        typer.Option(help="Descriptors: PhotoTour or HPatches patches to train on."),
+        typer.Option(help="Descriptors: train on PhotoTour or HPatches patches."),
     ] = None,
     reconstructions: Annotated[
         list[Path] | None,
@@ -82,32 +82,31 @@ def train(
     ] = None,
     validation_reconstructions: Annotated[
         list[Path] | None,
-        typer.Option(help="Descriptors: folder of COLMAP models to validate on; repeatable."),
+        typer.Option(help="Descriptors: folder of COLMAP models for validation; repeatable."),
     ] = None,
     detector: Annotated[
         str | None,
-        typer.Option(help="desnet: whose candidates it learns, a name or a weights file."),
+        typer.Option(help="desnet: detector of its training keypoints, a name or a weights file."),
     ] = None,
     dim: Annotated[
         int | None, typer.Option(help="desnet: descriptor dimension, 128 (default) or 64.")
     ] = None,
     width: Annotated[
-        int | None, typer.Option(help="desnet: factor of its channels, 1 (default) to 4.")
+        int | None, typer.Option(help="desnet: factor of the number of channels, 1 (default) to 4.")
     ] = None,
-    init: Annotated[
-        str | None, typer.Option(help="Weights to start from, a name or a file.")
-    ] = None,
+    init: Annotated[str | None, typer.Option(help="Initial weights, a name or a file.")] = None,
     validation: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of photographs to validate on, instead of a tenth of --images; repeatable."
+            help="Folder of photographs for validation, instead of a tenth of --images; repeatable."
         ),
     ] = None,
     group_size: Annotated[
         int | None, typer.Option(min=1, help="REKD: number of orientations (36, light 12).")
     ] = None,
     dims: Annotated[
-        tuple[int, int, int] | None, typer.Option(help="REKD: fields of its three layers.")
+        tuple[int, int, int] | None,
+        typer.Option(help="REKD: number of fields of its three layers."),
     ] = None,
     device: DeviceOption = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
@@ -118,13 +117,11 @@ def train(
     ] = False,
     compare: Annotated[
         bool,
-        typer.Option(
-            "--compare/--no-compare", help="At the end, compare with the shipped weights."
-        ),
+        typer.Option("--compare/--no-compare", help="Compare with the shipped weights at the end."),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a detector or a descriptor on any folder of images; no labels needed."""
+    """Train a detector or a descriptor on a folder of images, without labels."""
     from ..training.loop import RunOptions
     from ..training.recipes import TrainData
     from ..training.recipes import train as run
@@ -161,7 +158,7 @@ def train(
                 precision=precision,
                 validate_every=validate_every,
             )
-    except RuntimeError as error:  # the loss is no longer finite
+    except RuntimeError as error:  # the loss is not finite
         fail(str(error))
     comparison = None
     if compare and output.is_file():
@@ -189,14 +186,16 @@ def pairs(
         str, typer.Option(help="keynet-paper, keynet-code, rekd, turns, patches, dense or default.")
     ] = "default",
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    size: Annotated[int | None, typer.Option(min=16, help="Side of the windows.")] = None,
+    size: Annotated[int | None, typer.Option(min=16, help="Side of the images in pixels.")] = None,
     split: Annotated[
-        str, typer.Option(help="train, validation or all of the photographs.")
+        str, typer.Option(help="Photographs to use: train, validation or all.")
     ] = "train",
     workers: Annotated[int, typer.Option(min=0)] = 2,
-    preview: Annotated[Path | None, typer.Option(help="Picture of the first pairs.")] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="Image file that shows the first pairs.")
+    ] = None,
 ) -> None:
-    """Write training pairs once, for trainings that can be compared."""
+    """Write training pairs to a file, to train several times on the same data."""
     from ..datasets.pairs import PairFile, write_pairs
     from ..datasets.pairs import preview as draw
     from ..datasets.synthetic import PRESETS, list_photos, split_photos, usable_photos
@@ -206,13 +205,14 @@ def pairs(
     if split not in ("train", "validation", "all"):
         fail(f"--split must be train, validation or all; got {split!r}")
     with user_errors():
-        photos, refused = usable_photos(list_photos(images))
-        if refused:
-            typer.echo(f"skipped: {len(refused)} images, such as {refused[0]}", err=True)
+        photos, skipped = usable_photos(list_photos(images))
+        if skipped:
+            typer.echo(f"skipped: {len(skipped)} images, such as {skipped[0]}", err=True)
         if split != "all":
             photos = split_photos(photos)[split == "validation"]
-        chosen = PRESETS[preset]
-        settings = chosen if size is None else dataclasses.replace(chosen, size=size)
+        settings = PRESETS[preset]
+        if size is not None:
+            settings = dataclasses.replace(settings, size=size)
         write_pairs(output, photos, settings, count, seed=seed, workers=workers, preset=preset)
         if preview is not None:
             draw(PairFile(output)).save(preview)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,17 +24,20 @@ from .common import (
     user_errors,
 )
 
+if TYPE_CHECKING:
+    from ..jobs.video import Summary
+
 
 def live(
     source: Annotated[
         list[str],
         typer.Argument(
-            help="Video file, folder of images, pattern, or number of a camera (the first is 0)."
+            help="Video file, folder of images, pattern, or index of a camera (the first is 0)."
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Video to write (.mp4 or .avi) instead of showing a window."),
+        typer.Option(help="Write a video (.mp4 or .avi) instead of showing a window."),
     ] = None,
     num_keypoints: Annotated[
         int, typer.Option(min=1, help="Maximum number of keypoints per frame.")
@@ -47,41 +50,46 @@ def live(
         bool,
         typer.Option(
             "--single-scale/--multi-scale",
-            help="A pyramid of scales is slower and follows zoom better.",
+            help="Multiple scales are slower and more robust to zoom.",
         ),
     ] = True,
     ratio: Annotated[
         float,
         typer.Option(
-            min=0.01, max=1.0, help="Largest ratio of nearest to second distance; 1 = off."
+            min=0.01, max=1.0, help="Maximum ratio of nearest to second distance; 1 = off."
         ),
     ] = 0.9,
     max_motion: Annotated[
         float,
         typer.Option(
             min=0.001,
-            help="Largest motion from frame to frame, as a fraction of the image's diagonal.",
+            help="Maximum motion between frames, as a fraction of the image diagonal.",
         ),
     ] = 0.2,
     patience: Annotated[
-        int, typer.Option(min=0, help="Frames that a track may miss before it ends.")
+        int, typer.Option(min=0, help="Maximum number of frames that a track may be missing.")
     ] = 1,
     tail: Annotated[
-        int, typer.Option(min=1, help="Last positions of each track that are drawn.")
+        int, typer.Option(min=1, help="Number of latest positions drawn of each track.")
     ] = 12,
     every: Annotated[int, typer.Option(min=1, help="Use every N-th frame.")] = 1,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Maximum number of frames.")] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Track keypoints through a video, a sequence or a camera: shown in a window, or written as a
-    video (docs/live.md).
+    """Track keypoints in a video, an image sequence or the images of a camera; show them in a
+    window or write a video (docs/live.md).
     """
     if descriptor == "none":
-        fail("tracking needs descriptors; --descriptor none has none")
-    one = len(source) == 1 and output is not None and output.exists()
-    if one and Path(source[0]).exists() and output is not None and output.samefile(source[0]):
-        fail(f"--output {output} is the source itself; name another file")
+        fail("tracking needs descriptors; --descriptor must not be none")
+    if (
+        output is not None
+        and len(source) == 1
+        and output.exists()
+        and Path(source[0]).exists()
+        and output.samefile(source[0])
+    ):
+        fail(f"--output {output} is the source; use another file")
     options = extract_options(
         detector=detector,
         descriptor=descriptor,
@@ -118,7 +126,14 @@ def live(
                     max_frames=max_frames,
                     progress=output is not None and progress_wanted(),
                 )
-    written = output if summary.frames else None
+    _print_summary(summary, output if summary.frames else None, as_json)
+    for name, reason in summary.skipped:
+        typer.echo(f"skipped: {name}: {reason}", err=True)
+    if summary.failure:
+        fail(summary.failure, 1 if summary.frames else 2)
+
+
+def _print_summary(summary: Summary, written: Path | None, as_json: bool) -> None:
     if as_json:
         content = dataclasses.asdict(summary)
         print_json({**content, "output": None if written is None else str(written)})
@@ -135,7 +150,3 @@ def live(
         )
         if written is not None:
             typer.echo(f"video      {written}")
-    for name, reason in summary.skipped:
-        typer.echo(f"skipped: {name}: {reason}", err=True)
-    if summary.failure:
-        fail(summary.failure, 1 if summary.frames else 2)

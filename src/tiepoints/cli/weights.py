@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="Trained weights: list, show, impor
 
 @app.command("list")
 def list_weights() -> None:
-    """Names of the embedded weights."""
+    """List the embedded weights."""
     from ..weights import DATA, load, table
 
     for name, entry in table().items():
@@ -27,7 +27,7 @@ def list_weights() -> None:
 
 @app.command("show")
 def show_weights(name: str) -> None:
-    """Settings, origin and checksum of embedded weights or of a weights file."""
+    """Show settings, origin and checksum of embedded weights or of a weights file."""
     from ..weights import DATA, file_checksum, load, metadata_of, table
 
     with user_errors():
@@ -59,16 +59,17 @@ def import_weights(
     output: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
     restore_statistics: Annotated[
         bool,
-        typer.Option("--restore-statistics", help="TensorFlow: the true batch statistics."),
+        typer.Option("--restore-statistics", help="TensorFlow: correct the batch statistics."),
     ] = False,
     input_range: Annotated[
         float,
         typer.Option(
-            help="REKD: white inside the network; 1 as its extraction, 255 as its training."
+            help="REKD: value of white in the network input; 1 as in its extraction, 255 as in its "
+            "training."
         ),
     ] = 1.0,
 ) -> None:
-    """Convert an official checkpoint into a weights file for --detector or --descriptor."""
+    """Convert an official checkpoint to a weights file for --detector or --descriptor."""
     from ..checkpoints import load_official
     from ..weights import save
 
@@ -82,14 +83,14 @@ def import_weights(
 
 @app.command("verify")
 def verify_weights(names: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Check embedded weights against their checksums and load them; all of them without a name."""
+    """Check the checksums of embedded weights and load them; by default all."""
     from ..weights import table, verify
 
     failed = False
     for name in names or list(table()):
         try:
             verify(name)
-            typer.echo(f"{name}: good")
+            typer.echo(f"{name}: ok")
         except WeightsError as error:
             failed = True
             typer.echo(f"{name}: {error}", err=True)

@@ -1,4 +1,4 @@
-"""``open_dataset`` opens any supported data set and recognises its kind by its content."""
+"""Opening a dataset of any supported kind, recognized by its content."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .posed import posed_pairs, strecha, strecha_scenes
 
 
 def open_dataset(path: str | Path, split: str | Path = "full") -> Dataset:
-    """The dataset at ``path``, its kind recognised by its content: see the function of each kind.
+    """Open the dataset at ``path``; its kind is recognized by its content.
 
     Args:
         path: a list of posed pairs, or a folder of any kind.
-        split: of homography sequences only.
+        split: of homography sequences only; see ``homography_sequences``.
 
     Raises:
         FileNotFoundError: no such file or folder.
-        DataError: nothing usable in it.
-        ValueError: unknown split, or a split of a dataset that has none.
+        DataError: it contains nothing usable.
+        ValueError: unknown split, or a split of a dataset that has no splits.
     """
     path = Path(path)
     readers: list[tuple[bool, Callable[[Path], Dataset]]] = [
@@ -31,11 +31,11 @@ def open_dataset(path: str | Path, split: str | Path = "full") -> Dataset:
         (all((path / name).is_dir() for name in EVD_FOLDERS), evd),
         (bool(webcam_scenes(path)), webcams),
     ]
-    for fits, read in readers:
-        if fits:
+    for matches, read in readers:
+        if matches:
             if str(split) != "full":
                 raise ValueError(
-                    f"a split is for homography sequences; {path} is read whole, got split "
+                    f"a split is for homography sequences only; {path} has no splits, got split "
                     f"{str(split)!r}"
                 )
             return read(path)

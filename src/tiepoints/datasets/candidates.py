@@ -1,5 +1,5 @@
-"""Pairs of views with the key point candidates of each: the training data of dense descriptors
-(Yuan et al. 2020).
+"""Pairs of views with keypoint candidates: the training data of dense descriptors (Yuan et al.
+2020).
 """
 
 from __future__ import annotations
@@ -14,26 +14,28 @@ from torch.utils.data import Dataset
 from ..geometry import warp_points
 from .synthetic import PairDataset, PairSettings
 
-#: Candidates of a view; fewer are filled up with nan.
+#: Number of candidates per view; missing ones are padded with NaN.
 CANDIDATES = 160
 
 
 class CandidatePairs(Dataset):
-    """Index -> a pair of views (``PairDataset``), its candidates and what they are to each other.
+    """Pairs of views (``PairDataset``) with keypoint candidates and their correspondence masks.
 
-    ``xy_a, xy_b`` (``count``,2): each view's strongest points, nan where there are fewer;
-    ``positive, negative`` (``count``,``count``) bool: which of a and of b show one place, and which
-    certainly two (``losses.candidate_pairs``).
+    Items: ``image_a, image_b`` as in ``PairDataset``; ``xy_a, xy_b`` (``count``,2), each view's
+    strongest keypoints, padded with NaN; ``positive, negative`` (``count``,``count``) bool, the
+    pairs of candidates that show the same location, and those that certainly do not
+    (``candidate_pairs``).
 
-    Only points whose place the other view shows count: what lies beside a photograph is its
-    reflection.
+    Only keypoints inside the overlap of the views are used: outside the photograph, a view shows
+    its reflection.
 
     Args:
         photos: image files.
-        detect: gray view (1,1,S,S) in [0,1] -> points (N,2), strongest first.
+        detect: gray view (1,1,S,S) in [0,1] -> keypoints (N,2), strongest first.
         views: how the pairs of views are drawn.
-        seed: item ``i`` depends on ``seed``, ``i``, ``photos`` and ``detect`` alone.
+        seed: item ``i`` depends only on ``seed``, ``i``, ``photos`` and ``detect``.
         length: number of items.
+        count: number of candidates per view.
     """
 
     def __init__(
@@ -53,20 +55,20 @@ class CandidatePairs(Dataset):
         return len(self.views)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item ``index``.
+        """Return item ``index``.
 
         Raises:
             DataError: the photographs have no texture.
         """
         item = self.views[index]
         for side in ("a", "b"):
-            found = self.detect(item[f"image_{side}"][None])
-            pixel = found.round().long()
-            seen = item[f"mask_{side}"][0, pixel[:, 1], pixel[:, 0]] > 0
-            points = torch.full((self.count, 2), float("nan"))
-            kept = found[seen][: self.count]
-            points[: len(kept)] = kept
-            item[f"xy_{side}"] = points
+            detected = self.detect(item[f"image_{side}"][None])
+            pixel = detected.round().long()
+            in_overlap = item[f"mask_{side}"][0, pixel[:, 1], pixel[:, 0]] > 0
+            keypoints = torch.full((self.count, 2), float("nan"))
+            kept = detected[in_overlap][: self.count]
+            keypoints[: len(kept)] = kept
+            item[f"xy_{side}"] = keypoints
         item["positive"], item["negative"] = candidate_pairs(
             item["xy_a"], item["xy_b"], item["H_ab"]
         )
@@ -75,23 +77,26 @@ class CandidatePairs(Dataset):
         }
 
     def homography(self, index: int) -> Tensor:
-        """(3,3) float64 from view a to view b of item ``index``."""
+        """Homography (3,3) float64 from view a to view b of item ``index``."""
         return self.views[index]["H_ab"]
 
 
-#: Candidates nearer than this are one place; nearer than that, neither one place nor two. Pixels.
-SAME_PLACE = 2.0
-OTHER_PLACE = 8.0
+#: Candidates at most ``POSITIVE_DISTANCE`` px apart are positive pairs, those more than
+#: ``NEGATIVE_DISTANCE`` px apart are negative pairs; pairs in between are ignored.
+POSITIVE_DISTANCE = 2.0
+NEGATIVE_DISTANCE = 8.0
 
 
 def candidate_pairs(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> tuple[Tensor, Tensor]:
-    """Which candidates (N,2) of a and (M,2) of b show one place, and which certainly two: (N,M)
-    bool each.
+    """Label pairs of candidates (N,2) of a and (M,2) of b as positive or negative.
 
-    The same place: at most ``SAME_PLACE`` px apart in both images; two places: more than
-    ``OTHER_PLACE`` px in both. The rest is neither.
+    Returns:
+        positive (N,M) bool, at most ``POSITIVE_DISTANCE`` px apart in both images; negative (N,M)
+        bool, more than ``NEGATIVE_DISTANCE`` px apart in both. Other pairs are neither.
     """
     H_ab = H_ab.to(torch.float64)
     in_b = torch.cdist(warp_points(xy_a.double(), H_ab), xy_b.double())
     in_a = torch.cdist(xy_a.double(), warp_points(xy_b.double(), torch.linalg.inv(H_ab)))
-    return torch.maximum(in_a, in_b) <= SAME_PLACE, torch.minimum(in_a, in_b) > OTHER_PLACE
+    positive = torch.maximum(in_a, in_b) <= POSITIVE_DISTANCE
+    negative = torch.minimum(in_a, in_b) > NEGATIVE_DISTANCE
+    return positive, negative

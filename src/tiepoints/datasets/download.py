@@ -22,8 +22,6 @@ HPATCHES_MIRRORS = (
 )
 
 
-# ---- fetching HPatches
-
 logger = logging.getLogger(__name__)
 
 
@@ -33,21 +31,23 @@ def fetch_hpatches(
     mirrors: Iterable[str] = HPATCHES_MIRRORS,
     sha256: str | None = None,
 ) -> Path:
-    """Download, check and unpack the HPatches sequences (1.3 GB) below ``to``; the folder of
-    sequences.
+    """Download, check and unpack the HPatches sequences (1.3 GB) below ``to``.
 
-    A finished folder is only checked. The archive's checksum is said aloud and compared with
-    ``sha256`` where given; whatever the archive, the result must hold 116 sequences of six images
-    and five homographies each.
+    A complete folder is only checked. The archive's checksum is logged, and compared with
+    ``sha256`` if given; the result must contain 116 sequences of six images and five homographies
+    each.
+
+    Returns:
+        the folder of sequences.
 
     Raises:
-        DataError: no mirror answered (with what to do offline), the checksum differs, or sequences
-            are missing.
+        DataError: no mirror could be reached (the message explains the offline installation), the
+            checksum differs, or sequences are missing.
     """
     to = Path(to)
     folder = to / HPATCHES_FOLDER
     if folder.is_dir() and not _hpatches_problems(folder):
-        logger.info("%s: complete, nothing to fetch", folder)
+        logger.info("%s: complete, nothing to download", folder)
         return folder
     to.mkdir(parents=True, exist_ok=True)
     failures = []
@@ -55,7 +55,7 @@ def fetch_hpatches(
     for url in mirrors:
         target = to / url.rsplit("/", 1)[-1]
         part = target.with_name(target.name + ".part")
-        logger.info("fetching %s", url)
+        logger.info("downloading %s", url)
         try:
             digest = _download(url, part)
         except (urllib.error.URLError, OSError, ValueError) as error:
@@ -72,9 +72,9 @@ def fetch_hpatches(
         break
     if archive is None:
         raise DataError(
-            "HPatches could not be fetched:\n  "
+            "HPatches could not be downloaded:\n  "
             + "\n  ".join(failures)
-            + f"\nOffline: fetch {HPATCHES_FOLDER}.zip or .tar.gz on another "
+            + f"\nOffline: download {HPATCHES_FOLDER}.zip or .tar.gz on another "
             f"machine from one of these addresses, unpack it so that {folder}/v_wall/1.ppm "
             "exists, and run this command again to check it"
         )
@@ -87,13 +87,14 @@ def fetch_hpatches(
 
 
 def _download(url: str, part: Path) -> str:
+    """Download ``url`` to ``part`` and return its SHA-256."""
     from tqdm import tqdm
 
     digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=30) as answer, part.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
+    with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)
         with tqdm(total=total or None, unit="B", unit_scale=True) as bar:
-            while block := answer.read(1 << 20):
+            while block := response.read(1 << 20):
                 file.write(block)
                 digest.update(block)
                 bar.update(len(block))
@@ -101,10 +102,10 @@ def _download(url: str, part: Path) -> str:
 
 
 def unpack(archive: Path, to: Path) -> None:
-    """Unpack a .zip or .tar.gz below ``to``; members that would leave it are refused.
+    """Unpack a .zip or .tar.gz archive below ``to``.
 
     Raises:
-        DataError: not an archive, or a member leaves the folder.
+        DataError: not an archive, or a member lies outside of ``to``.
     """
     inside = to.resolve()
     try:
@@ -112,14 +113,16 @@ def unpack(archive: Path, to: Path) -> None:
             with zipfile.ZipFile(archive) as content:
                 for name in content.namelist():
                     if not (inside / name).resolve().is_relative_to(inside):
-                        raise DataError(f"{archive}: member {name!r} would leave {to}")
+                        raise DataError(
+                            f"{archive}: member {name!r} would be written outside of {to}"
+                        )
                 content.extractall(to)
         else:
             with tarfile.open(archive) as content:
                 content.extractall(to, filter="data")
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(
-            f"{archive}: cannot be unpacked ({error}); delete it and fetch again"
+            f"{archive}: cannot be unpacked ({error}); delete it and download it again"
         ) from error
 
 

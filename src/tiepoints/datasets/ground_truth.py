@@ -1,4 +1,4 @@
-"""Image pairs whose geometry is known: by a homography, by poses, by points marked by hand."""
+"""Image pairs with ground truth: a homography, a relative pose or manually marked points."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class HomographyPair:
 
     Attributes:
         sequence, name: for example ``graf`` and ``1-4``.
-        kind: ``view``, ``illum`` or ``other`` (what changes).
+        kind: ``view``, ``illum`` or ``other``, what changes between the images.
         image_a, image_b: paths.
-        H_ab: (3,3) float64 from a to b in pixels.
+        H_ab: (3,3) float64, pixels of a to pixels of b.
     """
 
     sequence: str
@@ -33,15 +33,15 @@ class HomographyPair:
 
 @dataclass(frozen=True)
 class PosePair:
-    """Two images of calibrated cameras and the pose between them.
+    """Two images of calibrated cameras and their relative pose.
 
     Attributes:
         sequence, name, kind: as in ``HomographyPair``; kind is ``pose``.
         image_a, image_b: paths.
         K_a, K_b: (3,3) float64 intrinsics of the images as stored.
-        T_ab: (4,4) float64, points of camera a into camera b.
-        rot90_a, rot90_b: quarter turns counter-clockwise by which each image is turned before use
-            (SuperGlue's lists).
+        T_ab: (4,4) float64, coordinates of camera a to coordinates of camera b.
+        rot90_a, rot90_b: rotation applied to each image before use, in multiples of 90 degrees
+            counter-clockwise (SuperGlue's lists).
     """
 
     sequence: str
@@ -58,12 +58,12 @@ class PosePair:
 
 @dataclass(frozen=True)
 class MarkedPair:
-    """Two images and correspondences between them that were marked by hand.
+    """Two images and manually marked correspondences between them.
 
     Attributes:
         sequence, name, kind: as in ``HomographyPair``; kind is ``marked``.
         image_a, image_b: paths.
-        xy_a, xy_b: (K,2) float64, the marked points in pixels.
+        xy_a, xy_b: (K,2) float64, the marked points (x, y) in pixels.
     """
 
     sequence: str
@@ -80,7 +80,14 @@ Pair: TypeAlias = HomographyPair | PosePair | MarkedPair
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pairs found at a place, and what was left out, in words."""
+    """Pairs of images with ground truth.
+
+    Attributes:
+        name, layout: of the dataset, for reports.
+        root: folder of the images.
+        pairs: all of one kind.
+        problems: one message for each item that was skipped.
+    """
 
     name: str
     layout: str
@@ -90,7 +97,7 @@ class Dataset:
 
     @property
     def sequences(self) -> list[str]:
-        """Names in order, each once."""
+        """Unique names of the sequences, in the order of the pairs."""
         return list(dict.fromkeys(pair.sequence for pair in self.pairs))
 
 
@@ -98,10 +105,15 @@ class Dataset:
 
 
 def resize_target(width: int, height: int, resize: tuple[int, ...] | None) -> tuple[int, int]:
-    """Size (width, height) that the pose papers resize an image to.
+    """Size (width, height) to which an image is resized in the papers on pose estimation.
 
-    ``(w, h)``: exactly that (SuperGlue's ScanNet: 640, 480); ``(side,)``: longest side, smaller
-    images enlarged too (its outdoor 1600); None: as stored.
+    Args:
+        width, height: of the image.
+        resize: ``(w, h)``, the exact size (SuperGlue's ScanNet: 640, 480); ``(side,)``, the longest
+            side, smaller images are enlarged (SuperGlue outdoors: 1600); None, unchanged.
+
+    Raises:
+        ValueError: ``resize`` has another length.
     """
     if resize is None:
         return width, height
@@ -114,8 +126,9 @@ def resize_target(width: int, height: int, resize: tuple[int, ...] | None) -> tu
 
 
 def resized_intrinsics(K: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """(3,3) intrinsics of an image resized from ``size`` to ``new_size`` (width, height),
-    half-pixel law.
+    """Intrinsics (3,3) of an image resized from ``size`` to ``new_size`` (width, height).
+
+    Half-pixel convention: pixel centers have integer coordinates.
     """
     sx, sy = new_size[0] / size[0], new_size[1] / size[1]
     moved = torch.tensor(
@@ -125,13 +138,13 @@ def resized_intrinsics(K: Tensor, size: tuple[int, int], new_size: tuple[int, in
 
 
 def rotated_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
-    """(3,3) intrinsics after ``turns`` quarter turns counter-clockwise of an image of ``size``
-    (width, height).
+    """Intrinsics (3,3) of an image of ``size`` (width, height) rotated by ``turns`` * 90 degrees
+    counter-clockwise.
     """
     w, h = size
     for _ in range(turns % 4):
-        # the pixel (x, y) goes to (y, w - 1 - x); a camera keeps positive focal lengths, so its
-        # axes turn with the image
+        # pixel (x, y) moves to (y, w - 1 - x); the camera's axes rotate with the image, so that the
+        # focal lengths stay positive
         fx, fy, cx, cy = (float(v) for v in (K[0, 0], K[1, 1], K[0, 2], K[1, 2]))
         K = torch.tensor([[fy, 0, cy], [0, fx, w - 1 - cx], [0, 0, 1]], dtype=torch.float64)
         w, h = h, w
@@ -139,13 +152,15 @@ def rotated_intrinsics(K: Tensor, size: tuple[int, int], turns: int) -> Tensor:
 
 
 def rotated_pose(T_ab: Tensor, rot90_a: int, rot90_b: int) -> Tensor:
-    """(4,4) pose between the turned cameras of images turned by quarter turns counter-clockwise."""
+    """Pose (4,4) between the cameras of images rotated by multiples of 90 degrees (see
+    ``PosePair``).
+    """
 
-    def turn(count: int) -> Tensor:
-        angle = torch.tensor(count % 4 * torch.pi / 2, dtype=torch.float64)
+    def rotation(rot90: int) -> Tensor:
+        angle = torch.tensor(rot90 % 4 * torch.pi / 2, dtype=torch.float64)
         c, s = angle.cos().round(), angle.sin().round()
         T = torch.eye(4, dtype=torch.float64)
         T[:2, :2] = torch.stack([torch.stack([c, s]), torch.stack([-s, c])])
         return T
 
-    return turn(rot90_b) @ T_ab @ torch.linalg.inv(turn(rot90_a))
+    return rotation(rot90_b) @ T_ab @ torch.linalg.inv(rotation(rot90_a))

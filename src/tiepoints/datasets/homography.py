@@ -1,8 +1,5 @@
-"""Image pairs whose geometry is known; ``open_dataset`` recognises the kind of a folder by its
-content.
-
-Homographies: sequences (HPatches, Oxford), EVD, fixed cameras (TILDE's webcams). Poses: SuperGlue's
-lists, Strecha's surveyed cameras. Correspondences marked by hand: WxBS.
+"""Image pairs with known homography: sequences (HPatches, Oxford), EVD and fixed cameras (TILDE's
+webcams).
 """
 
 from __future__ import annotations
@@ -22,13 +19,11 @@ from .ground_truth import Dataset, HomographyPair
 
 HPATCHES_FOLDER = "hpatches-sequences-release"
 
-
 IMAGE_SUFFIXES = (".ppm", ".pgm", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-#: What changes in the sequences of the Oxford set (Mikolajczyk et al. 2005), which their names do
-#: not tell.
+#: What changes in the sequences of the Oxford dataset (Mikolajczyk et al. 2005).
 OXFORD_KINDS = {"graf": "view", "wall": "view", "boat": "view", "bark": "view", "leuven": "illum"}
-#: Named parts of HPatches: what each leaves out. D2-Net and most later papers drop eight very large
-#: sequences; Key.Net's split file drops some from its test lists.
+#: Sequences of HPatches that a split excludes. D2-Net and most later papers exclude eight very
+#: large sequences; Key.Net's split file excludes some from its test lists.
 _LARGE = (
     "i_contruction",
     "i_crownnight",
@@ -45,15 +40,15 @@ SPLITS = ("full", "view", "illum", "d2net", "view_test", "illum_test")
 
 EVD_FOLDERS = ("1", "2", "h")
 
-#: TILDE's frames (Verdie et al., CVPR 2015) are named by the time they were taken.
+#: TILDE's frames (Verdie et al., CVPR 2015) are named by the time of the exposure.
 WEBCAM_NAME = re.compile(r"\d{8}_\d{6}")
 
 
 def read_homography(path: Path) -> Tensor:
-    """(3,3) float64 of a text file of nine numbers.
+    """Read a homography (3,3) float64 from a text file of nine numbers.
 
     Raises:
-        DataError: missing, not nine finite numbers, or singular.
+        DataError: no such file, not nine finite numbers, or a singular matrix.
     """
     try:
         values = np.loadtxt(path, dtype=np.float64)
@@ -62,7 +57,7 @@ def read_homography(path: Path) -> Tensor:
             f"{path}: cannot be read as a homography ({str(error).splitlines()[0]})"
         ) from error
     if values.size != 9 or not np.isfinite(values).all():
-        raise DataError(f"{path}: a homography has nine finite numbers, this file {values.size}")
+        raise DataError(f"{path}: expected nine finite numbers, got {values.size}")
     H = torch.from_numpy(values.reshape(3, 3))
     if abs(float(torch.linalg.det(H))) < 1e-12:
         raise DataError(f"{path}: the homography is singular")
@@ -70,25 +65,23 @@ def read_homography(path: Path) -> Tensor:
 
 
 def numbered_images(folder: Path) -> dict[int, Path]:
-    """Images called 1.*, 2.*, ... or img1.*, img2.*, ... by number."""
-    found: dict[int, Path] = {}
+    """Images named 1.*, 2.*, ... or img1.*, img2.*, ... by number."""
+    images: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         name = re.fullmatch(r"(?:img|image)?0*(\d+)", path.stem, re.IGNORECASE)
         if name and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            found.setdefault(int(name[1]), path)
-    return found
+            images.setdefault(int(name[1]), path)
+    return images
 
 
 def _homography_files(folder: Path) -> dict[int, Path]:
-    """Files H_1_k (HPatches) or H1tok, H1tokp (Oxford) by k; a name with an ending such as .txt
-    counts too.
-    """
-    found: dict[int, Path] = {}
+    """Files named H_1_k (HPatches) or H1tok, H1tokp (Oxford), with or without .txt, by k."""
+    files: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         name = re.fullmatch(r"H_1_(\d+)|H1to(\d+)p?", path.name.removesuffix(".txt"))
         if name and path.is_file():
-            found[int(name[1] or name[2])] = path
-    return found
+            files[int(name[1] or name[2])] = path
+    return files
 
 
 def _kind(sequence: str) -> str:
@@ -100,11 +93,10 @@ def _kind(sequence: str) -> str:
 
 
 def read_sequence(folder: Path) -> list[HomographyPair]:
-    """Pairs (1,k) of one sequence folder.
+    """Read the pairs (1,k) of one sequence folder.
 
     Raises:
-        DataError: image 1, an image with a homography, or a homography is missing or broken; the
-            file is named.
+        DataError: an image or a homography is missing or damaged; the message names the file.
     """
     images, homographies = numbered_images(folder), _homography_files(folder)
     if 1 not in images:
@@ -129,22 +121,22 @@ def read_sequence(folder: Path) -> list[HomographyPair]:
             )
         )
     if not pairs:
-        raise DataError(f"{folder}: only image 1, nothing to compare it with")
+        raise DataError(f"{folder}: only image 1, at least two images are needed")
     return pairs
 
 
 def homography_sequences(root: str | Path, split: str | Path = "full") -> Dataset:
-    """All sequences below ``root`` in HPatches or Oxford layout, found by looking.
+    """Find all sequences below ``root`` in HPatches or Oxford layout.
 
     Args:
         root: folder of sequence folders, or one sequence folder.
         split: ``full``; ``view``, ``illum`` (by what changes); ``d2net`` (without the eight very
-            large sequences of HPatches, 52 + 56 left); ``view_test``, ``illum_test`` (Key.Net's);
-            or a JSON file: a list of names, or the original's ``{split: {"test": [names]}}`` given
+            large sequences of HPatches, 52 + 56 remain); ``view_test``, ``illum_test`` (Key.Net's);
+            or a JSON file: a list of names, or HPatches' own ``{split: {"test": [names]}}`` given
             as ``FILE:split``.
 
     Returns:
-        the pairs; sequences that are broken are left out and named in ``problems``.
+        the pairs; damaged sequences are skipped and reported in ``problems``.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -154,7 +146,7 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no folder {root}; `tiepoints data hpatches --to DIR` fetches HPatches"
+            f"no folder {root}; `tiepoints data hpatches --to DIR` downloads HPatches"
         )
     if (root / HPATCHES_FOLDER).is_dir():
         root = root / HPATCHES_FOLDER
@@ -163,23 +155,23 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
         for f in (root, *sorted(root.iterdir()))
         if f.is_dir() and (_homography_files(f) or _looks_like_sequence(f))
     ]
-    chosen = _choose([f.name for f in folders], split)
+    selected = _select_split([f.name for f in folders], split)
     pairs: list[HomographyPair] = []
     problems = [
         f"{name}: in the split, but not in {root}"
-        for name in chosen
+        for name in selected
         if name not in {f.name for f in folders}
     ]
     for folder in folders:
-        if folder.name in chosen:
+        if folder.name in selected:
             try:
                 pairs.extend(read_sequence(folder))
             except DataError as error:
-                problems.append(f"{folder.name} left out: {error}")
+                problems.append(f"{folder.name} skipped: {error}")
     if not pairs:
         detail = (
             "; ".join(problems[:3])
-            or "no folder holds images 1.*, 2.* with H_1_2 (HPatches) "
+            or "no folder contains images 1.*, 2.* with H_1_2 (HPatches) "
             "or img1.*, img2.* with H1to2p (Oxford)"
         )
         raise DataError(f"no usable homography sequence in {root}: {detail}")
@@ -191,7 +183,8 @@ def _looks_like_sequence(folder: Path) -> bool:
     return bool(re.match(r"[vi]_", folder.name)) and bool(numbered_images(folder))
 
 
-def _choose(names: list[str], split: str | Path) -> list[str]:
+def _select_split(names: list[str], split: str | Path) -> list[str]:
+    """Sequences of ``split``; see ``homography_sequences``."""
     text = str(split)
     if text == "full":
         return names
@@ -226,7 +219,7 @@ def _choose(names: list[str], split: str | Path) -> list[str]:
 
 
 def with_subfolders(root: Path) -> list[Path]:
-    """The folder and those in it, sorted; none where it is missing."""
+    """The folder and its subfolders, sorted; empty if the folder is missing."""
     return (
         [root, *sorted(folder for folder in root.iterdir() if folder.is_dir())]
         if root.is_dir()
@@ -235,7 +228,7 @@ def with_subfolders(root: Path) -> list[Path]:
 
 
 def image_size_of(path: Path) -> tuple[int, int]:
-    """(width, height), from the header of the file.
+    """Size (width, height) of an image, from the header of the file.
 
     Raises:
         DataError: the file cannot be read.
@@ -250,14 +243,14 @@ def image_size_of(path: Path) -> tuple[int, int]:
 
 
 def read_numbers(path: Path) -> Tensor:
-    """All numbers of a text file, float64, whatever its lines.
+    """Read all numbers of a text file as one vector, float64.
 
     Raises:
-        DataError: the file cannot be read, or holds something else.
+        DataError: the file cannot be read, or contains something else.
     """
     try:
         values = torch.tensor(
-            [float(word) for word in path.read_text().split()], dtype=torch.float64
+            [float(token) for token in path.read_text().split()], dtype=torch.float64
         )
     except (OSError, ValueError) as error:
         raise DataError(
@@ -268,15 +261,18 @@ def read_numbers(path: Path) -> Tensor:
     return values
 
 
-# ---- homographies outside of sequences
+# ---- other datasets
 
 
 def evd(root: str | Path) -> Dataset:
-    """The Extreme View Dataset: images ``1/NAME.*`` and ``2/NAME.*``, and ``h/NAME.txt``, the
-    homography from the first to the second.
+    """Read the Extreme View Dataset (Mishkin et al., CVIU 2015).
+
+    Images ``1/NAME.*`` and ``2/NAME.*``, and ``h/NAME.txt``, the homography from the first to the
+    second.
 
     Raises:
-        DataError: no usable pair. Names that lack a file are named in ``problems``.
+        DataError: no usable pair. Pairs with a missing or damaged file are reported in
+            ``problems``.
     """
     root = Path(root)
     folders = {side: root / side for side in EVD_FOLDERS}
@@ -293,14 +289,14 @@ def evd(root: str | Path) -> Dataset:
     problems = []
     for name in sorted({*files, *images["1"], *images["2"]}):
         try:
-            for found, missing in (
+            for available, missing in (
                 (images["1"], f"1/{name}.*"),
                 (images["2"], f"2/{name}.*"),
                 (files, f"h/{name}.txt"),
             ):
-                if name not in found:
+                if name not in available:
                     raise DataError(
-                        f"{root}: {name} has no {missing}; put it there or remove the others of "
+                        f"{root}: {name} has no {missing}; add it or remove the other files of "
                         "that name"
                     )
             image_a, image_b = images["1"][name], images["2"][name]
@@ -327,18 +323,17 @@ def evd(root: str | Path) -> Dataset:
 
 
 def webcams(root: str | Path) -> Dataset:
-    """All pairs of frames of fixed cameras (TILDE, Verdie et al., CVPR 2015): the homography is the
-    identity.
+    """Read all pairs of frames of fixed cameras (TILDE, Verdie et al., CVPR 2015).
 
-    A scene is a folder of images called YYYYMMDD_HHMMSS; other folders are not taken for one, since
-    nothing else would tell frames of a fixed camera from any photographs.
+    The homography is the identity. A scene is a folder of images named YYYYMMDD_HHMMSS; the names
+    distinguish frames of a fixed camera from other photographs.
 
     Args:
         root: a folder of scenes, or one scene.
 
     Raises:
-        DataError: no usable pair. Frames that cannot be read, or of another size than most of their
-            scene, are named in ``problems``.
+        DataError: no usable pair. Frames that cannot be read, or whose size differs from most of
+            their scene, are reported in ``problems``.
     """
     root = Path(root)
     pairs: list[HomographyPair] = []
@@ -354,7 +349,7 @@ def webcams(root: str | Path) -> Dataset:
         for frame, size in sizes.items():
             if size != common:
                 problems.append(
-                    f"{frame}: {size[0]} x {size[1]}, most of the scene is {common[0]} x "
+                    f"{frame}: {size[0]} x {size[1]}, most frames of the scene are {common[0]} x "
                     f"{common[1]}; replace or remove it"
                 )
         frames = [frame for frame, size in sizes.items() if size == common]
@@ -380,4 +375,5 @@ def _frames(scene: Path) -> list[Path]:
 
 
 def webcam_scenes(root: Path) -> list[Path]:
+    """Folders at most one level below ``root`` that contain webcam frames."""
     return [folder for folder in with_subfolders(root) if _frames(folder)]

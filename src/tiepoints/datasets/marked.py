@@ -1,4 +1,4 @@
-"""Pairs with corresponding points marked by hand: WxBS."""
+"""Pairs with manually marked correspondences: WxBS."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ from .homography import image_size_of, numbered_images, read_numbers, with_subfo
 WXBS_FILE = "corrs.txt"
 
 
-# ---- WxBS: correspondences marked by hand
-
-
 def wxbs(root: str | Path) -> Dataset:
-    """Pairs with correspondences marked by hand: ``GROUP/PAIR/01.*``, ``02.*`` and ``corrs.txt``
-    with x1 y1 x2 y2 a line.
+    """Read WxBS: ``GROUP/PAIR/01.*``, ``02.*`` and ``corrs.txt`` with x1 y1 x2 y2 per line.
 
     Args:
-        root: the folder of groups, a group, or a pair. The group is the sequence.
+        root: the folder of groups, a group, or a pair. Each group is a sequence.
 
     Raises:
-        DataError: no usable pair. Broken ones are named in ``problems``.
+        DataError: no usable pair. Damaged pairs are reported in ``problems``.
     """
     root = Path(root)
     pairs: list[MarkedPair] = []
@@ -40,21 +36,21 @@ def wxbs(root: str | Path) -> Dataset:
 
 
 def wxbs_folders(root: Path) -> list[Path]:
-    """Folders of pairs at most two below ``root``: those with a list of correspondences, and their
-    neighbours with images 1 and 2.
+    """Folders of pairs at most two levels below ``root``: those with a list of correspondences, and
+    folders next to them with images 1 and 2.
     """
     marked = sorted(
         {file.parent for pattern in ("", "*/", "*/*/") for file in root.glob(pattern + WXBS_FILE)}
     )
     if not marked or root in marked:
         return marked
-    neighbours = {
+    siblings = {
         folder
         for group in {path.parent for path in marked}
         for folder in with_subfolders(group)[1:]
     }
     return sorted(
-        {*marked, *(folder for folder in neighbours if {1, 2} <= set(numbered_images(folder)))}
+        {*marked, *(folder for folder in siblings if {1, 2} <= set(numbered_images(folder)))}
     )
 
 
@@ -63,13 +59,12 @@ def _marked_pair(folder: Path) -> MarkedPair:
     for k in (1, 2):
         if k not in images:
             raise DataError(
-                f"{folder}: no image {k} (0{k}.jpg, {k}.png, ...); put it there or remove the "
-                "folder"
+                f"{folder}: no image {k} (0{k}.jpg, {k}.png, ...); add it or remove the folder"
             )
         image_size_of(images[k])
     if not file.is_file():
         raise DataError(
-            f"{folder}: no {WXBS_FILE} with x1 y1 x2 y2 a line; put it there or remove the folder"
+            f"{folder}: no {WXBS_FILE} with x1 y1 x2 y2 per line; add it or remove the folder"
         )
     values = read_numbers(file)
     if not len(values) or len(values) % 4:

@@ -1,10 +1,9 @@
-"""A file of training pairs: written once, read by every training that is to be compared with
-another.
+"""Files of training pairs, so that several trainings can use the same data.
 
-One safetensors file with ``image_a, image_b`` (N,S,S) uint8, ``H_ab`` (N,3,3) float64, ``mask_a,
-mask_b`` (N,ceil(S*S/8)) uint8 (eight pixels a byte, first pixel in the highest bit) and the
-settings in the header. It is written and read through memory maps, so 12,000 pairs need no more
-memory than one.
+A file is in the safetensors format: ``image_a, image_b`` (N,S,S) uint8, ``H_ab`` (N,3,3) float64,
+``mask_a, mask_b`` (N,ceil(S*S/8)) uint8 (eight pixels per byte, the first pixel in the highest bit)
+and the settings in the header. It is written and read through memory maps, so memory use does not
+grow with the number of pairs.
 """
 
 from __future__ import annotations
@@ -27,18 +26,43 @@ from ..files import atomic_path
 from ..geometry import warp_image
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors
 
+#: NumPy types of the safetensors type names.
 NAMES = {"U8": np.uint8, "F64": np.float64}
 
 
 def _layout(count: int, size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of each array, in the order of the file."""
     packed = (count, (size * size + 7) // 8)
     return {
-        "H_ab": ("F64", (count, 3, 3)),  # first, so that it is aligned
+        "H_ab": ("F64", (count, 3, 3)),  # first, for its alignment
         "image_a": ("U8", (count, size, size)),
         "image_b": ("U8", (count, size, size)),
         "mask_a": ("U8", packed),
         "mask_b": ("U8", packed),
     }
+
+
+def _offsets(layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[dict[str, list[int]], int]:
+    """First and last byte of each array after the header, and the size of all."""
+    offsets, offset = {}, 0
+    for name, (kind, shape) in layout.items():
+        length = int(np.prod(shape)) * np.dtype(NAMES[kind]).itemsize
+        offsets[name] = [offset, offset + length]
+        offset += length
+    return offsets, offset
+
+
+def _header(
+    layout: dict[str, tuple[str, tuple[int, ...]]],
+    offsets: dict[str, list[int]],
+    metadata: dict[str, Any],
+) -> bytes:
+    """Header of the safetensors format, padded to a multiple of eight bytes."""
+    header: dict[str, Any] = {"__metadata__": {"pairs": json.dumps(metadata)}}
+    for name, (kind, shape) in layout.items():
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": offsets[name]}
+    text = json.dumps(header).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 def write_pairs(
@@ -51,40 +75,30 @@ def write_pairs(
     workers: int = 0,
     preset: str = "",
 ) -> None:
-    """Make ``count`` pairs and write them to ``path``; the file appears when it is complete.
+    """Draw ``count`` pairs and write them to ``path``; the file is written atomically.
+
+    Args:
+        path: the file.
+        photos, settings, seed: see ``PairDataset``.
+        count: number of pairs.
+        workers: number of worker processes.
+        preset: name of the settings, stored in the header.
 
     Raises:
-        DataError: no texture in the photographs.
-        OSError: the disk is full or the folder not writable.
+        DataError: the photographs have no texture.
+        OSError: the disk is full or the folder is not writable.
     """
     dataset = PairDataset(photos, settings, seed=seed, length=count)
     layout = _layout(count, settings.size)
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "pairs": json.dumps(
-                {"count": count, "seed": seed, "preset": preset, **asdict(settings)}
-            )
-        }
-    }
-    offset = 0
-    for name, (kind, shape) in layout.items():
-        length = int(np.prod(shape)) * np.dtype(NAMES[kind]).itemsize
-        header[name] = {
-            "dtype": kind,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + length],
-        }
-        offset += length
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    metadata = {"count": count, "seed": seed, "preset": preset, **asdict(settings)}
+    offsets, size = _offsets(layout)
+    text = _header(layout, offsets, metadata)
     with atomic_path(path) as tmp_path:
         with open(tmp_path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            _reserve(file, 8 + len(text) + offset)
+            _reserve(file, 8 + len(text) + size)
         arrays = {
-            name: np.memmap(
-                tmp_path, NAMES[kind], "r+", 8 + len(text) + header[name]["data_offsets"][0], shape
-            )
+            name: np.memmap(tmp_path, NAMES[kind], "r+", 8 + len(text) + offsets[name][0], shape)
             for name, (kind, shape) in layout.items()
         }
         loader = DataLoader(_Raw(dataset), batch_size=None, num_workers=workers)
@@ -98,17 +112,15 @@ def write_pairs(
 
 
 def _reserve(file: Any, size: int) -> None:
-    """Make a file ``size`` bytes long; where the system can, a full disk shows now, not at the
-    end.
-    """
-    if hasattr(os, "posix_fallocate"):  # neither macOS nor Windows has it
+    """Extend a file to ``size`` bytes; where supported, a full disk is detected here."""
+    if hasattr(os, "posix_fallocate"):  # missing on macOS and Windows
         os.posix_fallocate(file.fileno(), 0, size)
     else:
         file.truncate(size)
 
 
 class _Raw(Dataset):
-    """Pairs as dicts of arrays, which workers can send."""
+    """Pairs as dicts of arrays, which worker processes can send."""
 
     def __init__(self, dataset: PairDataset):
         self.dataset = dataset
@@ -122,21 +134,24 @@ class _Raw(Dataset):
 
 
 class PairFile(Dataset):
-    """Pairs of a file of ``write_pairs``, shuffled anew in each turn through the file.
+    """Pairs of a file of ``write_pairs``, reshuffled in each pass over the file.
 
     Args:
         path: the file.
-        length: items offered; default each pair once, in the order of the file.
-        seed: of the shuffling; None keeps the order of the file.
+        length: number of items; default: the number of pairs in the file.
+        seed: of the shuffling; None: in the order of the file.
 
     Raises:
-        FileNotFoundError, DataError: no such file, or another kind of file.
+        FileNotFoundError: no such file.
+        DataError: not a file of pairs, or an incomplete one.
     """
 
     def __init__(self, path: str | Path, *, length: int | None = None, seed: int | None = None):
         self.path, self.seed = Path(path), seed
         if not self.path.is_file():
-            raise FileNotFoundError(f"no file of pairs at {path}; make one with `tiepoints pairs`")
+            raise FileNotFoundError(
+                f"no file of pairs at {path}; create one with `tiepoints pairs`"
+            )
         try:
             with open(self.path, "rb") as file:
                 start = int.from_bytes(file.read(8), "little")
@@ -150,7 +165,8 @@ class PairFile(Dataset):
             }
         except (ValueError, KeyError, OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path} is no complete file of pairs ({error}); make one with `tiepoints pairs`"
+                f"{path} is not a complete file of pairs ({error}); create one with "
+                "`tiepoints pairs`"
             ) from error
         self.length = self.info["count"] if length is None else length
 
@@ -159,11 +175,10 @@ class PairFile(Dataset):
 
     def pair(self, index: int) -> Pair:
         """Item ``index`` of the shuffled order."""
-        turn, place = divmod(index, self.info["count"])
+        epoch, position = divmod(index, self.info["count"])
         if self.seed is not None:
-            place = int(
-                np.random.default_rng([self.seed, turn]).permutation(self.info["count"])[place]
-            )
+            rng = np.random.default_rng([self.seed, epoch])
+            position = int(rng.permutation(self.info["count"])[position])
         size = self.info["size"]
 
         def unpack(bits: np.ndarray) -> np.ndarray:
@@ -171,11 +186,11 @@ class PairFile(Dataset):
 
         a = self.arrays
         return Pair(
-            np.array(a["image_a"][place]),
-            np.array(a["image_b"][place]),
-            np.array(a["H_ab"][place]),
-            unpack(a["mask_a"][place]),
-            unpack(a["mask_b"][place]),
+            np.array(a["image_a"][position]),
+            np.array(a["image_b"][position]),
+            np.array(a["H_ab"][position]),
+            unpack(a["mask_a"][position]),
+            unpack(a["mask_b"][position]),
         )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -183,20 +198,22 @@ class PairFile(Dataset):
 
 
 def preview(dataset: PairDataset | PairFile, count: int = 16) -> Image.Image:
-    """A picture of pairs: a, b, and a warped onto b where both see the same; three columns a pair,
-    four pairs a row.
+    """Visualize pairs: image a, image b, and a warped onto b within their overlap; four pairs per
+    row.
     """
     tiles = []
     for index in range(min(count, len(dataset))):
         pair = dataset.pair(index)
-        moved = warp_image(
+        warped = warp_image(
             torch.from_numpy(pair.image_a.copy()).float()[None, None],
             torch.from_numpy(pair.H_ab)[None],
         )
-        shown = np.where(pair.mask_b, moved[0, 0].numpy(), 0).astype(np.uint8)
+        overlap = np.where(pair.mask_b, warped[0, 0].numpy(), 0).astype(np.uint8)
         tiles.append(
             np.pad(
-                np.concatenate([pair.image_a, pair.image_b, shown], axis=1), 2, constant_values=255
+                np.concatenate([pair.image_a, pair.image_b, overlap], axis=1),
+                2,
+                constant_values=255,
             )
         )
     while len(tiles) % 4:

@@ -1,11 +1,11 @@
-"""Pairs of patches from a folder of photographs: the training data of every patch descriptor.
+"""Pairs of patches from photographs: the training data of patch descriptors.
 
-Two views of one photograph (``synthetic``) give the places: a detector's points and random ones of
-the first view, moved into the second by the homography. Position and scale of the second patch are
-off by what a detector's repeated points are off, and both patches are cut from the pyramids of
-their own views as at extraction. Nothing but flat patches is left out: views that are hardly alike
-stay, and all points of a view stand in one batch, where they are each other's hardest negatives as
-they will be in matching.
+The locations are detected keypoints and random positions of one view of a photograph
+(``synthetic``), mapped to a second view by the homography. Position and scale of the second patch
+are perturbed with the errors of repeated detections, and each patch is extracted from the pyramid
+of its view as in feature extraction. Only flat patches are skipped; very dissimilar pairs are kept.
+All patches of a view are in the same batch, where they are each other's hardest negatives, as in
+matching.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..pyramid import build_pyramid
 from ..structs import Keypoints
 from .synthetic import PRESETS, Pair, PairDataset, PairSettings
 
-#: Views tried for one item before the photographs are given up, and stride between their numbers.
+#: Number of views tried per item before an error is raised, and offset between their indices.
 VIEWS_PER_ITEM = 8
 OTHER_VIEW = 1_000_003
 
@@ -37,19 +37,18 @@ class PatchSettings:
     """How patch pairs are drawn. Lengths in pixels of the view.
 
     Attributes:
-        per_view: pairs from one pair of views.
-        random_part: part of them at random places; the rest are the strongest points of the
-            detector.
-        min_distance: points of one view are at least this far apart, so that a negative is another
-            place.
+        per_view: number of patch pairs per pair of views.
+        random_part: fraction of them at random positions; the others are the strongest keypoints.
+        min_distance: minimum distance between keypoints of a view, so that negatives show different
+            locations.
         scale: smallest and largest scale of a patch in the first view.
-        scale_mean: mean number of octaves above the smallest (exponential): many fine points, few
-            coarse ones.
-        position_sigma: error of the second position along each axis, times its scale.
-        scale_sigma: error of the second scale, in natural logarithms.
-        symmetric: probability that both patches are turned by the same quarter turns, and mirrored
-            alike.
-        min_contrast: least standard deviation of a patch; flat ones are left out.
+        scale_mean: mean number of octaves above the smallest scale (exponential distribution).
+        position_sigma: standard deviation of the second position along each axis, in units of its
+            scale.
+        scale_sigma: standard deviation of the natural logarithm of the second scale.
+        symmetric: probability that both patches are rotated by the same multiple of 90 degrees, and
+            probability that both are mirrored.
+        min_contrast: minimum standard deviation of a patch; patches below it are skipped.
     """
 
     per_view: int = 48
@@ -64,16 +63,16 @@ class PatchSettings:
 
 
 class PatchPairs(Dataset):
-    """Patch pairs made on the fly from photographs: index -> the pairs of one pair of views.
+    """Patch pairs generated from photographs; each item holds the patches of one pair of views.
 
     Items: ``anchor, positive`` (per_view,1,32,32) float32 in [0,1].
 
     Args:
         photos: image files.
-        detect: gray view (1,1,S,S) in [0,1] -> points (N,2), strongest first.
+        detect: gray view (1,1,S,S) in [0,1] -> keypoints (N,2), strongest first.
         settings: how patches are drawn.
         views: how the pairs of views are drawn.
-        seed: item ``i`` depends on ``seed``, ``i``, ``photos`` and ``detect`` alone.
+        seed: item ``i`` depends only on ``seed``, ``i``, ``photos`` and ``detect``.
         length: number of items.
     """
 
@@ -95,7 +94,7 @@ class PatchPairs(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item ``index``.
+        """Return item ``index``.
 
         Raises:
             DataError: the photographs have no texture.
@@ -104,65 +103,69 @@ class PatchPairs(Dataset):
             raise IndexError(f"item {index} of {self.length}")
         for attempt in range(VIEWS_PER_ITEM):
             rng = np.random.default_rng([self.seed, index, attempt, 2])
-            item = self._cut(self.views.pair(index + attempt * OTHER_VIEW), rng)
+            item = self._extract(self.views.pair(index + attempt * OTHER_VIEW), rng)
             if item is not None:
                 return item
         raise DataError(
-            f"{VIEWS_PER_ITEM} views in a row had no {self.settings.per_view} places with "
-            "contrast; the images are too small or too smooth"
+            f"{VIEWS_PER_ITEM} consecutive views had fewer than {self.settings.per_view} patches "
+            "with enough contrast; the images are too small or too smooth"
         )
 
-    def _cut(self, pair: Pair, rng: np.random.Generator) -> dict[str, Tensor] | None:
-        """Patches of one pair of views, or None where there are not enough."""
+    def _extract(self, pair: Pair, rng: np.random.Generator) -> dict[str, Tensor] | None:
+        """Patches of one pair of views, or None if there are too few."""
         s = self.settings
         view_a, view_b = (
             torch.from_numpy(v.copy()).float()[None, None] / 255
             for v in (pair.image_a, pair.image_b)
         )
-        xy = self._places(view_a, pair.mask_a, rng)
+        xy = self._locations(view_a, pair.mask_a, rng)
         H_ab = torch.from_numpy(pair.H_ab)
-        ahead = torch.from_numpy(rng.exponential(s.scale_mean, len(xy))).float()
-        scale_a = (s.scale[0] * 2**ahead).clamp(max=s.scale[1])
+        octaves = torch.from_numpy(rng.exponential(s.scale_mean, len(xy))).float()
+        scale_a = (s.scale[0] * 2**octaves).clamp(max=s.scale[1])
         exact = warp_points(xy.double(), H_ab)
-        change = local_scale(xy.double(), H_ab).float()
-        slip = torch.from_numpy(rng.normal(0, 1, (len(xy), 3))).float()
-        scale_b = scale_a * change * torch.exp(s.scale_sigma * slip[:, 2])
-        xy_b = exact.float() + s.position_sigma * scale_b[:, None] * slip[:, :2]
-        side = torch.tensor([view_b.shape[-1], view_b.shape[-2]])
-        inside = ((exact >= 0) & (exact <= side - 1)).all(dim=1)
+        scale_ratio = local_scale(xy.double(), H_ab).float()
+        noise = torch.from_numpy(rng.normal(0, 1, (len(xy), 3))).float()
+        scale_b = scale_a * scale_ratio * torch.exp(s.scale_sigma * noise[:, 2])
+        xy_b = exact.float() + s.position_sigma * scale_b[:, None] * noise[:, :2]
+        size = torch.tensor([view_b.shape[-1], view_b.shape[-2]])
+        inside = ((exact >= 0) & (exact <= size - 1)).all(dim=1)
         zeros = torch.zeros(len(xy))
         patches = [
-            extract_patches(build_pyramid(view), Keypoints(at, scale, zeros, zeros))
-            for view, at, scale in ((view_a, xy, scale_a), (view_b, xy_b, scale_b))
+            extract_patches(build_pyramid(view), Keypoints(position, scale, zeros, zeros))
+            for view, position, scale in ((view_a, xy, scale_a), (view_b, xy_b, scale_b))
         ]
         contrast = torch.stack([p.flatten(1).std(dim=1) for p in patches]).amin(dim=0)
         kept = (inside & (contrast >= s.min_contrast)).nonzero()[: s.per_view, 0]
         if len(kept) < s.per_view:
             return None
         anchor, positive = (p[kept] for p in patches)
-        turned = [rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
+        augmented = [
+            rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))
+        ]
         return {
-            "anchor": torch.stack([a for a, _ in turned]),
-            "positive": torch.stack([p for _, p in turned]),
+            "anchor": torch.stack([a for a, _ in augmented]),
+            "positive": torch.stack([p for _, p in augmented]),
         }
 
-    def _places(self, view: Tensor, mask: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """Candidate points (N,2), more than needed: the detector's and random ones, mixed, apart
-        and where both views see.
+    def _locations(self, view: Tensor, mask: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """Detected keypoints and random positions (N,2) in the overlap, more than needed and at
+        least ``min_distance`` apart.
         """
         s = self.settings
-        found = self.detect(view)
+        detected = self.detect(view)
         h, w = mask.shape
-        anywhere = torch.from_numpy(
+        positions = torch.from_numpy(
             rng.uniform([0, 0], [w - 1, h - 1], (4 * s.per_view, 2))
         ).float()
-        strong = _seen(found, mask)[: 2 * s.per_view]
-        loose = _seen(anywhere, mask)
-        share = max(1, round(s.random_part * s.per_view))
+        strong = _in_mask(detected, mask)[: 2 * s.per_view]
+        random = _in_mask(positions, mask)
+        num_random = max(1, round(s.random_part * s.per_view))
         order = torch.from_numpy(rng.permutation(len(strong)))
-        # the wanted mixture first, what is left over behind it as a reserve
-        cut = s.per_view - share
-        xy = torch.cat([strong[order[:cut]], loose[:share], strong[order[cut:]], loose[share:]])
+        # the requested mixture first, the remaining ones as a reserve
+        cut = s.per_view - num_random
+        xy = torch.cat(
+            [strong[order[:cut]], random[:num_random], strong[order[cut:]], random[num_random:]]
+        )
         kept: list[int] = []
         near = torch.cdist(xy, xy) < s.min_distance
         for i in range(len(xy)):
@@ -171,8 +174,8 @@ class PatchPairs(Dataset):
         return xy[kept]
 
 
-def _seen(xy: Tensor, mask: np.ndarray) -> Tensor:
-    """The points (N,2) whose pixel the mask (H,W) holds."""
+def _in_mask(xy: Tensor, mask: np.ndarray) -> Tensor:
+    """Keep the points (N,2) whose nearest pixel is set in the mask (H,W)."""
     index = xy.round().long()
     return xy[
         torch.from_numpy(mask)[
@@ -182,9 +185,7 @@ def _seen(xy: Tensor, mask: np.ndarray) -> Tensor:
 
 
 def local_scale(xy: Tensor, H_ab: Tensor) -> Tensor:
-    """How much larger small things at points (N,2) of a are in b: (N,), the root of the area's
-    change.
-    """
+    """Scale change from a to b at points (N,2) of a: (N,), the square root of the area ratio."""
     h = H_ab.to(xy)
     depth = xy[:, 0] * h[2, 0] + xy[:, 1] * h[2, 1] + h[2, 2]
     return (torch.linalg.det(h).abs() / depth.abs().pow(3)).sqrt()
@@ -193,13 +194,13 @@ def local_scale(xy: Tensor, H_ab: Tensor) -> Tensor:
 def rotate_pair(
     anchor: Tensor, positive: Tensor, rng: np.random.Generator, probability: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Both patches (1,P,P) turned by the same quarter turns and mirrored alike, each with this
-    probability.
+    """Rotate both patches (1,P,P) by the same multiple of 90 degrees and mirror both, each with the
+    given probability.
     """
-    turns = int(rng.integers(1, 4)) if rng.random() < probability else 0
+    rot90 = int(rng.integers(1, 4)) if rng.random() < probability else 0
     mirrored = rng.random() < probability
     both = torch.stack([anchor, positive])
-    both = torch.rot90(both, turns, dims=(-2, -1))
+    both = torch.rot90(both, rot90, dims=(-2, -1))
     both = both.flip(-1) if mirrored else both
     return both[0], both[1]
 
@@ -207,7 +208,7 @@ def rotate_pair(
 def peak_detector(
     net: Callable[[Tensor], Tensor], count: int = 200, border: int = 8, window: int = NMS_WINDOW
 ) -> Callable[[Tensor], Tensor]:
-    """A score-map network as the ``detect`` of ``PatchPairs`` and ``CandidatePairs``."""
+    """Turn a score-map network into the ``detect`` of ``PatchPairs`` and ``CandidatePairs``."""
 
     def detect(view: Tensor) -> Tensor:
         with torch.inference_mode():

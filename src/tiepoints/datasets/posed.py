@@ -12,8 +12,7 @@ from ..errors import DataError
 from .ground_truth import Dataset, PosePair, resized_intrinsics
 from .homography import image_size_of, read_numbers, with_subfolders
 
-#: Folders of Strecha's sets (Strecha et al., CVPR 2008) and of EVD (Mishkin et al., CVIU 2015),
-#: file of WxBS (BMVC 2015).
+#: Folder of the cameras in Strecha's scenes (Strecha et al., CVPR 2008).
 STRECHA_CAMERAS = "gt_dense_cameras"
 
 #: Largest deviation of R R^T from the identity: camera files have six digits.
@@ -24,20 +23,20 @@ ROTATION_TOLERANCE = 1e-3
 
 
 def posed_pairs(listing: str | Path, root: str | Path | None = None) -> Dataset:
-    """Pairs of a list with 38 columns a line: two names, two turns, two intrinsics (9 each), the
-    pose (16).
+    """Read a list of pairs in SuperGlue's format.
 
-    This is SuperGlue's format, in which its ScanNet and MegaDepth (YFCC) lists and the usual
-    ScanNet-1500 and MegaDepth-1500 lists come.
+    Each line has 38 columns: two names, two rotations (multiples of 90 degrees), two intrinsics (9
+    each) and the pose (16). SuperGlue's ScanNet and MegaDepth (YFCC) lists and the ScanNet-1500 and
+    MegaDepth-1500 lists are in this format.
 
     Args:
-        listing: the text file, or a folder that holds ``pairs_with_gt.txt``.
-        root: folder the names start from; default ``images`` beside the list, or the list's own
-            folder.
+        listing: the text file, or a folder that contains ``pairs_with_gt.txt``.
+        root: folder to which the names are relative; default: ``images`` next to the list if it
+            exists, else the folder of the list.
 
     Raises:
         FileNotFoundError: no list.
-        DataError: no usable line. Lines that are broken or whose images are missing are named in
+        DataError: no usable line. Damaged lines and lines with missing images are reported in
             ``problems``.
     """
     listing = Path(listing)
@@ -53,11 +52,11 @@ def posed_pairs(listing: str | Path, root: str | Path | None = None) -> Dataset:
     pairs: list[PosePair] = []
     problems = []
     for number, line in enumerate(listing.read_text().splitlines(), 1):
-        words = line.split()
-        if not words:
+        columns = line.split()
+        if not columns:
             continue
         try:
-            pair = _posed_pair(words, base, len(pairs) + 1)
+            pair = _posed_pair(columns, base, len(pairs) + 1)
         except DataError as error:
             problems.append(f"{listing.name}, line {number}: {error}")
             continue
@@ -69,14 +68,14 @@ def posed_pairs(listing: str | Path, root: str | Path | None = None) -> Dataset:
     return Dataset(listing.parent.name, "posed pairs", base, pairs, problems)
 
 
-def _posed_pair(words: list[str], base: Path, number: int) -> PosePair:
-    if len(words) != 38:
-        raise DataError(f"{len(words)} columns, 38 expected")
+def _posed_pair(columns: list[str], base: Path, number: int) -> PosePair:
+    if len(columns) != 38:
+        raise DataError(f"{len(columns)} columns, 38 expected")
     try:
-        numbers = [float(w) for w in words[2:]]
+        numbers = [float(column) for column in columns[2:]]
     except ValueError as error:
         raise DataError(str(error)) from error
-    image_a, image_b = base / words[0], base / words[1]
+    image_a, image_b = base / columns[0], base / columns[1]
     for path in (image_a, image_b):
         if not path.is_file():
             raise DataError(f"no image {path}")
@@ -104,18 +103,18 @@ def _posed_pair(words: list[str], base: Path, number: int) -> PosePair:
 
 
 def strecha(root: str | Path) -> Dataset:
-    """All pairs of images of surveyed scenes (Strecha et al., CVPR 2008).
+    """Read all pairs of images of surveyed scenes (Strecha et al., CVPR 2008).
 
-    ``SCENE/gt_dense_cameras/NAME.camera`` of the image ``SCENE/images/NAME`` holds K (9 numbers),
-    three zeros, the rotation from the camera to the world (9), the centre (3), width and height.
-    Images may be smaller than that; K is scaled to them.
+    ``SCENE/gt_dense_cameras/NAME.camera`` for the image ``SCENE/images/NAME`` contains K (9
+    numbers), three zeros, the rotation from the camera to the world (9), the camera center (3),
+    width and height. If the image is smaller than that, K is scaled.
 
     Args:
         root: a folder of scenes, or one scene.
 
     Raises:
-        DataError: no usable pair. Images without a camera, and cameras that are broken, are named
-            in ``problems``.
+        DataError: no usable pair. Cameras that are damaged or have no image are reported in
+            ``problems``.
     """
     root = Path(root)
     pairs: list[PosePair] = []
@@ -133,8 +132,8 @@ def strecha(root: str | Path) -> Dataset:
             T_ab = T_b @ torch.linalg.inv(T_a)
             if not float(T_ab[:3, 3].norm()) > 0:
                 problems.append(
-                    f"{scene.name}: {a.name} and {b.name} have one centre, so no direction of "
-                    "translation; remove one of them"
+                    f"{scene.name}: {a.name} and {b.name} have the same camera center, so the "
+                    "direction of translation is undefined; remove one of them"
                 )
                 continue
             pairs.append(
@@ -143,13 +142,14 @@ def strecha(root: str | Path) -> Dataset:
     if not pairs:
         detail = (
             "; ".join(problems[:3])
-            or f"no scene with two {STRECHA_CAMERAS}/NAME.camera of images/NAME"
+            or f"no scene has two files {STRECHA_CAMERAS}/NAME.camera with images/NAME"
         )
         raise DataError(f"no usable pair of surveyed cameras in {root}: {detail}")
     return Dataset(root.resolve().name, "strecha", root, pairs, problems)
 
 
 def strecha_scenes(root: Path) -> list[Path]:
+    """Folders at most one level below ``root`` that contain surveyed cameras."""
     return [folder for folder in with_subfolders(root) if (folder / STRECHA_CAMERAS).is_dir()]
 
 
@@ -158,34 +158,33 @@ def _image_of(scene: Path, name: str) -> Path:
         if image.is_file():
             return image
     raise DataError(
-        f"{scene / STRECHA_CAMERAS / name}.camera has no image {scene / 'images' / name}; put it "
-        "there or remove the camera"
+        f"{scene / STRECHA_CAMERAS / name}.camera has no image {scene / 'images' / name}; add it "
+        "or remove the camera"
     )
 
 
 def _read_camera(file: Path, image: Path) -> tuple[Tensor, Tensor]:
-    """Intrinsics (3,3) of the image as stored, and the pose (4,4) from the world to the camera."""
+    """Intrinsics (3,3) of the image as stored, and the pose (4,4), world to camera."""
     values = read_numbers(file)
     if len(values) != 26:
         raise DataError(
-            f"{file}: {len(values)} numbers, a camera has 26 (K 9, zeros 3, R 9, centre 3, size "
-            "2); replace or remove it"
+            f"{file}: {len(values)} numbers, expected 26 (K 9, zeros 3, R 9, center 3, size 2); "
+            "replace or remove it"
         )
-    K, R, centre = values[:9].reshape(3, 3), values[12:21].reshape(3, 3), values[21:24]
+    K, R, center = values[:9].reshape(3, 3), values[12:21].reshape(3, 3), values[21:24]
     if (
         float((R @ R.T - torch.eye(3, dtype=torch.float64)).abs().max()) > ROTATION_TOLERANCE
         or float(torch.linalg.det(R)) < 0
     ):
-        raise DataError(f"{file}: R is no rotation; replace or remove it")
+        raise DataError(f"{file}: R is not a rotation matrix; replace or remove it")
     width, height = (int(v) for v in values[24:])
     size = image_size_of(image)
-    if (
-        width < 1 or height < 1 or abs(size[0] / width * height - size[1]) > 1
-    ):  # a pixel of rounding
+    # one pixel of tolerance for the rounding of the size
+    if width < 1 or height < 1 or abs(size[0] / width * height - size[1]) > 1:
         raise DataError(
-            f"{file}: for {width} x {height}, but {image} is {size[0]} x {size[1]}; resize the "
-            "image without cropping it"
+            f"{file}: camera of {width} x {height} pixels, but {image} has {size[0]} x {size[1]}; "
+            "resize the image without cropping it"
         )
     T = torch.eye(4, dtype=torch.float64)
-    T[:3, :3], T[:3, 3] = R.T, -R.T @ centre
+    T[:3, :3], T[:3, 3] = R.T, -R.T @ center
     return resized_intrinsics(K, (width, height), size), T

@@ -1,5 +1,5 @@
-"""COLMAP models with their images as scenes: 3D points, the images that see them, and their scale
-there.
+"""COLMAP models with their images: 3D points, the images that observe them, and their scale in each
+image.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from ..pyramid import Pyramid, build_pyramid
 from .synthetic import PairSettings
 
 logger = logging.getLogger(__name__)
-#: A packed reconstruction: its file, and columns and rows of the table of each camera.
+
+#: File of a packed reconstruction, and columns and rows of the undistortion table of each camera.
 PACKED = "tracks.npz"
 GRID_NODES = (65, 49)
-#: Images whose pyramids are kept in memory, in pixels of the originals.
+#: Size of the image cache, in pixels of the original images.
 CACHED_PIXELS = 60_000_000
 
 
 @dataclass(frozen=True)
 class TrackSettings:
-    """Which tracks are trained on, and how. Lengths in pixels, angles in degrees.
+    """Selection and augmentation of tracks for training. Lengths in pixels, angles in degrees.
 
     Attributes:
-        min_length: fewest images that must show a 3D point.
-        max_error: largest mean reprojection error of a 3D point.
-        angles: smallest and largest angle between the rays of two cameras to a point, as the median
-            over what they share.
-        min_shared: fewest 3D points that two images must share.
-        detected: share of the places that are keypoints of the detector near a projected 3D point
-            instead of the point itself.
-        near: how near a keypoint must be.
-        rotation: largest rotation of the second patch beyond the true one; small ones are more
-            frequent.
-        photometric: probabilities of gamma, blur, noise and compression (``synthetic.degrade``).
+        min_length: minimum number of images that observe a 3D point.
+        max_error: maximum mean reprojection error of a 3D point.
+        angles: smallest and largest triangulation angle of a pair of images, the median over their
+            shared points.
+        min_shared: minimum number of 3D points shared by two images.
+        detected: probability that a projected 3D point is replaced by a detected keypoint near it.
+        near: maximum distance of that keypoint.
+        rotation: largest rotation error of the second patch; small ones are more frequent.
+        photometric: photometric changes (``synthetic.degrade``).
     """
 
     min_length: int = 3
@@ -73,12 +72,12 @@ class TrackSettings:
 
 @dataclass(frozen=True)
 class Shared:
-    """The 3D points that two images share, and how each looks in both.
+    """The 3D points that two images share, and their relative scale and rotation.
 
     Attributes:
-        xy_a, xy_b: (N,2) float32 positions.
-        scale: (N,) size of the surroundings in b over their size in a, by depth and focal length.
-        angle: (N,) rotation of the surroundings from a to b in radians, from +x towards +y.
+        xy_a, xy_b: (N,2) float32 positions in pixels.
+        scale: (N,) local scale in b over that in a, from depth and focal length.
+        angle: (N,) local rotation from a to b in radians, from +x towards +y.
     """
 
     xy_a: np.ndarray
@@ -90,7 +89,7 @@ class Shared:
         return len(self.xy_a)
 
     def take(self, index: np.ndarray) -> Shared:
-        """Those of ``index``."""
+        """Select the points ``index``."""
         return Shared(self.xy_a[index], self.xy_b[index], self.scale[index], self.angle[index])
 
 
@@ -101,12 +100,12 @@ class TrackScene:
         images: the image files.
         rotation, translation: (I,3,3) and (I,3), world to camera.
         focal: (I,) in pixels of the image file.
-        observations: for each image the indices (N,) into ``points`` and the positions (N,2), ours
-            (the first pixel's centre is 0, 0).
+        observations: for each image the indices (N,) into ``points`` and the positions (N,2) in
+            pixels (the center of the first pixel is 0, 0).
         points: (P,3).
         settings: see ``TrackSettings``.
-        cameras: what makes normalised coordinates (x / z, y / z) of positions, for each image;
-            needed for ``posed_pairs`` alone.
+        cameras: for each image, a function from positions (N,2) to normalized coordinates
+            (x / z, y / z); needed only for ``posed_pairs``.
     """
 
     def __init__(
@@ -124,91 +123,97 @@ class TrackScene:
         self.images, self.settings = list(images), settings
         self.rotation, self.translation, self.focal = rotation, translation, focal
         self.observations, self.points = list(observations), points
-        self.centre = -np.einsum("iab,ia->ib", rotation, translation)  # camera centres, -R^T t
+        self._centers = -np.einsum("iab,ia->ib", rotation, translation)  # camera centers, -R^T t
 
     @cached_property
     def pairs(self) -> list[tuple[int, int]]:
-        """Pairs of images that share enough points under an angle within the limits."""
-        seen = np.zeros((len(self.images), len(self.points)), dtype=np.float32)
+        """Pairs of images with enough shared points and a triangulation angle within the limits."""
+        visible = np.zeros((len(self.images), len(self.points)), dtype=np.float32)
         for i, (index, _) in enumerate(self.observations):
-            seen[i, index] = 1
-        together = seen @ seen.T
-        found = []
-        for a, b in zip(*np.nonzero(np.triu(together >= self.settings.min_shared, 1)), strict=True):
-            both = np.nonzero(seen[a] * seen[b])[0]
-            rays = [self.points[both] - self.centre[i] for i in (a, b)]
+            visible[i, index] = 1
+        num_shared = visible @ visible.T
+        pairs = []
+        enough = np.triu(num_shared >= self.settings.min_shared, 1)
+        for a, b in zip(*np.nonzero(enough), strict=True):
+            both = np.nonzero(visible[a] * visible[b])[0]
+            rays = [self.points[both] - self._centers[i] for i in (a, b)]
             rays = [ray / np.linalg.norm(ray, axis=1, keepdims=True) for ray in rays]
             angle = np.degrees(np.arccos(np.median((rays[0] * rays[1]).sum(axis=1)).clip(-1, 1)))
             if self.settings.angles[0] <= angle <= self.settings.angles[1]:
-                found.append((int(a), int(b)))
-        return found
+                pairs.append((int(a), int(b)))
+        return pairs
 
     def shared(self, a: int, b: int) -> Shared:
-        """What images ``a`` and ``b`` share."""
+        """Points shared by the images ``a`` and ``b``, in front of both cameras."""
         (index_a, xy_a), (index_b, xy_b) = self.observations[a], self.observations[b]
-        both, at_a, at_b = np.intersect1d(index_a, index_b, return_indices=True)
+        both, rows_a, rows_b = np.intersect1d(index_a, index_b, return_indices=True)
         in_a, in_b = (self.points[both] @ self.rotation[i].T + self.translation[i] for i in (a, b))
         depth_a, depth_b = in_a[:, 2], in_b[:, 2]
-        # A patch that faces camera a: its two axes, a small step long, seen by camera b.
+        # Jacobian of the projection into b of a small patch parallel to the image plane of a
         a_to_b = self.rotation[b] @ self.rotation[a].T
-        steps = a_to_b[:, :2].T[None]  # (1,2,3) the x and y axes of a in the frame of b
+        steps = a_to_b[:, :2].T[None]  # (1,2,3) x and y axes of camera a in the frame of b
         jacobian = steps[..., :2] / depth_b[:, None, None] - in_b[:, None, :2] * (
             steps[..., 2:] / depth_b[:, None, None] ** 2
         )
-        # the rotation nearest to the (2,2) matrix whose columns are the images of the axes
+        # rotation nearest to the (2,2) matrix whose columns are the projected axes
         angle = np.arctan2(
             jacobian[:, 0, 1] - jacobian[:, 1, 0], jacobian[:, 0, 0] + jacobian[:, 1, 1]
         )
         scale = (self.focal[b] / depth_b) / (self.focal[a] / depth_a)
-        ahead = (depth_a > 0) & (depth_b > 0)
-        return Shared(xy_a[at_a][ahead], xy_b[at_b][ahead], scale[ahead], angle[ahead])
+        in_front = (depth_a > 0) & (depth_b > 0)
+        shared = Shared(xy_a[rows_a], xy_b[rows_b], scale, angle)
+        return shared.take(in_front)
 
 
 def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
-    """COLMAP models below ``folder`` and the folder that holds the images of each.
+    """Find the COLMAP models below ``folder`` and the image folder of each.
 
-    A model is a folder with ``images.bin`` or ``images.txt``; its images lie in ``images`` beside
-    it or beside a folder above it, or there themselves.
+    A model is a folder with ``points3D.bin`` or ``points3D.txt``. Its images are in the folder of
+    the model or in one of the three folders above it, or in a subfolder ``images`` of one of them.
+
+    Returns:
+        (model, image folder) pairs, sorted.
 
     Raises:
         FileNotFoundError: no such folder.
-        DataError: no model, or one whose images cannot be found.
+        DataError: no model, or one whose images cannot be with_images.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of reconstructions at {folder}")
     models = sorted(
-        {path.parent for end in ("bin", "txt") for path in folder.rglob(f"points3D.{end}")}
+        {path.parent for suffix in ("bin", "txt") for path in folder.rglob(f"points3D.{suffix}")}
     )
     if not models:
         raise DataError(
-            f"{folder} holds no COLMAP model (cameras, images and points3D as .bin or .txt); make "
-            "one with COLMAP"
+            f"{folder} contains no COLMAP model (cameras, images and points3D as .bin or .txt); "
+            "create one with COLMAP"
         )
-    found = []
+    with_images = []
     for model in models:
         name = _first_image(model)
-        above = [model, *model.parents][:4]
+        parents = [model, *model.parents][:4]
         roots = [
-            place
-            for parent in above
-            for place in (parent / "images", parent)
-            if (place / name).is_file()
+            root
+            for parent in parents
+            for root in (parent / "images", parent)
+            if (root / name).is_file()
         ]
         if not roots:
             raise DataError(
-                f"{model}: image {name} is not below {above[-1]}; put the photographs into a "
-                "folder images beside the model"
+                f"{model}: image {name} is not below {parents[-1]}; put the photographs into a "
+                "folder images next to the model"
             )
-        found.append((model, roots[0]))
-    return found
+        with_images.append((model, roots[0]))
+    return with_images
 
 
 def _first_image(model: Path) -> str:
+    """Name of the first registered image."""
     reconstruction = _read(model)
     names = sorted(image.name for image in reconstruction.images.values())
     if not names:
-        raise DataError(f"{model} holds no registered image")
+        raise DataError(f"{model} contains no registered image")
     return names[0]
 
 
@@ -216,14 +221,14 @@ def _read(model: Path) -> Any:
     pycolmap = require("pycolmap", extra="colmap", purpose="a COLMAP reconstruction")
     try:
         return pycolmap.Reconstruction(str(model))
-    except Exception as error:  # pycolmap raises many kinds for damaged files
+    except Exception as error:  # pycolmap raises various types for damaged files
         raise DataError(
-            f"{model} is no readable COLMAP model ({str(error).splitlines()[0]})"
+            f"{model} is not a readable COLMAP model ({str(error).splitlines()[0]})"
         ) from error
 
 
 def read_scene(model: Path, images: Path, settings: TrackSettings | None = None) -> TrackScene:
-    """A COLMAP model as a ``TrackScene``; images that cannot be found or read are left out.
+    """Read a COLMAP model as a ``TrackScene``; images that cannot be read are skipped.
 
     Raises:
         ImportError: pycolmap is missing.
@@ -233,9 +238,9 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
     reconstruction = _read(model)
     points: list[np.ndarray] = []
     rows: dict[int, int] = {}
-    for number, point in reconstruction.points3D.items():
+    for point_id, point in reconstruction.points3D.items():
         if len(point.track.elements) >= settings.min_length and point.error <= settings.max_error:
-            rows[number] = len(points)
+            rows[point_id] = len(points)
             points.append(point.xyz)
     files, rotation, translation, focal, observations, cameras = [], [], [], [], [], []
     for image in sorted(reconstruction.images.values(), key=lambda image: image.name):
@@ -246,13 +251,13 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
                 factor = opened.width / camera.width
         except OSError:
             continue
-        seen = [
+        observed = [
             (rows[p.point3D_id], p.xy)
             for p in image.points2D
             if p.has_point3D() and p.point3D_id in rows
         ]
-        index = np.array([row for row, _ in seen], dtype=np.int64)
-        xy = np.array([xy for _, xy in seen], dtype=np.float64).reshape(-1, 2)
+        index = np.array([row for row, _ in observed], dtype=np.int64)
+        xy = np.array([xy for _, xy in observed], dtype=np.float64).reshape(-1, 2)
         index, first = np.unique(index, return_index=True)
         pose = image.cam_from_world()
         files.append(path)
@@ -260,7 +265,7 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
         translation.append(pose.translation)
         focal.append(camera.mean_focal_length() * factor)
         cameras.append(Unprojection(camera, factor))
-        # COLMAP counts from the corner of the first pixel, we from its centre
+        # COLMAP's origin is the corner of the first pixel, ours its center
         observations.append((index, (xy[first] * factor - 0.5).astype(np.float32)))
     return TrackScene(
         files,
@@ -276,11 +281,10 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
 
 @dataclass(frozen=True)
 class Unprojection:
-    """Positions (N,2) of an image file -> normalised coordinates (N,2) of its camera, lens
-    distortion taken off.
+    """Map positions (N,2) in an image file to undistorted normalized camera coordinates (N,2).
 
     Attributes:
-        camera: pycolmap's.
+        camera: a pycolmap camera.
         factor: width of the image file over that of the camera.
     """
 
@@ -295,11 +299,11 @@ class Unprojection:
 
 @dataclass(frozen=True)
 class GridCamera:
-    """What ``Unprojection`` does, from a table: normalised coordinates at the nodes of a grid over
-    the image, linear in between.
+    """``Unprojection`` by bilinear interpolation of a table, which needs no COLMAP.
 
     Attributes:
-        table: (N,M,2) at N rows and M columns of nodes, the outermost ones at the corners' pixels.
+        table: (N,M,2) normalized coordinates at the nodes of a grid whose corners are the corner
+            pixels of the image.
         size: width and height of the image file in pixels.
     """
 
@@ -308,9 +312,9 @@ class GridCamera:
 
     def __call__(self, xy: np.ndarray) -> np.ndarray:
         rows, columns = self.table.shape[:2]
-        at = xy / (np.array(self.size) - 1) * [columns - 1, rows - 1]
-        low = np.floor(at).astype(int).clip(0, [columns - 2, rows - 2])
-        x, y = (at - low).T[..., None]
+        position = xy / (np.array(self.size) - 1) * [columns - 1, rows - 1]
+        low = np.floor(position).astype(int).clip(0, [columns - 2, rows - 2])
+        x, y = (position - low).T[..., None]
         i, j = low[:, 1], low[:, 0]
         upper, lower = (
             (1 - x) * self.table[i + k, j] + x * self.table[i + k, j + 1] for k in (0, 1)
@@ -319,9 +323,7 @@ class GridCamera:
 
 
 def pack_scene(scene: TrackScene, folder: Path, *, quality: int = 80) -> None:
-    """Write a scene into a folder that needs no COLMAP to be read: ``tracks.npz``, and its images
-    as JPEG of a quality.
-    """
+    """Write a scene to a folder that can be read without COLMAP: ``tracks.npz`` and JPEG images."""
     folder.mkdir(parents=True, exist_ok=True)
     names, sizes, tables = [], [], []
     for number, (path, camera) in enumerate(zip(scene.images, scene.cameras, strict=True)):
@@ -351,14 +353,14 @@ def pack_scene(scene: TrackScene, folder: Path, *, quality: int = 80) -> None:
 
 
 def read_packed(file: Path, settings: TrackSettings | None = None) -> TrackScene:
-    """A scene of ``pack_scene``; the limits of tracks are those it was packed with.
+    """Read a scene of ``pack_scene``; tracks were selected by the settings used in packing.
 
     Raises:
         DataError: the file is damaged.
     """
     try:
-        with np.load(file) as held:
-            a = dict(held)
+        with np.load(file) as content:
+            a = dict(content)
         ends = np.cumsum(a["count"])[:-1]
         observations = list(zip(np.split(a["index"], ends), np.split(a["xy"], ends), strict=True))
         cameras = [
@@ -378,7 +380,7 @@ def read_packed(file: Path, settings: TrackSettings | None = None) -> TrackScene
         )
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(
-            f"{file} is no readable packed reconstruction ({error}); pack it again"
+            f"{file} is not a readable packed reconstruction ({error}); pack it again"
         ) from error
 
 
@@ -386,23 +388,24 @@ def read_scenes(
     folders: Sequence[str | Path] | str | Path,
     settings: TrackSettings | None = None,
 ) -> list[TrackScene]:
-    """Every reconstruction below ``folders``, COLMAP models or packed ones (``pack_scene``), that
-    has pairs to train on.
+    """Read all reconstructions below ``folders``, COLMAP models or packed ones (``pack_scene``).
+
+    Reconstructions without a usable pair of images are skipped.
 
     Raises:
-        FileNotFoundError, ImportError, DataError: see ``find_models`` and ``read_scene``; or no
-            reconstruction has such a pair.
+        FileNotFoundError, ImportError, DataError: see ``find_models`` and ``read_scene``.
+        DataError: no reconstruction has a usable pair.
     """
     scenes = []
     for folder in [folders] if isinstance(folders, str | Path) else folders:
         packed = sorted(Path(folder).rglob(PACKED))
-        found = [(file, read_packed(file, settings)) for file in packed]
+        candidates = [(file, read_packed(file, settings)) for file in packed]
         if not packed:
-            found = [
+            candidates = [
                 (model, read_scene(model, images, settings))
                 for model, images in find_models(folder)
             ]
-        for model, scene in found:
+        for model, scene in candidates:
             logger.info(
                 "%s: %d images, %d 3D points, %d pairs of views",
                 model,
@@ -421,23 +424,27 @@ def read_scenes(
 
 
 class ImageCache:
-    """Gray images and their pyramids by path; the least recently used ones are dropped."""
+    """LRU cache of image pyramids and keypoints by path.
+
+    Args:
+        pixels: maximum total size of the images in pixels.
+    """
 
     def __init__(self, pixels: int = CACHED_PIXELS):
         self.pixels = pixels
-        self._kept: OrderedDict[Path, tuple[Pyramid, Tensor]] = OrderedDict()
-        self._held = 0
+        self._entries: OrderedDict[Path, tuple[Pyramid, Tensor]] = OrderedDict()
+        self._num_pixels = 0
 
     def get(self, path: Path, detect: Callable[[Tensor], Tensor]) -> tuple[Pyramid, Tensor]:
-        """Pyramid of the image, and the positions (N,2) that ``detect`` finds in it."""
-        if path in self._kept:
-            self._kept.move_to_end(path)
-            return self._kept[path]
+        """Pyramid of the image, and the keypoints (N,2) that ``detect`` finds in it."""
+        if path in self._entries:
+            self._entries.move_to_end(path)
+            return self._entries[path]
         image = load_image(path)
         entry = build_pyramid(image, up=0), detect(image)
-        self._kept[path] = entry
-        self._held += image.numel()
-        while self._held > self.pixels and len(self._kept) > 1:
-            _, (old, _) = self._kept.popitem(last=False)
-            self._held -= old.image.numel()
+        self._entries[path] = entry
+        self._num_pixels += image.numel()
+        while self._num_pixels > self.pixels and len(self._entries) > 1:
+            _, (dropped, _) = self._entries.popitem(last=False)
+            self._num_pixels -= dropped.image.numel()
         return entry

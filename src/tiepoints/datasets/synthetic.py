@@ -1,11 +1,10 @@
-"""Pairs of views of one photograph with the homography between them: the training data of every
-detector.
+"""Pairs of views of a photograph with their homography: the training data of detectors.
 
-Key.Net, section 5.1; the published generators' faults (docs/training.md) are mended: rotation,
-scale and skew act about the window, the homography is exact, shrinking is low-passed, the texture
-test has an absolute threshold, and training and validation photographs are disjoint. Pair ``i`` of
-seed ``s`` depends on nothing but ``s``, ``i`` and the list of photographs, so any number of workers
-makes the same pairs.
+After Key.Net, section 5.1, with the errors of the published generators (docs/training.md) fixed:
+rotation, scale and skew are centered on the window, the homography is exact, downsampling is
+low-pass filtered, the texture test has an absolute threshold, and training and validation
+photographs are disjoint. Pair ``i`` of seed ``s`` depends only on ``s``, ``i`` and the list of
+photographs, whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -28,56 +27,57 @@ from ..files import list_images
 from ..filters import gaussian_blur, sobel, to_gray
 from ..geometry import pixel_grid, sample_at, warp_points
 
-#: Seed of the split into training and validation photographs: fixed, so that no training ever sees
-#: a held-out one.
+#: Seed of the split into training and validation photographs, the same for every training, so that
+#: validation photographs are never trained on.
 SPLIT_SEED = 20190827
-#: Smallest usable side of a photograph in pixels.
+#: Minimum side of a photograph in pixels.
 MIN_SIDE = 64
-#: Times a window is drawn in one photograph, and photographs tried, before a pair is given up.
+#: Windows drawn per photograph, and photographs tried per pair, before an error is raised.
 ATTEMPTS_PER_PHOTO = 10
 PHOTOS_PER_PAIR = 40
-#: Grey levels a pixel that the strongest 2 % of first and second derivatives must reach in both
-#: windows.
+#: Minimum 98th percentile of the absolute first and second derivatives in both windows, in gray
+#: levels per pixel.
 TEXTURE_FIRST = 3.0
 TEXTURE_SECOND = 1.0
-#: Factors of the gray levels of a dark image.
+#: Range of the factor on the gray levels of a dark image.
 DARK = (0.15, 0.5)
-#: Random curves of gray levels: knots, part of them in the mixture with the identity, and
-#: probability that a curve need not rise.
+#: Random tone curves: number of knots, weight in the mixture with the identity, and probability of
+#: a non-monotonic curve.
 TONE_KNOTS, TONE_STRENGTH, TONE_FALLING = 6, 0.75, 0.125
-#: Logarithms of the factors of a shadow or a highlight.
+#: Range of the natural logarithm of the factor of a shadow or highlight.
 SHADOW = (-1.2, 0.7)
-#: A second layer: its radius over the side of the window, and how far it moves beyond the
-#: background in pixels.
+#: Foreground layer: range of its radius over the side of the window, and of its motion relative to
+#: the background in pixels.
 LAYER_RADIUS = (0.1, 0.3)
 LAYER_SHIFT = (8.0, 40.0)
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """How pairs are drawn. Angles in degrees, lengths in pixels of the window, probabilities in
-    [0,1].
+    """Random transforms of a pair.
+
+    Angles in degrees, lengths in pixels of the window, probabilities in [0,1].
 
     Attributes:
         size: side of the square windows.
-        scale: range of the size of things in b over their size in a, drawn log-uniformly.
+        scale: range of the scale of b over that of a, drawn log-uniformly.
         rotation: largest rotation to either side; ``rotation_power`` > 1 makes small ones more
             frequent.
         skew: largest skew to either side; ``skew_power`` > 1 makes small ones more frequent.
-        perspective: largest relative change of scale between window centre and edge.
-        jitter: largest shift of the window centre of b.
-        mirror: probability of a mirrored b (left-right and top-bottom drawn apart), and of a
-            transposed one (half of it).
-        colour: probability of each step of the colour distortion of b.
-        gamma, tone, shadow, blur, dark, noise, jpeg: probability of these changes, drawn apart for
-            a and b (``degrade``).
-        noise_sigma: largest standard deviation of the noise in gray levels of 255; the smallest is
+        perspective: largest relative change of scale between window center and edge.
+        jitter: largest shift of the window center of b.
+        mirror: probability of mirroring b horizontally, and vertically; half of it is the
+            probability of transposing b.
+        color: probability of each step of the color distortion of b.
+        gamma, tone, shadow, blur, dark, noise, jpeg: probability of these changes, drawn
+            independently for a and b (``degrade``).
+        noise_sigma: largest standard deviation of the noise in 8-bit gray levels; the smallest is
             1. ``noise_power`` > 1 makes small ones more frequent.
         jpeg_quality: lowest quality of the compression; the highest is 90.
-        layers: probability that a second layer covers a part of both windows and moves on its own,
-            as things nearer to the camera do.
-        min_overlap: smallest part of each window that the other one must see.
-        max_side: longer photographs are reduced to this side first; 0 keeps all as they are.
+        layers: probability of a foreground layer that covers a part of both windows and moves
+            independently, like an object at another depth.
+        min_overlap: minimum fraction of each window that the other window shows.
+        max_side: longer photographs are reduced to this side first; 0: no limit.
     """
 
     size: int = 192
@@ -89,7 +89,7 @@ class PairSettings:
     perspective: float = 0.0
     jitter: float = 0.0
     mirror: float = 0.0
-    colour: float = 0.5
+    color: float = 0.5
     gamma: float = 0.0
     tone: float = 0.0
     shadow: float = 0.0
@@ -108,9 +108,9 @@ class PairSettings:
 PRESETS: dict[str, PairSettings] = {
     # Key.Net paper, 5.1
     "keynet-paper": PairSettings(scale=(0.5, 3.5), rotation=60, skew=0.8, max_side=0),
-    # what the TensorFlow code of Key.Net draws (spec 4.1)
+    # TensorFlow code of Key.Net
     "keynet-code": PairSettings(scale=(0.5, 2.0), rotation=45, skew=0.8, max_side=0),
-    # REKD's defaults: in-plane rotation alone
+    # REKD's defaults: in-plane rotation only
     "rekd": PairSettings(scale=(1.0, 1.0), rotation=180, skew=0.0, max_side=0),
     "default": PairSettings(
         scale=(0.5, 2.2),
@@ -126,7 +126,7 @@ PRESETS: dict[str, PairSettings] = {
         jpeg=0.25,
         min_overlap=0.2,
     ),
-    # for detectors of real scenes: things at several depths, noise and compression of poor cameras
+    # for detectors of real scenes: several depths, noise and compression of low-quality cameras
     "layers": PairSettings(
         scale=(0.5, 2.2),
         rotation=60,
@@ -146,7 +146,8 @@ PRESETS: dict[str, PairSettings] = {
         layers=0.3,
         min_overlap=0.2,
     ),
-    # for oriented points: any turn, and not mirrored, because a mirrored corner has no turn
+    # for oriented keypoints: all rotations; not mirrored, because the relative orientation of a
+    # mirrored corner is undefined
     "turns": PairSettings(
         scale=(0.6, 1.8),
         rotation=180,
@@ -160,7 +161,7 @@ PRESETS: dict[str, PairSettings] = {
         jpeg=0.25,
         min_overlap=0.25,
     ),
-    # for dense descriptors, which nothing turns: any turn, small ones more often
+    # for dense descriptors, which are not rotation-normalized: all rotations, small ones more often
     "dense": PairSettings(
         size=256,
         scale=(0.55, 1.8),
@@ -176,8 +177,8 @@ PRESETS: dict[str, PairSettings] = {
         jpeg=0.3,
         min_overlap=0.25,
     ),
-    # for descriptors of upright patches: cameras are held about level, and a mirrored patch is
-    # another patch
+    # for descriptors of upright patches, because cameras are roughly level; not mirrored, because a
+    # mirrored patch is a different patch
     "patches": PairSettings(
         size=256,
         scale=(0.55, 1.8),
@@ -215,8 +216,8 @@ PRESETS: dict[str, PairSettings] = {
         layers=0.3,
         min_overlap=0.25,
     ),
-    # the same for pairs whose rotation is found before they are described; light, noise and things
-    # in front as real photographs have them
+    # as "patches", for pairs whose rotation is estimated before description; with illumination,
+    # noise and occlusion of real photographs
     "patches-upright": PairSettings(
         size=256,
         scale=(0.5, 2.0),
@@ -249,8 +250,7 @@ class Pair:
     Attributes:
         image_a, image_b: (S,S) uint8 gray.
         H_ab: (3,3) float64, pixels of a to pixels of b.
-        mask_a, mask_b: (S,S) bool, pixels whose place the photograph and the other window both
-            show.
+        mask_a, mask_b: (S,S) bool, pixels inside the photograph that the other window shows.
         source: path of the photograph.
     """
 
@@ -263,7 +263,7 @@ class Pair:
 
 
 def list_photos(folder: str | Path) -> list[Path]:
-    """Image files under ``folder`` and below by name; hidden ones left out.
+    """List the image files below ``folder``, sorted by path; hidden files are skipped.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -272,49 +272,53 @@ def list_photos(folder: str | Path) -> list[Path]:
 
 
 def usable_photos(paths: Sequence[Path], min_side: int = MIN_SIDE) -> tuple[list[Path], list[str]]:
-    """Photographs whose header can be read and that are large enough, and one line for every other
-    one, saying why.
+    """Select photographs with a readable header and sufficient size.
+
+    Returns:
+        usable paths; one message for each other path.
     """
-    good, refused = [], []
+    usable, rejected = [], []
     for path in paths:
         try:
             with Image.open(path) as photo:
                 width, height = photo.size
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            refused.append(f"{path}: cannot be read ({error})")
+            rejected.append(f"{path}: cannot be read ({error})")
             continue
         if min(width, height) < min_side:
-            refused.append(
-                f"{path}: {width} x {height} pixels, at least {min_side} needed on the shorter side"
+            rejected.append(
+                f"{path}: {width} x {height} pixels, the shorter side must have at least {min_side}"
             )
         else:
-            good.append(path)
-    return good, refused
+            usable.append(path)
+    return usable, rejected
 
 
 def split_photos(paths: Sequence[Path], held_out: float = 0.1) -> tuple[list[Path], list[Path]]:
-    """Training and validation photographs, disjoint; the same split for the same list, whatever the
-    training seed.
+    """Split photographs into training and validation; the split depends only on the list.
+
+    Args:
+        paths: photographs.
+        held_out: fraction for validation; at least one photograph.
 
     Raises:
         DataError: fewer than two photographs.
     """
     if len(paths) < 2:
         raise DataError(
-            f"{len(paths)} usable image(s); training needs at least two, one of them to validate "
-            "on. "
-            "Give a folder with more photographs (a hundred or more for good weights)."
+            f"{len(paths)} usable image(s); training needs at least two, one of them for "
+            "validation. Use a folder with more photographs (at least a hundred for good weights)."
         )
     ordered = sorted(paths)
     count = min(max(1, round(held_out * len(ordered))), len(ordered) - 1)
     order = np.random.default_rng(SPLIT_SEED).permutation(len(ordered))
-    chosen = set(order[:count].tolist())
-    training = [p for i, p in enumerate(ordered) if i not in chosen]
-    return training, [p for i, p in enumerate(ordered) if i in chosen]
+    validation = set(order[:count].tolist())
+    training = [p for i, p in enumerate(ordered) if i not in validation]
+    return training, [p for i, p in enumerate(ordered) if i in validation]
 
 
 def read_photo(path: Path, max_side: int = 0) -> np.ndarray:
-    """A photograph as (H,W,3) uint8 RGB, reduced to ``max_side`` if that is not 0.
+    """Read a photograph as (H,W,3) uint8 RGB, reduced to ``max_side`` unless that is 0.
 
     Raises:
         DataError: the file cannot be decoded.
@@ -322,7 +326,7 @@ def read_photo(path: Path, max_side: int = 0) -> np.ndarray:
     try:
         with Image.open(path) as photo:
             if max_side:
-                photo.draft("RGB", (max_side, max_side))  # lets the JPEG decoder skip detail
+                photo.draft("RGB", (max_side, max_side))  # decodes JPEG at a reduced size
             rgb = _as_eight_bit(photo).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
@@ -332,9 +336,7 @@ def read_photo(path: Path, max_side: int = 0) -> np.ndarray:
 
 
 def _as_eight_bit(photo: Image.Image) -> Image.Image:
-    """Sixteen-bit and float images, as thermal and medical cameras write them, brought to the 8-bit
-    range by their type.
-    """
+    """Rescale 16-bit and float images to 8 bits by the value range of their type."""
     if photo.mode.startswith("I;16") or photo.mode in ("I", "F"):
         values = np.asarray(photo, dtype=np.float32)
         top = 1.0 if photo.mode == "F" else 65535.0
@@ -342,11 +344,11 @@ def _as_eight_bit(photo: Image.Image) -> Image.Image:
     return photo
 
 
-def distort_colour(
+def distort_color(
     rgb: np.ndarray, rng: np.random.Generator, probability: float = 0.5
 ) -> np.ndarray:
-    """Random brightness, contrast, saturation, hue and channel order of an (H,W,3) uint8 image
-    (spec 4.3, mended).
+    """Randomly change brightness, contrast, saturation, hue and channel order of an (H,W,3) uint8
+    image, each with ``probability``.
     """
 
     def coin() -> bool:
@@ -374,16 +376,15 @@ def distort_colour(
 
 
 def degrade(gray: np.ndarray, rng: np.random.Generator, settings: PairSettings) -> np.ndarray:
-    """Random light, blur, noise and JPEG artefacts of an (H,W) uint8 image, as weather and real
-    cameras add them.
+    """Randomly degrade an (H,W) uint8 image like illumination, weather and real cameras.
 
     In this order: gamma, tone (``tone_curve``), shadow (``cast_shadow``), blur, dark, noise, JPEG.
     """
     if rng.random() < settings.gamma:
         curve = 255 * np.linspace(0, 1, 256) ** rng.uniform(0.6, 1.6)
         gray = curve.round().astype(np.uint8)[gray]
-    # nothing is drawn for changes that a preset does not have: the pairs of older presets stay what
-    # they were
+    # no random number is drawn for changes that a preset does not use, so that the pairs of older
+    # presets stay the same
     if settings.tone and rng.random() < settings.tone:
         gray = tone_curve(rng)[gray]
     if settings.shadow and rng.random() < settings.shadow:
@@ -412,9 +413,7 @@ def degrade(gray: np.ndarray, rng: np.random.Generator, settings: PairSettings) 
 
 
 def tone_curve(rng: np.random.Generator) -> np.ndarray:
-    """A random curve of gray levels, (256,) uint8: often steep, and one in eight rises and falls,
-    as between sensors of other bands.
-    """
+    """Random tone curve (256,) uint8; one in eight is not monotonic, as between different bands."""
     knots = np.linspace(0, 255, TONE_KNOTS)
     values = rng.uniform(0, 255, TONE_KNOTS)
     if rng.random() >= TONE_FALLING:
@@ -424,30 +423,24 @@ def tone_curve(rng: np.random.Generator) -> np.ndarray:
 
 
 def cast_shadow(gray: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One side of a random line darkened, or lit until it saturates, with a sharp or soft edge:
-    (H,W) uint8 -> (H,W) uint8.
-    """
+    """Darken or brighten one side of a random line, with a sharp or soft edge: (H,W) uint8."""
     h, w = gray.shape
-    angle, softness = (
-        rng.uniform(0, 2 * math.pi),
-        math.exp(rng.uniform(math.log(0.5), math.log(0.2 * max(h, w)))),
-    )
+    angle = rng.uniform(0, 2 * math.pi)
+    softness = math.exp(rng.uniform(math.log(0.5), math.log(0.2 * max(h, w))))
     y, x = np.mgrid[:h, :w]
-    at = rng.uniform(0.2, 0.8, 2) * (w, h)
-    distance = (x - at[0]) * math.cos(angle) + (y - at[1]) * math.sin(angle)
-    inside = 0.5 * (1 + np.tanh(distance / softness))
+    origin = rng.uniform(0.2, 0.8, 2) * (w, h)
+    distance = (x - origin[0]) * math.cos(angle) + (y - origin[1]) * math.sin(angle)
+    weight = 0.5 * (1 + np.tanh(distance / softness))
     factor = math.exp(rng.uniform(*SHADOW))
-    return (gray * (1 + (factor - 1) * inside)).round().clip(0, 255).astype(np.uint8)
+    return (gray * (1 + (factor - 1) * weight)).round().clip(0, 255).astype(np.uint8)
 
 
 def draw_transform(rng: np.random.Generator, settings: PairSettings) -> np.ndarray:
-    """Content transform from a to b about the window centres (at the origin): (3,3) float64."""
+    """Draw a transform (3,3) float64 from a to b, with the window centers at the origin."""
     low, high = settings.scale
     scale = math.exp(rng.uniform(math.log(low), math.log(high)))
-    turn = rng.uniform(-1, 1)
-    angle = math.radians(
-        settings.rotation * math.copysign(abs(turn) ** settings.rotation_power, turn)
-    )
+    u = rng.uniform(-1, 1)
+    angle = math.radians(settings.rotation * math.copysign(abs(u) ** settings.rotation_power, u))
     skew = rng.uniform(-1, 1)
     skew = settings.skew * math.copysign(abs(skew) ** settings.skew_power, skew)
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -470,66 +463,62 @@ def _translation(x: float, y: float) -> np.ndarray:
 
 
 def _has_texture(gray: np.ndarray) -> bool:
-    """Whether first and second derivatives in both directions reach a few grey levels somewhere in
-    the window.
-    """
+    """Whether the first and second derivatives of a window (S,S) are large in both directions."""
     image = torch.from_numpy(gray.astype(np.float32))[None, None]
     dx, dy = sobel(image)
     dxx, dxy = sobel(dx)
     dyy = sobel(dy)[1]
 
-    def strong(channel: Tensor) -> float:
+    def percentile(channel: Tensor) -> float:
         values = channel[..., ::2, ::2].abs().flatten()
         return float(values.kthvalue(int(0.98 * values.numel())).values)
 
-    first = all(strong(c) >= TEXTURE_FIRST for c in (dx, dy))
-    return first and all(strong(c) >= TEXTURE_SECOND for c in (dxx, dxy, dyy))
+    first = all(percentile(c) >= TEXTURE_FIRST for c in (dx, dy))
+    return first and all(percentile(c) >= TEXTURE_SECOND for c in (dxx, dxy, dyy))
 
 
 def make_pair(photo: np.ndarray, rng: np.random.Generator, settings: PairSettings) -> Pair | None:
-    """Draw one pair from a photograph (H,W,3) uint8; ``None`` where ten windows in a row were
-    refused.
+    """Draw one pair from a photograph (H,W,3) uint8; None if ``ATTEMPTS_PER_PHOTO`` draws fail.
 
-    A window is refused when it has too little texture (paper 5.1) or when the views share too
-    little.
+    A draw fails if a window has too little texture (paper 5.1) or the views overlap too little.
     """
     size = settings.size
     height, width = photo.shape[:2]
-    centre = (size - 1) / 2
+    center = (size - 1) / 2
     for _ in range(ATTEMPTS_PER_PHOTO):
-        # window a: as much inside the photograph as it can be
-        place = [
-            rng.uniform(min(centre, (n - 1) / 2), max(n - 1 - centre, (n - 1) / 2))
+        # window a lies inside the photograph where possible
+        center_a = [
+            rng.uniform(min(center, (n - 1) / 2), max(n - 1 - center, (n - 1) / 2))
             for n in (width, height)
         ]
-        corner = np.round(np.array(place) - centre)
+        corner = np.round(np.array(center_a) - center)
         a_to_photo = _translation(corner[0], corner[1])
         transform = draw_transform(rng, settings)
         shift = (
             rng.uniform(-settings.jitter, settings.jitter, 2) if settings.jitter else np.zeros(2)
         )
         H_ab = (
-            _translation(centre + shift[0], centre + shift[1])
+            _translation(center + shift[0], center + shift[1])
             @ transform
-            @ _translation(-centre, -centre)
+            @ _translation(-center, -center)
         )
         H_ab = H_ab / H_ab[2, 2]
         b_to_photo = a_to_photo @ np.linalg.inv(H_ab)
         shrink = 1 / math.sqrt(abs(np.linalg.det(transform[:2, :2])))
         if not _in_front(H_ab, size):
             continue
-        gray_a, covered_a = _window(photo, a_to_photo, size, 1.0)
+        gray_a, valid_a = _window(photo, a_to_photo, size, 1.0)
         if not _has_texture(gray_a):
             continue
-        gray_b, covered_b = _window(photo, b_to_photo, size, shrink, rng, settings.colour)
+        gray_b, valid_b = _window(photo, b_to_photo, size, shrink, rng, settings.color)
         if not _has_texture(gray_b):
             continue
         if settings.layers and rng.random() < settings.layers:
             layer = draw_layer(photo, rng, H_ab, shrink, settings)
-            gray_a, covered_a = _cover(gray_a, covered_a, *layer[0])
-            gray_b, covered_b = _cover(gray_b, covered_b, *layer[1])
-        mask_a = covered_a & _seen_by_other(H_ab, covered_b)
-        mask_b = covered_b & _seen_by_other(np.linalg.inv(H_ab), covered_a)
+            gray_a, valid_a = _blend_layer(gray_a, valid_a, *layer[0])
+            gray_b, valid_b = _blend_layer(gray_b, valid_b, *layer[1])
+        mask_a = valid_a & _overlap(H_ab, valid_b)
+        mask_b = valid_b & _overlap(np.linalg.inv(H_ab), valid_a)
         if min(mask_a.mean(), mask_b.mean()) < settings.min_overlap:
             continue
         return Pair(
@@ -545,11 +534,20 @@ def draw_layer(
     shrink: float,
     settings: PairSettings,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A second layer in both windows: another part of the photograph behind an ellipse that moves
-    by a shift of its own.
+    """Draw a foreground layer for both windows.
+
+    The layer is an ellipse that shows another part of the photograph and moves by an additional
+    random shift.
+
+    Args:
+        photo: (H,W,3) uint8.
+        rng: random generator.
+        H_ab: homography (3,3) of the background.
+        shrink: size of a pixel of b in pixels of the photograph.
+        settings: size of the windows and color distortion of b.
 
     Returns:
-        for a and for b its gray values (S,S) uint8 and its opacity (S,S) float in [0,1].
+        for a and for b the gray values (S,S) uint8 and the opacity (S,S) float in [0,1].
     """
     size = settings.size
     height, width = photo.shape[:2]
@@ -557,7 +555,7 @@ def draw_layer(
     direction = rng.uniform(0, 2 * math.pi)
     distance = rng.uniform(*LAYER_SHIFT)
     H_layer = _translation(distance * math.cos(direction), distance * math.sin(direction)) @ H_ab
-    centre = rng.uniform(0.15 * size, 0.85 * size, 2)
+    center = rng.uniform(0.15 * size, 0.85 * size, 2)
     radii = rng.uniform(*LAYER_RADIUS, 2) * size
     angle = rng.uniform(0, math.pi)
     axes = (
@@ -566,23 +564,25 @@ def draw_layer(
     )
     to_photo = _translation(*corner)
     grid = pixel_grid(size, size, torch.empty(0, dtype=torch.float64))
-    sides = []
-    for H, factor, colour in ((np.eye(3), 1.0, None), (H_layer, shrink, rng)):
-        gray, _ = _window(photo, to_photo @ np.linalg.inv(H), size, factor, colour, settings.colour)
+    layers = []
+    for H, factor, color_rng in ((np.eye(3), 1.0, None), (H_layer, shrink, rng)):
+        gray, _ = _window(
+            photo, to_photo @ np.linalg.inv(H), size, factor, color_rng, settings.color
+        )
         in_a = warp_points(grid, torch.from_numpy(np.linalg.inv(H))).numpy()
-        outside = np.linalg.norm((in_a - centre) @ axes.T, axis=1)
-        # one pixel of the window wide: a rim without steps
-        opacity = ((1 - outside) * radii.min() / max(factor, 1e-6) + 0.5).clip(0, 1)
-        sides.append((gray, np.nan_to_num(opacity).reshape(size, size)))
-    return sides
+        radius = np.linalg.norm((in_a - center) @ axes.T, axis=1)
+        # antialiased edge, one pixel of the window wide
+        opacity = ((1 - radius) * radii.min() / max(factor, 1e-6) + 0.5).clip(0, 1)
+        layers.append((gray, np.nan_to_num(opacity).reshape(size, size)))
+    return layers
 
 
-def _cover(
-    gray: np.ndarray, covered: np.ndarray, layer: np.ndarray, opacity: np.ndarray
+def _blend_layer(
+    gray: np.ndarray, valid: np.ndarray, layer: np.ndarray, opacity: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A window with a layer over it, and which of its pixels still show the background."""
-    mixed = gray * (1 - opacity) + layer * opacity
-    return mixed.round().clip(0, 255).astype(np.uint8), covered & (opacity == 0)
+    """Blend a layer onto a window; also its valid pixels (S,S) bool that show only background."""
+    blended = gray * (1 - opacity) + layer * opacity
+    return blended.round().clip(0, 255).astype(np.uint8), valid & (opacity == 0)
 
 
 def _in_front(H: np.ndarray, size: int) -> bool:
@@ -599,48 +599,56 @@ def _window(
     size: int,
     shrink: float,
     rng: np.random.Generator | None = None,
-    colour: float = 0.0,
+    color: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Resample a gray window (S,S) uint8 from a photograph (H,W,3), and which of its pixels the
-    photograph covers.
+    """Resample a gray window from a photograph (H,W,3), which is extended by reflection.
 
-    Outside the photograph its reflection stands. Colours are distorted where ``rng`` is given.
+    Args:
+        photo: (H,W,3) uint8.
+        to_photo: homography (3,3), window to photograph.
+        size: side S of the window.
+        shrink: size of a pixel of the window in pixels of the photograph, for the low-pass filter.
+        rng: for the color distortion; None: no distortion.
+        color: probability of each step of the color distortion.
+
+    Returns:
+        gray window (S,S) uint8; its pixels inside the photograph, (S,S) bool.
     """
     h, w = photo.shape[:2]
     grid = pixel_grid(size, size, torch.empty(0, dtype=torch.float64))
     xy = warp_points(grid, torch.from_numpy(to_photo))
-    covered = (xy[:, 0] >= 0) & (xy[:, 0] <= w - 1) & (xy[:, 1] >= 0) & (xy[:, 1] <= h - 1)
-    # Work on the part of the photograph that the window reaches, with room for the low-pass and the
-    # reflection.
+    valid = (xy[:, 0] >= 0) & (xy[:, 0] <= w - 1) & (xy[:, 1] >= 0) & (xy[:, 1] <= h - 1)
+    # Process only the part of the photograph that the window shows, with a margin for the low-pass
+    # filter, unless the reflection is needed.
     margin = math.ceil(4 * shrink) + 2
     low = (xy.amin(dim=0).floor() - margin).clamp(min=0).nan_to_num(0)
     high = xy.amax(dim=0).ceil() + margin
-    reach = high - low if bool(covered.all()) else torch.tensor([float(w), float(h)])
-    left, top = (0, 0) if not bool(covered.all()) else (int(low[0]), int(low[1]))
-    part = photo[top : top + int(reach[1]) + 1, left : left + int(reach[0]) + 1]
-    if rng is not None and colour:
-        part = distort_colour(part, rng, colour)
-    image = to_gray(torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None])
-    if shrink > 1:  # low-pass to what the window can show
+    extent = high - low if bool(valid.all()) else torch.tensor([float(w), float(h)])
+    left, top = (0, 0) if not bool(valid.all()) else (int(low[0]), int(low[1]))
+    crop = photo[top : top + int(extent[1]) + 1, left : left + int(extent[0]) + 1]
+    if rng is not None and color:
+        crop = distort_color(crop, rng, color)
+    image = to_gray(torch.from_numpy(crop.astype(np.float32)).permute(2, 0, 1)[None])
+    if shrink > 1:  # low-pass filter against aliasing
         image = gaussian_blur(image, 0.5 * math.sqrt(shrink**2 - 1))
     values = sample_at(image, (xy - xy.new_tensor([left, top]))[None].float(), padding="reflection")
     gray = values.reshape(size, size).round().clamp(0, 255).numpy().astype(np.uint8)
-    return gray, covered.reshape(size, size).numpy()
+    return gray, valid.reshape(size, size).numpy()
 
 
-def _seen_by_other(H: np.ndarray, covered_other: np.ndarray) -> np.ndarray:
-    """Pixels of a window whose place the other window shows with real content: (S,S) bool."""
-    size = len(covered_other)
+def _overlap(H: np.ndarray, valid_other: np.ndarray) -> np.ndarray:
+    """Pixels of a window that ``H`` maps to valid pixels of the other window: (S,S) bool."""
+    size = len(valid_other)
     grid = pixel_grid(size, size, torch.empty(0, dtype=torch.float64))
     xy = warp_points(grid, torch.from_numpy(H)).round().nan_to_num(-1, -1, -1)
     inside = ((xy >= 0) & (xy <= size - 1)).all(dim=-1)
     index = xy.clamp(0, size - 1).long()
-    seen = inside & torch.from_numpy(covered_other)[index[:, 1], index[:, 0]]
-    return seen.reshape(size, size).numpy()
+    overlap = inside & torch.from_numpy(valid_other)[index[:, 1], index[:, 0]]
+    return overlap.reshape(size, size).numpy()
 
 
 class PairDataset(Dataset):
-    """Pairs made on the fly from photographs: index -> dict of tensors.
+    """Pairs of views generated from photographs.
 
     Items: ``image_a, image_b`` (1,S,S) float32 in [0,1], ``H_ab`` (3,3) float64, ``mask_a, mask_b``
     (1,S,S) float32.
@@ -648,9 +656,12 @@ class PairDataset(Dataset):
     Args:
         photos: image files.
         settings: how pairs are drawn.
-        seed: pair ``i`` depends on ``seed``, ``i`` and ``photos`` alone.
+        seed: pair ``i`` depends only on ``seed``, ``i`` and ``photos``.
         length: number of pairs.
-        cache_bytes: how much memory decoded photographs may take.
+        cache_bytes: memory limit of the cache of decoded photographs.
+
+    Raises:
+        DataError: ``photos`` is empty.
     """
 
     def __init__(
@@ -663,10 +674,10 @@ class PairDataset(Dataset):
         cache_bytes: int = 600_000_000,
     ):
         if not photos:
-            raise DataError("no photographs to make pairs from")
+            raise DataError("no photographs to draw pairs from")
         self.photos, self.settings, self.seed, self.length = list(photos), settings, seed, length
         self._cache: dict[int, np.ndarray | None] = {}
-        self._room = cache_bytes
+        self._free_bytes = cache_bytes
 
     def __len__(self) -> int:
         return self.length
@@ -676,26 +687,24 @@ class PairDataset(Dataset):
             try:
                 photo = read_photo(self.photos[index], self.settings.max_side)
             except DataError:
-                photo = (
-                    None  # a damaged body behind a good header: other photographs take its place
-                )
-            if photo is not None and photo.nbytes > self._room:
+                photo = None  # intact header, but damaged data: the next photograph is used
+            if photo is not None and photo.nbytes > self._free_bytes:
                 return photo
-            self._room -= 0 if photo is None else photo.nbytes
+            self._free_bytes -= 0 if photo is None else photo.nbytes
             self._cache[index] = photo
         return self._cache[index]
 
     def pair(self, index: int) -> Pair:
-        """Pair number ``index``.
+        """Draw pair ``index``.
 
         Raises:
-            DataError: no photograph gave a window with texture.
+            DataError: no photograph had windows with enough texture.
         """
         rng = np.random.default_rng([self.seed, index])
-        turn, place = divmod(index, len(self.photos))
-        order = np.random.default_rng([self.seed, turn, 1]).permutation(len(self.photos))
+        epoch, position = divmod(index, len(self.photos))
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.photos))
         candidates = [
-            int(order[place]),
+            int(order[position]),
             *rng.integers(0, len(self.photos), PHOTOS_PER_PAIR - 1).tolist(),
         ]
         for candidate in candidates:
@@ -704,9 +713,8 @@ class PairDataset(Dataset):
             if pair is not None:
                 return dataclasses.replace(pair, source=str(self.photos[candidate]))
         raise DataError(
-            f"none of {PHOTOS_PER_PAIR} photographs gave a window of {self.settings.size} px with "
-            "texture in both "
-            "views; the images are too small, too smooth or unreadable"
+            f"none of {PHOTOS_PER_PAIR} photographs had a window of {self.settings.size} px with "
+            "texture in both views; the images are too small, too smooth or unreadable"
         )
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -716,7 +724,7 @@ class PairDataset(Dataset):
 
 
 def as_tensors(pair: Pair) -> dict[str, Tensor]:
-    """A pair as training wants it: see ``PairDataset``."""
+    """Convert a pair to the tensors of an item of ``PairDataset``."""
     return {
         "image_a": torch.from_numpy(pair.image_a).float()[None] / 255,
         "image_b": torch.from_numpy(pair.image_b).float()[None] / 255,

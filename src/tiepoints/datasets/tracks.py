@@ -1,10 +1,9 @@
-"""Reconstructions as training data: the tracks of COLMAP models are pairs of patches, and pairs of
-positions, that no warp can make.
+"""Training data from COLMAP reconstructions: corresponding patches and keypoints of feature tracks.
 
-A 3D point that several photographs show gives the same place under another viewpoint, camera, light
-and day. Depth and focal length say how large its surroundings are in each image, and the cameras'
-poses by what angle they are rotated about the line of sight: patches are cut at that scale and
-turned by that angle, so that what is left to learn is what a camera really changes.
+Tracks show a 3D point under real changes of viewpoint, camera and illumination, which a synthetic
+warp cannot produce. The relative scale (from depth and focal length) and the rotation about the
+line of sight (from the poses) are known, and patches are extracted at that scale and rotation, so
+that only the other changes remain to be learned.
 """
 
 from __future__ import annotations
@@ -24,57 +23,62 @@ from ..geometry import sample_at
 from ..patches import extract_patches
 from ..pyramid import Pyramid
 from ..structs import Keypoints
-from .candidates import CANDIDATES, OTHER_PLACE, SAME_PLACE
+from .candidates import CANDIDATES, NEGATIVE_DISTANCE, POSITIVE_DISTANCE
 from .patch_pairs import PatchSettings, rotate_pair
 from .reconstructions import ImageCache, Shared, TrackScene, TrackSettings
 from .synthetic import PairSettings, degrade
 
-#: Crops: fewest tracks both must show, frame without candidates, logarithms of the image's pixels a
-#: pixel, and how near a keypoint must be to stand for a track, in pixels of the crop.
+#: Minimum number of tracks that both crops must show.
 CROP_TRACKS = 12
-EDGE = 8.0
+#: Width of the border of a crop without candidates, in pixels.
+CROP_BORDER = 8.0
+#: Range of the natural logarithm of the size of a crop's pixel in pixels of the image.
 CROP_ZOOM = (-0.2, 0.8)
-SNAP = 2.0
-#: Shared points looked at for each patch pair that is wanted.
-PLACES = 4
-#: Pairs of views tried for one item before the reconstructions are given up.
+#: Maximum distance of a keypoint that replaces a track's position, in pixels of the crop.
+SNAP_DISTANCE = 2.0
+#: Shared points drawn per requested patch pair.
+POINTS_PER_PATCH = 4
+#: Pairs of images tried per item before an error is raised.
 ATTEMPTS = 20
 
 
-def _first_of_views(
+def _draw_item(
     scenes: Sequence[TrackScene],
-    make: Callable[[TrackScene, tuple[int, int], np.random.Generator], dict[str, Tensor] | None],
+    extract: Callable[[TrackScene, tuple[int, int], np.random.Generator], dict[str, Tensor] | None],
     rng: np.random.Generator,
-    wanted: str,
+    required: str,
 ) -> dict[str, Tensor]:
-    """What ``make`` makes of a random pair of views, the first one of which it can; scenes count by
-    the square root of their pairs.
+    """Apply ``extract`` to random pairs of images until it succeeds.
+
+    The probability of a scene is proportional to the square root of its number of pairs.
 
     Raises:
-        DataError: none of ``ATTEMPTS`` pairs had what is ``wanted``.
+        DataError: none of ``ATTEMPTS`` pairs had what is ``required``.
     """
     weight = np.sqrt([len(scene.pairs) for scene in scenes])
     for _ in range(ATTEMPTS):
         scene = scenes[rng.choice(len(scenes), p=weight / weight.sum())]
         pair = scene.pairs[rng.integers(len(scene.pairs))]
-        item = make(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
+        item = extract(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
         if item is not None:
             return item
     raise DataError(
-        f"{ATTEMPTS} pairs of views in a row had no {wanted}; the reconstructions are too sparse"
+        f"{ATTEMPTS} consecutive pairs of images had no {required}; the reconstructions are too "
+        "sparse"
     )
 
 
 class TrackPatches(Dataset):
-    """Patch pairs of tracks: index -> the pairs of two images of one reconstruction.
+    """Patch pairs of tracks; each item holds patches of two images of one reconstruction.
 
-    Items: ``anchor, positive`` (per_view,1,32,32) float32 in [0,1], as those of ``PatchPairs``.
+    Items: ``anchor, positive`` (per_view,1,32,32) float32 in [0,1], as in ``PatchPairs``.
 
     Args:
-        scenes: reconstructions; each is drawn with the square root of its number of pairs of views.
+        scenes: reconstructions; the probability of each is proportional to the square root of its
+            number of image pairs.
         detect: gray image (1,1,H,W) in [0,1] -> keypoints (N,2), strongest first.
         patches: scales, errors and symmetry of the patches.
-        seed: item ``i`` depends on ``seed``, ``i``, ``scenes`` and ``detect`` alone.
+        seed: item ``i`` depends only on ``seed``, ``i``, ``scenes`` and ``detect``.
         length: number of items.
     """
 
@@ -95,86 +99,85 @@ class TrackPatches(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item ``index``.
+        """Return item ``index``.
 
         Raises:
-            DataError: no pair of views gave enough patches.
+            DataError: no pair of images had enough patches.
         """
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 3])
-        return _first_of_views(
-            self.scenes, self._cut, rng, f"{self.settings.per_view} tracks apart"
+        return _draw_item(
+            self.scenes, self._extract, rng, f"{self.settings.per_view} separate tracks"
         )
 
-    def _cut(
+    def _extract(
         self, scene: TrackScene, pair: tuple[int, int], rng: np.random.Generator
     ) -> dict[str, Tensor] | None:
+        """Patches of one pair of images, or None if there are too few."""
         s, t = self.settings, scene.settings
         shared = scene.shared(*pair)
-        (pyramid_a, found_a), (pyramid_b, found_b) = (
+        (pyramid_a, keypoints_a), (pyramid_b, keypoints_b) = (
             self.cache.get(scene.images[i], self.detect) for i in pair
         )
         n = len(shared)
         scale = np.minimum(s.scale[0] * 2 ** rng.exponential(s.scale_mean, n), s.scale[1])
-        # what is larger in one image must not fall below the finest scale in the other
+        # in neither image may the scale be below the smallest one
         scale_a = scale * np.maximum(1, 1 / shared.scale)
         xy_a, xy_b = shared.xy_a.astype(np.float64), shared.xy_b.astype(np.float64)
-        if n > PLACES * s.per_view:  # enough to choose from
-            few = rng.permutation(n)[: PLACES * s.per_view]
-            shared, scale_a, xy_a, xy_b, n = (
-                shared.take(few),
-                scale_a[few],
-                xy_a[few],
-                xy_b[few],
-                len(few),
-            )
-        moved, onto = onto_keypoints(shared, found_a.numpy(), found_b.numpy(), t, rng)
-        xy_a, xy_b = xy_a + moved, xy_b + onto
+        if n > POINTS_PER_PATCH * s.per_view:
+            subset = rng.permutation(n)[: POINTS_PER_PATCH * s.per_view]
+            shared, scale_a = shared.take(subset), scale_a[subset]
+            xy_a, xy_b, n = xy_a[subset], xy_b[subset], len(subset)
+        shift_a, shift_b = onto_keypoints(shared, keypoints_a.numpy(), keypoints_b.numpy(), t, rng)
+        xy_a, xy_b = xy_a + shift_a, xy_b + shift_b
         order = rng.permutation(n)
-        order = order[_apart(xy_a[order], s.min_distance) & _apart(xy_b[order], s.min_distance)]
-        slip = rng.normal(0, 1, (n, 3))
-        scale_b = scale_a * shared.scale * np.exp(s.scale_sigma * slip[:, 2])
-        jitter = np.where((np.abs(onto).sum(axis=1) > 0)[:, None], 0.3, 1.0) * s.position_sigma
-        xy_b = xy_b + jitter * scale_b[:, None] * slip[:, :2]
-        drawn = rng.uniform(-1, 1, n)
-        extra = math.radians(t.rotation) * np.sign(drawn) * np.abs(drawn) ** 1.5
+        order = order[
+            _separated(xy_a[order], s.min_distance) & _separated(xy_b[order], s.min_distance)
+        ]
+        noise = rng.normal(0, 1, (n, 3))
+        scale_b = scale_a * shared.scale * np.exp(s.scale_sigma * noise[:, 2])
+        # a detected keypoint already has a localization error
+        jitter = np.where((np.abs(shift_b).sum(axis=1) > 0)[:, None], 0.3, 1.0) * s.position_sigma
+        xy_b = xy_b + jitter * scale_b[:, None] * noise[:, :2]
+        u = rng.uniform(-1, 1, n)
+        rotation_error = math.radians(t.rotation) * np.sign(u) * np.abs(u) ** 1.5
         patches = []
         for pyramid, xy, size, angle in (
-            (pyramid_a, xy_a, scale_a, 0 * extra),
-            (pyramid_b, xy_b, scale_b, shared.angle + extra),
+            (pyramid_a, xy_a, scale_a, 0 * rotation_error),
+            (pyramid_b, xy_b, scale_b, shared.angle + rotation_error),
         ):
-            at, scales, angles = (
+            positions, scales, angles = (
                 torch.from_numpy(np.ascontiguousarray(v[order])).float() for v in (xy, size, angle)
             )
-            patches.append(
-                extract_patches(pyramid, Keypoints(at, scales, angles, torch.zeros(len(order))))
-            )
+            keypoints = Keypoints(positions, scales, angles, torch.zeros(len(order)))
+            patches.append(extract_patches(pyramid, keypoints))
         contrast = torch.stack([p.flatten(1).std(dim=1) for p in patches]).amin(dim=0)
         kept = (contrast >= s.min_contrast).nonzero()[: s.per_view, 0]
         if len(kept) < s.per_view:
             return None
         anchor, positive = (_photometric(p[kept], rng, t.photometric) for p in patches)
-        rotated = [rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))]
+        augmented = [
+            rotate_pair(anchor[i], positive[i], rng, s.symmetric) for i in range(len(kept))
+        ]
         return {
-            "anchor": torch.stack([a for a, _ in rotated]),
-            "positive": torch.stack([p for _, p in rotated]),
+            "anchor": torch.stack([a for a, _ in augmented]),
+            "positive": torch.stack([p for _, p in augmented]),
         }
 
 
 class TrackCrops(Dataset):
-    """Pairs of crops of tracks with the keypoint candidates of each: index -> what
-    ``CandidatePairs`` gives, but for ``H_ab``.
+    """Pairs of image crops with keypoint candidates; items are those of ``CandidatePairs``.
 
-    Both crops show one 3D point at the size and rotation that the cameras imply, each off by a
-    random factor and angle. Candidates are the 3D points that both show and other keypoints of the
-    detector, which are negatives of these alone.
+    Both crops are centered near the same 3D point, at the relative scale and rotation given by the
+    cameras with a random error. Candidates are the 3D points that both crops show and other
+    detected keypoints, which are negatives of the 3D points only.
 
     Args:
         scenes, seed, length: see ``TrackPatches``.
         detect: gray crop (1,1,S,S) in [0,1] -> keypoints (N,2), strongest first.
-        views: size, largest rotation and scale change of the crops, photometric changes.
-        count: candidates of a crop.
+        views: size, largest rotation and scale error of the crops, photometric changes.
+        count: number of candidates per crop.
     """
 
     def __init__(
@@ -195,93 +198,103 @@ class TrackCrops(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Item ``index``.
+        """Return item ``index``.
 
         Raises:
-            DataError: no pair of views gave crops with enough tracks.
+            DataError: no pair of images had crops with enough tracks.
         """
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 5])
-        return _first_of_views(self.scenes, self._crop, rng, f"crops with {CROP_TRACKS} tracks")
+        return _draw_item(self.scenes, self._extract, rng, f"crops with {CROP_TRACKS} tracks")
 
-    def _crop(
-        self, scene: TrackScene, pair: tuple[int, int], rng: np.random.Generator
-    ) -> dict[str, Tensor] | None:
+    def _crops(
+        self, scene: TrackScene, pair: tuple[int, int], shared: Shared, rng: np.random.Generator
+    ) -> list[tuple[Tensor, np.ndarray]]:
+        """A crop (1,1,S,S) of each image and the positions (N,2) of the shared points in it."""
         v = self.views
-        shared = scene.shared(*pair)
-        at = int(rng.integers(len(shared)))
-        zoom_a = math.exp(rng.uniform(*CROP_ZOOM)) * max(1.0, 1 / shared.scale[at])
-        drawn = rng.uniform(-1, 1)
-        extra = math.radians(v.rotation) * math.copysign(abs(drawn) ** v.rotation_power, drawn)
-        change = math.exp(rng.uniform(math.log(v.scale[0]), math.log(v.scale[1])) / 2)
-        sides = []
+        target = int(rng.integers(len(shared)))
+        zoom_a = math.exp(rng.uniform(*CROP_ZOOM)) * max(1.0, 1 / shared.scale[target])
+        u = rng.uniform(-1, 1)
+        rotation_error = math.radians(v.rotation) * math.copysign(abs(u) ** v.rotation_power, u)
+        scale_error = math.exp(rng.uniform(math.log(v.scale[0]), math.log(v.scale[1])) / 2)
+        zoom_b = zoom_a * shared.scale[target] * scale_error
+        crops = []
         for number, xy, zoom, angle in (
             (pair[0], shared.xy_a, zoom_a, 0.0),
-            (pair[1], shared.xy_b, zoom_a * shared.scale[at] * change, shared.angle[at] + extra),
+            (pair[1], shared.xy_b, zoom_b, shared.angle[target] + rotation_error),
         ):
-            pyramid, _ = self.cache.get(scene.images[number], _empty_item)
+            pyramid, _ = self.cache.get(scene.images[number], _no_keypoints)
             half = zoom * v.size / 2
-            sides_of = np.array([pyramid.image.shape[-1], pyramid.image.shape[-2]]) - 1
-            # as much inside the image as the place allows
-            centre = xy[at] + rng.uniform(-0.5, 0.5, 2) * half
-            centre = np.clip(
-                centre, np.minimum(half, sides_of / 2), np.maximum(sides_of - half, sides_of / 2)
+            corner = np.array([pyramid.image.shape[-1], pyramid.image.shape[-2]]) - 1
+            # the crop should lie inside the image where possible
+            center = xy[target] + rng.uniform(-0.5, 0.5, 2) * half
+            center = np.clip(
+                center, np.minimum(half, corner / 2), np.maximum(corner - half, corner / 2)
             )
-            crop = _crop(pyramid, centre, zoom, angle, v.size)
+            crop = _crop(pyramid, center, zoom, angle, v.size)
             gray = degrade((crop[0, 0].numpy() * 255).round().clip(0, 255).astype(np.uint8), rng, v)
             image = torch.from_numpy(gray).float()[None, None] / 255
-            rotate = np.array(
+            crop_to_image = np.array(
                 [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
-            )  # crop to image
-            inside = (xy - centre) @ rotate / zoom + (v.size - 1) / 2
-            sides.append((image, inside.astype(np.float32)))
-        (image_a, xy_a), (image_b, xy_b) = sides
-        kept = np.all(
-            [
-                (xy >= EDGE).all(axis=1) & (xy <= v.size - 1 - EDGE).all(axis=1)
-                for xy in (xy_a, xy_b)
-            ],
-            axis=0,
-        ).nonzero()[0]
-        kept = rng.permutation(kept)
-        kept = kept[_apart(xy_a[kept], SAME_PLACE) & _apart(xy_b[kept], SAME_PLACE)][
-            : 2 * self.count // 3
-        ]
+            )
+            xy_crop = (xy - center) @ crop_to_image / zoom + (v.size - 1) / 2
+            crops.append((image, xy_crop.astype(np.float32)))
+        return crops
+
+    def _extract(
+        self, scene: TrackScene, pair: tuple[int, int], rng: np.random.Generator
+    ) -> dict[str, Tensor] | None:
+        """Crops and candidates of one pair of images, or None if there are too few tracks."""
+        shared = scene.shared(*pair)
+        (image_a, xy_a), (image_b, xy_b) = self._crops(scene, pair, shared, rng)
+        last = self.views.size - 1 - CROP_BORDER
+        inside = [(xy >= CROP_BORDER).all(axis=1) & (xy <= last).all(axis=1) for xy in (xy_a, xy_b)]
+        kept = rng.permutation(np.all(inside, axis=0).nonzero()[0])
+        kept = kept[
+            _separated(xy_a[kept], POSITIVE_DISTANCE) & _separated(xy_b[kept], POSITIVE_DISTANCE)
+        ][: 2 * self.count // 3]
         if len(kept) < CROP_TRACKS:
             return None
-        found_a, found_b = self.detect(image_a).numpy(), self.detect(image_b).numpy()
-        tracks_a, tracks_b = _snap(xy_a[kept], xy_b[kept], found_a, found_b)
+        detected_a, detected_b = self.detect(image_a).numpy(), self.detect(image_b).numpy()
+        tracks_a, tracks_b = _snap(xy_a[kept], xy_b[kept], detected_a, detected_b)
         item = {"image_a": image_a[0], "image_b": image_b[0]}
-        for side, tracks, found in (("a", tracks_a, found_a), ("b", tracks_b, found_b)):
-            far = np.linalg.norm(found[:, None] - tracks[None], axis=2).min(axis=1) > OTHER_PLACE
-            xy = np.concatenate([tracks, found[far]])[: self.count]
+        for side, tracks, detected in (("a", tracks_a, detected_a), ("b", tracks_b, detected_b)):
+            far = (
+                np.linalg.norm(detected[:, None] - tracks[None], axis=2).min(axis=1)
+                > NEGATIVE_DISTANCE
+            )
+            xy = np.concatenate([tracks, detected[far]])[: self.count]
             item[f"xy_{side}"] = torch.full((self.count, 2), float("nan"))
             item[f"xy_{side}"][: len(xy)] = torch.from_numpy(xy)
-        n = len(kept)
-        known = torch.arange(self.count) < n
-        item["positive"] = torch.diag(known)
-        near_a, near_b = (
-            torch.cdist(item[f"xy_{s}"], item[f"xy_{s}"][:n]) <= OTHER_PLACE for s in "ab"
-        )  # (count,n) bool
-        # i and j are certainly two places if i is a track and j lies away from where it is seen in
-        # the other image, or the reverse
-        apart = torch.zeros(self.count, self.count, dtype=torch.bool)
-        apart[:n] = ~near_b.T
-        apart[:, :n] &= ~near_a
-        apart[n:, :n] = ~near_a[n:]
-        item["negative"] = apart
+        item["positive"], item["negative"] = _labels(item["xy_a"], item["xy_b"], len(kept))
         return item
 
 
-def _empty_item(image: Tensor) -> Tensor:
-    """No keypoints: crops are searched after they are cut."""
+def _labels(xy_a: Tensor, xy_b: Tensor, num_tracks: int) -> tuple[Tensor, Tensor]:
+    """Positive and negative pairs (N,N) bool of candidates (N,2), the first ``num_tracks`` of which
+    are the same tracks in both crops.
+    """
+    n, count = num_tracks, len(xy_a)
+    positive = torch.diag(torch.arange(count) < n)
+    near_a, near_b = (torch.cdist(xy, xy[:n]) <= NEGATIVE_DISTANCE for xy in (xy_a, xy_b))  # (N,n)
+    # certainly negative: one candidate is a track, and the other one is far from the position of
+    # this track in its own image
+    negative = torch.zeros(count, count, dtype=torch.bool)
+    negative[:n] = ~near_b.T
+    negative[:, :n] &= ~near_a
+    negative[n:, :n] = ~near_a[n:]
+    return positive, negative
+
+
+def _no_keypoints(image: Tensor) -> Tensor:
+    """Detect nothing: keypoints are detected in the crops."""
     return torch.zeros(0, 2)
 
 
-def _crop(pyramid: Pyramid, centre: np.ndarray, zoom: float, angle: float, size: int) -> Tensor:
-    """A square (1,1,size,size) of an image around ``centre``, ``zoom`` pixels of the image a pixel,
-    its x axis rotated by ``angle``.
+def _crop(pyramid: Pyramid, center: np.ndarray, zoom: float, angle: float, size: int) -> Tensor:
+    """Extract a square crop (1,1,size,size) around ``center``, its x axis rotated by ``angle``; one
+    of its pixels covers ``zoom`` pixels of the image.
     """
     level = max(
         (level for level in pyramid.levels if level.scale <= zoom * 1.1),
@@ -292,7 +305,7 @@ def _crop(pyramid: Pyramid, centre: np.ndarray, zoom: float, angle: float, size:
     v, u = torch.meshgrid(offset, offset, indexing="ij")
     cos, sin = math.cos(angle), math.sin(angle)
     xy = torch.stack(
-        [float(centre[0]) + u * cos - v * sin, float(centre[1]) + u * sin + v * cos], dim=-1
+        [float(center[0]) + u * cos - v * sin, float(center[1]) + u * sin + v * cos], dim=-1
     ).reshape(-1, 2)
     return sample_at(level.image, level.from_original(xy)[None], padding="border").view(
         1, 1, size, size
@@ -300,29 +313,29 @@ def _crop(pyramid: Pyramid, centre: np.ndarray, zoom: float, angle: float, size:
 
 
 def _snap(
-    xy_a: np.ndarray, xy_b: np.ndarray, found_a: np.ndarray, found_b: np.ndarray
+    xy_a: np.ndarray, xy_b: np.ndarray, detected_a: np.ndarray, detected_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places (N,2) moved to the keypoints that the detector finds of them in both images, where it
-    does.
+    """Move corresponding positions (N,2) to the nearest keypoints if both are within
+    ``SNAP_DISTANCE``.
     """
-    if not len(found_a) or not len(found_b):
+    if not len(detected_a) or not len(detected_b):
         return xy_a, xy_b
     distances = [
-        np.linalg.norm(xy[:, None] - found[None], axis=2)
-        for xy, found in ((xy_a, found_a), (xy_b, found_b))
+        np.linalg.norm(xy[:, None] - detected[None], axis=2)
+        for xy, detected in ((xy_a, detected_a), (xy_b, detected_b))
     ]
-    both = np.all([distance.min(axis=1) <= SNAP for distance in distances], axis=0)[:, None]
+    both = np.all([distance.min(axis=1) <= SNAP_DISTANCE for distance in distances], axis=0)[
+        :, None
+    ]
     a, b = (
-        found[distance.argmin(axis=1)]
-        for distance, found in zip(distances, (found_a, found_b), strict=True)
+        detected[distance.argmin(axis=1)]
+        for distance, detected in zip(distances, (detected_a, detected_b), strict=True)
     )
     return np.where(both, a, xy_a), np.where(both, b, xy_b)
 
 
-def _apart(xy: np.ndarray, distance: float) -> np.ndarray:
-    """Which of the points (N,2) are at least ``distance`` from all chosen before them: (N,)
-    bool.
-    """
+def _separated(xy: np.ndarray, distance: float) -> np.ndarray:
+    """Greedily select points (N,2) at least ``distance`` from those selected before: (N,) bool."""
     near = np.linalg.norm(xy[:, None] - xy[None], axis=2) < distance
     kept = np.zeros(len(xy), dtype=bool)
     for i in range(len(xy)):
@@ -332,47 +345,51 @@ def _apart(xy: np.ndarray, distance: float) -> np.ndarray:
 
 def onto_keypoints(
     shared: Shared,
-    found_a: np.ndarray,
-    found_b: np.ndarray,
+    detected_a: np.ndarray,
+    detected_b: np.ndarray,
     settings: TrackSettings,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shifts (N,2) of the places in a and b onto keypoints near them: the nearest one of a, and
-    what the detector found of it in b.
+    """Shifts (N,2) of shared points in a and b to detected keypoints near them.
+
+    In a random subset of the points (``settings.detected``), the shift in a leads to the nearest
+    keypoint of a; in b, to the keypoint detected at the same location, or to the mapped position if
+    there is none.
     """
-    moved, onto = np.zeros((len(shared), 2)), np.zeros((len(shared), 2))
-    chosen = rng.random(len(shared)) < settings.detected
-    if not len(found_a) or not chosen.any():
-        return moved, onto
-    distance = np.linalg.norm(shared.xy_a[:, None] - found_a[None], axis=2)
+    shift_a, shift_b = np.zeros((len(shared), 2)), np.zeros((len(shared), 2))
+    selected = rng.random(len(shared)) < settings.detected
+    if not len(detected_a) or not selected.any():
+        return shift_a, shift_b
+    distance = np.linalg.norm(shared.xy_a[:, None] - detected_a[None], axis=2)
     nearest = distance.argmin(axis=1)
-    chosen &= distance[np.arange(len(shared)), nearest] <= settings.near
-    moved[chosen] = found_a[nearest[chosen]] - shared.xy_a[chosen]
+    selected &= distance[np.arange(len(shared)), nearest] <= settings.near
+    shift_a[selected] = detected_a[nearest[selected]] - shared.xy_a[selected]
     cos, sin = np.cos(shared.angle) * shared.scale, np.sin(shared.angle) * shared.scale
-    onto = np.stack(
-        [cos * moved[:, 0] - sin * moved[:, 1], sin * moved[:, 0] + cos * moved[:, 1]], axis=1
-    )
-    if len(found_b):
-        expected = shared.xy_b + onto
-        distance = np.linalg.norm(expected[:, None] - found_b[None], axis=2)
+    dx, dy = shift_a[:, 0], shift_a[:, 1]
+    shift_b = np.stack([cos * dx - sin * dy, sin * dx + cos * dy], axis=1)
+    if len(detected_b):
+        expected = shared.xy_b + shift_b
+        distance = np.linalg.norm(expected[:, None] - detected_b[None], axis=2)
         nearest = distance.argmin(axis=1)
-        again = chosen & (distance[np.arange(len(shared)), nearest] <= 3.0)
-        onto[again] = found_b[nearest[again]] - shared.xy_b[again]
-    return moved, onto
+        repeated = selected & (distance[np.arange(len(shared)), nearest] <= 3.0)
+        shift_b[repeated] = detected_b[nearest[repeated]] - shared.xy_b[repeated]
+    return shift_a, shift_b
 
 
 def _photometric(patches: Tensor, rng: np.random.Generator, settings: PairSettings) -> Tensor:
-    """All patches (N,1,P,P) of one image degraded alike, as its camera would have done."""
+    """Degrade all patches (N,1,P,P) of one image as one, because they come from one exposure."""
     n, _, side, _ = patches.shape
     sheet = (patches.reshape(n * side, side).numpy() * 255).round().clip(0, 255).astype(np.uint8)
     return torch.from_numpy(degrade(sheet, rng, settings)).float().reshape(n, 1, side, side) / 255
 
 
 class Mixture(Dataset):
-    """Items of two datasets with keys alike: of the second one with probability ``share``, drawn by
-    index.
+    """Mixture of two datasets with the same keys: an item of ``second`` with probability ``share``.
 
-    Item ``i`` depends on ``seed`` and ``i`` alone.
+    The choice for item ``i`` depends only on ``seed`` and ``i``.
+
+    Raises:
+        ValueError: ``share`` outside of [0, 1].
     """
 
     def __init__(self, first: Dataset, second: Dataset, share: float, *, seed: int = 0):
@@ -384,8 +401,8 @@ class Mixture(Dataset):
         return min(len(self.first), len(self.second))  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        second = np.random.default_rng([self.seed, index, 4]).random() < self.share
-        return (self.second if second else self.first)[index]
+        use_second = np.random.default_rng([self.seed, index, 4]).random() < self.share
+        return (self.second if use_second else self.first)[index]
 
 
 # ---- validation
@@ -393,12 +410,12 @@ class Mixture(Dataset):
 
 @dataclass(frozen=True)
 class PosedPair:
-    """Two images of a reconstruction to be matched, and their epipolar geometry.
+    """Two images of a reconstruction and their epipolar geometry.
 
     Attributes:
-        images: their paths.
-        essential: (3,3), ``x_b^T E x_a = 0`` in normalised coordinates.
-        focal: of both in pixels.
+        images: paths of the images.
+        essential: (3,3), ``x_b^T E x_a = 0`` in normalized coordinates.
+        focal: focal lengths of both cameras in pixels.
         cameras: see ``TrackScene``.
     """
 
@@ -408,8 +425,8 @@ class PosedPair:
     cameras: tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
     def errors(self, xy_a: np.ndarray, xy_b: np.ndarray) -> np.ndarray:
-        """The larger distance to the epipolar line in either image, (N,) pixels, of matches (N,2),
-        (N,2).
+        """Epipolar error (N,) of matches (N,2), (N,2): the larger of the distances to the epipolar
+        lines in both images, in pixels.
         """
         a, b = (
             np.c_[camera(xy), np.ones(len(xy))]
@@ -425,20 +442,18 @@ class PosedPair:
 
 
 def posed_pairs(scenes: Sequence[TrackScene], count: int, seed: int) -> list[PosedPair]:
-    """``count`` pairs of views drawn from the scenes in turn, the wide ones as often as the narrow
-    ones.
-    """
+    """Draw ``count`` pairs of images from the scenes in turn, uniformly from the pairs of each."""
     rng = np.random.default_rng(seed)
-    found: list[PosedPair] = []
+    pairs: list[PosedPair] = []
     orders = [rng.permutation(len(scene.pairs)).tolist() for scene in scenes]
-    while len(found) < count and any(orders):
+    while len(pairs) < count and any(orders):
         for scene, order in zip(scenes, orders, strict=True):
-            if order and len(found) < count:
+            if order and len(pairs) < count:
                 a, b = scene.pairs[order.pop()]
                 rotation = scene.rotation[b] @ scene.rotation[a].T
                 x, y, z = scene.translation[b] - rotation @ scene.translation[a]
                 essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
-                found.append(
+                pairs.append(
                     PosedPair(
                         (scene.images[a], scene.images[b]),
                         essential,
@@ -446,14 +461,14 @@ def posed_pairs(scenes: Sequence[TrackScene], count: int, seed: int) -> list[Pos
                         (scene.cameras[a], scene.cameras[b]),
                     )
                 )
-    return found
+    return pairs
 
 
 def correct_share(
     pair: PosedPair, xy_a: Tensor, xy_b: Tensor, index: Tensor, *, threshold: float = 2.0
 ) -> float:
-    """Matches (K,2) within ``threshold`` px of the epipolar lines in both images, over the smaller
-    number of keypoints.
+    """Fraction of correct matches: those of ``index`` (K,2) with an epipolar error of at most
+    ``threshold`` px, over the smaller number of keypoints.
     """
     count = min(len(xy_a), len(xy_b))
     if not count or not len(index):

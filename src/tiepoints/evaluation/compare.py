@@ -1,6 +1,4 @@
-"""Which of two systems is better on given images: measured on warped copies of them, with
-confidence intervals over the images.
-"""
+"""Compare two systems on warped copies of given images, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from .systems import Options, System, system
 
 #: A keypoint or match is correct within this many pixels.
 DISTANCE = 3.0
-#: Resamplings of the images for a confidence interval of 95 %.
+#: Bootstrap samples of the images for a confidence interval of 95 %.
 RESAMPLINGS = 2000
 #: Measure -> unit, and whether larger is better.
 MEASURES = {
@@ -39,14 +37,14 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """How two systems are compared.
+    """Settings of a comparison.
 
     Attributes:
-        photos: images to measure on, spread over those given.
-        num_keypoints: keypoints compared in each view.
+        photos: number of images, sampled evenly from those given.
+        num_keypoints: number of keypoints compared per view.
         size: side of the views in pixels.
-        seed: of the warps.
-        device: for networks.
+        seed: seed of the warps.
+        device: device of the networks.
     """
 
     photos: int = 30
@@ -58,12 +56,12 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure of two systems.
+    """One measure of both systems.
 
     Attributes:
         a, b: means over the images.
         difference: mean of b - a.
-        low, high: its confidence interval (95 %).
+        low, high: confidence interval (95 %) of the difference.
     """
 
     a: float
@@ -75,10 +73,10 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems compared.
+    """Result of a comparison.
 
     Attributes:
-        a, b: their names.
+        a, b: names of the systems.
         photos: number of images.
         measures: name (``MEASURES``) -> values; without ``correct matches`` for a system without
             descriptors.
@@ -90,14 +88,14 @@ class Comparison:
     measures: dict[str, Measure]
 
     def verdict(self, name: str) -> str:
-        """Which system is better in a measure: the interval of the difference excludes 0."""
+        """Name of the better system in a measure, if the interval of the difference excludes 0."""
         measure, larger = self.measures[name], MEASURES[name][1]
         if measure.low <= 0 <= measure.high:
             return "no difference shown"
         return self.b if (measure.difference > 0) == larger else self.a
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON object."""
+        """The comparison as a JSON object."""
         measures = {
             name: {**dataclasses.asdict(measure), "better": self.verdict(name)}
             for name, measure in self.measures.items()
@@ -159,7 +157,7 @@ def compare_systems(
             pair = PairDataset([path], views, seed=settings.seed, length=1).pair(0)
         except DataError:
             continue  # no texture
-        rows.append([_measure(one, pair, settings.num_keypoints) for one in systems])
+        rows.append([_measure(detect, pair, settings.num_keypoints) for detect in systems])
     if len(rows) < 2:
         raise DataError(
             f"{len(rows)} of {len(images)} images have texture in views of {settings.size} px, and "
@@ -169,9 +167,9 @@ def compare_systems(
     return Comparison(a, b, len(rows), {k: v for k, v in found.items() if v is not None})
 
 
-def _measure(one: System, pair: Pair, num_keypoints: int) -> dict[str, float]:
+def _measure(detect: System, pair: Pair, num_keypoints: int) -> dict[str, float]:
     """The measures of a system on one pair of views."""
-    a, b = one(pair.image_a), one(pair.image_b)
+    a, b = detect(pair.image_a), detect(pair.image_b)
     H = torch.from_numpy(pair.H_ab)
     sizes = [image.shape[:2] for image in (pair.image_a, pair.image_b)]
     local = localization(a.xy, b.xy, H, *sizes, num_keypoints=num_keypoints, thresholds=(DISTANCE,))
@@ -188,14 +186,14 @@ def _measure(one: System, pair: Pair, num_keypoints: int) -> dict[str, float]:
 
 
 def _interval(rows: list[list[dict[str, float]]], name: str) -> Measure | None:
-    """Means and the bootstrapped interval of the difference; None where a system lacks it."""
+    """Means and the bootstrap interval of the difference; None if a system lacks the measure."""
     values = np.array([[one[name] for one in row] for row in rows if all(name in o for o in row)])
     if len(values) < 2:
         return None
     difference = values[:, 1] - values[:, 0]
     rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(difference), (RESAMPLINGS, len(difference)))
-    low, high = np.percentile(difference[picks].mean(axis=1), [2.5, 97.5])
+    samples = rng.integers(0, len(difference), (RESAMPLINGS, len(difference)))
+    low, high = np.percentile(difference[samples].mean(axis=1), [2.5, 97.5])
     mean_a, mean_b = values.mean(axis=0)
     return Measure(float(mean_a), float(mean_b), float(difference.mean()), float(low), float(high))
 
@@ -203,14 +201,14 @@ def _interval(rows: list[list[dict[str, float]]], name: str) -> Measure | None:
 def compare_trained(
     name: str, weights: Path, images: Sequence[Path], *, progress: bool = False
 ) -> Comparison | None:
-    """Compare freshly trained weights of a network with the shipped ones of its name on held-out
-    images; None where there are too few.
+    """Compare newly trained weights of a network with the shipped weights of the same name on
+    held-out images; None if there are too few images.
     """
     if len(images) < 2:
         return None
     detects = isinstance(spec_of(load(weights)), DetectorSpec)
-    beside = "keynet" if name in PATCH_DESCRIPTORS else "sobelnet"
-    names = (name, str(weights)) if detects else (f"{beside}+{name}", f"{beside}+{weights}")
+    detector = "keynet" if name in PATCH_DESCRIPTORS else "sobelnet"
+    names = (name, str(weights)) if detects else (f"{detector}+{name}", f"{detector}+{weights}")
     settings = CompareSettings(photos=20, size=320)
     try:
         return compare_systems(*names, images, settings, progress=progress)

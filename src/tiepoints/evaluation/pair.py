@@ -1,7 +1,6 @@
-"""All numbers of one pair of images whose geometry is known: features -> ``protocol.name`` ->
-value.
+"""All metrics of one image pair with known geometry, as a dictionary ``protocol.name`` -> value.
 
-docs/evaluation.md has each protocol; the measures themselves are in ``metrics``.
+docs/evaluation.md describes each protocol; the metrics themselves are in ``metrics``.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from ..names import EVALUATION_NUM_KEYPOINTS
 from ..structs import Features, Matches
 
 PROTOCOLS = ("keynet", "rekd", "mutual", "homography", "pose")
-#: Where points have no order of strength, each protocol is averaged over so many random picks
+#: Number of random selections over which protocols are averaged if keypoints have no ranking
 #: (Key.Net, table 2, MSER).
 RANDOM_PICKS = 10
 HOMOGRAPHY_THRESHOLD = 3.0
-#: Pose papers: inlier threshold in pixels of the images compared (PoseLib); OpenCV's is given by
-#: SuperGlue as 1 px over the focal length.
+#: Inlier threshold of relative pose in pixels of the images compared (PoseLib); for OpenCV,
+#: SuperGlue uses 1 px divided by the focal length.
 POSE_THRESHOLD = 1.0
-#: TILDE's repeatability (Verdie et al. 2015): px; many to one, of the first points wherever they
-#: are, as REKD's.
+#: Distance in px of TILDE's repeatability (Verdie et al. 2015); many to one, of the strongest
+#: keypoints without a common area, as REKD's.
 TILDE_THRESHOLD = 5.0
 #: Inlier threshold of a fundamental matrix in px: the default of ``estimate``.
 FUNDAMENTAL_THRESHOLD = 2.0
 #: WxBS (Mishkin et al. 2015): distances in px up to which a marked correspondence agrees with an
 #: estimate.
 MARKED_THRESHOLDS = tuple(range(1, 21))
-#: Random samples drawn anew for each seed; where few matches are correct, one seed moves the mean
-#: of 14 pairs by up to 5 of 100 (XFeat).
+#: Number of seeds of the estimator; if few matches are correct, the seed changes the mean of
+#: 14 pairs by up to 5 percentage points (XFeat).
 MARKED_SEEDS = 5
 
 
@@ -49,14 +48,14 @@ def homography_metrics(
     protocols: Sequence[str] = PROTOCOLS,
     official: bool = False,
 ) -> dict[str, float | None]:
-    """All numbers of a pair with known homography: ``protocol.name`` -> value (docs/evaluation.md);
-    shares are 0..1.
+    """All metrics of a pair with known homography, ``protocol.name`` -> value
+    (docs/evaluation.md); ratios are in 0..1.
 
-    Points without an order of strength (all scores equal) are picked at random ten times and the
-    results averaged.
+    If all scores are equal, the metrics are averaged over ``RANDOM_PICKS`` random selections of
+    keypoints.
     """
     options = {"num_keypoints": num_keypoints, "protocols": protocols, "official": official}
-    if not (_unordered(a, num_keypoints) or _unordered(b, num_keypoints)):
+    if not (_unranked(a, num_keypoints) or _unranked(b, num_keypoints)):
         return _homography_metrics(a, b, H_ab, **options)  # type: ignore[arg-type]
     picks = []
     for seed in range(RANDOM_PICKS):
@@ -66,7 +65,7 @@ def homography_metrics(
     return {key: m.mean([p[key] for p in picks]) for key in picks[0]}
 
 
-def _unordered(features: Features, num_keypoints: int) -> bool:
+def _unranked(features: Features, num_keypoints: int) -> bool:
     return len(features) > num_keypoints and bool((features.score == features.score[0]).all())
 
 
@@ -126,27 +125,21 @@ def _keynet(
     official: bool,
     described: bool,
 ):
-    back = torch.linalg.inv(H_ab)
+    H_ba = torch.linalg.inv(H_ab)
 
     def compare(xy_b: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, float | None]]:
-        chosen_a, chosen_b = m.keynet_points(
+        index_a, index_b = m.keynet_points(
             a.xy, xy_b, H_ab, size_a, size_b, num_keypoints=num_keypoints, official=official
         )
-        there = xy_b[chosen_b]
-        in_a, scale = (
-            warp_points(there.double(), back),
-            m.projected_scale(there, b.scale[chosen_b], back),
+        selected = xy_b[index_b]
+        in_a = warp_points(selected.double(), H_ba)
+        scale_in_a = m.projected_scale(selected, b.scale[index_b], H_ba)
+        repeatability = m.keynet_repeatability(
+            a.xy[index_a], a.scale[index_a], in_a, scale_in_a, official=official
         )
-        return (
-            chosen_a,
-            chosen_b,
-            in_a,
-            m.keynet_repeatability(
-                a.xy[chosen_a], a.scale[chosen_a], in_a, scale, official=official
-            ),
-        )
+        return index_a, index_b, in_a, repeatability
 
-    chosen_a, chosen_b, in_a, rep = compare(b.xy)
+    index_a, index_b, in_a, rep = compare(b.xy)
     chance = compare(m.turned(b.xy, size_b))[3]
     found = {f"keynet.{k}": v for k, v in rep.items()}
     for name in ("SL", "L"):
@@ -154,8 +147,8 @@ def _keynet(
             rep[f"rep_{name}"] or 0.0, chance[f"rep_{name}"] or 0.0
         )
     if described:
-        pairs = match(a[chosen_a], b[chosen_b]).index
-        matching = m.keynet_matching(a.xy[chosen_a], in_a, pairs, int(rep["possible"] or 0))
+        pairs = match(a[index_a], b[index_b]).index
+        matching = m.keynet_matching(a.xy[index_a], in_a, pairs, int(rep["possible"] or 0))
         found |= {f"keynet.{k}": v for k, v in matching.items()}
     return found
 
@@ -168,8 +161,8 @@ def accuracy_metrics(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> dict[str, floa
     """``matches``, ``mma@t`` and the number of correct matches ``correct@t`` at 1..5 px of matched
     points (K,2).
     """
-    each = torch.arange(len(xy_a))[:, None].expand(-1, 2)
-    accuracy = m.matching_accuracy(m.match_errors(xy_a, xy_b, H_ab, each))
+    index = torch.arange(len(xy_a))[:, None].expand(-1, 2)
+    accuracy = m.matching_accuracy(m.match_errors(xy_a, xy_b, H_ab, index))
     correct = {
         key.replace("mma", "correct"): round(share * len(xy_a)) for key, share in accuracy.items()
     }
@@ -189,7 +182,9 @@ def _homography(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, size_a) -> dict[str, f
 def _matched(
     a: Features, b: Features, num_keypoints: int
 ) -> tuple[Tensor, Tensor, dict[str, float | None]]:
-    """Matched points (K,2) of the first points of both, and how many points there were."""
+    """Matched positions (K,2) of the strongest keypoints of both images, and the number of
+    keypoints.
+    """
     a, b = a[:num_keypoints], b[:num_keypoints]
     pairs = match(a, b).index
     return a.xy[pairs[:, 0]], b.xy[pairs[:, 1]], {"points_a": len(a), "points_b": len(b)}
@@ -198,7 +193,7 @@ def _matched(
 def pose_metrics(
     a: Features, b: Features, K_a: Tensor, K_b: Tensor, T_ab: Tensor, *, num_keypoints: int
 ) -> dict[str, float | None]:
-    """``matched_pose_metrics`` of the mutual nearest neighbours of the first ``num_keypoints``."""
+    """``matched_pose_metrics`` of the mutual nearest neighbors of the first ``num_keypoints``."""
     xy_a, xy_b, found = _matched(a, b, num_keypoints)
     return {**found, **matched_pose_metrics(xy_a, xy_b, K_a, K_b, T_ab)}
 
@@ -212,12 +207,12 @@ def matched_pose_metrics(
     *,
     backends: Sequence[str] = ("poselib", "opencv"),
 ) -> dict[str, float | None]:
-    """Pose error in degrees by each backend (180 = failed); matches (K,2), how many are right, and
-    the share of these.
+    """Pose error in degrees by each backend (180 = failed), number of matches (K,2), number of
+    correct ones (``pose.right``) and their ratio (``pose.precision``).
     """
-    right = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
+    correct = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
     found: dict[str, float | None] = {"pose.matches": len(xy_a)}
-    found |= {"pose.right": right, "pose.precision": right / len(xy_a) if len(xy_a) else 0.0}
+    found |= {"pose.right": correct, "pose.precision": correct / len(xy_a) if len(xy_a) else 0.0}
     for backend in backends:
         pose = relative_pose(
             xy_a, xy_b, K_a, K_b, backend=backend, threshold=POSE_THRESHOLD, verify=False
@@ -231,7 +226,7 @@ def matched_pose_metrics(
 def marked_metrics(
     a: Features, b: Features, marked_a: Tensor, marked_b: Tensor, *, num_keypoints: int
 ) -> dict[str, float | None]:
-    """``matched_marked_metrics`` of the mutual nearest neighbours of the first
+    """``matched_marked_metrics`` of the mutual nearest neighbors of the first
     ``num_keypoints``.
     """
     xy_a, xy_b, found = _matched(a, b, num_keypoints)
@@ -241,12 +236,12 @@ def marked_metrics(
 def matched_marked_metrics(
     xy_a: Tensor, xy_b: Tensor, marked_a: Tensor, marked_b: Tensor
 ) -> dict[str, float | None]:
-    """WxBS: how many of the correspondences marked by hand agree with the fundamental matrix
+    """WxBS: fraction of manually annotated correspondences that agree with the fundamental matrix
     estimated from matches (K,2).
 
-    ``marked.share@t`` is the share of those whose larger distance, of both points to their epipolar
-    lines, is at most t px, and ``marked.share`` its mean over t = 1..20; both are 0 without an
-    estimate. Everything is the mean over ``MARKED_SEEDS`` seeds of the estimator.
+    ``marked.share@t`` is the fraction whose distance to the epipolar lines (the larger one of both
+    images) is at most t px, ``marked.share`` its mean over t = 1..20; both are 0 without an
+    estimate. All values are means over ``MARKED_SEEDS`` seeds of the estimator.
     """
     estimates = [
         estimate(
@@ -255,12 +250,12 @@ def matched_marked_metrics(
         for seed in range(MARKED_SEEDS)
     ]
     found: dict[str, float | None] = {"marked.matches": len(xy_a)}
-    found["marked.inliers"] = m.mean(float(one.inliers.sum()) for one in estimates)
-    found["marked.ok"] = m.mean(float(one.ok) for one in estimates)
+    found["marked.inliers"] = m.mean(float(result.inliers.sum()) for result in estimates)
+    found["marked.ok"] = m.mean(float(result.ok) for result in estimates)
     distances = [
-        m.epipolar_distances(marked_a, marked_b, one.model)
-        for one in estimates
-        if one.model is not None
+        m.epipolar_distances(marked_a, marked_b, result.model)
+        for result in estimates
+        if result.model is not None
     ]
     shares = {
         t: sum(float((d <= t).double().mean()) for d in distances) / MARKED_SEEDS

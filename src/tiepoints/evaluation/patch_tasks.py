@@ -1,14 +1,13 @@
-"""How well a descriptor tells patches apart: PhotoTour's false positive rate and the three tasks of
-HPatches.
+"""Evaluate patch descriptors: false positive rate on PhotoTour and the three tasks of HPatches.
 
-- ``fpr95``: false positives at 95 % recall (Brown, Hua and Winder, PAMI 2011, section 4), the
-  number of every PhotoTour table.
-- verification, matching, retrieval: Balntas et al., CVPR 2017, section 5, in the terms of the
-  benchmark's Python code. docs/patchdata.md says where that differs from the paper, and from here.
+- ``fpr95``: false positive rate at 95 % recall (Brown, Hua and Winder, PAMI 2011, section 4), as in
+  PhotoTour tables.
+- verification, matching, retrieval: Balntas et al., CVPR 2017, section 5, as defined by the
+  benchmark's Python code. docs/patchdata.md lists differences from the paper and from this module.
 
-The measures are pure functions of arrays. A tie between a right and a wrong answer counts as wrong
-everywhere: a descriptor that calls all patches equal must not score. A network is any callable
-patches (N,1,32,32) float32 in [0,1] -> (N,D), already in evaluation mode.
+Metrics are pure functions of arrays. A tie between a correct and an incorrect answer counts as
+incorrect, so that a descriptor that is equal for all patches does not score. A network is any
+callable patches (N,1,32,32) float32 in [0,1] -> (N,D) in evaluation mode.
 """
 
 from __future__ import annotations
@@ -49,14 +48,13 @@ from ..metrics.patches import (
 
 Net = Callable[[Tensor], Tensor]
 
-
 KINDS = ("phototour", "hpatches")
 TASKS = ("verification", "matching", "retrieval")
-#: Column of the first image minus one, for each size of the error of the detected frame.
+#: Column of the first image minus one, by level of geometric noise.
 NOISES = {"easy": 0, "hard": 5, "tough": 10}
 IMAGES = 6
-#: Of the benchmark: sizes of its task files; the least standard deviation (gray levels) of a
-#: retrieved patch; its pairs are drawn from the first five images, never from the sixth.
+#: From the benchmark: sizes of its task files; minimum standard deviation (gray levels) of a
+#: retrieved patch; pairs are drawn from the first five of the six images.
 NUM_PAIRS = 1_000_000
 NUM_QUERIES = 10_000
 NUM_DISTRACTORS = 20_000
@@ -67,33 +65,33 @@ ROWS = 65_536
 QUERIES_AT_ONCE = 256
 
 
-# ---- describing
+# ---- descriptors
 
 
 def describe(
     net: Net, gray: np.ndarray, *, batch: int = BATCH, device: str | torch.device = "cpu"
 ) -> Tensor:
-    """Gray levels (N,32,32) uint8 -> descriptors (N,D) float32 on the CPU.
+    """Describe patches: gray levels (N,32,32) uint8 -> (N,D) float32 on the CPU.
 
     Raises:
-        ValueError: the network gave another number of descriptors, or some that are not finite.
+        ValueError: the network's output has another shape, or is not finite.
     """
     parts = []
     with torch.inference_mode():
         for start in range(0, len(gray), batch):
             patches = as_patches(gray[start : start + batch]).to(device)
-            found = net(patches)
-            if found.ndim != 2 or len(found) != len(patches):
+            output = net(patches)
+            if output.ndim != 2 or len(output) != len(patches):
                 raise ValueError(
-                    f"the network made {tuple(found.shape)} of {len(patches)} patches, expected "
-                    f"({len(patches)}, D)"
+                    f"the network returned shape {tuple(output.shape)} for {len(patches)} patches, "
+                    f"expected ({len(patches)}, D)"
                 )
-            parts.append(found.float().cpu())
+            parts.append(output.float().cpu())
     if not parts:
         raise ValueError("no patches to describe")
     descriptors = torch.cat(parts).clone()
     if not descriptors.isfinite().all():
-        raise ValueError("the network gave descriptors with NaN or infinity")
+        raise ValueError("the network returned descriptors with NaN or infinity")
     return descriptors
 
 
@@ -101,13 +99,13 @@ def pair_distances(a: Tensor, b: Tensor, index_a: np.ndarray, index_b: np.ndarra
     """Distances (K,) float64 between rows ``index_a`` of ``a`` and ``index_b`` of ``b`` (N,D),
     (M,D).
     """
-    found = np.empty(len(index_a))
-    for start in range(0, len(found), ROWS):
+    distances = np.empty(len(index_a))
+    for start in range(0, len(distances), ROWS):
         rows_a, rows_b = (
             torch.from_numpy(index[start : start + ROWS]) for index in (index_a, index_b)
         )
-        found[start : start + ROWS] = (a[rows_a] - b[rows_b]).norm(dim=1).numpy()
-    return found
+        distances[start : start + ROWS] = (a[rows_a] - b[rows_b]).norm(dim=1).numpy()
+    return distances
 
 
 # ---- PhotoTour
@@ -124,22 +122,22 @@ def phototour_fpr95(
     """``fpr95`` of a network on the test pairs of a PhotoTour set, 0..1.
 
     Args:
-        pairs: the pair file, a name in the folder of the set or a path.
+        pairs: pair file: a name in the folder of the set, or a path.
 
     Raises:
-        DataError: the pair file is missing, cut, or of another set.
-        ValueError: the network's output is not as it should be.
+        DataError: the pair file is missing, truncated, or of another set.
+        ValueError: the network's output has another shape, or is not finite.
     """
     indices, same = read_test_pairs(patches.folder / pairs, patches.points)
-    used, places = np.unique(indices, return_inverse=True)
-    places = places.reshape(indices.shape)
+    used, rows = np.unique(indices, return_inverse=True)
+    rows = rows.reshape(indices.shape)
     descriptors = torch.cat(
         [
             describe(net, patches.images[used[start : start + ROWS]], batch=batch, device=device)
             for start in range(0, len(used), ROWS)
         ]
     )
-    return fpr95(pair_distances(descriptors, descriptors, places[:, 0], places[:, 1]), same)
+    return fpr95(pair_distances(descriptors, descriptors, rows[:, 0], rows[:, 1]), same)
 
 
 # ---- HPatches
@@ -147,13 +145,13 @@ def phototour_fpr95(
 
 @dataclass(frozen=True)
 class Described:
-    """All descriptors of some sequences of HPatches, in one table.
+    """Descriptors of sequences of HPatches in one table.
 
     Attributes:
-        names: of the sequences.
-        counts: (S,) patches in a column of each.
-        descriptors: (M,D) float32: sequence by sequence, column by column.
-        contrast: one array (counts[s],) a sequence: standard deviation of the reference patches, in
+        names: names of the S sequences.
+        counts: (S,) number of patches per image (column) of each sequence.
+        descriptors: (M,D) float32, ordered by sequence, then by column.
+        contrast: per sequence an array (counts[s],): standard deviation of the reference patches in
             gray levels.
     """
 
@@ -170,14 +168,14 @@ class Described:
     def rows(
         self, sequence: np.ndarray, image: np.ndarray | int, index: np.ndarray, noise: str
     ) -> np.ndarray:
-        """Rows of patches: number of the sequence, image 0 (reference) to 5, index in the
-        column.
+        """Rows of patches, given the index of the sequence, image 0 (reference) to 5, and the index
+        in the column.
         """
         column = np.where(np.asarray(image) == 0, 0, NOISES[noise] + np.asarray(image))
         return self.start[sequence] + column * self.counts[sequence] + index
 
     def column(self, sequence: int, image: int, noise: str) -> Tensor:
-        """(N,D) of one image of one sequence."""
+        """Descriptors (N,D) of one image of one sequence."""
         first = int(self.rows(np.array(sequence), image, np.array(0), noise))
         return self.descriptors[first : first + int(self.counts[sequence])]
 
@@ -190,8 +188,8 @@ def describe_hpatches(
     batch: int = BATCH,
     device: str | torch.device = "cpu",
 ) -> Described:
-    """Descriptors of all patches of the sequences ``names`` (default all): 80 MB for 10,000
-    reference patches and 128 numbers.
+    """Describe all patches of the sequences ``names`` (default all); uses 80 MB per 10,000
+    reference patches with 128 dimensions.
 
     Raises:
         FileNotFoundError, DataError: see ``hpatches_sequences`` and ``read_columns``.
@@ -199,8 +197,8 @@ def describe_hpatches(
     sequences = hpatches_sequences(folder, names)
     counts, tables, contrast = [], [], []
     for sequence in tqdm(sequences, desc="hpatches", unit="sequence", leave=False):
-        for number, column in enumerate(read_columns(sequence)):
-            if number == 0:
+        for i, column in enumerate(read_columns(sequence)):
+            if i == 0:
                 counts.append(len(column))
                 contrast.append(column.reshape(len(column), -1).std(axis=1))
             tables.append(describe(net, shrink(column), batch=batch, device=device))
@@ -209,13 +207,13 @@ def describe_hpatches(
 
 @dataclass(frozen=True)
 class TaskFiles:
-    """What is compared with what; sequences by their number in ``names`` of a ``Described``.
+    """Patches to compare; sequences are indices into ``names`` of a ``Described``.
 
     Attributes:
-        source: where it comes from, for the report.
+        source: origin of the tasks, for the report.
         positives, intra, inter: pairs (K,6) int64: sequence, image 0..5, index, twice; ``inter`` is
             empty for a single sequence.
-        queries, distractors: (Q,2) and (M,2): sequence, index in its reference image.
+        queries, distractors: (Q,2) and (M,2): sequence, index in the reference image.
     """
 
     source: str
@@ -235,11 +233,11 @@ def draw_tasks(
     num_queries: int = NUM_QUERIES,
     num_distractors: int = NUM_DISTRACTORS,
 ) -> TaskFiles:
-    """Pairs, queries and distractors in the proportions of the benchmark's own files; see
+    """Draw pairs, queries and distractors in the proportions of the benchmark's own files; see
     docs/patchdata.md.
 
-    Sequences are drawn evenly, then patches of each. A negative pair shares the first patch and
-    both images with its positive.
+    Sequences are drawn uniformly, then patches of each. A negative pair shares the first patch and
+    both images with its positive pair.
 
     Raises:
         DataError: a sequence has fewer than two patches, or too few patches have contrast.
@@ -248,44 +246,38 @@ def draw_tasks(
     if not len(counts) or counts.min() < 2:
         raise DataError("negatives need two patches in every sequence")
 
-    def another(value: np.ndarray, of: np.ndarray | int) -> np.ndarray:
-        drawn = rng.integers(np.asarray(of) - 1, size=len(value))
+    def draw_other(value: np.ndarray, count: np.ndarray | int) -> np.ndarray:
+        """Uniformly from 0..count - 1 without ``value``."""
+        drawn = rng.integers(np.asarray(count) - 1, size=len(value))
         return drawn + (drawn >= value)
 
     sequence = rng.integers(len(counts), size=num_pairs)
     first = rng.integers(counts[sequence])
     image = rng.integers(PAIR_IMAGES, size=num_pairs)
-    other_image = another(image, PAIR_IMAGES)
+    other_image = draw_other(image, PAIR_IMAGES)
 
     def pairs(other_sequence: np.ndarray, other_first: np.ndarray) -> np.ndarray:
         return np.stack([sequence, image, first, other_sequence, other_image, other_first], axis=1)
 
-    positives, intra = pairs(sequence, first), pairs(sequence, another(first, counts[sequence]))
+    positives, intra = pairs(sequence, first), pairs(sequence, draw_other(first, counts[sequence]))
     inter = positives[:0]
     if len(counts) > 1:
-        elsewhere = another(sequence, len(counts))
-        inter = pairs(elsewhere, rng.integers(counts[elsewhere]))
-    places = np.concatenate(
+        other = draw_other(sequence, len(counts))
+        inter = pairs(other, rng.integers(counts[other]))
+    patches = np.concatenate(
         [np.stack([np.full(n, s), np.arange(n)], axis=1) for s, n in enumerate(counts)]
     )
-    places = places[np.concatenate(contrast) > MIN_CONTRAST]
-    if len(places) < 2:
-        raise DataError(f"{len(places)} reference patches have contrast: nothing to retrieve among")
-    # how long one waits for a patch, where sequences are drawn evenly and then patches: longer in
-    # long sequences
-    order = places[np.argsort(rng.exponential(counts[places[:, 0]]))]
-    # a set too small for both keeps the proportion of queries to distractors
-    queries = min(
-        num_queries, math.ceil(len(order) * num_queries / (num_queries + num_distractors))
-    )
-    return TaskFiles(
-        f"drawn, seed {seed}",
-        positives,
-        intra,
-        inter,
-        order[:queries],
-        order[queries : queries + num_distractors],
-    )
+    patches = patches[np.concatenate(contrast) > MIN_CONTRAST]
+    if len(patches) < 2:
+        raise DataError(f"{len(patches)} reference patches have contrast; retrieval needs two")
+    # the order in which patches appear if sequences are drawn uniformly and then their patches:
+    # waiting times are exponential with the length of the sequence as mean
+    order = patches[np.argsort(rng.exponential(counts[patches[:, 0]]))]
+    # a set too small for both keeps the ratio of queries to distractors
+    total = num_queries + num_distractors
+    split = min(num_queries, math.ceil(len(order) * num_queries / total))
+    queries, distractors = order[:split], order[split : split + num_distractors]
+    return TaskFiles(f"drawn, seed {seed}", positives, intra, inter, queries, distractors)
 
 
 def read_tasks(
@@ -295,17 +287,17 @@ def read_tasks(
     counts: np.ndarray,
     wanted: Sequence[str] = TASKS,
 ) -> TaskFiles:
-    """The benchmark's own task files: ``verif_pos_split-X.csv``, ``verif_neg_intra_...``,
+    """Read the benchmark's own task files: ``verif_pos_split-X.csv``, ``verif_neg_intra_...``,
     ``verif_neg_inter_...``, ``retr_queries_...`` and ``retr_distractors_...`` (``tasks/`` of the
     repository hpatches/hpatches-benchmark).
 
     Args:
-        split: X of the names.
-        names, counts: sequences and the patches in a column of each, which the files must fit.
-        wanted: of ``TASKS``; files of others need not be there.
+        split: X of the file names.
+        names, counts: sequences and their number of patches per column; the files must agree.
+        wanted: some of ``TASKS``; the files of others are not read.
 
     Raises:
-        DataError: a file is missing, damaged, or of other sequences; it is named.
+        DataError: a file is missing, damaged, or of other sequences; the message names it.
     """
     folder = Path(folder)
     number = {name: k for k, name in enumerate(names)}
@@ -315,37 +307,37 @@ def read_tasks(
             return np.zeros((0, len(columns)), np.int64)
         path = folder / f"{stem}_split-{split}.csv"
         rows = _read_csv(path, columns, number)
-        for at, column in enumerate(columns):
+        for k, column in enumerate(columns):
             if not column.startswith("s"):
                 limit = (
                     IMAGES
                     if column.startswith("t")
-                    else counts[rows[:, at - 1 if len(columns) == 2 else 3 * (at // 3)]]
+                    else counts[rows[:, k - 1 if len(columns) == 2 else 3 * (k // 3)]]
                 )
-                if ((rows[:, at] < 0) | (rows[:, at] >= limit)).any():
+                if ((rows[:, k] < 0) | (rows[:, k] >= limit)).any():
                     raise DataError(
-                        f"{path}: column {column} names a patch that is not there; the file "
+                        f"{path}: column {column} names a patch that does not exist; the file "
                         "belongs to other patches"
                     )
         return rows
 
-    both = ("s1", "t1", "idx1", "s2", "t2", "idx2")
+    pair = ("s1", "t1", "idx1", "s2", "t2", "idx2")
     return TaskFiles(
         f"task files of split {split}",
-        table("verif_pos", both, "verification"),
-        table("verif_neg_intra", both, "verification"),
-        table("verif_neg_inter", both, "verification"),
+        table("verif_pos", pair, "verification"),
+        table("verif_neg_intra", pair, "verification"),
+        table("verif_neg_inter", pair, "verification"),
         table("retr_queries", ("s", "idx"), "retrieval"),
         table("retr_distractors", ("s", "idx"), "retrieval"),
     )
 
 
 def _read_csv(path: Path, columns: Sequence[str], number: dict[str, int]) -> np.ndarray:
-    """(K, len(columns)) int64; names of sequences by their number."""
+    """Rows (K,len(columns)) int64, with the names of sequences replaced by their index."""
     if not path.is_file():
         raise DataError(
-            f"{path}: missing; take it from tasks/ of hpatches/hpatches-benchmark, or leave the "
-            "folder of tasks out"
+            f"{path}: missing; it is in tasks/ of hpatches/hpatches-benchmark. Without a folder of "
+            "tasks they are drawn at random"
         )
     with path.open(newline="") as stream:
         lines = csv.reader(stream)
@@ -380,8 +372,8 @@ def _read_csv(path: Path, columns: Sequence[str], number: dict[str, int]) -> np.
 
 
 def verification(described: Described, tasks: TaskFiles) -> dict[str, Any]:
-    """Patch verification: ``ap`` and ``auc``, means over noises and kinds of negatives, and each of
-    them below.
+    """Patch verification: ``ap`` and ``auc`` as means over noise levels and kinds of negatives, and
+    the values of each.
     """
     table = described.descriptors
     found: dict[str, Any] = {}
@@ -389,10 +381,10 @@ def verification(described: Described, tasks: TaskFiles) -> dict[str, Any]:
     for noise in NOISES:
 
         def distances(pairs: np.ndarray, noise: str = noise) -> np.ndarray:
-            ends = [
+            rows = [
                 described.rows(pairs[:, k], pairs[:, k + 1], pairs[:, k + 2], noise) for k in (0, 3)
             ]
-            return pair_distances(table, table, ends[0], ends[1])
+            return pair_distances(table, table, rows[0], rows[1])
 
         positives = distances(tasks.positives)
         for kind, pairs in (("intra", tasks.intra), ("inter", tasks.inter)):
@@ -407,18 +399,16 @@ def verification(described: Described, tasks: TaskFiles) -> dict[str, Any]:
 
 
 def matching(described: Described, *, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Image matching: ``map``, the mean over what changes (viewpoint, illumination), noises,
-    sequences and images, and its parts.
+    """Image matching: ``map`` as mean over kinds (viewpoint, illumination), noise levels, sequences
+    and images, and the values of each kind and noise level.
     """
     kinds = [_kind(name) for name in described.names]
     found: dict[str, Any] = {}
     for noise in NOISES:
         scores: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(kinds)}
-        for number, kind in enumerate(kinds):
-            reference = described.column(number, 0, noise).to(device)
-            others = (
-                described.column(number, image, noise).to(device) for image in range(1, IMAGES)
-            )
+        for i, kind in enumerate(kinds):
+            reference = described.column(i, 0, noise).to(device)
+            others = (described.column(i, image, noise).to(device) for image in range(1, IMAGES))
             scores[kind].append(_mean(matching_ap(reference, other) for other in others))
         found[noise] = {kind: _mean(values) for kind, values in scores.items()}
     per_kind = [_mean(found[noise][kind] for noise in NOISES) for kind in dict.fromkeys(kinds)]
@@ -432,15 +422,15 @@ def retrieval(
     device: str | torch.device = "cpu",
     pools: Sequence[int] = POOLS,
 ) -> dict[str, Any]:
-    """Patch retrieval: ``map``, the mean over noises, pools and queries, and the mean over queries
-    of each noise and pool.
+    """Patch retrieval: ``map`` as mean over noise levels, pools and queries, and the mean over
+    queries of each noise level and pool.
 
-    A query is a reference patch; right are its five patches of one noise, wrong the distractors of
-    other sequences. Pools larger than the number of distractors are left out; where that is all of
-    them, one pool takes everything.
+    A query is a reference patch; correct are its five patches of one noise level, incorrect the
+    distractors of other sequences. Pools larger than the number of distractors are skipped; if all
+    are, one pool holds everything.
 
     Raises:
-        DataError: the distractors are of one sequence, so that its own queries would have none.
+        DataError: all distractors are of one sequence, so that its queries have none.
     """
     if len(np.unique(tasks.distractors[:, 0])) < 2:
         raise DataError(
@@ -450,33 +440,14 @@ def retrieval(
     sizes = [pool for pool in pools if pool <= len(tasks.distractors)] or [
         len(tasks.distractors) + IMAGES - 1
     ]
-    table = described.descriptors
-    wrong = table[
-        torch.from_numpy(
-            described.rows(tasks.distractors[:, 0], 0, tasks.distractors[:, 1], "easy")
-        )
-    ].to(device)
+    distractors = _gather(described, tasks.distractors[:, 0], 0, tasks.distractors[:, 1]).to(device)
     sums = {noise: np.zeros(len(sizes)) for noise in NOISES}
     for start in tqdm(range(0, len(tasks.queries), QUERIES_AT_ONCE), desc="retrieval", leave=False):
-        sequence, index = tasks.queries[start : start + QUERIES_AT_ONCE].T
-        asked = table[torch.from_numpy(described.rows(sequence, 0, index, "easy"))].to(device)
-        right = {
-            noise: table[
-                torch.from_numpy(
-                    np.stack([described.rows(sequence, i, index, noise) for i in range(1, IMAGES)])
-                )
-            ]
-            for noise in NOISES
-        }
-        # one table for both, so that both are rounded alike
-        every = torch.cat([wrong, *(part.flatten(0, 1).to(device) for part in right.values())])
-        distances = squared_distances(asked, every).cpu().numpy()
-        for q in range(len(asked)):
-            others = distances[q, : len(wrong)][tasks.distractors[:, 0] != sequence[q]]
-            for number, noise in enumerate(NOISES):
-                first = len(wrong) + number * (IMAGES - 1) * len(asked) + q
-                mine = distances[q, first : first + (IMAGES - 1) * len(asked) : len(asked)]
-                sums[noise] += retrieval_ap(mine, others, sizes)
+        batch = tasks.queries[start : start + QUERIES_AT_ONCE]
+        for noise, ap in _retrieval_batch(
+            described, batch, tasks.distractors[:, 0], distractors, sizes
+        ).items():
+            sums[noise] += ap
     found = {
         noise: {
             str(size): float(v)
@@ -488,8 +459,52 @@ def retrieval(
         "map": _mean(_mean(f.values()) for f in found.values()),
         **found,
         "queries": len(tasks.queries),
-        "distractors": len(wrong),
+        "distractors": len(distractors),
     }
+
+
+def _gather(
+    described: Described,
+    sequence: np.ndarray,
+    image: int,
+    index: np.ndarray,
+    noise: str = "easy",
+) -> Tensor:
+    """Descriptors (N,D) of one image of each sequence."""
+    return described.descriptors[torch.from_numpy(described.rows(sequence, image, index, noise))]
+
+
+def _retrieval_batch(
+    described: Described,
+    queries: np.ndarray,
+    sequences: np.ndarray,
+    distractors: Tensor,
+    sizes: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """Average precision per noise level and pool size, summed over the queries.
+
+    Args:
+        queries: (Q,2) sequence, index.
+        sequences: (M,) sequence of each distractor.
+        distractors: (M,D) on the device to compute on.
+    """
+    sequence, index = queries.T
+    query = _gather(described, sequence, 0, index).to(distractors.device)
+    correct = [
+        _gather(described, sequence, image, index, noise).to(distractors.device)
+        for noise in NOISES
+        for image in range(1, IMAGES)
+    ]
+    # a single matrix product, so that all distances are rounded in the same way
+    distances = squared_distances(query, torch.cat([distractors, *correct])).cpu().numpy()
+    sums = {noise: np.zeros(len(sizes)) for noise in NOISES}
+    for q in range(len(query)):
+        negatives = distances[q, : len(distractors)][sequences != sequence[q]]
+        for i, noise in enumerate(NOISES):
+            first = len(distractors) + i * (IMAGES - 1) * len(query) + q
+            positives = distances[q, first : first + (IMAGES - 1) * len(query) : len(query)]
+            sums[noise] += retrieval_ap(positives, negatives, sizes)
+    return sums
 
 
 def _kind(name: str) -> str:
@@ -501,9 +516,11 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-# ---- the whole
+# ---- entry point
 
 
+# One call per data set, with independent options of both kinds: parameters and their documentation
+# make up most of its length.
 def evaluate_patches(
     net: Net,
     folder: str | Path,
@@ -520,32 +537,30 @@ def evaluate_patches(
     batch: int = BATCH,
     device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
-    """Everything published of a descriptor on PhotoTour or HPatches patches.
+    """Evaluate a descriptor on PhotoTour or HPatches patches.
 
     Args:
         net: patches (N,1,32,32) float32 in [0,1] on ``device`` -> (N,D), in evaluation mode.
         folder: PhotoTour: a set, or a folder of sets; HPatches: the folder of sequences.
         kind: ``phototour`` or ``hpatches``.
-        pairs, cache: PhotoTour's pair file and the folder for its cache, see ``open_phototour``.
-        split: HPatches: ``full``, ``view``, ``illum`` by what is there; others by ``splits``.
-        splits: the benchmark's ``splits.json``; default the one in ``tasks`` (or in
-            ``tasks/splits``).
-        tasks: folder of the benchmark's task files; without it they are drawn, which shifts the
-            numbers a little.
-        only: of ``verification``, ``matching``, ``retrieval``.
-        seed, num_pairs: of what is drawn.
-        batch: patches the network sees at once.
-        device: where the network and the tables of distances are.
+        pairs, cache: pair file of PhotoTour and folder of its cache, see ``open_phototour``.
+        split: of HPatches: ``full``, ``view`` or ``illum``; other names need ``splits``.
+        splits: the benchmark's ``splits.json``; default: in ``tasks`` or ``tasks/splits``.
+        tasks: folder of the benchmark's task files; default: drawn at random, with slightly
+            different results.
+        only: some of ``TASKS``.
+        seed, num_pairs: of random tasks.
+        batch: batch size of the network.
+        device: device of the network and of distance computations.
 
     Returns:
-        numbers 0..1 that JSON can hold. PhotoTour: ``fpr95`` of each set and their ``mean``.
-            HPatches: ``verification`` with ``ap`` and
-        ``auc``, ``matching`` and ``retrieval`` with ``map``, and their parts; ``split``,
-        ``sequences`` and ``tasks`` say what of.
+        values in 0..1 as a JSON object. PhotoTour: ``fpr95`` of each set and their ``mean``.
+        HPatches: ``verification`` with ``ap`` and ``auc``, ``matching`` and ``retrieval`` with
+        ``map``, each with its parts; ``split``, ``sequences`` and ``tasks`` describe the data.
 
     Raises:
-        ValueError: unknown kind, split or task, or the network's output is not as it should be.
-        FileNotFoundError, DataError: the data are not there or damaged; the file is named.
+        ValueError: unknown kind, split or task, or invalid output of the network.
+        FileNotFoundError, DataError: data are missing or damaged; the message names the file.
     """
     if kind == "phototour":
         return _evaluate_phototour(net, Path(folder), pairs, cache, batch, device)
@@ -557,21 +572,17 @@ def evaluate_patches(
     names = _names_of_split(Path(folder), split, splits, tasks)
     described = describe_hpatches(net, folder, names, batch=batch, device=device)
     if tasks is not None:
-        work = read_tasks(tasks, split, described.names, described.counts, only)
+        selected = read_tasks(tasks, split, described.names, described.counts, only)
     else:
-        work = draw_tasks(described.counts, described.contrast, seed=seed, num_pairs=num_pairs)
-    found: dict[str, Any] = {
-        "kind": kind,
-        "split": split,
-        "sequences": len(described.names),
-        "tasks": work.source,
-    }
+        selected = draw_tasks(described.counts, described.contrast, seed=seed, num_pairs=num_pairs)
+    found: dict[str, Any] = {"kind": kind, "split": split}
+    found |= {"sequences": len(described.names), "tasks": selected.source}
     if "verification" in only:
-        found["verification"] = verification(described, work)
+        found["verification"] = verification(described, selected)
     if "matching" in only:
         found["matching"] = matching(described, device=device)
     if "retrieval" in only:
-        found["retrieval"] = retrieval(described, work, device=device)
+        found["retrieval"] = retrieval(described, selected, device=device)
     return found
 
 
@@ -593,9 +604,9 @@ def _evaluate_phototour(
             f"{folder}: neither a PhotoTour set (info.txt, patches0000.bmp) nor a folder of sets"
         )
     rates = {}
-    for each in folders:
-        opened = open_phototour(each, cache=cache)
-        rates[opened.name] = phototour_fpr95(net, opened, pairs=pairs, batch=batch, device=device)
+    for path in folders:
+        patches = open_phototour(path, cache=cache)
+        rates[patches.name] = phototour_fpr95(net, patches, pairs=pairs, batch=batch, device=device)
     return {
         "kind": "phototour",
         "pairs": Path(pairs).name,
@@ -607,13 +618,17 @@ def _evaluate_phototour(
 def _names_of_split(
     folder: Path, split: str, splits: str | Path | None, tasks: str | Path | None
 ) -> list[str]:
-    """Test sequences of a split."""
-    beside = (
+    """Names of the test sequences of a split."""
+    candidates = (
         [Path(tasks) / "splits" / "splits.json", Path(tasks) / "splits.json"]
         if tasks is not None
         else []
     )
-    file = splits if splits is not None else next((path for path in beside if path.is_file()), None)
+    file = (
+        splits
+        if splits is not None
+        else next((path for path in candidates if path.is_file()), None)
+    )
     if file is not None:
         return read_split(file, split).get("test", [])
     names = [path.name for path in hpatches_sequences(folder)]
@@ -621,8 +636,8 @@ def _names_of_split(
         return names
     if split not in ("view", "illum"):
         raise ValueError(
-            f"split {split!r} needs splits.json of hpatches/hpatches-benchmark; full, view and "
-            "illum do not"
+            f"split {split!r} needs splits.json of hpatches/hpatches-benchmark; only full, view "
+            "and illum do not"
         )
     chosen = [name for name in names if _kind(name) == split]
     if not chosen:

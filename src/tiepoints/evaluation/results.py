@@ -1,7 +1,6 @@
-"""The folder of an evaluation: rows, sweeps, biases and features as stored, read back, and means
-over the rows.
+"""Read the folder of an evaluation (rows, sweeps, biases, features) and average over its rows.
 
-Nothing here computes a metric; what is damaged or half written is left out and said.
+No metrics are computed here. Damaged or incomplete entries are skipped with a note.
 """
 
 from __future__ import annotations
@@ -24,31 +23,30 @@ from ..image import load_image
 from ..metrics.geometry import mean
 from ..structs import Features, Keypoints
 
-#: In the order of the report.
+#: Key -> heading, in the order of the report.
 SPLITS = {
     "all": "All pairs",
     "view": "Viewpoint",
     "illum": "Illumination",
     "other": "Other changes",
 }
-#: Kinds of pairs without a homography: they have measures of their own and enter no mean of the
-#: others.
+#: Kinds of pairs without a homography: they have other metrics and are excluded from other means.
 APART = ("pose", "marked")
-REMEDY = "make one with `tiepoints evaluate DATASET --out DIR` and give that DIR"
+REMEDY = "make one with `tiepoints evaluate DATASET --output DIR` and give that DIR"
 
 
 def finite(value: Any) -> float | None:
-    """A number as float; None for anything else, infinity and NaN."""
+    """``value`` as float; None if it is not a number, or not finite."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
 class PairRow:
-    """One system on one pair, as stored; ``place`` is the name of its file, which that of its
-    features' folder equals.
+    """A stored row: one system on one pair. ``stem`` is that of its file, which is also the
+    name of the system's folder of features.
     """
 
-    place: str
+    stem: str
     system: str
     sequence: str
     kind: str
@@ -62,14 +60,14 @@ class PairRow:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def value(self, metric: str) -> float | None:
-        """A metric, None where it is absent, null or not finite."""
+        """A metric; None if it is missing, null or not finite."""
         return finite(self.metrics.get(metric))
 
 
 @dataclass(frozen=True)
 class ExtraRow:
-    """One step of a sweep (``value`` in degrees, or a factor) or one bias of a system on an image,
-    as stored.
+    """A stored row: one step of a sweep (``value`` in degrees, or a factor) or one bias of a system
+    on an image.
     """
 
     system: str
@@ -87,17 +85,17 @@ class ExtraRow:
 
 @dataclass(frozen=True)
 class Run:
-    """A folder of results, read.
+    """Contents of a results folder.
 
     Attributes:
-        facts: ``run.json``.
-        rows, sweeps, bias: the last one written where something was done again.
-        systems: names in the order of ``run.json``; controls come last.
-        notes: what could not be read, in words.
+        metadata: contents of ``run.json``.
+        rows, sweeps, bias: the latest row of each measurement.
+        systems: names in the order of ``run.json``; controls are last.
+        notes: messages about what could not be read.
     """
 
     folder: Path
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     rows: list[PairRow]
     sweeps: list[ExtraRow]
     bias: list[ExtraRow]
@@ -107,18 +105,18 @@ class Run:
 
     @property
     def real(self) -> list[str]:
-        """The systems that are no controls."""
+        """Names of the systems that are not controls."""
         return [name for name in self.systems if name not in self.controls]
 
     @property
     def dataset(self) -> dict[str, Any]:
-        """The entry ``dataset`` of ``run.json``; a bare name there stands for its name."""
-        entry = self.facts.get("dataset") or {}
+        """Entry ``dataset`` of ``run.json``; a string is taken as its name."""
+        entry = self.metadata.get("dataset") or {}
         return entry if isinstance(entry, dict) else {"name": str(entry)}
 
     @property
     def name(self) -> str:
-        """Of the dataset, or of the folder where that is not known."""
+        """Name of the dataset, or of the folder if that is unknown."""
         return str(self.dataset.get("name") or self.folder.resolve().name)
 
     def role(self, system: str) -> str:
@@ -127,56 +125,54 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """What ``tiepoints evaluate`` wrote into ``folder``.
+    """Read the results that ``tiepoints evaluate`` wrote into ``folder``.
 
-    A line that cannot be read (a run that was stopped leaves half a line) is left out and noted.
+    Lines that cannot be read (an interrupted run leaves an incomplete line) are skipped and noted.
 
     Raises:
-        DataError: no such folder, no rows in it, or a missing or damaged ``run.json``.
+        DataError: the folder or its rows are missing, or ``run.json`` is missing or damaged.
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of results; {REMEDY}")
-    facts = _facts(folder)
+    metadata = _read_metadata(folder)
     notes: list[str] = []
     rows: dict[tuple[str, str, str], PairRow] = {}
-    for place, entry in _lines(folder / "rows", ("system", "sequence", "pair"), notes):
-        row = _pair_row(place, entry)
+    for stem, entry in _entries(folder / "rows", ("system", "sequence", "pair"), notes):
+        row = _pair_row(stem, entry)
         rows[row.system, row.sequence, row.pair] = row
     if not rows:
         raise DataError(f"{folder} holds no rows (rows/*.jsonl); {REMEDY}")
     found = {row.system for row in rows.values()}
-    listed = facts.get("systems")
+    listed = metadata.get("systems")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     if missing := [name for name in names if name not in found]:
         notes.append(
-            f"No rows yet of {', '.join(missing)}: the run was stopped or is still going on."
+            f"No rows yet of {', '.join(missing)}: the run was interrupted or is in progress."
         )
     order = [name for name in dict.fromkeys(names) if name in found]
     order += sorted(found - set(order))
-    stated = facts.get("controls")
-    controls = set(stated) & found if isinstance(stated, list) else set[str]()
+    listed = metadata.get("controls")
+    controls = set(listed) & found if isinstance(listed, list) else set[str]()
     order.sort(key=lambda name: name in controls)
     sweeps, bias = (_extras(folder / part, notes) for part in ("sweeps", "bias"))
-    return Run(folder, facts, list(rows.values()), sweeps, bias, order, controls, notes)
+    return Run(folder, metadata, list(rows.values()), sweeps, bias, order, controls, notes)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _read_metadata(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     if not path.is_file():
         raise DataError(f"{folder} has no run.json and is no folder of results; {REMEDY}")
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); run the evaluation again") from error
-    if not isinstance(facts, dict):
+    if not isinstance(metadata, dict):
         raise DataError(f"{path} must hold one JSON object; run the evaluation again")
-    return facts
+    return metadata
 
 
 def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The JSON objects of a file of lines, and how many lines hold none: a run that was killed
-    leaves half a line.
-    """
+    """JSON objects of a file of lines, and the number of lines that could not be read."""
     objects, bad = [], 0
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in filter(str.strip, text.splitlines()):
@@ -192,8 +188,8 @@ def _objects(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file as stored; of rows for the same thing the last one counts. None where there is
-    no file.
+    """Rows of a file; of several rows for the same measurement, the last one. Empty if the file is
+    missing.
     """
     keys = ("system", "sequence", "pair", "image", "kind", "value")
     return list(
@@ -201,17 +197,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     )
 
 
-def _lines(
-    folder: Path, needed: Sequence[str], notes: list[str]
+def _entries(
+    folder: Path, required: Sequence[str], notes: list[str]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """(stem of the file, JSON object) of the lines in the files of a folder that have the
-    ``needed`` keys.
+    """(file stem, JSON object) of the lines in the files of a folder that have the ``required``
+    keys.
     """
     entries = []
     for path in sorted(folder.glob("*.jsonl")):
         objects, bad = _objects(path)
         for entry in objects:
-            if all(key in entry for key in needed) and isinstance(
+            if all(key in entry for key in required) and isinstance(
                 entry.get("metrics"), dict | None
             ):
                 entries.append((path.stem, entry))
@@ -220,14 +216,14 @@ def _lines(
         if bad:
             notes.append(
                 f"{bad} line{'s' if bad > 1 else ''} of {folder.name}/{path.name} could not be "
-                "read and left out."
+                "read and skipped."
             )
     return entries
 
 
-def _pair_row(place: str, entry: dict[str, Any]) -> PairRow:
+def _pair_row(stem: str, entry: dict[str, Any]) -> PairRow:
     return PairRow(
-        place=place,
+        stem=stem,
         system=str(entry["system"]),
         sequence=str(entry["sequence"]),
         kind=str(entry.get("kind") or "other"),
@@ -243,11 +239,11 @@ def _pair_row(place: str, entry: dict[str, Any]) -> PairRow:
 
 
 def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
-    """Rows of sweeps or biases; a failure of a whole sweep (no value) is gone once that sweep has
-    succeeded.
+    """Rows of sweeps or biases; the failure of a whole sweep (no value) is dropped once that sweep
+    has succeeded.
     """
     rows: dict[tuple[str, str, str, float | None], ExtraRow] = {}
-    for _, entry in _lines(folder, ("system", "kind"), notes):
+    for _, entry in _entries(folder, ("system", "kind"), notes):
         row = ExtraRow(
             system=str(entry["system"]),
             image=str(entry.get("image") or ""),
@@ -265,24 +261,23 @@ def _extras(folder: Path, notes: list[str]) -> list[ExtraRow]:
 
 
 class Rows:
-    """The pairs of a run by split and system; poses and marked correspondences are splits of their
-    own.
+    """Rows of a run by split and system; posed pairs and annotated correspondences are separate
+    splits.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._by: dict[tuple[str, str], list[PairRow]] = {}
+        self._rows: dict[tuple[str, str], list[PairRow]] = {}
         for row in run.rows:
             split = row.kind if row.kind in ("view", "illum", *APART) else "other"
             for name in [split] if split in APART else [split, "all"]:
-                self._by.setdefault((name, row.system), []).append(row)
+                self._rows.setdefault((name, row.system), []).append(row)
         kinds = [
             split
             for split in list(SPLITS)[1:]
-            if any((split, name) in self._by for name in run.systems)
+            if any((split, name) in self._rows for name in run.systems)
         ]
-        #: Splits of homography pairs: all and each kind, or where all are of one kind, that kind
-        #: alone.
+        #: Splits of homography pairs: all and each kind, or the only kind.
         self.splits = (
             ["all", *kinds]
             if len(kinds) > 1
@@ -290,33 +285,33 @@ class Rows:
         )
 
     def all(self, split: str, system: str) -> list[PairRow]:
-        """Every pair of a split, failed ones too."""
-        return self._by.get((split, system), [])
+        """All rows of a split, including failures."""
+        return self._rows.get((split, system), [])
 
     def good(self, split: str, system: str) -> list[PairRow]:
-        """The pairs that succeeded."""
+        """Rows of the pairs that succeeded."""
         return [row for row in self.all(split, system) if row.ok]
 
     def mean(self, split: str, system: str, metric: str, factor: float = 1.0) -> float | None:
-        """Mean of a metric over the pairs that have it, times ``factor``."""
+        """Mean of a metric over the rows that have it, times ``factor``."""
         value = mean(row.value(metric) for row in self.good(split, system))
         return None if value is None else value * factor
 
     def seconds(self, split: str, system: str) -> float | None:
-        """Mean seconds an image."""
+        """Mean number of seconds per image."""
         return mean(row.seconds for row in self.good(split, system))
 
     def count(self, split: str, system: str) -> int | str:
-        """Pairs that succeeded, and of how many where some failed."""
-        good, every = len(self.good(split, system)), len(self.all(split, system))
-        return good if good == every else f"{good} of {every}"
+        """Number of pairs that succeeded; if some failed, as "N of M"."""
+        good, total = len(self.good(split, system)), len(self.all(split, system))
+        return good if good == total else f"{good} of {total}"
 
 
 def features_name(sequence: str, image: str | Path) -> str:
-    """Name, without suffix, of the file with the features of an image of a sequence.
+    """File name, without suffix, of the features of an image of a sequence.
 
-    The image's own name where the sequence is its folder; else its folder comes before it, as names
-    repeat between folders.
+    It is that of the image if the sequence is its folder; otherwise it is prefixed by the folder,
+    as names repeat between folders.
     """
     image = Path(image)
     folder = image.parent.name
@@ -330,18 +325,18 @@ def features_name(sequence: str, image: str | Path) -> str:
 def stored_features(
     run: Run, row: PairRow, image: str, *, described: bool = True
 ) -> Features | None:
-    """Features a run stored for an image of a pair; None where they are missing or damaged.
-    ``described=False`` skips descriptors.
+    """Features that a run stored for an image of a pair; None if they are missing or damaged.
+    ``described=False`` does not read descriptors.
     """
     found = load_features(
-        run.folder / "features" / row.place / f"{features_name(row.sequence, image)}.npz",
+        run.folder / "features" / row.stem / f"{features_name(row.sequence, image)}.npz",
         described=described,
     )
     return None if found is None else found[0]
 
 
 def save_features(path: Path, features: Features, seconds: float) -> None:
-    """Features of one image as .npz, descriptors in half precision; written atomically."""
+    """Write the features of one image as .npz atomically, with descriptors in half precision."""
     arrays: dict[str, Any] = {
         k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")
     }
@@ -353,7 +348,7 @@ def save_features(path: Path, features: Features, seconds: float) -> None:
 
 
 def load_features(path: Path, *, described: bool = True) -> tuple[Features, float] | None:
-    """What ``save_features`` wrote and the seconds; None where there is nothing or it is
+    """Read features and seconds written by ``save_features``; None if the file is missing or
     damaged.
     """
     try:
@@ -373,7 +368,7 @@ def load_features(path: Path, *, described: bool = True) -> tuple[Features, floa
 
 
 def stored_image(path: str) -> Tensor | None:
-    """The image at the path a row names; None where it is gone or damaged."""
+    """Load an image that a row refers to; None if it is missing or damaged."""
     try:
         return load_image(path)
     except (DataError, OSError, ValueError):

@@ -1,10 +1,10 @@
-"""Dataset x system -> one row a pair, in memory or on disk.
+"""Evaluate systems on a dataset: one row of metrics per pair, in memory or on disk.
 
     rows = run(homography_sequences("oxford").pairs, tiepoints.build("keynet", "hardnet").extract)
 
-On disk (``evaluate``) features are computed once and kept, rows are appended pair by pair, and an
-interrupted run goes on where it stopped. What can fail for one pair is a row with a reason: it is
-neither an exception nor a zero. docs/evaluation.md lists the numbers of a row.
+On disk (``evaluate``) features are computed once and stored, rows are appended pair by pair, and an
+interrupted run resumes where it stopped. A pair that fails gives a row with a reason: neither an
+exception nor a zero. docs/evaluation.md lists the metrics of a row.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from .systems import CONTROLS, REKD_SPARE, SPARE, Options, System, as_features, 
 logger = logging.getLogger(__name__)
 
 EXTRAS = ("rotation", "scale", "bias")
-#: Failed pairs that a run names at its end.
-SHOWN = 5
-#: Features that a run in memory keeps; sequences come one after the other, old images are not
-#: needed again.
-KEPT = 64
-#: Seconds between looks for ended workers.
-POLL = 0.2
+#: Number of failed pairs that are logged at the end of a run.
+MAX_LOGGED_FAILURES = 5
+#: Images whose features a run in memory caches; sequences are processed one after the other, so
+#: old images are not needed again.
+CACHE_SIZE = 64
+#: Seconds between checks for finished workers.
+POLL_INTERVAL = 0.2
 
 
 def run(
@@ -71,88 +71,89 @@ def run(
     protocols: Sequence[str] = PROTOCOLS,
     resize: tuple[int, ...] | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows of ``pairs`` for any callable: image path -> ``Features``, ``Keypoints`` or (N,2..4)
-    numbers, strongest first.
+    """Evaluate any callable image path -> ``Features``, ``Keypoints`` or array (N,2..4), strongest
+    first, on ``pairs``; returns one row per pair.
 
-    Each image is detected once. A pair that fails is a row with ``ok`` false and a reason.
+    Each image is detected once. A pair that fails gives a row with ``ok`` false and a reason.
 
     Args:
-        name: what the rows call the system.
-        num_keypoints: points compared.
+        name: name of the system in the rows.
+        num_keypoints: number of keypoints compared.
         protocols: some of ``PROTOCOLS``.
         resize: for posed pairs, see ``datasets.resize_target``; ``detect`` then gets a tensor.
     """
-    _known("protocol", protocols, PROTOCOLS)
-    kept: dict[str, tuple[Features, float]] = {}
+    _check_names("protocol", protocols, PROTOCOLS)
+    cache: dict[str, tuple[Features, float]] = {}
 
     def get(view: View) -> tuple[Features, float]:
-        if view.name not in kept:
-            if len(kept) > KEPT:
-                kept.clear()
-            kept[view.name] = view.detect(detect)
-        return kept[view.name]
+        if view.name not in cache:
+            if len(cache) > CACHE_SIZE:
+                cache.clear()
+            cache[view.name] = view.detect(detect)
+        return cache[view.name]
 
     return [_row(pair, name, get, num_keypoints, protocols, resize) for pair in pairs]
 
 
-def _known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
-    unknown = [word for word in given if word not in known]
+def _check_names(kind: str, names: Sequence[str], allowed: Sequence[str]) -> None:
+    unknown = [name for name in names if name not in allowed]
     if unknown:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; known are {', '.join(known)}")
+        raise ValueError(f"unknown {kind} {', '.join(unknown)}; must be {', '.join(allowed)}")
 
 
 @dataclass(frozen=True)
 class View:
-    """An image as a pair uses it: resized and turned where its list says so.
+    """An image as used by a pair: resized and rotated as the pair list specifies.
 
     Attributes:
-        name: of its features among those of a system; different for different pixels.
-        path, resize, turns: see ``datasets``.
+        name: key of its features within a system; unique for each path, size and rotation.
+        path, resize: see ``datasets``.
+        rot90: number of counterclockwise rotations by 90 degrees, see ``datasets``.
     """
 
     name: str
     path: Path
     resize: tuple[int, ...] | None = None
-    turns: int = 0
+    rot90: int = 0
 
     @classmethod
     def of(cls, pair: Pair, side: str, resize: tuple[int, ...] | None) -> View:
-        """Of image ``a`` or ``b`` of a pair."""
+        """The view of image ``a`` or ``b`` of a pair."""
         path = getattr(pair, f"image_{side}")
         if not isinstance(pair, PosePair):
             return cls(features_name(pair.sequence, path), path)
-        turns = getattr(pair, f"turns_{side}")
-        # a list is one sequence of many scenes, where file names come again; how deep the scene
-        # stands in the path differs
+        rot90 = getattr(pair, f"rot90_{side}")
+        # a pair list is one sequence of many scenes with repeated file names, and the depth of
+        # the scene's folder in the path varies
         name = f"{'-'.join(path.with_suffix('').parts[-3:])}-{zlib.crc32(str(path).encode()):08x}"
         return cls(
-            f"{pair.sequence}/{name}" + (f"-turned{turns}" if turns else ""), path, resize, turns
+            f"{pair.sequence}/{name}" + (f"-turned{rot90}" if rot90 else ""), path, resize, rot90
         )
 
     def detect(self, detect: Callable[[Any], Any]) -> tuple[Features, float]:
-        """Features and the seconds they took, reading the file included where it is used as
-        stored.
+        """Features and the seconds they took; includes reading the file where the stored image is
+        used unchanged.
         """
         source: Any = self.path
         image = load_image(self.path)
-        if self.resize is not None or self.turns:
+        if self.resize is not None or self.rot90:
             size = (image.shape[-1], image.shape[-2])
             target = resize_target(*size, self.resize)
             if target != size:
                 image = F.interpolate(
                     image, size=target[::-1], mode="bilinear", antialias=True
                 ).clamp(0, 1)
-            source = image = torch.rot90(image, self.turns, dims=(-2, -1))
+            source = image = torch.rot90(image, self.rot90, dims=(-2, -1))
         started = time.perf_counter()
-        found = as_features(detect(source), (image.shape[-1], image.shape[-2]))
-        return found, time.perf_counter() - started
+        features = as_features(detect(source), (image.shape[-1], image.shape[-2]))
+        return features, time.perf_counter() - started
 
     def intrinsics(self, K: Tensor) -> Tensor:
-        """(3,3) intrinsics of the image as used, from those of the image as stored."""
+        """Intrinsics (3,3) of the view, from those of the stored image."""
         with Image.open(self.path) as stored:
             size = stored.size
         target = resize_target(*size, self.resize)
-        return rotated_intrinsics(resized_intrinsics(K, size, target), target, self.turns)
+        return rotated_intrinsics(resized_intrinsics(K, size, target), target, self.rot90)
 
 
 def _row(
@@ -185,8 +186,8 @@ def _row(
             )
         elif a.descriptors is None or b.descriptors is None:
             raise DataError(
-                "the system gives no descriptors, and pairs without a homography need matches; "
-                "name it DETECTOR+hardnet"
+                "the system has no descriptors, and pairs without a homography need matches; "
+                "use DETECTOR+hardnet"
             )
         elif isinstance(pair, MarkedPair):
             row["metrics"] = marked_metrics(a, b, pair.xy_a, pair.xy_b, num_keypoints=num_keypoints)
@@ -205,17 +206,16 @@ def _row(
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a folder of results was made with; stored in its ``run.json``.
+    """Settings of an evaluation; stored in the ``run.json`` of its folder.
 
     Attributes:
-        systems: names, see ``systems.system``; ``LABEL=NAME`` gives one another name in rows and
-            tables.
-        num_keypoints: points compared.
-        single_scale: no pyramid (the papers' TI mode) instead of one (SI).
+        systems: names, see ``systems.system``; ``LABEL=NAME`` sets the name in rows and tables.
+        num_keypoints: number of keypoints compared.
+        single_scale: without a scale pyramid (the papers' TI mode) instead of with one (SI).
         protocols: some of ``PROTOCOLS``.
         extras: some of ``EXTRAS``, measured on the first image of every sequence.
-        resize: of posed pairs.
-        device: for networks.
+        resize: for posed pairs, see ``datasets.resize_target``.
+        device: device of the networks.
     """
 
     systems: tuple[str, ...]
@@ -229,15 +229,15 @@ class RunSettings:
     def __post_init__(self) -> None:
         if self.num_keypoints < 1:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
-        _known("protocol", self.protocols, PROTOCOLS)
-        _known("extra", self.extras, EXTRAS)
+        _check_names("protocol", self.protocols, PROTOCOLS)
+        _check_names("extra", self.extras, EXTRAS)
         files = [file_name(label(name)) for name in self.systems]
-        twice = sorted({name for name in files if files.count(name) > 1})
-        if twice:
-            raise ValueError(f"two systems called {', '.join(twice)}; name one LABEL=NAME")
+        duplicates = sorted({name for name in files if files.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"two systems called {', '.join(duplicates)}; name one LABEL=NAME")
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as ``run.json`` has them."""
+        """The settings as stored in ``run.json``."""
         return {
             "num_points": self.num_keypoints,
             "mode": "ti" if self.single_scale else "si",
@@ -249,17 +249,17 @@ class RunSettings:
 
     @property
     def options(self) -> Options:
-        # REKD's protocol takes the first points as they are: 1000 of 1500 extracted
-        spare = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
-        return Options(int(self.num_keypoints * spare), self.single_scale, self.device)
+        # REKD's protocol compares the strongest keypoints: 1000 of 1500 extracted
+        surplus = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
+        return Options(int(self.num_keypoints * surplus), self.single_scale, self.device)
 
 
 def label(name: str) -> str:
-    """What rows call the system ``LABEL=NAME`` or ``NAME``, of a file or folder the last part of
-    its path.
+    """The name of system ``LABEL=NAME`` or ``NAME`` in rows; the last part of the path for files
+    and folders.
     """
-    given, equals, _ = name.partition("=")
-    return given if equals else name.rstrip("/").rsplit("/", 1)[-1]
+    explicit, equals, _ = name.partition("=")
+    return explicit if equals else name.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _make(name: str, settings: RunSettings) -> System:
@@ -271,7 +271,7 @@ def _spec(name: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """A system's name as the name of its files: path separators and the like become dashes."""
+    """The file name of a system: path separators and other special characters become dashes."""
     return "".join(c if c.isalnum() or c in "._+@-" else "-" for c in name).strip("-.") or "system"
 
 
@@ -284,38 +284,63 @@ def evaluate(
     progress: bool = False,
     versions: dict[str, str] | None = None,
 ) -> Path:
-    """Measure all systems on a dataset and write rows, features and settings below ``folder``; what
-    is there is not done again.
+    """Measure all systems on a dataset and write rows, features and settings below ``folder``.
 
-    One worker process takes one sequence of one system at a time. An image or pair that fails
-    becomes a row with its reason and is tried again by the next run.
+    Existing results are not computed again. One worker process handles one sequence of one system
+    at a time. An image or pair that fails gives a row with its reason and is retried by the next
+    run.
 
     Raises:
         DataError: the folder holds results of other settings.
         ValueError: unknown system (before anything is computed).
     """
     folder = Path(folder)
-    if dataset.pairs and not isinstance(dataset.pairs[0], HomographyPair):
-        controls = [name for name in settings.systems if _is_control(name)]
-        if controls:
-            logger.warning(
-                "skipped: %s: controls have no descriptors, and pairs without a homography need "
-                "matches",
-                ", ".join(controls),
-            )
-            settings = replace(
-                settings, systems=tuple(name for name in settings.systems if name not in controls)
-            )
+    settings = _without_controls(dataset, settings)
     for name in settings.systems:
-        _make(name, settings)  # a wrong name or missing library is said now, not in an hour
+        _make(name, settings)  # raises for an unknown name or a missing library before any work
     _check_folder(folder, dataset, settings, versions or {})
     for problem in dataset.problems:
         logger.warning("skipped: %s", problem)
+    tasks = _tasks(dataset, settings, folder)
+    failed: list[str] = []
+    total = sum(len(task.pairs) + len(task.extras) for task in tasks)
+    with Progress(total, unit="pair", label="evaluate", enabled=progress) as bar:
+        for name, part, rows in _run_tasks(tasks, settings, folder, workers):
+            _append(_rows_path(folder, part, name), rows)
+            failed += [
+                f"{r['system']}, {r['sequence']} {r['pair']}: {r['reason']}"
+                for r in rows
+                if part == "rows" and not r["ok"]
+            ]
+            bar.update()
+    if failed:
+        for line in failed[:MAX_LOGGED_FAILURES]:
+            logger.warning("failed: %s", line)
+        logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
+    return folder
+
+
+def _without_controls(dataset: Dataset, settings: RunSettings) -> RunSettings:
+    """The settings without controls (which cannot be matched) for pairs without a homography."""
+    if not dataset.pairs or isinstance(dataset.pairs[0], HomographyPair):
+        return settings
+    controls = [name for name in settings.systems if _is_control(name)]
+    if not controls:
+        return settings
+    logger.warning(
+        "skipped: %s: controls have no descriptors, and pairs without a homography need matches",
+        ", ".join(controls),
+    )
+    return replace(settings, systems=tuple(n for n in settings.systems if n not in controls))
+
+
+def _tasks(dataset: Dataset, settings: RunSettings, folder: Path) -> list[Task]:
+    """The tasks that have no results in the folder yet."""
     tasks: list[Task] = []
     for name in settings.systems:
         done = {
             (row["sequence"], row["pair"])
-            for row in read_rows(_place(folder, "rows", name))
+            for row in read_rows(_rows_path(folder, "rows", name))
             if row["ok"]
         }
         for sequence in dataset.sequences:
@@ -330,37 +355,22 @@ def evaluate(
             ]
             if pairs or extras:
                 tasks.append(Task(name, pairs, extras, image))
-    failed: list[str] = []
-    total = sum(len(task.pairs) + len(task.extras) for task in tasks)
-    with Progress(total, unit="pair", label="evaluate", enabled=progress) as bar:
-        for name, part, rows in _work(tasks, settings, folder, workers):
-            _append(_place(folder, part, name), rows)
-            failed += [
-                f"{r['system']}, {r['sequence']} {r['pair']}: {r['reason']}"
-                for r in rows
-                if part == "rows" and not r["ok"]
-            ]
-            bar.update()
-    if failed:
-        for line in failed[:SHOWN]:
-            logger.warning("failed: %s", line)
-        logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
-    return folder
+    return tasks
 
 
 def _is_control(name: str) -> bool:
     return _spec(name).split("+")[0] in CONTROLS
 
 
-def _place(folder: Path, part: str, name: str) -> Path:
+def _rows_path(folder: Path, part: str, name: str) -> Path:
     return folder / part / f"{file_name(label(name))}.jsonl"
 
 
 def _check_folder(
     folder: Path, dataset: Dataset, settings: RunSettings, versions: dict[str, str]
 ) -> None:
-    """Write or compare ``run.json``: everything but the list of systems, extras and versions must
-    agree.
+    """Write or update ``run.json``; raises if its settings differ, except for systems, extras and
+    versions.
     """
     content: dict[str, Any] = {
         "dataset": {
@@ -381,21 +391,21 @@ def _check_folder(
         try:
             before = json.loads(path.read_text())
         except ValueError as error:
-            raise DataError(f"{path} is damaged ({error}); use another --out") from error
+            raise DataError(f"{path} is damaged ({error}); use another --output") from error
         for key in ("num_points", "mode", "protocols", "resize"):
             if before.get(key) != content[key]:
                 raise DataError(
-                    f"{folder} holds results with {key} = {before.get(key)}, asked is "
-                    f"{content[key]}; use another --out"
+                    f"{folder} holds results with {key} = {before.get(key)}, requested is "
+                    f"{content[key]}; use another --output"
                 )
         if before.get("dataset", {}).get("root") != content["dataset"]["root"]:
             raise DataError(
                 f"{folder} holds results of {before.get('dataset', {}).get('root')}; use another "
-                "--out"
+                "--output"
             )
-        there = {file_name(name): (name, spec) for name, spec in before.get("made_by", {}).items()}
+        stored = {file_name(name): (name, spec) for name, spec in before.get("made_by", {}).items()}
         for name, spec in content["made_by"].items():
-            other = there.get(file_name(name), (name, spec))
+            other = stored.get(file_name(name), (name, spec))
             if other != (name, spec):
                 raise DataError(
                     f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
@@ -410,19 +420,21 @@ def _check_folder(
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add lines to a file, all by one write: a sweep that is there at all is there whole."""
+    """Append rows to a file in a single write, so that a sweep is stored completely or not at
+    all.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         if file.tell():
             file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill left half a line
+            if file.read(1) != b"\n":  # an interrupted run left an incomplete line
                 text = b"\n" + text
         file.write(text)
 
 
 def _has_extra(folder: Path, name: str, extra: str, image: Path) -> bool:
-    rows = read_rows(_place(folder, _part(extra), name))
+    rows = read_rows(_rows_path(folder, _part(extra), name))
     return any(
         r["image"] == str(image) and r["ok"] and (extra == "bias" or r["kind"] == extra)
         for r in rows
@@ -435,8 +447,8 @@ def _part(extra: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What one worker does at a time: pairs of one sequence for one system, and sweeps or bias of
-    its first image.
+    """Work of one worker: pairs of one sequence for one system, and sweeps or bias of its first
+    image.
     """
 
     system: str
@@ -445,62 +457,64 @@ class Task:
     image: Path
 
 
-#: (system, folder of the file, rows that belong together)
-Made: TypeAlias = tuple[str, str, list[dict[str, Any]]]
+#: (system, folder of the file, rows that are written together)
+Result: TypeAlias = tuple[str, str, list[dict[str, Any]]]
 
 
-def _work(tasks: list[Task], settings: RunSettings, folder: Path, workers: int) -> Iterator[Made]:
-    """What the tasks make, as soon as it is made."""
+def _run_tasks(
+    tasks: list[Task], settings: RunSettings, folder: Path, workers: int
+) -> Iterator[Result]:
+    """Results of the tasks in the order of completion."""
     if workers <= 1 or len(tasks) <= 1:
         for task in tasks:
-            yield from _make_rows(task, settings, folder)
+            yield from _compute_rows(task, settings, folder)
         return
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
         ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool,
     ):
-        made = manager.Queue()
-        running = {pool.submit(_send, task, settings, folder, made) for task in tasks}
+        results = manager.Queue()
+        running = {pool.submit(_send, task, settings, folder, results) for task in tasks}
         try:
             while running:
                 ended = {future for future in running if future.done()}
                 with suppress(queue.Empty):
-                    while True:  # what ended workers have sent is there by now
-                        yield made.get(timeout=POLL)
+                    while True:  # finished workers have already queued all their results
+                        yield results.get(timeout=POLL_INTERVAL)
                 for future in ended:
                     future.result()
                 running -= ended
         except BaseException:
-            pool.shutdown(
-                wait=False, cancel_futures=True
-            )  # nobody would write the rows of tasks that have not begun
+            # nothing would write the rows of tasks that have not started
+            pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _send(task: Task, settings: RunSettings, folder: Path, made: Any) -> None:
-    for item in _make_rows(task, settings, folder):
-        made.put(item)
+def _send(task: Task, settings: RunSettings, folder: Path, results: Any) -> None:
+    for item in _compute_rows(task, settings, folder):
+        results.put(item)
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _make_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Made]:
-    """Rows of one task, features taken from disk or computed and stored."""
+def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Result]:
+    """Rows of one task; features are read from disk, or computed and stored."""
     name, detect = label(task.system), _make(task.system, settings)
     store = folder / "features" / file_name(name)
 
     def get(view: View) -> tuple[Features, float]:
-        place = store / f"{view.name}.npz"
-        found = load_features(place)
-        if found is None:
-            save_features(place, *view.detect(detect))
-            found = load_features(place)  # the numbers of a run that finds them on disk
-        if found is None:
-            raise DataError(f"{place} was written and cannot be read back")
-        return found
+        path = store / f"{view.name}.npz"
+        stored = load_features(path)
+        if stored is None:
+            save_features(path, *view.detect(detect))
+            # read back, so that the metrics equal those of a run that finds the file
+            stored = load_features(path)
+        if stored is None:
+            raise DataError(f"{path} was written and cannot be read back")
+        return stored
 
     for pair in task.pairs:
         yield (
@@ -511,9 +525,9 @@ def _make_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Made
     for extra in task.extras:
         try:
             if extra == "bias":
-                made = bias(detect, task.image, num_keypoints=settings.num_keypoints)
+                rows = bias(detect, task.image, num_keypoints=settings.num_keypoints)
             else:
-                made = sweep(
+                rows = sweep(
                     detect,
                     task.image,
                     extra,
@@ -521,7 +535,7 @@ def _make_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Made
                     num_keypoints=settings.num_keypoints,
                 )
         except (DataError, WeightsError, ValueError, RuntimeError, OSError) as error:
-            made = [
+            rows = [
                 {
                     "kind": extra,
                     "ok": False,
@@ -532,5 +546,5 @@ def _make_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Made
         yield (
             task.system,
             _part(extra),
-            [{"system": name, "image": str(task.image), **row} for row in made],
+            [{"system": name, "image": str(task.image), **row} for row in rows],
         )

@@ -1,6 +1,4 @@
-"""One photograph against itself: turned, resized (repeatability) and mirrored (bias), for any
-system.
-"""
+"""Repeatability under rotation and scaling, and localization bias, measured on single images."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ from .pair import homography_metrics
 from .systems import System, as_features
 
 ROTATIONS = tuple(range(0, 360, 15))
-#: Degrees within which a point's turn counts as right.
+#: Maximum error in degrees of a correct orientation.
 ROTATION_TOLERANCE = 15.0
 FACTORS = (0.25, 0.35, 0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
-def _moved(image: Tensor, M: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The image moved by a linear map (2,2) and shifted, on a canvas that holds all of it: new
-    image and H (3,3).
+def _transform(image: Tensor, M: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Warp an image by a linear map (2,2) and a shift, on a canvas that contains all of it; returns
+    the new image and H (3,3).
     """
     h, w = image.shape[-2:]
     corners = torch.tensor(
@@ -48,22 +46,22 @@ def _moved(image: Tensor, M: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor
 
 
 def rotated(image: Tensor, degrees: float, *, shift: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Image (1,1,H,W) turned clockwise as seen, nothing cut off, mirrored content outside; and H to
-    it.
+    """Rotate an image (1,1,H,W) clockwise without cropping, with reflection padding; returns the
+    new image and H (3,3).
 
-    ``shift`` pixels to the right and down, 0..1: with a part of a pixel no turn hands over the
-    pixels as they were.
+    ``shift`` (0..1) moves the content right and down in pixels: with a fractional shift, even
+    rotations by multiples of 90 degrees interpolate.
     """
-    turn = math.radians(degrees)
-    c, s = math.cos(turn), math.sin(turn)
+    radians = math.radians(degrees)
+    c, s = math.cos(radians), math.sin(radians)
     if degrees % 90 == 0:
         c, s = round(c), round(s)
-    return _moved(image, torch.tensor([[c, -s], [s, c]], dtype=torch.float64), shift)
+    return _transform(image, torch.tensor([[c, -s], [s, c]], dtype=torch.float64), shift)
 
 
 def rescaled(image: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """Image (1,1,H,W) resized by about ``factor`` with a low-pass before shrinking, and the exact H
-    to it.
+    """Resize an image (1,1,H,W) by about ``factor`` with antialiasing; returns the new image and
+    the exact H (3,3).
     """
     h, w = image.shape[-2:]
     size = max(1, round(h * factor)), max(1, round(w * factor))
@@ -85,12 +83,12 @@ def sweep(
     num_keypoints: int = EVALUATION_NUM_KEYPOINTS,
     shift: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Repeatability of one photograph against itself turned (``rotation``, degrees) or resized
-    (``scale``, factors).
+    """Repeatability between an image and its rotated (``kind`` "rotation", ``values`` in degrees)
+    or resized ("scale", factors) copies; one row per value.
 
-    Of points with angles also the error of their turn, where they are repeated within 3 px: its
-    median in degrees, and the part within 15 degrees. ``shift``: of the turned copy, see
-    ``rotated``.
+    If the keypoints have angles, also the orientation error of those repeated within 3 px: its
+    median in degrees (``turn.median``) and the fraction within 15 degrees (``turn.right``).
+    ``shift`` is that of ``rotated``.
     """
     make: dict[str, Callable[[Tensor, float], tuple[Tensor, Tensor]]] = {
         "rotation": partial(rotated, shift=shift),
@@ -101,33 +99,33 @@ def sweep(
     a = as_features(detect(original), size)
     rows = []
     for value in values:
-        moved, H = make[kind](original, value)
-        b = as_features(detect(moved), (moved.shape[-1], moved.shape[-2]))
-        numbers = homography_metrics(a, b, H, num_keypoints=num_keypoints, protocols=("mutual",))
+        copy, H = make[kind](original, value)
+        b = as_features(detect(copy), (copy.shape[-1], copy.shape[-2]))
+        metrics = homography_metrics(a, b, H, num_keypoints=num_keypoints, protocols=("mutual",))
         if a.descriptors is not None and b.descriptors is not None:
             pairs = match(a[:num_keypoints], b[:num_keypoints]).index
             accuracy = m.matching_accuracy(m.match_errors(a.xy, b.xy, H, pairs))
-            numbers |= {"mma@3": accuracy["mma@3"], "matches": len(pairs)}
+            metrics |= {"mma@3": accuracy["mma@3"], "matches": len(pairs)}
         if bool(a.angle.any()) or bool(b.angle.any()):
             i, j = m.repeated_points(
                 a.xy,
                 b.xy,
                 H,
                 size[::-1],
-                (moved.shape[-2], moved.shape[-1]),
+                (copy.shape[-2], copy.shape[-1]),
                 num_keypoints=num_keypoints,
             )
             if len(i):
                 errors = m.orientation_errors(a.xy[i], a.angle[i], b.angle[j], H)
-                right = float((errors <= ROTATION_TOLERANCE).double().mean())
-                numbers |= {"turn.median": float(errors.median()), "turn.right": right}
+                correct = float((errors <= ROTATION_TOLERANCE).double().mean())
+                metrics |= {"turn.median": float(errors.median()), "turn.right": correct}
         rows.append(
             {
                 "kind": kind,
                 "value": value,
                 "ok": True,
                 "reason": "",
-                "metrics": {**numbers, "points": len(b)},
+                "metrics": {**metrics, "points": len(b)},
             }
         )
     return rows
@@ -136,12 +134,12 @@ def sweep(
 def bias(
     detect: System, image: ImageLike, *, num_keypoints: int = EVALUATION_NUM_KEYPOINTS
 ) -> list[dict[str, Any]]:
-    """Median displacement (dx, dy) in px between detections on an image and on its mirrored or
-    turned copy, moved back.
+    """Median displacement (dx, dy) in px between the keypoints of an image and those of its
+    mirrored or rotated copy, mapped back.
 
-    A detector that answers everything at a constant offset shows twice that offset. None without
-    paired points. One more row, ``anchoring``, says whether the strongest keypoints lie on
-    structure (``anchoring.Anchoring``).
+    A detector with a constant localization offset shows twice that offset. None without paired
+    keypoints. A further row, ``anchoring``, tells whether the strongest keypoints lie on structure
+    (``anchoring.Anchoring``).
     """
     original = load_image(image)
     h, w = original.shape[-2:]
@@ -151,15 +149,18 @@ def bias(
         b = as_features(detect(original.flip(dims)), (w, h)).xy[:num_keypoints].double()
         for dim in dims:
             b[:, 0 if dim == -1 else 1] = original.shape[dim] - 1 - b[:, 0 if dim == -1 else 1]
-        numbers: dict[str, float | None] = {"dx": None, "dy": None, "points": 0}
+        metrics: dict[str, float | None] = {"dx": None, "dy": None, "points": 0}
         index_a, index_b, _ = m.mutual_nearest(a, b, REACH)
         if len(index_a):
             dx, dy = (a[index_a] - b[index_b]).median(dim=0).values.tolist()
-            numbers = {"dx": dx, "dy": dy, "points": len(index_a)}
-        rows.append({"kind": kind, "metrics": numbers, "ok": True, "reason": ""})
+            metrics = {"dx": dx, "dy": dy, "points": len(index_a)}
+        rows.append({"kind": kind, "metrics": metrics, "ok": True, "reason": ""})
     rank = percentiles(original, a[:ANCHORED_KEYPOINTS].float())
-    placed: dict[str, float | None] = {"median": None, "below_half": None, "points": len(rank)}
+    anchoring: dict[str, float | None] = {"median": None, "below_half": None, "points": len(rank)}
     if len(rank):
-        placed |= {"median": float(rank.median()), "below_half": float((rank < 0.5).float().mean())}
-    rows.append({"kind": "anchoring", "metrics": placed, "ok": True, "reason": ""})
+        anchoring |= {
+            "median": float(rank.median()),
+            "below_half": float((rank < 0.5).float().mean()),
+        }
+    rows.append({"kind": "anchoring", "metrics": anchoring, "ok": True, "reason": ""})
     return rows

@@ -1,8 +1,8 @@
-"""Systems that an evaluation compares, by name: ours, OpenCV's, other libraries', features on disk,
-content-free controls.
+"""Systems to evaluate, by name: those of this package, OpenCV and other libraries, features on
+disk, and content-free controls.
 
-A system is a callable image -> ``Features``. ``system("sift+rootsift")`` makes one; ``SYSTEMS``
-lists the names, and adding one is one function under its name.
+A system is a callable image -> ``Features``. ``system("sift+rootsift")`` creates one; ``SYSTEMS``
+lists the names.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from .baselines.opencv import OPENCV_SYSTEMS, opencv_detect
 
 System: TypeAlias = Callable[[ImageLike], Features]
 
-
 OURS = DETECTORS
-#: They never look at the image. What they score is what a measure gives for nothing.
+#: Content-free controls: their keypoints do not depend on the image content, so their results are
+#: the chance level of a metric.
 CONTROLS = ("random", "lattice")
-#: What may stand behind the @ of one of ours: a way of extraction, or where its angles come from.
+#: Allowed after the @ of a detector of ``OURS``: an extraction mode, or an orientation.
 MODES = ("", "official", "all", "upright", *ORIENTATIONS)
-#: What may stand behind the plus sign of a system's name.
+#: Allowed after the plus sign of a system's name.
 POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
-#: Points a system hands over for each point that is compared: the common area is chosen first, the
-#: strongest after it.
+#: Keypoints extracted per keypoint compared: protocols restrict keypoints to the common area
+#: before they select the strongest.
 SPARE = 5
 REKD_SPARE = 1.5
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every system is asked for.
+    """Options of every system.
 
     Attributes:
-        num_keypoints: points an image, strongest first.
-        single_scale: no scale pyramid (the papers' TI) for detectors that can do without.
-        device: for networks.
+        num_keypoints: maximum number of keypoints per image.
+        single_scale: without a scale pyramid (the papers' TI), for detectors that support it.
+        device: device of the networks.
     """
 
     num_keypoints: int = 1000 * SPARE
@@ -67,14 +67,14 @@ class Options:
 
 
 def system(name: str, options: Options | None = None) -> System:
-    """The system called ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` for described patches
-    instead of its own descriptors.
+    """Create the system ``name``: ``DETECTOR``, or ``DETECTOR+DESCRIPTOR`` to replace the
+    detector's own descriptors.
 
-    DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file of ours. DETECTOR is one of
-    ``SYSTEMS``, a weights file (ours or an official one; ``NAME@official`` for the published
-    extraction, ``NAME@all`` for a place at all its scales, ``NAME@upright`` for patches that are
-    not turned, ``NAME@dominant`` and the other ``extract.ORIENTATIONS`` for other angles), a folder
-    of ``.kpt.npy``/``.dsc.npy`` files or an hloc ``.h5`` file.
+    DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file. DETECTOR is one of ``SYSTEMS``, a
+    weights file (of this package or an official one), a folder of ``.kpt.npy``/``.dsc.npy`` files
+    or an hloc ``.h5`` file. Networks take a mode: ``NAME@official`` for the published extraction,
+    ``NAME@all`` for several keypoints per location (one per scale), ``NAME@upright`` for patches
+    that are not rotated, ``NAME@dominant`` and the other ``names.ORIENTATIONS`` for other angles.
 
     Raises:
         ValueError: unknown name.
@@ -87,32 +87,36 @@ def system(name: str, options: Options | None = None) -> System:
             f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got "
             f"{descriptor!r} in {name!r}"
         )
-    make: System
+    detect: System
     if detector in CONTROLS:
-        make = _control(detector, options)
+        detect = _control(detector, options)
     elif detector in OPENCV_SYSTEMS:
-        make = _opencv(detector, options)
+        detect = _opencv(detector, options)
     elif detector in EXTERNAL_SYSTEMS:
-        make = external_system(detector, num_keypoints=options.num_keypoints, device=options.device)
+        detect = external_system(
+            detector, num_keypoints=options.num_keypoints, device=options.device
+        )
     elif detector.split("@")[0] in OURS or (
         Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))
     ):
         return _ours(detector, descriptor or DESCRIPTOR, options)
     elif Path(detector).exists():
-        make = from_disk(detector)
+        detect = from_disk(detector)
     else:
         raise ValueError(
             f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder"
         )
     if descriptor == "none":
-        return _without_descriptors(make)
-    return _with_patches(make, descriptor, options) if descriptor else make
+        return _without_descriptors(detect)
+    return _with_patches(detect, descriptor, options) if descriptor else detect
 
 
 def _ours(name: str, descriptor: str, options: Options) -> System:
-    file, _, mode = name.partition("@")
+    detector, _, mode = name.partition("@")
     if mode not in MODES:
-        raise ValueError(f"after @ stands {', '.join(MODES[1:])}; got {mode!r} in {name!r}")
+        raise ValueError(
+            f"the mode after @ must be one of {', '.join(MODES[1:])}; got {mode!r} in {name!r}"
+        )
     choices: dict[str, dict[str, Any]] = {
         "official": {"official": True},
         "all": {"per_scale": True},
@@ -122,20 +126,19 @@ def _ours(name: str, descriptor: str, options: Options) -> System:
     if mode in ORIENTATIONS:
         choice = {"orientation": mode}
     extract = build(
-        file,
+        detector,
         _network(descriptor),
         single_scale=options.single_scale,
         device=options.device,
         num_keypoints=options.num_keypoints,
         **choice,
     ).extract
-    return lambda image: _strongest_first(
-        extract(image)
-    )  # the published extraction goes level by level
+    # the published extraction returns keypoints level by level
+    return lambda image: _strongest_first(extract(image))
 
 
 def _network(descriptor: str) -> str | nn.Module:
-    """What ``build`` takes for a descriptor of an evaluation: a name of its own, or a network."""
+    """The argument of ``build`` for a descriptor of an evaluation: a name, or a network."""
     if descriptor in DESCRIPTORS:
         return descriptor
     return RawPatch() if descriptor == "raw" else load(descriptor)
@@ -144,72 +147,69 @@ def _network(descriptor: str) -> str | nn.Module:
 def patch_network(
     descriptor: str, device: torch.device | str = "cpu"
 ) -> Callable[[Tensor], Tensor]:
-    """A descriptor (of ``POINT_DESCRIPTORS``, or a weights file) as a network patches (N,1,32,32)
-    in [0,1] -> (N,D).
+    """Load a patch descriptor (of ``POINT_DESCRIPTORS``, or a weights file) as a network patches
+    (N,1,32,32) in [0,1] -> (N,D).
 
     Raises:
         ValueError: unknown name, or ``none``.
     """
-    known = [name for name in POINT_DESCRIPTORS if name not in ("none", "desnet")]
-    found = (
+    names = [name for name in POINT_DESCRIPTORS if name not in ("none", "desnet")]
+    descriptor_stage = (
         describer(_network(descriptor), device=device)
-        if descriptor in known or Path(descriptor).is_file()
+        if descriptor in names or Path(descriptor).is_file()
         else None
     )
-    if not isinstance(found, PatchDescriptor):
+    if not isinstance(descriptor_stage, PatchDescriptor):
         raise ValueError(
-            f"descriptor must be {', '.join(known)} or a weights file of a patch descriptor, got "
+            f"descriptor must be {', '.join(names)} or a weights file of a patch descriptor, got "
             f"{descriptor!r}"
         )
-    return found.net
+    return descriptor_stage.net
 
 
-def _sized(image: Tensor, points: Keypoints, descriptors: Tensor | None = None) -> Features:
-    return Features(points, descriptors, (image.shape[-1], image.shape[-2]))
+def _sized(image: Tensor, keypoints: Keypoints, descriptors: Tensor | None = None) -> Features:
+    return Features(keypoints, descriptors, (image.shape[-1], image.shape[-2]))
 
 
 def _opencv(name: str, options: Options) -> System:
-    opencv_detect(
-        name, torch.zeros(1, 1, dtype=torch.uint8).numpy()
-    )  # a missing library speaks up before the first image
+    # raises for a missing library before the first image
+    opencv_detect(name, torch.zeros(1, 1, dtype=torch.uint8).numpy())
 
     def run(source: ImageLike) -> Features:
         image = load_image(source)
         gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
-        # MSER has no order of strength: all its points are handed over, and the evaluation averages
-        # random picks.
-        points, descriptors = opencv_detect(name, gray, options.num_keypoints)
-        return _sized(image, points, descriptors)
+        # MSER regions have equal scores: the evaluation averages over random selections of them
+        keypoints, descriptors = opencv_detect(name, gray, options.num_keypoints)
+        return _sized(image, keypoints, descriptors)
 
     return run
 
 
-def _with_patches(make: System, descriptor: str, options: Options) -> System:
+def _with_patches(detect: System, descriptor: str, options: Options) -> System:
     describe = describer(_network(descriptor), device=options.device)
     assert describe is not None
 
     def run(source: ImageLike) -> Features:
-        found = make(source)
+        features = detect(source)
         pyramid = build_pyramid(load_image(source).to(options.device))
-        return replace(
-            found, descriptors=describe(pyramid, found.keypoints.to(options.device), 0).cpu()
-        )
+        keypoints = features.keypoints.to(options.device)
+        return replace(features, descriptors=describe(pyramid, keypoints, 0).cpu())
 
     return run
 
 
-def _without_descriptors(make: System) -> System:
+def _without_descriptors(detect: System) -> System:
     def run(source: ImageLike) -> Features:
-        return replace(make(source), descriptors=None)
+        return replace(detect(source), descriptors=None)
 
     return run
 
 
 def as_features(found: Any, size: tuple[int, int]) -> Features:
-    """What a system returned, as ``Features`` of an image of ``size`` (width, height).
+    """Convert the output of a system on an image of ``size`` (width, height) to ``Features``.
 
-    ``Features``, ``Keypoints``, or an array or tensor (N,2), (N,3) with scale, (N,4) with scale and
-    score, strongest first.
+    The output is ``Features``, ``Keypoints``, or an array or tensor (N,2), (N,3) with scale or
+    (N,4) with scale and score, strongest first.
     """
     if isinstance(found, Features):
         return found
@@ -218,7 +218,7 @@ def as_features(found: Any, size: tuple[int, int]) -> Features:
     table = torch.as_tensor(np.asarray(found) if not isinstance(found, Tensor) else found).float()
     if table.ndim != 2 or not 2 <= table.shape[1] <= 4:
         raise ValueError(
-            "a system must return Features, Keypoints or (N,2..4) numbers; got shape "
+            "a system must return Features, Keypoints or an array (N,2..4); got shape "
             f"{tuple(table.shape)}"
         )
     n = len(table)
@@ -231,16 +231,16 @@ def as_features(found: Any, size: tuple[int, int]) -> Features:
 
 
 def _seed(image: Tensor) -> int:
-    """A number that differs from image to image and is the same in every run."""
+    """A reproducible seed from the pixels of an image."""
     return zlib.crc32((image[0, 0] * 255).to(torch.uint8).numpy().tobytes())
 
 
 def _control(name: str, options: Options) -> System:
-    """Uniform random points, or a square lattice turned and shifted at random; both with random
-    scores.
+    """Uniformly random keypoints, or a randomly rotated and shifted square lattice; both with
+    random scores.
 
-    Random points pass the same 15 x 15 suppression as a network's. With many scales, each point
-    gets the scale of a level as often as Key.Net's budgets would.
+    Random keypoints pass the same 15 x 15 non-maximum suppression as those of a network. Unless
+    single-scale, their scales are distributed as by Key.Net's budgets per level.
     """
 
     def run(source: ImageLike) -> Features:
@@ -249,8 +249,8 @@ def _control(name: str, options: Options) -> System:
         rng = torch.Generator().manual_seed(_seed(image))
         if name == "random":
             scores = torch.zeros(h * w)
-            places = torch.randperm(h * w, generator=rng)[: min(options.num_keypoints, h * w)]
-            scores[places] = torch.rand(len(places), generator=rng) + 1e-6
+            pixels = torch.randperm(h * w, generator=rng)[: min(options.num_keypoints, h * w)]
+            scores[pixels] = torch.rand(len(pixels), generator=rng) + 1e-6
             xy = detect_peaks(scores.view(1, 1, h, w), options.num_keypoints, subpixel=False)[0][0]
         else:
             xy = _lattice(h, w, rng)
@@ -274,8 +274,8 @@ def _lattice(h: int, w: int, rng: torch.Generator, nodes: int = 1000) -> Tensor:
     step = math.sqrt(h * w / nodes)
     angle, px, py = (float(v) for v in torch.rand(3, generator=rng))
     angle *= math.pi / 2
-    reach = math.ceil(math.hypot(h, w) / step) + 1
-    i = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    half = math.ceil(math.hypot(h, w) / step) + 1
+    i = torch.arange(-half, half + 1, dtype=torch.float32)
     u, v = torch.meshgrid((i + px) * step, (i + py) * step, indexing="ij")
     x = u * math.cos(angle) - v * math.sin(angle) + w / 2
     y = u * math.sin(angle) + v * math.cos(angle) + h / 2
@@ -288,14 +288,14 @@ def _lattice(h: int, w: int, rng: torch.Generator, nodes: int = 1000) -> Tensor:
 
 
 def from_disk(path: str | Path) -> System:
-    """Features made elsewhere: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` mirroring the images'
-    paths, or hloc's HDF5 file (its journal alone too).
+    """System of stored features: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` that mirrors the
+    images' paths, or an hloc HDF5 file (or only its journal).
 
-    An image is looked up by the longest end of its path that exists there (``graf/1.png`` before
+    An image is looked up by the longest suffix of its path that exists (``graf/1.png`` before
     ``1.png``).
 
     Raises (when called):
-        DataError: the image has no features there, or it was not given as a path.
+        DataError: no features are stored for the image, or it was not given as a path.
     """
     path = Path(path)
     if not path.is_dir():

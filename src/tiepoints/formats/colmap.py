@@ -1,14 +1,13 @@
-"""COLMAP's database through pycolmap, written and read; the only place where COLMAP's half pixel is
-added or taken away.
+"""Reading and writing of COLMAP databases with pycolmap.
 
-COLMAP puts the corner of the first pixel at (0, 0), we its centre: positions get +0.5 on the way in
-and -0.5 on the way out. Points have four columns: x, y, scale (ours, in pixels), orientation
-(radians from +x towards +y, as ours). Descriptors that are none of COLMAP's are kept as it keeps
-floats, their bytes as (N,4D) uint8, with type UNDEFINED: its own matchers refuse those aloud, ours
-read them. RootSIFT is what COLMAP calls SIFT: (N,128) uint8, 512 times the value.
+The origin of COLMAP's image coordinates is the corner of the first pixel, ours is its center: 0.5
+is added to positions on writing and subtracted on reading. Keypoints have four columns: x, y, scale
+(in pixels) and orientation (radians from +x towards +y). RootSIFT is COLMAP's SIFT: (N,128) uint8,
+512 times the value. Other descriptors are stored like COLMAP's float descriptors, their bytes as
+(N,4D) uint8, with type UNDEFINED, which COLMAP's own matchers reject.
 
-Each image is one transaction of a database with a write-ahead log, so a killed process leaves whole
-images only.
+Each image is one transaction of a database with a write-ahead log, so a killed process leaves no
+incomplete images.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from ..errors import DataError
 from ..files import require
 from ..structs import Features, Keypoints, Matches
 
-#: Centre of the first pixel in COLMAP's coordinates.
+#: Center of the first pixel in COLMAP's coordinates.
 HALF_PIXEL = 0.5
-#: COLMAP's factor of SIFT in uint8.
+#: Scale of COLMAP's uint8 SIFT descriptors.
 SIFT_FACTOR = 512.0
-#: COLMAP's guess of a focal length without EXIF, in longest sides of the image.
+#: COLMAP's default focal length without EXIF, in units of the longest side of the image.
 FOCAL_FACTOR = 1.2
 
 
@@ -46,21 +45,20 @@ def _pycolmap() -> Any:
 
 
 class ColmapDatabase:
-    """A database of cameras, images, points, descriptors, matches and verified pairs.
+    """COLMAP database of cameras, images, keypoints, descriptors, matches and two-view geometries.
 
     Args:
         path: the ``.db`` file.
-        camera: ``auto`` = one camera an image, its focal length from EXIF or COLMAP's guess of 1.2
-            longest sides; ``single`` = one camera for all images, begun like the first one's;
-            ``MODEL:p1,p2,...`` = one camera with known intrinsics in COLMAP's order and coordinates
-            (principal point of a centred camera: half the size), such as
-            ``PINHOLE:525,525,320,240``.
-        write: open for writing too.
+        camera: ``auto``: one camera per image, its focal length from EXIF or 1.2 times the longest
+            side; ``single``: one camera for all images, initialized from the first image;
+            ``MODEL:p1,p2,...``: one camera with known intrinsics in COLMAP's order and coordinates
+            (a centered principal point is half the size), such as ``PINHOLE:525,525,320,240``.
+        write: open for reading and writing.
 
     Raises:
-        FileNotFoundError: nothing to read.
-        DataError: not a database of COLMAP.
-        ValueError: ``camera`` is none of these.
+        FileNotFoundError: no such file to read.
+        DataError: not a COLMAP database.
+        ValueError: ``camera`` has another form.
         ImportError: pycolmap is missing or too old.
     """
 
@@ -79,16 +77,17 @@ class ColmapDatabase:
             self._ids = {image.name: image.image_id for image in self._database.read_all_images()}
         except (RuntimeError, ValueError) as error:
             raise DataError(
-                f"{self.path} is no database of COLMAP or is damaged ({_first_line(error)})"
+                f"{self.path} is not a COLMAP database or is damaged ({_first_line(error)})"
             ) from error
 
     def _known_camera(self, camera: str) -> Any:
+        """Camera of ``MODEL:p1,p2,...``; None for ``auto`` and ``single``."""
         if camera in ("auto", "single"):
             return None
         model, _, numbers = camera.partition(":")
         names = sorted(set(self._colmap.CameraModelId.__members__) - {"INVALID"})
         try:
-            values = [float(word) for word in numbers.split(",")]
+            values = [float(number) for number in numbers.split(",")]
         except ValueError:
             values = []
         if model not in names or not values:
@@ -112,11 +111,11 @@ class ColmapDatabase:
         self.close()
 
     def close(self) -> None:
-        """Close the database; what was written is in it already."""
+        """Close the database; all writes are already committed."""
         self._database.close()
 
     def clear(self) -> None:
-        """Begin with an empty database."""
+        """Remove all content of the database."""
         self._database.clear_all_tables()
         self._ids.clear()
 
@@ -128,31 +127,30 @@ class ColmapDatabase:
         return sorted(self._ids)
 
     def done(self, name: str, *, described: bool) -> bool:
-        """Whether the image has points, and descriptors where they are asked for."""
-        known = self._ids.get(name)
-        if known is None or not self._database.exists_keypoints(known):
+        """Whether the image has keypoints and, if ``described``, descriptors."""
+        image_id = self._ids.get(name)
+        if image_id is None or not self._database.exists_keypoints(image_id):
             return False
-        return not described or self._database.exists_descriptors(known)
+        return not described or self._database.exists_descriptors(image_id)
 
     # ---- features
 
     def write(self, name: str, features: Features, image: Path | None = None) -> None:
-        """Keep an image, its camera, points and descriptors, whole or not at all.
+        """Write an image with its camera, keypoints and descriptors in one transaction.
 
         Args:
-            name: path below the image folder, / between parts.
-            features: of the image as stored (COLMAP ignores EXIF orientations as we do).
-            image: the file, to read its EXIF; without it, or where COLMAP cannot read it, the focal
-                length is a guess.
+            name: path relative to the image folder, with / as separator.
+            features: of the image as stored (COLMAP ignores EXIF orientations, as this package
+                does).
+            image: the file, to read its EXIF; without it, or if COLMAP cannot read it, the default
+                focal length is used.
 
         Raises:
-            DataError: the image has points there already, or another size than the single camera.
+            DataError: the image already has keypoints, or its size differs from the single
+                camera's.
         """
-        xy, scale, angle = (
-            features.xy.cpu().double(),
-            features.scale.cpu().double(),
-            features.angle.cpu().double(),
-        )
+        xy = features.xy.cpu().double()
+        scale, angle = features.scale.cpu().double(), features.angle.cpu().double()
         table = torch.cat([xy + HALF_PIXEL, scale[:, None], angle[:, None]], dim=1).float().numpy()
         descriptors = (
             None
@@ -162,28 +160,31 @@ class ColmapDatabase:
         with self._lock:
             if name in self._ids and self._database.exists_keypoints(self._ids[name]):
                 raise DataError(
-                    f"{self.path} holds features of {name} already, and perhaps matches of them; "
-                    "clear() it first"
+                    f"{self.path} already contains features of {name}, and possibly matches; "
+                    "call clear() first"
                 )
-            camera = None if name in self._ids else self._camera(features.image_size, image, name)
+            image_id = self._ids.get(name)
+            if image_id is None:
+                camera = self._camera(features.image_size, image, name)
             try:
                 with self._colmap.DatabaseTransaction(self._database):
-                    number = self._ids[name] if camera is None else self._add_image(name, camera)
-                    self._database.write_keypoints(number, table)
+                    if image_id is None:
+                        image_id = self._add_image(name, camera)
+                    self._database.write_keypoints(image_id, table)
                     if descriptors is not None:
-                        self._database.write_descriptors(number, descriptors)
+                        self._database.write_descriptors(image_id, descriptors)
             except RuntimeError as error:
                 raise DataError(
                     f"{self.path}: {name} could not be written ({_first_line(error)})"
                 ) from error
-            self._ids[name] = number
+            self._ids[name] = image_id
 
     def _camera(self, size: tuple[int, int], image: Path | None, name: str) -> Any:
-        """A camera with its number where it is there already."""
+        """Camera of an image; its id is set if the database already contains it."""
         width, height = size
         if width < 1 or height < 1:
             raise DataError(
-                f"{name}: COLMAP needs the size of the image, which these features do not state; "
+                f"{name}: COLMAP needs the size of the image, which these features do not contain; "
                 "extract them again"
             )
         if self._single and self._database.num_cameras():
@@ -204,17 +205,17 @@ class ColmapDatabase:
                 if (camera.width, camera.height) == size:
                     return camera
             except (ValueError, RuntimeError):
-                pass  # a kind of file that COLMAP does not read, such as WebP
-        guess = FOCAL_FACTOR * max(size)
+                pass  # a format that COLMAP cannot read, such as WebP
+        focal = FOCAL_FACTOR * max(size)
         return self._colmap.Camera(
             model="SIMPLE_RADIAL",
             width=width,
             height=height,
-            params=[guess, width / 2, height / 2, 0],
+            params=[focal, width / 2, height / 2, 0],
         )
 
     def _add_image(self, name: str, camera: Any) -> int:
-        """Camera, image, and the rig and frame of one camera that COLMAP makes of an image."""
+        """Add a camera, an image, and the rig and frame that COLMAP creates for a single image."""
         colmap, database = self._colmap, self._database
         if not database.exists_camera(camera.camera_id):
             camera.camera_id = database.write_camera(camera)
@@ -233,6 +234,7 @@ class ColmapDatabase:
         return image.image_id
 
     def _encode(self, values: np.ndarray) -> Any:
+        """Descriptors (N,D) float32 in COLMAP's representation."""
         kinds = self._colmap.FeatureExtractorType
         stored = self._colmap.FeatureDescriptors()
         if values.shape[1] == 128 and (not len(values) or values.min() >= 0):
@@ -244,69 +246,70 @@ class ColmapDatabase:
         return stored
 
     def read(self, name: str) -> Features:
-        """Features of an image; COLMAP keeps no scores, so these are 1.
+        """Read the features of an image; COLMAP stores no scores, so these are 1.
 
         Raises:
-            DataError: no such image, no points, or descriptors of a kind that is not ours.
+            DataError: no such image, no keypoints, or descriptors of an unsupported type.
         """
-        number = self._number(name)
-        if not self._database.exists_keypoints(number):
-            raise DataError(f"{self.path} holds no features of {name!r}")
-        table = torch.from_numpy(np.array(self._database.read_keypoints(number), dtype=np.float64))
+        image_id = self._image_id(name)
+        if not self._database.exists_keypoints(image_id):
+            raise DataError(f"{self.path} contains no features of {name!r}")
+        table = torch.from_numpy(
+            np.array(self._database.read_keypoints(image_id), dtype=np.float64)
+        )
         count = len(table)
         scale, angle = torch.ones(count), torch.zeros(count)
         if table.shape[1] == 4:
             scale, angle = table[:, 2].float(), table[:, 3].float()
         elif table.shape[1] == 6:
-            a11, a12, a21, a22 = table[:, 2:].unbind(1)  # an affine shape
-            scale, angle = (
-                (a11 * a22 - a12 * a21).abs().sqrt().float(),
-                torch.atan2(a21, a11).float(),
-            )
-        camera = self._database.read_camera(self._database.read_image(number).camera_id)
+            a11, a12, a21, a22 = table[:, 2:].unbind(1)  # affine shape
+            scale = (a11 * a22 - a12 * a21).abs().sqrt().float()
+            angle = torch.atan2(a21, a11).float()
+        camera = self._database.read_camera(self._database.read_image(image_id).camera_id)
         descriptors = None
-        if self._database.exists_descriptors(number):
+        if self._database.exists_descriptors(image_id):
             descriptors = torch.from_numpy(
-                self._decode(self._database.read_descriptors(number), name)
+                self._decode(self._database.read_descriptors(image_id), name)
             )
             if len(descriptors) != count:
                 raise DataError(
-                    f"{self.path}: {name} has {count} points but {len(descriptors)} descriptors"
+                    f"{self.path}: {name} has {count} keypoints but {len(descriptors)} descriptors"
                 )
-        points = Keypoints((table[:, :2] - HALF_PIXEL).float(), scale, angle, torch.ones(count))
-        return Features(points, descriptors, (camera.width, camera.height))
+        keypoints = Keypoints((table[:, :2] - HALF_PIXEL).float(), scale, angle, torch.ones(count))
+        return Features(keypoints, descriptors, (camera.width, camera.height))
 
     def move_keypoints(self, name: str, xy: torch.Tensor) -> None:
-        """Give the keypoints of an image other positions (N,2), ours; scales, angles, descriptors
-        and matches stay.
+        """Replace the positions (N,2) of the keypoints of an image.
 
-        The geometries of the image's pairs are those of the old positions: see ``forget_geometry``.
+        Scales, angles, descriptors and matches are kept. The two-view geometries of the image still
+        belong to the old positions: see ``forget_geometry``.
 
         Raises:
             DataError: no such image, or another number of keypoints.
         """
-        number = self._number(name)
-        table = np.array(self._database.read_keypoints(number), dtype=np.float32)
+        image_id = self._image_id(name)
+        table = np.array(self._database.read_keypoints(image_id), dtype=np.float32)
         if len(table) != len(xy):
             raise DataError(
                 f"{self.path}: {name} has {len(table)} keypoints, got {len(xy)} positions"
             )
         table[:, :2] = (xy.double() + HALF_PIXEL).float().numpy()
         with self._lock, self._colmap.DatabaseTransaction(self._database):
-            self._database.update_keypoints(number, table)
+            self._database.update_keypoints(image_id, table)
 
     def forget_geometry(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Remove the verified geometries of ``pairs``, so that ``verify`` works on them again;
-        their raw matches stay.
+        """Remove the two-view geometries of ``pairs``, so that ``verify`` estimates them again; raw
+        matches are kept.
         """
         with self._lock, self._colmap.DatabaseTransaction(self._database):
             for a, b in pairs:
                 if self._verified(a, b):
-                    self._database.delete_two_view_geometry(self._number(a), self._number(b))
+                    self._database.delete_two_view_geometry(self._image_id(a), self._image_id(b))
 
     def _decode(self, stored: Any, name: str) -> np.ndarray:
+        """Descriptors (N,D) float32 of COLMAP's representation."""
         kinds = self._colmap.FeatureExtractorType
-        data = np.array(stored.data, order="C")  # pycolmap's own array cannot be written to
+        data = np.array(stored.data, order="C")  # pycolmap's array is read-only
         if stored.type == kinds.SIFT:
             values = data.astype(np.float32)
             return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
@@ -317,91 +320,94 @@ class ColmapDatabase:
             )
         return data.view(np.float32)
 
-    def _number(self, name: str) -> int:
+    def _image_id(self, name: str) -> int:
         if name not in self._ids:
-            raise DataError(f"{self.path} holds no image {name!r}")
+            raise DataError(f"{self.path} contains no image {name!r}")
         return self._ids[name]
 
     # ---- matches
 
     def has_matches(self, a: str, b: str) -> bool:
-        """Whether matches of the pair are there, either way round."""
+        """Whether the database contains matches of the pair, in either order."""
         if a not in self or b not in self:
             return False
-        return self._database.exists_matches(self._number(a), self._number(b))
+        return self._database.exists_matches(self._image_id(a), self._image_id(b))
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int | None = None) -> None:
-        """Keep raw matches of two images of the database, in place of older ones and of their
-        geometry.
-        """
-        one, two = self._number(a), self._number(b)
+        """Write the raw matches of two images; existing matches and their geometry are replaced."""
+        id_a, id_b = self._image_id(a), self._image_id(b)
         with self._lock, self._colmap.DatabaseTransaction(self._database):
-            if self._database.exists_matches(one, two):
-                self._database.delete_matches(one, two)
-            if self._database.exists_two_view_geometry(one, two):
-                self._database.delete_two_view_geometry(one, two)
-            self._database.write_matches(one, two, matches.index.cpu().numpy().astype(np.uint32))
+            if self._database.exists_matches(id_a, id_b):
+                self._database.delete_matches(id_a, id_b)
+            if self._database.exists_two_view_geometry(id_a, id_b):
+                self._database.delete_two_view_geometry(id_a, id_b)
+            self._database.write_matches(id_a, id_b, matches.index.cpu().numpy().astype(np.uint32))
 
     def clear_matches(self) -> None:
-        """Remove all matches and geometries; images and features stay."""
+        """Remove all matches and two-view geometries; images and features are kept."""
         self._database.clear_matches()
         self._database.clear_two_view_geometries()
 
     def read_matches(self, a: str, b: str) -> Matches:
-        """Raw matches of a pair; COLMAP keeps no scores, so these are 1.
+        """Read the raw matches of a pair; COLMAP stores no scores, so these are 1.
 
         Raises:
             DataError: no such image or pair.
         """
         if not self.has_matches(a, b):
-            raise DataError(f"{self.path} holds no matches of {a!r} and {b!r}")
-        return _as_matches(self._database.read_matches(self._number(a), self._number(b)))
+            raise DataError(f"{self.path} contains no matches of {a!r} and {b!r}")
+        return _as_matches(self._database.read_matches(self._image_id(a), self._image_id(b)))
 
     def verify(
         self, pairs: Iterable[tuple[str, str]], *, max_error: float = 4.0, seed: int = 0
     ) -> int:
-        """COLMAP's geometric verification of the raw matches of ``pairs``; what agrees becomes
-        their two-view geometry.
+        """Verify the raw matches of ``pairs`` with COLMAP and store their two-view geometries.
 
-        Pairs that have been verified already are left alone.
+        Pairs that are already verified are skipped.
 
         Args:
+            pairs: names of the images.
             max_error: largest error of an inlier in pixels.
+            seed: of the random sampling.
 
         Returns:
-            how many of the pairs have a geometry.
+            number of pairs with a geometry that has inliers.
+
+        Raises:
+            DataError: a name contains white space, which COLMAP's list of pairs does not support.
         """
         pairs = list(pairs)
-        todo = [pair for pair in pairs if not self._verified(*pair)]
+        pending = [pair for pair in pairs if not self._verified(*pair)]
         options = self._colmap.TwoViewGeometryOptions()
         options.ransac.max_error = max_error
         options.ransac.random_seed = seed
-        spaced = sorted({n for pair in todo for n in pair if any(c.isspace() for c in n)})
+        spaced = sorted({n for pair in pending for n in pair if any(c.isspace() for c in n)})
         if spaced:
             raise DataError(
-                f"COLMAP's list of pairs cannot hold names with spaces such as {spaced[0]!r}; "
+                f"COLMAP's list of pairs does not support names with spaces such as {spaced[0]!r}; "
                 "rename these images"
             )
-        if todo:
+        if pending:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "pairs.txt"
-                path.write_text("".join(f"{a} {b}\n" for a, b in todo))
+                path.write_text("".join(f"{a} {b}\n" for a, b in pending))
                 with _quiet(self._colmap):
                     self._colmap.verify_matches(self.path, path, options)
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
 
     def read_inliers(self, a: str, b: str) -> Matches:
-        """Matches of the verified geometry of a pair; none where there is no geometry."""
+        """Inlier matches of a pair; empty if it has no two-view geometry."""
         if not self._verified(a, b):
             return _as_matches(np.zeros((0, 2)))
-        one, two = self._number(a), self._number(b)
-        return _as_matches(self._database.read_two_view_geometry(one, two).inlier_matches)
+        id_a, id_b = self._image_id(a), self._image_id(b)
+        return _as_matches(self._database.read_two_view_geometry(id_a, id_b).inlier_matches)
 
     def _verified(self, a: str, b: str) -> bool:
-        return self._database.exists_two_view_geometry(self._number(a), self._number(b))
+        return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))
 
 
 def _as_matches(table: np.ndarray) -> Matches:
+    """Matches of a table (K,2), sorted by the keypoint of a, with scores of 1."""
     index = torch.from_numpy(np.asarray(table).astype(np.int64).reshape(-1, 2))
     index = index[index[:, 0].argsort(stable=True)]
     return Matches(index, torch.ones(len(index)))
@@ -409,8 +415,8 @@ def _as_matches(table: np.ndarray) -> Matches:
 
 @contextmanager
 def _quiet(colmap: Any) -> Iterator[None]:
-    """COLMAP's log without its notes on every image and its warnings of a mapper's usual steps;
-    errors stay.
+    """Suppress COLMAP's information and warnings, which it writes for every image; errors are
+    shown.
     """
     before = colmap.logging.minloglevel
     colmap.logging.minloglevel = max(before, 2)
@@ -426,17 +432,16 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What COLMAP's mapper made of a database: its largest model.
+    """Statistics of the largest model of COLMAP's mapper.
 
     Attributes:
-        models: how many models it fell into.
-        registered: images with a pose in the largest one.
-        points: 3D points; every one is seen by three images or more unless the mapper is told
-            otherwise.
-        observations: image points that belong to a 3D point.
-        track_length: mean number of images that see a 3D point.
+        models: number of models.
+        registered: number of images with a pose.
+        points: number of 3D points (seen by at least three images each, COLMAP's default).
+        observations: number of keypoints that belong to a 3D point.
+        track_length: mean number of images per 3D point.
         error: mean reprojection error in pixels.
-        folder: where the model is, in COLMAP's binary files; None without a model.
+        folder: of the model in COLMAP's binary format; None without a model.
     """
 
     models: int
@@ -457,15 +462,15 @@ def reconstruct(
     threads: int = -1,
     verbose: bool = False,
 ) -> Reconstruction:
-    """COLMAP's incremental mapper with its default options on a database of verified matches.
+    """Run COLMAP's incremental mapper with its default options on a database of verified matches.
 
     Args:
         database: ``.db`` file.
-        images: folder that the names of the images start from.
-        out: folder of the models, ``0``, ``1``, ...
-        seed: of its draws, the first pair of images among them; with one thread the result repeats.
-        threads: -1 = all.
-        verbose: COLMAP tells each step.
+        images: folder to which the names of the images are relative.
+        out: folder for the models, ``0``, ``1``, ...
+        seed: of the random draws; results are reproducible with one thread only.
+        threads: -1: all.
+        verbose: show COLMAP's log.
     """
     colmap = _pycolmap()
     options = colmap.IncrementalPipelineOptions()
@@ -477,7 +482,7 @@ def reconstruct(
         models = colmap.incremental_mapping(Path(database), Path(images), out, options)
     if not models:
         return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
-    place, best = max(
+    index, best = max(
         models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D())
     )
     return Reconstruction(
@@ -487,5 +492,5 @@ def reconstruct(
         observations=best.compute_num_observations(),
         track_length=best.compute_mean_track_length(),
         error=best.compute_mean_reprojection_error(),
-        folder=out / str(place),
+        folder=out / str(index),
     )

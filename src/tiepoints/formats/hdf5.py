@@ -1,17 +1,18 @@
-"""hloc's HDF5 files of features and of matches, written so that a kill at any moment loses nothing
-finished.
+"""hloc's HDF5 files of features and of matches, written such that a killed process loses no
+completed image.
 
-A group an image, named by its path below the image folder: ``keypoints`` (N,2), ``descriptors``
-(D,N), ``scores`` (N,), ``image_size`` (width, height); beside them ``scales`` and ``oris`` (N,),
-which hloc ignores. hloc keeps our coordinates (centre of the first pixel = (0, 0)) in these files
-and adds COLMAP's half pixel on import, so positions go in as they are. A group a pair,
-``a-name/b-name`` with each / in a name turned into -: ``matches0`` (N_a,) point of b or -1,
+Features: one group per image, named by its path relative to the image folder, with ``keypoints``
+(N,2), ``descriptors`` (D,N), ``scores`` (N,), ``image_size`` (width, height), and ``scales`` and
+``oris`` (N,), which hloc ignores. Coordinates are the same as ours (center of the first pixel =
+(0, 0)); hloc adds COLMAP's half pixel on import. Matches: one group per pair, ``a-name/b-name``
+with each / in a name replaced by -, with ``matches0`` (N_a,), keypoint of b or -1, and
 ``matching_scores0``.
 
-HDF5 cannot be appended to safely: a kill inside a write can lose images that were finished before
-(docs/formats.md). So what is finished goes to ``FILE.journal``, a plain file that only grows and
-whose torn tail is recognised; ``close`` merges it into a copy of the file, which is renamed into
-place. A journal left by a kill is read along with the file and merged by the next writer.
+Appending to HDF5 is not safe: a process killed during a write can destroy images written before
+(docs/formats.md). Completed images are therefore appended to ``FILE.journal``, a plain file in
+which an incomplete last record is detected; ``close`` merges it into a copy of the HDF5 file, which
+then replaces it. The journal of a killed process is read together with the file and merged by the
+next writer.
 """
 
 from __future__ import annotations
@@ -35,25 +36,25 @@ from ..errors import DataError
 from ..files import atomic_path, remove_temporary, require
 from ..structs import Features, Keypoints, Matches
 
-#: Standard deviation of a point in pixels, as hloc's own extractors state it by default.
+#: Standard deviation of a keypoint in pixels, the default of hloc's extractors.
 UNCERTAINTY = 1.0
-#: Starts each record of a journal; then length of the header, length of the data, checksum of both.
+#: A journal record starts with this, then header length, data length, and checksum of both.
 _MAGIC = b"TPJ1"
 _HEAD = struct.Struct("<4sIQI")
 
 
 def need_h5py() -> Any:
-    """h5py, imported only where a file is opened."""
+    """Import h5py; raises ImportError with the extra to install."""
     return require("h5py", extra="hdf5", purpose="an HDF5 file")
 
 
 @contextmanager
-def whole_file(path: Path, *, keep: bool = False) -> Iterator[Any]:
-    """An open ``h5py.File`` that takes the place of ``path`` once it is whole: a kill leaves the
-    old file.
+def atomic_hdf5(path: Path, *, keep: bool = False) -> Iterator[Any]:
+    """Open a temporary HDF5 file for writing, which replaces ``path`` atomically when complete.
 
     Args:
-        keep: begin with a copy of what is there, instead of empty.
+        path: the file.
+        keep: start with a copy of ``path`` if it exists, instead of an empty file.
     """
     with atomic_path(path) as tmp_path:
         if keep and path.is_file():
@@ -61,17 +62,16 @@ def whole_file(path: Path, *, keep: bool = False) -> Iterator[Any]:
         with need_h5py().File(tmp_path, "a" if keep else "w") as file:
             yield file
         with open(tmp_path, "rb+") as written:
-            os.fsync(written.fileno())  # before the name points to it
+            os.fsync(written.fileno())  # before the file is renamed
 
 
 class _Journal:
-    """Records (name, arrays, attributes) in a file that only grows."""
+    """Append-only file of records (name, arrays, attributes)."""
 
     def __init__(self, path: Path, *, write: bool):
         self.path, self.writing = path, write
-        self.index: dict[
-            str, tuple[int, frozenset[str]]
-        ] = {}  # name -> where its record begins, keys of its arrays
+        # name -> offset of its record, keys of its arrays
+        self.index: dict[str, tuple[int, frozenset[str]]] = {}
         self._lock = threading.Lock()
         if not write and not path.is_file():
             self._file = None
@@ -82,7 +82,7 @@ class _Journal:
                 self._lock_file()
             end = self._scan()
             if write and end < os.fstat(self._file.fileno()).st_size:
-                self._file.truncate(end)  # the tail that a kill tore off
+                self._file.truncate(end)  # incomplete record of a killed process
         except BaseException:
             self._file.close()
             raise
@@ -90,11 +90,11 @@ class _Journal:
     def _lock_file(self) -> None:
         try:
             import fcntl
-        except ImportError:  # no such locks on Windows
+        except ImportError:  # Windows
             return
         busy = (
             "another run is writing "
-            f"{self.path.with_name(self.path.name.removesuffix('.journal'))}; let it end first"
+            f"{self.path.with_name(self.path.name.removesuffix('.journal'))}; wait until it ends"
         )
         assert self._file is not None
         try:
@@ -105,12 +105,11 @@ class _Journal:
             not self.path.is_file()
             or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino
         ):
-            raise DataError(
-                busy
-            )  # it ended, and removed its journal, between our opening and our locking
+            # the other run removed its journal between our opening and our locking
+            raise DataError(busy)
 
     def _scan(self) -> int:
-        """Fill the index; where the last whole record ends."""
+        """Fill the index; returns the end of the last complete record."""
         assert self._file is not None
         self._file.seek(0)
         end = 0
@@ -121,6 +120,7 @@ class _Journal:
         return end
 
     def _read_at(self, offset: int) -> tuple[dict, bytes] | None:
+        """Header and data of the record at ``offset``; None if it is incomplete or damaged."""
         assert self._file is not None
         self._file.seek(offset)
         head = self._file.read(_HEAD.size)
@@ -130,52 +130,55 @@ class _Journal:
         remaining = os.fstat(self._file.fileno()).st_size - offset - _HEAD.size
         if magic != _MAGIC or header_length + data_length > remaining:
             return None
-        words, data = _read(self._file, header_length), _read(self._file, data_length)
-        if zlib.crc32(data, zlib.crc32(words)) != checksum:
+        header, data = _read(self._file, header_length), _read(self._file, data_length)
+        if zlib.crc32(data, zlib.crc32(header)) != checksum:
             return None
-        return {**json.loads(words), "length": header_length}, data
+        return {**json.loads(header), "length": header_length}, data
 
     def append(
         self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]
     ) -> None:
+        """Append a record."""
         arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
-        described = [[key, value.dtype.str, list(value.shape)] for key, value in arrays.items()]
-        words = json.dumps({"name": name, "arrays": described, "attributes": attributes}).encode()
+        layout = [[key, value.dtype.str, list(value.shape)] for key, value in arrays.items()]
+        header = json.dumps({"name": name, "arrays": layout, "attributes": attributes}).encode()
         data = b"".join(value.tobytes() for value in arrays.values())
-        head = _HEAD.pack(_MAGIC, len(words), len(data), zlib.crc32(data, zlib.crc32(words)))
+        head = _HEAD.pack(_MAGIC, len(header), len(data), zlib.crc32(data, zlib.crc32(header)))
         assert self._file is not None
         with self._lock:
             offset = self._file.seek(0, os.SEEK_END)
             try:
-                record = memoryview(head + words + data)
+                record = memoryview(head + header + data)
                 while record:
                     record = record[self._file.write(record) :]
             except OSError:
-                self._file.truncate(
-                    offset
-                )  # a full disk must not leave a torn record in the middle
+                # on a full disk, later records must not follow an incomplete one
+                self._file.truncate(offset)
                 raise
             self.index[name] = offset, frozenset(arrays)
 
     def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+        """Arrays and attributes of the last record ``name``."""
         with self._lock:
             record = self._read_at(self.index[name][0])
         if record is None:
-            raise DataError(f"{self.path} has changed while it was read; try again")
+            raise DataError(f"{self.path} was changed while it was read; try again")
         header, data = record
         arrays, start = {}, 0
-        for key, kind, shape in header["arrays"]:
+        for key, dtype, shape in header["arrays"]:
             count = int(np.prod(shape, dtype=np.int64))
-            arrays[key] = np.frombuffer(data, kind, count, start).reshape(shape)
+            arrays[key] = np.frombuffer(data, dtype, count, start).reshape(shape)
             start += arrays[key].nbytes
         return arrays, header["attributes"]
 
     def clear(self) -> None:
+        """Remove all records."""
         if self._file is not None:
             self._file.truncate(0)
         self.index.clear()
 
     def close(self, *, remove: bool = False) -> None:
+        """Close the file, and delete it if ``remove``."""
         if self._file is not None:
             if remove:
                 self.path.unlink(missing_ok=True)
@@ -184,7 +187,7 @@ class _Journal:
 
 
 def _read(file: Any, length: int) -> bytes:
-    """``length`` bytes; an unbuffered read may return fewer than asked for."""
+    """Read ``length`` bytes; an unbuffered read may return fewer."""
     parts = []
     while length > 0 and (part := file.read(length)):
         parts.append(part)
@@ -193,20 +196,18 @@ def _read(file: Any, length: int) -> bytes:
 
 
 class _GroupFile:
-    """Groups of arrays in an HDF5 file and its journal. ``with`` or ``close`` merges the
-    journal.
-    """
+    """Groups of arrays in an HDF5 file and its journal, which ``close`` merges into the file."""
 
     def __init__(self, path: str | Path, *, write: bool = False):
         self.path, self.writing = Path(path), write
         self._file: Any = None
         self._h5py = need_h5py()
-        place = self.path.with_name(self.path.name + ".journal")
-        if not write and not self.path.is_file() and not place.is_file():
+        journal = self.path.with_name(self.path.name + ".journal")
+        if not write and not self.path.is_file() and not journal.is_file():
             raise FileNotFoundError(f"no file at {self.path}")
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = _Journal(place, write=write)
+        self._journal = _Journal(journal, write=write)
         try:
             if write:
                 remove_temporary(self.path)
@@ -222,8 +223,8 @@ class _GroupFile:
             self._file = self._h5py.File(self.path, "r")
         except OSError as error:
             raise DataError(
-                f"{self.path} is no HDF5 file or is damaged ({str(error).splitlines()[0]}); "
-                "delete it and make it again"
+                f"{self.path} is not an HDF5 file or is damaged ({str(error).splitlines()[0]}); "
+                "delete it and create it again"
             ) from error
 
     def __enter__(self):
@@ -233,7 +234,7 @@ class _GroupFile:
         self.close()
 
     def clear(self) -> None:
-        """Begin with an empty file."""
+        """Remove all content."""
         self._journal.clear()
         if self._file is not None:
             self._file.close()
@@ -244,18 +245,19 @@ class _GroupFile:
         return name in self._journal.index or (self._file is not None and name in self._file)
 
     def names(self) -> list[str]:
-        """Names of the groups that hold arrays, sorted."""
-        found = set(self._journal.index)
+        """Names of the groups that contain arrays, sorted."""
+        names = set(self._journal.index)
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, self._h5py.Dataset):
-                found.add(name.rpartition("/")[0])
+                names.add(name.rpartition("/")[0])
 
         if self._file is not None:
             self._file.visititems(visit)
-        return sorted(found)
+        return sorted(names)
 
     def _get(self, name: str) -> dict[str, np.ndarray]:
+        """Arrays of a group."""
         if name in self._journal.index:
             return self._journal.read(name)[0]
         group = self._file[name]
@@ -265,7 +267,7 @@ class _GroupFile:
             }
         except (OSError, RuntimeError) as error:
             raise DataError(
-                f"{self.path} is damaged at {name} ({error}); delete it and make it again"
+                f"{self.path} is damaged at {name} ({error}); delete it and create it again"
             ) from error
 
     def _put(
@@ -274,14 +276,13 @@ class _GroupFile:
         arrays: dict[str, np.ndarray],
         attributes: dict[str, dict[str, float]] | None = None,
     ) -> None:
+        """Write a group to the journal."""
         if not self.writing:
             raise ValueError(f"{self.path} was opened for reading; open it with write=True")
         self._journal.append(name, arrays, attributes or {})
 
     def close(self) -> None:
-        """Merge what was written into the file; the file is the old or the new one at any
-        moment.
-        """
+        """Merge the journal into the file, which is replaced atomically, and close both."""
         try:
             if self.writing and self._journal.index:
                 self._merge()
@@ -298,7 +299,7 @@ class _GroupFile:
             self._file.close()
             self._file = None
         try:
-            with whole_file(self.path, keep=True) as file:
+            with atomic_hdf5(self.path, keep=True) as file:
                 for name in self._journal.index:
                     if name in file:
                         del file[name]
@@ -308,22 +309,22 @@ class _GroupFile:
                         group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
         except OSError as error:
             raise OSError(
-                f"{self.path} could not be written ({error}); nothing is lost, mend that and run "
-                "again"
+                f"{self.path} could not be written ({error}); nothing is lost, fix the cause and "
+                "run again"
             ) from error
 
 
 class FeatureFile(_GroupFile):
-    """hloc's file of features, read and written; see the module for its content.
+    """hloc's file of features; the docstring of the module describes its content.
 
     Args:
         path: the ``.h5`` file.
-        write: open for writing too; one process at a time.
-        half: descriptors as float16; positions always stay float32.
+        write: open for reading and writing, by one process at a time.
+        half: write descriptors as float16; positions are always float32.
 
     Raises:
-        FileNotFoundError: nothing to read.
-        DataError: not an HDF5 file, a damaged one, or another process writes it.
+        FileNotFoundError: no such file to read.
+        DataError: not an HDF5 file, a damaged one, or another process is writing it.
         ImportError: h5py is missing.
     """
 
@@ -332,15 +333,15 @@ class FeatureFile(_GroupFile):
         self.half = half
 
     def done(self, name: str, *, described: bool) -> bool:
-        """Whether the image has points, and descriptors where they are asked for."""
+        """Whether the image has keypoints and, if ``described``, descriptors."""
         if name not in self:
             return False
         keys = self._journal.index[name][1] if name in self._journal.index else self._file[name]
         return "keypoints" in keys and (not described or "descriptors" in keys)
 
     def write(self, name: str, features: Features, image: Path | None = None) -> None:
-        """Keep the features of the image called ``name`` (path below the image folder, / between
-        parts).
+        """Write the features of the image ``name`` (path relative to the image folder, with / as
+        separator).
         """
         arrays: dict[str, np.ndarray] = {
             "keypoints": features.xy.cpu().numpy().astype(np.float32),
@@ -356,21 +357,21 @@ class FeatureFile(_GroupFile):
         self._put(name, arrays, {"keypoints": {"uncertainty": UNCERTAINTY}})
 
     def read(self, name: str, image_size: tuple[int, int] | None = None) -> Features:
-        """Features of one image; scales 1, angles 0 and scores 1 where the file has none.
+        """Read the features of an image; missing scales and scores are 1, missing angles 0.
 
         Args:
             name: as in ``names()``.
-            image_size: (width, height) for files that do not state it.
+            image_size: (width, height), instead of that in the file.
 
         Raises:
             DataError: no such image, or arrays of other shapes.
         """
         if name not in self:
-            raise DataError(f"{self.path} holds no features of {name!r}")
+            raise DataError(f"{self.path} contains no features of {name!r}")
         group = self._get(name)
         if "keypoints" not in group:
             raise DataError(
-                f"{self.path}: {name} has no data set 'keypoints'; is this a file of features?"
+                f"{self.path}: {name} has no dataset 'keypoints'; is this a file of features?"
             )
         xy = group["keypoints"]
         if xy.ndim != 2 or xy.shape[1] < 2:
@@ -394,18 +395,13 @@ class FeatureFile(_GroupFile):
                     f"{group['descriptors'].shape}"
                 )
             descriptors = _tensor(group["descriptors"].T)
-        stated = group.get("image_size")
-        size = (
-            image_size
-            if image_size is not None
-            else (0, 0)
-            if stated is None
-            else (int(stated[0]), int(stated[1]))
-        )
-        points = Keypoints(
+        if image_size is None:
+            stored = group.get("image_size", (0, 0))
+            image_size = int(stored[0]), int(stored[1])
+        keypoints = Keypoints(
             _tensor(xy[:, :2]), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0)
         )
-        return Features(points, descriptors, size)
+        return Features(keypoints, descriptors, image_size)
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -413,35 +409,39 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def pair_name(a: str, b: str) -> str:
-    """hloc's name of the group of a pair."""
+    """Name of the group of a pair."""
     return f"{a.replace('/', '-')}/{b.replace('/', '-')}"
 
 
 class MatchFile(_GroupFile):
-    """hloc's file of matches, read and written; arguments and errors as ``FeatureFile``."""
+    """hloc's file of matches; arguments and errors as ``FeatureFile``."""
 
     def _key(self, a: str, b: str) -> tuple[str, bool] | None:
-        """Group of a pair, and whether it holds it the other way round."""
+        """Group of a pair, and whether it contains the pair in reverse order; None if missing."""
         for key, swapped in ((pair_name(a, b), False), (pair_name(b, a), True)):
             if key in self:
                 return key, swapped
         return None
 
     def has_matches(self, a: str, b: str) -> bool:
-        """Whether the pair is there, either way round."""
+        """Whether the file contains the pair, in either order."""
         return self._key(a, b) is not None
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
-        """Keep the matches of the images called ``a`` and ``b``; ``count`` is the number of points
-        of a.
+        """Write the matches of the images ``a`` and ``b``.
+
+        Args:
+            a, b: names of the images.
+            matches: at most one per keypoint of a.
+            count: number of keypoints of a.
 
         Raises:
-            ValueError: a point of a has several matches, or one lies beyond ``count``.
+            ValueError: a keypoint of a has several matches, or an index is not below ``count``.
         """
         index = matches.index.cpu().numpy()
         if len(index) and (len(np.unique(index[:, 0])) < len(index) or index[:, 0].max() >= count):
             raise ValueError(
-                f"hloc keeps one match for each of the {count} points of {a}; match with "
+                f"hloc stores one match for each of the {count} keypoints of {a}; match with "
                 "mutual=True"
             )
         partner = np.full(count, -1, dtype=np.int32)
@@ -452,36 +452,37 @@ class MatchFile(_GroupFile):
         self._put(pair_name(a, b), arrays)
 
     def read_matches(self, a: str, b: str) -> Matches:
-        """Matches of a pair in the order of the points of ``a``, whichever way round they are kept.
+        """Read the matches of a pair, sorted by the keypoint of ``a``, in either stored order.
 
         Raises:
             DataError: no such pair, or arrays of other shapes.
         """
-        found = self._key(a, b)
-        if found is None:
-            raise DataError(f"{self.path} holds no matches of {a!r} and {b!r}")
-        group = self._get(found[0])
+        key = self._key(a, b)
+        if key is None:
+            raise DataError(f"{self.path} contains no matches of {a!r} and {b!r}")
+        group_name, swapped = key
+        group = self._get(group_name)
         if "matches0" not in group or group["matches0"].ndim != 1:
             raise DataError(
-                f"{self.path}: {found[0]} needs 'matches0' (N,); is this a file of matches?"
+                f"{self.path}: {group_name} needs 'matches0' (N,); is this a file of matches?"
             )
         partner = group["matches0"].astype(np.int64)
-        chosen = np.flatnonzero(partner >= 0)
-        score = group.get("matching_scores0", np.ones(len(partner)))[chosen].astype(np.float32)
-        index = np.stack([chosen, partner[chosen]], axis=1)
-        if found[1]:
+        matched = np.flatnonzero(partner >= 0)
+        score = group.get("matching_scores0", np.ones(len(partner)))[matched].astype(np.float32)
+        index = np.stack([matched, partner[matched]], axis=1)
+        if swapped:
             order = np.argsort(index[:, 1], kind="stable")
             index, score = index[order][:, ::-1], score[order]
         return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score))
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Pairs of a list: two names a line with white space between (hloc), or a tab where names have
-    spaces; # begins a remark.
+    """Read a list of pairs: two names per line, separated by white space (hloc) or, for names with
+    spaces, by a tab; lines that start with # are comments.
 
     Raises:
         FileNotFoundError: no list.
-        DataError: a line has not two names; the message has its number.
+        DataError: a line does not have two names; the message has its number.
     """
     path = Path(path)
     if not path.is_file():
@@ -490,7 +491,7 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is no text ({error}); a list of pairs has two image names a line"
+            f"{path} is not a text file ({error}); a list of pairs has two image names per line"
         ) from error
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):

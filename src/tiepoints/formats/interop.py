@@ -1,4 +1,4 @@
-"""Key points and features to and from other libraries: OpenCV, kornia, LightGlue."""
+"""Conversion of keypoints and features to and from OpenCV, kornia and LightGlue."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import Tensor
 from ..files import require
 from ..structs import Features, Keypoints
 
-#: Diameter in pixels that OpenCV is told for a point of scale 1, and half side of a kornia frame
+#: Diameter in pixels of an OpenCV keypoint of scale 1, and half side of a kornia frame of scale 1
 #: (Key.Net's patches).
 CV2_SIZE = 12.0
 LAF_HALF_SIDE = 22.0
 
 
 def to_cv2(keypoints: Keypoints, size: float = CV2_SIZE) -> list:
-    """``cv2.KeyPoint`` list: diameter ``size * scale``, angle in degrees (same sense as ours),
-    response = score.
+    """Convert keypoints to a list of ``cv2.KeyPoint``.
+
+    The diameter is ``size * scale``, the angle is in degrees (of the same direction), the response
+    is the score.
     """
     cv2 = _cv2()
     rows = zip(
@@ -36,7 +38,7 @@ def to_cv2(keypoints: Keypoints, size: float = CV2_SIZE) -> list:
 
 
 def from_cv2(points: list, size: float = CV2_SIZE) -> Keypoints:
-    """Key points of a ``cv2.KeyPoint`` list; OpenCV's angle -1 (none) becomes 0."""
+    """Convert a list of ``cv2.KeyPoint``; an undefined angle (-1) becomes 0."""
     return Keypoints(
         torch.tensor([p.pt for p in points], dtype=torch.float32).reshape(-1, 2),
         torch.tensor([p.size / size for p in points], dtype=torch.float32),
@@ -50,11 +52,11 @@ def _cv2() -> Any:
 
 
 def to_laf(keypoints: Keypoints, half_side: float = LAF_HALF_SIDE) -> Tensor:
-    """kornia's local affine frames (1,N,2,3): the columns are a patch's right and down half axes
-    and its centre.
+    """Convert keypoints to kornia's local affine frames (1,N,2,3).
 
-    kornia counts angles the other way round (counter-clockwise as seen); written as a matrix in
-    pixels there is nothing to convert, the patch that kornia cuts is turned as ours.
+    The columns are the half axes of a patch to the right and down, and its center. kornia's angles
+    have the opposite direction, but frames are matrices in pixels, so that kornia extracts patches
+    of the same rotation.
     """
     cos, sin = keypoints.angle.cos(), keypoints.angle.sin()
     radius = half_side * keypoints.scale
@@ -67,8 +69,11 @@ def to_laf(keypoints: Keypoints, half_side: float = LAF_HALF_SIDE) -> Tensor:
 def from_laf(
     lafs: Tensor, score: Tensor | None = None, half_side: float = LAF_HALF_SIDE
 ) -> Keypoints:
-    """Key points of frames (1,N,2,3); an affine frame becomes the similarity of equal area and
-    right axis.
+    """Convert kornia's frames (1,N,2,3); an affine frame becomes the similarity with the same area
+    and direction of the first axis.
+
+    Raises:
+        ValueError: another shape.
     """
     if lafs.ndim != 4 or len(lafs) != 1 or lafs.shape[2:] != (2, 3):
         raise ValueError(f"frames must be (1,N,2,3), got {tuple(lafs.shape)}")
@@ -82,8 +87,10 @@ def from_laf(
 
 
 def to_lightglue(features: Features) -> dict[str, Tensor]:
-    """LightGlue's dictionary of one image: ``keypoints`` (1,N,2), ``keypoint_scores``,
-    ``descriptors`` (1,N,D), ``scales``, ``oris`` (radians), ``image_size`` (1,2) as width, height.
+    """Convert features to LightGlue's dictionary of one image.
+
+    Keys: ``keypoints`` (1,N,2), ``keypoint_scores``, ``descriptors`` (1,N,D), ``scales``, ``oris``
+    (radians), ``image_size`` (1,2) as width, height.
     """
     content = {
         "keypoints": features.xy[None],
@@ -98,8 +105,8 @@ def to_lightglue(features: Features) -> dict[str, Tensor]:
 
 
 def from_lightglue(content: dict[str, Any]) -> Features:
-    """Features of LightGlue's dictionary of one image; missing scales are 1, missing angles and
-    scores 0 and 1.
+    """Convert LightGlue's dictionary of one image; missing scales and scores become 1, missing
+    angles 0.
     """
     xy = content["keypoints"][0].float()
 
@@ -110,9 +117,9 @@ def from_lightglue(content: dict[str, Any]) -> Features:
     size = content.get("image_size")
     width, height = (0, 0) if size is None else (int(v) for v in size.reshape(-1)[:2])
     descriptors = content.get("descriptors")
-    points = Keypoints(
+    keypoints = Keypoints(
         xy, column("scales", 1.0), column("oris", 0.0), column("keypoint_scores", 1.0)
     )
     return Features(
-        points, None if descriptors is None else descriptors[0].float(), (width, height)
+        keypoints, None if descriptors is None else descriptors[0].float(), (width, height)
     )

@@ -1,6 +1,4 @@
-"""Stores of the features and matches of many images, how one is opened, and the record of the
-settings that its contents were made with.
-"""
+"""Stores of features and matches of many images, and the record of their settings."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from .colmap import ColmapDatabase
 from .hdf5 import FeatureFile, MatchFile
 from .npy import FeatureFolder
 
-#: File of each format (``names.FORMATS``) below the results folder; npy is two files per image.
+#: File name of each format (``names.FORMATS``) in the results folder; npy has two files per image.
 FILE_NAMES = {"npy": "", "h5": "features.h5", "colmap": "database.db"}
 HDF5_SUFFIXES = (".h5", ".hdf5")
 MATCH_SUFFIXES = (*HDF5_SUFFIXES, ".db")
@@ -49,7 +47,8 @@ class MatchStore(Protocol):
 def create_features(
     form: str, folder: Path, *, camera: str = "auto", half: bool = False
 ) -> FeatureStore:
-    """The store of a format (``names.FORMATS``) below ``folder``, for writing.
+    """Create the feature store of a format (``names.FORMATS``) in ``folder``, or open it for
+    writing.
 
     Raises:
         ValueError, DataError, ImportError: as ``FeatureFile`` and ``ColmapDatabase``.
@@ -62,12 +61,15 @@ def create_features(
 
 
 def open_features(path: Path) -> FeatureStore:
-    """Stored features, for reading: a folder of npy files, an ``.h5`` file (its journal alone too,
-    which a killed run leaves), a COLMAP ``.db``, or a folder that holds one of these.
+    """Open stored features for reading.
+
+    Args:
+        path: a folder of npy files, an ``.h5`` file (or only its journal, which a killed process
+            leaves), a COLMAP ``.db``, or a folder that contains one of these.
 
     Raises:
         FileNotFoundError: no such path.
-        DataError: no features there.
+        DataError: no features in it.
     """
     if path.is_dir():
         if next(path.rglob("*.kpt.npy"), None) is not None:
@@ -75,24 +77,26 @@ def open_features(path: Path) -> FeatureStore:
         names = [name for name in FILE_NAMES.values() if name]
         inner = [path / name for name in names if _exists(path / name)]
         if not inner:
-            raise DataError(f"{path} holds no features; make some with: tiepoints extract IMAGES")
+            raise DataError(
+                f"{path} contains no features; create them with: tiepoints extract IMAGES"
+            )
         path = inner[0]
     if path.suffix == ".db":
         return ColmapDatabase(path)
     if not _exists(path):
         raise FileNotFoundError(
-            f"no features at {path}; make some with: tiepoints extract IMAGES --format h5"
+            f"no features at {path}; create them with: tiepoints extract IMAGES --format h5"
         )
     return FeatureFile(path)
 
 
 def _exists(path: Path) -> bool:
-    """Whether a file or the journal of an HDF5 file is there."""
+    """Whether a file or its journal exists."""
     return path.is_file() or path.with_name(path.name + ".journal").is_file()
 
 
 def create_matches(path: Path) -> MatchFile:
-    """An hloc file of matches, for writing.
+    """Create an hloc file of matches, or open it for writing.
 
     Raises:
         ImportError, DataError: as ``MatchFile``.
@@ -101,7 +105,7 @@ def create_matches(path: Path) -> MatchFile:
 
 
 def settings_path(store: FeatureStore | MatchFile) -> Path:
-    """The file that records the settings of what a store holds."""
+    """Path of the file that records the settings of a store's content."""
     folder = isinstance(store, FeatureFolder)
     return store.path / "settings.json" if folder else store.path.with_suffix(".settings.json")
 
@@ -115,16 +119,19 @@ def check_settings(
     results: Path,
     normalize: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> None:
-    """Write the settings of results to ``path`` (JSON), or compare them with those there.
+    """Write the settings of results to ``path`` (JSON), after a comparison with existing ones.
 
     Args:
-        clear: removes the results; called where ``overwrite`` lets other settings replace them, so
-            that settings and results always belong together.
-        results: what was made with them, for the message.
-        normalize: brings settings of earlier versions into the form of today's.
+        path: file of the settings.
+        settings: JSON values.
+        overwrite: replace results of other settings.
+        clear: removes the results; called before they are replaced, so that settings and results
+            always belong together.
+        results: path of the results, for the message.
+        normalize: converts settings of earlier versions to the current form.
 
     Raises:
-        DataError: there are results made with other settings.
+        DataError: there are results of other settings.
     """
     if path.is_file():
         try:

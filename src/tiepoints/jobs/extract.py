@@ -1,4 +1,4 @@
-"""Features of many images to files."""
+"""Extract features of many images to files."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from ..image import load_alpha, load_image
 from ..progress import Progress
 
 logger = logging.getLogger(__name__)
-#: Gives the mask of an image: (H,W), non-zero where keypoints may lie, or None.
-MaskOf = Callable[[Task], Any]
+#: Loads the mask (H,W) of an image, non-zero where keypoints are allowed; or None.
+MaskLoader = Callable[[Task], Any]
 
 
 @dataclass
 class ExtractReport:
-    """How a run went.
+    """Result of an extraction.
 
     Attributes:
-        done, skipped: images extracted, and those whose features were stored before.
+        done, skipped: number of images extracted, and of those with stored features.
         keypoints: number of keypoints of the images extracted.
         seconds: duration of the extraction.
         failed: (image, reason).
-        ignored: files in the folders given that are no images.
-        output: where the features are.
+        ignored: number of files in the given folders that are not images.
+        output: path of the features.
     """
 
     done: int = 0
@@ -48,10 +48,10 @@ class ExtractReport:
 
 
 def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of extraction as written today, from those of this or an earlier version.
+    """Convert settings of extraction of this or an earlier version to the current format.
 
     Raises:
-        TypeError, ValueError: they are none.
+        TypeError, ValueError: invalid settings.
     """
     names = ("half", "camera")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
@@ -59,6 +59,7 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     return {**ExtractOptions.from_json(options).to_json(), **store}
 
 
+# One call per command of the command line, whose options are its parameters.
 def extract_images(
     images: Iterable[str],
     output: Path,
@@ -75,23 +76,23 @@ def extract_images(
     workers: int = 2,
     progress: bool = True,
 ) -> ExtractReport:
-    """Extract images into the folder ``output``; run again, it resumes.
+    """Extract images to the folder ``output``; run again, it resumes.
 
     Args:
         images: files, folders and patterns (``files.collect``).
         format: ``npy``, ``h5`` (hloc) or ``colmap``.
         list_file: text file with one image path per line, below ``root``.
-        camera: of COLMAP's database, see ``ColmapDatabase``.
-        half: descriptors as float16 (``h5``).
-        masks: folder of masks, ``NAME.png`` or ``NAME.EXT.png`` (COLMAP's) for ``NAME.EXT``;
-            keypoints lie where they are not 0.
-        mask_alpha: keypoints lie where an image is not fully transparent.
-        overwrite: extract again what is stored.
-        workers: threads that read and write.
+        camera: camera of a COLMAP database, see ``ColmapDatabase``.
+        half: store descriptors as float16 (``h5``).
+        masks: folder of masks ``NAME.png`` or ``NAME.EXT.png`` (as COLMAP's) for ``NAME.EXT``; no
+            keypoints where they are 0.
+        mask_alpha: no keypoints where an image is fully transparent.
+        overwrite: extract images with stored features again.
+        workers: number of threads for reading and writing.
 
     Raises:
-        ValueError, FileNotFoundError, DataError, ImportError, OSError: nothing can be done; the
-            message has the remedy.
+        ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
+            that cannot be used; the message names the remedy.
     """
     if masks is not None and not masks.is_dir():
         raise FileNotFoundError(f"no folder of masks at {masks}")
@@ -121,7 +122,7 @@ def extract_images(
                 store,
                 report,
                 described=options.described,
-                mask_of=_mask_source(masks, mask_alpha),
+                load_mask=_mask_loader(masks, mask_alpha),
                 overwrite=overwrite,
                 workers=workers,
                 progress=progress,
@@ -130,22 +131,22 @@ def extract_images(
     return report
 
 
-def _mask_source(folder: Path | None, alpha: bool) -> MaskOf | None:
+def _mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
     if folder is None and not alpha:
         return None
 
-    def mask_of(task: Task) -> Any:
-        transparent = load_alpha(task.path) if alpha else None
+    def load_mask(task: Task) -> Any:
+        opaque = load_alpha(task.path) if alpha else None
         if folder is None:
-            return transparent
+            return opaque
         names = (f"{task.relative}.png", str(task.relative.with_suffix(".png")))
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is None:
             raise DataError(f"no mask {folder / names[0]} or {folder / names[1]}")
         mask = load_image(path)[0, 0] != 0
-        return mask if transparent is None else mask & transparent
+        return mask if opaque is None else mask & opaque
 
-    return mask_of
+    return load_mask
 
 
 def extract_to_store(
@@ -155,14 +156,14 @@ def extract_to_store(
     report: ExtractReport,
     *,
     described: bool,
-    mask_of: MaskOf | None = None,
+    load_mask: MaskLoader | None = None,
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
 ) -> None:
-    """Extract each task into ``store``; ``workers`` threads read and write meanwhile.
+    """Extract each task to ``store``, with ``workers`` threads for reading and writing.
 
-    An image that cannot be read or extracted becomes a line of the report; the others are done.
+    Images that cannot be read or extracted are added to ``report.failed``.
     """
     started = time.monotonic()
     todo: deque[Task] = deque()
@@ -175,7 +176,7 @@ def extract_to_store(
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def load(task: Task) -> tuple[Tensor, Any]:
-        return load_image(task.path), None if mask_of is None else mask_of(task)
+        return load_image(task.path), None if load_mask is None else load_mask(task)
 
     def finish_writes(limit: int) -> None:
         while len(writing) > limit:
@@ -186,11 +187,11 @@ def extract_to_store(
             except (OSError, DataError) as error:
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
-    ahead = max(1, workers) + 1
+    num_ahead = max(1, workers) + 1
     bar = Progress(len(todo), unit="image", label="extract", enabled=progress)
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
         while todo or loading:
-            while todo and len(loading) < ahead:
+            while todo and len(loading) < num_ahead:
                 task = todo.popleft()
                 loading.append((task, pool.submit(load, task)))
             task, future = loading.popleft()
@@ -204,7 +205,7 @@ def extract_to_store(
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 report.failed.append((str(task.path), reason))
                 logger.debug("failed: %s: %s", task.path, reason)
-            finish_writes(2 * ahead)
+            finish_writes(2 * num_ahead)
             bar.update()
         finish_writes(0)
     report.seconds += time.monotonic() - started

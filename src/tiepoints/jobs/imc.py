@@ -1,13 +1,14 @@
-"""A folder of the Image Matching Challenge's images to a submission: extract, match, write the
-layout, read it back.
+"""Create a submission to the Image Matching Challenge: extract, match, write the files and check
+them.
 
-What is finished is kept in ``OUT.features.h5`` and ``OUT.matches.h5`` beside the submission (hloc's
-files, ``formats/hdf5.py``), which a kill does not hurt; the layout is made of them at the end of
-each run.
+Features and matches are stored in ``OUT.features.h5`` and ``OUT.matches.h5`` next to the submission
+(hloc's format, ``formats/hdf5.py``), which are robust to interruption; the files of the submission
+are written from them at the end of each run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -23,20 +24,19 @@ from ..formats.store import check_settings, settings_path
 from .extract import ExtractReport, extract_to_store, normalize_settings
 from .match import MatchOptions, MatchReport, choose_pairs, match_to_store, named_matcher
 
-#: Custom matches agree with a fundamental matrix: the challenge fits all it is given without a
-#: RANSAC of its own.
+#: Custom matches are verified by a fundamental matrix, as the challenge applies no RANSAC to them.
 MATCHING = MatchOptions(geometry="fundamental", threshold=0.5, refine=False)
 
 
 @dataclass
 class Submission:
-    """How an export went.
+    """Result of an export.
 
     Attributes:
         sequences: number of sequences written.
-        extracted, matched: see ``jobs``; matched is None where no custom matches were asked for.
-        failed: (image, folder or pair, reason), of all steps.
-        violations: what the challenge would refuse in what was written.
+        extracted, matched: reports of both steps; matched is None without custom matches.
+        failed: (image, folder or pair, reason) of all steps.
+        violations: problems for which the challenge would reject the submission.
     """
 
     sequences: int
@@ -46,6 +46,7 @@ class Submission:
     violations: list[imc.Violation] = field(default_factory=list)
 
 
+# A sequence of steps on open stores; each step is a function.
 def export_imc(
     images: Path,
     output: Path,
@@ -58,59 +59,35 @@ def export_imc(
     workers: int = 2,
     progress: bool = True,
 ) -> Submission:
-    """Write ``output`` from ``images``/DATASET/SEQUENCE; run again, it resumes and extracts no
-    finished image again.
+    """Write the submission ``output`` for ``images``/DATASET/SEQUENCE; run again, it resumes.
 
     Args:
         images: see ``imc.find_sequences``.
         label: name of the submission, see ``imc.make_config``.
-        extraction: which features.
-        options: of the custom matches; ``ratio`` and ``threshold`` are those of the benchmark's
-            matching and DEGENSAC where there are none.
-        matches: write custom matches: mutual nearest neighbours that agree with a fundamental
-            matrix.
+        extraction: options of the features.
+        options: options of custom matches; without them, ``ratio`` and ``threshold`` are those of
+            the benchmark's matching and DEGENSAC.
+        matches: write custom matches: mutual nearest neighbors verified by a fundamental matrix.
 
     Raises:
-        ValueError, FileNotFoundError, DataError, ImportError, OSError: with the remedy.
+        ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
+            that cannot be used; the message names the remedy.
     """
     sequences, refused = imc.find_sequences(images)
-    datasets = list(dict.fromkeys(name.partition("/")[0] for name in sequences))
-    config = imc.make_config(
-        label,
-        imc.slug(Path(str(extraction.detector)).stem),
-        imc.slug(Path(str(extraction.descriptor)).stem),
-        extraction.num_keypoints,
-        datasets,
-        ratio=options.ratio,
-        threshold=options.threshold,
-        matches=matches,
-        metadata=_metadata(output, label),
-    )
+    config = _make_config(output, label, sequences, extraction, options, matches)
     if not sequences:
         raise DataError(
             "no images: " + "; ".join(f"{path}: {reason}" for path, reason in refused[:3])
         )
-    names = {
-        sequence: {key: f"{sequence}/{path.name}" for key, path in found.items()}
-        for sequence, found in sequences.items()
-    }
     tasks = [
-        Task(path, PurePosixPath(names[sequence][key]))
-        for sequence, found in sequences.items()
-        for key, path in found.items()
+        Task(path, PurePosixPath(f"{sequence}/{path.name}"))
+        for sequence, paths in sequences.items()
+        for path in paths.values()
     ]
     with ExitStack() as stack:
-        # the lock of this file keeps others off the submission too
+        # the lock of this file also protects the submission
         store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
-        settings = extraction.to_json()
-        check_settings(
-            settings_path(store),
-            settings,
-            overwrite=overwrite,
-            clear=store.clear,
-            results=store.path,
-            normalize=normalize_settings,
-        )
+        _check_settings(store, extraction.to_json(), normalize_settings, overwrite)
         extractor = extraction.build()
         report = ExtractReport()
         extract_to_store(
@@ -124,45 +101,84 @@ def export_imc(
             progress=progress,
         )
         result = Submission(len(sequences), report, failed=refused + report.failed)
-        stored = {
-            sequence: {name: key for key, name in found.items() if name in store}
-            for sequence, found in names.items()
-        }
-        pairs = {sequence: choose_pairs(found) for sequence, found in stored.items()}
+        names = {sequence: _keys(sequence, paths, store) for sequence, paths in sequences.items()}
+        match_store = None
         if matches:
-            kept = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
+            match_store = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
+            settings = {**options.to_json(database=False), "features": extraction.to_json()}
+            _check_settings(match_store, settings, _normalize, overwrite)
             files = {str(task.relative): task.path for task in tasks}
-            check_settings(
-                settings_path(kept),
-                {**options.to_json(database=False), "features": settings},
-                overwrite=overwrite,
-                clear=kept.clear,
-                results=kept.path,
-                normalize=_normalize,
-            )
+            pairs = chain.from_iterable(choose_pairs(keys) for keys in names.values())
+            matcher = named_matcher(extractor, files, options)
             result.matched = match_to_store(
-                chain.from_iterable(pairs.values()),
+                pairs,
                 store,
-                kept,
+                match_store,
                 options,
-                matcher=named_matcher(extractor, files, options),
+                matcher=matcher,
                 overwrite=overwrite,
                 progress=progress,
             )
             result.failed += result.matched.failed
-        for sequence, keys in stored.items():
-            imc.write_sequence(
-                output / sequence, ((key, store.read(name)) for name, key in keys.items())
-            )
-            if matches:
-                done = (pair for pair in pairs[sequence] if kept.has_matches(*pair))
-                imc.write_matches(
-                    output / sequence,
-                    ((keys[a], keys[b], kept.read_matches(a, b)) for a, b in done),
-                )
+        for sequence, keys in names.items():
+            _write_sequence(output / sequence, keys, store, match_store)
         imc.write_config(output, config)
         result.violations = imc.check_imc(output, sequences)
     return result
+
+
+def _make_config(
+    output: Path,
+    label: str,
+    sequences: Iterable[str],
+    extraction: ExtractOptions,
+    options: MatchOptions,
+    matches: bool,
+) -> Any:
+    return imc.make_config(
+        label,
+        imc.slug(Path(str(extraction.detector)).stem),
+        imc.slug(Path(str(extraction.descriptor)).stem),
+        extraction.num_keypoints,
+        list(dict.fromkeys(name.partition("/")[0] for name in sequences)),
+        ratio=options.ratio,
+        threshold=options.threshold,
+        matches=matches,
+        metadata=_metadata(output, label),
+    )
+
+
+def _keys(sequence: str, paths: dict[str, Path], store: FeatureFile) -> dict[str, str]:
+    """Name of the stored features -> key in the submission."""
+    names = {f"{sequence}/{path.name}": key for key, path in paths.items()}
+    return {name: key for name, key in names.items() if name in store}
+
+
+def _check_settings(
+    store: FeatureFile | MatchFile,
+    settings: dict[str, Any],
+    normalize: Callable[[dict[str, Any]], dict[str, Any]],
+    overwrite: bool,
+) -> None:
+    check_settings(
+        settings_path(store),
+        settings,
+        overwrite=overwrite,
+        clear=store.clear,
+        results=store.path,
+        normalize=normalize,
+    )
+
+
+def _write_sequence(
+    folder: Path, keys: dict[str, str], store: FeatureFile, match_store: MatchFile | None
+) -> None:
+    """Write features, and matches if there are any, of one sequence (``keys``: name -> key)."""
+    imc.write_sequence(folder, ((key, store.read(name)) for name, key in keys.items()))
+    if match_store is not None:
+        done = (pair for pair in choose_pairs(keys) if match_store.has_matches(*pair))
+        matches = ((keys[a], keys[b], match_store.read_matches(a, b)) for a, b in done)
+        imc.write_matches(folder, matches)
 
 
 def _normalize(content: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +191,11 @@ def _sibling(output: Path, end: str) -> Path:
 
 
 def _metadata(output: Path, label: str) -> dict[str, Any] | None:
-    """What a user wrote into the metadata of an earlier config of this name."""
+    """Metadata that the user has added to an earlier config with this label."""
     try:
         method = imc.read_config(output)[0]
     except (FileNotFoundError, DataError):
         return None
     common, found = method.get("config_common"), method.get("metadata")
-    same = isinstance(common, dict) and common.get("json_label") == label
-    return found if same and isinstance(found, dict) else None
+    same_label = isinstance(common, dict) and common.get("json_label") == label
+    return found if same_label and isinstance(found, dict) else None

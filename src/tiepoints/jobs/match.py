@@ -1,4 +1,4 @@
-"""Matches of two images, and of many pairs to one file."""
+"""Match two images, or many pairs to one file."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from ..structs import Estimate, Features, Matches
 from .extract import ExtractReport, extract_to_store, normalize_settings
 
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
-#: Images whose features are kept in memory while pairs are matched.
-CACHE = 64
+#: Number of images whose features are cached while pairs are matched.
+CACHE_SIZE = 64
 
 
 @dataclass(frozen=True)
 class MatchOptions:
-    """How the features of pairs are matched and verified.
+    """Options of matching and verification.
 
     Attributes:
-        ratio: largest ratio of nearest to second distance, in (0, 1]; 1 = no test.
-        rotation_tolerance: largest difference in radians of a match's rotation from the dominant
-            one (``matching.filter_by_rotation``); None = no filter.
-        geometry: keep only matches that agree with a ``homography``, ``fundamental`` matrix; None
-            keeps all.
-        threshold: largest error of an inlier in pixels.
-        refine: sub-pixel positions: of the matches of two images, of the tracks in a database.
-        auto_orientation: find the relative rotation of each pair
-            (``auto_orientation.PairMatcher``), where the descriptor describes upright patches.
+        ratio: maximum ratio of nearest to second distance, in (0, 1]; 1 = no test.
+        rotation_tolerance: maximum difference in radians between the rotation of a match and the
+            dominant one (``matching.filter_by_rotation``); None = no filter.
+        geometry: keep only the inliers of a ``homography`` or ``fundamental`` matrix; None keeps
+            all matches.
+        threshold: maximum error of an inlier in pixels.
+        refine: refine to subpixel positions: the matches of two images, the tracks in a database.
+        auto_orientation: estimate the relative rotation of each pair
+            (``auto_orientation.PairMatcher``) if patches are described upright.
 
     Raises:
         ValueError: an option is out of range.
@@ -77,7 +77,7 @@ class MatchOptions:
         return partial(match, ratio=ratio, rotation_tolerance=self.rotation_tolerance)
 
     def to_json(self, *, database: bool) -> dict[str, Any]:
-        """The record of the matches in a file."""
+        """The settings stored with matches."""
         content: dict[str, Any] = {
             "ratio": self.ratio,
             "model": self.geometry,
@@ -97,13 +97,13 @@ class MatchOptions:
 
 @dataclass(frozen=True)
 class PairResult:
-    """Two images matched.
+    """Result of matching two images.
 
     Attributes:
-        a, b: features of the images, those of b as matched.
+        a, b: features of the images (of b with the relative rotation, if estimated).
         matches: see ``structs.Matches``.
         xy_a, xy_b: (K,2) positions of the matches.
-        estimate: the geometry they agree with.
+        estimate: two-view geometry of the matches.
         image_a, image_b: (1,1,H,W) gray.
     """
 
@@ -117,19 +117,19 @@ class PairResult:
     image_b: Tensor
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as a JSON object."""
-        found = self.estimate
+        """The result as a JSON object."""
+        estimate = self.estimate
         return {
             "points": [len(self.a), len(self.b)],
             "matches": len(self.matches),
-            "inliers": int(found.inliers.sum()),
-            "model": found.geometry,
-            "ok": found.ok,
-            "reason": found.reason,
-            "matrix": None if found.model is None else found.model.tolist(),
+            "inliers": int(estimate.inliers.sum()),
+            "model": estimate.geometry,
+            "ok": estimate.ok,
+            "reason": estimate.reason,
+            "matrix": None if estimate.model is None else estimate.model.tolist(),
             "xy_a": self.xy_a.tolist(),
             "xy_b": self.xy_b.tolist(),
-            "inlier": found.inliers.tolist(),
+            "inlier": estimate.inliers.tolist(),
             "score": self.matches.score.tolist(),
         }
 
@@ -142,14 +142,13 @@ def match_two(
     *,
     masks: tuple[Any, Any] = (None, None),
 ) -> PairResult:
-    """Extract two images, match them and estimate their geometry (a fundamental matrix unless
-    ``options.geometry`` is a homography).
+    """Extract and match two images and estimate their geometry (by default a fundamental matrix).
 
     Args:
-        masks: of the two images (``Extractor.extract``).
+        masks: masks of the two images, see ``Extractor.extract``.
 
     Raises:
-        ValueError, FileNotFoundError, DataError: images or options that cannot be used.
+        ValueError, FileNotFoundError, DataError: invalid images or options.
     """
     options = options or MatchOptions()
     extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS)
@@ -160,15 +159,15 @@ def match_two(
     matcher = options.matcher()
     if options.auto_orientation and can_reorient(extractor):
         oriented = PairMatcher(extractor, matcher)(a, b, pixels_b)
-        found, b = oriented.matches, oriented.b
+        matches, b = oriented.matches, oriented.b
     else:
-        found = matcher(a, b)
+        matches = matcher(a, b)
     if options.refine:
-        found = refine_matches(a, b, found, (pixels_a, pixels_b))
-    xy_a, xy_b = found.positions(a, b)
+        matches = refine_matches(a, b, matches, (pixels_a, pixels_b))
+    xy_a, xy_b = matches.positions(a, b)
     geometry = options.geometry or "fundamental"
     result = estimate(xy_a, xy_b, geometry, threshold=options.threshold)
-    return PairResult(a, b, found, xy_a, xy_b, result, pixels_a, pixels_b)
+    return PairResult(a, b, matches, xy_a, xy_b, result, pixels_a, pixels_b)
 
 
 # ---- many pairs
@@ -176,14 +175,14 @@ def match_two(
 
 @dataclass
 class MatchReport:
-    """How a run over pairs went.
+    """Result of matching many pairs.
 
     Attributes:
-        done, skipped: pairs matched, and those that were stored before.
-        matches: number of kept matches of the pairs done.
-        verified: pairs done that have a geometry; None where none was asked for.
-        failed: (image or pair, reason); a pair fails with its image.
-        ignored: files in the folders given that are no images.
+        done, skipped: number of pairs matched, and of those with stored matches.
+        matches: number of matches of the pairs done.
+        verified: number of pairs done with a geometry; None if none was requested.
+        failed: (image or pair, reason); the pairs of an image that failed are not listed.
+        ignored: number of files in the given folders that are not images.
     """
 
     done: int = 0
@@ -195,9 +194,7 @@ class MatchReport:
 
 
 def choose_pairs(names: Iterable[str], sequential: int | None = None) -> list[tuple[str, str]]:
-    """All pairs of ``names``, or each name with the ``sequential`` ones after it; names in natural
-    order.
-    """
+    """All pairs of ``names``, or each name with the next ``sequential`` ones, in natural order."""
     ordered = sorted(names, key=natural)
     if sequential is None:
         return list(combinations(ordered, 2))
@@ -205,51 +202,53 @@ def choose_pairs(names: Iterable[str], sequential: int | None = None) -> list[tu
 
 
 def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
-    """The names in ``store`` of images: the longest end of their path that it holds; and images
-    that it lacks.
+    """Names of images in ``store`` (the longest suffix of their path that it contains), and
+    failures for images without features.
     """
-    found, lacking = [], []
+    found, missing = [], []
     for task in tasks:
         parts = task.path.resolve().parts[1:]
-        ends = ["/".join(parts[i:]) for i in range(len(parts))]
-        name = next((end for end in (str(task.relative), *ends) if end in store), None)
+        suffixes = ["/".join(parts[i:]) for i in range(len(parts))]
+        name = next((name for name in (str(task.relative), *suffixes) if name in store), None)
         if name is None:
-            lacking.append((str(task.path), f"{store.path} holds no features of it"))
+            missing.append((str(task.path), f"{store.path} holds no features of it"))
         else:
             found.append(name)
-    return found, lacking
+    return found, missing
 
 
 class _FeatureCache:
-    """Features by name, the ``CACHE`` last used ones in memory; images without are counted."""
+    """LRU cache of features by name; counts the pairs of images without features."""
 
     def __init__(self, store: FeatureStore):
         self.store = store
-        self.broken: dict[str, str] = {}
-        self.lost_pairs: dict[str, int] = {}
+        self.errors: dict[str, str] = {}
+        self.failed_pairs: dict[str, int] = {}
         self._names = lru_cache(store.names)
-        self._kept: OrderedDict[str, Features] = OrderedDict()
+        self._features: OrderedDict[str, Features] = OrderedDict()
 
     def get(self, name: str) -> Features | None:
-        """Features with descriptors; None where the image has none, which is then counted."""
-        if name not in self._kept and name not in self.broken:
+        """Features with descriptors; None if the image has none, which is counted."""
+        if name not in self._features and name not in self.errors:
             try:
-                self._kept[name] = self._read(name)
+                self._features[name] = self._read(name)
             except (DataError, OSError) as error:
-                self.broken[name] = str(error)
-        if name in self.broken:
-            self.lost_pairs[name] = self.lost_pairs.get(name, 0) + 1
+                self.errors[name] = str(error)
+        if name in self.errors:
+            self.failed_pairs[name] = self.failed_pairs.get(name, 0) + 1
             return None
-        self._kept.move_to_end(name)
-        while len(self._kept) > CACHE:
-            self._kept.popitem(last=False)
-        return self._kept[name]
+        self._features.move_to_end(name)
+        while len(self._features) > CACHE_SIZE:
+            self._features.popitem(last=False)
+        return self._features[name]
 
     def _read(self, name: str) -> Features:
         if name not in self.store:
             names = self._names()
-            such = f" with names such as {names[0]}" if names else ""
-            raise DataError(f"{self.store.path} holds no features of it; it has {len(names)}{such}")
+            example = f" with names such as {names[0]}" if names else ""
+            raise DataError(
+                f"{self.store.path} holds no features of it; it has {len(names)}{example}"
+            )
         features = self.store.read(name)
         if features.descriptors is None:
             raise DataError(
@@ -259,8 +258,8 @@ class _FeatureCache:
 
     def failures(self) -> list[tuple[str, str]]:
         """(image, reason and number of its pairs)."""
-        lost = self.lost_pairs.items()
-        return [(name, f"{self.broken[name]} ({count} pairs)") for name, count in lost]
+        counts = self.failed_pairs.items()
+        return [(name, f"{self.errors[name]} ({count} pairs)") for name, count in counts]
 
 
 def match_to_store(
@@ -273,18 +272,17 @@ def match_to_store(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
-    """Match each pair of names and store its matches; with ``options.geometry`` only those that
-    agree with one.
+    """Match pairs of names and store the matches; with ``options.geometry`` only its inliers.
 
-    A pair is done once, whichever way round it comes. An image without features fails once, with
+    A pair is matched only once, in either order. An image without features is listed once, with
     the number of its pairs.
 
     Args:
-        matcher: matches the features of two named images instead of ``options.matcher()``.
+        matcher: matches the features of two named images, instead of ``options.matcher()``.
     """
     report = MatchReport(verified=None if options.geometry is None else 0)
     cache = _FeatureCache(features)
-    groups: dict[str, tuple[str, str]] = {}
+    stored_as: dict[str, tuple[str, str]] = {}
     todo: dict[frozenset[str], tuple[str, str]] = {}
     for a, b in pairs:
         if a == b:
@@ -293,8 +291,8 @@ def match_to_store(
             todo.setdefault(frozenset((a, b)), (a, b))
     for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
         if isinstance(store, MatchFile):
-            # hloc turns / into -, which can give two pairs one name
-            other = groups.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
+            # hloc replaces / by -, so that two pairs may have the same name
+            other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
             if other != (a, b):
                 reason = (
                     f"hloc would store it under the same name as {' '.join(other)}; rename an image"
@@ -304,67 +302,66 @@ def match_to_store(
         if not overwrite and store.has_matches(a, b):
             report.skipped += 1
             continue
-        one, two = cache.get(a), cache.get(b)
-        if one is None or two is None:
+        features_a, features_b = cache.get(a), cache.get(b)
+        if features_a is None or features_b is None:
             continue
         try:
-            _match_named(a, b, one, two, store, options, matcher, report)
+            _match_pair((a, b), features_a, features_b, store, options, matcher, report)
         except (ValueError, DataError, OSError) as error:
             report.failed.append((f"{a} {b}", str(error)))
     report.failed += cache.failures()
     return report
 
 
-def _match_named(
-    a: str,
-    b: str,
-    one: Features,
-    two: Features,
+def _match_pair(
+    names: tuple[str, str],
+    a: Features,
+    b: Features,
     store: MatchStore,
     options: MatchOptions,
     matcher: NamedMatcher | None,
     report: MatchReport,
 ) -> None:
-    assert one.descriptors is not None
-    assert two.descriptors is not None
-    lengths = one.descriptors.shape[1], two.descriptors.shape[1]
-    if lengths[0] != lengths[1]:
+    assert a.descriptors is not None
+    assert b.descriptors is not None
+    dims = a.descriptors.shape[1], b.descriptors.shape[1]
+    if dims[0] != dims[1]:
         raise DataError(
-            f"descriptor dimensions differ, {lengths[0]} and {lengths[1]}; extract both images "
-            "with one descriptor"
+            f"descriptor dimensions differ, {dims[0]} and {dims[1]}; extract both images with one "
+            "descriptor"
         )
-    found = options.matcher()(one, two) if matcher is None else matcher(a, b, one, two)
+    matches = options.matcher()(a, b) if matcher is None else matcher(*names, a, b)
     if options.geometry is not None:
-        xy_a, xy_b = one.xy[found.index[:, 0]], two.xy[found.index[:, 1]]
+        xy_a, xy_b = a.xy[matches.index[:, 0]], b.xy[matches.index[:, 1]]
         result = estimate(xy_a, xy_b, options.geometry, threshold=options.threshold)
         report.verified = (report.verified or 0) + result.ok
-        found = found[result.inliers]
-    store.write_matches(a, b, found, len(one))
+        matches = matches[result.inliers]
+    store.write_matches(*names, matches, len(a))
     report.done += 1
-    report.matches += len(found)
+    report.matches += len(matches)
 
 
 def named_matcher(
     extractor: Extractor, images: dict[str, Path], options: MatchOptions
 ) -> NamedMatcher | None:
-    """The ``matcher`` of ``match_to_store`` that finds the relative rotation of each pair; None
-    where it has no use.
+    """The ``matcher`` of ``match_to_store`` that estimates the relative rotation of each pair; None
+    if that is disabled or not possible.
 
     Args:
-        extractor: what the features were extracted with.
-        images: name -> file; a pair with an image that is not among them is matched as it is.
+        extractor: extractor of the features.
+        images: name -> file; pairs with other images are matched without rotation.
     """
     if not options.auto_orientation or not can_reorient(extractor):
         return None
     plain = options.matcher()
     oriented = PairMatcher(extractor, plain)
 
-    def matched(a: str, b: str, one: Features, two: Features) -> Matches:
-        if b not in images:
-            return plain(one, two)
-        return oriented(one, two, images[b], b).matches
+    def match_named(name_a: str, name_b: str, a: Features, b: Features) -> Matches:
+        if name_b not in images:
+            return plain(a, b)
+        return oriented(a, b, images[name_b], name_b).matches
 
-    return matched
+    return match_named
 
 
 @dataclass
@@ -372,10 +369,10 @@ class _Source:
     """Features to match.
 
     Attributes:
-        store: where they are.
-        names: of the images to match.
-        settings: what they were made with.
-        failed: images without features, and why.
+        store: store of the features.
+        names: names of the images to match.
+        settings: settings of the extraction.
+        failed: images without features, with a reason.
         matcher: see ``match_to_store``.
     """
 
@@ -386,6 +383,7 @@ class _Source:
     matcher: NamedMatcher | None = None
 
 
+# One call per command of the command line, whose options are its parameters.
 def match_images(
     images: list[str],
     output: Path,
@@ -400,27 +398,25 @@ def match_images(
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
-    """Match pairs of many images into one file: hloc's ``.h5``, or a COLMAP ``.db``, whose pairs
-    COLMAP then verifies. Run again, it resumes.
+    """Match pairs of many images to one file: ``.h5`` (hloc), or ``.db`` (with pairs verified by
+    COLMAP). Run again, it resumes.
 
     Args:
-        images: files, folders, patterns; with ``features`` they select among its names, and may be
-            left out.
-        extraction: extracts the images: into ``NAME.features.h5`` for ``NAME.h5``, or into the
-            database itself. Each image once, and not again in the next run. With ``features`` only
-            its descriptor is compared with what is stored.
-        options: see ``MatchOptions``; ``refine`` moves the keypoints of a database to consistent
-            sub-pixel positions (``refine.refine_tracks``).
-        pairs, sequential: a list of pairs (``read_pairs``), or ``choose_pairs``; by default all
-            pairs. Pairs that were chosen here are written to ``NAME.pairs.txt``, which hloc asks
-            for.
+        images: files, folders, patterns; optional with ``features``, among which they select.
+        extraction: extracts the images once, to ``NAME.features.h5`` for ``NAME.h5``, or to the
+            database. With ``features``, its descriptor must be that of the stored features.
+        options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
+            subpixel positions (``refine.refine_tracks``).
+        pairs, sequential: a list of pairs (``read_pairs``), or an argument of ``choose_pairs``; by
+            default all pairs. Unless listed, pairs are written to ``NAME.pairs.txt``, which hloc
+            requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
 
     Raises:
-        ValueError, FileNotFoundError, DataError, ImportError: nothing to match, or files that do
-            not fit; the message has the remedy.
+        ValueError, FileNotFoundError, DataError, ImportError: no pairs, or invalid arguments or
+            files; the message names the remedy.
     """
     options = options or MatchOptions()
     listed = None if pairs is None else list(read_pairs(pairs))
@@ -428,51 +424,32 @@ def match_images(
         raise DataError(f"{pairs} lists no pairs; it needs two names per line")
     found = collect(images, root=root, inside=True)
     if images and not found.tasks and listed is None:
-        reason = found.refused[0] if found.refused else ("", "none given")
-        raise DataError(f"no images: {reason[0]}: {reason[1]}")
+        path, reason = found.refused[0] if found.refused else ("", "none given")
+        raise DataError(f"no images: {path}: {reason}")
     tasks = found.tasks
     database = output.suffix == ".db"
     with ExitStack() as stack:
         if features is None:
             if listed is not None:
-                wanted = {name for pair in listed for name in pair}
-                tasks = [task for task in tasks if str(task.relative) in wanted]
+                names = {name for pair in listed for name in pair}
+                tasks = [task for task in tasks if str(task.relative) in names]
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS)
-            source = _extracted(
+            source = _extract_source(
                 stack, tasks, output, extraction, options, camera, overwrite, progress
             )
         else:
             descriptor = None if extraction is None else extraction.descriptor
-            source = _stored(stack, tasks if images else None, output, features, descriptor)
-        failed = found.refused + source.failed
-        chosen = listed
-        if chosen is None:
-            chosen = choose_pairs(source.names, sequential)
-            if not chosen:
-                reason_text = f"; {failed[0][0]}: {failed[0][1]}" if failed else ""
-                raise DataError(
-                    f"{len(source.names)} images with features, and two are needed{reason_text}"
-                )
-            if not database:
-                _write_pairs(_sibling(output, "pairs.txt"), chosen)
+            source = _stored_source(stack, tasks if images else None, output, features, descriptor)
+        source.failed = found.refused + source.failed
+        selected = listed or _choose_pairs(source, sequential, None if database else output)
         store: Any = source.store
         if not database:
             store = stack.enter_context(MatchFile(output, write=True))
-        settings = options.to_json(database=database)
-        if source.settings is not None:
-            settings["features"] = source.settings
-        check_settings(
-            _sibling(output, "matches.settings.json" if database else "settings.json"),
-            settings,
-            overwrite=overwrite,
-            clear=store.clear_matches if database else store.clear,
-            results=output,
-            normalize=_normalize,
-        )
+        _check_settings(store, output, options, source.settings, overwrite)
         files = {str(task.relative): task.path for task in tasks}
         with _Refinement(output, store, files, enabled=database and options.refine) as refinement:
             report = match_to_store(
-                chosen,
+                selected,
                 source.store,
                 store,
                 options,
@@ -481,14 +458,48 @@ def match_images(
                 progress=progress,
             )
             if database:
-                matched = [pair for pair in chosen if store.has_matches(*pair)]
+                matched = [pair for pair in selected if store.has_matches(*pair)]
                 report.verified = refinement.verify(matched, changed=report.done > 0)
-    report.failed = failed + report.failed
+    report.failed = source.failed + report.failed
     report.ignored = found.skipped
     return report
 
 
-def _extracted(
+def _choose_pairs(
+    source: _Source, sequential: int | None, output: Path | None
+) -> list[tuple[str, str]]:
+    """Choose pairs and write them next to ``output``."""
+    pairs = choose_pairs(source.names, sequential)
+    if not pairs:
+        reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
+        raise DataError(f"{len(source.names)} images with features, and two are needed{reason}")
+    if output is not None:
+        _write_pairs(_sibling(output, "pairs.txt"), pairs)
+    return pairs
+
+
+def _check_settings(
+    store: Any,
+    output: Path,
+    options: MatchOptions,
+    features: dict[str, Any] | None,
+    overwrite: bool,
+) -> None:
+    database = output.suffix == ".db"
+    settings = options.to_json(database=database)
+    if features is not None:
+        settings["features"] = features
+    check_settings(
+        _sibling(output, "matches.settings.json" if database else "settings.json"),
+        settings,
+        overwrite=overwrite,
+        clear=store.clear_matches if database else store.clear,
+        results=output,
+        normalize=_normalize,
+    )
+
+
+def _extract_source(
     stack: ExitStack,
     tasks: list[Task],
     output: Path,
@@ -498,7 +509,7 @@ def _extracted(
     overwrite: bool,
     progress: bool,
 ) -> _Source:
-    """Features of images, extracted where they are not stored yet."""
+    """Features of images, extracted unless they are stored."""
     settings = extraction.to_json()
     store: Any
     if output.suffix == ".db":
@@ -523,47 +534,47 @@ def _extracted(
     return _Source(store, names, settings, report.failed, matcher)
 
 
-def _stored(
+def _stored_source(
     stack: ExitStack,
     tasks: list[Task] | None,
     output: Path,
     features: Path,
     descriptor: Any,
 ) -> _Source:
-    """Stored features; ``tasks`` select among them, None takes all."""
-    inside = features.resolve() == output.resolve()
-    if output.suffix == ".db" and not inside:
+    """Stored features of ``tasks``; None selects all."""
+    same_file = features.resolve() == output.resolve()
+    if output.suffix == ".db" and not same_file:
         raise ValueError(
-            f"a database gets matches of its own features: give --features {output}, or leave "
-            "--features out"
+            f"a database stores matches of its own features: use --features {output}, or omit "
+            "--features"
         )
-    store: Any = ColmapDatabase(output, write=True) if inside else open_features(features)
+    store: Any = ColmapDatabase(output, write=True) if same_file else open_features(features)
     stack.enter_context(store)
-    names, lacking = (store.names(), []) if tasks is None else stored_names(tasks, store)
-    if inside:
-        return _Source(store, names, None, lacking)
+    names, missing = (store.names(), []) if tasks is None else stored_names(tasks, store)
+    if same_file:
+        return _Source(store, names, None, missing)
     try:
         settings = json.loads(settings_path(store).read_text())
-    except (OSError, ValueError):  # made by others: then their path tells them apart
+    except (OSError, ValueError):  # features of other programs are identified by their path
         settings = {"path": str(features.resolve())}
-    found = settings.get("descriptor", descriptor)
-    if descriptor is not None and found != descriptor:
+    stored = settings.get("descriptor", descriptor)
+    if descriptor is not None and stored != descriptor:
         raise DataError(
-            f"{features} has {found} descriptors, not {descriptor}; leave --descriptor out or "
-            "extract again"
+            f"{features} has {stored} descriptors, not {descriptor}; omit --descriptor or extract "
+            "again"
         )
-    return _Source(store, names, settings, lacking)
+    return _Source(store, names, settings, missing)
 
 
 class _Refinement:
-    """Refinement of the keypoints of a database after matching. A marker file stands from the
-    first match to the end of the refinement, so that the next run completes a stopped one.
+    """Refinement of the keypoints of a database after matching. A marker file exists from the first
+    match to the end of the refinement, so that the next run completes an interrupted one.
     """
 
     def __init__(self, output: Path, store: Any, images: dict[str, Path], *, enabled: bool):
         self.marker = _sibling(output, "refinement-pending")
         self.store, self.images, self.enabled = store, images, enabled
-        self.stopped = self.marker.exists()
+        self.interrupted = self.marker.exists()
 
     def __enter__(self) -> _Refinement:
         if self.enabled:
@@ -575,10 +586,10 @@ class _Refinement:
             self.marker.unlink(missing_ok=True)
 
     def verify(self, pairs: list[tuple[str, str]], *, changed: bool) -> int:
-        """Verify pairs, refining in between; the number of those with a geometry."""
+        """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
         verified = self.store.verify(pairs)
-        known = all(name in self.images for pair in pairs for name in pair)
-        if self.enabled and (changed or self.stopped) and known:
+        complete = all(name in self.images for pair in pairs for name in pair)
+        if self.enabled and (changed or self.interrupted) and complete:
             return refine_database(self.store, pairs, self.images)
         return verified
 
@@ -586,7 +597,7 @@ class _Refinement:
 def refine_database(
     database: ColmapDatabase, pairs: list[tuple[str, str]], images: dict[str, Path]
 ) -> int:
-    """Give the keypoints of a database consistent sub-pixel positions along the tracks of its
+    """Refine the keypoints of a database to consistent subpixel positions along the tracks of its
     verified matches, and verify again.
 
     Args:
@@ -594,7 +605,7 @@ def refine_database(
         images: name -> file.
 
     Returns:
-        pairs that have a geometry afterwards.
+        the number of pairs with a geometry.
 
     Raises:
         DataError: an image cannot be read.
@@ -609,7 +620,7 @@ def refine_database(
 
 
 def _normalize(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of matches with those of their features as written today."""
+    """Convert settings of matches of earlier versions to the current format."""
     features = content.get("features")
     if isinstance(features, dict) and "detector" in features:
         return {**content, "features": normalize_settings(features)}
@@ -621,5 +632,5 @@ def _sibling(output: Path, end: str) -> Path:
 
 
 def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
-    between = "\t" if any(" " in name for pair in pairs for name in pair) else " "
-    write_text(path, "".join(f"{a}{between}{b}\n" for a, b in pairs))
+    separator = "\t" if any(" " in name for pair in pairs for name in pair) else " "
+    write_text(path, "".join(f"{a}{separator}{b}\n" for a, b in pairs))

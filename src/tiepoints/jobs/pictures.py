@@ -1,4 +1,4 @@
-"""Pictures of the best pairs of a file of matches."""
+"""Draw the best pairs of a file of matches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..formats.hdf5 import MatchFile
 from ..formats.store import open_features
 from ..plot import draw_matches
 
-#: Pairs that are drawn.
+#: Default number of pairs.
 BEST_PAIRS = 10
 
 
@@ -30,12 +30,12 @@ def draw_best_pairs(
 
     Args:
         matches: ``.h5`` or ``.db``.
-        images, root: as given to ``match_images``.
-        output: folder of the pictures.
-        features: where the features are; default as ``match_images`` stores them.
+        images, root: arguments of ``match_images``.
+        output: folder of the image files.
+        features: path of the features; by default that of ``match_images``.
 
     Returns:
-        the pictures, best pair first.
+        the image files, the pair with the most matches first.
 
     Raises:
         DataError: the matches or features cannot be read.
@@ -60,11 +60,10 @@ def draw_best_pairs(
         if not found:
             raise DataError(f"{matches} has no matches of these images to draw")
         for _, a, b in sorted(found, key=lambda item: -item[0])[:count]:
-            kept = store.read_matches(a, b)
-            one, two = stored.read(a), stored.read(b)
-            xy_a, xy_b = kept.positions(one, two)
+            pair_matches = store.read_matches(a, b)
+            xy_a, xy_b = pair_matches.positions(stored.read(a), stored.read(b))
             path = output / f"{Path(a).stem}-{Path(b).stem}.jpg"
-            caption = f"{a} - {b}: {len(kept)} matches"
+            caption = f"{a} - {b}: {len(pair_matches)} matches"
             draw_matches(files[a], files[b], xy_a, xy_b, caption=caption, path=path)
             written.append(path)
     return written

@@ -1,8 +1,8 @@
-"""Points followed through a video, an image sequence or a camera's pictures, and drawn as tracks.
+"""Track keypoints in a video, an image sequence or the images of a camera, and draw the tracks.
 
-``Tracker`` links the features of each frame with those before; it knows neither files nor OpenCV.
-``open_source`` gives the frames, ``Window`` and ``VideoFile`` take the pictures, ``live`` ties them
-together. docs/live.md says what the tracks mean.
+``open_source`` reads frames, ``tracking.Tracker`` links their features, ``Window`` and
+``VideoFile`` show and write the annotated images, ``live`` combines them. docs/live.md describes
+the tracks.
 """
 
 from __future__ import annotations
@@ -33,38 +33,35 @@ from ..image import load_image
 from ..plot import draw_caption, draw_tracks
 from ..tracking import Tracker
 
-#: Frames a second of image sequences, and of a camera that does not tell its own.
+#: Frames per second of image sequences, and of cameras that do not report it.
 SEQUENCE_RATE, CAMERA_RATE = 10.0, 25.0
-#: Frames that the rate shown is averaged over.
+#: Number of frames over which the displayed rate is averaged.
 RATE_WINDOW = 20
-#: A video that ends so much before the length it claims broke off; containers round their length,
-#: some only estimate it.
-CLAIM_FRAMES, CLAIM_SHARE = 2, 0.02
-#: Codecs that every build of OpenCV brings, by the suffix of the file.
+#: A video is truncated if more than this number and fraction of its nominal frames are missing, as
+#: containers round or estimate their length.
+LENGTH_TOLERANCE_FRAMES, LENGTH_TOLERANCE = 2, 0.02
+#: Codecs of all builds of OpenCV, by the suffix of the file.
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
-TITLE = "tiepoints live (q ends)"
+TITLE = "tiepoints live (q: quit)"
 
 
-# ---- pictures
-
-
-# ---- frames in
+# ---- input
 
 
 class Frame(NamedTuple):
-    """One picture: gray (1,1,H,W) float32 in [0,1], and (H,W,3) uint8 BGR to draw on."""
+    """A frame: gray (1,1,H,W) float32 in [0,1], and (H,W,3) uint8 BGR to draw on."""
 
     image: Tensor
     picture: NDArray[np.uint8]
 
 
 class Source(Protocol):
-    """Frames in their order.
+    """Frames in order.
 
     Attributes:
-        rate: frames a second that a video of them should have.
-        total: how many there seem to be; None for a camera.
-        skipped: (name, reason) of frames that could not be read, as far as they have been met.
+        rate: frames per second of a video of the frames.
+        total: expected number of frames; None for a camera.
+        skipped: (name, reason) of frames that could not be read so far.
     """
 
     rate: float
@@ -76,18 +73,16 @@ class Source(Protocol):
 
 
 def open_source(source: str | Sequence[str], every: int = 1) -> Source:
-    """A video file, a folder of images, a pattern, image files, or the number of a camera, as
-    frames.
+    """Open a video file, a folder of images, a pattern, image files, or a camera by its index.
 
-    A name made of digits alone is a camera. Images come in natural order of their names (img2
-    before img10).
+    A name of digits is a camera. Images are in natural order of their names (img2 before img10).
 
     Args:
-        every: take only every so manieth frame.
+        every: read only every N-th frame.
 
     Raises:
-        FileNotFoundError: nothing of that name, or a pattern that fits nothing.
-        DataError: a folder without images, a file that is no video, a camera that does not open.
+        FileNotFoundError: no such file, or no match of a pattern.
+        DataError: a folder without images, a file that is not a video, a camera that does not open.
         ValueError: several files that are not all images, or a single image.
         ImportError: OpenCV is missing.
     """
@@ -102,8 +97,8 @@ def open_source(source: str | Sequence[str], every: int = 1) -> Source:
             files = set(list_images(path, recursive=False)[0])
             if not files:
                 raise DataError(
-                    f"no image in the folder {name}; give a folder of frames, a video file or a "
-                    "camera's number"
+                    f"no image in the folder {name}; give a folder of frames, a video file or the "
+                    "index of a camera"
                 )
             return ImageFrames(files, every)
         if path.is_file():
@@ -123,24 +118,24 @@ def open_source(source: str | Sequence[str], every: int = 1) -> Source:
         )
         if not found:
             raise FileNotFoundError(
-                f"no file, folder or pattern {name}; give a video, a folder of frames or a "
-                "camera's number"
+                f"no file, folder or pattern {name}; give a video, a folder of frames or the index "
+                "of a camera"
             )
         files.update(Path(p) for p in found)
     for path in files:
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             raise ValueError(
-                f"{path} is not an image; several files are a sequence of images, and a video "
-                "comes alone"
+                f"{path} is not an image; several files must be images, and only one video can be "
+                "given"
             )
     return ImageFrames(files, every)
 
 
 class ImageFrames:
-    """Image files as frames, in natural order of their names; one that cannot be read is skipped.
+    """Image files as frames, in natural order of their names; unreadable ones are skipped.
 
-    Raises, while read:
-        DataError: not one of them could be read.
+    Raises (while iterating):
+        DataError: none of them could be read.
     """
 
     def __init__(self, paths: Iterable[Path], every: int = 1) -> None:
@@ -164,7 +159,7 @@ class ImageFrames:
             )
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 def _read_frame(path: Path) -> Frame:
@@ -172,18 +167,17 @@ def _read_frame(path: Path) -> Frame:
     with Image.open(path) as photo:
         if photo.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
             return Frame(image, np.asarray(photo.convert("RGB"))[:, :, ::-1])
-    gray = (
-        image[0, 0].mul(255).round().to(torch.uint8).numpy()
-    )  # 16 bit and float: Pillow would cut off what is above 255
+    # 16 bit and float, of which Pillow would clip values above 255
+    gray = image[0, 0].mul(255).round().to(torch.uint8).numpy()
     return Frame(image, np.repeat(gray[:, :, None], 3, axis=2))
 
 
 class VideoFrames:
-    """A video file, or a camera by its number, through OpenCV.
+    """A video file, or a camera by its index, read with OpenCV.
 
     Raises:
-        DataError: it does not open; while read: it has no frame, breaks off, or the camera gives no
-            more.
+        DataError: it does not open; while iterating: it has no frame, is truncated, or the camera
+            stops.
         ImportError: OpenCV is missing.
     """
 
@@ -196,32 +190,28 @@ class VideoFrames:
             with _quiet(cv2):
                 self.capture = cv2.VideoCapture(path if isinstance(path, int) else str(path))
             opened = self.capture.isOpened()
-        except cv2.error:  # a number beyond the range of a C integer
+        except cv2.error:  # an index beyond the range of a C integer
             opened = False
         if not opened and self.camera:
             raise DataError(
-                f"{self.name} does not open; is it plugged in, free, and allowed to this user? "
-                "The first camera is 0"
+                f"{self.name} does not open; it must be connected, not in use, and accessible for "
+                "this user. The first camera is 0"
             )
         if not opened:
             raise DataError(
-                f"{self.name} cannot be read as a video; convert it (to .mp4 or .avi) or restore "
-                "it from its source"
+                f"{self.name} cannot be read as a video; convert it (to .mp4 or .avi) or get it "
+                "again from its source"
             )
         self._position = cv2.CAP_PROP_POS_MSEC
-        claimed, rate = (
-            self.capture.get(cv2.CAP_PROP_FRAME_COUNT),
-            self.capture.get(cv2.CAP_PROP_FPS),
-        )
+        count = self.capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        rate = self.capture.get(cv2.CAP_PROP_FPS)
         if self.camera:
-            self.capture.set(
-                cv2.CAP_PROP_BUFFERSIZE, 1
-            )  # the newest picture, not the oldest of a queue
-        known = 0 < rate < 1000  # NaN, 0, or a time base taken for a rate where a file does not say
-        self._rate = rate if known else CAMERA_RATE
+            self.capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # the newest image instead of a queue
+        valid = 0 < rate < 1000  # without a rate in the file it is NaN, 0 or the time base
+        self._rate = rate if valid else CAMERA_RATE
         self.rate = self._rate if self.camera else self._rate / every
-        self.claimed = int(claimed) if not self.camera and 0 < claimed < 1e9 and known else None
-        self.total = None if self.claimed is None else -(-self.claimed // every)
+        self.nominal_count = int(count) if not self.camera and 0 < count < 1e9 and valid else None
+        self.total = None if self.nominal_count is None else -(-self.nominal_count // every)
 
     def __iter__(self) -> Iterator[Frame]:
         count, seconds = 0, 0.0
@@ -230,40 +220,40 @@ class VideoFrames:
             count += 1
             if (count - 1) % self.every:
                 continue
-            good, picture = self.capture.retrieve()
-            if not good or picture is None:
+            ok, image = self.capture.retrieve()
+            if not ok or image is None:
                 self.skipped.append((f"{self.name}, frame {count}", "could not be decoded"))
                 continue
-            yield Frame(load_image(picture[:, :, ::-1]), picture)
+            yield Frame(load_image(image[:, :, ::-1]), image)
         if self.camera:
             raise DataError(
-                f"{self.name} gives no more pictures (after {count}); check its plug, and whether "
-                "another program uses it"
+                f"{self.name} returned no more images (after {count}); check whether it is "
+                "connected and not in use by another program"
             )
         if not count:
             raise DataError(
                 f"{self.name} has no frame that can be decoded; convert it (to .mp4 or .avi) or "
-                "restore it from its source"
+                "get it again from its source"
             )
-        # of a variable rate the count is an estimate from the time, and frames left out shorten the
-        # count alone: both must lack
-        slack = max(CLAIM_FRAMES, CLAIM_SHARE * (self.claimed or 0))
-        if self.claimed is not None and max(count, 1 + seconds * self._rate) < self.claimed - slack:
+        if self.nominal_count is None:
+            return
+        # with a variable rate the nominal count is estimated from the duration, and dropped frames
+        # reduce only the count: both must be too small
+        tolerance = max(LENGTH_TOLERANCE_FRAMES, LENGTH_TOLERANCE * self.nominal_count)
+        if max(count, 1 + seconds * self._rate) < self.nominal_count - tolerance:
             raise DataError(
-                f"{self.name} breaks off after {count} of about {self.claimed} frames; restore it "
-                "from its source"
+                f"{self.name} is truncated after {count} of about {self.nominal_count} frames; get "
+                "it again from its source"
             )
 
     def close(self) -> None:
-        """Let the file or the camera go."""
+        """Close the file or the camera."""
         self.capture.release()
 
 
 @contextmanager
 def _quiet(cv2: Any) -> Iterator[None]:
-    """OpenCV's own warnings off while it tries what may fail: the error that follows says it
-    better.
-    """
+    """Disable OpenCV's warnings where a failure is reported by an exception."""
     log = cv2.utils.logging
     level = log.setLogLevel(log.LOG_LEVEL_SILENT)
     try:
@@ -272,35 +262,34 @@ def _quiet(cv2: Any) -> Iterator[None]:
         log.setLogLevel(level)
 
 
-# ---- pictures out
+# ---- output
 
 
 class Screen(Protocol):
-    """Where pictures go."""
+    """Output of annotated images."""
 
     def show(self, picture: NDArray[np.uint8]) -> bool:
-        """Take the next picture; false when the user wants no more."""
+        """Show the next image; False if the user has quit."""
 
     def close(self) -> None: ...
 
 
 class Window:
-    """Pictures on the display at no more than ``rate`` a second; ``q``, Escape or closing the
-    window ends.
+    """A window that shows at most ``rate`` images per second; ``q``, Escape or closing it quits.
 
     Raises:
-        DataError: no display, or an OpenCV without windows.
+        DataError: no display, or OpenCV without support for windows.
         ImportError: OpenCV is missing.
     """
 
     def __init__(self, rate: float | None = None) -> None:
         self.cv2, self.rate, self.due = _cv2(), rate, 0.0
         remedy = "write a video instead: --output FILE.mp4"
-        # asked first, because OpenCV's Qt ends the whole process where it finds no display
+        # checked first, because Qt in OpenCV aborts the process without a display
         if sys.platform == "linux" and not (
             os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
         ):
-            raise DataError(f"there is no display to show a window on; {remedy}")
+            raise DataError(f"no display for a window; {remedy}")
         try:
             self.cv2.namedWindow(TITLE)
         except (self.cv2.error, AttributeError) as error:
@@ -309,7 +298,7 @@ class Window:
             ) from error
 
     def show(self, picture: NDArray[np.uint8]) -> bool:
-        """Show the next picture; false when the user has closed the window."""
+        """Show the next image; False if the user has closed the window."""
         self.cv2.imshow(TITLE, picture)
         key = self.cv2.waitKey(max(1, round(1000 * (self.due - time.monotonic())))) & 0xFF
         self.due = 0.0 if self.rate is None else time.monotonic() + 1 / self.rate
@@ -319,22 +308,22 @@ class Window:
         )
 
     def close(self) -> None:
-        """Take the window away."""
+        """Close the window."""
         self.cv2.destroyAllWindows()
 
 
 class VideoFile:
-    """Pictures of one size as a video; written beside its place and put there by ``close``.
+    """A video of images of one size; written to a temporary file that ``close`` renames.
 
     Args:
         path: ``.mp4`` (MPEG-4) or ``.avi`` (Motion JPEG).
-        rate: frames a second.
-        live: the pictures come when they come, as a camera's: each is repeated, or left out, as
-            real time needs.
+        rate: frames per second.
+        live: the images arrive in real time, as from a camera: they are repeated or dropped to keep
+            the duration.
 
     Raises:
-        ValueError: another suffix, or a picture of another size.
-        DataError: a folder of that name; while written: the file cannot be.
+        ValueError: another suffix, or an image of another size.
+        DataError: ``path`` is a folder, or the file cannot be written.
         ImportError: OpenCV is missing.
     """
 
@@ -342,24 +331,24 @@ class VideoFile:
         if path.suffix.lower() not in CODECS:
             raise ValueError(f"--output must end with {' or '.join(CODECS)}, got {path.name}")
         if path.is_dir():
-            raise DataError(f"{path} is a folder; name a file for the video")
+            raise DataError(f"{path} is a folder; give a file name for the video")
         self.cv2, self.path, self.rate, self.live = _cv2(), path, rate, live
         self.tmp_path = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix.lower()}")
         self.writer: Any = None
         self.size, self.start, self.written = (0, 0), 0.0, 0
 
     def show(self, picture: NDArray[np.uint8]) -> bool:
-        """Write the next picture."""
+        """Write the next image."""
         if self.writer is None:
             self._open(picture.shape[1], picture.shape[0])
         if (picture.shape[1], picture.shape[0]) != self.size:
             raise ValueError(
-                f"the video is {self.size[0]} x {self.size[1]}, got a picture of "
+                f"the video is {self.size[0]} x {self.size[1]}, got an image of "
                 f"{picture.shape[1]} x {picture.shape[0]}"
             )
-        copies = (
-            int((time.monotonic() - self.start) * self.rate) + 1 - self.written if self.live else 1
-        )
+        copies = 1
+        if self.live:
+            copies += int((time.monotonic() - self.start) * self.rate) - self.written
         for _ in range(copies):
             self.writer.write(picture)
             self.written += 1
@@ -375,13 +364,13 @@ class VideoFile:
         if not self.writer.isOpened():
             self.tmp_path.unlink(missing_ok=True)
             raise DataError(
-                f"{self.path} cannot be written as a video of {width} x {height}; is its folder "
-                "writable? Or try .avi"
+                f"{self.path} cannot be written as a video of {width} x {height}; check whether "
+                "its folder is writable, or try .avi"
             )
         self.size, self.start = (width, height), time.monotonic()
 
     def close(self) -> None:
-        """Finish the video and put it in its place; without a picture nothing is written."""
+        """Finish and rename the video; without images no file is written."""
         if self.writer is not None:
             self.writer.release()
             self.writer = None
@@ -394,19 +383,19 @@ class VideoFile:
 
 @dataclass
 class Summary:
-    """How a run went.
+    """Result of a run.
 
     Attributes:
-        frames: pictures worked on.
-        seconds: from the first to the end, all included.
-        frames_per_second: mean of extracting and tracking alone, without reading, showing and
+        frames: number of frames processed.
+        seconds: total duration.
+        frames_per_second: mean rate of extraction and tracking, without reading, showing and
             writing.
-        points: mean number a frame.
-        tracks: points found in two frames or more; their median and mean length in frames, 0
-            without any.
-        stopped: ended by Ctrl-C or by closing the window, before the source did.
-        skipped: (frame, reason) of those that could not be read.
-        failure: why the source broke off; empty where it did not.
+        points: mean number of keypoints per frame.
+        tracks: number of tracks with two frames or more.
+        median_length, mean_length: of these tracks, in frames; 0 without tracks.
+        stopped: ended by Ctrl-C or by closing the window, before the end of the source.
+        skipped: (frame, reason) of frames that could not be read.
+        failure: why the source failed; empty if it did not.
     """
 
     frames: int = 0
@@ -430,25 +419,23 @@ def live(
     max_frames: int | None = None,
     progress: bool = False,
 ) -> Summary:
-    """Follow the points of a source from frame to frame and show them, until it ends, the user ends
-    it, or Ctrl-C.
+    """Track the keypoints of a source and show them, until it ends, the user quits, or Ctrl-C.
 
     Args:
-        source, screen: opened before; whoever opened them closes them.
-        extractor: gives points with descriptors.
-        tracker: holds the options of tracking.
-        max_frames: end after so many.
+        source, screen: opened and closed by the caller.
+        extractor: extracts keypoints with descriptors.
+        tracker: tracker with its options.
+        max_frames: maximum number of frames.
 
     Raises:
-        DataError: the source has not a single frame. One that breaks off later is the summary's
-            ``failure``.
-        ValueError: the extractor gives no descriptors.
+        DataError: the source has no frame. A later failure is stored as ``failure``.
+        ValueError: the extractor has no descriptor.
     """
     tracker = Tracker() if tracker is None else tracker
-    summary, points, spent = Summary(), 0, 0.0
+    summary, num_keypoints, busy = Summary(), 0, 0.0
     recent: deque[float] = deque(maxlen=RATE_WINDOW)
     total = source.total if max_frames is None else min(max_frames, source.total or max_frames)
-    frames = islice(_until_broken(source, summary), max_frames)
+    frames = islice(_until_failure(source, summary), max_frames)
     size: tuple[int, int] | None = None
     started = time.monotonic()
     try:
@@ -459,20 +446,15 @@ def live(
             features = extractor.extract(frame.image)
             tracks = tracker.update(features)
             recent.append(time.perf_counter() - before)
-            size = features.image_size if size is None else size
-            picture = _resized(draw_tracks(frame.picture, tracks), size)
-            draw_caption(
-                picture,
-                f"{len(recent) / sum(recent):.1f} frames/s   {sum(t.length > 1 for t in tracks)} "
-                "tracks",
-            )
-            wanted = screen.show(picture)
-            summary.frames, points, spent = (
-                summary.frames + 1,
-                points + len(features),
-                spent + recent[-1],
-            )
-            if not wanted:
+            size = size or features.image_size
+            image = _resize(draw_tracks(frame.picture, tracks), size)
+            rate, count = len(recent) / sum(recent), sum(t.length > 1 for t in tracks)
+            draw_caption(image, f"{rate:.1f} frames/s   {count} tracks")
+            proceed = screen.show(image)
+            summary.frames += 1
+            num_keypoints += len(features)
+            busy += recent[-1]
+            if not proceed:
                 summary.stopped = True
                 break
     except KeyboardInterrupt:
@@ -481,41 +463,43 @@ def live(
         raise DataError(summary.failure)
     summary.seconds, summary.skipped = time.monotonic() - started, source.skipped
     if summary.frames:
-        summary.frames_per_second, summary.points = summary.frames / spent, points / summary.frames
-    lengths = tracker.lengths()
-    summary.tracks = lengths.total()
-    if summary.tracks:
-        summary.median_length = _median(lengths)
-        summary.mean_length = (
-            sum(length * count for length, count in lengths.items()) / summary.tracks
-        )
+        summary.frames_per_second = summary.frames / busy
+        summary.points = num_keypoints / summary.frames
+    _summarize_lengths(summary, tracker.lengths())
     return summary
 
 
-def _until_broken(source: Source, summary: Summary) -> Iterator[Frame]:
-    """The frames of a source; where it breaks off they end and the summary says why."""
+def _summarize_lengths(summary: Summary, lengths: Counter[int]) -> None:
+    """Store the number of tracks and their median and mean length."""
+    summary.tracks = lengths.total()
+    if summary.tracks:
+        summary.median_length = _median(lengths)
+        total = sum(length * count for length, count in lengths.items())
+        summary.mean_length = total / summary.tracks
+
+
+def _until_failure(source: Source, summary: Summary) -> Iterator[Frame]:
+    """Frames of a source up to a failure, which is stored in the summary."""
     try:
         yield from source
     except DataError as error:
         summary.failure = str(error)
 
 
-def _resized(picture: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture in another size (width, height), as all pictures of a video have one."""
+def _resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize an image to (width, height), as all frames of a video have the same size."""
+    if image.shape[1::-1] == size:
+        return image
     cv2 = _cv2()
-    return (
-        picture
-        if picture.shape[1::-1] == size
-        else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    )
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
 
 
 def _median(counts: Counter[int]) -> float:
-    """Median of values by their counts, which may be far more than memory would hold as a list."""
+    """Median of values by their counts, without a list of all values."""
     values = np.array(sorted(counts))
-    ends = np.cumsum([counts[v] for v in values.tolist()])
-    middle = np.array([(ends[-1] - 1) // 2, ends[-1] // 2])
-    return float(values[np.searchsorted(ends, middle, side="right")].mean())
+    cumulative = np.cumsum([counts[v] for v in values.tolist()])
+    middle = np.array([(cumulative[-1] - 1) // 2, cumulative[-1] // 2])
+    return float(values[np.searchsorted(cumulative, middle, side="right")].mean())
 
 
 def _cv2() -> Any:

@@ -1,8 +1,8 @@
-"""A convolution with one output channel, quick on vector units: what a network's last layer is.
+"""A fast convolution with one output channel, as in the last layer of a score map network.
 
-With one output channel a library leaves most vector lanes empty, so ``LANES`` neighbouring columns
-are made the output channels of one wider filter that moves by as many columns; the plain filter
-does the columns left.
+With one output channel, libraries leave most lanes of the vector registers unused. Here ``LANES``
+neighboring columns are the output channels of a wider filter with a stride of as many columns; the
+remaining columns are computed with the ordinary filter.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ LANES = 8  # float32 values of a 256-bit vector register
 
 
 class SingleChannelConv2d(nn.Module):
-    """``F.conv2d`` with zeros outside, of weight (1,C,k,k), k odd, and bias (1,): the same up to
-    rounding.
+    """``F.conv2d`` with zero padding that keeps the size, equal up to rounding.
 
     Args:
-        weight: (1,C,k,k).
+        weight: (1,C,k,k), k odd.
         bias: (1,), or None.
     """
 

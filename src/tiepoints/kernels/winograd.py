@@ -1,14 +1,13 @@
-"""5 x 5 convolutions with many channels on a CPU, about twice as fast: Winograd's minimal filtering
-F(4x4, 5x5).
+"""Fast 5 x 5 convolutions with many channels on a CPU: Winograd's minimal filtering F(4x4, 5x5).
 
 Source: Lavin and Gray, CVPR 2016; the transforms are Cook and Toom's for the points 0, 1, -1, 2,
--2, 1/2, -1/2 and infinity, computed exactly in fractions here. Four by four outputs cost 64
-multiplications a channel pair where the plain sum has 400. Rounding is about five times that of the
-plain sum (relative 3e-5): for inference.
+-2, 1/2, -1/2 and infinity, computed exactly with fractions. 4 x 4 outputs need 64 multiplications
+per pair of channels instead of 400, which is about twice as fast. The rounding error is about five
+times that of direct convolution (relative 3e-5), so it is for inference.
 
-Maps pass from layer to layer *packed*: (h', 4, t+1, C) with C innermost; column ``4 t + c`` of the
-padded map lies at [:, c, t], so that every step is a matrix product of contiguous memory. Two zero
-rows and columns stand before the map, the rest of a tile behind.
+Maps are passed from layer to layer *packed*: (h', 4, t+1, C) with C innermost; column ``4 t + c``
+of the padded map is at [:, c, t], so that every step is a matrix product of contiguous memory. The
+map is padded with two rows and columns of zeros in front, and to whole tiles at the end.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ def _matrix(rows: Sequence[Sequence[Fraction]]) -> Tensor:
 
 def _product_of_roots(roots: Sequence[Fraction]) -> list[Fraction]:
     """Coefficients of prod (x - root), lowest first."""
-    made = [Fraction(1)]
+    product = [Fraction(1)]
     for root in roots:
-        made = [
-            (made[i - 1] if i else Fraction(0)) - (root * made[i] if i < len(made) else 0)
-            for i in range(len(made) + 1)
+        product = [
+            (product[i - 1] if i else Fraction(0)) - (root * product[i] if i < len(product) else 0)
+            for i in range(len(product) + 1)
         ]
-    return made
+    return product
 
 
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """A (4,8), G (8,5), B (8,8), float64, with ``conv(d, g) = A ((G g) * (B d))`` for 8 values d
-    and 5 taps g.
+    """Matrices A (4,8), G (8,5), B (8,8), float64, with ``conv(d, g) = A ((G g) * (B d))`` for 8
+    values d and 5 taps g.
     """
     a = [[p**i for p in POINTS] + [Fraction(int(i == OUT - 1))] for i in range(OUT)]
     g, b = [], []
@@ -67,7 +66,7 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack(maps: Tensor) -> Tensor:
-    """One image's maps (H,W,C) in the layout above."""
+    """Convert the maps (H,W,C) of one image to the packed layout."""
     h, w, c = maps.shape
     rows, tiles = -(-h // OUT), -(-w // OUT)
     padded = maps.new_zeros((rows + 1) * OUT, (tiles + 1) * OUT, c)
@@ -76,7 +75,7 @@ def pack(maps: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """Packed maps as (H,W,C)."""
+    """Convert packed maps to (H,W,C)."""
     rows, _, tiles, c = packed.shape
     return packed.permute(0, 2, 1, 3).reshape(rows, tiles * OUT, c)[
         PAD : PAD + height, PAD : PAD + width
@@ -84,7 +83,7 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
 
 
 class WinogradConv:
-    """A convolution 5 x 5 with zeros outside, then ReLU, of one image's packed maps.
+    """5 x 5 convolution with zero padding, then ReLU, of the packed maps of one image.
 
     Args:
         weight: (O,I,5,5).
@@ -93,42 +92,42 @@ class WinogradConv:
 
     def __init__(self, weight: Tensor, bias: Tensor):
         a, g, b = transforms()
-        norm = b.abs().sum(
-            dim=1, keepdim=True
-        )  # moved from the maps' side to the filters', which are transformed in double precision
+        # large factors are applied to the filters, which are transformed in double precision
+        norm = b.abs().sum(dim=1, keepdim=True)
         g = g * norm
         filters = torch.einsum("ak,oikl,bl->abio", g, weight.detach().double().cpu(), g)
         self.filters = filters.reshape(TILE * TILE, weight.shape[1], weight.shape[0]).to(weight)
-        self.forward_rows = (b / norm).to(weight)
-        self.near, self.far = (
-            part.contiguous().expand(TILE, -1, -1) for part in self.forward_rows.split(OUT, dim=1)
+        self.data_transform = (b / norm).to(weight)
+        # the transform of columns, for the first and the last half of a tile
+        self.data_first, self.data_last = (
+            half.contiguous().expand(TILE, -1, -1) for half in self.data_transform.split(OUT, dim=1)
         )
-        self.back_rows = a.to(weight)
+        self.inverse_transform = a.to(weight)
         self.bias = bias.detach()
 
     def __call__(self, packed: Tensor, height: int, width: int) -> Tensor:
-        """Packed maps of a (height, width) image with I channels -> with O."""
-        rows, _, columns, channels = packed.shape
-        tiles, made = columns - 1, self.filters.shape[2]
-        out = packed.new_empty(rows, OUT, columns, made)
-        turned = packed.new_empty(TILE, OUT * columns * channels)
-        spectrum = packed.new_empty(TILE, TILE, tiles * channels)
-        product = packed.new_empty(TILE * TILE, tiles, made)
-        half, whole = (
-            packed.new_empty(OUT, TILE * tiles * made),
-            packed.new_empty(OUT, OUT, tiles * made),
-        )
-        inverse = self.back_rows.expand(OUT, -1, -1)
+        """Packed maps (height, width) with I channels -> packed maps with O channels."""
+        rows, _, columns, in_channels = packed.shape
+        tiles, out_channels = columns - 1, self.filters.shape[2]
+        out = packed.new_empty(rows, OUT, columns, out_channels)
+        rows_transformed = packed.new_empty(TILE, OUT * columns * in_channels)
+        transformed = packed.new_empty(TILE, TILE, tiles * in_channels)
+        product = packed.new_empty(TILE * TILE, tiles, out_channels)
+        rows_inverted = packed.new_empty(OUT, TILE * tiles * out_channels)
+        inverted = packed.new_empty(OUT, OUT, tiles * out_channels)
+        inverse_columns = self.inverse_transform.expand(OUT, -1, -1)
         for top in range(0, rows - OUT, OUT):
-            torch.mm(self.forward_rows, packed[top : top + TILE].view(TILE, -1), out=turned)
-            # a tile's last four columns are the first four of the next one
-            by_column = turned.view(TILE, OUT, columns * channels)
-            torch.bmm(self.near, by_column[:, :, : tiles * channels], out=spectrum)
-            spectrum.baddbmm_(self.far, by_column[:, :, channels:])
-            torch.bmm(spectrum.view(TILE * TILE, tiles, channels), self.filters, out=product)
-            torch.mm(self.back_rows, product.view(TILE, -1), out=half)
-            torch.bmm(inverse, half.view(OUT, TILE, -1), out=whole)
-            values = whole.view(OUT, OUT, tiles, made).add_(self.bias).relu_()
+            torch.mm(
+                self.data_transform, packed[top : top + TILE].view(TILE, -1), out=rows_transformed
+            )
+            # the last four columns of a tile are the first four of the next one
+            by_column = rows_transformed.view(TILE, OUT, columns * in_channels)
+            torch.bmm(self.data_first, by_column[:, :, : tiles * in_channels], out=transformed)
+            transformed.baddbmm_(self.data_last, by_column[:, :, in_channels:])
+            torch.bmm(transformed.view(TILE * TILE, tiles, in_channels), self.filters, out=product)
+            torch.mm(self.inverse_transform, product.view(TILE, -1), out=rows_inverted)
+            torch.bmm(inverse_columns, rows_inverted.view(OUT, TILE, -1), out=inverted)
+            values = inverted.view(OUT, OUT, tiles, out_channels).add_(self.bias).relu_()
             out[top + PAD : top + PAD + OUT, PAD:, :tiles] = values[:, : OUT - PAD]
             out[top + PAD : top + PAD + OUT, :PAD, 1:] = values[:, OUT - PAD :]
         out[:PAD], out[PAD + height :] = 0, 0

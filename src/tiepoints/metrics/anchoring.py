@@ -1,9 +1,8 @@
-"""Do keypoints lie on structure? Three measures that see what homographies cannot
-(docs/evaluation.md).
+"""Metrics of whether keypoints lie on image structure (docs/evaluation.md).
 
-A point that keeps 12 px from an edge moves with the plane as well as a corner does, so every planar
-measure accepts it. In a scene with depth it lies on something else than the structure it answers
-to, and moves otherwise.
+A keypoint at a constant distance from an edge moves with a plane like a corner does, so metrics on
+homographies accept it. In a scene with depth it may lie on another surface than the structure that
+caused the response, and moves differently.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from torch import Tensor
 from ..filters import corner_strength, gaussian_blur, percentile_rank
 from ..render import render_outlines
 
-#: A detector as these measures take it: gray image (1,1,H,W) in [0,1] -> positions (N,2), strongest
-#: first.
+#: Gray image (1,1,H,W) in [0,1] -> keypoints (N,2), strongest first.
 Detector = Callable[[Tensor], Tensor]
 
-
-#: Keypoints of an image that anchoring looks at, and the window of its structure tensor in pixels.
+#: Keypoints per image in ``anchoring``, and the window of its structure tensor in pixels.
 ANCHORED_KEYPOINTS = 200
 SIGMA = 2.0
-#: Layers: radius of the disc over the shorter side, how far it moves, how near to its rim keypoints
-#: of the background count, and how near a keypoint must be to be the same one. Pixels.
+#: ``layers``: radius of the disc over the shorter side; in pixels, the motion of the disc, the
+#: width of the ring around it in which keypoints are counted, and the largest distance of a
+#: repeated keypoint.
 DISC = 0.22
 SHIFT = (24.0, 7.0)
 RIM = 30.0
 SAME = 2.0
-#: Corners: side of the image and of the cell of each target, and the distances that count as found.
+#: ``corners``: side of the image and of the cell of each target, and the distance thresholds of
+#: ``Corners.found`` and ``Corners.near``, in pixels.
 CORNER_SIZE = 640
 CELL = 80
 FOUND, NEAR = 1.0, 3.0
@@ -41,12 +40,13 @@ FOUND, NEAR = 1.0, 3.0
 
 @dataclass(frozen=True)
 class Anchoring:
-    """Where keypoints lie among the pixels of their images by ``filters.corner_strength``.
+    """Percentiles of keypoints among the pixels of their images by ``filters.corner_strength``.
 
     Attributes:
-        median: median percentile, 0..1; chance is 0.5.
-        below_half: share of keypoints below their image's median pixel; chance is 0.5.
-        count: keypoints.
+        median: median percentile, 0..1; 0.5 for random positions.
+        below_half: fraction of keypoints below the median pixel of their image; 0.5 for random
+            positions.
+        count: number of keypoints.
     """
 
     median: float
@@ -55,9 +55,7 @@ class Anchoring:
 
 
 def percentiles(image: Tensor, xy: Tensor) -> Tensor:
-    """Percentile (N,) in [0,1] of the pixels nearest to ``xy`` (N,2) among those of a gray image
-    (1,1,H,W) by corner strength.
-    """
+    """Percentile of corner strength (N,) in [0,1] at ``xy`` (N,2) in a gray image (1,1,H,W)."""
     rank = percentile_rank(corner_strength(image, SIGMA))[0, 0]
     h, w = rank.shape
     x, y = xy.round().long().unbind(dim=1)
@@ -67,11 +65,11 @@ def percentiles(image: Tensor, xy: Tensor) -> Tensor:
 def anchoring(
     detect: Detector, images: Iterable[Tensor], *, num_keypoints: int = ANCHORED_KEYPOINTS
 ) -> Anchoring:
-    """How far the strongest ``num_keypoints`` keypoints of gray images (1,1,H,W) lie on structure,
-    all images together.
+    """Measure the corner strength at the strongest ``num_keypoints`` keypoints of each gray image
+    (1,1,H,W), pooled over all images.
     """
-    parts = [percentiles(image, detect(image)[:num_keypoints]) for image in images]
-    values = torch.cat(parts) if parts else torch.zeros(0)
+    per_image = [percentiles(image, detect(image)[:num_keypoints]) for image in images]
+    values = torch.cat(per_image) if per_image else torch.zeros(0)
     if not len(values):
         return Anchoring(0.0, 1.0, 0)
     return Anchoring(float(values.median()), float((values < 0.5).float().mean()), len(values))
@@ -82,8 +80,8 @@ class Layers:
     """Keypoints of the background near a moving foreground.
 
     Attributes:
-        found: keypoints found again, at their place or moved with the foreground.
-        wrong: those that moved with the foreground.
+        found: number of repeated keypoints, at their position or moved with the foreground.
+        wrong: number of those that moved with the foreground.
     """
 
     found: int
@@ -91,68 +89,69 @@ class Layers:
 
     @property
     def share(self) -> float:
-        """Share that moved with the wrong layer, 0..1; 0 where none was found again."""
+        """Fraction that moved with the incorrect layer, 0..1; 0 if none was repeated."""
         return self.wrong / self.found if self.found else 0.0
 
 
 def layered_frames(background: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Two frames (1,1,H,W): a disc of ``foreground`` over ``background`` (of one size), moved by
-    ``SHIFT`` in the second.
+    """Render a disc of ``foreground`` over ``background``, which moves by ``SHIFT``.
+
+    Args:
+        background, foreground: gray images (1,1,H,W) of the same size.
 
     Returns:
-        both frames, the centre (2,) of the disc in the first, and its radius in pixels.
+        both frames (1,1,H,W), the center (2,) of the disc in the first, and its radius in pixels.
 
     Raises:
         ValueError: the sizes differ.
     """
     if background.shape != foreground.shape:
         raise ValueError(
-            f"both photographs must be of one size, got {tuple(background.shape)} and "
+            f"both photographs must have the same size, got {tuple(background.shape)} and "
             f"{tuple(foreground.shape)}"
         )
     h, w = background.shape[-2:]
     radius = DISC * min(h, w)
-    centre = torch.tensor([w / 2 - SHIFT[0] / 2, h / 2 - SHIFT[1] / 2]).round()
+    center = torch.tensor([w / 2 - SHIFT[0] / 2, h / 2 - SHIFT[1] / 2]).round()
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     frames = []
     for moved in (0, 1):
         dx, dy = (int(moved * step) for step in SHIFT)
-        opacity = (radius + 0.5 - torch.hypot(x - centre[0] - dx, y - centre[1] - dy)).clamp(0, 1)
+        opacity = (radius + 0.5 - torch.hypot(x - center[0] - dx, y - center[1] - dy)).clamp(0, 1)
         disc = foreground.roll((dy, dx), dims=(-2, -1))
         frames.append(background * (1 - opacity) + disc * opacity)
-    return frames[0], frames[1], centre, radius
+    return frames[0], frames[1], center, radius
 
 
 def layers(detect: Detector, background: Tensor, foreground: Tensor) -> Layers:
-    """Keypoints of the background within ``RIM`` px of the disc of ``layered_frames``, and how many
-    of them move with the disc.
+    """Count background keypoints within ``RIM`` px of the disc of ``layered_frames``, and those
+    that move with the disc.
     """
-    one, two, centre, radius = layered_frames(background, foreground)
+    frame_a, frame_b, center, radius = layered_frames(background, foreground)
     shift = torch.tensor(SHIFT)
-    a, b = detect(one), detect(two)
+    a, b = detect(frame_a), detect(frame_b)
     if not len(a) or not len(b):
         return Layers(0, 0)
-    outside = (a - centre).norm(dim=1) - radius
-    near = a[(outside > 1) & (outside < RIM) & ((a - centre - shift).norm(dim=1) > radius + 1)]
+    outside = (a - center).norm(dim=1) - radius
+    near = a[(outside > 1) & (outside < RIM) & ((a - center - shift).norm(dim=1) > radius + 1)]
     stays = torch.cdist(near, b).amin(dim=1) <= SAME
     moves = torch.cdist(near + shift, b).amin(dim=1) <= SAME
-    # what texture gives by chance at the place moved to is no keypoint that moved: it was there
-    # before
-    before = torch.cdist(near + shift, a).amin(dim=1) <= SAME
-    wrong = moves & ~stays & ~before
-    return Layers(int((stays | wrong).sum()), int(wrong.sum()))
+    # a keypoint that the first frame already has at the shifted position did not move there
+    existing = torch.cdist(near + shift, a).amin(dim=1) <= SAME
+    incorrect = moves & ~stays & ~existing
+    return Layers(int((stays | incorrect).sum()), int(incorrect.sum()))
 
 
 @dataclass(frozen=True)
 class Corners:
-    """Drawn corners, junctions and spots found by a detector.
+    """Synthetic corners, junctions and blobs found by a detector.
 
     Attributes:
-        total: targets.
-        found: those with a keypoint within ``FOUND`` px.
-        near: those with one within ``NEAR`` px.
-        error: mean distance of the nearest keypoints of the latter in pixels; nan where there is
-            none.
+        total: number of targets.
+        found: number of targets with a keypoint within ``FOUND`` px.
+        near: number of targets with a keypoint within ``NEAR`` px.
+        error: mean distance in pixels between the latter and their nearest keypoints; NaN if there
+            are none.
     """
 
     total: int
@@ -162,12 +161,10 @@ class Corners:
 
 
 def corner_image(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Sixty drawn targets at known sub-pixel positions: image (1,1,640,640) in [0,1] and positions
-    (60,2).
+    """Render sixty targets at known subpixel positions: image (1,1,640,640) in [0,1], xy (60,2).
 
-    Squares (every corner counts), T-junctions (an edge that ends at another one), crossings of
-    checkerboards and spots, light on dark and dark on light, at any rotation, slightly blurred and
-    noisy.
+    Corners of squares, T-junctions, checkerboard crossings and blobs, bright on dark and dark on
+    bright, at random rotations, slightly blurred and noisy.
     """
     rng = np.random.default_rng([seed, 60])
     kinds = ["square"] * 6 + ["tee"] * 12 + ["cross"] * 12 + ["spot"] * 12
@@ -175,7 +172,8 @@ def corner_image(seed: int = 0) -> tuple[Tensor, Tensor]:
     outlines: list[tuple[np.ndarray, int]] = []
     targets = []
     for kind, cell in zip(kinds, cells, strict=True):
-        at = (np.array(divmod(int(cell), CORNER_SIZE // CELL)) + 0.5) * CELL + rng.uniform(-4, 4, 2)
+        center = (np.array(divmod(int(cell), CORNER_SIZE // CELL)) + 0.5) * CELL
+        center = center + rng.uniform(-4, 4, 2)
         angle = rng.uniform(0, 2 * math.pi)
         rotate = np.array(
             [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
@@ -186,45 +184,36 @@ def corner_image(seed: int = 0) -> tuple[Tensor, Tensor]:
         half = rng.uniform(14, 20)
         box = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * half
         if kind == "square":
-            outlines.append((box @ rotate + at, first))
-            targets.append(box @ rotate + at)
+            outlines.append((box @ rotate + center, first))
+            targets.append(box @ rotate + center)
         elif kind == "tee":
-            outlines.append((box @ rotate + at, first))
-            outlines.append(
-                ((box * [0.5, 1] + [half / 2, 0]) @ rotate + at, second)
-            )  # its right half
-            targets.append(
-                np.array([[0, half]]) @ rotate + at
-            )  # one end of the edge between the halves
+            outlines.append((box @ rotate + center, first))
+            right_half = box * [0.5, 1] + [half / 2, 0]
+            outlines.append((right_half @ rotate + center, second))
+            targets.append(np.array([[0, half]]) @ rotate + center)  # end of the inner edge
         elif kind == "cross":
             for sign in (1, -1):
-                outlines.append(((box * 0.5 + sign * half / 2) @ rotate + at, first))
-                outlines.append(
-                    ((box * 0.5 + np.array([sign, -sign]) * half / 2) @ rotate + at, second)
-                )
-            targets.append(np.zeros((1, 2)) + at)
+                outlines.append(((box * 0.5 + sign * half / 2) @ rotate + center, first))
+                other = box * 0.5 + np.array([sign, -sign]) * half / 2
+                outlines.append((other @ rotate + center, second))
+            targets.append(np.zeros((1, 2)) + center)
         else:
             t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
-            outlines.append((rng.uniform(2, 3.5) * np.c_[np.cos(t), np.sin(t)] + at, first))
-            targets.append(np.zeros((1, 2)) + at)
-    gray = (
-        torch.from_numpy(render_outlines(outlines, 128, np.eye(3), CORNER_SIZE))[None, None] / 255
-    )
-    noise = torch.from_numpy(
-        rng.normal(0, 1.5 / 255, (CORNER_SIZE, CORNER_SIZE)).astype(np.float32)
-    )
-    return (gaussian_blur(gray, 0.6) + noise).clamp(0, 1), torch.from_numpy(
-        np.concatenate(targets)
-    ).float()
+            outlines.append((rng.uniform(2, 3.5) * np.c_[np.cos(t), np.sin(t)] + center, first))
+            targets.append(np.zeros((1, 2)) + center)
+    gray = torch.from_numpy(render_outlines(outlines, 128, np.eye(3), CORNER_SIZE)) / 255
+    noise = rng.normal(0, 1.5 / 255, (CORNER_SIZE, CORNER_SIZE)).astype(np.float32)
+    image = (gaussian_blur(gray[None, None], 0.6) + torch.from_numpy(noise)).clamp(0, 1)
+    return image, torch.from_numpy(np.concatenate(targets)).float()
 
 
 def corners(detect: Detector, *, seed: int = 0) -> Corners:
-    """How many of the targets of ``corner_image`` a detector finds, and how exactly."""
+    """Measure how many targets of ``corner_image`` a detector finds, and its localization error."""
     image, targets = corner_image(seed)
     xy = detect(image)
     if not len(xy):
         return Corners(len(targets), 0, 0, math.nan)
-    # matrix products would round by hundredths of a pixel
+    # matrix multiplication would cause errors of hundredths of a pixel
     distance = torch.cdist(targets, xy, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
     near = distance <= NEAR
     error = float(distance[near].mean()) if bool(near.any()) else math.nan

@@ -1,4 +1,4 @@
-"""Mirror bias of a detector: does it answer beside the thing it answers to?"""
+"""Localization bias of a detector, measured with mirrored images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor
 from ..keypoints import detect_peaks
 from .repeatability import mutual_nearest
 
-#: Points are paired when nearer than this, in pixels, among the strongest so many of image and
-#: mirror image.
+#: Maximum distance of a keypoint pair in pixels, and number of keypoints in image and mirror image.
 REACH = 6.0
 POINTS = 500
 
@@ -24,17 +23,23 @@ def mirror_offsets(
     offset: tuple[float, float] = (0.0, 0.0),
     threshold: float = 0.0,
 ) -> Tensor:
-    """Differences along ``dim`` (-1 = x, -2 = y) of detections on an image and on its mirror image,
-    flipped back: (K,).
+    """Differences (K,) in pixels between the keypoints of an image and of its mirror image.
 
-    ``offset`` is subtracted from every detection first. A detector that answers everything at +d
+    Keypoints of the mirror image are mirrored back for the comparison. A detector with a bias of d
     gives 2 d.
+
+    Args:
+        net: gray image (1,1,H,W) -> score map (1,1,H,W).
+        image: gray image (1,1,H,W).
+        dim: axis of mirroring and comparison: -1 = x, -2 = y.
+        offset: (x, y) bias that is subtracted from all keypoints first.
+        threshold: minimum score of a keypoint.
     """
     with torch.inference_mode():
         maps = torch.cat([net(image), net(image.flip(dim))])
     (xy, _), (mirrored, _) = (
-        (points - points.new_tensor(offset), score)
-        for points, score in detect_peaks(maps, POINTS, threshold=threshold)
+        (keypoints - keypoints.new_tensor(offset), score)
+        for keypoints, score in detect_peaks(maps, POINTS, threshold=threshold)
     )
     axis = 0 if dim == -1 else 1
     mirrored[:, axis] = image.shape[dim] - 1 - mirrored[:, axis]
@@ -45,12 +50,10 @@ def mirror_offsets(
 def constant_offset(
     net: Callable[[Tensor], Tensor], images: Iterable[Tensor]
 ) -> tuple[float, float]:
-    """The constant (x, y) in pixels by which a network's points miss their place: half the median
-    mirror offset.
-    """
-    found: dict[int, list[Tensor]] = {-1: [], -2: []}
+    """Localization bias (x, y) of a network in pixels: half the median of ``mirror_offsets``."""
+    offsets: dict[int, list[Tensor]] = {-1: [], -2: []}
     for image in images:
-        for dim, parts in found.items():
-            parts.append(mirror_offsets(net, image, dim))
-    x, y = (torch.cat(parts) if parts else torch.zeros(0) for parts in found.values())
+        for dim, per_image in offsets.items():
+            per_image.append(mirror_offsets(net, image, dim))
+    x, y = (torch.cat(parts) if parts else torch.zeros(0) for parts in offsets.values())
     return tuple(float(v.median()) / 2 if len(v) else 0.0 for v in (x, y))  # type: ignore[return-value]

@@ -1,6 +1,4 @@
-"""Errors of estimated geometry: homographies, epipolar lines, poses, and the area under their
-curves.
-"""
+"""Errors of estimated homographies and poses, epipolar errors, and the area under error curves."""
 
 from __future__ import annotations
 
@@ -12,47 +10,46 @@ from torch import Tensor
 
 from ..geometry import warp_points
 
-#: Squared epipolar distance below which a match of a posed pair is called right (SuperGlue's
-#: evaluation).
+#: Squared epipolar error below which a match of a posed pair is correct (SuperGlue's evaluation).
 RIGHT_EPIPOLAR = 5e-4
 
 
 def as_double(xy: Tensor) -> Tensor:
+    """Convert to float64."""
     return torch.as_tensor(xy).to(torch.float64)
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there; None of none."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
+    """Mean of the values that are not None; None if empty."""
+    valid = [value for value in values if value is not None]
+    return sum(valid) / len(valid) if valid else None
 
 
 # ---- geometry
 
 
 def homography_dlt(xy_a: Tensor, xy_b: Tensor) -> Tensor | None:
-    """Least-squares homography (3,3) of matches by the normalised direct linear transform; None
-    with fewer than 4.
+    """Estimate a homography (3,3) from matches (K,2), (K,2) by the normalized DLT.
+
+    Returns:
+        None with fewer than four matches, or if all points of an image coincide.
     """
     if len(xy_a) < 4:
         return None
-    frames = []
+    normalized = []
     for xy in (as_double(xy_a), as_double(xy_b)):
-        centre = xy.mean(dim=0)
-        spread = float((xy - centre).norm(dim=1).mean())
-        if not spread > 0:
+        centroid = xy.mean(dim=0)
+        distance = float((xy - centroid).norm(dim=1).mean())
+        if not distance > 0:
             return None
-        s = math.sqrt(2) / spread
-        frame = torch.tensor(
-            [[s, 0, -s * centre[0]], [0, s, -s * centre[1]], [0, 0, 1]], dtype=torch.float64
+        s = math.sqrt(2) / distance
+        T = torch.tensor(
+            [[s, 0, -s * centroid[0]], [0, s, -s * centroid[1]], [0, 0, 1]], dtype=torch.float64
         )
-        frames.append((frame, warp_points(xy, frame)))
-    (T_a, a), (T_b, b) = frames
-    one, zero = (
-        torch.ones(len(a), 1, dtype=torch.float64),
-        torch.zeros(len(a), 3, dtype=torch.float64),
-    )
-    p = torch.cat([a, one], dim=1)
+        normalized.append((T, warp_points(xy, T)))
+    (T_a, a), (T_b, b) = normalized
+    zero = torch.zeros(len(a), 3, dtype=torch.float64)
+    p = torch.cat([a, torch.ones(len(a), 1, dtype=torch.float64)], dim=1)
     rows = torch.cat(
         [torch.cat([p, zero, -b[:, :1] * p], dim=1), torch.cat([zero, p, -b[:, 1:] * p], dim=1)]
     )
@@ -61,8 +58,14 @@ def homography_dlt(xy_a: Tensor, xy_b: Tensor) -> Tensor | None:
 
 
 def corner_error(H: Tensor, H_true: Tensor, size_a: tuple[int, int]) -> float:
-    """Mean distance in image b of the four corners of image a mapped by both homographies; inf
-    where one is not finite.
+    """Mean distance in image b of the four corners of image a, mapped by both homographies.
+
+    Args:
+        H, H_true: (3,3) from a to b.
+        size_a: (height, width).
+
+    Returns:
+        pixels; inf if a mapped corner is not finite.
     """
     h, w = size_a
     corners = torch.tensor([[0, 0], [w - 1, 0], [0, h - 1], [w - 1, h - 1]], dtype=torch.float64)
@@ -75,8 +78,12 @@ def corner_error(H: Tensor, H_true: Tensor, size_a: tuple[int, int]) -> float:
 
 
 def pose_error(R: Tensor, t: Tensor, T_ab: Tensor) -> float:
-    """The larger of rotation error and angle between translations, in degrees (0..180; the sign of
-    t counts for nothing).
+    """Pose error in degrees, 0..180: the larger of the rotation error and the angle between the
+    translations.
+
+    Args:
+        R, t: estimated rotation (3,3) and translation (3,), whose length and sign are ignored.
+        T_ab: true pose, (3,4) or (4,4).
     """
     R, t, T_ab = as_double(R), as_double(t), as_double(T_ab)
     cosine = ((R.T @ T_ab[:3, :3]).trace() - 1) / 2
@@ -90,14 +97,14 @@ def pose_error(R: Tensor, t: Tensor, T_ab: Tensor) -> float:
 
 
 def epipolar_errors(xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: Tensor) -> Tensor:
-    """Squared symmetric distances (K,) of matches (K,2) to their epipolar lines under the true
-    pose, in focal lengths squared.
+    """Squared symmetric epipolar errors (K,) of matches in normalized coordinates.
 
-    ``(x_b E x_a)^2 (1 / |l_a|^2 + 1 / |l_b|^2)`` on normalised coordinates: SuperGlue's measure of
-    a right match.
+    ``(x_b E x_a)^2 (1 / |l_a|^2 + 1 / |l_b|^2)``, SuperGlue's criterion of a correct match.
 
     Args:
-        T_ab: (3,4) or (4,4) pose of camera b in terms of a; its translation must not be zero.
+        xy_a, xy_b: matches (K,2) in pixels.
+        K_a, K_b: intrinsics (3,3).
+        T_ab: true pose, (3,4) or (4,4), with a translation other than zero.
     """
     rays = []
     for xy, K in ((xy_a, K_a), (xy_b, K_b)):
@@ -114,14 +121,15 @@ def epipolar_errors(xy_a: Tensor, xy_b: Tensor, K_a: Tensor, K_b: Tensor, T_ab: 
 
 
 def epipolar_distances(xy_a: Tensor, xy_b: Tensor, F: Tensor) -> Tensor:
-    """Symmetric epipolar distances (K,) in px of correspondences (K,2): the larger of both points'
-    distances to their lines.
+    """Epipolar distances (K,) in pixels of matches: the larger of the distances of both points to
+    their epipolar lines.
 
     Args:
-        F: (3,3) with x_b^T F x_a = 0.
+        xy_a, xy_b: matches (K,2).
+        F: fundamental matrix (3,3), x_b^T F x_a = 0.
 
     Returns:
-        inf where a line has no direction (the point is the epipole).
+        inf if a point is the epipole, which has no epipolar line.
     """
     a, b = (
         torch.cat([as_double(xy), torch.ones(len(xy), 1, dtype=torch.float64)], dim=1)
@@ -135,25 +143,24 @@ def epipolar_distances(xy_a: Tensor, xy_b: Tensor, F: Tensor) -> Tensor:
 
 
 def error_auc(errors: Sequence[float | None], thresholds: Sequence[float]) -> list[float]:
-    """Area under the curve of recall against error, up to each threshold and divided by it (0..1).
+    """Area under the recall-error curve up to each threshold, divided by the threshold (0..1).
 
-    Failures (None, inf, nan) count as never reached. The curve is linear between errors, as in
+    Failures (None, inf, NaN) count as infinite errors. The curve is linear between errors, as in
     SuperGlue's evaluation.
     """
-    finite = sorted(math.inf if e is None or not math.isfinite(e) else e for e in errors)
-    if not finite:
+    ordered = sorted(math.inf if e is None or not math.isfinite(e) else e for e in errors)
+    if not ordered:
         return [0.0 for _ in thresholds]
-    recall = [(i + 1) / len(finite) for i in range(len(finite))]
+    recall = [(i + 1) / len(ordered) for i in range(len(ordered))]
     areas = []
-    for limit in thresholds:
+    for threshold in thresholds:
         x, y = [0.0], [0.0]
-        for e, r in zip(finite, recall, strict=True):
-            if e < limit:
+        for e, r in zip(ordered, recall, strict=True):
+            if e < threshold:
                 x.append(e)
                 y.append(r)
-        x.append(float(limit))
+        x.append(float(threshold))
         y.append(y[-1])
-        areas.append(
-            sum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1)) / limit
-        )
+        area = sum((x[i + 1] - x[i]) * (y[i + 1] + y[i]) / 2 for i in range(len(x) - 1))
+        areas.append(area / threshold)
     return areas

@@ -1,7 +1,7 @@
-"""How well descriptors tell patches apart: pure functions of distances and labels.
+"""Metrics of patch descriptors, from distances and labels.
 
 ``fpr95``: Brown, Hua and Winder, PAMI 2011, section 4. Verification, matching and retrieval:
-Balntas et al., CVPR 2017, section 5. A tie between a correct and a wrong answer counts as wrong.
+Balntas et al., CVPR 2017, section 5. Ties between correct and incorrect results count as incorrect.
 """
 
 from __future__ import annotations
@@ -11,88 +11,82 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-#: Squared distances are told apart down to this part of the largest squared length: one product of
-#: float32 is no more exact.
+#: Squared distances are rounded to this fraction of the largest squared norm, the accuracy of a
+#: float32 matrix product.
 RESOLUTION = 1e-6
-#: Numbers of distractors that retrieval is measured with.
+#: Sizes of the pools in retrieval.
 POOLS = (100, 500, 1000, 5000, 10000, 15000, 20000)
-#: One positive in this many is kept beside all negatives in the imbalanced protocol.
+#: The imbalanced protocol keeps one positive in ``IMBALANCE``, and all negatives.
 IMBALANCE = 5
 
 
 def fpr95(distances: np.ndarray, labels: np.ndarray) -> float:
-    """False positive rate at 95 % recall: the part of the negatives no farther than the last of the
-    nearest 95 % of positives.
+    """False positive rate at 95 % recall, 0..1.
 
     Args:
-        distances: (N,) small where patches look alike.
-        labels: (N,) true where they correspond.
-
-    Returns:
-        0..1.
+        distances: (N,) descriptor distances.
+        labels: (N,) bool, true for corresponding patches.
 
     Raises:
-        ValueError: shapes differ, a distance is not finite, or one of the two kinds of pairs is
-            missing.
+        ValueError: shapes differ, a distance is not finite, or there are no positive or no negative
+            pairs.
     """
     distances, labels = _checked(distances, labels)
     positives, negatives = np.sort(distances[labels]), distances[~labels]
     if not len(positives) or not len(negatives):
         raise ValueError(
-            f"needs pairs of both kinds, got {len(positives)} that correspond and "
-            f"{len(negatives)} that do not"
+            f"needs pairs of both kinds, got {len(positives)} corresponding and "
+            f"{len(negatives)} other pairs"
         )
-    threshold = positives[
-        -(-95 * len(positives) // 100) - 1
-    ]  # in whole numbers: 0.95 is none in binary
+    # integer arithmetic, because 0.95 has no exact binary representation
+    threshold = positives[-(-95 * len(positives) // 100) - 1]
     return float((negatives <= threshold).mean())
 
 
 def average_precision(
     distances: np.ndarray, labels: np.ndarray, positives: int | None = None
 ) -> float:
-    """Area under precision over recall, by trapezoids from (recall 0, precision 1) on; of N answers
-    ranked by distance.
+    """Area under the precision-recall curve, 0..1, by the trapezoidal rule from (recall 0,
+    precision 1).
 
     Args:
-        distances: (N,) smallest is ranked first; among equals wrong ones go first.
-        labels: (N,) true for a right answer.
-        positives: right answers there are, found or not; default those in ``labels``.
+        distances: (N,) results are ranked by ascending distance; in ties, incorrect ones first.
+        labels: (N,) bool, true for a correct result.
+        positives: total number of correct results, including those not retrieved; default: those in
+            ``labels``.
 
     Returns:
-        0..1; 0 where there is no right answer.
+        0 if there is no correct result.
 
     Raises:
         ValueError: shapes differ, a distance is not finite, or ``positives`` is smaller than the
-            right answers.
+            number of correct results.
     """
     distances, labels = _checked(distances, labels)
-    found = int(labels.sum())
-    total = found if positives is None else positives
-    if total < found:
-        raise ValueError(f"{found} right answers among {total}")
+    retrieved = int(labels.sum())
+    total = retrieved if positives is None else positives
+    if total < retrieved:
+        raise ValueError(f"{retrieved} correct results among {total}")
     ranked = labels[np.lexsort((labels, distances))]
-    right = np.arange(1, found + 1)
-    wrong = np.flatnonzero(ranked) + 1 - right  # wrong answers before each right one
-    return _trapezoids(right, wrong) / total if total else 0.0
+    true_positives = np.arange(1, retrieved + 1)
+    false_positives = np.flatnonzero(ranked) + 1 - true_positives
+    return _trapezoids(true_positives, false_positives) / total if total else 0.0
 
 
-def _trapezoids(right: np.ndarray, wrong: np.ndarray) -> float:
-    """Sum of the mean precisions before and after each right answer: ``right`` of them, ``wrong``
-    wrong ones before it.
+def _trapezoids(tp: np.ndarray, fp: np.ndarray) -> float:
+    """Trapezoidal sum of precision over the number of correct results.
 
-    Recall only moves at right answers, so these are all the trapezoids there are.
+    Args:
+        tp, fp: (K,) true and false positives up to each correct result, where recall increases.
     """
-    after = right / (right + wrong)
-    before = np.divide(
-        right - 1, right - 1 + wrong, out=np.ones(len(right)), where=right - 1 + wrong > 0
-    )
+    after = tp / (tp + fp)
+    before = np.divide(tp - 1, tp - 1 + fp, out=np.ones(len(tp)), where=tp - 1 + fp > 0)
     return float((before + after).sum() / 2)
 
 
 def roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-    """Area under the receiver operating curve: how often a pair that corresponds is strictly nearer
-    than one that does not.
+    """Area under the ROC curve: the probability that a corresponding pair has a strictly smaller
+    distance than another pair.
 
     Args:
         positives, negatives: distances (P,) and (N,).
@@ -114,80 +108,80 @@ def roc_auc(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def verification_scores(positives: np.ndarray, negatives: np.ndarray) -> dict[str, float]:
-    """Patch verification of one noise and one kind of negatives.
+    """Scores of patch verification for one level of noise and one kind of negatives.
 
     Args:
-        positives, negatives: distances (P,) and (N,) of pairs that correspond and pairs that do
-            not.
+        positives, negatives: distances (P,) and (N,) of corresponding and of other pairs.
 
     Returns:
-        ap: of the first fifth of the positives among all negatives (imbalanced); auc: of all
-            (balanced). 0..1.
+        ``ap``, average precision of the first fifth of the positives and all negatives (imbalanced
+        protocol); ``auc``, area under the ROC curve of all pairs (balanced). 0..1.
     """
-    few = positives[: max(1, len(positives) // IMBALANCE)]
-    labels = np.repeat([True, False], [len(few), len(negatives)])
+    subset = positives[: max(1, len(positives) // IMBALANCE)]
+    labels = np.repeat([True, False], [len(subset), len(negatives)])
     return {
-        "ap": average_precision(np.concatenate([few, negatives]), labels),
+        "ap": average_precision(np.concatenate([subset, negatives]), labels),
         "auc": roc_auc(positives, negatives),
     }
 
 
 def matching_ap(reference: Tensor, other: Tensor) -> float:
-    """Image matching: descriptors (N,D) of the patches of two images, in one order -> average
-    precision, 0..1.
+    """Average precision of image matching, 0..1.
 
-    Each reference patch is answered by its nearest, answers are ranked by their distance, and
-    recall counts all N.
+    Each reference patch is matched to its nearest neighbor, and matches are ranked by their
+    distance; recall is relative to all N patches.
+
+    Args:
+        reference, other: descriptors (N,D) of the patches of two images, in the same order.
 
     Raises:
         ValueError: shapes differ.
     """
     if reference.shape != other.shape:
         raise ValueError(
-            f"descriptors of the two images must have one shape, got {tuple(reference.shape)} and "
-            f"{tuple(other.shape)}"
+            "descriptors of the two images must have the same shape, got "
+            f"{tuple(reference.shape)} and {tuple(other.shape)}"
         )
     if not len(reference):
         return 0.0
     nearest, distances = [], []
     for rows in reference.split(2048):
         table = squared_distances(rows, other).cpu().numpy()
-        nearest.append(table.argmin(axis=1))  # NumPy's, because it promises the first of equals
+        nearest.append(table.argmin(axis=1))  # NumPy: first minimum
         distances.append(table.min(axis=1))
-    right = np.concatenate(nearest) == np.arange(len(reference))
-    return average_precision(np.concatenate(distances), right, len(reference))
+    correct = np.concatenate(nearest) == np.arange(len(reference))
+    return average_precision(np.concatenate(distances), correct, len(reference))
 
 
 def retrieval_ap(
     positives: np.ndarray, distractors: np.ndarray, pools: Sequence[int] = POOLS
 ) -> np.ndarray:
-    """Patch retrieval of one query: average precisions, one for each pool.
+    """Average precision of patch retrieval for one query and each pool size.
 
     Args:
-        positives: distances (P,) of the patches that correspond.
-        distractors: distances (M,) of those that do not, in the order in which pools take them.
-        pools: sizes, positives included; a pool larger than all is all.
+        positives: distances (P,) of the corresponding patches.
+        distractors: distances (M,) of other patches, in the order in which they are added to pools.
+        pools: sizes including the positives; larger pools contain all patches.
 
     Returns:
         (len(pools),) 0..1.
     """
     positives = np.sort(np.asarray(positives, np.float64))
-    right = np.arange(1, len(positives) + 1)
+    true_positives = np.arange(1, len(positives) + 1)
     nearer = (np.asarray(distractors) <= positives[:, None]).cumsum(axis=1)
-    found = []
+    precisions = []
     for pool in pools:
-        taken = min(pool - len(positives), len(distractors))
-        wrong = nearer[:, taken - 1] if taken > 0 else np.zeros(len(positives), np.int64)
-        found.append(_trapezoids(right, wrong) / len(positives))
-    return np.array(found)
+        count = min(pool - len(positives), len(distractors))
+        false_positives = nearer[:, count - 1] if count > 0 else np.zeros(len(positives), np.int64)
+        precisions.append(_trapezoids(true_positives, false_positives) / len(positives))
+    return np.array(precisions)
 
 
 def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """(N,D) and (M,D) -> (N,M), rounded to ``RESOLUTION`` so that equal descriptors are at equal
-    distances.
+    """Squared distances (N,M) of descriptors (N,D) and (M,D).
 
-    One product, because tables of 10,000 x 20,000 are wanted; the differences that rounding hides
-    are its errors.
+    Computed with one matrix product, because tables may have 10,000 x 20,000 entries, and rounded
+    to its accuracy (``RESOLUTION``), so that equal descriptors have equal distances.
     """
     a, b = a.float(), b.float()
     aa, bb = a.square().sum(dim=1, keepdim=True), b.square().sum(dim=1)
@@ -196,10 +190,11 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _checked(distances: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Convert to float64 and bool; raise ValueError for different shapes or non-finite values."""
     distances, labels = np.asarray(distances, np.float64), np.asarray(labels, bool)
     if distances.ndim != 1 or distances.shape != labels.shape:
         raise ValueError(
-            f"distances and labels must be (N,) both, got {distances.shape} and {labels.shape}"
+            f"distances and labels must be (N,), got {distances.shape} and {labels.shape}"
         )
     if not np.isfinite(distances).all():
         raise ValueError(

@@ -1,12 +1,12 @@
-"""Descriptors without learned weights: RootSIFT of a patch (Lowe 2004; Arandjelovic and Zisserman
-2012), and its raw pixels.
+"""Patch descriptors without learned weights: RootSIFT (Lowe 2004; Arandjelovic and Zisserman 2012)
+and raw pixels.
 
 In: patches (N,1,P,P) in [0,1]. Out: (N,D), unit length.
 
-A patch is divided into 4 x 4 cells with 8 directions of gradient each; every pixel votes with its
-gradient magnitude under a Gaussian window, shared between neighbouring cells and directions. The
-histogram is normalised, cut at 0.2, normalised by its sum and its square root taken, so that the
-dot product of two descriptors is Hellinger's kernel.
+RootSIFT: a patch is divided into 4 x 4 cells with 8 gradient directions each; every pixel adds its
+gradient magnitude, weighted by a Gaussian window and interpolated between neighboring cells and
+directions. The histogram is L2 normalized, clipped at 0.2 and L1 normalized; its square root is the
+descriptor, so the dot product of two descriptors is the Hellinger kernel.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CLIP = 0.2  # Lowe 2004, 6.1
 
 
 class RootSIFT(nn.Module):
-    """See the file's docstring. A flat patch gives the uniform descriptor, which is finite and of
+    """RootSIFT of a patch. A constant patch gives the uniform descriptor, which is finite and of
     unit length.
 
     Args:
@@ -37,13 +37,12 @@ class RootSIFT(nn.Module):
         if size < 2 * CELLS:
             raise ValueError(f"size must be at least {2 * CELLS}, got {size}")
         self.size = size
-        centre = (torch.arange(size) + 0.5) * CELLS / size - 0.5  # in cells
-        near = (1 - (centre[None] - torch.arange(CELLS)[:, None]).abs()).clamp(
-            min=0
-        )  # (4,P) bilinear share
+        position = (torch.arange(size) + 0.5) * CELLS / size - 0.5  # in cells
+        # bilinear weights (4,P)
+        weight = (1 - (position[None] - torch.arange(CELLS)[:, None]).abs()).clamp(min=0)
         offset = (torch.arange(size) + 0.5) / size * 2 - 1
         window = torch.exp(-0.5 * offset.square())  # sigma = half the patch, as Lowe
-        self.register_buffer("share", near * window, persistent=False)
+        self.register_buffer("weight", weight * window, persistent=False)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N,1,P,P) -> (N,128)."""
@@ -53,10 +52,10 @@ class RootSIFT(nn.Module):
             )
         dx, dy = (d[:, 0] for d in sobel(patches))  # (N,P,P)
         magnitude = torch.sqrt(dx.square() + dy.square() + 1e-20)
-        turn = torch.atan2(dy, dx) * (DIRECTIONS / (2 * math.pi))  # -4 .. 4
-        low = turn.floor()
-        part = turn - low
-        first = low.long() % DIRECTIONS
+        bins = torch.atan2(dy, dx) * (DIRECTIONS / (2 * math.pi))  # -4 .. 4
+        bin0 = bins.floor()
+        frac = bins - bin0
+        first = bin0.long() % DIRECTIONS
         votes = torch.zeros(
             len(patches),
             DIRECTIONS,
@@ -65,21 +64,20 @@ class RootSIFT(nn.Module):
             device=patches.device,
             dtype=patches.dtype,
         )
-        votes.scatter_(1, first[:, None], (magnitude * (1 - part))[:, None])
-        votes.scatter_add_(1, ((first + 1) % DIRECTIONS)[:, None], (magnitude * part)[:, None])
-        cells = self.share @ votes @ self.share.T  # type: ignore[operator]  # (N,8,4,4)
+        votes.scatter_(1, first[:, None], (magnitude * (1 - frac))[:, None])
+        votes.scatter_add_(1, ((first + 1) % DIRECTIONS)[:, None], (magnitude * frac)[:, None])
+        cells = self.weight @ votes @ self.weight.T  # type: ignore[operator]  # (N,8,4,4)
         histogram = cells.permute(0, 2, 3, 1).flatten(1) + 1e-12
         histogram = F.normalize(histogram, dim=1).clamp(max=CLIP)
         return torch.sqrt(F.normalize(histogram, p=1, dim=1))
 
 
 class RawPatch(nn.Module):
-    """The pixels themselves, mean taken off: their dot product is normalised cross-correlation.
-    What learning must beat.
+    """Pixels of zero mean, as a baseline: the dot product is normalized cross-correlation.
 
     Args:
-        size: side to which patches are reduced first, by whole blocks; the result has ``size *
-            size`` numbers.
+        size: side to which patches are reduced first, by averaging blocks; the descriptor dimension
+            is ``size * size``.
     """
 
     def __init__(self, size: int = 16):
@@ -87,7 +85,7 @@ class RawPatch(nn.Module):
         self.size = size
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N,1,P,P), P a multiple of ``size`` -> (N,size*size); a flat patch gives the uniform
+        """(N,1,P,P), P a multiple of ``size`` -> (N,size*size); a constant patch gives the uniform
         descriptor.
         """
         side = patches.shape[-1]

@@ -1,16 +1,15 @@
-"""DesNet: a fast dense descriptor, trained on key point candidates (Yuan et al. 2020, "Realtime
+"""DesNet: a fast dense descriptor, trained on keypoint candidates (Yuan et al. 2020, "Realtime
 CNN-based ... Keypoint Candidates").
 
-Idea: a descriptor needs to see much around a point, and all points of an image share what is seen;
-so one fully convolutional network runs once over the image, and descriptors are read from its map
-where the points are, whoever found them.
+Idea: a descriptor needs a large receptive field, and those of an image's keypoints overlap; so one
+fully convolutional network is applied once to the image, and descriptors are sampled from its map
+at the keypoints of any detector.
 
 In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up.
 Out: map (B,D,ceil(H/8),ceil(W/8)); ``sample`` reads unit descriptors (N,D) from it.
 
 The paper's code was never published: separate network, gray image, large receptive field and the
-training on the detector's candidates are the paper's; the layers are ours (docs/models.md). A cell
-of the map sees ``FILTER_FIELD`` pixels.
+training on the detector's candidates are the paper's; the layers are ours (docs/models.md).
 """
 
 from __future__ import annotations
@@ -28,19 +27,20 @@ from ..filters import resize
 from ..geometry import resize_points
 from .spec import DenseSpec
 
-#: Image pixels from cell to cell of the map: three halvings.
+#: Image pixels per cell of the map: three layers of stride 2.
 STRIDE = 8
 DIMS = (128, 64)
-WIDTHS = (16, 32, 64)  # channels after each layer
-# of the halvings: an even window is centred between pixels, where the half-pixel law wants it
+WIDTHS = (16, 32, 64)  # channels of the downsampling layers
+# of the downsampling layers: the center of an even window is between pixels, as the half-pixel
+# convention requires
 KERNEL = 4
-DILATIONS = (1, 2, 4)  # of the 3 x 3 layers at full stride
-#: Cells of the window that light is evened in, and what is added to its deviation, so that noise of
-#: flat areas stays small.
+DILATIONS = (1, 2, 4)  # of the 3 x 3 layers after downsampling
+#: Side of the window of the local contrast normalization in cells, and the constant added to its
+#: deviation, which keeps the noise of constant areas small.
 LCN_WINDOW = 5
 LCN_EPS = 0.02
-#: Side in pixels of what the filters of one cell see (134), and of all that it depends on, through
-#: the evened light (184).
+#: Side in pixels of the receptive field of the filters of one cell (134), and of the full one with
+#: the local contrast normalization (184).
 FILTER_FIELD = (
     1
     + sum((KERNEL - 1) * 2**i for i in range(len(WIDTHS)))
@@ -51,11 +51,11 @@ SAMPLING = ("bilinear", "bicubic")
 
 
 class DesNet(nn.Module):
-    """See the file's docstring.
+    """Dense descriptor network: image (B,1,H,W) -> map (B,D,h,w).
 
     Args:
         dim: D, 128 or 64.
-        width: factor of ``WIDTHS``, 1 to 4: the time grows with its square.
+        width: factor of ``WIDTHS``, 1 to 4; the run time grows with its square.
 
     Raises:
         ValueError: another dimension or width.
@@ -95,8 +95,8 @@ class DesNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1]; cell j lies at pixel ``8 j + 3.5``. Not
-        normalised.
+        """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1], not normalized; the center of cell j is
+        at pixel ``8 j + 3.5``.
         """
         maps = local_contrast_normalization(whole_cells(image))
         for layer in self.downsample:
@@ -111,11 +111,11 @@ class DesNet(nn.Module):
 
 
 def whole_cells(image: Tensor) -> Tensor:
-    """A gray image continued to the right and below by its last column and row, up to a multiple of
-    ``STRIDE``.
+    """Pad a gray image on the right and below, by repeating its last column and row, to a multiple
+    of ``STRIDE``.
 
     Raises:
-        ValueError: it is no (B,1,H,W).
+        ValueError: the shape is not (B,1,H,W).
     """
     if image.ndim != 4 or image.shape[1] != 1:
         raise ValueError(f"expected a gray image (B,1,H,W), got shape {tuple(image.shape)}")
@@ -125,8 +125,8 @@ def whole_cells(image: Tensor) -> Tensor:
 
 
 def local_contrast_normalization(image: Tensor) -> Tensor:
-    """(value - mean) / (deviation + ``LCN_EPS``) of a gray image (B,1,H,W) of whole cells: of the 5
-    x 5 cells around, linear between cells.
+    """(value - mean) / (deviation + ``LCN_EPS``) of a gray image (B,1,H,W) of whole cells, with the
+    statistics of the surrounding 5 x 5 cells, interpolated between cells.
     """
     size = (image.shape[-2], image.shape[-1])
     cells = F.avg_pool2d(torch.cat([image, image.square()], dim=1), STRIDE)
@@ -139,10 +139,10 @@ def local_contrast_normalization(image: Tensor) -> Tensor:
 
 
 def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor:
-    """Unit descriptors (N,D) at points (N,2) in pixels of the image, read from its map (1,D,h,w).
+    """Sample unit descriptors (N,D) at points (N,2) in pixels of the image from its map (1,D,h,w).
 
-    Half-pixel law: pixel x lies at ``(x + 0.5) / 8 - 0.5`` of the map; outside the outermost cells
-    those are continued.
+    Pixel x is at ``(x + 0.5) / 8 - 0.5`` of the map; beyond the centers of the outermost cells, the
+    border is repeated.
 
     Raises:
         ValueError: an unknown mode (``SAMPLING``) or shapes that do not fit.
@@ -155,8 +155,8 @@ def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor
             f"{tuple(xy.shape)}"
         )
     h, w = descriptor_map.shape[-2:]
-    at = resize_points(xy.to(descriptor_map.dtype), 1 / STRIDE, 1 / STRIDE)
-    grid = (at + 0.5) * at.new_tensor([2 / w, 2 / h]) - 1
+    position = resize_points(xy.to(descriptor_map.dtype), 1 / STRIDE, 1 / STRIDE)
+    grid = (position + 0.5) * position.new_tensor([2 / w, 2 / h]) - 1
     values = F.grid_sample(
         descriptor_map, grid[None, None], mode=mode, padding_mode="border", align_corners=False
     )  # (1,D,1,N)
@@ -164,11 +164,11 @@ def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor
 
 
 class FusedDesNet(nn.Module):
-    """A trained ``DesNet`` for inference: batch normalisation folded into the filters,
-    channels-last memory, ``dtype`` inside.
+    """A trained ``DesNet`` for inference: batch normalization folded into the filters,
+    channels-last memory, filters in ``dtype``.
 
-    Equal to the network in eval mode up to rounding. It copies the weights, so later training of
-    the original does not show here.
+    Equal to the network in eval mode up to rounding. The weights are copied, so later training of
+    the original has no effect.
     """
 
     spec = DesNet.spec

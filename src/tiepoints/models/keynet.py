@@ -1,16 +1,16 @@
 """Key.Net: keypoint detection by handcrafted and learned CNN filters (Barroso-Laguna et al., ICCV
 2019).
 
-Idea: image derivatives up to second order and their products anchor a very small network; the same
-learned blocks look at three slightly different scales of the image; one last filter merges them
-into a score for every pixel.
+Idea: image derivatives up to second order and their products are the input of a very small network;
+the same learned blocks are applied to three slightly different scales of the image; a last filter
+merges them into a score for every pixel.
 
-In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0,
-without unit: only the order of scores within one network means something.
+In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0;
+only the order of scores of one network is meaningful.
 
 The defaults are the official PyTorch network, 5,873 parameters (variant A in docs/models.md); the
-two other published variants, kept to reproduce old files, live in ``keynet_legacy``.
-``KeyNet.fused()`` gives the same function, faster.
+two other published variants, kept to reproduce published results, are in ``keynet_legacy``.
+``KeyNet.fused()`` is the same function, faster.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
 from .spec import DetectorSpec
 
-#: Handcrafted channels in the order of the official PyTorch weights; each belongs to the first or
-#: the second order set.
+#: Handcrafted channels of first and second order, in the order of the official PyTorch weights.
 FIRST_ORDER = ("dx", "dy", "dx^2", "dy^2", "dx*dy")
 SECOND_ORDER = ("dxy", "dxy^2", "dxx", "dyy", "dxx*dyy")
 HANDCRAFTED_SETS = {
@@ -41,13 +40,13 @@ HANDCRAFTED_SETS = {
 }
 FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafted or learned
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
-#: What follows the last convolution.
+#: Activations after the last convolution.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
-#: Window of the structure tensor that ``structure`` multiplies the score by, in pixels.
+#: Sigma in pixels of the window of the corner strength in ``on_structure``.
 STRUCTURE_SIGMA = 2.0
-#: Corner strength that is rounding: gradients of a hundredth of a gray level of eight bits.
+#: Corner strengths below this are rounding errors: gradients of a hundredth of an 8 bit gray level.
 STRUCTURE_FLOOR = 1e-10
-# bounds the memory of the learned blocks on a large image; smaller strips repeat more rows
+# bounds the memory of the learned blocks on a large image; smaller tiles compute more rows twice
 TILE_PIXELS = 300_000
 
 
@@ -59,34 +58,34 @@ def handcrafted_channels(
     Second derivatives are the Sobel operator applied twice, border replicated each time.
     """
     dx, dy = sobel(image)
-    made = {"dx": dx, "dy": dy}
+    derivatives = {"dx": dx, "dy": dy}
     if any(name in SECOND_ORDER for name in names):
-        made["dxx"], made["dxy"] = sobel(dx)
-        made["dyy"] = sobel(dy)[1]
+        derivatives["dxx"], derivatives["dxy"] = sobel(dx)
+        derivatives["dyy"] = sobel(dy)[1]
     channels = []
     for name in names:
         if name.endswith("^2"):
-            channels.append(made[name[:-2]].square())
+            channels.append(derivatives[name[:-2]].square())
         elif "*" in name:
             left, right = name.split("*")
-            channels.append(made[left] * made[right])
+            channels.append(derivatives[left] * derivatives[right])
         else:
-            channels.append(made[name])
+            channels.append(derivatives[name])
     return channels
 
 
 def on_structure(score: Tensor, image: Tensor, power: float) -> Tensor:
     """Scores (B,1,H,W) times a power of ``filters.corner_strength`` of their gray image (B,1,H,W).
 
-    A network trained on homographies alone learns to answer beside edges, because there a keypoint
-    moves with the plane as well as on a corner. The smaller eigenvalue of the structure tensor is
-    small there, so such answers lose against those on corners.
+    A network trained on homographies only learns high responses near edges, because keypoints there
+    are as repeatable on a plane as on corners. Corner strength is small near edges, which
+    suppresses these responses.
     """
     if not power:
         return score
-    with torch.no_grad():  # the image is given, and the derivative of a power at 0 is infinite
+    with torch.no_grad():  # not learned, and the derivative of a power at 0 is infinite
         strength = corner_strength(image.float(), STRUCTURE_SIGMA)
-        # a small power would make structure of the rounding of a flat area
+        # a small power would amplify rounding errors in constant areas
         factor = torch.where(
             strength < STRUCTURE_FLOOR, torch.zeros_like(strength), strength**power
         )
@@ -99,9 +98,7 @@ def pyramid_level_size(height: int, width: int, factor: float) -> tuple[int, int
 
 
 class FirstLayer(nn.Module):
-    """Ten channels from the image: the handcrafted ones first, learned filters for the rest.
-    (B,1,H,W) -> (B,10,H,W).
-    """
+    """Ten channels of the image, (B,1,H,W) -> (B,10,H,W): handcrafted, then learned filters."""
 
     def __init__(self, handcrafted: str, kernel_size: int):
         super().__init__()
@@ -115,7 +112,7 @@ class FirstLayer(nn.Module):
         return torch.cat(self.parts(image), dim=1)
 
     def parts(self, image: Tensor) -> list[Tensor]:
-        """The channels before they are put together."""
+        """The channels before concatenation."""
         parts = handcrafted_channels(image, self.names) if self.names else []
         if self.learned is not None:
             parts.append(self.learned(image))
@@ -123,7 +120,7 @@ class FirstLayer(nn.Module):
 
 
 class LearnedBlock(nn.Sequential):
-    """Convolution, batch normalisation, ReLU; keeps the size."""
+    """Convolution, batch normalization, ReLU; keeps the size."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int):
         super().__init__(
@@ -133,35 +130,63 @@ class LearnedBlock(nn.Sequential):
         )
 
 
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` for invalid settings of a ``KeyNet``."""
+    merge, score, structure = settings["merge"], settings["score"], settings["structure"]
+    num_levels, scale_factor = settings["num_levels"], settings["scale_factor"]
+    kernel_size, handcrafted = settings["kernel_size"], settings["handcrafted"]
+    if score not in SCORES or (not merge and score != "relu"):
+        raise ValueError(
+            f"score must be one of {', '.join(SCORES)}, and relu without merge; got {score!r}"
+        )
+    if not 0 <= structure <= 2 or (not merge and structure):
+        raise ValueError(f"structure must lie in [0, 2], and be 0 without merge; got {structure}")
+    for name in ("num_filters", "num_blocks", "num_levels"):
+        if int(settings[name]) != settings[name] or settings[name] < 1:
+            raise ValueError(f"{name} must be an integer from 1 up, got {settings[name]}")
+    if int(kernel_size) != kernel_size or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be an odd integer from 1 up, got {kernel_size}")
+    if handcrafted not in HANDCRAFTED_SETS:
+        raise ValueError(
+            f"handcrafted must be one of {', '.join(HANDCRAFTED_SETS)}; got {handcrafted!r}"
+        )
+    if num_levels == 1 and scale_factor is not None:
+        raise ValueError("scale_factor requires num_levels > 1; with one level use None")
+    if scale_factor is not None and not scale_factor > 1:
+        raise ValueError(f"scale_factor must be above 1, got {scale_factor}")
+    if not merge and (settings["num_filters"] != 1 or num_levels != 1):
+        raise ValueError("merge=False requires num_filters=1 and num_levels=1")
+
+
 class KeyNet(nn.Module):
-    """Key.Net with the freedom of the paper (section 6.1, figure 5 and table 1a).
+    """Key.Net with the variants of the paper (section 6.1, figure 5 and table 1a).
+
+    A new network is untrained (He initialization, biases 0); ``tiepoints.weights.load`` returns
+    trained ones.
 
     Args:
         num_filters: M, filters of each learned block, >= 1.
         num_blocks: learned blocks, >= 1, shared by all pyramid levels.
         kernel_size: odd side of all learned filters in pixels.
         num_levels: pyramid levels inside the network, >= 1.
-        scale_factor: size ratio of neighbouring levels, > 1; default 1.2. Refused with one level,
-            where it means nothing.
+        scale_factor: size ratio of neighboring levels, > 1; default 1.2. Not with one level.
         handcrafted: ``both``, ``first``, ``second`` order channels or ``none``; learned filters
-            take the places of missing ones so that the first layer always has ten channels.
-        merge: whether a last convolution merges the levels. Without it the single block gives the
-            score itself, which needs one filter and one level (Tiny-Key.Net).
-        score: what follows the last convolution: ``relu`` as published, or ``softplus``, which
-            never becomes 0 everywhere and so can be trained by losses of peaks alone
-            (docs/training.md). Refused without ``merge``.
+            replace the others, so that the first layer always has ten channels.
+        merge: whether a last convolution merges the levels. Without it the output of the blocks is
+            the score, which requires one filter and one level (Tiny-Key.Net).
+        score: activation after the last convolution: ``relu`` as published, or ``softplus``, which
+            has a gradient everywhere and so can be trained by losses of peaks alone
+            (docs/training.md). Only with ``merge``.
         structure: 0 as published; above 0 the score is multiplied by this power of the image's
-            corner strength (``on_structure``). Refused without ``merge``.
+            corner strength (``on_structure``). Only with ``merge``.
 
     Raises:
         ValueError: an argument is outside these limits.
-
-    A new network is untrained (He initialisation, biases 0); ``tiepoints.weights.load`` gives
-    trained ones.
     """
 
     spec = DetectorSpec()
 
+    # Flat keywords, because weights files store them as the settings of the network.
     def __init__(
         self,
         *,
@@ -176,45 +201,6 @@ class KeyNet(nn.Module):
         structure: float = 0.0,
     ):
         super().__init__()
-        if score not in SCORES or (not merge and score != "relu"):
-            raise ValueError(
-                f"score must be one of {', '.join(SCORES)}, and relu without merge; got {score!r}"
-            )
-        if not 0 <= structure <= 2 or (not merge and structure):
-            raise ValueError(
-                f"structure must lie in [0, 2], and be 0 without merge; got {structure}"
-            )
-        for name, value in (
-            ("num_filters", num_filters),
-            ("num_blocks", num_blocks),
-            ("num_levels", num_levels),
-        ):
-            if int(value) != value or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1 up, got {value}")
-        if int(kernel_size) != kernel_size or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be an odd whole number from 1 up, got {kernel_size}"
-            )
-        if handcrafted not in HANDCRAFTED_SETS:
-            raise ValueError(
-                f"handcrafted must be one of {', '.join(HANDCRAFTED_SETS)}; got {handcrafted!r}"
-            )
-        if num_levels == 1 and scale_factor is not None:
-            raise ValueError("scale_factor has no meaning with num_levels=1; leave it out")
-        if not merge and (num_filters != 1 or num_levels != 1):
-            raise ValueError(
-                "merge=False needs num_filters=1 and num_levels=1, because nothing else makes one "
-                "map"
-            )
-        num_filters, num_blocks, num_levels, kernel_size = (
-            int(num_filters),
-            int(num_blocks),
-            int(num_levels),
-            int(kernel_size),
-        )
-        self.scale_factor = DEFAULT_SCALE_FACTOR if scale_factor is None else float(scale_factor)
-        if not self.scale_factor > 1:
-            raise ValueError(f"scale_factor must be above 1, got {scale_factor}")
         self.settings: dict[str, Any] = {
             "num_filters": num_filters,
             "num_blocks": num_blocks,
@@ -226,9 +212,20 @@ class KeyNet(nn.Module):
             "score": score,
             "structure": float(structure),
         }
-        #: Localisation bias (x, y) of the trained network in pixels, which extraction subtracts.
+        _check_settings(self.settings)
+        num_filters, num_blocks, kernel_size, num_levels = (
+            int(value) for value in (num_filters, num_blocks, kernel_size, num_levels)
+        )
+        self.settings |= {
+            "num_filters": num_filters,
+            "num_blocks": num_blocks,
+            "kernel_size": kernel_size,
+            "num_levels": num_levels,
+        }
+        self.scale_factor = DEFAULT_SCALE_FACTOR if scale_factor is None else float(scale_factor)
+        #: Localization bias (x, y) of the trained network in pixels, which extraction subtracts.
         self.offset: tuple[float, float] = (0.0, 0.0)
-        #: Response to an image without content, stored with the weights; None = not measured.
+        #: Response to a constant image, stored with the weights; None = not measured.
         self.floor: float | None = None
         self.num_levels = num_levels
         self.first = FirstLayer(handcrafted, kernel_size)
@@ -248,14 +245,12 @@ class KeyNet(nn.Module):
         """Tiny-Key.Net (paper 6.4): all handcrafted filters, one learned 5 x 5 filter, one scale;
         253 parameters.
 
-        The paper says 260 and counts 5*5*10 + bias + batch normalisation, which is 253.
+        The paper says 260, but its sum 5*5*10 + bias + batch normalization is 253.
         """
         return cls(num_filters=1, num_blocks=1, num_levels=1, merge=False)
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """He initialisation of all filters (fan-in), zero biases, drawn from ``generator`` (paper
-        5.3).
-        """
+        """He initialization of all filters (fan-in) from ``generator``, zero biases (paper 5.3)."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 fan_in = module.weight[0].numel()
@@ -267,7 +262,7 @@ class KeyNet(nn.Module):
                 module.reset_parameters()
 
     def level_images(self, image: Tensor) -> list[Tensor]:
-        """The image and its coarser copies, each blurred and reduced from the one before."""
+        """The image and its coarser levels, each blurred and reduced from the previous one."""
         levels = [image]
         for _ in range(self.num_levels - 1):
             previous = levels[-1]
@@ -296,11 +291,11 @@ class KeyNet(nn.Module):
 
 
 class FusedKeyNet(nn.Module):
-    """A trained ``KeyNet`` for inference: batch normalisation folded into the filters,
-    channels-last memory, strips of rows.
+    """A trained ``KeyNet`` for inference: batch normalization folded into the filters,
+    channels-last memory, computed in tiles of rows.
 
-    Equal to the network in eval mode up to rounding; about twice as fast on a CPU. It copies the
-    weights, so later training of the original does not show here.
+    Equal to the network in eval mode up to rounding; about twice as fast on a CPU. The weights are
+    copied, so later training of the original has no effect.
     """
 
     spec = KeyNet.spec
@@ -313,12 +308,13 @@ class FusedKeyNet(nn.Module):
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
         side = net.settings["kernel_size"] // 2
         self.filters = net.settings["num_filters"]
-        self.halo = max(2, side) + side * len(self.blocks)  # second derivatives reach two pixels
+        # second derivatives have a radius of two pixels
+        self.halo = max(2, side) + side * len(self.blocks)
         self.merges = net.last is not None
         self.score, self.structure = net.settings["score"], net.settings["structure"]
         if net.last is not None:
-            # The last convolution is a sum over levels: adding up its parts spares a volume of all
-            # levels' maps.
+            # The last convolution is a sum over levels, so the maps of all levels need not be
+            # concatenated.
             parts = net.last.weight.split(self.filters, dim=1)
             self.merge = nn.ModuleList(
                 SingleChannelConv2d(part, net.last.bias if i == 0 else None)
@@ -338,7 +334,7 @@ class FusedKeyNet(nn.Module):
         return on_structure(SCORES[self.score](score), image, self.structure)  # type: ignore[arg-type]
 
     def _learned(self, level: Tensor) -> Tensor:
-        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), strip by strip."""
+        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), in tiles."""
         return apply_tiled(level, self.halo, TILE_PIXELS, self._features)
 
     def _features(self, level: Tensor) -> Tensor:
@@ -346,7 +342,7 @@ class FusedKeyNet(nn.Module):
         features = torch.empty(
             shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last
         )
-        # Straight into channels-last: one pass less than to concatenate and convert.
+        # Directly in channels-last memory, which saves a conversion after concatenation.
         torch.cat(self.reference.first.parts(level), dim=1, out=features)
         for conv in self.blocks:
             features = F.relu_(conv(features))

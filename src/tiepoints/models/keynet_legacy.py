@@ -1,20 +1,20 @@
-"""The two other published Key.Net networks, with the preprocessing their weights were trained on.
+"""The two other published Key.Net networks, with the preprocessing of their training.
 
 Sources: variant B, the official TensorFlow code of Barroso-Laguna et al., ICCV 2019; variant C, the
-retrained port which the REKD authors ship (Lee et al., CVPR 2022). Variant A, which new work should
-use, is ``keynet.KeyNet``.
+retrained port of the REKD authors (Lee et al., CVPR 2022). Variant A, which new work should use, is
+``keynet.KeyNet``.
 
-Idea: as Key.Net, but every level is cut directly from the full image, brightened by a Gaussian that
-is not normalised, then normalised to its local contrast; Sobel filters are not divided, borders are
-zero, resizing aligns the corners, and the merged levels are batch-normalised before the last
-filter. These choices are accidents of the published code. They are kept because weights only work
-with the preprocessing they saw; this file exists to reproduce published files.
+Differences from ``KeyNet``: every level is resized directly from the full image after a Gaussian
+blur that is not normalized and brightens it, then its local contrast is normalized; Sobel filters
+are not divided, borders are zero, resizing aligns the corners, and the merged levels are batch
+normalized before the last filter. These choices are accidents of the published code, kept because
+weights only work with the preprocessing of their training.
 
 In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up; each image is divided by its
-own maximum inside. Out: score map (B,1,H,W), >= 0, without unit.
+own maximum inside. Out: score map (B,1,H,W), >= 0.
 
-``LegacyDetector`` is the published TensorFlow extraction around them, which ``mode="official"``
-uses for these networks.
+``LegacyDetector`` is the published TensorFlow extraction, which ``official=True`` uses for these
+networks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NUM_BLOCKS = 3
 KERNEL_SIZE = 5
 NUM_LEVELS = 3
 SCALE_FACTOR = 1.2
-TENSORFLOW_EPS = 1e-3  # defaults of the batch normalisation in the two frameworks
+TENSORFLOW_EPS = 1e-3  # defaults of batch normalization in the two frameworks
 PYTORCH_EPS = 1e-5
 
 
@@ -48,13 +48,13 @@ CHANNELS = ("dx", "dx^2", "dxx", "dy", "dy^2", "dyy", "dx*dy", "dxx*dyy", "dxy",
 
 
 def level_size(height: int, width: int, level: int, *, float32: bool) -> tuple[int, int]:
-    """Size (height, width) of ``level`` 0, 1, 2, ..., cut directly from the full size and never
-    below 1 x 1.
+    """Size (height, width) of ``level`` 0, 1, 2, ..., computed from the full size, never below
+    1 x 1.
 
-    ``float32`` computes in single precision and, since TensorFlow's graph optimiser rewrites a
-    division by a constant so, times the reciprocal. The reference maps confirm it for level 1 (240
-    -> 200, where true float32 division says 199); for level 2 it is inferred, and costs one pixel
-    at a few sizes (180, 324, 360, 612, ...).
+    ``float32`` multiplies by the reciprocal in single precision, because TensorFlow's graph
+    optimizer rewrites a division by a constant in this way. The reference maps confirm it for level
+    1 (240 -> 200, where true float32 division gives 199); for level 2 it is inferred, and changes a
+    few sizes (180, 324, 360, 612, ...) by one pixel.
     """
     factor = SCALE_FACTOR**level
     reciprocal = np.float32(1) / np.float32(factor)
@@ -102,16 +102,15 @@ class LegacyKeyNet(nn.Module):
 
     Args:
         last_kernel: odd side of the filter that merges the levels: 5 in B, 1 in C.
-        norm_eps: constant added to the variance in batch normalisation: 1e-3 in B, 1e-5 in C.
+        norm_eps: constant added to the variance in batch normalization: 1e-3 in B, 1e-5 in C.
         float32_sizes: whether level sizes are computed in single precision, see ``level_size``: yes
             in B, no in C.
 
     Raises:
         ValueError: ``last_kernel`` is not odd and positive.
 
-    Image (B,1,H,W) in [0,1] -> score map (B,1,H,W) >= 0, each image on its own. Meant for
-    ``eval()`` with weights from ``tiepoints.checkpoints.load_official``; for training use
-    ``KeyNet``.
+    Image (B,1,H,W) in [0,1] -> score map (B,1,H,W) >= 0. For inference with weights from
+    ``tiepoints.checkpoints.load_official``; use ``KeyNet`` for training.
     """
 
     spec: DetectorSpec
@@ -121,9 +120,7 @@ class LegacyKeyNet(nn.Module):
     ):
         super().__init__()
         if int(last_kernel) != last_kernel or last_kernel < 1 or last_kernel % 2 == 0:
-            raise ValueError(
-                f"last_kernel must be an odd whole number from 1 up, got {last_kernel}"
-            )
+            raise ValueError(f"last_kernel must be an odd integer from 1 up, got {last_kernel}")
         self.settings = {
             "last_kernel": last_kernel,
             "norm_eps": norm_eps,
@@ -148,17 +145,17 @@ class LegacyKeyNet(nn.Module):
 
     @classmethod
     def tensorflow(cls) -> LegacyKeyNet:
-        """Variant B, the official TensorFlow network; untrained."""
+        """Variant B, the official TensorFlow network, untrained."""
         return cls()
 
     @classmethod
     def rekd_port(cls) -> LegacyKeyNet:
-        """Variant C, the network of ``keyNet.pt`` in the REKD repository; untrained."""
+        """Variant C, the network of ``keyNet.pt`` in the REKD repository, untrained."""
         return cls(last_kernel=1, norm_eps=PYTORCH_EPS, float32_sizes=False)
 
     def level_images(self, image: Tensor) -> list[Tensor]:
-        """Contrast-normalised levels (B,1,h,w) of an image divided by its maximum, all cut from the
-        full resolution.
+        """Contrast-normalized levels (B,1,h,w) of an image divided by its maximum, all resized from
+        the full resolution.
         """
         blurred = blur_separable(image, bright_blur_taps(), pad_mode="constant")
         levels = [image]
@@ -178,8 +175,8 @@ class LegacyKeyNet(nn.Module):
         return self.score(divide_by_maximum(image))
 
     def score(self, image: Tensor) -> Tensor:
-        """``forward`` of an image already divided: the published pyramid is made of the divided
-        image.
+        """``forward`` of an image already divided by its maximum, from which the published pyramid
+        is built.
         """
         size = (image.shape[-2], image.shape[-1])
         levels = self.level_images(image)
@@ -189,21 +186,21 @@ class LegacyKeyNet(nn.Module):
         return F.relu(self.last(self.last_norm(torch.cat(maps, dim=1))))
 
 
-def _lines_at(image: Tensor, place: Tensor, dim: int) -> Tensor:
-    """Linear interpolation of rows (dim -2) or columns (-1) at fractional places, mirrored at the
-    border's centre.
+def _lines_at(image: Tensor, position: Tensor, dim: int) -> Tensor:
+    """Linear interpolation of rows (dim -2) or columns (-1) at fractional positions, reflected at
+    the center of the border pixels.
     """
     last = image.shape[dim] - 1
-    place = place.abs()
-    place = torch.where(place > last, 2 * last - place, place).clamp(0, last)
-    below = place.long()
-    weight = (place - below).view((-1, 1) if dim == -2 else (1, -1))
+    position = position.abs()
+    position = torch.where(position > last, 2 * last - position, position).clamp(0, last)
+    below = position.long()
+    weight = (position - below).view((-1, 1) if dim == -2 else (1, -1))
     above = (below + 1).clamp(max=last)
     return torch.lerp(image.index_select(dim, below), image.index_select(dim, above), weight)
 
 
 def _resize_by(image: Tensor, size: tuple[int, int], steps: tuple[float, float]) -> Tensor:
-    """Bilinear ``size`` samples at ``(i + 0.5) * step - 0.5``; (B,1,H,W) -> (B,1,h,w)."""
+    """Bilinear samples at ``(i + 0.5) * step - 0.5``; (B,1,H,W) -> (B,1,h,w) = ``size``."""
     for dim, count, step in ((-2, size[0], steps[0]), (-1, size[1], steps[1])):
         image = _lines_at(
             image,
@@ -214,8 +211,8 @@ def _resize_by(image: Tensor, size: tuple[int, int], steps: tuple[float, float])
 
 
 def _blur_before_reduction(image: Tensor) -> Tensor:
-    """Gaussian of sigma 2 * sqrt(2) / 6, five taps, border mirrored with its edge pixel repeated
-    (scikit-image's pyramid).
+    """Gaussian blur of sigma 2 * sqrt(2) / 6, five taps, border reflected with the edge pixel
+    repeated (scikit-image's pyramid).
     """
     u = torch.arange(-2, 3, dtype=image.dtype, device=image.device)
     taps = torch.exp(-0.5 * (u / (2 * SCALE_STEP / 6)) ** 2)
@@ -235,9 +232,9 @@ def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tupl
     """Levels of the published TensorFlow and REKD pyramids, finest first, with their nominal scales
     (spec 2.3).
 
-    Enlarged copies all come from the image itself (factor exact, size rounded); reduced ones from
-    the level before (size rounded up). ``image`` (B,1,H,W) is float64, as there. Levels under
-    ``min_side`` are left out.
+    Enlarged levels are resized from the image (factor exact, size rounded), reduced ones from the
+    previous level (size rounded up). ``image`` (B,1,H,W) is float64, as published. Levels smaller
+    than ``min_side`` are skipped.
     """
     h, w = image.shape[-2:]
     levels = []
@@ -261,12 +258,12 @@ def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tupl
 
 
 class LegacyDetector:
-    """The published TensorFlow extraction: pyramid -> key points of every image of the batch (spec
+    """The published TensorFlow extraction: pyramid -> keypoints of every image of the batch (spec
     2.3-2.5, column TF).
 
-    Faults kept: points map back by the nominal factor without the half pixel, ties at the last
-    place of a level are cut in reading order. Only the image of the pyramid is used, the levels are
-    its own.
+    Its errors are kept: keypoints are mapped by the nominal factor without the half-pixel offset,
+    and equal scores at the budget of a level are cut in reading order. Only the image of the
+    pyramid is used; the levels are those of ``legacy_levels``.
 
     Args:
         net: variant B or C.
@@ -296,7 +293,7 @@ class LegacyDetector:
     def __call__(
         self, pyramid: Pyramid, masks: Sequence[Tensor | None] | None = None
     ) -> list[Keypoints]:
-        """Points of each image, strongest first; ``masks`` (H,W) bool, true where points may
+        """Keypoints of each image, strongest first; ``masks`` (H,W) bool, true where keypoints may
         lie.
         """
         masks = [None] * len(pyramid.image) if masks is None else masks
@@ -311,9 +308,9 @@ class LegacyDetector:
             self.num_keypoints, self.up_levels, self.up_levels + 1 + self.down_levels
         )
         parts: list[Keypoints] = []
-        asked = taken = 0
+        requested = selected = 0
         for (level, nominal), budget in zip(levels, budgets, strict=False):
-            asked += budget
+            requested += budget
             inner = clear_border(self.net.score(level.float()), self.border)
             found = local_maxima(inner, self.nms_window, self.threshold, unique=False)[0, 0]
             if mask is not None:
@@ -325,21 +322,22 @@ class LegacyDetector:
                     > 0
                 )
             yx, score = found.nonzero(), inner[0, 0][found]
-            count = asked - taken
+            count = requested - selected
             if len(score) > count:
-                least = score.topk(count).values[-1] if count > 0 else torch.inf
-                kept = (score >= least).nonzero()[:count, 0]
+                lowest = score.topk(count).values[-1] if count > 0 else torch.inf
+                kept = (score >= lowest).nonzero()[:count, 0]
                 yx, score = yx[kept], score[kept]
-            taken += len(score)
+            selected += len(score)
             xy = (yx.flip(-1).double() * nominal).float()
             scale = torch.full_like(score, nominal * math.sqrt(1 + np.finfo(np.float32).eps))
             parts.append(Keypoints(xy, scale, torch.zeros_like(score), score))
-        points = Keypoints.concatenate(parts)
-        return points[points.score.argsort(descending=True, stable=True)[: self.num_keypoints]]
+        keypoints = Keypoints.concatenate(parts)
+        order = keypoints.score.argsort(descending=True, stable=True)
+        return keypoints[order[: self.num_keypoints]]
 
 
 def _official(net: LegacyKeyNet, options: Any) -> LegacyDetector:
-    """The published detector with the fields of ``DetectOptions``, whose levels are chosen."""
+    """The published detector with the fields of ``DetectOptions``, of which no level is None."""
     return LegacyDetector(
         net,
         num_keypoints=options.num_keypoints,

@@ -1,12 +1,12 @@
-"""HardNet, HyNet and SOSNet: one trunk of seven convolutions, three ways to normalise what flows
-through it.
+"""HardNet, HyNet and SOSNet: patch descriptors with the same seven convolutions and different
+normalization.
 
 HardNet (Mishchuk et al., NeurIPS 2017), SOSNet (Tian et al., CVPR 2019), HyNet (Tian et al.,
-NeurIPS 2020). The trunk is L2-Net's: six 3x3 convolutions, two of stride 2, and one 8x8 that turns
-the 8x8 map into 128 numbers.
+NeurIPS 2020). The trunk is L2-Net's: six 3x3 convolutions, two of them of stride 2, and one 8x8
+that reduces the 8x8 map to a vector of dimension 128.
 
-In: patches (N,1,P,P) in [0,1]; any P is brought to 32. Each network does its own scaling.
-Out: (N,128), unit length; finite for flat patches too, whose direction means nothing.
+In: patches (N,1,P,P) in [0,1]; any P is resized to 32. Each network scales the values itself.
+Out: (N,128), unit length; for constant patches finite, but meaningless.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ DIMENSION = 128
 #: Channels and strides of the six 3x3 convolutions.
 CHANNELS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 1, 2, 1, 2, 1)
-#: Constants of the published code (spec 7): HardNet's guard of the deviation, SOSNet's of the
-#: variance, FRN's.
+#: Constants of the published code (spec 7), added to the deviation (HardNet), the variance (SOSNet)
+#: and the mean square (filter response normalization).
 HARDNET_EPS = 1e-7
 SOSNET_EPS = 1e-5
 FRN_EPS = 1e-6
-#: The range in which HyNet's and SOSNet's published weights saw their patches.
+#: Value of a white pixel in the published training of HyNet and SOSNet.
 GRAY_LEVELS = 255.0
-#: HardNet's published initialisation: orthogonal filters of this gain.
+#: HardNet's published initialization: orthogonal filters of this gain.
 INIT_GAIN = 0.6
 
 
 class PatchNet(nn.Module):
-    """The trunk. Subclasses say how patches are normalised and what follows each convolution."""
+    """Base class with the convolutions. Subclasses define the normalization of patches and what
+    follows each convolution.
+    """
 
     spec = PatchSpec()
     #: Whether the six 3x3 convolutions have a bias.
@@ -62,19 +64,19 @@ class PatchNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def standardize(self, patches: Tensor) -> Tensor:
-        """(N,1,32,32) in [0,1] -> what the first convolution takes."""
+        """Normalize patches (N,1,32,32) in [0,1] for the first convolution."""
         raise NotImplementedError
 
     def follow(self, index: int, maps: Tensor) -> Tensor:
-        """Normalisation and activation after convolution ``index``."""
+        """Apply normalization and activation after convolution ``index``."""
         raise NotImplementedError
 
     def forward(self, patches: Tensor, raw: bool = False) -> Tensor:
-        """(N,1,P,P) in [0,1] -> (N,128) float32 of unit length; ``raw``: before that, as HyNet's
-        loss needs it.
+        """(N,1,P,P) in [0,1] -> (N,128) float32 of unit length; with ``raw`` not normalized, as
+        HyNet's loss needs it.
 
         Raises:
-            ValueError: wrong shape.
+            ValueError: another shape.
         """
         if (
             patches.ndim != 4
@@ -97,28 +99,28 @@ class PatchNet(nn.Module):
         return vectors if raw else unit(vectors)
 
     def fused(self, dtype: torch.dtype = torch.float32) -> PatchNet:
-        """A copy for inference: the same function, batch normalisation folded into the
+        """A copy for inference: the same function, with batch normalization folded into the
         convolutions.
 
-        ``dtype`` is that of the convolutions; input and output stay float32.
+        ``dtype`` is that of the convolutions; input and output are float32.
         """
         net = copy.deepcopy(self).eval()
         net.fold()
         return net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def fold(self) -> None:
-        """Fold what can be folded, in place."""
+        """Fold normalization into convolutions where possible, in place."""
 
 
 class HardNet(PatchNet):
-    """HardNet: patches standardised one by one, batch normalisation without parameters, ReLU."""
+    """HardNet: each patch standardized, batch normalization without parameters, ReLU."""
 
     def __init__(self, dropout: float = 0.1):
         super().__init__(dropout)
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in (*CHANNELS, DIMENSION))
 
     def standardize(self, patches: Tensor) -> Tensor:
-        # constants in the gradient, as published
+        # no gradient through the statistics, as published
         deviation, mean = torch.std_mean(patches.detach(), dim=(1, 2, 3), keepdim=True)
         return (patches - mean) / (deviation + HARDNET_EPS)
 
@@ -135,14 +137,14 @@ class HardNet(PatchNet):
 
 
 class SOSNet(HardNet):
-    """SOSNet: HardNet's layers behind an instance normalisation of the gray levels."""
+    """SOSNet: HardNet's layers after an instance normalization of the gray levels."""
 
     def standardize(self, patches: Tensor) -> Tensor:
         return F.instance_norm(patches * GRAY_LEVELS, eps=SOSNET_EPS)
 
 
 class FilterResponseNorm(nn.Module):
-    """Division by the root mean square of each map, then scale and shift a channel (Singh and
+    """Division of each map by its root mean square, then scale and shift per channel (Singh and
     Krishnan, CVPR 2020).
     """
 
@@ -159,7 +161,7 @@ class FilterResponseNorm(nn.Module):
 
 
 class ThresholdedLinear(nn.Module):
-    """TLU: the larger of the value and a learned threshold a channel."""
+    """Thresholded linear unit: the maximum of the value and a learned threshold per channel."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -171,8 +173,8 @@ class ThresholdedLinear(nn.Module):
 
 
 class _ResponseNorm(torch.autograd.Function):
-    """``ThresholdedLinear(FilterResponseNorm(x))`` in fewer passes over the maps: training takes
-    two thirds of the time.
+    """``ThresholdedLinear(FilterResponseNorm(x))`` in fewer passes over the maps, which reduces the
+    training time by a third.
     """
 
     @staticmethod
@@ -193,19 +195,19 @@ class _ResponseNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         maps, weight, tau, inverse, out = ctx.saved_tensors
-        through = gradient * (out > tau)
-        of_bias = through.sum(dim=(0, 2, 3), keepdim=True)
-        of_tau = gradient.sum(dim=(0, 2, 3), keepdim=True) - of_bias
-        product = (through * maps).sum(dim=(2, 3), keepdim=True)
-        of_weight = (product * inverse).sum(dim=0, keepdim=True)
-        pull = weight * inverse.pow(3) * product / maps[0, 0].numel()
-        of_maps = through.mul_(weight * inverse).addcmul_(maps, pull, value=-1)
-        return of_maps, of_weight, of_bias, of_tau, None
+        grad = gradient * (out > tau)
+        grad_bias = grad.sum(dim=(0, 2, 3), keepdim=True)
+        grad_tau = gradient.sum(dim=(0, 2, 3), keepdim=True) - grad_bias
+        product = (grad * maps).sum(dim=(2, 3), keepdim=True)
+        grad_weight = (product * inverse).sum(dim=0, keepdim=True)
+        by_power = weight * inverse.pow(3) * product / maps[0, 0].numel()
+        grad_maps = grad.mul_(weight * inverse).addcmul_(maps, by_power, value=-1)
+        return grad_maps, grad_weight, grad_bias, grad_tau, None
 
 
 class HyNet(PatchNet):
-    """HyNet: filter response normalisation and thresholded linear units, the gray levels neither
-    centred nor scaled.
+    """HyNet: filter response normalization and thresholded linear units; gray levels are not
+    standardized.
     """
 
     bias = True
@@ -226,7 +228,7 @@ class HyNet(PatchNet):
 
     def _respond(self, index: int, maps: Tensor) -> Tensor:
         norm, limit = self.norms[index], self.activations[index]
-        # under mixed precision the maps are of another type than the parameters
+        # with mixed precision, the type of the maps is not that of the parameters
         parameters = (p.to(maps.dtype) for p in (norm.weight, norm.bias, limit.tau))
         return _ResponseNorm.apply(maps, *parameters, norm.eps)
 
@@ -238,13 +240,13 @@ class HyNet(PatchNet):
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Rows (N,D) at length 1; a row of zeros becomes the uniform direction."""
+    """Rows (N,D) normalized to length 1; a row of zeros becomes the uniform vector."""
     return F.normalize(vectors + 1e-10, dim=1, eps=1e-20)
 
 
 def to_side(patches: Tensor, side: int) -> Tensor:
-    """Patches (N,1,P,P) as (N,1,side,side): means over whole blocks where P is a multiple, else
-    filtered linear resizing.
+    """Resize patches (N,1,P,P) to (N,1,side,side): means of blocks if P is a multiple, else
+    bilinear with anti-aliasing.
     """
     p = patches.shape[-1]
     if p == side:

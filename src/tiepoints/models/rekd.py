@@ -1,18 +1,18 @@
 """REKD: oriented keypoints from a rotation-equivariant network (Lee, Kim, Cho, CVPR 2022).
 
-Idea: three group convolutions answer in N orientations at every pixel. The strongest orientation
-says how much of a key point a pixel is, whichever way the image is turned; the histogram over the
-orientations says which way it points. The same layers look at three slightly different scales.
+Idea: three group convolutions have responses in N orientations at every pixel. Their maximum over
+the orientations is a keypoint score that does not depend on image rotation; a histogram over the
+orientations gives the keypoint's orientation. The same layers are applied to three slightly
+different scales.
 
 In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0,
-without unit, and orientation histograms (B,N,H,W), which sum to 1 over N: bin k stands for a
-direction of ``k * 360 / N`` degrees counter-clockwise as seen, from a zero that training chose.
-Only differences between views have a meaning; ``histogram_angle`` gives them in the convention of
-``structs``.
+and orientation histograms (B,N,H,W), which sum to 1 over N: bin k is a direction of ``k * 360 / N``
+degrees counter-clockwise, relative to an arbitrary learned zero. Only differences between views are
+meaningful; ``histogram_angle`` converts to the convention of ``structs``.
 
-``REKD.fused()`` gives score and angle maps from ordinary convolutions, strip by strip.
-``variant="published"`` is the network as published, for imported weights; docs/models.md says what
-ours changes and why.
+``REKD.fused()`` computes score and angle maps with ordinary convolutions, in tiles.
+``variant="published"`` is the network as published, for imported weights; docs/models.md explains
+the differences of ours.
 """
 
 from __future__ import annotations
@@ -45,19 +45,18 @@ NUM_LEVELS = 3
 SCALE_FACTOR = 1.2
 KERNEL_SIZE = 5
 VARIANTS = ("default", "published")
-#: Deviation in grey levels (of 255) below which the contrast is not raised to full: 1 in the
-#: published code, where the noise of a smooth sky then weighs like a corner.
+#: Constant added to the deviation in gray levels (of 255) in contrast normalization. The published
+#: code has 1, which amplifies the noise of a smooth sky to the contrast of a corner.
 CONTRAST_FLOOR = 15.0
-#: Rows of the image computed at a time, as pixels: bounds the memory of the maps of all
-#: orientations.
+#: Pixels of a tile, to bound the memory of the maps of all orientations.
 TILE_PIXELS = 150_000
-#: Channels from which on Winograd's convolution beats the library's on a CPU: 72 do (twice as
-#: fast), 24 do not.
+#: Number of channels from which on Winograd's convolution is used on a CPU: it is twice as fast as
+#: the library's with 72 channels, and slower with 24.
 WINOGRAD_CHANNELS = 48
 
 
 class Trunk(nn.Module):
-    """The three equivariant layers, shared by all levels: (B,1,H,W) -> (B,d3*N,H,W)."""
+    """The three equivariant layers, shared by all levels: (B,1,H,W) -> (B,dims[2]*N,H,W)."""
 
     def __init__(self, group: int, dims: tuple[int, int, int], rings: tuple[Ring, ...] | None):
         super().__init__()
@@ -82,23 +81,23 @@ class REKD(nn.Module):
     """The network of the paper, section 3.2.
 
     Args:
-        group: N, number of orientations, from 1 up; only multiples of 4 are exact for quarter
-            turns.
-        dims: regular fields of the three layers (``dim_first, dim_second, dim_third``).
+        group: N, number of orientations, from 1 up; only multiples of 4 are exactly equivariant to
+            rotations by 90 degrees.
+        dims: number of regular fields of the three layers (``dim_first, dim_second, dim_third``).
         num_levels: pyramid levels inside the network.
-        scale_factor: size ratio of neighbouring levels, > 1.
-        variant: ``default``, or ``published`` for imported weights: levels cut from the full image
-            after a blur that brightens, contrast normalised on each, corners aligned, filters that
-            weigh the corners of their window, a ReLU before the score.
-        input_range: largest grey value that the weights were trained with (published training 255,
-            its extraction 1).
+        scale_factor: size ratio of neighboring levels, > 1.
+        variant: ``default``, or ``published`` for imported weights: levels resized from the full
+            image after a blur that brightens it, contrast normalized on each, corners aligned,
+            filters that include the corners of their window, a ReLU for the score.
+        input_range: gray value of a white pixel in training (255 in the published training, 1 in
+            the published extraction).
 
     Raises:
         ValueError: an argument is outside these limits.
     """
 
-    #: Levels of the published extraction. Keypoints must not depend on the rotation of the image,
-    #: so suppression is round. Its scores are of normalised contrast, which does not fall from
+    #: Levels of the published extraction. Suppression is round, so that keypoints do not depend on
+    #: image rotation. Scores are computed from normalized contrast, which does not decrease from
     #: level to level; the power was chosen on warped held-out photographs.
     spec = DetectorSpec(up_levels=2, down_levels=5, nms_shape="round", scale_power=0.5, angles=True)
 
@@ -132,9 +131,9 @@ class REKD(nn.Module):
             "variant": variant,
             "input_range": input_range,
         }
-        #: Localisation bias (x, y) of the trained network in pixels, which extraction subtracts.
+        #: Localization bias (x, y) of the trained network in pixels, which extraction subtracts.
         self.offset: tuple[float, float] = (0.0, 0.0)
-        #: Response to an image without content, stored with the weights; None = not measured.
+        #: Response to a constant image, stored with the weights; None = not measured.
         self.floor: float | None = None
         self.group, self.num_levels, self.scale_factor = group, num_levels, float(scale_factor)
         self.published, self.input_range = variant == "published", float(input_range)
@@ -145,8 +144,8 @@ class REKD(nn.Module):
         self.initialize()
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """He initialisation; the score starts as a mean of the pooled maps, because strong means
-        wanted.
+        """He initialization; the score is initialized as the mean of the pooled maps, because
+        strong responses are keypoints.
         """
         for module in self.modules():
             if isinstance(module, LiftingConv | GroupConv):
@@ -159,14 +158,15 @@ class REKD(nn.Module):
             self.score.bias.zero_()  # type: ignore[union-attr]
 
     def level_images(self, image: Tensor) -> list[Tensor]:
-        """The levels (B,1,h,w) that the trunk sees, contrast normalised, finest first; no
+        """The contrast-normalized levels (B,1,h,w) for the trunk, finest first, without
         gradient.
         """
         with torch.no_grad():
             image = image * self.input_range
             if self.published:
                 return self._published_levels(image)
-            # The blur takes away what the pixel grid shows differently from turn to turn.
+            # The blur removes high frequencies, which the pixel grid does not represent
+            # equivariantly.
             levels = [
                 normalize_contrast(
                     binomial_blur(image), floor=CONTRAST_FLOOR * self.input_range / 255, boxes=2
@@ -192,7 +192,7 @@ class REKD(nn.Module):
         return levels
 
     def resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps (B,C,h,w) of a level at another size."""
+        """Resize maps (B,C,h,w) of a level."""
         if self.published:
             return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
         return resize(maps, size)
@@ -213,26 +213,26 @@ class REKD(nn.Module):
         return score, torch.stack(directions).sum(dim=0).softmax(dim=1)
 
     def positive(self, response: Tensor) -> Tensor:
-        """Scores from responses of either sign. A ReLU, as published, cuts off weak corners for
-        good (docs/diary.md).
+        """Positive scores from responses of either sign: softplus, because with a ReLU, as
+        published, weak corners get no gradient (docs/diary.md).
         """
         return F.relu(response) if self.published else F.softplus(response)
 
     def regrouped(self, group: int) -> REKD:
-        """About the same function with another number of orientations: a cheap small group starts a
-        large one.
+        """An approximation with another number of orientations, so that a small group, which trains
+        faster, can initialize a large one.
         """
         net = REKD(**{**self.settings, "group": group})
-        state = self.state_dict()
-        turned = {
-            "orientation.coefficients": self.orientation.regrouped(group).coefficients.detach()
+        convs = {"orientation": self.orientation} | {
+            f"trunk.convs.{i}": conv
+            for i, conv in enumerate(self.trunk.convs)
+            if isinstance(conv, GroupConv)
         }
-        for i, conv in enumerate(self.trunk.convs):
-            if isinstance(conv, GroupConv):
-                turned[f"trunk.convs.{i}.coefficients"] = conv.regrouped(
-                    group
-                ).coefficients.detach()
-        net.load_state_dict({**state, **turned})
+        coefficients = {
+            f"{name}.coefficients": conv.regrouped(group).coefficients.detach()
+            for name, conv in convs.items()
+        }
+        net.load_state_dict({**self.state_dict(), **coefficients})
         net.offset = self.offset
         return net.train(self.training)
 
@@ -242,37 +242,39 @@ class REKD(nn.Module):
 
 
 def histogram_angle(histogram: Tensor) -> Tensor:
-    """Angle of the strongest bin of histograms (B,N,H,W): (B,1,H,W) radians in [0, 2 pi), by the
-    coordinate law.
+    """Angle of the strongest bin of histograms (B,N,H,W): (B,1,H,W) radians in [0, 2 pi), in the
+    convention of ``structs``.
 
-    Between bins by the vertex of the parabola through the logarithms of the strongest bin and its
-    neighbours. The law's angles are clockwise as seen, bins counter-clockwise.
+    Interpolated by the vertex of the parabola through the logarithms of the strongest bin and its
+    neighbors. Angles are clockwise in the image, bins counter-clockwise.
     """
     return logits_angle(histogram.clamp(min=1e-30).log())
 
 
 def logits_angle(logits: Tensor) -> Tensor:
-    """As ``histogram_angle``, of the logarithms (B,N,H,W) up to a constant for each pixel: what the
-    softmax takes.
+    """As ``histogram_angle``, from the logits (B,N,H,W) of the histograms, the input of the
+    softmax.
     """
     n = logits.shape[1]
     peak, best = logits.max(dim=1, keepdim=True)
     before, after = (logits.gather(1, (best + step) % n) for step in (-1, 1))
-    bend = before + after - 2 * peak  # <= 0
+    curvature = before + after - 2 * peak  # <= 0
     shift = torch.where(
-        bend < 0, 0.5 * (before - after) / bend.clamp(max=-1e-12), torch.zeros_like(bend)
+        curvature < 0,
+        0.5 * (before - after) / curvature.clamp(max=-1e-12),
+        torch.zeros_like(curvature),
     ).clamp(-0.5, 0.5)
     angle = (-(best + shift) * (2 * math.pi / n)).remainder(2 * math.pi)
-    return torch.where(
-        angle < 2 * math.pi, angle, torch.zeros_like(angle)
-    )  # a tiny negative one rounds to the whole turn
+    # the remainder of a tiny negative angle is rounded to 2 pi
+    return torch.where(angle < 2 * math.pi, angle, torch.zeros_like(angle))
 
 
 class FusedREKD(nn.Module):
-    """A trained ``REKD`` for inference: filters made once, normalisation folded in, strips of rows.
+    """A trained ``REKD`` for inference: constant filters with batch normalization folded in,
+    computed in tiles of rows.
 
-    In: as ``REKD``. Out: score map (B,1,H,W) and angle map (B,1,H,W), radians by the coordinate
-    law. Equal to the network in eval mode up to rounding. It copies the weights.
+    In: as ``REKD``. Out: score map (B,1,H,W) and angle map (B,1,H,W), radians in the convention of
+    ``structs``. Equal to the network in eval mode up to rounding. The weights are copied.
     """
 
     spec = REKD.spec
@@ -289,7 +291,7 @@ class FusedREKD(nn.Module):
         self.direction = self.reference.orientation.frozen()
         channels = min(conv.weight.shape[1] for conv in self.convs[1:])  # type: ignore[index]
         wide = channels >= WINOGRAD_CHANNELS
-        # the Winograd layers pack channels last; the library prefers the other layout
+        # the Winograd layers have the channels last; the library is faster with contiguous maps
         self.layout = torch.channels_last if wide else torch.contiguous_format
         for conv in self.convs:
             conv.to(memory_format=self.layout)  # type: ignore[call-overload]
@@ -314,34 +316,37 @@ class FusedREKD(nn.Module):
         levels = self.reference.level_images(image)
         score, angle = image.new_empty(b, 1, h, w), image.new_empty(b, 1, h, w)
         for top, bottom in tiles(h, b * w, TILE_PIXELS):
-            score[:, :, top:bottom], angle[:, :, top:bottom] = self._strip(
+            score[:, :, top:bottom], angle[:, :, top:bottom] = self._tile(
                 levels, (h, w), top, bottom
             )
         return score, angle
 
-    def _strip(
+    def _tile(
         self, levels: list[Tensor], size: tuple[int, int], top: int, bottom: int
     ) -> tuple[Tensor, Tensor]:
-        strength: Tensor | float = self.bias.view(1, 1, 1, 1)
-        direction: Tensor | float = 0.0
+        """Score and angle maps of rows ``top`` to ``bottom`` of the image."""
+        score: Tensor | float = self.bias.view(1, 1, 1, 1)
+        logits: Tensor | float = 0.0
         fields = self.weight.shape[1] // len(levels)
         for i, level in enumerate(levels):
             rows = self._rows(level.shape[-2], size[0], top, bottom, level)
             low, high = int(rows.min()), min(int(rows.max()) + 2, level.shape[-2])
-            # Resizing is linear, so it may follow the sums over fields: fewer maps to resize.
-            answers = self._answers(
+            # Resizing is linear, so it can follow the sum over fields, which leaves fewer maps.
+            responses = self._responses(
                 level, low, high, self.weight[0, i * fields : (i + 1) * fields, 0, 0]
             )
-            pooled, directions = (self._to_strip(maps, rows - low, size[1]) for maps in answers)
-            strength = strength + pooled
-            direction = directions if i == 0 else direction.add_(directions)  # type: ignore[union-attr]
-        return self.reference.positive(strength), logits_angle(direction)  # type: ignore[arg-type]
+            pooled, directions = (self._resize_rows(m, rows - low, size[1]) for m in responses)
+            score = score + pooled
+            logits = directions if i == 0 else logits.add_(directions)  # type: ignore[union-attr]
+        return self.reference.positive(score), logits_angle(logits)  # type: ignore[arg-type]
 
-    def _answers(self, level: Tensor, low: int, high: int, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """What rows ``low`` to ``high`` of a level say: (B,1,rows,w) for the score and (B,N,rows,w)
-        for the direction.
+    def _responses(
+        self, level: Tensor, low: int, high: int, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Responses of rows ``low`` to ``high`` of a level: (B,1,rows,w) for the score and
+        (B,N,rows,w) for the orientation.
 
-        Made from as many rows more as the filters reach, which are then dropped.
+        Computed with ``halo`` more rows on each side, which are dropped.
         """
         h, w = level.shape[-2:]
         first, last = max(0, low - self.halo), min(h, high + self.halo)
@@ -364,8 +369,8 @@ class FusedREKD(nn.Module):
             both = [self._pooled(flat, weight).view(shape), (flat @ mixed).view(shape)]
             parts.append(
                 [
-                    answer.permute(0, 2, 1, 3).flatten(1, 2)[:, PAD : PAD + w].permute(2, 0, 1)
-                    for answer in both
+                    maps.permute(0, 2, 1, 3).flatten(1, 2)[:, PAD : PAD + w].permute(2, 0, 1)
+                    for maps in both
                 ]
             )
         if len(parts) == 1:  # stacking copies
@@ -373,22 +378,22 @@ class FusedREKD(nn.Module):
         return torch.stack([part[0] for part in parts]), torch.stack([part[1] for part in parts])
 
     def _pooled(self, maps: Tensor, weight: Tensor) -> Tensor:
-        """Strongest orientation of each field of (...,fields*N), weighed: (...,1)."""
+        """Weighted sum over fields of the maximum over orientations: (...,fields*N) -> (...,1)."""
         return (maps.unflatten(-1, (-1, self.group)).amax(dim=-1) * weight).sum(
             dim=-1, keepdim=True
         )
 
     def _rows(self, level: int, height: int, top: int, bottom: int, like: Tensor) -> Tensor:
-        """Where rows ``top`` to ``bottom`` of the image lie in a level, as the resize of the
-        network has it.
+        """Fractional rows of a level that correspond to rows ``top`` to ``bottom`` of the image,
+        as in ``REKD.resize``.
         """
         y = torch.arange(top, bottom, device=like.device, dtype=torch.float64)
         if self.reference.published:
             return (y * ((level - 1) / (height - 1)) if height > 1 else y * 0).clamp(0, level - 1)
         return ((y + 0.5) * (level / height) - 0.5).clamp(0, level - 1)
 
-    def _to_strip(self, maps: Tensor, rows: Tensor, width: int) -> Tensor:
-        """Rows (fractional) of ``maps`` by linear interpolation, then the width resized."""
+    def _resize_rows(self, maps: Tensor, rows: Tensor, width: int) -> Tensor:
+        """Interpolate ``maps`` linearly at fractional rows, then resize the width."""
         whole = rows.floor()
         if len(rows) != maps.shape[-2] or not torch.equal(rows, torch.arange(len(rows)).to(rows)):
             below = (whole + 1).clamp(max=maps.shape[-2] - 1).long()

@@ -1,16 +1,16 @@
-"""SobelNet: real-time key points from gradients (Yuan et al. 2020, "Realtime CNN-based Keypoint
+"""SobelNet: real-time keypoints from gradients (Yuan et al. 2020, "Realtime CNN-based Keypoint
 Detector with Sobel Filter ...").
 
-Idea: corners are places whose gradients point several ways, so gradients are what a small network
-is given; the same network looks at three scales of the image, and what it sees on each is summed,
-not stacked, before one last filter makes the score.
+Idea: gradients have several directions at corners, so a small network has gradients as input; the
+same network is applied to three scales of the image, and its maps are summed, not concatenated,
+before a last filter computes the score.
 
-In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0,
-without unit: only the order of scores within one network means something.
+In:  image (B,1,H,W), float32 gray in [0,1], any size from 1 x 1 up. Out: score map (B,1,H,W), >= 0;
+only the order of scores of one network is meaningful.
 
 The paper's code was never published. Scales, the order of Sobel, Gaussian, three layers of eight
-channels, sum, last layer and the cut at a part of the maximum are the paper's; which gradients,
-kernel sizes, and the soft ReLU of the score are ours (docs/models.md).
+channels, sum, last layer and the threshold relative to the maximum are the paper's; the choice of
+gradients, the kernel sizes, and the softplus of the score are ours (docs/models.md).
 """
 
 from __future__ import annotations
@@ -30,38 +30,37 @@ from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
 from .spec import DetectorSpec
 
-#: Size of each scale over the one before: 1, 1/sqrt(2), 1/2.
+#: Size ratio of neighboring scales: 1, 1/sqrt(2), 1/2.
 SCALE_FACTOR = math.sqrt(2.0)
 NUM_LEVELS = 3
 NUM_FILTERS = 8
 NUM_BLOCKS = 3
 GRADIENTS = ("dx", "dy", "magnitude")
-#: Scores under this part of the image's largest are set to zero. They range widely: a part of 1e-6
-#: already costs points that repeat.
+#: Scores below this fraction of the image's largest are set to zero. Scores span a wide range: 1e-6
+#: would already remove repeatable keypoints.
 RATIO = 1e-8
-# bounds the memory of maps on a large image; smaller strips cost more in calls than they save in
+# bounds the memory of maps on a large image; smaller tiles cost more in calls than they save in
 # cache
 TILE_PIXELS = 300_000
-_TINY = 1e-12  # of the squared gradient: the root of 0 has no derivative
+_EPS = 1e-12  # added to the squared gradient, because the square root has no derivative at 0
 
 
 def gradients(image: Tensor) -> list[Tensor]:
-    """``GRADIENTS`` of a gray image (B,1,H,W), smoothed by a 5 x 5 binomial: (B,1,H,W) each, in
-    gray values a pixel.
+    """``GRADIENTS`` of a gray image (B,1,H,W) after a 5 x 5 binomial blur: (B,1,H,W) each, in gray
+    values per pixel.
     """
-    dx, dy = sobel(
-        binomial_blur(image)
-    )  # Sobel and Gaussian may change places: one blur instead of two
-    return [dx, dy, (dx.square() + dy.square() + _TINY).sqrt()]
+    # Sobel and Gaussian commute: one blur of the image instead of two of the derivatives
+    dx, dy = sobel(binomial_blur(image))
+    return [dx, dy, (dx.square() + dy.square() + _EPS).sqrt()]
 
 
 class SobelNet(nn.Module):
-    """See the file's docstring.
+    """Score map network: image (B,1,H,W) -> score map (B,1,H,W).
 
     Args:
         kernel_size: odd side of all learned filters in pixels.
-        ratio: scores under this part of the image's largest become zero (in eval mode), 0 = none,
-            below 1.
+        ratio: scores below this fraction, in [0, 1), of the image's largest become zero in eval
+            mode.
 
     Raises:
         ValueError: an argument is outside these limits.
@@ -72,16 +71,14 @@ class SobelNet(nn.Module):
     def __init__(self, *, kernel_size: int = 3, ratio: float = RATIO):
         super().__init__()
         if int(kernel_size) != kernel_size or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be an odd whole number from 1 up, got {kernel_size}"
-            )
+            raise ValueError(f"kernel_size must be an odd integer from 1 up, got {kernel_size}")
         if not 0 <= ratio < 1:
-            raise ValueError(f"ratio must be from 0 to below 1, got {ratio}")
+            raise ValueError(f"ratio must lie in [0, 1), got {ratio}")
         self.settings: dict[str, Any] = {"kernel_size": int(kernel_size), "ratio": float(ratio)}
         self.ratio = float(ratio)
-        #: Localisation bias (x, y) of the trained network in pixels, which extraction subtracts.
+        #: Localization bias (x, y) of the trained network in pixels, which extraction subtracts.
         self.offset: tuple[float, float] = (0.0, 0.0)
-        #: Response to an image without content, stored with the weights; None = not measured.
+        #: Response to a constant image, stored with the weights; None = not measured.
         self.floor: float | None = None
         pad = kernel_size // 2
         widths = [len(GRADIENTS)] + NUM_BLOCKS * [NUM_FILTERS]
@@ -100,7 +97,7 @@ class SobelNet(nn.Module):
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
 
     def level_images(self, image: Tensor) -> list[Tensor]:
-        """The image and its coarser copies, each blurred and reduced from the one before."""
+        """The image and its coarser levels, each blurred and reduced from the previous one."""
         h, w = image.shape[-2:]
         levels = [image]
         for i in range(1, NUM_LEVELS):
@@ -128,7 +125,7 @@ class SobelNet(nn.Module):
 
 
 def cut(score: Tensor, ratio: float) -> Tensor:
-    """Scores (B,1,H,W) with those under ``ratio`` times the largest of their image set to zero."""
+    """Set scores (B,1,H,W) below ``ratio`` times the largest of their image to zero."""
     return (
         torch.where(score < ratio * score.amax(dim=(1, 2, 3), keepdim=True), 0.0, score)
         if ratio
@@ -137,11 +134,11 @@ def cut(score: Tensor, ratio: float) -> Tensor:
 
 
 class FusedSobelNet(nn.Module):
-    """A trained ``SobelNet`` for inference: batch normalisation folded into the filters,
-    channels-last memory.
+    """A trained ``SobelNet`` for inference: batch normalization folded into the filters,
+    channels-last memory, computed in tiles of rows.
 
-    Equal to the network in eval mode up to rounding. It copies the weights, so later training of
-    the original does not show here.
+    Equal to the network in eval mode up to rounding. The weights are copied, so later training of
+    the original has no effect.
     """
 
     spec = SobelNet.spec
@@ -153,9 +150,8 @@ class FusedSobelNet(nn.Module):
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
         self.last = SingleChannelConv2d(net.last.weight, net.last.bias)
-        self.halo = 3 + NUM_BLOCKS * (
-            net.settings["kernel_size"] // 2
-        )  # gradients reach one pixel, their blur two
+        # gradients have a radius of one pixel, their blur of two
+        self.halo = 3 + NUM_BLOCKS * (net.settings["kernel_size"] // 2)
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:

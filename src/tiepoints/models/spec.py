@@ -1,6 +1,4 @@
-"""Facts about a kind of network that the code around it needs; each network class carries its
-``spec``.
-"""
+"""Specification of a network class for the code that uses it; each class has one as ``spec``."""
 
 from __future__ import annotations
 
@@ -18,9 +16,10 @@ class DetectorSpec:
     Attributes:
         up_levels, down_levels: enlarged and reduced pyramid levels of the published extraction.
         nms_shape: shape of the suppression window, ``square`` or ``round``.
-        scale_power: scores of different levels are compared times the level's scale to this power.
-        angles: whether the network measures the orientation of keypoints too.
-        official: the detector of the published extraction where it is not the common one:
+        scale_power: scores are multiplied by the scale of their level to this power before levels
+            are compared.
+        angles: whether the network also estimates the orientation of keypoints.
+        official: factory of the published detector, if ``ScoreMapDetector`` does not implement it:
             (network, ``DetectOptions``) -> (pyramid, masks) -> keypoints of each image.
     """
 
@@ -39,18 +38,18 @@ class PatchSpec:
 
 @dataclass(frozen=True)
 class DenseSpec:
-    """A network image (B,1,H,W) -> descriptor map (B,D,h,w), with D in its attribute ``dim``."""
+    """A network image (B,1,H,W) -> descriptor map (B,D,h,w); D is its attribute ``dim``."""
 
 
 Spec = DetectorSpec | PatchSpec | DenseSpec
 
 
 def spec_of(net: nn.Module) -> Spec | None:
-    """The spec of a network, None for one that carries none (a user's own)."""
+    """The spec of a network, None for a user's network without one."""
     return getattr(net, "spec", None)
 
 
 def fused(net: nn.Module, *args: Any) -> nn.Module:
-    """The fast copy of a network for inference; the network itself where it has none."""
+    """The fast copy of a network for inference, or the network itself if it has none."""
     make = getattr(net, "fused", None)
     return net if make is None else make(*args)

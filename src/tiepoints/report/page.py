@@ -1,9 +1,8 @@
-"""Tables, charts and pictures to one HTML page and one Markdown text that say the same; knows
-nothing of what is measured.
+"""Render tables, charts and images as an HTML page and as Markdown, independent of the metrics.
 
-The page needs no network, no file and no script: pictures and charts lie in it, its one script only
-sorts columns. A system is one of three roles, kept apart in every table: ``real``, ``control``
-(never looked at the image) and ``published`` (printed in a paper).
+The page is self-contained: images and charts are inline, and its script only sorts columns. Tables
+separate three roles of systems: ``real``, ``control`` (independent of the image content) and
+``published`` (values from a paper).
 """
 
 from __future__ import annotations
@@ -28,14 +27,19 @@ def _template() -> Template:
 
 
 ROLES = ("real", "control", "published")
-CONTROL_HEAD = "Controls: points that never looked at the image"
-ABSENT = "–"
+CONTROL_HEAD = "Controls: keypoints independent of the image content"
+MISSING = "–"
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: its label, a heading it shares with its neighbours, decimals (None = text) and
-    which way is better (1, -1, 0).
+    """A column of a table.
+
+    Attributes:
+        label: heading of the column.
+        group: common heading of neighboring columns.
+        digits: number of decimals; None for text.
+        better: 1 if higher is better, -1 if lower is better, else 0.
     """
 
     label: str
@@ -45,22 +49,22 @@ class Column:
 
     @property
     def full(self) -> str:
-        """Heading and label in one."""
+        """Group and label."""
         return f"{self.group} {self.label}".strip()
 
     def show(self, value: Cell) -> str:
-        """A value as printed; texts are printed as they are."""
+        """Format a value; strings are unchanged."""
         if value is None:
-            return ABSENT
+            return MISSING
         if isinstance(value, str) or self.digits is None:
             return str(value)
-        value = round(value, self.digits) + 0.0  # no minus before a zero
+        value = round(value, self.digits) + 0.0  # avoid -0
         return f"{value:,.{self.digits}f}" if abs(value) >= 10_000 else f"{value:.{self.digits}f}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a name, one cell a column, and a role."""
+    """A row of a table: name, one cell per column, and role."""
 
     name: str
     cells: list[Cell]
@@ -69,11 +73,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; the best value of a column among the real rows is printed in bold.
+    """A table; the best value of each column among the rows of role ``real`` is bold.
 
     Attributes:
         published_head: source of the rows of role ``published``.
-        corner: heading of the names.
+        corner: heading of the first column, the names.
     """
 
     caption: str
@@ -84,8 +88,8 @@ class Table:
     note: str = ""
 
     def trimmed(self) -> Table | None:
-        """Without the columns that no row of ours fills and the rows of ours that fill none; None
-        where nothing is left.
+        """Remove columns without values in rows that are not published, and empty rows; None if
+        nothing is left.
         """
         measured = [row for row in self.rows if row.role != "published"]
         kept = [
@@ -105,8 +109,8 @@ class Table:
         )
 
     def best(self, k: int) -> str | None:
-        """The best value of column ``k`` among real rows as printed, so that equal looks are marked
-        alike; None where all look equal.
+        """The best value of column ``k`` among rows of role ``real``, formatted, so that values
+        equal after rounding are all bold; None if all are equal.
         """
         column = self.columns[k]
         values = [row.cells[k] for row in self.rows if row.role == "real"]
@@ -115,8 +119,8 @@ class Table:
             return None
         return column.show(max(numbers) if column.better > 0 else min(numbers))
 
-    def _printed(self, row: Row, bests: list[str | None]) -> list[tuple[str, bool]]:
-        """The cells of a row as text, and whether each is the best of its column."""
+    def _format(self, row: Row, bests: list[str | None]) -> list[tuple[str, bool]]:
+        """The formatted cells of a row, and whether each is the best of its column."""
         texts = [column.show(cell) for column, cell in zip(self.columns, row.cells, strict=True)]
         return [
             (text, row.role == "real" and isinstance(cell, int | float) and text == best)
@@ -124,93 +128,78 @@ class Table:
         ]
 
     def html(self) -> str:
-        """A ``figure`` whose table scrolls inside its own box."""
-        e = html.escape
-        grouped = any(column.group for column in self.columns)
-        rowspan = " rowspan=2" if grouped else ""
-        top, below = (
-            [f'<th scope="col" class="name"{rowspan}>{e(self.corner)}</th>'],
-            [],
-        )
-        k = 0
-        while k < len(self.columns):
-            column = self.columns[k]
-            span = 1
-            while (
-                column.group
-                and k + span < len(self.columns)
-                and self.columns[k + span].group == column.group
-            ):
-                span += 1
-            if column.group:
-                top.append(
-                    f'<th scope="colgroup" colspan="{span}" class="group">{e(column.group)}</th>'
-                )
-                for j in range(span):
-                    edge = " edge" if not j else ""
-                    one = self.columns[k + j]
-                    below.append(
-                        f'<th scope="col" class="key{edge}" data-c="{k + j + 1}" '
-                        f'data-b="{one.better}">{e(one.label)}</th>'
-                    )
-            else:
-                rows = " rowspan=2" if grouped else ""
-                text = "" if column.digits is not None else " text"
-                top.append(
-                    f'<th scope="col" class="key edge{text}"{rows} data-c="{k + 1}" '
-                    f'data-b="{column.better}">{e(column.label)}</th>'
-                )
-            k += span
-        head = f"<tr>{''.join(top)}</tr>" + (f"<tr>{''.join(below)}</tr>" if below else "")
-        starts = [
-            not c.group or not k or self.columns[k - 1].group != c.group
-            for k, c in enumerate(self.columns)
-        ]
+        """A ``figure`` with a horizontally scrollable table."""
         bests = [self.best(k) for k in range(len(self.columns))]
-        bodies = []
-        for role in ROLES:
-            rows_of_role = [row for row in self.rows if row.role == role]
-            if not rows_of_role:
-                continue
-            heading = {
-                "control": CONTROL_HEAD,
-                "published": f"Published: {self.published_head}",
-            }.get(role, "")
-            lines = []
-            if heading:
-                lines.append(
-                    '<tr class="head"><th scope="rowgroup" '
-                    f'colspan="{len(self.columns) + 1}"><span>{e(heading)}</span></th></tr>'
-                )
-            for row in rows_of_role:
-                cells = []
-                for (text, marked), column, value, start in zip(
-                    self._printed(row, bests), self.columns, row.cells, starts, strict=True
-                ):
-                    kind = " ".join(
-                        ["text"] * (column.digits is None)
-                        + ["edge"] * start
-                        + ["absent"] * (value is None)
-                    )
-                    sort = f' data-v="{float(value):.9g}"' if isinstance(value, int | float) else ""
-                    inside = f"<b>{e(text)}</b>" if marked else e(text)
-                    cells.append(f"<td{f' class={kind!r}' if kind else ''}{sort}>{inside}</td>")
-                tag = {
-                    "control": " <small>control</small>",
-                    "published": " <small>published</small>",
-                }.get(role, "")
-                lines.append(f'<tr><th scope="row">{e(row.name)}{tag}</th>{"".join(cells)}</tr>')
-            bodies.append(f'<tbody class="{role}">{"".join(lines)}</tbody>')
-        note = f'<p class="note">{e(self.note)}</p>' if self.note else ""
+        bodies = "".join(self._body(role, bests) for role in ROLES)
+        note = f'<p class="note">{html.escape(self.note)}</p>' if self.note else ""
+        caption = html.escape(self.caption)
         return (
-            f'<figure class="table"><figcaption>{e(self.caption)}</figcaption>'
+            f'<figure class="table"><figcaption>{caption}</figcaption>'
             '<div class="scroll" tabindex="0" role="region" '
-            f'aria-label="{e(self.caption)}"><table class="sortable">'
-            f"<thead>{head}</thead>{''.join(bodies)}</table></div>{note}</figure>"
+            f'aria-label="{caption}"><table class="sortable">'
+            f"<thead>{self._head()}</thead>{bodies}</table></div>{note}</figure>"
         )
 
+    def _starts_group(self, k: int) -> bool:
+        """Whether column ``k`` has no group or is the first of its group."""
+        group = self.columns[k].group
+        return not group or not k or self.columns[k - 1].group != group
+
+    def _head(self) -> str:
+        """One or two header rows; groups span their columns in the upper one."""
+        e = html.escape
+        rowspan = " rowspan=2" if any(column.group for column in self.columns) else ""
+        upper = [f'<th scope="col" class="name"{rowspan}>{e(self.corner)}</th>']
+        lower = []
+        for k, column in enumerate(self.columns):
+            key = f'data-c="{k + 1}" data-b="{column.better}">{e(column.label)}</th>'
+            if not column.group:
+                text = "" if column.digits is not None else " text"
+                upper.append(f'<th scope="col" class="key edge{text}"{rowspan} {key}')
+                continue
+            if self._starts_group(k):
+                span = 1
+                while k + span < len(self.columns) and not self._starts_group(k + span):
+                    span += 1
+                upper.append(
+                    f'<th scope="colgroup" colspan="{span}" class="group">{e(column.group)}</th>'
+                )
+            edge = " edge" if self._starts_group(k) else ""
+            lower.append(f'<th scope="col" class="key{edge}" {key}')
+        head = f"<tr>{''.join(upper)}</tr>"
+        return head + (f"<tr>{''.join(lower)}</tr>" if lower else "")
+
+    def _body(self, role: str, bests: list[str | None]) -> str:
+        """The ``tbody`` of the rows of a role; empty without rows."""
+        e = html.escape
+        rows = [row for row in self.rows if row.role == role]
+        if not rows:
+            return ""
+        heading = {"control": CONTROL_HEAD, "published": f"Published: {self.published_head}"}
+        lines = []
+        if role in heading:
+            lines.append(
+                '<tr class="head"><th scope="rowgroup" '
+                f'colspan="{len(self.columns) + 1}"><span>{e(heading[role])}</span></th></tr>'
+            )
+        tag = "" if role == "real" else f" <small>{role}</small>"
+        for row in rows:
+            cells = []
+            for k, (text, bold) in enumerate(self._format(row, bests)):
+                value = row.cells[k]
+                kind = " ".join(
+                    ["text"] * (self.columns[k].digits is None)
+                    + ["edge"] * self._starts_group(k)
+                    + ["absent"] * (value is None)
+                )
+                sort = f' data-v="{float(value):.9g}"' if isinstance(value, int | float) else ""
+                content = f"<b>{e(text)}</b>" if bold else e(text)
+                cells.append(f"<td{f' class={kind!r}' if kind else ''}{sort}>{content}</td>")
+            lines.append(f'<tr><th scope="row">{e(row.name)}{tag}</th>{"".join(cells)}</tr>')
+        return f'<tbody class="{role}">{"".join(lines)}</tbody>'
+
     def markdown(self) -> str:
-        """A pipe table; controls and published rows say so in their names."""
+        """A pipe table; names of controls and published rows include their role."""
         lines = [f"**{escape_markdown(self.caption)}**", ""]
         lines.append(
             "| "
@@ -231,8 +220,8 @@ class Table:
                 if role != "real":
                     name = f"*{name}* ({role})"
                 cells = [
-                    f"**{escape_markdown(t)}**" if marked else escape_markdown(t)
-                    for t, marked in self._printed(row, bests)
+                    f"**{escape_markdown(text)}**" if bold else escape_markdown(text)
+                    for text, bold in self._format(row, bests)
                 ]
                 lines.append("| " + " | ".join([name, *cells]) + " |")
         if any(row.role == "published" for row in self.rows):
@@ -243,7 +232,7 @@ class Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown and the HTML in it leave as it is, also inside a table."""
+    """Escape text for Markdown, including HTML, also inside a table."""
     text = html.escape(text, quote=False)
     return re.sub(r"([\\`*_\[\]|~])", r"\\\1", " ".join(text.split()))
 
@@ -271,7 +260,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Definitions:
-    """Terms and what they mean."""
+    """Terms with their definitions."""
 
     terms: list[tuple[str, str]]
 
@@ -293,13 +282,13 @@ class Definitions:
 
 @dataclass(frozen=True)
 class Charts:
-    """SVG charts with one legend; the first ``shown`` at once, the others unfolded. The numbers
-    stand in tables, all that Markdown has.
+    """SVG charts with a common legend; those after the first ``shown`` are collapsed. Values are in
+    ``tables``, which alone are in Markdown.
     """
 
     charts: list[str]
     legend: str
-    numbers: list[Table]
+    tables: list[Table]
     shown: int = 12
 
     def html(self) -> str:
@@ -309,18 +298,18 @@ class Charts:
         out = self.legend + grid(self.charts[: self.shown])
         if rest := self.charts[self.shown :]:
             out += f"<details><summary>{len(rest)} more charts</summary>{grid(rest)}</details>"
-        numbers = "".join(table.html() for table in self.numbers)
-        out += f"<details><summary>The numbers</summary>{numbers}</details>"
+        tables = "".join(table.html() for table in self.tables)
+        out += f"<details><summary>Values</summary>{tables}</details>"
         return f'<div class="charts">{out}</div>'
 
     def markdown(self) -> str:
-        return "\n\n".join(table.markdown() for table in self.numbers)
+        return "\n\n".join(table.markdown() for table in self.tables)
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Images side by side under one caption: (address, alternative text). ``wide`` ones are not cut
-    up on a narrow screen but scroll.
+class ImageRow:
+    """Images side by side with a caption, as (address, alternative text). ``wide`` ones scroll on a
+    narrow screen instead of wrapping.
     """
 
     caption: str
@@ -333,12 +322,12 @@ class Picture:
             for address, alt in self.images
         )
         kind, extra = (
-            ("scroll wide", ' tabindex="0" role="region" aria-label="wide picture"')
+            ("scroll wide", ' tabindex="0" role="region" aria-label="wide image"')
             if self.wide
-            else ("beside", "")
+            else ("side-by-side", "")
         )
         caption = f"<figcaption>{html.escape(self.caption)}</figcaption>"
-        return f'<figure class="picture">{caption}<div class="{kind}"{extra}>{tags}</div></figure>'
+        return f'<figure class="images">{caption}<div class="{kind}"{extra}>{tags}</div></figure>'
 
     def markdown(self) -> str:
         return f"- {escape_markdown(self.caption)}"
@@ -359,7 +348,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Section:
-    """A titled run of blocks."""
+    """A section with a title."""
 
     title: str
     blocks: list[Block]
@@ -367,22 +356,20 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report.
+    """A report.
 
     Attributes:
-        facts: (name, value) of the header.
-        summary: sentences of the box at the top.
+        metadata: (name, value) of the header.
+        summary: paragraphs of the box at the top.
     """
 
     title: str
-    facts: list[tuple[str, str]]
+    metadata: list[tuple[str, str]]
     summary: list[str]
     sections: list[Section] = field(default_factory=list)
 
     def html(self) -> str:
-        """One file that a browser shows without a network; the policy in its head forbids anything
-        else.
-        """
+        """A self-contained HTML file; its content security policy forbids external resources."""
         sections = [
             {
                 "anchor": re.sub(r"[^a-z0-9]+", "-", section.title.lower()).strip("-"),
@@ -393,7 +380,7 @@ class Page:
         ]
         return _template().render(
             title=self.title,
-            facts=self.facts,
+            metadata=self.metadata,
             summary=self.summary,
             sections=sections,
             style=_asset("style.css") + _asset("charts.css"),
@@ -401,11 +388,12 @@ class Page:
         )
 
     def markdown(self) -> str:
-        """The same without charts and pictures."""
+        """The report as Markdown, without charts and images."""
         parts = [f"# {escape_markdown(self.title)}"]
         parts.append(
             "\n".join(
-                f"- {escape_markdown(name)}: {escape_markdown(value)}" for name, value in self.facts
+                f"- {escape_markdown(name)}: {escape_markdown(value)}"
+                for name, value in self.metadata
             )
         )
         parts += ["\n>\n".join(f"> {escape_markdown(text)}" for text in self.summary)] * bool(
@@ -417,11 +405,11 @@ class Page:
 
 
 def _joined(blocks: list[Block]) -> str:
-    """Blocks as Markdown apart by an empty line, captions of pictures as one list."""
+    """Markdown of blocks separated by empty lines, with consecutive image captions as a list."""
     out = ""
-    listed = False
+    in_list = False
     for block in blocks:
-        item = isinstance(block, Picture)
-        out += ("\n" if item and listed else "\n\n" if out else "") + block.markdown()
-        listed = item
+        is_item = isinstance(block, ImageRow)
+        out += ("\n" if is_item and in_list else "\n\n" if out else "") + block.markdown()
+        in_list = is_item
     return out

@@ -1,9 +1,8 @@
-"""Figures printed in papers, to stand beside ours marked as published; nothing is computed from
-them.
+"""Results from papers, shown in the report as published values.
 
 They were measured on HPatches (59 viewpoint and 57 illumination sequences) with the authors' own
-code, so only a run on that data with the same number of points compares with them. Percentages are
-stored as printed; ``None`` is a dash in the paper.
+code, so they are comparable only with a run on that data with the same number of keypoints. Values
+are as printed; ``None`` is a dash in the paper.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 KEYNET = "Key.Net, ICCV 2019"
-REKD = "REKD, CVPR 2022, table of the authors' read-me"
+REKD = "REKD, CVPR 2022, table of the authors' README"
 DATASET = "HPatches"
 
 
 class Detection(NamedTuple):
-    """One half row of table 2: repeatability (%) and mean overlap error in SL and L, ratio of
-    largest to smallest scale.
+    """Half a row of table 2: repeatability (%) and mean overlap error in SL and L, ratio of the
+    largest to the smallest scale.
     """
 
     rep_SL: float
@@ -27,7 +26,7 @@ class Detection(NamedTuple):
     s_range: float | None
 
     def printed(self) -> dict[str, str | None]:
-        """Metric of our rows -> the value as the paper prints it; None is a dash there."""
+        """Metric name in our rows -> value as printed in the paper; None for a dash."""
         return {
             "keynet.rep_SL": f"{self.rep_SL:.1f}",
             "keynet.rep_L": f"{self.rep_L:.1f}",
@@ -38,8 +37,8 @@ class Detection(NamedTuple):
 
 
 class Rekd(NamedTuple):
-    """One row of REKD's tables: repeatability (%), mean matching accuracy (%) at 3 and 5 px,
-    matches a pair.
+    """A row of REKD's tables: repeatability (%), mean matching accuracy (%) at 3 and 5 px, number
+    of matches per pair.
     """
 
     repeatability: float
@@ -48,8 +47,8 @@ class Rekd(NamedTuple):
     matches: float
 
 
-#: Key.Net paper, table 2: detector -> (viewpoint, illumination). LIFT's equal 51.6 in SL and L is
-#: as printed in the text we have.
+#: Key.Net paper, table 2: detector -> (viewpoint, illumination). LIFT's equal values 51.6
+#: in SL and L are as printed.
 TABLE_2: dict[str, tuple[Detection, Detection]] = {
     "SIFT-SI": (Detection(43.1, 56.0, 0.18, 0.12, 78.6), Detection(46.2, 57.8, 0.18, 0.12, 84.5)),
     "SURF-SI": (Detection(46.3, 59.8, 0.18, 0.18, 24.8), Detection(52.7, 63.5, 0.15, 0.11, 27.4)),
@@ -81,7 +80,6 @@ TABLE_2: dict[str, tuple[Detection, Detection]] = {
     "Key.Net-SI": (Detection(60.5, 73.2, 0.19, 0.14, 7.6), Detection(61.3, 66.2, 0.12, 0.10, 7.6)),
 }
 
-
 #: Key.Net paper, table 3: matching score (%), viewpoint and illumination.
 TABLE_3: dict[str, tuple[float, float]] = {
     "MSER + HardNet": (14.2, 11.0),
@@ -101,7 +99,6 @@ TABLE_3: dict[str, tuple[float, float]] = {
     "Key.Net + HardNet": (32.3, 34.3),
 }
 
-
 #: Key.Net paper, table 4: learnable parameters, rounded as printed (548k, 940k, 39k, 260, 5.8k).
 TABLE_4: dict[str, int] = {
     "TCDET": 548_000,
@@ -111,12 +108,11 @@ TABLE_4: dict[str, int] = {
     "Key.Net": 5_800,
 }
 
-
-#: Key.Net paper, section 6.4: seconds for an image of 600 x 600 on a GTX 1080 Ti.
+#: Key.Net paper, section 6.4: seconds per image of 600 x 600 pixels on a GTX 1080 Ti.
 SECONDS_600: dict[str, float] = {"Tiny-Key.Net": 0.0057, "Key.Net": 0.031}
 
-
-#: REKD's tables: split -> row. ``*``: after the filter by orientation. All with HardNet.
+#: REKD's tables: split -> name -> row, all with HardNet. ``*``: after filtering matches by
+#: rotation.
 REKD_TABLES: dict[str, dict[str, Rekd]] = {
     "all": {
         "CVPR2022": Rekd(57.6, 73.1, 79.6, 505.8),

@@ -1,9 +1,8 @@
-"""The rows of an evaluation to a page people can read: ``write_report(DIR)`` makes ``report.html``
-and ``report.md``.
+"""Report of an evaluation: ``write_report(DIR)`` writes ``report.html`` and ``report.md``.
 
-Figures are plain means over the pairs that succeeded, as in the papers; a failed pair is listed
-with its reason and enters no mean. What a run does not hold (descriptors, poses, sweeps, images)
-leaves its section out.
+Values are means over the pairs that succeeded, as in the papers; a failed pair is listed with its
+reason and excluded from means. Sections without data (descriptors, poses, sweeps, images) are
+omitted.
 """
 
 from __future__ import annotations
@@ -39,14 +38,7 @@ from ..metrics.geometry import error_auc, mean
 from ..metrics.repeatability import BORDER, localization, mutual_nearest
 from ..plot import draw_keypoints, draw_matches
 from ..report import published
-from .charts import (
-    Look,
-    Series,
-    bar_chart,
-    data_uri,
-    legend,
-    line_chart,
-)
+from .charts import Series, Style, bar_chart, data_uri, legend, line_chart
 from .page import (
     Block,
     Cell,
@@ -54,25 +46,26 @@ from .page import (
     Column,
     Definitions,
     Heading,
+    ImageRow,
     Page,
-    Picture,
     Row,
     Section,
     Table,
     Text,
 )
 
-REACH = 3.0
+#: Maximum distance in pixels of a repeated keypoint and of a correct match in the images.
+MAX_DISTANCE = 3.0
 #: Width of the images in the report, in pixels.
-PICTURE_WIDTH = 480  # px: of a repeated point and a right match in the pictures
-#: Numbers of points of the curve that is computed from stored features, below the number the run
-#: was made with.
+IMAGE_WIDTH = 480
+#: Numbers of keypoints for which the curve is computed from stored features, as far as they are
+#: below that of the run.
 BUDGETS = (100, 250, 500, 1000, 2000)
 
 
 class Measure(NamedTuple):
-    """A column filled by one metric: shares become percentages (``factor``); ``better`` is 1, -1
-    (less is better) or 0.
+    """A column that shows one metric times ``factor`` (100: ratios as percentages); ``better`` is 1
+    (higher is better), -1 (lower is better) or 0.
     """
 
     metric: str
@@ -87,7 +80,7 @@ MAIN = [
     *(Measure(f"keynet.rep_{name}", name, group="repeatability %") for name in ("SL", "L")),
     *(Measure(f"keynet.err_{name}", name, 3, -1, 1.0, "overlap error") for name in ("SL", "L")),
     Measure("s_range", "S range", 1, 0, 1.0),
-    Measure("keynet.points", "points", 0, 0, 1.0),
+    Measure("keynet.points", "keypoints", 0, 0, 1.0),
     *(Measure(f"mutual.rep@{t}", f"{t} px", group="mutual repeatability %") for t in (1, 2, 3, 5)),
     Measure("mutual.err@3", "error px", 2, -1, 1.0),
     *(Measure(f"chance.rep_{name}", name, group="chance-corrected %") for name in ("SL", "L")),
@@ -104,65 +97,67 @@ REKD = [
     Measure("rekd.mma@5", "MMA@5"),
     Measure("rekd.matches", "matches", 1, 0, 1.0),
 ]
-#: Columns of the same table that the papers did not print: TILDE's repeatability, and the measure
-#: of EVD.
+#: Columns of the same table without published values: TILDE's repeatability, and the measure of
+#: EVD.
 REKD_MORE = [
     Measure("rekd.repeatability@5", "rep.@5"),
     Measure("rekd.correct@5", "correct@5", 1, 1, 1.0),
 ]
 
-
 GLOSSARY = [
     (
         "repeatability SL, L",
-        "Key.Net protocol: share of points found again one to one in the common area, circles of "
-        "the points overlapping by at least "
-        "60 % (the larger one has a radius of 30 px). SL uses the detected scales, L takes them "
-        "as right.",
+        "Key.Net protocol: fraction of keypoints with a one-to-one correspondence in the common "
+        "area, with an overlap of their circles of at least 60 % (the larger one has a radius of "
+        "30 px). SL uses the detected scales, L assumes correct scales.",
     ),
     (
         "overlap error",
-        "Mean of 1 - overlap over the correspondences; pairs without any do not count.",
+        "Mean of 1 - overlap over the correspondences; pairs without correspondences are skipped.",
     ),
-    ("S range", "Largest over smallest detected scale of an image; 1 for a detector of one scale."),
+    ("S range", "Ratio of the largest to the smallest scale of an image; 1 for a single scale."),
     (
-        "points",
-        "The smaller number of points evaluated in the two images, after the common area and the "
-        "limit.",
+        "keypoints",
+        "The smaller number of keypoints evaluated in the two images, in the common area and up to "
+        "the limit.",
     ),
     (
         "mutual repeatability",
-        "Share of points that are each other's nearest within so many pixels, of the smaller "
-        "number of points.",
+        "Number of mutual nearest keypoints within a distance in pixels, divided by the smaller "
+        "number of keypoints.",
     ),
-    ("error px", "Mean distance in pixels of the points repeated at 3 px."),
+    ("error px", "Mean distance in pixels of the keypoints repeated within 3 px."),
     (
         "chance-corrected",
-        "(repeatability - chance) / (1 - chance), where chance is what the same points score with "
-        "those of the second image turned "
-        "by 180 degrees: 0 for points without relation to the image, 100 for a perfect detector.",
+        "(repeatability - chance) / (1 - chance), where chance is the repeatability with the "
+        "keypoints of the second image rotated by 180 degrees: 0 for keypoints independent of the "
+        "image, 100 for a perfect detector.",
     ),
     (
         "bias px",
-        "How far points miss their place for good: half the shift found by mirroring or turning "
-        "the picture and back.",
+        "Constant localization error: half the displacement between keypoints of an image and of "
+        "its mirrored or rotated copy.",
     ),
     (
         "on structure %",
-        "Percentile of the keypoints' pixels by corner strength, median; chance is 50 (--extras "
-        "bias).",
+        "Median percentile of the keypoints' corner strength among all pixels; chance is 50 "
+        "(--extras bias).",
     ),
-    ("beside %", "Keypoints below their image's median pixel by corner strength; chance is 50."),
-    ("s / image", "Seconds to detect and describe one image, where and when this run was made."),
-    ("pairs", "Pairs that enter the means, and of how many where some failed."),
+    (
+        "below median %",
+        "Fraction of keypoints with less corner strength than the median pixel; chance is 50.",
+    ),
+    ("s / image", "Seconds to detect and describe an image on the machine of the run."),
+    ("pairs", "Number of pairs in the means; N of M if some failed."),
     (
         "matching score, MMA",
-        "Right mutual matches over the smaller number of points; over the number of matches.",
+        "Number of correct mutual matches divided by the smaller number of keypoints; divided by "
+        "the number of matches.",
     ),
     (
         "AUC",
-        "Area under the share of pairs whose error is below a threshold, up to it; a pair without "
-        "an estimate (failed) never is.",
+        "Area under the curve of the fraction of pairs with an error below a threshold; pairs "
+        "without an estimate (failed) have an infinite error.",
     ),
 ]
 
@@ -171,8 +166,8 @@ GLOSSARY = [
 
 
 def bias_px(run: Run, system: str) -> float | None:
-    """Mean over the images of the length of a detector's constant offset: x and y from the mirrors,
-    else from the half turn.
+    """Mean over the images of a detector's localization bias in pixels, from the mirrored copies or
+    from the copy rotated by 180 degrees.
     """
     offsets: dict[str, dict[str, float]] = {}
     for kind, axes in (
@@ -192,8 +187,8 @@ def bias_px(run: Run, system: str) -> float | None:
 
 
 def anchoring_percent(run: Run, system: str) -> tuple[float | None, float | None]:
-    """Means over the images of the median percentile, and of the share of keypoints below the
-    median pixel, in percent.
+    """Means over the images, in percent, of the median percentile of corner strength and of the
+    fraction of keypoints below the median pixel.
     """
     rows = [row for row in run.bias if row.system == system and row.kind == "anchoring" and row.ok]
     known = [
@@ -203,9 +198,8 @@ def anchoring_percent(run: Run, system: str) -> tuple[float | None, float | None
     ]
     if not known:
         return None, None
-    return 100 * math.fsum(a for a, _ in known) / len(known), 100 * math.fsum(
-        b for _, b in known
-    ) / len(known)
+    medians, fractions = zip(*known, strict=True)
+    return 100 * math.fsum(medians) / len(known), 100 * math.fsum(fractions) / len(known)
 
 
 def _values(rows: Rows, split: str, system: str, measures: Iterable[Measure]) -> list[Cell]:
@@ -218,7 +212,7 @@ def _main_table(rows: Rows, split: str) -> Table | None:
     columns += [
         Column("bias px", "", 2, -1),
         Column("on structure %", "", 1, 1),
-        Column("beside %", "", 1, -1),
+        Column("below median %", "", 1, -1),
     ]
     columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
     lines = []
@@ -246,8 +240,8 @@ def _repeatability(rows: Rows) -> Section | None:
         blocks.insert(
             0,
             Text(
-                "Not all systems have the same pairs (column pairs); means over different pairs "
-                "compare only roughly."
+                "Systems have different numbers of pairs (column pairs), so that their means are "
+                "only roughly comparable."
             ),
         )
     return Section("Repeatability", blocks) if blocks else None
@@ -255,12 +249,13 @@ def _repeatability(rows: Rows) -> Section | None:
 
 def _matching(rows: Rows) -> Section | None:
     run, blocks = rows.run, list[Block]()
-    picks = [(m, split) for m in MATCHING for split in rows.splits]
+    selected = [(m, split) for m in MATCHING for split in rows.splits]
     columns = [
-        Column(SPLITS[split].lower().split()[0], m.label, m.digits, m.better) for m, split in picks
+        Column(SPLITS[split].lower().split()[0], m.label, m.digits, m.better)
+        for m, split in selected
     ]
     lines = [
-        Row(s, [rows.mean(split, s, m.metric, m.factor) for m, split in picks], run.role(s))
+        Row(s, [rows.mean(split, s, m.metric, m.factor) for m, split in selected], run.role(s))
         for s in run.systems
     ]
     for name, (view, illum) in published.TABLE_3.items():
@@ -268,13 +263,15 @@ def _matching(rows: Rows) -> Section | None:
             ("keynet.score@5", "view"): f"{view:.1f}",
             ("keynet.score@5", "illum"): f"{illum:.1f}",
         }
-        lines.append(Row(name, [printed.get((m.metric, split)) for m, split in picks], "published"))
-    note = "Mutual nearest neighbours of the descriptors, no ratio test, in the common area."
+        lines.append(
+            Row(name, [printed.get((m.metric, split)) for m, split in selected], "published")
+        )
+    note = "Mutual nearest neighbors without a ratio test, in the common area."
     source = f"{published.KEYNET}, table 3 ({published.DATASET})"
     if table := Table("Matching, Key.Net protocol", columns, lines, source, note=note).trimmed():
         blocks.append(table)
-    if charts := _curves(rows, "keynet.mma@{}", range(1, 11), "MMA", "right matches %"):
-        blocks += [Heading("Matching accuracy against the threshold"), charts]
+    if charts := _curves(rows, "keynet.mma@{}", range(1, 11), "MMA", "correct matches %"):
+        blocks += [Heading("Matching accuracy by threshold"), charts]
     if table := _rekd_table(rows):
         blocks.append(table)
     return Section("Matching", blocks) if blocks else None
@@ -282,35 +279,34 @@ def _matching(rows: Rows) -> Section | None:
 
 def _rekd_table(rows: Rows) -> Table | None:
     run = rows.run
-    picks = [(m, split) for split in rows.splits for m in (*REKD, *REKD_MORE)]
-    columns = [Column(m.label, SPLITS[split].lower(), m.digits, m.better) for m, split in picks]
+    selected = [(m, split) for split in rows.splits for m in (*REKD, *REKD_MORE)]
+    columns = [Column(m.label, SPLITS[split].lower(), m.digits, m.better) for m, split in selected]
     lines = []
     for system in run.systems:
         lines.append(
             Row(
                 system,
-                [rows.mean(split, system, m.metric, m.factor) for m, split in picks],
+                [rows.mean(split, system, m.metric, m.factor) for m, split in selected],
                 run.role(system),
             )
         )
-        starred: list[Cell] = [
+        filtered: list[Cell] = [
             None
             if "repeatability" in m.metric
             else rows.mean(split, system, m.metric.replace("rekd.", "rekd*."), m.factor)
-            for m, split in picks
+            for m, split in selected
         ]
-        lines.append(Row(f"{system}*", starred, run.role(system)))
+        lines.append(Row(f"{system}*", filtered, run.role(system)))
     for name in published.REKD_TABLES["all"]:
         cells: list[Cell] = []
-        for m, split in picks:
+        for m, split in selected:
             row = published.REKD_TABLES.get(split, {}).get(name)
             cells.append(f"{row[REKD.index(m)]:.1f}" if row and m in REKD else None)
         lines.append(Row(name, cells, "published"))
     note = (
-        "In %: points of image 1 with any point of image 2 within 3 px (rep.; many to one, no "
-        "common area) or 5 px (rep.@5, TILDE's), and "
-        "right matches (MMA; correct@5 is their number). "
-        "*: only matches that agree on the turn."
+        "rep.: % of keypoints of image 1 with a keypoint of image 2 within 3 px (many to one, "
+        "without common area); rep.@5: within 5 px (TILDE); MMA: % of correct matches; correct@5: "
+        "number of correct matches. *: only matches that agree with the dominant rotation."
     )
     return Table(
         "REKD protocol", columns, lines, f"{published.REKD} ({published.DATASET})", note=note
@@ -318,15 +314,15 @@ def _rekd_table(rows: Rows) -> Table | None:
 
 
 def _auc(rows: list[PairRow], metric: str, thresholds: tuple[float, ...]) -> list[Cell]:
-    """Areas in %, and the share of pairs without an estimate in %; Nones where no row has the
+    """AUC in %, and the fraction of pairs without an estimate in %; None if no row has the
     metric.
     """
-    have = [row for row in rows if metric in row.metrics]
-    if not have:
+    measured = [row for row in rows if metric in row.metrics]
+    if not measured:
         return [None] * (len(thresholds) + 1)
-    errors = [row.value(metric) for row in have]
-    missed = sum(error is None or (metric.startswith("pose") and error >= 180) for error in errors)
-    return [*(100 * area for area in error_auc(errors, thresholds)), 100 * missed / len(have)]
+    errors = [row.value(metric) for row in measured]
+    failed = sum(error is None or (metric.startswith("pose") and error >= 180) for error in errors)
+    return [*(100 * auc for auc in error_auc(errors, thresholds)), 100 * failed / len(measured)]
 
 
 def _auc_columns(thresholds: Iterable[float], unit: str, group: str) -> list[Column]:
@@ -337,71 +333,68 @@ def _auc_columns(thresholds: Iterable[float], unit: str, group: str) -> list[Col
 
 
 def _geometry(rows: Rows) -> Section | None:
-    run, blocks = rows.run, list[Block]()
-    pixels, degrees = (1.0, 3.0, 5.0), (5.0, 10.0, 20.0)
-    for metric, how in (
-        ("homography.error", "PoseLib's RANSAC"),
-        ("homography.error_dlt", "least squares (DLT) of all matches"),
-    ):
-        columns = [
-            c
-            for split in rows.splits
-            for c in _auc_columns(pixels, "\u00a0px", f"{SPLITS[split].lower()}: AUC %")
-        ]
-        lines = [
-            Row(
-                s,
-                [
-                    cell
-                    for split in rows.splits
-                    for cell in _auc(rows.good(split, s), metric, pixels)
-                ],
-                run.role(s),
-            )
-            for s in run.systems
-        ]
-        if table := Table(
-            f"Homography by {how}: mean error of the image corners", columns, lines
-        ).trimmed():
-            blocks.append(table)
+    tables = (
+        _homography_table(rows, "homography.error", "PoseLib's RANSAC"),
+        _homography_table(rows, "homography.error_dlt", "least squares (DLT) of all matches"),
+        _pose_table(rows),
+        _marked_table(rows),
+    )
+    blocks: list[Block] = [table for table in tables if table]
+    return Section("Homography and pose", blocks) if blocks else None
+
+
+def _homography_table(rows: Rows, metric: str, estimator: str) -> Table | None:
+    thresholds = (1.0, 3.0, 5.0)
     columns = [
-        *_auc_columns(degrees, "°", "PoseLib: AUC %"),
-        *_auc_columns(degrees, "°", "OpenCV: AUC %"),
+        column
+        for split in rows.splits
+        for column in _auc_columns(thresholds, "\u00a0px", f"{SPLITS[split].lower()}: AUC %")
     ]
-    columns += [Column("right", "matches", 0, 1), Column("right %", "matches", 1, 1)]
-    columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
     lines = []
-    for system in run.systems:
+    for system in rows.run.systems:
+        cells = [
+            cell
+            for split in rows.splits
+            for cell in _auc(rows.good(split, system), metric, thresholds)
+        ]
+        lines.append(Row(system, cells, rows.run.role(system)))
+    caption = f"Homography by {estimator}: mean error of the image corners"
+    return Table(caption, columns, lines).trimmed()
+
+
+def _pose_table(rows: Rows) -> Table | None:
+    thresholds = (5.0, 10.0, 20.0)
+    columns = [
+        *_auc_columns(thresholds, "°", "PoseLib: AUC %"),
+        *_auc_columns(thresholds, "°", "OpenCV: AUC %"),
+        Column("correct", "matches", 0, 1),
+        Column("correct %", "matches", 1, 1),
+        Column("s / image", "", 3, -1),
+        Column("pairs", "", 0),
+    ]
+    lines = []
+    for system in rows.run.systems:
         if rows.all("pose", system):
             good = rows.good("pose", system)
             cells: list[Cell] = [
                 cell
                 for name in ("poselib", "opencv")
-                for cell in _auc(good, f"pose.error_{name}", degrees)
+                for cell in _auc(good, f"pose.error_{name}", thresholds)
             ]
-            right, share = (
-                mean(row.value(f"pose.{n}") for row in good) for n in ("right", "precision")
-            )
-            cells += [right, None if share is None else 100 * share]
-            lines.append(
-                Row(
-                    system,
-                    [*cells, rows.seconds("pose", system), rows.count("pose", system)],
-                    run.role(system),
-                )
-            )
-    if table := Table(
-        "Relative pose: the larger error of rotation and translation direction", columns, lines
-    ).trimmed():
-        blocks.append(table)
-    if table := _marked_table(rows):
-        blocks.append(table)
-    return Section("Homography and pose", blocks) if blocks else None
+            cells += [
+                rows.mean("pose", system, "pose.right"),
+                rows.mean("pose", system, "pose.precision", 100),
+                rows.seconds("pose", system),
+                rows.count("pose", system),
+            ]
+            lines.append(Row(system, cells, rows.run.role(system)))
+    caption = "Relative pose: the larger error of rotation and translation direction"
+    return Table(caption, columns, lines).trimmed()
 
 
 def _marked_table(rows: Rows) -> Table | None:
-    """Correspondences marked by hand against the estimated fundamental matrix (WxBS)."""
-    shares = [
+    """Annotated correspondences that agree with the estimated fundamental matrix (WxBS)."""
+    fractions = [
         Measure("marked.share", "mean"),
         *(Measure(f"marked.share@{t}", f"{t} px") for t in (1, 3, 5, 10, 20)),
     ]
@@ -409,35 +402,29 @@ def _marked_table(rows: Rows) -> Table | None:
         Measure("marked.matches", "matches", 0, 0, 1.0),
         Measure("marked.inliers", "inliers", 0, 0, 1.0),
     ]
-    columns = [Column(m.label, "agree within %", m.digits, m.better) for m in shares]
+    columns = [Column(m.label, "agreement %", m.digits, m.better) for m in fractions]
     columns += [Column(m.label, "", m.digits, m.better) for m in counts]
     columns += [Column("s / image", "", 3, -1), Column("pairs", "", 0)]
     lines = []
     for system in rows.run.systems:
         if rows.all("marked", system):
-            cells = _values(rows, "marked", system, [*shares, *counts])
-            lines.append(
-                Row(
-                    system,
-                    [*cells, rows.seconds("marked", system), rows.count("marked", system)],
-                    rows.run.role(system),
-                )
-            )
+            cells = _values(rows, "marked", system, [*fractions, *counts])
+            cells += [rows.seconds("marked", system), rows.count("marked", system)]
+            lines.append(Row(system, cells, rows.run.role(system)))
     note = (
-        "Share of the correspondences whose larger distance to the epipolar lines is within so "
-        "many pixels, mean over 1..20 px, over the "
-        "pairs and five seeds of the estimator (PoseLib, 2 px); 0 without an estimate."
+        "Fraction of the correspondences whose larger distance to the epipolar lines is within a "
+        "threshold, and its mean over 1..20 px; means over the pairs and five seeds of the "
+        "estimator (PoseLib, 2 px); 0 without an estimate."
     )
-    return Table(
-        "Fundamental matrix: correspondences marked by hand", columns, lines, note=note
-    ).trimmed()
+    caption = "Fundamental matrix: manually annotated correspondences"
+    return Table(caption, columns, lines, note=note).trimmed()
 
 
 def _bias(run: Run) -> Section | None:
     kinds = {
         "mirror_x": ("mirrored in x", ("dx",)),
         "mirror_y": ("mirrored in y", ("dy",)),
-        "rotation_180": ("half turn", ("dx", "dy")),
+        "rotation_180": ("rotated by 180°", ("dx", "dy")),
     }
     columns = [
         Column(f"{axis} px", heading, 2) for heading, axes in kinds.values() for axis in axes
@@ -446,24 +433,24 @@ def _bias(run: Run) -> Section | None:
     for system in run.systems:
         cells: list[Cell] = []
         for kind, (_, axes) in kinds.items():
-            chosen = [
+            selected = [
                 row for row in run.bias if row.system == system and row.kind == kind and row.ok
             ]
-            cells += [mean(row.number(axis) for row in chosen) for axis in axes]
+            cells += [mean(row.number(axis) for row in selected) for axis in axes]
         lines.append(Row(system, [*cells, bias_px(run, system)], run.role(system)))
     note = (
-        "Shift of the points between a picture and its mirrored or turned copy, moved back: twice "
-        "what each point is off (bias px)."
+        "Displacement between the keypoints of an image and those of its mirrored or rotated copy, "
+        "mapped back: twice the localization bias (bias px)."
     )
-    table = Table(
-        "Constant shift of the points, mean over the images", columns, lines, note=note
-    ).trimmed()
+    table = Table("Localization bias, mean over the images", columns, lines, note=note).trimmed()
     return Section("Bias", [table]) if table else None
 
 
 def _parameters(run: Run, system: str) -> int | None:
-    """Learnable numbers of a system's detector, if it is a network of ours."""
-    name = str((run.facts.get("made_by") or {}).get(system, system)).split("+")[0].split("@")[0]
+    """Number of learnable parameters of a system's detector; None if it is not one of our
+    networks.
+    """
+    name = str((run.metadata.get("made_by") or {}).get(system, system)).split("+")[0].split("@")[0]
     return (
         sum(p.numel() for p in weights.load(name).parameters()) if name in weights.table() else None
     )
@@ -494,14 +481,8 @@ def _failures(run: Run) -> Section | None:
     failed = [(r.system, r.sequence, r.pair, r.reason) for r in run.rows if not r.ok]
     for row in (*run.sweeps, *run.bias):
         if not row.ok:
-            failed.append(
-                (
-                    row.system,
-                    row.image,
-                    row.kind if row.value is None else f"{row.kind} {row.value:g}",
-                    row.reason,
-                )
-            )
+            step = row.kind if row.value is None else f"{row.kind} {row.value:g}"
+            failed.append((row.system, row.image, step, row.reason))
     blocks: list[Block] = [Text(note) for note in run.notes]
     if failed:
         columns = [
@@ -510,21 +491,22 @@ def _failures(run: Run) -> Section | None:
             Column("reason", "", None),
         ]
         lines = [
-            Row(s, [where, what, reason or "no reason given"], run.role(s))
-            for s, where, what, reason in failed
+            Row(s, [sequence, pair, reason or "no reason given"], run.role(s))
+            for s, sequence, pair, reason in failed
         ]
-        blocks.append(Table(f"{len(failed)} failed, in no mean above", columns, lines))
+        caption = f"{_count(len(failed), 'failure')}, excluded from all means"
+        blocks.append(Table(caption, columns, lines))
     return Section("Failures", blocks) if blocks else None
 
 
 # ---- charts
 
 
-def _looks(run: Run) -> dict[str, Look]:
-    """One look a system, the same in all charts; controls are counted apart."""
+def _styles(run: Run) -> dict[str, Style]:
+    """One style per system for all charts; controls are counted separately."""
     real, controls = run.real, [name for name in run.systems if name in run.controls]
     return {
-        name: Look(k, names is controls)
+        name: Style(k, names is controls)
         for names in (real, controls)
         for k, name in enumerate(names)
     }
@@ -539,13 +521,15 @@ def _charts(
     ticks: Sequence[float] | None = None,
     log_x: bool = False,
 ) -> Charts | None:
-    """A chart for each title with a line for each system (title -> system -> x -> %), and the
-    numbers; None without points.
+    """One chart per title with one line per system, and a table of the values; None without values.
+
+    Args:
+        series: title -> system -> x -> %.
     """
-    looks = _looks(run)
+    styles = _styles(run)
     lines = {
         title: [
-            Series(s, looks[s], sorted(systems[s].items())) for s in run.systems if systems.get(s)
+            Series(s, styles[s], sorted(systems[s].items())) for s in run.systems if systems.get(s)
         ]
         for title, systems in series.items()
     }
@@ -556,28 +540,26 @@ def _charts(
         line_chart(title, x_label, y_label, group, x_ticks=ticks, log_x=log_x, y_unit=" %")
         for title, group in lines.items()
     ]
-    known = {s.label: s for group in lines.values() for s in group}
-    names = [name for name in run.systems if name in known]
+    by_name = {s.label: s for group in lines.values() for s in group}
+    names = [name for name in run.systems if name in by_name]
     table = []
     for title in lines:
         for x in sorted({x for points in series[title].values() for x in points}):
             label = f"{title}, {x:g}" if len(lines) > 1 else f"{x:g}"
             table.append(Row(label, [series[title].get(name, {}).get(x) for name in names]))
-    numbers = Table(
+    values = Table(
         f"{y_label} by {x_label}", [Column(name) for name in names], table, corner=x_label
     )
-    return Charts(charts, legend(known[name] for name in names), [numbers])
+    return Charts(charts, legend(by_name[name] for name in names), [values])
 
 
 def _curves(
-    rows: Rows, metric: str, thresholds: Iterable[int], what: str, y_label: str
+    rows: Rows, metric: str, thresholds: Iterable[int], title: str, y_label: str
 ) -> Charts | None:
-    """A chart for each split: ``metric`` (with a place for the threshold) as % against the
-    threshold.
-    """
+    """One chart per split: ``metric`` (a format string for the threshold) in % by threshold."""
     series: dict[str, dict[str, dict[float, float]]] = {}
     for split in rows.splits:
-        lines = series[f"{what}: {SPLITS[split].lower()}"] = {}
+        lines = series[f"{title}: {SPLITS[split].lower()}"] = {}
         for system in rows.run.systems:
             values = {float(t): rows.mean(split, system, metric.format(t), 100) for t in thresholds}
             lines[system] = {t: value for t, value in values.items() if value is not None}
@@ -586,24 +568,21 @@ def _curves(
 
 def _thresholds(rows: Rows) -> Section | None:
     charts = _curves(rows, "mutual.rep@{}", (1, 2, 3, 5), "Repeatability", "mutual repeatability %")
-    return Section("Repeatability against the threshold", [charts]) if charts else None
+    return Section("Repeatability by threshold", [charts]) if charts else None
 
 
 def budget_curve(run: Run, system: str, budgets: Sequence[int]) -> dict[float, float]:
-    """Mean mutual repeatability (%) at 3 px for numbers of points, from stored features; empty
-    where any of them is gone.
+    """Mean mutual repeatability (%) at 3 px by number of keypoints, from stored features; empty if
+    any of them are missing.
 
-    The means go over the pairs that succeeded with homographies, as that of the rows does.
+    The means are over the homography pairs that succeeded, as those of the rows.
     """
     found: dict[float, list[float]] = {float(n): [] for n in budgets}
     cache: dict[str, Any] = {}
     for row in run.rows:
-        if (
-            row.system != system
-            or not row.ok
-            or row.H_ab is None
-            or row.value("mutual.rep@3") is None
-        ):
+        if row.system != system or not row.ok:
+            continue
+        if row.H_ab is None or row.value("mutual.rep@3") is None:
             continue
         for image in (row.image_a, row.image_b):
             if image not in cache:
@@ -614,20 +593,15 @@ def budget_curve(run: Run, system: str, budgets: Sequence[int]) -> dict[float, f
         H_ab = torch.tensor(row.H_ab, dtype=torch.float64)
         sizes = a.image_size[::-1], b.image_size[::-1]
         for n in budgets:
-            found[n].append(
-                100
-                * (
-                    localization(a.xy, b.xy, H_ab, *sizes, num_keypoints=n, thresholds=(REACH,))[
-                        "rep@3"
-                    ]
-                    or 0.0
-                )
+            local = localization(
+                a.xy, b.xy, H_ab, *sizes, num_keypoints=n, thresholds=(MAX_DISTANCE,)
             )
+            found[n].append(100 * (local["rep@3"] or 0.0))
     return {n: sum(values) / len(values) for n, values in found.items() if values}
 
 
 def _budgets(runs: Sequence[Run]) -> Section | None:
-    """Repeatability against the number of points: from several runs on the same data, and from the
+    """Repeatability by number of keypoints: from several runs on the same data, and from stored
     features of the first.
     """
     first = runs[0]
@@ -635,80 +609,73 @@ def _budgets(runs: Sequence[Run]) -> Section | None:
     series: dict[str, dict[str, dict[float, float]]] = {
         title: {s: {} for s in first.systems} for title in titles.values()
     }
-    asked = [n for run in runs if (n := finite(run.facts.get("num_points")))]
+    measured = [n for run in runs if (n := finite(run.metadata.get("num_points")))]
     for system in first.systems:
-        below = [n for n in BUDGETS if n not in asked and n < max(asked, default=0)]
+        below = [n for n in BUDGETS if n not in measured and n < max(measured, default=0)]
         series["Within 3 px, mutual"][system] |= budget_curve(first, system, below)
     for run in runs:
-        rows, n = Rows(run), finite(run.facts.get("num_points"))
+        rows, n = Rows(run), finite(run.metadata.get("num_points"))
         for metric, title in titles.items():
             for system in first.systems:
                 if n and (value := rows.mean("all", system, metric, 100)) is not None:
                     series[title][system][n] = value
-    long = {
+    curves = {
         title: {s: points for s, points in lines.items() if len(points) > 1}
         for title, lines in series.items()
     }
-    charts = _charts(first, long, "repeatability %", "number of points", log_x=True)
-    return Section("Repeatability against the number of points", [charts]) if charts else None
+    charts = _charts(first, curves, "repeatability %", "number of keypoints", log_x=True)
+    return Section("Repeatability by number of keypoints", [charts]) if charts else None
 
 
 def _sweeps(run: Run) -> Section | None:
-    """Mean over the images at each angle and each factor."""
-    made = list[Charts]()
-    for metric, what in (("mutual.rep@3", "repeatability"), ("mma@3", "right matches")):
+    """Means over the images at each angle and each factor."""
+    found = list[Charts]()
+    for metric, name in (("mutual.rep@3", "repeatability"), ("mma@3", "correct matches")):
         for kind, heading, x_label in (
             ("rotation", "Rotation", "rotation in degrees"),
             ("scale", "Scale", "scale factor"),
         ):
-            gathered: dict[str, dict[float, list[float]]] = {}
-            for row in run.sweeps:
-                value = row.number(metric)
-                if (
-                    row.kind == kind
-                    and row.ok
-                    and row.value is not None
-                    and value is not None
-                    and (row.value > 0 or kind == "rotation")
-                ):
-                    gathered.setdefault(row.system, {}).setdefault(row.value, []).append(
-                        100 * value
-                    )
-            lines = {
-                system: {x: sum(v) / len(v) for x, v in points.items()}
-                for system, points in gathered.items()
-            }
-            reached = max((x for points in lines.values() for x in points), default=0.0)
-            ticks = (
-                [float(t) for t in range(0, 361, 45) if t <= reached]
-                if kind == "rotation"
-                else None
-            )
+            lines = _sweep_means(run, kind, metric)
+            largest = max((x for points in lines.values() for x in points), default=0.0)
+            ticks = [float(t) for t in range(0, 361, 45) if t <= largest]
             if charts := _charts(
                 run,
-                {f"{heading}: {what}": lines},
-                f"{what} % at 3 px",
+                {f"{heading}: {name}": lines},
+                f"{name} % at 3 px",
                 x_label,
-                ticks=ticks,
+                ticks=ticks if kind == "rotation" else None,
                 log_x=kind == "scale",
             ):
-                made.append(charts)
-    if not made:
+                found.append(charts)
+    if not found:
         return None
-    every = max(
-        (c.legend for c in made), key=len
-    )  # fewer systems have descriptors than have points
-    together = Charts(
-        [chart for c in made for chart in c.charts],
-        every,
-        [table for c in made for table in c.numbers],
+    # systems without descriptors are missing in some charts
+    complete_legend = max((c.legend for c in found), key=len)
+    charts = Charts(
+        [chart for c in found for chart in c.charts],
+        complete_legend,
+        [table for c in found for table in c.tables],
     )
-    return Section("Rotation and scale sweeps", [together])
+    return Section("Rotation and scale sweeps", [charts])
+
+
+def _sweep_means(run: Run, kind: str, metric: str) -> dict[str, dict[float, float]]:
+    """System -> step of the sweep -> mean over the images in %."""
+    values: dict[str, dict[float, list[float]]] = {}
+    for row in run.sweeps:
+        value = row.number(metric)
+        if row.kind != kind or not row.ok or row.value is None or value is None:
+            continue
+        if row.value > 0 or kind == "rotation":
+            values.setdefault(row.system, {}).setdefault(row.value, []).append(100 * value)
+    return {
+        system: {x: sum(v) / len(v) for x, v in steps.items()} for system, steps in values.items()
+    }
 
 
 def _sequences(rows: Rows) -> Section | None:
-    """A chart of bars for each sequence."""
-    run, looks = rows.run, _looks(rows.run)
+    """One bar chart per sequence."""
+    run, styles = rows.run, _styles(rows.run)
     kinds = {row.sequence: row.kind for row in run.rows if row.kind not in APART}
     values: dict[tuple[str, str], list[float | None]] = {}
     for row in run.rows:
@@ -716,55 +683,40 @@ def _sequences(rows: Rows) -> Section | None:
             row.value("mutual.rep@3") if row.ok else None
         )
     charts, lines = [], []
-    order = list(SPLITS)
-    for sequence in sorted(
-        kinds,
-        key=lambda name: (order.index(kinds[name]) if kinds[name] in order else len(order), name),
-    ):
+    order = {kind: i for i, kind in enumerate(SPLITS)}
+    for sequence in sorted(kinds, key=lambda name: (order.get(kinds[name], len(order)), name)):
         means = {s: mean(values.get((sequence, s), [])) for s in run.systems}
-        bars = [(s, 100 * value, looks[s]) for s, value in means.items() if value is not None]
+        percent = {s: None if value is None else 100 * value for s, value in means.items()}
+        bars = [(s, value, styles[s]) for s, value in percent.items() if value is not None]
         if bars:
             charts.append(bar_chart(sequence, bars))
-            lines.append(
-                Row(
-                    sequence,
-                    [None if means[s] is None else 100 * (means[s] or 0.0) for s in run.systems],
-                )
-            )
+            lines.append(Row(sequence, list(percent.values())))
     if not charts:
         return None
-    numbers = Table(
-        "Mutual repeatability % at 3 px by sequence",
-        [Column(s) for s in run.systems],
-        lines,
-        corner="sequence",
-    )
-    return Section(
-        "Sequences",
-        [
-            Text("Mutual repeatability at 3 px in %; hollow bars are controls."),
-            Charts(charts, "", [numbers]),
-        ],
-    )
+    columns = [Column(s) for s in run.systems]
+    caption = "Mutual repeatability % at 3 px by sequence"
+    table = Table(caption, columns, lines, corner="sequence")
+    text = Text("Mutual repeatability at 3 px in %; hollow bars are controls.")
+    return Section("Sequences", [text, Charts(charts, "", [table])])
 
 
-# ---- pictures
+# ---- images
 
 
 def repeated_points(
-    a: Tensor, b: Tensor, H_ab: Tensor, reach: float = REACH
+    a: Tensor, b: Tensor, H_ab: Tensor, max_distance: float = MAX_DISTANCE
 ) -> tuple[Tensor, Tensor]:
-    """Which points of a (N,2) and b (M,2) are each other's nearest within ``reach`` px in image b:
-    bool (N,) and (M,).
+    """Masks (N,) and (M,) of the keypoints of a (N,2) and b (M,2) that are mutual nearest neighbors
+    within ``max_distance`` px in image b.
     """
-    found_a, found_b = torch.zeros(len(a), dtype=torch.bool), torch.zeros(len(b), dtype=torch.bool)
-    index_a, index_b, _ = mutual_nearest(warp_points(a.double(), H_ab), b, reach)
-    found_a[index_a], found_b[index_b] = True, True
-    return found_a, found_b
+    mask_a, mask_b = torch.zeros(len(a), dtype=torch.bool), torch.zeros(len(b), dtype=torch.bool)
+    index_a, index_b, _ = mutual_nearest(warp_points(a.double(), H_ab), b, max_distance)
+    mask_a[index_a], mask_b[index_b] = True, True
+    return mask_a, mask_b
 
 
-def _pair_pictures(run: Run, row: PairRow, limit: int) -> list[Picture]:
-    """Points and matches of one system on one pair; empty where features or images are gone."""
+def _pair_images(run: Run, row: PairRow, limit: int) -> list[ImageRow]:
+    """Keypoints and matches of one system on one pair; empty if features or images are missing."""
     a, b = (stored_features(run, row, image) for image in (row.image_a, row.image_b))
     image_a, image_b = (stored_image(image) for image in (row.image_a, row.image_b))
     if a is None or b is None or image_a is None or image_b is None:
@@ -772,53 +724,52 @@ def _pair_pictures(run: Run, row: PairRow, limit: int) -> list[Picture]:
     H_ab = torch.tensor(row.H_ab, dtype=torch.float64)
     a = a[common_area(a.xy.double(), H_ab, b.image_size[::-1], BORDER)][:limit]
     b = b[common_area(b.xy.double(), torch.linalg.inv(H_ab), a.image_size[::-1], BORDER)][:limit]
-    found_a, found_b = repeated_points(a.xy, b.xy, H_ab)
-    count, fewer = int(found_a.sum()), min(len(a), len(b))
-    share = f" ({100 * count / fewer:.1f} %)" if fewer else ""
-    where = f"{row.system} on {row.sequence} {row.pair}"
+    repeated_a, repeated_b = repeated_points(a.xy, b.xy, H_ab)
+    count, total = int(repeated_a.sum()), min(len(a), len(b))
+    percent = f" ({100 * count / total:.1f} %)" if total else ""
+    title = f"{row.system} on {row.sequence} {row.pair}"
     caption = (
-        f"{where}: {count} of {fewer} points{share} repeated within {REACH:g} px (blue discs), "
-        "the others missed (orange crosses)"
+        f"{title}: {count} of {total} keypoints{percent} repeated within {MAX_DISTANCE:g} px (blue "
+        "discs), the others not repeated (orange crosses)"
     )
     images = [
         (
-            data_uri(draw_keypoints(image, f.xy, repeated=found, width=PICTURE_WIDTH)),
-            f"{name} image of {where}: {len(f)} points in the common area, {count} repeated.",
+            data_uri(draw_keypoints(image, f.xy, repeated=mask, width=IMAGE_WIDTH)),
+            f"{name} image of {title}: {len(f)} keypoints in the common area, {count} repeated.",
         )
-        for name, image, f, found in (
-            ("First", image_a, a, found_a),
-            ("Second", image_b, b, found_b),
+        for name, image, f, mask in (
+            ("First", image_a, a, repeated_a),
+            ("Second", image_b, b, repeated_b),
         )
     ]
-    out = [Picture(caption, images)]
+    found = [ImageRow(caption, images)]
     if a.descriptors is not None and b.descriptors is not None:
         index = match(a, b).index
         xy_a, xy_b = a.xy[index[:, 0]], b.xy[index[:, 1]]
-        right = (warp_points(xy_a.double(), H_ab) - xy_b.double()).norm(dim=1) <= REACH
-        good = int(right.sum())
+        correct = (warp_points(xy_a.double(), H_ab) - xy_b.double()).norm(dim=1) <= MAX_DISTANCE
+        num_correct = int(correct.sum())
         text = (
-            f"{where}: {len(index)} mutual matches, {good} right within {REACH:g} px (blue), "
-            f"{len(index) - good} wrong (orange, thin)"
+            f"{title}: {len(index)} mutual matches, {num_correct} correct within "
+            f"{MAX_DISTANCE:g} px (blue), {len(index) - num_correct} incorrect (orange, thin)"
         )
-        lines = data_uri(
-            draw_matches(
-                image_a,
-                image_b,
-                xy_a,
-                xy_b,
-                correct=right,
-                max_lines=250,
-                width=PICTURE_WIDTH,
-                caption="",
-            )
+        image = draw_matches(
+            image_a,
+            image_b,
+            xy_a,
+            xy_b,
+            correct=correct,
+            max_lines=250,
+            width=IMAGE_WIDTH,
+            caption="",
         )
-        out.append(Picture(text, [(lines, f"Lines between both images of {text}.")], wide=True))
-    return out
+        alt = f"Lines between both images of {text}."
+        found.append(ImageRow(text, [(data_uri(image), alt)], wide=True))
+    return found
 
 
-def _chosen_pairs(rows: Rows, count: int) -> list[tuple[str, str]]:
-    """(sequence, pair) to show: sequences spread over each kind, kinds in turn; of each the pair of
-    middle difficulty for real systems.
+def _select_pairs(rows: Rows, count: int) -> list[tuple[str, str]]:
+    """(sequence, pair) to show: sequences sampled evenly from each kind, kinds in alternation; of
+    each sequence the pair of median repeatability over the systems without controls.
     """
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows.run.rows:
@@ -834,12 +785,12 @@ def _chosen_pairs(rows: Rows, count: int) -> list[tuple[str, str]]:
             ranked = sorted((sum(v) / len(v), pair) for pair, v in pairs.items())
             queue.append((names[k], ranked[len(ranked) // 2][1]))
         queues.append(queue)
-    turns = [item for turn in zip_longest(*queues) for item in turn if item]
-    return turns[:count]
+    alternating = [item for group in zip_longest(*queues) for item in group if item]
+    return alternating[:count]
 
 
 def _ranking(rows: Rows) -> list[tuple[float, str]]:
-    """Real systems by mutual repeatability at 3 px in %, best first."""
+    """Systems without controls by mutual repeatability at 3 px in %, best first."""
     values = [
         (rows.mean(rows.splits[0], name, "mutual.rep@3", 100), name)
         for name in rows.run.real
@@ -851,145 +802,129 @@ def _ranking(rows: Rows) -> list[tuple[float, str]]:
 
 
 def _named_pairs(rows: Rows, names: Sequence[str]) -> list[tuple[str, str]]:
-    """``SEQUENCE:PAIR`` as (sequence, pair).
+    """Parse ``SEQUENCE:PAIR`` to (sequence, pair).
 
     Raises:
         ValueError: the run has no such pair.
     """
-    known = {(row.sequence, row.pair) for row in rows.run.rows}
-    places = []
+    existing = {(row.sequence, row.pair) for row in rows.run.rows}
+    pairs = []
     for name in names:
         sequence, _, pair = name.rpartition(":")
-        if (sequence, pair) not in known:
-            some = ", ".join(f"{s}:{p}" for s, p in sorted(known)[:5])
-            raise ValueError(f"{rows.run.folder} has no pair {name!r}; pairs are named like {some}")
-        places.append((sequence, pair))
-    return places
+        if (sequence, pair) not in existing:
+            examples = ", ".join(f"{s}:{p}" for s, p in sorted(existing)[:5])
+            raise ValueError(
+                f"{rows.run.folder} has no pair {name!r}; pairs are named like {examples}"
+            )
+        pairs.append((sequence, pair))
+    return pairs
 
 
-def _pictures(
-    rows: Rows, places: Sequence[tuple[str, str]], only: Sequence[str] = ()
+def _images(
+    rows: Rows, pairs: Sequence[tuple[str, str]], only: Sequence[str] = ()
 ) -> Section | None:
-    """Systems ``only`` on each pair, or the first real one of the run and the best of the others,
-    and a control on the first pair.
+    """Keypoints and matches of the systems ``only`` on each pair; by default the first system and
+    the best of the others, and a control on the first pair.
     """
     run = rows.run
     if unknown := [name for name in only if name not in run.systems]:
         raise ValueError(
             f"{run.folder} has no system {unknown[0]!r}; it has {', '.join(run.systems)}"
         )
-    limit = int(finite(run.facts.get("num_points")) or 1000)
+    limit = int(finite(run.metadata.get("num_points")) or 1000)
     first = run.real[:1]
     shown = first + [name for _, name in _ranking(rows) if name not in first][:1]
+    control = [name for name in reversed(run.systems) if name in run.controls][:1]
     blocks = list[Block]()
-    for k, place in enumerate(places):
-        systems = (
-            list(only)
-            or shown
-            + [name for name in reversed(run.systems) if name in run.controls and not k][:1]
-        )
+    for k, pair in enumerate(pairs):
+        systems = list(only) or (shown if k else shown + control)
         found = {
             row.system: row
             for row in run.rows
-            if (row.sequence, row.pair) == place and row.ok and row.H_ab is not None
+            if (row.sequence, row.pair) == pair and row.ok and row.H_ab is not None
         }
-        pictures = [
-            picture
+        images = [
+            image
             for name in systems
             if name in found
-            for picture in _pair_pictures(run, found[name], limit)
+            for image in _pair_images(run, found[name], limit)
         ]
-        if pictures:
-            blocks += [Heading(f"{place[0]}, pair {place[1]}"), *pictures]
-    return Section("Pictures", blocks) if blocks else None
+        if images:
+            blocks += [Heading(f"{pair[0]}, pair {pair[1]}"), *images]
+    return Section("Keypoints and matches", blocks) if blocks else None
 
 
 # ---- page
 
 
-def _words(value: Any) -> str:
-    """A value of ``run.json`` in words."""
+def _as_text(value: Any) -> str:
+    """Format a value of ``run.json``."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_words(part)}" for name, part in value.items())
-    return ", ".join(_words(part) for part in value) if isinstance(value, list) else str(value)
+        return ", ".join(f"{name} {_as_text(part)}" for name, part in value.items())
+    return ", ".join(_as_text(part) for part in value) if isinstance(value, list) else str(value)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _header(rows: Rows, runs: Sequence[Run]) -> list[tuple[str, str]]:
-    run, facts = rows.run, rows.run.facts
+    run, metadata = rows.run, rows.run.metadata
     sequences = {row.sequence for row in run.rows}
     pairs = {(row.sequence, row.pair) for row in run.rows}
     failed = sum(not row.ok for row in run.rows)
-    mode = {"ti": "one scale (TI)", "si": "many scales (SI)"}.get(
-        str(facts.get("mode")), facts.get("mode")
-    )
-    asked = [f"{facts['num_points']} points an image"] * ("num_points" in facts) + [
-        str(mode)
-    ] * bool(mode)
-    out = [
-        (
-            "Dataset",
-            f"{run.name}: {_count(len(sequences), 'sequence')}, {_count(len(pairs), 'pair')}",
-        )
-    ]
-    out += [("Settings", ", ".join(asked))] * bool(asked)
+    mode = metadata.get("mode")
+    mode = {"ti": "single scale (TI)", "si": "multiple scales (SI)"}.get(str(mode), mode)
+    settings = [f"{metadata['num_points']} keypoints per image"] * ("num_points" in metadata)
+    settings += [str(mode)] * bool(mode)
+    counts = f"{_count(len(sequences), 'sequence')}, {_count(len(pairs), 'pair')}"
+    out = [("Dataset", f"{run.name}: {counts}")]
+    out += [("Settings", ", ".join(settings))] * bool(settings)
     out.append(("Systems", f"{len(run.real)}, and {_count(len(run.controls), 'control')}"))
     out += [
-        (name.capitalize(), _words(facts[name]))
+        (name.capitalize(), _as_text(metadata[name]))
         for name in ("protocols", "date", "machine", "versions")
-        if facts.get(name)
+        if metadata.get(name)
     ]
-    out.append(
-        ("Failed pairs", f"{failed}, listed under Failures and in no mean" if failed else "none")
-    )
+    failures = f"{failed}, listed under Failures and excluded from means"
+    out.append(("Failed pairs", failures if failed else "none"))
     if len(runs) > 1:
-        out.append(
-            (
-                "Runs",
-                f"{len(runs)}; all but the curves against the number of points show the first, "
-                f"{run.folder.name}",
-            )
-        )
+        text = f"{len(runs)}; only the curves by number of keypoints show more than the first, "
+        out.append(("Runs", text + run.folder.name))
     return out
 
 
 def _summary(rows: Rows) -> list[str]:
-    """The two sentences that explain controls and chance-corrected columns, and what this run says
-    in short; nothing of poses alone.
+    """Explanation of controls and chance correction, and the main result of the run; empty for
+    posed pairs only.
     """
     run = rows.run
     if not rows.splits:
         return []
-    here = "about 80 %"
-    if (
-        "lattice" in run.controls
-        and (value := rows.mean(rows.splits[0], "lattice", "keynet.rep_L", 100)) is not None
-    ):
-        here = f"{value:.1f} %"
+    lattice = None
+    if "lattice" in run.controls:
+        lattice = rows.mean(rows.splits[0], "lattice", "keynet.rep_L", 100)
     out = [
-        "Controls are points that never looked at the image, and yet a lattice of them repeats "
-        f"to {here} in L, because L accepts points "
-        "up to 11.9 px apart and so mostly rewards even coverage. The chance-corrected columns "
-        "take off what the same points score "
-        "against a picture turned by 180 degrees (0 is chance, 100 is perfect): they and the "
-        "tight pixel thresholds tell detectors apart."
+        "Controls are keypoints independent of the image content. Nevertheless a lattice has a "
+        f"repeatability of {'about 80' if lattice is None else f'{lattice:.1f}'} % in L, because L "
+        "accepts keypoints up to 11.9 px apart and so mostly measures even coverage. The "
+        "chance-corrected columns subtract the repeatability with the keypoints of image 2 rotated "
+        "by 180 degrees (0 is chance, 100 is perfect): they and small pixel thresholds distinguish "
+        "detectors."
     ]
     if ranking := _ranking(rows):
-        best = ", then ".join(f"{name} {value:.1f} %" for value, name in ranking[:3])
+        best = ", ".join(f"{name} {value:.1f} %" for value, name in ranking[:3])
         controls = [
             (rows.mean(rows.splits[0], name, "mutual.rep@3", 100), name)
             for name in run.systems
             if name in run.controls
         ]
-        reach = " and ".join(
+        measured = ", ".join(
             f"{name} {value:.1f} %" for value, name in controls if value is not None
         )
         out.append(
             f"Mutual repeatability at 3 px: {best}"
-            + (f"; the controls reach {reach}." if reach else ".")
+            + (f"; controls: {measured}." if measured else ".")
         )
     if not run.controls:
         out.append("This run has no controls: add random and lattice to its systems.")
@@ -999,46 +934,46 @@ def _summary(rows: Rows) -> list[str]:
 def build_page(
     runs: Sequence[Run], *, pictures: int = 4, pairs: Sequence[str] = (), only: Sequence[str] = ()
 ) -> Page:
-    """The report of the first run; the others only add their number of points to the curves."""
+    """The report of the first run; others only extend the curves by number of keypoints."""
     run = runs[0]
-    same = []
+    comparable = []
     for other in runs:
-        if (other.dataset.get("root"), other.facts.get("mode")) == (
+        if (other.dataset.get("root"), other.metadata.get("mode")) == (
             run.dataset.get("root"),
-            run.facts.get("mode"),
+            run.metadata.get("mode"),
         ):
-            same.append(other)
+            comparable.append(other)
         else:
             run.notes.append(
-                f"{other.folder.name} was made on other data or in another mode and is not drawn "
-                f"beside {run.folder.name}."
+                f"{other.folder.name} has other data or another mode and is not compared with "
+                f"{run.folder.name}."
             )
     rows = Rows(run)
-    made: list[Section | None] = [
+    sections: list[Section | None] = [
         _repeatability(rows),
         _thresholds(rows),
-        _budgets(same),
+        _budgets(comparable),
         _matching(rows),
         _geometry(rows),
         _sweeps(run),
         _bias(run),
         _sequences(rows),
-        _pictures(rows, _named_pairs(rows, pairs) or _chosen_pairs(rows, pictures), only),
+        _images(rows, _named_pairs(rows, pairs) or _select_pairs(rows, pictures), only),
         _sizes(rows),
         _failures(run),
-        Section("What the columns mean", [Definitions(GLOSSARY)]),
+        Section("Definitions of the columns", [Definitions(GLOSSARY)]),
     ]
     return Page(
         f"Evaluation: {run.name}",
         _header(rows, runs),
         _summary(rows),
-        [section for section in made if section],
+        [section for section in sections if section],
     )
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What ``write_report`` wrote."""
+    """Files written by ``write_report``."""
 
     html: Path
     markdown: Path
@@ -1052,21 +987,20 @@ def write_report(
     pairs: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> ReportFiles:
-    """Write ``report.html`` (one file, no network, no other file) and ``report.md`` of a run of
-    ``tiepoints evaluate``.
+    """Write ``report.html`` (self-contained) and ``report.md`` of a run of ``tiepoints evaluate``.
 
     Args:
-        folder: what the run wrote; of several, the first is reported and the others add to the
-            curves against the number of points.
-        out: where to write, ``folder`` (the first) by default; a name ending in ``.html`` gives the
-            page that name, and the Markdown the same with ``.md``.
-        pictures: how many pairs to show.
-        pairs: ``SEQUENCE:PAIR`` to show instead, such as ``graf:1-4``.
-        only: systems in the pictures, by default the first and the best of the others.
+        folder: output of the run; of several, the first is reported and the others extend the
+            curves by number of keypoints.
+        out: output folder, by default the first ``folder``; a path ending in ``.html`` is the name
+            of the page, and with ``.md`` instead that of the Markdown file.
+        pictures: number of pairs whose images are shown.
+        pairs: pairs to show instead, as ``SEQUENCE:PAIR``, such as ``graf:1-4``.
+        only: systems to show, by default the first and the best of the others.
 
     Raises:
         ValueError: no folder given, or an unknown pair or system.
-        DataError: a folder that is missing, holds no rows, or has no readable ``run.json``.
+        DataError: a folder is missing, has no rows, or no readable ``run.json``.
     """
     folders = [Path(folder)] if isinstance(folder, str | os.PathLike) else [Path(f) for f in folder]
     if not folders:

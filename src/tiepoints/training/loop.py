@@ -1,9 +1,9 @@
-"""One training loop for every network: batches in, checkpoint and rows of numbers out.
+"""The training loop of all networks.
 
-The loop owns the optimizer, the schedule, mixed precision and several devices (Lightning Fabric),
-the logs and the checkpoints. It knows no network, no data and no loss: those are passed in. Batch
-``i`` must depend on ``i`` alone; then a run that was killed and resumed ends at the same weights as
-an unbroken one (same seed, CPU).
+The loop handles the optimizer, the schedule, mixed precision and several devices (Lightning
+Fabric), the logs and the checkpoints. Network, data and loss are passed in. If batch ``i`` depends
+only on ``i``, an interrupted and resumed training gives the same weights as an uninterrupted one
+(same seed, CPU).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ..files import atomic_path, require
 from ..progress import Progress
 
 logger = logging.getLogger(__name__)
+#: (network, batch) -> (scalar, values for the log).
 Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 
-
-#: Steps that are timed before a run of ``minutes`` fixes its number of steps, after as many to warm
-#: up.
+#: Steps that are timed, after as many warm-up steps, to derive the number of steps from
+#: ``minutes``.
 TIMED_STEPS = 15
 CHECKPOINT_VERSION = 2
-#: Attributes of a ``Trainer`` that a checkpoint holds as they are.
+#: Attributes of a ``Trainer`` that a checkpoint contains unchanged.
 _SCALARS = (
     *("step", "total", "spent", "best", "best_step", "best_state", "rows"),
     "recent_loss",
@@ -45,23 +45,29 @@ _SCALARS = (
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a network is trained; saved with the checkpoint.
+    """Optimizer and schedule of a training; saved in the checkpoint.
 
     Attributes:
-        steps: optimizer steps; where 0, ``minutes`` decides after timing the first steps.
-        minutes: time to train for, used where ``steps`` is 0.
-        batch_size: pairs a step, over all devices.
-        optimizer: ``adam``, or ``sgd`` with momentum and dampening 0.9 (HardNet's).
+        steps: optimizer steps; 0: derived from ``minutes`` after timing the first steps.
+        minutes: duration of the training if ``steps`` is 0.
+        batch_size: pairs per step, over all devices.
+        optimizer: ``adam``, or ``sgd`` with momentum and dampening 0.9 (HardNet).
         learning_rate: peak of the learning rate.
-        warmup: steps of linear rise to it; then it falls to ``final_rate`` times the peak.
-        decay: how it falls: ``cosine``, ``linear``, or ``step``, at once after half of the steps.
+        warmup: steps of linear increase to the peak.
+        decay: decrease after the warm-up: ``cosine``, ``linear``, or ``step``, one step after half
+            of the steps.
+        final_rate: final learning rate over the peak.
         weight_decay: L2 term added to the gradient.
-        clip: largest norm of the gradient; 0 = unlimited.
-        average: decay of the running average of the weights that is validated and kept; 0 = none.
+        clip: largest norm of the gradient; 0: unlimited.
+        average: decay of the running average of the weights, which is validated and saved; 0: no
+            average.
         validate_every: steps between validations.
-        seed: of the batches and of the initialisation.
-        precision: Fabric's name, ``32-true`` or ``bf16-mixed``; ``auto`` is the latter where the
-            device computes bfloat16 (``extract.fast_bfloat16``).
+        seed: of the batches and of the initialization.
+        precision: Fabric's name, ``32-true`` or ``bf16-mixed``; ``auto``: the latter if the device
+            supports bfloat16 (``device.fast_bfloat16``).
+
+    Raises:
+        ValueError: unknown optimizer or decay.
     """
 
     steps: int = 0
@@ -88,8 +94,12 @@ class FitSettings:
 
 @dataclass
 class FitResult:
-    """What a training gave: best validation score, the step it was reached at, steps done, rows of
-    the log.
+    """Result of a training.
+
+    Attributes:
+        best, best_step: best validation score, and its step.
+        steps: number of steps.
+        rows: of the log, one per validation.
     """
 
     best: float
@@ -99,7 +109,7 @@ class FitResult:
 
 
 class _FromStep(Sampler[int]):
-    """Indices ``first .. last-1`` of this process's share of every batch."""
+    """Indices ``first .. last-1``."""
 
     def __init__(self, first: int, last: int):
         self.first, self.last = first, last
@@ -112,17 +122,15 @@ class _FromStep(Sampler[int]):
 
 
 def learning_rate_at(step: int, total: int, settings: FitSettings) -> float:
-    """Linear warm-up, then half a cosine, a straight line or one step down to ``final_rate`` times
-    the peak.
-    """
+    """Learning rate of a step: linear warm-up, then the decay to ``final_rate`` times the peak."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
-    left = {"linear": 1 - done, "step": float(done < 0.5)}.get(
+    remaining = {"linear": 1 - done, "step": float(done < 0.5)}.get(
         settings.decay, 0.5 * (1 + math.cos(math.pi * done))
     )
     low = settings.final_rate
-    return settings.learning_rate * (low + (1 - low) * left)
+    return settings.learning_rate * (low + (1 - low) * remaining)
 
 
 def _optimizer(net: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
@@ -140,11 +148,10 @@ def _optimizer(net: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Write with ``torch.save`` beside ``path``, then rename, so that a kill never leaves half a
-    file.
+    """Write ``state`` to ``path`` with ``torch.save``, atomically.
 
     Raises:
-        OSError: the disk is full or not writable; an older file at ``path`` stays as it was.
+        OSError: the disk is full or not writable; an existing file at ``path`` is unchanged.
     """
     try:
         with atomic_path(path) as tmp_path, open(tmp_path, "wb") as file:
@@ -156,34 +163,33 @@ def save_atomically(state: Any, path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of this loop.
+    """Read a checkpoint of the training loop.
 
     Raises:
-        WeightsError: the file is damaged or no checkpoint of a training.
+        WeightsError: the file is damaged or not a training checkpoint.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged files
+    except Exception as error:  # torch raises various types for damaged files
         raise WeightsError(
-            f"{path} is no readable training checkpoint ({error}); delete it to start over"
+            f"{path} is not a readable training checkpoint ({error}); delete it to start over"
         ) from error
     if not isinstance(state, dict) or state.get("version") != CHECKPOINT_VERSION:
         raise WeightsError(
-            f"{path} is no training checkpoint of this version; delete it to start over"
+            f"{path} is not a training checkpoint of this version; delete it to start over"
         )
     return state
 
 
 class RunningAverage:
-    """Exponential average of weights and buffers; short at first, so that early weights are soon
-    forgotten.
-    """
+    """Exponential moving average of weights and buffers, over fewer steps at the start."""
 
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.count = decay, 0
         self.state = {k: v.detach().clone() for k, v in net.state_dict().items()}
 
     def update(self, net: nn.Module) -> None:
+        """Include the current weights."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         for key, value in net.state_dict().items():
@@ -200,20 +206,21 @@ def _fabric(device: str, devices: int, precision: str):
     )
     if accelerator is None:
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps; got {device!r}")
-    chosen: int | list[int] = [int(device.split(":")[1])] if ":" in device else devices
-    strategy = "ddp" if not isinstance(chosen, list) and chosen > 1 else "auto"
-    return Fabric(accelerator=accelerator, devices=chosen, precision=precision, strategy=strategy)
+    selected: int | list[int] = [int(device.split(":")[1])] if ":" in device else devices
+    strategy = "ddp" if not isinstance(selected, list) and selected > 1 else "auto"
+    return Fabric(accelerator=accelerator, devices=selected, precision=precision, strategy=strategy)
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a training runs; nothing here decides its result.
+    """Options of a training that do not affect its result.
 
     Attributes:
-        device, devices: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``, and how many.
-        resume: resume from the checkpoint if there is one.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        devices: number of devices.
+        resume: resume from the checkpoint if it exists.
         progress: show progress.
-        workers: processes that make batches.
+        workers: processes that load batches.
         save_every: seconds between checkpoints.
     """
 
@@ -227,16 +234,16 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Task:
-    """What a network is trained for.
+    """Data, loss and validation of a training.
 
     Attributes:
         make_batches: length -> dataset of single items (dicts of tensors); item ``i`` must depend
-            on ``i`` alone.
-        loss: (net, batch) -> (scalar, numbers for the log).
-        validate: net in eval mode -> score, larger is better; runs on the first device alone.
-        score_name: what ``validate`` gives, for the log.
+            only on ``i``.
+        loss: see ``Loss``.
+        validate: network in eval mode -> score, larger is better; runs on the first device only.
+        score_name: name of the score in the log.
         identity: stored in the checkpoint and compared when resuming.
-        on_best: called with state dict and metadata each time the validation improves.
+        on_best: called with state dict and metadata at each best validation.
     """
 
     make_batches: Callable[[int], Dataset]
@@ -248,19 +255,19 @@ class Task:
 
 
 class Trainer:
-    """Trains a network in place; ``fit`` leaves it with the weights that validated best.
+    """Trains a network in place; after ``fit`` it has the weights of the best validation.
 
     Args:
-        net: moves to the device.
+        net: the network, which is moved to the device.
         task: see ``Task``.
         settings: see ``FitSettings``.
-        checkpoint: file that keeps the state of the training (written atomically).
+        checkpoint: file for the state of the training, written atomically.
         run: see ``RunOptions``.
-        log_dir: folder for ``log.csv`` and TensorBoard files; None = no logs.
+        log_dir: folder for ``log.csv`` and TensorBoard files; None: no logs.
 
     Raises:
-        WeightsError: the checkpoint to resume from is damaged or belongs to another training.
-        ValueError: a device or a batch size that cannot be used.
+        WeightsError: the checkpoint is damaged or belongs to another training.
+        ValueError: unusable device or batch size.
         ImportError: Lightning Fabric is missing.
     """
 
@@ -284,7 +291,7 @@ class Trainer:
         self.fabric.launch()
         if settings.batch_size % self.fabric.world_size:
             raise ValueError(
-                f"batch_size {settings.batch_size} does not divide among "
+                f"batch_size {settings.batch_size} is not divisible by "
                 f"{self.fabric.world_size} devices"
             )
         self.share = settings.batch_size // self.fabric.world_size
@@ -306,7 +313,11 @@ class Trainer:
         self.started = self.saved = self.timer = time.monotonic()
 
     def restore(self) -> None:
-        """Take the state from the checkpoint."""
+        """Restore the state from the checkpoint.
+
+        Raises:
+            WeightsError: see ``Trainer``.
+        """
         state = read_checkpoint(self.checkpoint)
         if state["identity"] != self.identity:
             changed = _differences(state["identity"], self.identity)
@@ -324,7 +335,7 @@ class Trainer:
             setattr(self, name, state[name])
 
     def save(self) -> None:
-        """Write the checkpoint. A full disk must not end the training: the next one may fit."""
+        """Write the checkpoint; on an error, such as a full disk, the training continues."""
         self.saved = time.monotonic()
         if not self.main:
             return
@@ -344,11 +355,11 @@ class Trainer:
             logger.warning("%s; the training continues", error)
 
     def seconds(self) -> float:
-        """Duration of the training, earlier runs included."""
+        """Duration of the training, including earlier runs."""
         return self.spent + time.monotonic() - self.started
 
     def current(self) -> dict[str, Tensor]:
-        """A copy of the weights that are validated and kept: the running average."""
+        """Copy of the weights that are validated and saved: the running average, if any."""
         source = self.net.state_dict() if self.average is None else self.average.state
         return {k: v.detach().cpu().clone() for k, v in source.items()}
 
@@ -356,7 +367,7 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            RuntimeError: the loss is no longer finite.
+            RuntimeError: the loss is not finite.
         """
         limit = self.total or 10**9
         dataset = self.task.make_batches(limit * self.settings.batch_size)
@@ -376,14 +387,14 @@ class Trainer:
         ):
             while not self.total or self.step < self.total:
                 batch = {k: v.to(self.fabric.device) for k, v in next(stream).items()}
-                rate, numbers = self.train_step(batch)
+                rate, metrics = self.train_step(batch)
                 if not self.total:
                     self._fix_total()
                     if self.total:
                         progress.set_total(self.total)
                 last = self.step == self.total
                 if self.total and (self.step % self.settings.validate_every == 0 or last):
-                    logs.write(self._validated(rate, numbers))
+                    logs.write(self._validated(rate, metrics))
                 best = f"{max(self.best, 0):.3f}"
                 progress.set_values(
                     **{"loss": f"{self.recent_loss:.4g}", f"best {self.task.score_name}": best}
@@ -398,9 +409,9 @@ class Trainer:
         return FitResult(self.best, self.best_step, self.step, self.rows)
 
     def _batches(self, dataset: Dataset, limit: int) -> Iterator[dict[str, Tensor]]:
-        """Batches from the present step on; workers start with the first one."""
+        """Batches from the current step on; workers start with the first one."""
         yield from DataLoader(
-            _Share(dataset, self.share, self.fabric.global_rank, self.fabric.world_size),
+            _BatchShare(dataset, self.share, self.fabric.global_rank, self.fabric.world_size),
             batch_size=self.share,
             sampler=_FromStep(self.step * self.share, limit * self.share),
             num_workers=self.run.workers,
@@ -408,19 +419,19 @@ class Trainer:
         )
 
     def train_step(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-        """One step of the optimizer: its learning rate and the numbers of the loss."""
-        # dropout of step i depends on i alone, also after a resume
+        """Do one optimizer step; returns its learning rate and the values of the loss."""
+        # dropout of step i depends only on i, also when resuming
         torch.manual_seed(self.settings.seed * 10**9 + self.step)
         rate = learning_rate_at(self.step, self.total or 10**9, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        alone = self.fabric.world_size == 1
-        with nullcontext() if alone else self.fabric.no_backward_sync(self.wrapped, enabled=False):
-            value, numbers = self.task.loss(self.wrapped, batch)
+        single = self.fabric.world_size == 1
+        with nullcontext() if single else self.fabric.no_backward_sync(self.wrapped, enabled=False):
+            value, metrics = self.task.loss(self.wrapped, batch)
             if not torch.isfinite(value):
                 raise RuntimeError(
                     f"the loss became {value.item()} at step {self.step}; lower the learning rate "
-                    f"(now {self.settings.learning_rate:g}). The last good state is in "
+                    f"(now {self.settings.learning_rate:g}). The last valid state is in "
                     f"{self.checkpoint}"
                 )
             self.fabric.backward(value)
@@ -431,22 +442,22 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.net)
         self.step += 1
-        loss = numbers["loss"]
+        loss = metrics["loss"]
         self.recent_loss = 0.98 * self.recent_loss + 0.02 * loss if self.recent_loss else loss
-        return rate, numbers
+        return rate, metrics
 
     def _fix_total(self) -> None:
-        """Find the number of steps that ``minutes`` allow, once enough have been timed."""
+        """Derive the number of steps from ``minutes``, once enough steps have been timed."""
         if self.step == TIMED_STEPS:
             self.timer = time.monotonic()
         if self.step == 2 * TIMED_STEPS:
             seconds = (time.monotonic() - self.timer) / TIMED_STEPS
-            left = self.settings.minutes * 60 - (time.monotonic() - self.started)
-            total = max(self.step + 1, round(left / seconds))
+            remaining = self.settings.minutes * 60 - (time.monotonic() - self.started)
+            total = max(self.step + 1, round(remaining / seconds))
             self.total = int(self.fabric.broadcast(total))
 
-    def _validated(self, rate: float, numbers: dict[str, float]) -> dict[str, float]:
-        """Validate, keep the weights if they are the best, and return the row of the log."""
+    def _validated(self, rate: float, metrics: dict[str, float]) -> dict[str, float]:
+        """Validate, save the weights if they are the best, and return the row of the log."""
         score = self.validation_score()
         name = self.task.score_name
         row = {
@@ -455,7 +466,7 @@ class Trainer:
             name: score,
             "learning_rate": rate,
             "seconds": round(self.seconds(), 1),
-            **numbers,
+            **metrics,
         }
         row["loss"] = self.recent_loss
         self.rows.append(row)
@@ -467,19 +478,19 @@ class Trainer:
         return row
 
     def validation_score(self) -> float:
-        """Validate the weights that are kept, in place of the ones in training."""
-        kept = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
+        """Validate the running average of the weights."""
+        trained = {k: v.detach().clone() for k, v in self.net.state_dict().items()}
         self.net.load_state_dict(self.current())
         self.net.eval()
         with torch.inference_mode():
             score = float(self.task.validate(self.net)) if self.main else 0.0
-        self.net.load_state_dict(kept)
+        self.net.load_state_dict(trained)
         self.net.train()
         return float(self.fabric.broadcast(score))
 
 
-class _Share(Dataset):
-    """This process's items: item ``i`` of the share is item of the whole batch it belongs to."""
+class _BatchShare(Dataset):
+    """The items of this process: ``share`` consecutive items of each batch."""
 
     def __init__(self, dataset: Dataset, share: int, rank: int, world: int):
         self.dataset, self.share, self.rank, self.world = dataset, share, rank, world
@@ -488,12 +499,12 @@ class _Share(Dataset):
         return len(self.dataset) // self.world  # type: ignore[arg-type]
 
     def __getitem__(self, index: int):
-        batch, place = divmod(index, self.share)
-        return self.dataset[(batch * self.world + self.rank) * self.share + place]
+        batch, offset = divmod(index, self.share)
+        return self.dataset[(batch * self.world + self.rank) * self.share + offset]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Which settings differ between two trainings, in words."""
+    """Describe the differences between the identities of two trainings."""
     changed = []
     for part in ("settings", "task"):
         for key in {**old[part], **new[part]}:
@@ -503,8 +514,9 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 class _Logs:
-    """``log.csv``, rewritten from the rows kept in the checkpoint when resuming, and TensorBoard
-    where installed.
+    """Writes ``log.csv`` and, if installed, TensorBoard files.
+
+    When resuming, ``log.csv`` is rewritten from the rows in the checkpoint.
     """
 
     def __init__(self, folder: Path | None, rows: list[dict[str, float]]):
@@ -519,26 +531,28 @@ class _Logs:
             self.file = open(self.folder / "log.csv", "w", newline="")
             self.writer = csv.writer(self.file)
             for row in self.rows:
-                self._line(row, first=row is self.rows[0])
+                self._write_line(row, first=row is self.rows[0])
             try:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self.board = SummaryWriter(str(self.folder))
             except ImportError:
-                pass  # the CSV alone then
+                pass  # optional
         return self
 
-    def _line(self, row: Mapping[str, float], first: bool) -> None:
+    def _write_line(self, row: Mapping[str, float], first: bool) -> None:
+        """Write a line, before the first one also the header."""
         if first:
             self.writer.writerow(row)
         self.writer.writerow([f"{v:.6g}" for v in row.values()])
         self.file.flush()
 
     def write(self, row: Mapping[str, float]) -> None:
+        """Append a row."""
         if self.file is None:
             return
         try:
-            self._line(row, first=not self.rows)
+            self._write_line(row, first=not self.rows)
         except OSError as error:
             logger.warning("log could not be written (%s); the training continues", error)
         self.rows.append(dict(row))

@@ -1,16 +1,18 @@
-"""Losses. Detectors: multi-scale index-proposal (M-SIP), Gaussian, orientation alignment;
-descriptors: triplet, second order, circle.
+"""Losses of detectors (multi-scale index proposal M-SIP, Gaussian, orientation alignment) and of
+descriptors (triplet, second order, circle).
 
-Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses the same loss with other window
-weights. Where paper and published code disagree (docs/training.md lists it) the code is followed,
-because it made the published weights. All losses return ``(loss, numbers)``: a scalar tensor to
-minimise and a dict of floats for the log.
+M-SIP: Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses it with other window
+weights. Where paper and published code differ (listed in docs/training.md), the code is followed,
+because the published weights were trained with it. All losses return ``(loss, metrics)``: a scalar
+tensor to minimize and a dict of floats to log.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,8 @@ from ..structure import GAUSSIAN_SIGMA
 #: Window sides in pixels and the weight of each (paper 5.3).
 WINDOWS = (8, 16, 24, 32, 40)
 WINDOW_WEIGHTS = (256.0, 64.0, 16.0, 4.0, 1.0)
-#: Constants of the published code: frame of pixels that never count, factor of the loss, guard
-#: against empty windows.
+#: Constants of the published code: width of the ignored border in pixels, factor of the loss, and
+#: offset against division by zero in empty windows.
 BORDER = 16
 FACTOR = 1000.0
 EPS = 1e-6
@@ -32,31 +34,32 @@ SOFTMAX_FACTOR = 100.0
 
 
 def _windows(maps: Tensor, window: int) -> Tensor:
-    """(B,1,H,W) -> (B,rows,cols,window*window), dropping what does not fill a window at the right
-    and bottom.
+    """Split maps (B,1,H,W) into windows (B,rows,cols,window*window); the rest on the right and
+    bottom is dropped.
     """
     b, _, h, w = maps.shape
     rows, cols = h // window, w // window
-    cut = maps[:, 0, : rows * window, : cols * window].reshape(b, rows, window, cols, window)
-    return cut.permute(0, 1, 3, 2, 4).reshape(b, rows, cols, window * window)
+    whole = maps[:, 0, : rows * window, : cols * window].reshape(b, rows, window, cols, window)
+    return whole.permute(0, 1, 3, 2, 4).reshape(b, rows, cols, window * window)
 
 
 def index_proposal(
     score_map: Tensor, window: int, *, base: float = math.e, detach_max: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Soft position and soft score of the strongest point of every window (paper 4.1, equations 2
-    and 3).
+    """Soft argmax and soft maximum of every window (paper 4.1, equations 2 and 3).
 
     Args:
         score_map: (B,1,H,W), >= 0.
-        window: side of the non-overlapping windows in pixels, laid from the top left corner.
+        window: side of the non-overlapping windows in pixels, starting at the top left corner.
         base: base of the spatial softmax (paper, table 1b).
-        detach_max: keep the gradient from flowing through the window maximum that normalises the
-            scores.
+        detach_max: no gradient through the window maximum that normalizes the scores.
 
     Returns:
         index (B,rows,cols,2): row and column inside the window, counted from 1; score
         (B,rows,cols).
+
+    Raises:
+        ValueError: ``base`` is not above 1.
     """
     if not base > 1:
         raise ValueError(f"base must be above 1, got {base}")
@@ -67,28 +70,29 @@ def index_proposal(
     weights = torch.exp(values * (math.log(base) / (peak + EPS))) - 1 + EPS
     total = weights.sum(dim=-1) + EPS  # (B,rows,cols)
     count = torch.arange(1, window + 1, device=score_map.device, dtype=score_map.dtype)
-    axes = torch.stack(
-        [count.repeat_interleave(window), count.repeat(window)], dim=-1
-    )  # (N*N,2) row, column
-    index = (weights @ axes) / total[..., None]
+    # (N*N,2) row, column
+    positions = torch.stack([count.repeat_interleave(window), count.repeat(window)], dim=-1)
+    index = (weights @ positions) / total[..., None]
     score = (weights * values).sum(dim=-1) / total
     return index, score
 
 
 def hard_index(score_map: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Row and column (from 1) of each window's maximum, (B,rows,cols,2), and that maximum
+    """Row and column (from 1) of the maximum of each window, (B,rows,cols,2), and the maximum
     (B,rows,cols).
     """
-    peak, place = _windows(score_map, window).max(dim=-1)
-    index = torch.stack([place // window + 1, place % window + 1], dim=-1)
+    peak, argmax = _windows(score_map, window).max(dim=-1)
+    index = torch.stack([argmax // window + 1, argmax % window + 1], dim=-1)
     return index.to(score_map.dtype), peak
 
 
 def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
-    """How much each window (B,rows,cols) counts by its soft score.
+    """Weights of windows (B,rows,cols) by their soft score.
 
-    ``minmax``: from 0 to 1 within each image (REKD); ``softmax``: 100 times the softmax within each
-    image (Key.Net, TensorFlow); ``none``: 1.
+    Args:
+        soft_score: (B,rows,cols).
+        weighting: ``minmax``: normalized to 0..1 within each image (REKD); ``softmax``: 100 times
+            the softmax within each image (Key.Net, TensorFlow); ``none``: 1.
     """
     flat = soft_score.detach().flatten(1)
     if weighting == "minmax":
@@ -103,6 +107,7 @@ def window_weights(soft_score: Tensor, weighting: str) -> Tensor:
     return flat.view_as(soft_score)
 
 
+# One keyword for each variant of the paper and the published codes.
 def index_proposal_loss(
     score_map: Tensor,
     target_map: Tensor,
@@ -116,20 +121,23 @@ def index_proposal_loss(
     detach_max: bool = True,
     factor: float = FACTOR,
 ) -> Tensor:
-    """One direction, one window size: squared distance of soft positions to the maxima of the other
-    view.
+    """Index proposal loss of one direction and one window size.
 
-    ``mean over windows of factor * weight * |soft(score_map) - argmax(target_map)|^2 / window^2``.
+    Mean over the windows of ``factor * weight * |soft_argmax(score_map) - argmax(target_map)|^2 /
+    window^2``.
 
     Args:
-        score_map: (B,1,H,W), already zero where not visible; the gradient flows through it.
-        target_map: (B,1,H,W), the other view's scores in this frame, a constant.
+        score_map: (B,1,H,W), zero outside the common area; receives the gradient.
+        target_map: (B,1,H,W), the scores of the other view in this frame, without gradient.
         visible: (B,1,H,W) in [0,1], the common area.
-        visibility: ``any`` weighs a window by its most visible pixel (published code); ``half``
-            counts only windows more than half visible, so that a cut-off neighbour cannot be taken
-            for the maximum.
-        empty: a window whose target holds no positive score is skipped (``ignore``) or takes
+        window, base, detach_max: see ``index_proposal``.
+        weighting: see ``window_weights``.
+        visibility: ``any``: windows are weighted by their most visible pixel (published code);
+            ``half``: only windows that are more than half visible count, because others may miss
+            their true maximum.
+        empty: windows without a positive target score are skipped (``ignore``) or have the target
             position 0 (``zero``, REKD).
+        factor: of the loss.
 
     Returns:
         scalar
@@ -137,11 +145,11 @@ def index_proposal_loss(
     index, score = index_proposal(score_map, window, base=base, detach_max=detach_max)
     target, peak = hard_index(target_map, window)
     weight = window_weights(score, weighting)
-    seen = _windows(visible, window)
+    visible_part = _windows(visible, window)
     if visibility == "any":
-        weight = weight * seen.amax(dim=-1)
+        weight = weight * visible_part.amax(dim=-1)
     elif visibility == "half":
-        weight = weight * (seen.mean(dim=-1) > 0.5)
+        weight = weight * (visible_part.mean(dim=-1) > 0.5)
     else:
         raise ValueError(f"visibility must be any or half, got {visibility!r}")
     if empty == "ignore":
@@ -155,30 +163,51 @@ def index_proposal_loss(
 
 
 def border_mask(like: Tensor, border: int = BORDER) -> Tensor:
-    """Ones (B,1,H,W) with a frame of zeros ``border`` pixels wide."""
+    """Mask (B,1,H,W) of ones with a border of zeros, ``border`` pixels wide."""
     h, w = like.shape[-2:]
     inner = like.new_ones(len(like), 1, max(h - 2 * border, 0), max(w - 2 * border, 0))
     left, top = min(border, w), min(border, h)
     return F.pad(inner, (left, w - left - inner.shape[-1], top, h - top - inner.shape[-2]))
 
 
-def _meet(views: list[Tensor], H_ab: Tensor, H_ba: Tensor) -> tuple[Tensor, ...]:
-    """Both maps and their warped partners in each frame, zero outside the common area, and the two
-    common areas.
+def _without_border(score_map: Tensor, mask: Tensor | None, border: int) -> Tensor:
+    """Mask (B,1,H,W), default 1, with zeros on the border."""
+    inner = border_mask(score_map, border)
+    return inner if mask is None else inner * mask
+
+
+@dataclass(frozen=True)
+class _Views:
+    """Score maps of both views, the other view's maps warped to them, and the common areas,
+    (B,1,H,W) each; zero outside the common area.
     """
-    a, b, mask_a, mask_b = views
+
+    a: Tensor
+    b: Tensor
+    b_in_a: Tensor
+    a_in_b: Tensor
+    visible_a: Tensor
+    visible_b: Tensor
+
+
+def _warp_views(
+    a: Tensor, b: Tensor, mask_a: Tensor, mask_b: Tensor, H_ab: Tensor, H_ba: Tensor
+) -> _Views:
+    """Warp each score map to the other view; no gradient through the warp."""
     with torch.no_grad():
         b_in_a, visible_a = warp_image(torch.cat([b * mask_b, mask_b], dim=1), H_ba).split(1, dim=1)
         a_in_b, visible_b = warp_image(torch.cat([a * mask_a, mask_a], dim=1), H_ab).split(1, dim=1)
         visible_a, visible_b = visible_a * mask_a, visible_b * mask_b
-    return (
-        a * visible_a,
-        b * visible_b,
-        b_in_a * visible_a,
-        a_in_b * visible_b,
-        visible_a,
-        visible_b,
+    return _Views(
+        a * visible_a, b * visible_b, b_in_a * visible_a, a_in_b * visible_b, visible_a, visible_b
     )
+
+
+def _check_score_maps(score_a: Tensor, score_b: Tensor) -> None:
+    if score_a.shape != score_b.shape or score_a.ndim != 4 or score_a.shape[1] != 1:
+        raise ValueError(
+            f"score maps must be (B,1,H,W) of equal shape, got {score_a.shape} and {score_b.shape}"
+        )
 
 
 def msip_loss(
@@ -190,113 +219,89 @@ def msip_loss(
     mask_b: Tensor | None = None,
     windows: Sequence[int] = WINDOWS,
     weights: Sequence[float] = WINDOW_WEIGHTS,
-    base: float = math.e,
-    weighting: str = "minmax",
-    visibility: str = "any",
-    empty: str = "ignore",
-    detach_max: bool = True,
     border: int = BORDER,
-    factor: float = FACTOR,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Multi-scale index-proposal loss of a batch of pairs (paper 4.2, equation 5; both directions
-    averaged).
+    """Multi-scale index proposal loss of a batch of pairs, the mean of both directions (paper 4.2,
+    equation 5).
 
     Args:
         score_a, score_b: (B,1,S,S) score maps >= 0 of both views.
         H_ab: (B,3,3) homographies from a to b in pixels.
-        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default everywhere.
-        windows, weights: window sides and the weight of each.
-        base, weighting, visibility, empty, detach_max, factor: see ``index_proposal_loss``.
-        border: frame of each map that never counts.
+        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default: everywhere.
+        windows, weights: window sides and their weights.
+        border: width of the ignored border of each map in pixels.
+        options: ``base``, ``weighting``, ``visibility``, ``empty``, ``detach_max`` and ``factor``
+            of ``index_proposal_loss``.
 
     Returns:
         scalar loss and ``{"loss": ..., "loss_8": ..., ...}``.
 
     Raises:
-        ValueError: shapes do not fit, or windows and weights differ in number.
+        ValueError: unsuitable shapes, or different numbers of windows and weights.
     """
-    if score_a.shape != score_b.shape or score_a.ndim != 4 or score_a.shape[1] != 1:
-        raise ValueError(
-            f"score maps must be (B,1,H,W) of equal shape, got {score_a.shape} and {score_b.shape}"
-        )
+    _check_score_maps(score_a, score_b)
     if len(windows) != len(weights):
         raise ValueError(f"{len(windows)} windows but {len(weights)} weights")
     if min(score_a.shape[-2:]) < max(windows):
         raise ValueError(
-            f"maps of {tuple(score_a.shape[-2:])} pixels do not hold a window of {max(windows)}"
+            f"maps of {tuple(score_a.shape[-2:])} pixels are smaller than a window of "
+            f"{max(windows)}"
         )
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
     H_ab = H_ab.to(score_a)
-    frame = border_mask(score_a, border)
-    mask_a = frame if mask_a is None else frame * mask_a
-    mask_b = frame if mask_b is None else frame * mask_b
+    mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
     total = score_a.new_zeros(())
-    numbers: dict[str, float] = {}
-    # The windows cover only the part of the maps that they fill, and the published code cuts before
-    # it warps.
-    cuts: dict[tuple[int, int], tuple[Tensor, ...]] = {}
+    metrics: dict[str, float] = {}
+    # As in the published code, maps are cropped to whole windows before they are warped.
+    cropped: dict[tuple[int, int], _Views] = {}
     for window, weight in zip(windows, weights, strict=True):
-        cut = (score_a.shape[-2] // window * window, score_a.shape[-1] // window * window)
-        if cut not in cuts:
-            cuts[cut] = _meet(
-                [t[..., : cut[0], : cut[1]] for t in (score_a, score_b, mask_a, mask_b)], H_ab, H_ba
-            )
-        a, b, b_in_a, a_in_b, visible_a, visible_b = cuts[cut]
-        options = {
-            "base": base,
-            "weighting": weighting,
-            "visibility": visibility,
-            "empty": empty,
-            "detach_max": detach_max,
-            "factor": factor,
-        }
-        loss_a = index_proposal_loss(a, b_in_a, visible_a, window, **options)  # type: ignore[arg-type]
-        loss_b = index_proposal_loss(b, a_in_b, visible_b, window, **options)  # type: ignore[arg-type]
+        h, w = (side // window * window for side in score_a.shape[-2:])
+        if (h, w) not in cropped:
+            a, b, in_a, in_b = (t[..., :h, :w] for t in (score_a, score_b, mask_a, mask_b))
+            cropped[h, w] = _warp_views(a, b, in_a, in_b, H_ab, H_ba)
+        v = cropped[h, w]
+        loss_a = index_proposal_loss(v.a, v.b_in_a, v.visible_a, window, **options)
+        loss_b = index_proposal_loss(v.b, v.a_in_b, v.visible_b, window, **options)
         loss = (loss_a + loss_b) / 2
-        numbers[f"loss_{window}"] = loss.item()
+        metrics[f"loss_{window}"] = loss.item()
         total = total + weight * loss
-    numbers["loss"] = total.item()
-    return total, numbers
+    metrics["loss"] = total.item()
+    return total, metrics
 
 
 # Gaussian
 # -----------------------------------------------------------------------------
 
-#: Side of the window around a peak, its standard deviation, and how near the other view's peak must
-#: be, in pixels.
+#: Side of the window around a peak, and maximum distance of the other view's peak, in pixels.
 GAUSSIAN_WINDOW = 15
-
 AGREEMENT = 2
-#: A pixel with more than this height of a target's Gaussian is within a pixel of it.
+#: Value of a target's Gaussian at a distance of one pixel.
 ON_TARGET = 0.8
-#: A peak counts by its height to this power: with 1, few strong peaks outgrow all others.
+#: Peaks are weighted by their height to this power; with 1, few strong peaks would dominate.
 HEIGHT_POWER = 0.25
 
 
 def gaussian_likeness(
     score_map: Tensor, window: int = GAUSSIAN_WINDOW, sigma: float = GAUSSIAN_SIGMA
 ) -> Tensor:
-    """How much the surroundings of every pixel look like one Gaussian peak at it: their cosine,
-    (B,1,H,W) -> (B,1,H,W) in [0,1].
+    """Cosine similarity of the neighborhood of every pixel and a Gaussian peak, in [0,1].
 
     ``<R, T> / (|R| |T|)`` of the ``window`` x ``window`` scores R around the pixel and ``T =
-    exp(-|x|^2 / 2 sigma^2)``.
+    exp(-|x|^2 / 2 sigma^2)``. (B,1,H,W) -> (B,1,H,W).
     """
-    reach = window // 2
-    taps = torch.exp(
-        -0.5
-        * (torch.arange(window, device=score_map.device) - reach).to(score_map).square()
-        / sigma**2
-    )
-    rows = F.conv2d(score_map, taps.view(1, 1, 1, -1), padding=(0, reach))
-    product = F.conv2d(rows, taps.view(1, 1, -1, 1), padding=(reach, 0))
-    energy = F.avg_pool2d(score_map.square(), window, stride=1, padding=reach) * window**2
+    radius = window // 2
+    offset = (torch.arange(window, device=score_map.device) - radius).to(score_map)
+    taps = torch.exp(-0.5 * offset.square() / sigma**2)
+    rows = F.conv2d(score_map, taps.view(1, 1, 1, -1), padding=(0, radius))
+    product = F.conv2d(rows, taps.view(1, 1, -1, 1), padding=(radius, 0))
+    energy = F.avg_pool2d(score_map.square(), window, stride=1, padding=radius) * window**2
     return product / ((energy + EPS**2).sqrt() * taps.square().sum())
 
 
 def local_cosine(a: Tensor, b: Tensor, window: int = GAUSSIAN_WINDOW) -> Tensor:
-    """Cosine of two maps (B,1,H,W) within the ``window`` x ``window`` pixels around each pixel:
-    (B,1,H,W).
+    """Cosine similarity (B,1,H,W) of two maps (B,1,H,W) in the ``window`` x ``window`` neighborhood
+    of every pixel.
     """
 
     def mean(maps: Tensor) -> Tensor:
@@ -305,7 +310,7 @@ def local_cosine(a: Tensor, b: Tensor, window: int = GAUSSIAN_WINDOW) -> Tensor:
     return mean(a * b) / ((mean(a.square()) * mean(b.square())).clamp(min=0) + EPS**4).sqrt()
 
 
-def _gaussian_one_way(
+def _gaussian_terms(
     score: Tensor,
     other: Tensor,
     visible: Tensor,
@@ -314,37 +319,38 @@ def _gaussian_one_way(
     anchor: Tensor | None,
     target: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of shape, share of the score that no peak of the other view confirms, and number of
-    peaks, of one view.
+    """Loss of one direction; arguments as in ``gaussian_loss``, ``other`` is the warped map.
+
+    Returns:
+        shape loss; fraction of the peaks without a peak of the other view; number of peaks.
     """
     with torch.no_grad():
-        seen = visible > 0.999
-        own = (score == max_filter(score, window)) & (score > 0) & seen
-        theirs = (other == max_filter(other, window)) & (other > 0)
+        valid = visible > 0.999
+        peaks = (score == max_filter(score, window)) & (score > 0) & valid
+        other_peaks = (other == max_filter(other, window)) & (other > 0)
         both = score + other
-        agreed = (both == max_filter(both, window)) & seen
-        near = 2 * AGREEMENT + 1
-        own_near, theirs_near = (max_filter(peaks.to(score), near) for peaks in (own, theirs))
-        if anchor is not None:  # a peak beside structure counts as if the other view lacked it
-            theirs_near = theirs_near * anchor
-        weight = agreed * own_near * theirs_near * both**HEIGHT_POWER
-        if (
-            target is not None
-        ):  # where positions are known they count alone, whatever the views agree on
+        common_peaks = (both == max_filter(both, window)) & valid
+        side = 2 * AGREEMENT + 1
+        near_peak, near_other = (max_filter(p.to(score), side) for p in (peaks, other_peaks))
+        if anchor is not None:  # a peak off structure counts as if the other view did not have it
+            near_other = near_other * anchor
+        weight = common_peaks * near_peak * near_other * both**HEIGHT_POWER
+        if target is not None:  # known positions replace the peaks of both views
             has_targets = target.amax(dim=(1, 2, 3), keepdim=True) > 0
-            known = ((target > ON_TARGET) & seen).to(score)
+            known = ((target > ON_TARGET) & valid).to(score)
             weight = torch.where(has_targets, known, weight)
-            theirs_near = torch.where(has_targets, (target > ON_TARGET).to(score), theirs_near)
+            near_other = torch.where(has_targets, (target > ON_TARGET).to(score), near_other)
         weight = weight / weight.sum(dim=(1, 2, 3), keepdim=True).clamp(min=EPS)
     likeness = gaussian_likeness(score, window, sigma)
     if target is not None:
         likeness = torch.where(has_targets, local_cosine(score, target, window), likeness)
     shape = (weight * (1 - likeness)).sum(dim=(1, 2, 3)).mean()
-    height = (score + EPS) ** HEIGHT_POWER * own
-    alone = (height * (1 - theirs_near)).sum(dim=(1, 2, 3)) / (height.sum(dim=(1, 2, 3)) + EPS)
-    return shape, alone.mean(), own.sum()
+    height = (score + EPS) ** HEIGHT_POWER * peaks
+    unmatched = (height * (1 - near_other)).sum(dim=(1, 2, 3)) / (height.sum(dim=(1, 2, 3)) + EPS)
+    return shape, unmatched.mean(), peaks.sum()
 
 
+# Masks, anchors and targets are keywords of their own, as the items of a batch.
 def gaussian_loss(
     score_a: Tensor,
     score_b: Tensor,
@@ -360,56 +366,50 @@ def gaussian_loss(
     sigma: float = GAUSSIAN_SIGMA,
     border: int = BORDER,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Gaussian loss of SobelNet (its name is the paper's, Yuan et al. 2020; the formula is ours,
-    docs/training.md).
+    """Gaussian loss of SobelNet (named in Yuan et al. 2020; our formula, see docs/training.md).
 
-    Peaks are maxima of ``window`` x ``window``. Around each peak of the sum of both views (the
-    other one warped here) that has a peak of each view within 2 px, the score must be a Gaussian:
-    ``mean (1 - cosine)``. And the share of peaks that no peak of the other view confirms must be
-    small. Both count a peak by a small power of its height and ignore the scores' scale. Both
-    directions are averaged.
+    Peaks are the maxima of ``window`` x ``window`` pixels. The shape term is the mean of ``1 -
+    gaussian_likeness`` at the peaks of the sum of both views that have a peak of each view within
+    2 px. The second term is the fraction of peaks without a peak of the other view. Peaks are
+    weighted by ``HEIGHT_POWER``; the loss does not depend on the scale of the scores. Mean of both
+    directions.
 
     Args:
         score_a, score_b: (B,1,S,S) score maps >= 0 of both views.
         H_ab: (B,3,3) homographies from a to b in pixels.
-        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default everywhere.
-        anchor_a, anchor_b: (B,1,S,S) in [0,1], how much a peak there may count (``anchor_weight``);
-            default 1 everywhere.
-        target_a, target_b: (B,1,S,S), Gaussians of height 1 at known keypoints, 0 elsewhere. An
-            image that has any is to be this map, and every peak that is not within a pixel of one
-            is to vanish.
-        window: odd side in pixels; sigma: standard deviation of the Gaussian in pixels.
-        border: frame of each map that never counts.
+        mask_a, mask_b: (B,1,S,S), 1 where the pixel shows real image content; default: everywhere.
+        anchor_a, anchor_b: (B,1,S,S) in [0,1], weight of a peak (``anchor_weight``); default: 1.
+        target_a, target_b: (B,1,S,S), Gaussians of height 1 at known keypoints, 0 elsewhere. In
+            images with targets, the score map is compared with this map, and peaks more than a
+            pixel from all targets are penalized.
+        window: odd side in pixels.
+        sigma: standard deviation of the Gaussian in pixels.
+        border: width of the ignored border of each map in pixels.
 
     Returns:
-        scalar and the numbers ``loss, shape, alone, peaks`` (mean number of a map).
+        scalar and the metrics ``loss``, ``shape``, ``alone`` (second term), ``peaks`` (per map).
 
     Raises:
-        ValueError: the maps' shapes do not fit, or window or sigma is impossible.
+        ValueError: unsuitable shapes, or an invalid window or sigma.
     """
-    if score_a.shape != score_b.shape or score_a.ndim != 4 or score_a.shape[1] != 1:
-        raise ValueError(
-            f"score maps must be (B,1,H,W) of equal shape, got {score_a.shape} and {score_b.shape}"
-        )
+    _check_score_maps(score_a, score_b)
     if window < 3 or window % 2 == 0 or not sigma > 0:
         raise ValueError(
             f"window must be odd and at least 3 and sigma above 0, got {window} and {sigma}"
         )
-    frame = border_mask(score_a, border)
-    mask_a = frame if mask_a is None else frame * mask_a
-    mask_b = frame if mask_b is None else frame * mask_b
+    mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
-    a, b, b_in_a, a_in_b, visible_a, visible_b = _meet(
-        [score_a, score_b, mask_a, mask_b], H_ab.to(score_a), H_ba
-    )
-    ways = [
-        _gaussian_one_way(a, b_in_a, visible_a, window, sigma, anchor_a, target_a),
-        _gaussian_one_way(b, a_in_b, visible_b, window, sigma, anchor_b, target_b),
-    ]
-    shape, alone = ((ways[0][i] + ways[1][i]) / 2 for i in range(2))
-    loss = shape + alone
-    peaks = float(ways[0][2] + ways[1][2]) / (2 * len(score_a))
-    return loss, {"loss": loss.item(), "shape": shape.item(), "alone": alone.item(), "peaks": peaks}
+    v = _warp_views(score_a, score_b, mask_a, mask_b, H_ab.to(score_a), H_ba)
+    terms_a = _gaussian_terms(v.a, v.b_in_a, v.visible_a, window, sigma, anchor_a, target_a)
+    terms_b = _gaussian_terms(v.b, v.a_in_b, v.visible_b, window, sigma, anchor_b, target_b)
+    shape, unmatched = ((terms_a[i] + terms_b[i]) / 2 for i in range(2))
+    loss = shape + unmatched
+    return loss, {
+        "loss": loss.item(),
+        "shape": shape.item(),
+        "alone": unmatched.item(),
+        "peaks": float(terms_a[2] + terms_b[2]) / (2 * len(score_a)),
+    }
 
 
 # Orientation
@@ -417,16 +417,16 @@ def gaussian_loss(
 
 
 def shift_bins(histogram: Tensor, bins: Tensor) -> Tensor:
-    """Histograms (B,N,H,W) moved on by ``bins`` (B,1,H,W or 1,1), cyclically; parts of a bin by
-    linear interpolation.
+    """Shift histograms (B,N,H,W) cyclically by ``bins`` (B,1,H,W or 1,1), with linear
+    interpolation.
     """
     n = histogram.shape[1]
     whole = bins.floor()
-    part = bins - whole
+    frac = bins - whole
     target = torch.arange(n, device=histogram.device).view(1, n, 1, 1)
     source = ((target - whole.long()) % n).expand(histogram.shape)
-    near = histogram.gather(1, source)
-    return near + part * (histogram.gather(1, (source - 1) % n) - near)
+    lower = histogram.gather(1, source)
+    return lower + frac * (histogram.gather(1, (source - 1) % n) - lower)
 
 
 def orientation_loss(
@@ -438,29 +438,28 @@ def orientation_loss(
     bins: Tensor | None = None,
     border: int = 0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Dense orientation alignment loss (REKD, section 3.3): turned by the ground truth, both views'
-    histograms agree.
+    """Dense orientation alignment loss (REKD, section 3.3).
 
-    Cross-entropy ``-sum_k A[k - d] log(B[k] + 1e-7)`` of the histogram of a, moved on by the turn
-    ``d``, and that of b warped into a, mean over the common area. Gradients flow through both.
+    Cross-entropy ``-sum_k A[k - d] log(B[k] + 1e-7)`` of the histogram of a, shifted by the true
+    rotation ``d``, and that of b warped to a; mean over the common area. Gradients flow through
+    both.
 
     Args:
-        histogram_a, histogram_b: (B,N,H,W) probabilities over N; bin k is a direction of k 360/N
+        histogram_a, histogram_b: (B,N,H,W) probabilities over N; bin k is the orientation k 360/N
             degrees counter-clockwise.
         H_ab: (B,3,3) homographies from a to b in pixels, without mirroring.
-        mask_a: (B,1,H,W), 1 where the pixel of a counts; default wherever b covers it.
-        bins: (B,1,1,1) shift in bins, counter-clockwise; default ``local_rotation`` at each pixel,
-            parts of bins interpolated. The published code cuts the angle to whole bins (of ``360 //
-            N`` degrees) towards zero.
-        border: frame that never counts.
+        mask_a: (B,1,H,W), weight of the pixels of a; default: 1 in the common area.
+        bins: (B,1,1,1) rotation in bins, counter-clockwise; default: ``local_rotation`` at each
+            pixel. The published code truncates the angle to whole bins (of ``360 // N`` degrees).
+        border: width of the ignored border in pixels.
 
     Returns:
-        scalar loss and ``{"loss": ..., "agree": share of pixels whose strongest bins agree to one
-        bin}``.
+        scalar loss and ``{"loss": ..., "agree": fraction of pixels whose strongest bins differ by
+        at most one}``.
 
     Raises:
-        ValueError: the histograms differ in shape, or a homography mirrors: what is mirrored has no
-            turn.
+        ValueError: the histograms differ in shape, or a homography mirrors, so that the rotation is
+            undefined.
     """
     if histogram_a.shape != histogram_b.shape or histogram_a.ndim != 4:
         raise ValueError(
@@ -469,47 +468,46 @@ def orientation_loss(
         )
     if bool((torch.linalg.det(H_ab) * H_ab[:, 2, 2] < 0).any()):
         raise ValueError(
-            "a pair is mirrored, and a mirrored corner has no turn; make pairs without mirroring "
-            "(preset turns or rekd)"
+            "a pair is mirrored, so its relative rotation is undefined; create pairs without "
+            "mirroring (preset turns or rekd)"
         )
-    b, n, h, w = histogram_a.shape
+    n = histogram_a.shape[1]
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(histogram_a)
-    there = warp_image(torch.cat([histogram_b, torch.ones_like(histogram_b[:, :1])], dim=1), H_ba)
-    in_a, covered = there[:, :n], there[:, n:].detach()
-    mask = (covered > 0).to(in_a) if mask_a is None else (covered > 0.999) * mask_a
+    warped = warp_image(torch.cat([histogram_b, torch.ones_like(histogram_b[:, :1])], dim=1), H_ba)
+    b_in_a, valid = warped[:, :n], warped[:, n:].detach()
+    mask = (valid > 0).to(b_in_a) if mask_a is None else (valid > 0.999) * mask_a
     if border:
         mask = mask * border_mask(mask, border)
-    if bins is None:
-        turn = local_rotation(pixel_grid(h, w, H_ab.to(torch.float64)), H_ab).view(
-            b, 1, h, w
-        )  # clockwise; bins are not
-        bins = -turn.to(histogram_a) * (n / (2 * math.pi))
-    expected = shift_bins(histogram_a, bins)
-    each = -(expected * torch.log(in_a + 1e-7)).sum(dim=1, keepdim=True)
+    expected = shift_bins(histogram_a, _true_bins(histogram_a, H_ab) if bins is None else bins)
+    entropy = -(expected * torch.log(b_in_a + 1e-7)).sum(dim=1, keepdim=True)
     count = mask.sum().clamp(min=1)
-    loss = (each * mask).sum() / count
+    loss = (entropy * mask).sum() / count
     with torch.no_grad():
-        off = (
-            expected.argmax(dim=1, keepdim=True) - in_a.argmax(dim=1, keepdim=True) + n // 2
-        ) % n - n // 2
-        agree = ((off.abs() <= 1) * mask).sum() / count
+        difference = expected.argmax(dim=1, keepdim=True) - b_in_a.argmax(dim=1, keepdim=True)
+        difference = (difference + n // 2) % n - n // 2
+        agree = ((difference.abs() <= 1) * mask).sum() / count
     return loss, {"loss": loss.item(), "agree": agree.item()}
+
+
+def _true_bins(histogram: Tensor, H_ab: Tensor) -> Tensor:
+    """Rotation (B,1,H,W) of a homography in bins of a histogram (B,N,H,W), counter-clockwise."""
+    b, n, h, w = histogram.shape
+    rotation = local_rotation(pixel_grid(h, w, H_ab.to(torch.float64)), H_ab).view(b, 1, h, w)
+    return -rotation.to(histogram) * (n / (2 * math.pi))  # local_rotation is clockwise
 
 
 # Descriptors
 # -----------------------------------------------------------------------------
 
-#: Entries nearer than this are taken for the same point seen twice, not for a negative (HardNet,
-#: HyNet: published code).
+#: Patches with a smaller descriptor distance are assumed to show the same point and are not used as
+#: negatives (published code of HardNet and HyNet).
 SAME_POINT = 0.008
-#: Larger than any distance of unit vectors: what is no candidate for the nearest negative.
+#: Larger than any distance of unit vectors; added to exclude a patch from the negatives.
 FAR = 10.0
 
 
 def pairwise_distances(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
-    """Distances (N,M) of unit vectors (N,D) and (M,D): ``sqrt(|a|^2 + |b|^2 - 2 a b + eps)``, never
-    below sqrt(eps).
-    """
+    """Distances (N,M) of unit vectors (N,D) and (M,D): ``sqrt(|a|^2 + |b|^2 - 2 a b + eps)``."""
     squared = a.square().sum(dim=1)[:, None] + b.square().sum(dim=1)[None] - 2 * a @ b.T
     return (squared.clamp(min=0) + eps).sqrt()
 
@@ -517,17 +515,17 @@ def pairwise_distances(a: Tensor, b: Tensor, eps: float = 1e-6) -> Tensor:
 def _check_pairs(anchor: Tensor, positive: Tensor) -> None:
     if anchor.ndim != 2 or anchor.shape != positive.shape:
         raise ValueError(
-            f"descriptors must be two (N,D) of one shape, got {tuple(anchor.shape)} and "
+            f"descriptors must be two (N,D) of the same shape, got {tuple(anchor.shape)} and "
             f"{tuple(positive.shape)}"
         )
     if len(anchor) < 2:
-        raise ValueError("a batch needs at least two pairs: the negatives of one are the others")
+        raise ValueError(
+            "a batch needs at least two pairs, because the negatives come from other pairs"
+        )
 
 
 def _negatives(distances: Tensor) -> Tensor:
-    """(N,N) distances with the pairs themselves and suspected repetitions of one point put far
-    away.
-    """
+    """Distances (N,N) with ``FAR`` added to positives and suspected repetitions of a point."""
     same = torch.eye(len(distances), dtype=torch.bool, device=distances.device) | (
         distances.detach() < SAME_POINT
     )
@@ -537,9 +535,12 @@ def _negatives(distances: Tensor) -> Tensor:
 def hardest_negatives(
     anchor: Tensor, positive: Tensor, *, within: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Distances (N,) of each pair and to its nearest negative, from either side (anchor swap).
+    """Distances (N,) of the positive pairs, and to the nearest negative of either side (anchor
+    swap).
 
-    ``within`` also searches among the anchors and among the positives (SOSNet, HyNet).
+    Args:
+        anchor, positive: (N,D) unit descriptors.
+        within: also search negatives among the anchors and among the positives (SOSNet, HyNet).
     """
     across = pairwise_distances(anchor, positive)
     negatives = _negatives(across)
@@ -553,18 +554,19 @@ def hardest_negatives(
 def hardnet_loss(
     anchor: Tensor, positive: Tensor, *, margin: float = 1.0, anchor_swap: bool = True
 ) -> tuple[Tensor, dict[str, float]]:
-    """HardNet's triplet loss with the hardest negative of the batch (Mishchuk et al. 2017, equation
-    1).
-
-    ``mean max(0, margin + d_pos - d_neg)``.
+    """HardNet's triplet loss with the hardest negative in the batch (Mishchuk et al. 2017, equation
+    1): ``mean max(0, margin + d_pos - d_neg)``.
 
     Args:
-        anchor, positive: (N,D) unit descriptors, N >= 2; row i of both shows the same place.
-        margin: wanted difference of the distances.
-        anchor_swap: the negative is the nearer of those to the anchor and to the positive.
+        anchor, positive: (N,D) unit descriptors, N >= 2; row i of both shows the same point.
+        margin: required difference of the distances.
+        anchor_swap: use the nearer one of the negatives of anchor and positive.
 
     Returns:
-        scalar and the numbers ``loss, positive, negative`` (mean distances).
+        scalar and the metrics ``loss``, ``positive``, ``negative`` (mean distances).
+
+    Raises:
+        ValueError: unsuitable shapes.
     """
     _check_pairs(anchor, positive)
     if anchor_swap:
@@ -580,31 +582,28 @@ def hardnet_loss(
     }
 
 
-def nearest_neighbours(distances: Tensor, k: int) -> Tensor:
-    """Which of the others are among the ``k`` nearest of each row: (N,N) bool; the diagonal is left
-    out.
-    """
+def nearest_neighbors(distances: Tensor, k: int) -> Tensor:
+    """Mask (N,N) bool of the ``k`` nearest neighbors of each row, without the diagonal."""
     blocked = distances.detach() + FAR * torch.eye(len(distances), device=distances.device)
     index = blocked.topk(min(k, len(distances) - 1), dim=1, largest=False).indices
     return torch.zeros_like(blocked, dtype=torch.bool).scatter_(1, index, True)
 
 
-def second_order_term(anchor: Tensor, positive: Tensor, *, neighbours: int = 8) -> Tensor:
-    """SOSNet's second order similarity (Tian et al. 2019, equation 5): distances among anchors
-    equal those among positives.
+def second_order_term(anchor: Tensor, positive: Tensor, *, neighbors: int = 8) -> Tensor:
+    """SOSNet's second order similarity (Tian et al. 2019, equation 5).
 
-    ``mean_i sqrt(sum_j A_ij (|a_i - a_j| - |p_i - p_j|)^2 + 1e-6)`` with A the union, made
-    symmetric, of the ``neighbours`` nearest within the anchors, within the positives and across.
+    ``mean_i sqrt(sum_j A_ij (|a_i - a_j| - |p_i - p_j|)^2 + 1e-6)``, with A the symmetric union of
+    the ``neighbors`` nearest neighbors among the anchors, among the positives and between them.
     """
-    left, right = pairwise_distances(anchor, anchor), pairwise_distances(positive, positive)
+    within_a, within_p = pairwise_distances(anchor, anchor), pairwise_distances(positive, positive)
     across = pairwise_distances(anchor, positive)
     graph = (
-        nearest_neighbours(left, neighbours)
-        | nearest_neighbours(right, neighbours)
-        | nearest_neighbours(across, neighbours)
+        nearest_neighbors(within_a, neighbors)
+        | nearest_neighbors(within_p, neighbors)
+        | nearest_neighbors(across, neighbors)
     )
     graph = graph | graph.T
-    return ((left - right).square() * graph).sum(dim=1).add(1e-6).sqrt().mean()
+    return ((within_a - within_p).square() * graph).sum(dim=1).add(1e-6).sqrt().mean()
 
 
 def sosnet_loss(
@@ -612,18 +611,19 @@ def sosnet_loss(
     positive: Tensor,
     *,
     margin: float = 1.0,
-    neighbours: int = 8,
+    neighbors: int = 8,
     second_order: float = 1.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """SOSNet's loss: squared hinge on the hardest negative of four sets, and ``second_order`` times
-    that term.
+    """SOSNet's loss: squared hinge on the hardest negative of four sets, plus ``second_order``
+    times ``second_order_term``.
 
-    Means over the batch, where the published code sums. Arguments and result as ``hardnet_loss``.
+    Means over the batch, instead of the sums of the published code. Arguments and result as in
+    ``hardnet_loss``.
     """
     _check_pairs(anchor, positive)
     near, far = hardest_negatives(anchor, positive, within=True)
     first = (margin + near - far).clamp(min=0).square().mean()
-    second = second_order_term(anchor, positive, neighbours=neighbours)
+    second = second_order_term(anchor, positive, neighbors=neighbors)
     loss = first + second_order * second
     return loss, {
         "loss": loss.item(),
@@ -643,24 +643,27 @@ def hynet_loss(
     length: float = 0.1,
     second_order: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """HyNet's triplet on the hybrid similarity, and its regularisation of the lengths (Tian et al.
-    2020, 3.2 and 3.3).
+    """HyNet's triplet loss on the hybrid similarity with L2 norm regularization (Tian et al. 2020,
+    3.2 and 3.3).
 
-    A distance d counts as ``d + alpha d^2 / 2``: of d alone the gradient is too strong for near
-    pairs, of the inner product too weak. ``mean max(0, margin + s_pos - s_neg) + length mean (|x_a|
-    - |x_p|)^2``; the published code sums.
+    ``mean max(0, margin + s_pos - s_neg) + length mean (|x_a| - |x_p|)^2`` with ``s = d + alpha d^2
+    / 2`` of the distance d: the gradient of d alone is too strong for near pairs, that of the inner
+    product too weak. Means instead of the sums of the published code.
 
     Args:
-        raw_anchor, raw_positive: (N,D) descriptors before their length is set to 1, N >= 2.
-        second_order: weight of SOSNet's term, which the paper tries and leaves out.
+        raw_anchor, raw_positive: (N,D) descriptors before L2 normalization, N >= 2.
+        margin: required difference of the similarities.
+        alpha: weight of the squared distance in the similarity.
+        length: weight of the regularization.
+        second_order: weight of SOSNet's term, which the paper tests but does not use.
 
     Returns:
-        scalar and numbers, as ``hardnet_loss``.
+        scalar and metrics, as in ``hardnet_loss``.
     """
     _check_pairs(raw_anchor, raw_positive)
-    lengths = [(x.square().sum(dim=1) + 1e-6).sqrt() for x in (raw_anchor, raw_positive)]
+    norms = [(x.square().sum(dim=1) + 1e-6).sqrt() for x in (raw_anchor, raw_positive)]
     anchor, positive = (
-        x / norm[:, None] for x, norm in zip((raw_anchor, raw_positive), lengths, strict=True)
+        x / norm[:, None] for x, norm in zip((raw_anchor, raw_positive), norms, strict=True)
     )
     near, far = hardest_negatives(anchor, positive, within=True)
     hinge = (
@@ -668,9 +671,9 @@ def hynet_loss(
         .clamp(min=0)
         .mean()
     )
-    drift = (lengths[0] - lengths[1]).square().mean()
+    drift = (norms[0] - norms[1]).square().mean()
     loss = hinge + length * drift
-    numbers = {
+    metrics = {
         "hinge": hinge.item(),
         "drift": drift.item(),
         "positive": near.mean().item(),
@@ -679,11 +682,11 @@ def hynet_loss(
     if second_order:
         second = second_order_term(anchor, positive)
         loss = loss + second_order * second
-        numbers["second"] = second.item()
-    return loss, {"loss": loss.item(), **numbers}
+        metrics["second"] = second.item()
+    return loss, {"loss": loss.item(), **metrics}
 
 
-#: Margin and scale of the circle loss (Sun et al. 2020 take 0.25 and 64 to 256).
+#: Margin and scale of the circle loss (Sun et al. 2020: 0.25 and 64 to 256).
 CIRCLE_MARGIN = 0.25
 CIRCLE_SCALE = 64.0
 
@@ -696,20 +699,21 @@ def circle_loss(
     margin: float = CIRCLE_MARGIN,
     scale: float = CIRCLE_SCALE,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Circle loss of each row's candidates (Sun et al. 2020, equations 4 to 8), mean over rows that
-    have both kinds.
+    """Circle loss (Sun et al. 2020, equations 4 to 8), mean over the rows with positives and
+    negatives.
 
     ``softplus(LSE_j scale a_n (s_n - margin) + LSE_i -scale a_p (s_p - 1 + margin))`` with ``a_p =
-    max(0, 1 + margin - s_p)`` and ``a_n = max(0, s_n + margin)``, both without gradient: what is
-    far from its aim is pulled hardest, so hard negatives count most.
+    max(0, 1 + margin - s_p)`` and ``a_n = max(0, s_n + margin)``, both without gradient. The
+    weights are largest for hard positives and hard negatives.
 
     Args:
-        similarity: (N,M) cosines.
-        positive, negative: (N,M) bool; what is in neither does not count.
+        similarity: (N,M) cosine similarities.
+        positive, negative: (N,M) bool; other pairs are ignored.
+        margin, scale: see above.
 
     Returns:
-        scalar (0 where no row has both kinds) and the numbers ``loss, rows, positive, negative``
-        (mean cosine of a row's worst).
+        scalar (0 without such rows) and the metrics ``loss``, ``rows`` (their number),
+        ``positive``, ``negative`` (mean similarity of the hardest positive and negative).
 
     Raises:
         ValueError: the shapes differ.
@@ -727,18 +731,18 @@ def circle_loss(
     if not bool(rows.any()):
         return similarity.sum() * 0.0, {"loss": 0.0, "positive": 0.0, "negative": 0.0, "rows": 0.0}
     s, p, n = similarity[rows], positive[rows], negative[rows]
-    pull = (1 + margin - s.detach()).clamp(min=0)
-    push = (s.detach() + margin).clamp(min=0)
-    near = (-scale * pull * (s - (1 - margin))).masked_fill(~p, float("-inf")).logsumexp(dim=1)
-    far = (scale * push * (s - margin)).masked_fill(~n, float("-inf")).logsumexp(dim=1)
-    loss = F.softplus(near + far).mean()
+    weight_p = (1 + margin - s.detach()).clamp(min=0)
+    weight_n = (s.detach() + margin).clamp(min=0)
+    logits_p = (-scale * weight_p * (s - (1 - margin))).masked_fill(~p, -math.inf)
+    logits_n = (scale * weight_n * (s - margin)).masked_fill(~n, -math.inf)
+    loss = F.softplus(logits_p.logsumexp(dim=1) + logits_n.logsumexp(dim=1)).mean()
     with torch.no_grad():
-        worst_positive = s.masked_fill(~p, 2.0).amin(dim=1).mean()
-        worst_negative = s.masked_fill(~n, -2.0).amax(dim=1).mean()
+        hardest_positive = s.masked_fill(~p, 2.0).amin(dim=1).mean()
+        hardest_negative = s.masked_fill(~n, -2.0).amax(dim=1).mean()
     return loss, {
         "loss": loss.item(),
-        "positive": worst_positive.item(),
-        "negative": worst_negative.item(),
+        "positive": hardest_positive.item(),
+        "negative": hardest_negative.item(),
         "rows": float(rows.sum()),
     }
 
@@ -751,14 +755,15 @@ def off_structure(
     window: int = GAUSSIAN_WINDOW,
     border: int = BORDER,
 ) -> Tensor:
-    """Share of the heights of an image's peaks that lies beside structure, mean over the images.
+    """Fraction of the peaks, weighted by height, that lie off image structure; mean over the
+    images.
 
     Args:
         score: (B,1,S,S) score maps >= 0.
         anchor: (B,1,S,S) in [0,1], ``anchor_weight``.
-        mask: (B,1,S,S), 1 where a peak counts.
-        window: odd side in pixels of the area that a peak is the maximum of.
-        border: frame of each map that never counts.
+        mask: (B,1,S,S), 1 where peaks count.
+        window: odd side in pixels of the neighborhood of a peak.
+        border: width of the ignored border of each map in pixels.
 
     Returns:
         scalar in [0,1].
@@ -766,7 +771,5 @@ def off_structure(
     score = score * border_mask(score, border) * mask
     peak = (score.detach() == max_filter(score.detach(), window)) & (score > 0)
     height = score * peak
-    share = (height * (1 - anchor)).sum(dim=(1, 2, 3)) / height.sum(dim=(1, 2, 3)).clamp(
-        min=EPS
-    )
-    return share.mean()
+    fraction = (height * (1 - anchor)).sum(dim=(1, 2, 3)) / height.sum(dim=(1, 2, 3)).clamp(min=EPS)
+    return fraction.mean()

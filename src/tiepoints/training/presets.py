@@ -1,4 +1,4 @@
-"""Presets of every training: what is drawn, which loss, how long."""
+"""Presets of all trainings: data, loss and schedule."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .loop import FitSettings
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a detector is trained.
+    """Training of a detector.
 
     Attributes:
         pairs: name of the pair preset (``synthetic.PRESETS``).
-        fit: schedule (``loop.FitSettings``).
-        kind: what places points: ``msip`` or ``gaussian``.
-        loss: options of ``losses.msip_loss``, or of ``losses.gaussian_loss``.
-        structure: of the network (``KeyNet``).
+        fit: schedule.
+        kind: loss of the score map, ``msip`` or ``gaussian``.
+        loss: options of ``losses.msip_loss`` or ``losses.gaussian_loss``.
+        structure: see ``KeyNet``.
         structure_penalty: weight of ``losses.off_structure``, with ``msip``.
-        anchored: pairs have anchors (``shapes.WithShapes``). Gaussian loss: only peaks on structure
-            count (``losses.anchor_weight``).
-        shapes, pull: of ``shapes.WithShapes``, where ``anchored``.
-        balance: weight of the orientation loss, where there is one (REKD: 100).
-        checks, check_pairs, check_size: validation: pair preset, number and side of pairs of
-            held-out photographs.
+        anchored: use ``shapes.WithShapes``; the Gaussian loss then weights peaks by
+            ``structure.anchor_weight``.
+        shapes, pull: ``share`` and ``pull`` of ``shapes.WithShapes``, if ``anchored``.
+        balance: weight of the orientation loss (REKD: 100).
+        checks, check_pairs, check_size: pair preset, number and side in pixels of the pairs for
+            validation.
     """
 
     pairs: str = "default"
@@ -47,8 +47,8 @@ class Recipe:
     check_size: int = 320
 
 
-#: Key.Net on structure: M-SIP, scores times the fourth root of corner strength, a penalty on peaks
-#: beside structure (docs/training.md).
+#: Key.Net on structure: M-SIP, scores times the fourth root of corner strength, and a penalty on
+#: peaks off structure (docs/training.md).
 _ON_STRUCTURE = Recipe(
     pairs="layers",
     fit=FitSettings(learning_rate=1.5e-3, average=0.98, validate_every=50),
@@ -59,8 +59,8 @@ _ON_STRUCTURE = Recipe(
 )
 RECIPES: dict[str, Recipe] = {
     "default": _ON_STRUCTURE,
-    # Keypoints on the very corner, by SobelNet's loss and drawn shapes; fewer repeat
-    # (docs/diary.md).
+    # Smaller localization error at corners, with SobelNet's loss and synthetic shapes, but lower
+    # repeatability (docs/diary.md).
     "corners": Recipe(
         pairs="layers",
         fit=FitSettings(learning_rate=5e-3, validate_every=50),
@@ -72,8 +72,8 @@ RECIPES: dict[str, Recipe] = {
         checks="layers",
     ),
     "msip": Recipe(),
-    # Paper 5.3 (batch 32, Adam 1e-3 halved after 30 of 45 epochs of 9,000 pairs, here a cosine);
-    # loss of its TensorFlow code.
+    # Paper 5.3 (batch 32, Adam 1e-3, halved after 30 of 45 epochs of 9,000 pairs; here cosine
+    # decay) with the loss of its TensorFlow code.
     "paper": Recipe(
         pairs="keynet-paper",
         fit=FitSettings(
@@ -86,13 +86,13 @@ RECIPES: dict[str, Recipe] = {
         ),
         loss={"weighting": "softmax", "visibility": "any", "empty": "ignore"},
     ),
-    # A look at whether one's own images train at all.
+    # Quick test whether a training works with the given images.
     "smoke": dataclasses.replace(
         _ON_STRUCTURE, fit=dataclasses.replace(_ON_STRUCTURE.fit, learning_rate=3e-3, steps=150)
     ),
 }
-#: Tiny-Key.Net lies on structure by Key.Net's published loss already; it has few parameters and
-#: takes larger steps.
+#: Tiny-Key.Net's keypoints lie on structure with Key.Net's published loss alone; with its few
+#: parameters it allows a larger learning rate.
 _TINY = Recipe(fit=FitSettings(learning_rate=2e-2))
 TINY_RECIPES: dict[str, Recipe] = {
     "default": _TINY,
@@ -102,8 +102,8 @@ TINY_RECIPES: dict[str, Recipe] = {
         _TINY, fit=dataclasses.replace(_TINY.fit, steps=300, validate_every=100)
     ),
 }
-#: SobelNet's paper says no schedule; ``default`` is its Gaussian loss, ``msip`` Key.Net's for
-#: comparison.
+#: SobelNet's paper gives no schedule. ``default`` uses its Gaussian loss, ``msip`` Key.Net's loss
+#: for comparison.
 SOBELNET_RECIPES: dict[str, Recipe] = {
     "default": Recipe(
         fit=FitSettings(learning_rate=5e-3, validate_every=25), kind="gaussian", loss={}
@@ -114,19 +114,19 @@ SOBELNET_RECIPES: dict[str, Recipe] = {
     ),
 }
 
-
 MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {
     "keynet": KeyNet,
     "keynet-tiny": KeyNet.tiny,
     "sobelnet": SobelNet,
 }
-#: The published size, and one that costs a ninth.
+#: The published size, and one of a ninth of the cost.
 REKD_SIZES: dict[str, dict[str, Any]] = {
     "rekd": {"group": 36, "dims": (2, 2, 2)},
     "rekd-light": {"group": 12, "dims": (2, 2, 2)},
 }
-#: Its maps of all orientations are large: fewer and smaller pairs to validate on.
-_OURS = Recipe(
+#: Fewer and smaller pairs for validation, because REKD's feature maps of all orientations are
+#: large.
+_REKD = Recipe(
     pairs="turns",
     fit=FitSettings(batch_size=4, learning_rate=3e-3, warmup=25, average=0.97, validate_every=50),
     loss={"visibility": "half", "factor": 100.0},
@@ -136,11 +136,11 @@ _OURS = Recipe(
     check_size=256,
 )
 REKD_RECIPES: dict[str, Recipe] = {
-    "default": _OURS,
-    # Released code: 20 epochs of 9,000 pairs, Adam 1e-3, halved once after ten, decay 0.1 on
-    # everything; its cut angles are mended.
+    "default": _REKD,
+    # Published code: 20 epochs of 9,000 pairs, Adam 1e-3, halved after ten epochs, weight decay 0.1
+    # on all parameters; without its truncation of angles to whole bins.
     "paper": dataclasses.replace(
-        _OURS,
+        _REKD,
         pairs="rekd",
         balance=100.0,
         fit=FitSettings(
@@ -157,19 +157,19 @@ REKD_RECIPES: dict[str, Recipe] = {
         ),
         loss={"weighting": "minmax", "visibility": "any", "empty": "zero", "detach_max": False},
     ),
-    "smoke": dataclasses.replace(_OURS, fit=dataclasses.replace(_OURS.fit, steps=100)),
+    "smoke": dataclasses.replace(_REKD, fit=dataclasses.replace(_REKD.fit, steps=100)),
 }
 
 
 @dataclass(frozen=True)
 class PatchRecipe:
-    """How a patch descriptor is trained.
+    """Training of a patch descriptor.
 
     Attributes:
-        fit: schedule; ``batch_size`` counts views of ``PatchSettings.per_view`` pairs each, of
-            ``PatchBatches`` whole batches.
+        fit: schedule; ``batch_size`` counts items: views with ``PatchSettings.per_view`` pairs
+            each, or whole batches of ``PatchBatches``.
         dropout: of the network, before its last convolution.
-        pairs, augment: of ``PatchBatches``, where published patches are trained on.
+        pairs, augment: ``batch`` and ``augment`` of ``PatchBatches``, for published patches.
     """
 
     fit: FitSettings
@@ -179,12 +179,12 @@ class PatchRecipe:
 
 
 DESCRIPTORS: dict[str, type[PatchNet]] = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
-#: Eight views of 48 pairs a step: 384 pairs, each with 47 negatives of its own view.
+#: Eight views of 48 pairs per step: 384 pairs, each with 47 negatives from its own view.
 PATCH_FIT = FitSettings(
     batch_size=8, learning_rate=2e-3, warmup=30, clip=0.0, average=0.99, validate_every=100
 )
-#: One item is a whole batch of published patches. HardNet: 10 epochs of 5 million pairs, SGD from
-#: 10 (sic) along a line to 0.
+#: One item is a whole batch of published patches. HardNet: 10 epochs of 5 million pairs, SGD with a
+#: learning rate that decreases linearly from 10 (as published) to 0.
 _HARDNET = FitSettings(
     steps=48_830,
     batch_size=1,
@@ -198,8 +198,8 @@ _HARDNET = FitSettings(
     average=0.0,
     validate_every=2_000,
 )
-#: 200 epochs of Liberty, Adam at a constant rate. SOSNet's authors published no training; HyNet's
-#: repository has its loss.
+#: 200 epochs of Liberty, Adam with a constant learning rate. SOSNet's training code is not
+#: published; HyNet's repository contains its loss.
 _HYNET = FitSettings(
     steps=88_000,
     batch_size=1,
@@ -223,8 +223,7 @@ PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
     },
 }
 
-
-#: Presets of ``train_desnet``; the paper says no schedule.
+#: Presets of ``train_dense``; the paper gives no schedule.
 DESNET_RECIPES: dict[str, FitSettings] = {
     "default": FitSettings(
         batch_size=8, learning_rate=3e-3, warmup=50, average=0.99, validate_every=100

@@ -1,6 +1,4 @@
-"""What a training is validated by: repeatability on warped pairs, correct matches of warped and
-real views.
-"""
+"""Validation of trainings: repeatability of warped pairs, matches of warped and real pairs."""
 
 from __future__ import annotations
 
@@ -33,10 +31,10 @@ from ..structs import Features, Keypoints
 
 @dataclass(frozen=True)
 class MatchingCheck:
-    """Two views to be matched: points and patches of each, found apart, and the truth.
+    """Keypoints and patches of two views, detected independently, and their homography.
 
     Attributes:
-        xy_a, xy_b: (N,2), (M,2) points.
+        xy_a, xy_b: (N,2), (M,2) keypoints.
         patches_a, patches_b: (N,1,32,32), (M,1,32,32).
         H_ab: (3,3) float64.
     """
@@ -49,7 +47,7 @@ class MatchingCheck:
 
 
 def value_at_points(image: Tensor, xy: Tensor) -> Tensor:
-    """Values (N,) of an image (H,W) at the pixels nearest to points (N,2) inside it."""
+    """Values (N,) of an image (H,W) at the nearest pixels of points (N,2) inside it."""
     index = xy.round().long()
     return image[index[:, 1], index[:, 0]]
 
@@ -62,28 +60,30 @@ def matching_checks(
     seed: int,
     count: int,
 ) -> list[MatchingCheck]:
-    """``count`` pairs of views with the points that ``detect`` (image (1,1,S,S) -> points) finds in
-    each.
+    """Draw ``count`` pairs of views and detect keypoints in each.
+
+    Args:
+        photos, views, seed: see ``PairDataset``.
+        detect: image (1,1,S,S) -> keypoints.
+        count: number of pairs.
     """
     pairs = PairDataset(photos, views, seed=seed, length=count)
     checks = []
     for index in range(count):
         pair = pairs.pair(index)
-        both = []
+        xy, patches = [], []
         for view in (pair.image_a, pair.image_b):
             image = torch.from_numpy(view.copy()).float()[None, None] / 255
-            points = detect(image)
-            both.append((points.xy, extract_patches(build_pyramid(image), points)))
-        checks.append(
-            MatchingCheck(
-                both[0][0], both[1][0], both[0][1], both[1][1], torch.from_numpy(pair.H_ab)
-            )
-        )
+            keypoints = detect(image)
+            xy.append(keypoints.xy)
+            patches.append(extract_patches(build_pyramid(image), keypoints))
+        H_ab = torch.from_numpy(pair.H_ab)
+        checks.append(MatchingCheck(xy[0], xy[1], patches[0], patches[1], H_ab))
     return checks
 
 
 def matching_score(describe: Callable[[Tensor], Tensor], checks: Sequence[MatchingCheck]) -> float:
-    """Mean ``correctly_matched`` of the checks' patches."""
+    """Mean of ``correctly_matched`` over the checks, for a descriptor of patches."""
     scores = [
         correctly_matched(describe(c.patches_a), describe(c.patches_b), c.xy_a, c.xy_b, c.H_ab)
         for c in checks
@@ -92,16 +92,24 @@ def matching_score(describe: Callable[[Tensor], Tensor], checks: Sequence[Matchi
 
 
 def mean_of_known(scores: Sequence[float | None]) -> float:
-    """Mean of the numbers among ``scores``, 0 where there is none."""
-    known = [score for score in scores if score is not None]
-    return math.fsum(known) / len(known) if known else 0.0
+    """Mean of the scores that are not None; 0 if there are none."""
+    valid = [score for score in scores if score is not None]
+    return math.fsum(valid) / len(valid) if valid else 0.0
 
 
 def correctly_matched(
     a: Tensor, b: Tensor, xy_a: Tensor, xy_b: Tensor, H_ab: Tensor, *, reach: float = 3.0
 ) -> float | None:
-    """Part of the repeated points that mutual nearest descriptors (N,D), (M,D) match rightly
-    (within ``reach`` px); None of none.
+    """Fraction of the repeated keypoints that are matched correctly by mutual nearest neighbors.
+
+    Args:
+        a, b: descriptors (N,D), (M,D).
+        xy_a, xy_b: keypoints (N,2), (M,2).
+        H_ab: homography (3,3).
+        reach: maximum distance of repeated keypoints and correct matches in pixels.
+
+    Returns:
+        0..1; None without repeated keypoints.
     """
     near = torch.cdist(warp_points(xy_a.double(), H_ab).float(), xy_b) <= reach
     repeated = min(int(near.any(dim=1).sum()), int(near.any(dim=0).sum()))
@@ -113,22 +121,27 @@ def correctly_matched(
     return float((mutual & near[torch.arange(len(forward)), forward]).sum()) / repeated
 
 
-#: Validation: seed of the pairs of held-out photographs, how many points of each are compared, and
-#: in degrees what turn is right.
+#: Seed of the pairs of held-out photographs.
 VALIDATION_SEED = 7
+#: Number of keypoints per view, without and with orientation (smaller views).
 VALIDATION_KEYPOINTS = 150
-ROTATED_KEYPOINTS = 75  # about half of the maxima of a smaller view
+ROTATED_KEYPOINTS = 75
+#: Maximum error of a correct orientation in degrees.
 ROTATION_TOLERANCE = 15.0
 
 
 def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
-    """Mean 3 px mutual repeatability of a score-map network (in eval mode) on pairs of equal size,
-    of keypoints on structure alone.
+    """Mean 3 px mutual repeatability of a score-map network (in eval mode), of keypoints on
+    structure.
 
-    A repeated keypoint counts if its pixels lie above the median of their images by
-    ``filters.corner_strength``: what lies beside structure moves with a plane as well as a corner
-    does, but not with a scene. Repeated keypoints are divided by ``VALIDATION_KEYPOINTS``, not by
-    the keypoints found: a network must not gain by finding few.
+    A repeated keypoint counts if both its pixels lie above the median of their images by
+    ``filters.corner_strength``: keypoints off structure repeat on planes, but not in scenes with
+    depth. The number of repeated keypoints is divided by ``VALIDATION_KEYPOINTS``, not by the
+    number of detected keypoints, so that few keypoints are no advantage.
+
+    Args:
+        net: gray images (2,1,S,S) -> score maps (2,1,S,S).
+        pairs: items of ``PairDataset``.
     """
     scores = []
     device = next(net.parameters()).device
@@ -146,20 +159,19 @@ def validation_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
         a, b = repeated_points(
             xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=VALIDATION_KEYPOINTS
         )
-        on_structure = (
-            torch.minimum(
-                percentiles(pair["image_a"][None], xy_a[a]),
-                percentiles(pair["image_b"][None], xy_b[b]),
-            )
-            > 0.5
-        )
+        structure_a = percentiles(pair["image_a"][None], xy_a[a])
+        structure_b = percentiles(pair["image_b"][None], xy_b[b])
+        on_structure = torch.minimum(structure_a, structure_b) > 0.5
         scores.append(int(on_structure.sum()) / VALIDATION_KEYPOINTS)
     return float(np.mean(scores)) if scores else 0.0
 
 
 def oriented_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
-    """As ``validation_score`` for a network with orientation: repeated points whose turn is right
-    within 15 degrees.
+    """Mean 3 px mutual repeatability of a network with orientation, of keypoints whose relative
+    orientation is correct.
+
+    Arguments as in ``validation_score``, but the network also returns orientation histograms, and
+    corner strength is not required.
     """
     scores = []
     device = next(net.parameters()).device
@@ -176,24 +188,29 @@ def oriented_score(net: nn.Module, pairs: list[dict[str, Tensor]]) -> float:
             xy_a, xy_b, pair["H_ab"], size, size, num_keypoints=ROTATED_KEYPOINTS
         )
         angle_a, angle_b = angle_at(angle[0, 0], xy_a[a]), angle_at(angle[1, 0], xy_b[b])
-        right = orientation_errors(xy_a[a], angle_a, angle_b, pair["H_ab"]) <= ROTATION_TOLERANCE
-        scores.append(int(right.sum()) / ROTATED_KEYPOINTS)
+        errors = orientation_errors(xy_a[a], angle_a, angle_b, pair["H_ab"])
+        scores.append(int((errors <= ROTATION_TOLERANCE).sum()) / ROTATED_KEYPOINTS)
     return float(np.mean(scores)) if scores else 0.0
 
 
-#: Validation: pairs of views of held-out photographs, their side, and points looked for in each.
+#: Validation of descriptors: number of pairs of held-out photographs, their side in pixels, and
+#: keypoints per view.
 MATCHING_PAIRS = 24
 MATCHING_SIZE = 320
 MATCHING_KEYPOINTS = 200
 
-#: Validation on reconstructions: pairs of views and keypoints of each image.
+#: Validation on reconstructions: number of pairs, and keypoints per image.
 POSED_PAIRS = 24
 POSED_KEYPOINTS = 500
 
 
 class PosedCheck:
-    """Validation on pairs of views of reconstructions: how many keypoints descriptors match in
-    agreement with the cameras.
+    """Validation of descriptors on pairs of images of reconstructions, with their epipolar
+    geometry.
+
+    Args:
+        scenes: reconstructions to draw the pairs from.
+        detector: of the keypoints.
     """
 
     def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
@@ -206,7 +223,7 @@ class PosedCheck:
         }
 
     def patches(self, describe: Callable[[Tensor], Tensor]) -> float:
-        """Mean ``tracks.correct_share`` of a network of patches."""
+        """Mean of ``tracks.correct_share`` for a descriptor of patches."""
         described = {
             path: describe(extract_patches(build_pyramid(image), self.keypoints[path]))
             for path, image in self.images.items()
@@ -214,8 +231,11 @@ class PosedCheck:
         return self._score(described)
 
     def dense(self, describe: Callable[[Tensor], Tensor], dim: int) -> float:
-        """Mean ``tracks.correct_share`` of a network image (1,1,H,W) -> map (1,dim,h,w), both on
-        the CPU.
+        """Mean of ``tracks.correct_share`` for a dense descriptor.
+
+        Args:
+            describe: image (1,1,H,W) -> map (1,dim,h,w), both on the CPU.
+            dim: descriptor dimension.
         """
         descriptor = DenseDescriptor(describe, dim)
         described = {

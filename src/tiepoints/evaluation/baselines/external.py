@@ -1,16 +1,13 @@
-"""Detectors of other libraries as systems to compare with: those of kornia, and SuperPoint of
-transformers.
+"""Detectors of other libraries as baselines: those of kornia, and SuperPoint of transformers.
 
-``external_system("disk")`` is a callable image -> ``Features``. The library is the user's own
-installation, and fetches and keeps its own weights (mind their authors' licences: SuperPoint's are
-for research only); ``model=`` takes a network that is already there. Detectors made for colour get
-colour.
+``external_system("disk")`` is a callable image -> ``Features``. The library is installed by the
+user, and downloads and caches its own weights (check their licenses: SuperPoint's are for research
+only); ``model=`` takes an existing network. Detectors for color images get color images.
 
 To add one, write a function ``(network, num_keypoints) -> find`` like those below and enter it in
-``_SYSTEMS``: ``network(library, class, load)`` gives the user's network or the loaded one;
-``find(image)`` turns an image (1,3,H,W) RGB in [0,1] into ``Keypoints`` and descriptors in any
-order and of any length, and converts positions where the library's are not ours (first pixel's
-centre at 0). ``external_system`` does the rest.
+``_SYSTEMS``: ``network(library, class, load)`` returns the user's network or the loaded one;
+``find(image)`` maps an image (1,3,H,W) RGB in [0,1] to ``Keypoints`` and descriptors in any order
+and number, and converts positions to our convention (center of the first pixel at 0).
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,18 +31,16 @@ from ...formats.interop import from_laf
 from ...image import ImageLike, load_image
 from ...structs import Features, Keypoints
 
-#: DISK needs more than 16 pixels; images with a shorter side are continued to this by their border
-#: pixels.
+#: DISK needs more than 16 pixels; images with a shorter side are padded to this by replication.
 MIN_SIDE = 32
-#: SuperPoint ignores what is left over of cells of so many pixels.
+#: SuperPoint ignores incomplete cells of this size at the border.
 SUPERPOINT_CELL = 8
-#: Where the classes of a library are, and how to get it. kornia has ALIKED and XFeat since 0.8.3;
-#: before 4.47 transformers gave SuperPoint's positions in pixels instead of parts of the image.
+#: Library -> module of its classes, and how to install it. kornia has ALIKED and XFeat since 0.8.3;
+#: transformers before 4.47 returned SuperPoint's positions in pixels instead of relative ones.
 LIBRARIES = {
     "kornia": ("kornia.feature", "pip install 'kornia>=0.8.3'"),
     "transformers": ("transformers", "pip install 'transformers>=4.47'"),
 }
-
 
 Network: TypeAlias = Callable[[str, str, Callable[[Any], nn.Module]], Any]
 Find: TypeAlias = Callable[[Tensor], tuple[Keypoints, Tensor]]
@@ -53,23 +49,23 @@ Find: TypeAlias = Callable[[Tensor], tuple[Keypoints, Tensor]]
 def external_system(
     name: str, *, num_keypoints: int = 1000, model: nn.Module | None = None, device: str = "cpu"
 ) -> Callable[[ImageLike], Features]:
-    """A detector of another library with its own descriptors.
+    """Create a detector of another library with its own descriptors.
 
     Args:
         name: one of ``EXTERNAL_SYSTEMS``.
-        num_keypoints: at most so many points.
-        model: the library's network, instead of its trained one; it is put in evaluation mode and
-            on ``device``.
-        device: where the network runs. The features are on the CPU.
+        num_keypoints: maximum number of keypoints per image.
+        model: a network of the library, instead of its pretrained one; it is set to evaluation mode
+            and moved to ``device``.
+        device: device of the network. The features are on the CPU.
 
     Returns:
         image -> ``Features``, strongest first, with descriptors (N,D) float32 of unit length. Scale
-        is 1 and angle 0 where the detector gives none.
+        is 1 and angle 0 if the detector does not estimate them.
 
     Raises:
         ValueError: unknown name, or ``num_keypoints`` below 1.
         ImportError: the library is missing, or too old to have the detector.
-        WeightsError: the library cannot get the trained weights.
+        WeightsError: the library cannot download the pretrained weights.
     """
     if name not in _SYSTEMS:
         raise ValueError(f"detector must be one of {', '.join(EXTERNAL_SYSTEMS)}; got {name!r}")
@@ -86,28 +82,25 @@ def external_system(
         h, w = image.shape[-2:]
         padded = F.pad(image, (0, max(0, MIN_SIDE - w), 0, max(0, MIN_SIDE - h)), mode="replicate")
         with torch.no_grad():
-            points, descriptors = find(padded.to(device))
-        points, descriptors = points.to("cpu"), F.normalize(descriptors.cpu().float(), dim=1)
-        inside = (
-            ((points.xy >= -0.5) & (points.xy <= points.xy.new_tensor([w, h]) - 0.5))
-            .all(dim=1)
-            .nonzero()[:, 0]
-        )
-        order = inside[points.score[inside].argsort(descending=True, stable=True)][:num_keypoints]
-        return Features(points[order], descriptors[order], (w, h))
+            keypoints, descriptors = find(padded.to(device))
+        keypoints, descriptors = keypoints.to("cpu"), F.normalize(descriptors.cpu().float(), dim=1)
+        xy, score = keypoints.xy, keypoints.score
+        inside = ((xy >= -0.5) & (xy <= xy.new_tensor([w, h]) - 0.5)).all(dim=1).nonzero()[:, 0]
+        order = inside[score[inside].argsort(descending=True, stable=True)][:num_keypoints]
+        return Features(keypoints[order], descriptors[order], (w, h))
 
     return system
 
 
 def load_rgb(source: ImageLike) -> Tensor:
-    """(1,3,H,W) float32 in [0,1] of anything that ``load_image`` takes, with its errors; a gray
-    image three times.
+    """Load anything ``load_image`` accepts as RGB (1,3,H,W) float32 in [0,1]; gray images are
+    repeated in the channels. Raises the errors of ``load_image``.
     """
     if isinstance(source, str | os.PathLike):
-        gray = load_image(source)  # whatever is wrong with the file is said there
+        gray = load_image(source)  # raises for invalid files
         with Image.open(Path(source)) as photo:
-            return load_rgb(photo) if _has_colour(photo) else gray.expand(-1, 3, -1, -1)
-    if isinstance(source, Image.Image) and _has_colour(source):
+            return load_rgb(photo) if _has_color(photo) else gray.expand(-1, 3, -1, -1)
+    if isinstance(source, Image.Image) and _has_color(source):
         source = np.asarray(source.convert("RGB"))
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (3, 4):
         return torch.cat([load_image(source[..., c]) for c in range(3)], dim=1)
@@ -116,35 +109,31 @@ def load_rgb(source: ImageLike) -> Tensor:
     return load_image(source).expand(-1, 3, -1, -1)
 
 
-def _has_colour(photo: Image.Image) -> bool:
+def _has_color(photo: Image.Image) -> bool:
     return photo.mode in ("P", "PA") or len(photo.getbands()) > 2
 
 
 def _load(name: str, library: str, kind: str, load: Callable[[Any], nn.Module]) -> nn.Module:
     module, remedy = LIBRARIES[library]
     try:
-        found = getattr(importlib.import_module(module), kind, None)
+        network_class = getattr(importlib.import_module(module), kind, None)
     except ImportError as error:
         raise ImportError(f"{name} needs {library}: {remedy}") from error
-    if found is None:
+    if network_class is None:
         raise ImportError(
             f"{name} needs a newer {library}, the one installed has no {kind}: {remedy}"
         )
     try:
-        return load(found)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # what transformers and kornia raise when nothing can be fetched
+        return load(network_class)
+    except (OSError, RuntimeError) as error:  # failed downloads of transformers and kornia
         raise WeightsError(
-            f"{library} could not get its weights of {name}. Load them once where there is a "
-            f"network, {library} keeps them "
-            f"({library} says: {error})"
+            f"{library} could not load its weights of {name}. Load them once with a network "
+            f"connection, {library} caches them (error of {library}: {error})"
         ) from error
 
 
 def _upright(xy: Tensor, score: Tensor) -> Keypoints:
-    """Points of a detector that knows neither scale nor angle."""
+    """Keypoints of a detector without scales and angles."""
     xy, score = xy.float(), score.float()
     return Keypoints(xy, torch.ones_like(score), torch.zeros_like(score), score)
 
@@ -153,7 +142,7 @@ def _upright(xy: Tensor, score: Tensor) -> Keypoints:
 
 
 def _disk(network: Network, num_keypoints: int) -> Find:
-    """DISK (Tyszkiewicz, Fua, Trulls 2020), weights "depth". Whole pixels, our convention."""
+    """DISK (Tyszkiewicz, Fua, Trulls 2020), weights "depth". Integer pixels, our convention."""
     disk = network("kornia", "DISK", lambda kind: kind.from_pretrained("depth"))
 
     def find(image: Tensor) -> tuple[Keypoints, Tensor]:
@@ -164,7 +153,7 @@ def _disk(network: Network, num_keypoints: int) -> Find:
 
 
 def _aliked(network: Network, num_keypoints: int) -> Find:
-    """ALIKED (Zhao et al. 2023), n16: the strongest maxima without a threshold. Sub-pixel, our
+    """ALIKED (Zhao et al. 2023), n16: the strongest maxima without a threshold. Subpixel, our
     convention.
     """
     aliked = network(
@@ -183,8 +172,8 @@ def _aliked(network: Network, num_keypoints: int) -> Find:
 
 
 def _dedode(network: Network, num_keypoints: int) -> Find:
-    """DeDoDe (Edstedt et al. 2024), detector L-C4-v2 and descriptor B; no suppression of
-    neighbours.
+    """DeDoDe (Edstedt et al. 2024), detector L-C4-v2 and descriptor B; without non-maximum
+    suppression.
     """
     dedode = network(
         "kornia",
@@ -194,7 +183,7 @@ def _dedode(network: Network, num_keypoints: int) -> Find:
 
     def find(image: Tensor) -> tuple[Keypoints, Tensor]:
         xy, score, descriptors = dedode(image, n=num_keypoints)
-        # DeDoDe puts the corner of the first pixel at 0, its centre at half a pixel
+        # in DeDoDe the corner of the first pixel is at 0
         return _upright(xy[0] - 0.5, score[0]), descriptors[0]
 
     return find
@@ -206,8 +195,8 @@ def _xfeat(network: Network, num_keypoints: int) -> Find:
 
     def find(image: Tensor) -> tuple[Keypoints, Tensor]:
         found = xfeat.detectAndCompute(image, top_k=num_keypoints)[0]
-        # XFeat multiplies positions by the ratio of the sizes and forgets the half pixel of the
-        # resizing law
+        # XFeat multiplies positions by the ratio of the sizes, without the half-pixel offset of
+        # resizing
         ratio = found["keypoints"].new_tensor(
             [side / max(32, side // 32 * 32) for side in (image.shape[-1], image.shape[-2])]
         )
@@ -217,8 +206,8 @@ def _xfeat(network: Network, num_keypoints: int) -> Find:
 
 
 def _keynet(kind: str) -> Callable[[Network, int], Find]:
-    """kornia's Key.Net (Barroso-Laguna et al. 2019) with orientation and HardNet, and with AffNet's
-    shape where ``kind`` has it.
+    """kornia's Key.Net (Barroso-Laguna et al. 2019) with orientation and HardNet, with AffNet's
+    shape depending on ``kind``.
     """
 
     def make(network: Network, num_keypoints: int) -> Find:
@@ -226,18 +215,14 @@ def _keynet(kind: str) -> Callable[[Network, int], Find]:
 
         def find(image: Tensor) -> tuple[Keypoints, Tensor]:
             lafs, responses, descriptors = local(to_gray(image))
-            filled = lafs[0].flatten(1).any(dim=1)  # kornia fills up with frames of zeros
-            points = from_laf(
+            filled = lafs[0].flatten(1).any(dim=1)  # kornia pads with zero frames
+            keypoints = from_laf(
                 lafs[:, filled], responses[0, filled], local.detector.mr_size * local.scaling_coef
             )
-            # positions of a level are multiplied by its ratio, here ``scale``, without the half
-            # pixel of the resizing law
-            return Keypoints(
-                points.xy + (points.scale[:, None] - 1) / 2,
-                points.scale,
-                points.angle,
-                points.score,
-            ), descriptors[0, filled]
+            # kornia multiplies positions of a level by its ratio, here ``scale``, without the
+            # half-pixel offset of resizing
+            xy = keypoints.xy + (keypoints.scale[:, None] - 1) / 2
+            return replace(keypoints, xy=xy), descriptors[0, filled]
 
         return find
 
@@ -248,8 +233,8 @@ def _keynet(kind: str) -> Callable[[Network, int], Find]:
 
 
 def _superpoint(network: Network, num_keypoints: int) -> Find:
-    """SuperPoint (DeTone, Malisiewicz, Rabinovich 2018). Whole pixels; positions come as parts of
-    width and height.
+    """SuperPoint (DeTone, Malisiewicz, Rabinovich 2018). Integer pixels; the network
+    returns positions relative to width and height.
     """
     superpoint = network(
         "transformers",
@@ -259,11 +244,11 @@ def _superpoint(network: Network, num_keypoints: int) -> Find:
 
     def find(image: Tensor) -> tuple[Keypoints, Tensor]:
         h, w = image.shape[-2:]
-        whole = F.pad(
+        padded = F.pad(
             to_gray(image), (0, -w % SUPERPOINT_CELL, 0, -h % SUPERPOINT_CELL), mode="replicate"
         ).expand(-1, 3, -1, -1)
-        found = superpoint(whole)
-        size = found.keypoints.new_tensor([whole.shape[-1], whole.shape[-2]])
+        found = superpoint(padded)
+        size = found.keypoints.new_tensor([padded.shape[-1], padded.shape[-2]])
         return _upright((found.keypoints[0] * size).round(), found.scores[0]), found.descriptors[0]
 
     return find

@@ -1,24 +1,23 @@
-"""Classical detectors as systems to compare with: OpenCV's (4.10 or newer, and 5), and SURF
-(``detectors.surf``).
+"""Classical detectors as baselines: OpenCV's (4.10 or newer, and 5), and SURF (``surf``).
 
-``opencv_detect("sift", gray)`` gives key points and the detector's own descriptors. Parameters are
-OpenCV's defaults, except where ``_DETECTORS`` says so and why.
+``opencv_detect("sift", gray)`` returns keypoints and the detector's own descriptors. Parameters are
+OpenCV's defaults, except for those in ``_DETECTORS``.
 
-What to know of each (seen alike in OpenCV 5.0.0 and 4.14.0; offsets are half the mean mirror offset
-of four Oxford images):
-- Positions are OpenCV's, whose convention is ours (first pixel's centre at 0), with its errors.
-  **sift** lies 0.25 px too far right and below (none with ``enable_precise_upscale``, which is off
-  by default); **harris-laplace** 0.4 px, on a grid as coarse as the scale; **orb** multiplies the
-  positions of a level without the half pixel and misses by up to 0.8 px left and above; **brisk**
-  0.2 to 0.4 px left and above at coarse scales. The others have no offset; **akaze** 0.2 px in x at
-  its coarsest scale alone.
-- **mser**: OpenCV 5.0.0 drops nine regions of ten, the most stable ones (opencv issue 29652: it
+Notes on the detectors (equal in OpenCV 5.0.0 and 4.14.0; biases are half the mean displacement
+between four Oxford images and their mirrored copies):
+
+- Positions are OpenCV's, in our convention (center of the first pixel at 0), including its biases.
+  **sift** is biased by 0.25 px to the right and down (not with ``enable_precise_upscale``, which is
+  off by default); **harris-laplace** by 0.4 px, on a grid as coarse as the scale; **orb** scales
+  the positions of a level without the half-pixel offset and is biased by up to 0.8 px to the left
+  and up; **brisk** by 0.2 to 0.4 px to the left and up at coarse scales. The others are not biased,
+  except **akaze** by 0.2 px in x at its coarsest scale.
+- **mser**: OpenCV 5.0.0 drops nine of ten regions, the most stable ones (opencv issue 29652: it
   compares their variation with ``min_diversity``). With ``min_diversity`` 0 it finds exactly the
   regions of 4.14, which ignores that value for gray images, so this module always sets it. Regions
-  have no strength: all scores are 1 and the order is a random one drawn from ``seed`` and the
-  image.
-- **surf** is in OpenCV only when built with its non-free part, which no wheel is; ours is used
-  everywhere, so that results agree.
+  have no ranking: all scores are 1 and the order is random, from ``seed`` and the image.
+- **surf** is in OpenCV only if built with its non-free part, unlike all wheels; ours is always
+  used, so that results are comparable.
 - **kaze, akaze, brisk** are in the main module of OpenCV 4 and in contrib of 5; **harris-laplace**
   is in contrib of both.
 """
@@ -26,7 +25,7 @@ of four Oxford images):
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,40 +38,40 @@ from ...formats.interop import from_cv2
 from ...structs import Keypoints
 from .surf import surf
 
-#: Images with a shorter side have no points: BRISK and others refuse those below 6 px.
+#: Images with a shorter side give no keypoints: BRISK and others raise below 6 px.
 MIN_SIDE = 8
-#: ORB takes the number of points as a budget per level, so it is given at least this many and the
-#: strongest are kept.
+#: ORB distributes the number of keypoints over its levels, so at least this many are requested and
+#: the strongest are kept.
 ORB_POINTS = 5000
-#: Harris' measure is of fourth order in contrast where Shi and Tomasi's is of second: the square of
-#: its threshold 0.01.
+#: The response of Harris is of fourth order in contrast, that of Shi and Tomasi of second: this is
+#: the square of the latter's threshold 0.01.
 HARRIS_QUALITY = 1e-4
 
 
 @dataclass(frozen=True)
 class _Detector:
-    """How OpenCV makes a detector.
+    """How to create a detector of OpenCV.
 
     Attributes:
-        maker: name of its ``..._create``.
-        size: ``KeyPoint.size`` of a point found at the original resolution, which is our scale 1.
+        create: name of its ``..._create`` function.
+        size: ``KeyPoint.size`` of a keypoint at the original resolution, which is our scale 1.
         options: keyword arguments that differ from OpenCV's defaults.
-        descriptor: ``root`` (SIFT), ``real``, ``binary``, or empty where it has none of its own.
-        length: numbers of a descriptor.
+        descriptor: ``root`` (SIFT), ``real``, ``binary``, or empty if it has none.
+        length: descriptor dimension.
     """
 
-    maker: str
+    create: str
     size: float
     options: dict[str, Any]
     descriptor: str = ""
     length: int = 0
 
 
-#: OpenCV's sources give the sizes: twice sigma 1.6 of the first level (sift, kaze), that times 1.5,
-#: the width of the derivatives (akaze); three times the integration scale, as a diameter, at
-#: integration scale 1 (harris-laplace); 7 px circle (fast), 31 px patch (orb), ``basicSize_`` 12
-#: (brisk), 3 px window (shi-tomasi, harris); mser's regions know no level, so the disc of the least
-#: area accepted, 60 px, counts as scale 1.
+#: Sizes from OpenCV's source code: twice sigma 1.6 of the first level (sift, kaze), times 1.5, the
+#: width of the derivatives (akaze); three times the integration scale 1, as a diameter
+#: (harris-laplace); 7 px circle (fast), 31 px patch (orb), ``basicSize_`` 12 (brisk), 3 px window
+#: (shi-tomasi, harris); mser has no levels, so the disk of the minimum area of a region, 60 px, is
+#: scale 1.
 _DETECTORS = {
     "sift": _Detector("SIFT_create", 3.2, {}, "root", 128),
     "fast": _Detector("FastFeatureDetector_create", 7.0, {}),
@@ -89,7 +88,6 @@ _DETECTORS = {
         {"maxCorners": 0, "useHarrisDetector": True, "qualityLevel": HARRIS_QUALITY},
     ),
 }
-
 
 OPENCV_SYSTEMS: tuple[str, ...] = (
     "sift",
@@ -114,20 +112,20 @@ def opencv_detect(
     *,
     describe: bool = True,
 ) -> tuple[Keypoints, Tensor | None]:
-    """The strongest points of one detector, and its own descriptors.
+    """Detect the strongest keypoints with one detector, and describe them with its own descriptor.
 
     Args:
         name: one of ``OPENCV_SYSTEMS``.
-        gray: (H,W) uint8. An image of one value, or with a side below ``MIN_SIDE``, has no points.
-        num_keypoints: at most so many; equal responses keep the detector's order.
-        seed: of the random order of ``mser``, whose regions have no strength; the other detectors
-            ignore it.
-        describe: false saves the time of descriptors.
+        gray: (H,W) uint8. A constant image, or one with a side below ``MIN_SIDE``, has no
+            keypoints.
+        num_keypoints: maximum number; keypoints with equal responses keep the detector's order.
+        seed: of the random order of ``mser``, whose regions have no ranking; ignored by others.
+        describe: False skips descriptors.
 
     Returns:
-        key points, strongest first, and descriptors (N,D) float32 of unit length: RootSIFT for
-        ``sift``, numbers for ``surf`` and ``kaze``, bits as +-1/sqrt(D) for ``akaze``, ``orb`` and
-        ``brisk``, so that the cosine is 1 - 2 * Hamming / D. None for the others, and without
+        keypoints, strongest first, and descriptors (N,D) float32 of unit length: RootSIFT for
+        ``sift``, real values for ``surf`` and ``kaze``, bits as +-1/sqrt(D) for ``akaze``, ``orb``
+        and ``brisk``, so that the cosine is 1 - 2 * Hamming / D. None for the others, and without
         ``describe``.
 
     Raises:
@@ -157,46 +155,45 @@ def opencv_detect(
         order = generator.permutation(len(found))[:num_keypoints]
     else:
         order = np.argsort(-response, kind="stable")[:num_keypoints]
-    points = from_cv2([found[i] for i in order], size=spec.size)
+    keypoints = from_cv2([found[i] for i in order], size=spec.size)
     if name == "mser":
-        points = Keypoints(points.xy, points.scale, points.angle, torch.ones(len(points)))
+        keypoints = replace(keypoints, score=torch.ones(len(keypoints)))
     if not described:
-        return points, None
+        return keypoints, None
     if values is None or not len(found):
-        return points, torch.zeros(0, spec.length)
-    return points, _unit(torch.from_numpy(values[order]), spec.descriptor)
+        return keypoints, torch.zeros(0, spec.length)
+    return keypoints, _normalize(torch.from_numpy(values[order]), spec.descriptor)
 
 
 def _make(name: str, spec: _Detector, num_keypoints: int) -> Any:
-    """OpenCV's detector from where this version keeps it."""
+    """Create OpenCV's detector, from the module that has it in the installed version."""
     try:
         import cv2
     except ImportError as error:
         raise ImportError(f"{name} needs OpenCV: pip install 'tiepoints[opencv]'") from error
     for module in (cv2, getattr(cv2, "xfeatures2d", None)):
-        maker = getattr(module, spec.maker, None)
-        if maker is not None:
+        create = getattr(module, spec.create, None)
+        if create is not None:
             break
     else:
         raise ImportError(
             f"{name} is not in this OpenCV {cv2.__version__}, it needs the contrib build: pip "
-            "uninstall the other opencv "
-            "packages, then pip install 'tiepoints[opencv]'"
+            "uninstall the other opencv packages, then pip install 'tiepoints[opencv]'"
         )
     options = dict(spec.options)
     if name == "orb":
         options["nfeatures"] = max(options["nfeatures"], num_keypoints)
-    detector = maker(**options)
+    detector = create(**options)
     if name == "mser":
-        detector.setMinDiversity(0.0)  # see the file's docstring
+        detector.setMinDiversity(0.0)  # see the docstring of this module
     return detector
 
 
 def _run(
     name: str, detector: Any, gray: NDArray[np.uint8], described: bool
 ) -> tuple[list, NDArray | None]:
-    """OpenCV's points and raw descriptors. KAZE turns and BRISK drops points only while describing:
-    they always describe, so that the points do not depend on ``described``.
+    """OpenCV's keypoints and raw descriptors. KAZE computes angles and BRISK drops keypoints only
+    while describing: they always describe, so that keypoints do not depend on ``described``.
     """
     if described or name in ("kaze", "brisk"):
         found, values = detector.detectAndCompute(gray, None)
@@ -204,16 +201,14 @@ def _run(
     return list(detector.detect(gray)), None
 
 
-def _unit(values: Tensor, kind: str) -> Tensor:
-    """Raw descriptors (N,...) to (N,D) float32 of unit length."""
+def _normalize(values: Tensor, kind: str) -> Tensor:
+    """Convert raw descriptors (N,...) to (N,D) float32 of unit length."""
     if kind == "root":
         return F.normalize(values.float() + 1e-7, p=1, dim=1).sqrt()
     if kind == "real":
-        return F.normalize(
-            values.float().nan_to_num(), dim=1
-        )  # KAZE divides by zero where a patch is flat
-    bits = (
-        values[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)) & 1
-    )  # (N,bytes,8)
+        # KAZE divides by zero in constant patches
+        return F.normalize(values.float().nan_to_num(), dim=1)
+    # (N,bytes,8)
+    bits = values[:, :, None].bitwise_right_shift(torch.arange(8, dtype=torch.uint8)) & 1
     signs = bits.flatten(1).float() * 2 - 1
     return signs / signs.shape[1] ** 0.5

@@ -1,15 +1,15 @@
-"""SURF: blobs where the determinant of the Hessian peaks in space and scale (Bay, Ess, Tuytelaars,
-Van Gool 2008).
+"""SURF: maxima of the determinant of the Hessian in space and scale (Bay, Ess, Tuytelaars, Van Gool
+2008).
 
-Written here from the paper because OpenCV's wheels are built without it. An integral image makes
-the sum over any box four look-ups, so box filters stand in for Gaussian derivatives at every scale
-at equal cost; maxima over 3 x 3 x 3 samples are refined by a quadratic; the descriptor sums Haar
-wavelets over 4 x 4 cells turned with the point.
+Implemented from the paper because OpenCV's wheels are built without it. With an integral image the
+sum over any box takes four look-ups, so box filters approximate Gaussian derivatives at every scale
+at equal cost; maxima over 3 x 3 x 3 samples are refined by a quadratic fit; the descriptor sums
+Haar wavelets over 4 x 4 cells rotated with the keypoint.
 
-In: gray (H,W) in [0,1]. Out: key points with scale = filter side / 9 (1 = the smallest filter), and
-descriptors (N,64). Choices the paper leaves open: every pixel is sampled in the first octave (no
-doubled image), four octaves of four filters, filters that leave the image have no response, and
-outside of it the border pixel is repeated for orientation and descriptor.
+Input: gray (H,W) in [0,1]. Output: keypoints with scale = filter side / 9 (1 = the smallest
+filter), and descriptors (N,64). Choices the paper leaves open: every pixel is sampled in the first
+octave (without upsampling), four octaves of four filters, filters that extend beyond the image have
+no response, and for orientation and descriptor the border is replicated.
 """
 
 from __future__ import annotations
@@ -22,56 +22,53 @@ from torch import Tensor
 
 from ...structs import Keypoints
 
-#: Sides of the box filters, octave by octave; samples lie 1, 2, 4 and 8 pixels apart (section 3.3
-#: of the paper).
+#: Sides of the box filters per octave, with sampling steps of 1, 2, 4 and 8 pixels (section 3.3 of
+#: the paper).
 OCTAVES = ((9, 15, 21, 27), (15, 27, 39, 51), (27, 51, 75, 99), (51, 99, 147, 195))
 SMALLEST = 9
-#: The Gaussian that the smallest filter stands for has this sigma, in pixels.
+#: Sigma in pixels of the Gaussian that the smallest filter approximates.
 SIGMA = 1.2
-#: Weight of the mixed derivative, which balances the box approximation (equation 3).
+#: Weight of the mixed derivative, which compensates the box approximation (equation 3).
 MIXED = 0.9
-#: Least determinant: about what OpenCV's default of 100 means for bytes and its normalisation.
+#: Minimum determinant; about OpenCV's default of 100, which is for bytes and another normalization.
 THRESHOLD = 5e-5
-#: Wavelets of a point reach so many sigma: the corner of the turned 20 x 20 samples (13.5) and half
-#: a wavelet more.
-REACH = 15
-#: Steps in which the window of 60 degrees is turned to find the orientation, per full turn.
-TURNS = 72
-#: Points described at a time; bounds the memory.
+#: Radius of a keypoint's wavelets in sigma: the corner of the rotated 20 x 20 samples (13.5) plus
+#: half a wavelet.
+RADIUS = 15
+#: Number of sectors of a full circle, in which the sliding window of 60 degrees moves.
+SECTORS = 72
+#: Keypoints described at a time, to limit memory.
 CHUNK = 512
 
 
 def surf(
     gray: Tensor, num_keypoints: int, *, threshold: float = THRESHOLD, describe: bool = True
 ) -> tuple[Keypoints, Tensor | None]:
-    """The ``num_keypoints`` strongest blobs of ``gray`` (H,W) in [0,1], strongest first, and
-    descriptors (N,64) of unit length.
-
-    Without ``describe`` the descriptors are None.
+    """Detect the ``num_keypoints`` strongest blobs of ``gray`` (H,W) in [0,1], strongest first, and
+    compute descriptors (N,64) of unit length (None without ``describe``).
     """
     gray = gray.double()
     integral = F.pad(gray, (1, 0, 1, 0)).cumsum(dim=0).cumsum(dim=1)
     found = torch.cat(
         [_maxima(integral, sides, 2**octave, threshold) for octave, sides in enumerate(OCTAVES)]
     )
-    found = found[
-        found[:, 3].argsort(descending=True, stable=True)[:num_keypoints]
-    ]  # (N,4) x, y, side, determinant
+    order = found[:, 3].argsort(descending=True, stable=True)[:num_keypoints]
+    found = found[order]  # (N,4) x, y, side, determinant
     xy, scale, score = found[:, :2], found[:, 2] / SMALLEST, found[:, 3]
     sigma = SIGMA * scale
-    wavelets = _Wavelets(gray, REACH * float(sigma.max()) if len(sigma) else 0.0)
+    wavelets = _Wavelets(gray, RADIUS * float(sigma.max()) if len(sigma) else 0.0)
     angles, rows = [torch.zeros(0)], [torch.zeros(0, 64)]
     for part in zip(xy.split(CHUNK), sigma.split(CHUNK), strict=True):
         angles.append(_orientation(wavelets, *part))
         if describe:
             rows.append(_descriptors(wavelets, *part, angles[-1]).float())
-    points = Keypoints(xy.float(), scale.float(), torch.cat(angles).float(), score.float())
-    return points, torch.cat(rows) if describe else None
+    keypoints = Keypoints(xy.float(), scale.float(), torch.cat(angles).float(), score.float())
+    return keypoints, torch.cat(rows) if describe else None
 
 
 def hessian(integral: Tensor, side: int, step: int) -> Tensor:
     """Determinant of the Hessian at every ``step``-th pixel from box filters of odd ``side``; 0
-    where they leave the image.
+    where they extend beyond the image.
     """
     height, width = (n - 1 for n in integral.shape)
     half, lobe = side // 2, side // 3
@@ -117,7 +114,7 @@ def _maxima(integral: Tensor, sides: tuple[int, ...], step: int, threshold: floa
     volume = torch.stack([hessian(integral, side, step) for side in sides])  # (4,h,w)
     if min(volume.shape[1:]) < 3:
         return volume.new_zeros(0, 4)
-    # a place whose larger filter left the image has no neighbour to be compared with
+    # where the larger filter extends beyond the image, there is no neighbor to compare with
     inner = (volume[1:-1, 1:-1, 1:-1] > threshold) & (volume[2:, 1:-1, 1:-1] != 0)
     index = inner.nonzero() + 1  # (N,3) layer, row, column
 
@@ -131,13 +128,12 @@ def _maxima(integral: Tensor, sides: tuple[int, ...], step: int, threshold: floa
         for c in (-1, 0, 1)
         if (a, b, c) != (0, 0, 0)
     ]
-    for k, offset in enumerate(
-        steps
-    ):  # of two equal neighbours the later one wins, so a pair gives one point
+    # of two equal neighbors the later one is kept, so that they give one keypoint
+    for k, offset in enumerate(steps):
         value, other = at(0, 0, 0), at(*offset)
         index = index[value >= other if k < len(steps) // 2 else value > other]
     value = at(0, 0, 0)
-    # derivatives in units of the centre, so that the fit does not depend on contrast
+    # derivatives relative to the center, so that the fit does not depend on contrast
     gradient = torch.stack(
         [at(1, 0, 0) - at(-1, 0, 0), at(0, 1, 0) - at(0, -1, 0), at(0, 0, 1) - at(0, 0, -1)], dim=-1
     )
@@ -147,46 +143,44 @@ def _maxima(integral: Tensor, sides: tuple[int, ...], step: int, threshold: floa
     for i in range(3):
         second[:, i, i] = (at(*axes[i]) + at(*-axes[i])) / value - 2
         for j in range(i):
-            both, apart = axes[i] + axes[j], axes[i] - axes[j]
+            plus, minus = axes[i] + axes[j], axes[i] - axes[j]
             second[:, i, j] = second[:, j, i] = (
-                at(*both) + at(*-both) - at(*apart) - at(*-apart)
+                at(*plus) + at(*-plus) - at(*minus) - at(*-minus)
             ) / (4 * value)
     solvable = torch.linalg.det(second).abs() > 1e-9
     index, value = index[solvable], value[solvable]
     shift = torch.linalg.solve(second[solvable], -gradient[solvable])
-    place = index + shift
-    side = sides[0] + (sides[1] - sides[0]) * place[:, 0]
-    found = torch.stack([place[:, 2] * step, place[:, 1] * step, side, value], dim=-1)
+    position = index + shift
+    side = sides[0] + (sides[1] - sides[0]) * position[:, 0]
+    found = torch.stack([position[:, 2] * step, position[:, 1] * step, side, value], dim=-1)
     return found[(shift.abs() <= 1).all(dim=1)]
 
 
 class _Wavelets:
-    """Haar wavelets at real positions and of real size, exact for pixels of constant value.
+    """Haar wavelets of real positions and sizes, exact for pixels as constant squares.
 
     Args:
-        gray: (H,W); pixels beyond its border repeat the border.
-        reach: farthest that a wavelet leaves the image, in pixels.
+        gray: (H,W); its border is replicated.
+        margin: maximum distance in pixels by which a wavelet extends beyond the image.
     """
 
-    def __init__(self, gray: Tensor, reach: float):
-        self.pad = math.ceil(reach) + 1
-        wide = F.pad(gray[None, None], (self.pad,) * 4, mode="replicate")[0, 0]
-        self.integral = F.pad(wide, (1, 0, 1, 0)).cumsum(dim=0).cumsum(dim=1)
-        self.size = (wide.shape[1], wide.shape[0])
+    def __init__(self, gray: Tensor, margin: float):
+        self.pad = math.ceil(margin) + 1
+        padded = F.pad(gray[None, None], (self.pad,) * 4, mode="replicate")[0, 0]
+        self.integral = F.pad(padded, (1, 0, 1, 0)).cumsum(dim=0).cumsum(dim=1)
+        self.size = (padded.shape[1], padded.shape[0])
 
     def __call__(self, xy: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-        """Right minus left half and lower minus upper half of the squares of ``half`` (N,) side
-        around ``xy`` (N,K,2): (N,K) each.
+        """Differences (N,K) of right and left, and of lower and upper halves of squares with half
+        side ``half`` (N,) around ``xy`` (N,K,2).
         """
         corners = torch.tensor(
             [(-1, -1), (0, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (0, 1), (1, 1)]
         )
         grid = xy.new_empty(len(xy), len(corners), xy.shape[1], 2)
-        for axis in (
-            0,
-            1,
-        ):  # a loop, and K last in each: sums with an inner dimension of two are slow
-            # the integral up to a pixel's centre lies half a pixel before its end
+        # a loop with K as last dimension: operations with an inner dimension of two are slow
+        for axis in (0, 1):
+            # the integral image is indexed by pixel edges, half a pixel from the centers
             at = (
                 xy[:, None, :, axis]
                 + half[:, None, None] * corners[:, axis, None]
@@ -205,19 +199,18 @@ def _orientation(wavelets: _Wavelets, xy: Tensor, sigma: Tensor) -> Tensor:
     grid = torch.arange(-6, 7, dtype=torch.float64)
     around = torch.cartesian_prod(grid, grid)
     around = around[around.square().sum(dim=1) <= 36]  # (K,2)
-    dx, dy = wavelets(
-        xy[:, None] + sigma[:, None, None] * around, 2 * sigma
-    )  # wavelets of side 4 sigma
+    # wavelets of side 4 sigma
+    dx, dy = wavelets(xy[:, None] + sigma[:, None, None] * around, 2 * sigma)
     weight = torch.exp(-around.square().sum(dim=1) / (2 * 2.0**2))
     responses = torch.stack([dx, dy]) * weight  # (2,N,K)
-    turn = torch.atan2(dy, dx) % (2 * math.pi)
-    sector = (turn * (TURNS / (2 * math.pi))).long().clamp(max=TURNS - 1)
-    sums = responses.new_zeros(2, len(xy), TURNS).scatter_add_(
+    direction = torch.atan2(dy, dx) % (2 * math.pi)
+    sector = (direction * (SECTORS / (2 * math.pi))).long().clamp(max=SECTORS - 1)
+    sums = responses.new_zeros(2, len(xy), SECTORS).scatter_add_(
         2, sector.expand_as(responses), responses
     )
-    window = TURNS // 6
+    window = SECTORS // 6
     wrapped = F.pad(torch.cat([sums, sums[..., : window - 1]], dim=-1), (1, 0)).cumsum(dim=-1)
-    within = wrapped[..., window:] - wrapped[..., :-window]  # (2,N,TURNS)
+    within = wrapped[..., window:] - wrapped[..., :-window]  # (2,N,SECTORS)
     best = within.square().sum(dim=0).argmax(dim=1)
     x, y = within[:, torch.arange(len(xy)), best]
     return torch.atan2(y, x) % (2 * math.pi)
@@ -233,10 +226,9 @@ def _descriptors(wavelets: _Wavelets, xy: Tensor, sigma: Tensor, angle: Tensor) 
     around = torch.stack([u * cos - v * sin, u * sin + v * cos], dim=-1)
     dx, dy = wavelets(xy[:, None] + sigma[:, None, None] * around, sigma)
     weight = torch.exp(-(u**2 + v**2) / (2 * 3.3**2))
-    along, across = (
-        (dx * cos + dy * sin) * weight,
-        (dy * cos - dx * sin) * weight,
-    )  # in the point's own frame
+    # components in the frame of the keypoint
+    along = (dx * cos + dy * sin) * weight
+    across = (dy * cos - dx * sin) * weight
     values = torch.stack([along, across, along.abs(), across.abs()], dim=-1)  # (N,400,4)
     cells = values.view(len(xy), 4, 5, 4, 5, 4).sum(dim=(2, 4)).flatten(1)
     return F.normalize(cells, dim=1)

@@ -1,4 +1,4 @@
-"""Training of every network from folders of images: ``train``."""
+"""Training of all networks from folders of images."""
 
 from .common import TrainData as TrainData
 from .train import train as train

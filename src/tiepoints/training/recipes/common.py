@@ -1,4 +1,4 @@
-"""What every recipe shares: the data, the output files, the weights to start from."""
+"""Common parts of all recipes: data, output files and initial weights."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from ...weights import save
 from ..loop import FitResult, FitSettings, RunOptions, Task, Trainer
 
 logger = logging.getLogger(__name__)
-#: A folder, or several.
+#: One or more folders.
 Folders: TypeAlias = str | Path | Sequence[str | Path]
 R = TypeVar("R")
-#: Images that cannot be used are named up to this number.
-NAMED = 10
+#: Maximum number of log messages about unusable images.
+MAX_SKIPPED_LOGGED = 10
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What a network is trained and validated on.
+    """Data for training and validation.
 
     Attributes:
-        images: folders of photographs, searched recursively. Without ``validation`` a tenth of them
-            is held out to validate on, always the same one.
-        validation: folders of other photographs to validate on.
-        pairs: detectors: file of ``tiepoints pairs`` to train on instead of pairs made on the fly.
-        patches: HardNet, HyNet, SOSNet: folder of PhotoTour or HPatches patches to train on;
-            ``images`` then serve to validate.
+        images: folders of photographs, searched recursively. Without ``validation``, a fixed tenth
+            of them is used for validation.
+        validation: folders of other photographs for validation.
+        pairs: detectors: file of ``tiepoints pairs`` for training, instead of randomly drawn pairs.
+        patches: HardNet, HyNet, SOSNet: folder of PhotoTour or HPatches patches for training;
+            ``images`` are then used for validation.
         reconstructions: descriptors: folders of COLMAP models with their images
-            (``reconstructions.find_models``), whose tracks are half of the pairs.
-        validation_reconstructions: the same to validate on: the validation is then the mean of that
-            of held-out photographs and of the share of keypoints that are matched in agreement with
-            the models' cameras (``tracks.correct_share``).
+            (``reconstructions.find_models``), whose tracks are half of the training pairs.
+        validation_reconstructions: descriptors: folders of COLMAP models for validation; the score
+            is then the mean of that on photographs and of ``tracks.correct_share``.
     """
 
     images: Folders
@@ -51,10 +50,14 @@ class TrainData:
     validation_reconstructions: Folders | None = None
 
     def photographs(self, *, log: bool = True) -> tuple[list[Path], list[Path]]:
-        """Photographs to train on and to validate on; those that cannot be used are logged.
+        """List the photographs for training and validation.
+
+        Args:
+            log: log unusable images and the number of photographs.
 
         Raises:
-            FileNotFoundError, DataError: no folder, or too few usable images.
+            FileNotFoundError: no such folder.
+            DataError: too few usable images, or images in both sets.
         """
         if self.validation:
             training, held_out = (_usable(f, log) for f in (self.images, self.validation))
@@ -64,41 +67,63 @@ class TrainData:
             both = {path.resolve() for path in training} & {path.resolve() for path in held_out}
             if both:
                 raise DataError(
-                    f"{min(both)} is among the images to train on and to validate on; give "
-                    "disjoint folders"
+                    f"{min(both)} is used for both training and validation; give disjoint folders"
                 )
         else:
             training, held_out = split_photos(_usable(self.images, log))
         level = logging.INFO if log else logging.DEBUG
         logger.log(
-            level, "%d photographs to train on, %d to validate on", len(training), len(held_out)
+            level, "%d photographs for training, %d for validation", len(training), len(held_out)
         )
         return training, held_out
 
 
+@dataclass(frozen=True)
+class TrainJob:
+    """Arguments of ``train`` that all networks have in common.
+
+    Attributes:
+        data: for training and validation.
+        output: weights file.
+        preset: name of the preset.
+        init: initial weights (a name or a file); None: random.
+        run: see ``RunOptions``.
+        schedule: fields of ``FitSettings`` that replace those of the preset, unless None.
+    """
+
+    data: TrainData
+    output: Path
+    preset: str
+    init: str | Path | None
+    run: RunOptions
+    schedule: dict[str, Any]
+
+
 def as_folders(folders: Folders | None) -> list[Path]:
-    """A folder or several as a list."""
+    """Convert one or more folders to a list."""
     if folders is None:
         return []
     return [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
 
 
 def _usable(folders: Folders, log: bool) -> list[Path]:
-    found = [photo for folder in as_folders(folders) for photo in list_photos(folder)]
-    photos, refused = usable_photos(found)
+    """Usable photographs in folders; others are logged."""
+    photos, skipped = usable_photos(
+        [photo for folder in as_folders(folders) for photo in list_photos(folder)]
+    )
     if log:
-        for line in refused[:NAMED]:
+        for line in skipped[:MAX_SKIPPED_LOGGED]:
             logger.warning("skipped: %s", line)
-        if len(refused) > NAMED:
-            logger.warning("skipped: %d more images", len(refused) - NAMED)
+        if len(skipped) > MAX_SKIPPED_LOGGED:
+            logger.warning("skipped: %d more images", len(skipped) - MAX_SKIPPED_LOGGED)
     return photos
 
 
 def choose(recipes: dict[str, R], preset: str) -> R:
-    """The recipe of a preset.
+    """Recipe of a preset.
 
     Raises:
-        ValueError: an unknown preset.
+        ValueError: unknown preset.
     """
     if preset not in recipes:
         raise ValueError(f"preset must be one of {', '.join(recipes)}; got {preset!r}")
@@ -106,17 +131,18 @@ def choose(recipes: dict[str, R], preset: str) -> R:
 
 
 def with_schedule(settings: FitSettings, schedule: dict[str, Any]) -> FitSettings:
-    """Settings with the fields that the caller chose; minutes count only where the preset's steps
-    do not.
+    """Replace the fields of the settings that are not None in ``schedule``.
+
+    ``minutes`` without ``steps`` disables the steps of the preset.
     """
-    chosen = {name: value for name, value in schedule.items() if value is not None}
-    if "minutes" in chosen and "steps" not in chosen:
-        chosen["steps"] = 0
-    return dataclasses.replace(settings, **chosen)
+    changes = {name: value for name, value in schedule.items() if value is not None}
+    if "minutes" in changes and "steps" not in changes:
+        changes["steps"] = 0
+    return dataclasses.replace(settings, **changes)
 
 
 def initialized(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A network drawn from ``seed``, channels last."""
+    """Create a network with weights drawn from ``seed``, in channels-last format."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = make()
@@ -124,24 +150,31 @@ def initialized(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 
 def both_views(batch: dict[str, Tensor]) -> Tensor:
-    """Both images of every pair, (2B,1,S,S), those of a first."""
+    """Concatenate the images of a and b of a batch: (2B,1,S,S)."""
     images = torch.cat([batch["image_a"], batch["image_b"]])
     return images.contiguous(memory_format=torch.channels_last)
 
 
 def load_partial_state_dict(net: nn.Module, source: nn.Module, name: str) -> int:
-    """Copy every tensor of ``source`` that ``net`` has by the same name and shape; returns their
-    number.
+    """Copy the tensors of ``source`` that have the same name and shape in ``net``.
+
+    Args:
+        net: changed in place.
+        source: network to copy from.
+        name: of the source, for the message.
+
+    Returns:
+        number of copied tensors.
 
     Raises:
-        WeightsError: there is none.
+        WeightsError: no such tensor.
     """
     own, other = net.state_dict(), source.state_dict()
     common = {k: v for k, v in other.items() if k in own and own[k].shape == v.shape}
     if not common:
         raise WeightsError(
             f"weights {name} have no layer in common with a {type(net).__name__}; start from "
-            "weights of its own kind"
+            "weights of the same network"
         )
     net.load_state_dict({**own, **common})
     return len(common)
@@ -158,13 +191,16 @@ def fit_and_save(
     half: bool = False,
     prepare: Callable[[Any], None] | None = None,
 ) -> FitResult:
-    """Train ``net`` and write the weights that validated best to ``output``; the checkpoint and the
-    logs are ``output`` with ``.checkpoint`` and ``.log`` appended.
+    """Train ``net`` and write the weights of the best validation to ``output``.
+
+    The paths of checkpoint and logs are ``output`` with ``.checkpoint`` and ``.log`` appended.
 
     Args:
-        make_network: makes the network that is written.
+        net, task, settings, run: see ``Trainer``.
+        output: weights file.
+        make_network: creates the network that is written.
         half: write the filters in half precision.
-        prepare: completes the network before it is written.
+        prepare: called with the network before it is written.
     """
 
     def save_best(state: dict[str, Tensor], metadata: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,17 @@ from torch.utils.data import Dataset
 from ...datasets.candidates import CandidatePairs
 from ...datasets.patch_pairs import PatchPairs, peak_detector
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
-from ...datasets.reconstructions import read_scenes
-from ...datasets.synthetic import PRESETS
+from ...datasets.reconstructions import TrackScene, read_scenes
+from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
 from ...detect import DetectOptions, ScoreMapDetector
 from ...models.desnet import DesNet, sample
 from ...models.spec import DetectorSpec, fused, spec_of
 from ...pyramid import build_pyramid
 from ...weights import load, weights_checksum
-from ..loop import FitResult, RunOptions, Task
+from ..loop import FitResult, Task
 from ..losses import circle_loss, hardnet_loss, hynet_loss, sosnet_loss
-from ..presets import DESCRIPTORS, DESNET_RECIPES, PATCH_RECIPES
+from ..presets import DESCRIPTORS, DESNET_RECIPES, PATCH_RECIPES, PatchRecipe
 from ..validation import (
     MATCHING_KEYPOINTS,
     MATCHING_PAIRS,
@@ -38,6 +39,7 @@ from ..validation import (
 )
 from .common import (
     TrainData,
+    TrainJob,
     as_folders,
     both_views,
     choose,
@@ -48,13 +50,13 @@ from .common import (
 )
 
 logger = logging.getLogger(__name__)
-#: Share of the pairs that come from reconstructions, where some are given, and keypoints detected
-#: in each of their images.
+#: With reconstructions: fraction of the pairs that come from them, and keypoints per image.
 TRACK_SHARE = 0.5
 TRACK_KEYPOINTS = 1500
-#: Few photographs give no more than this many pairs of views each.
+#: Maximum number of pairs of views per photograph in validation.
 VIEWS_PER_PHOTO = 4
-#: Side of the suppression of candidates: denser than at extraction, because near ones teach most.
+#: Non-maximum suppression of candidates: denser than in extraction, because near negatives are the
+#: hardest ones; and number of candidates per view.
 CANDIDATE_WINDOW = 9
 CANDIDATE_POOL = 400
 
@@ -62,8 +64,9 @@ CANDIDATE_POOL = 400
 def descriptor_loss(
     name: str, net: nn.Module, anchor: Tensor, positive: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """The published loss of a descriptor on patches (N,1,P,P) of N points, both views passed
-    through the net at once.
+    """Published loss of a descriptor on patches (N,1,P,P) of N points.
+
+    Both views are passed through the network as one batch.
     """
     both = torch.cat([anchor, positive])
     if name == "hynet":
@@ -72,8 +75,7 @@ def descriptor_loss(
 
 
 def open_patches(folder: str | Path) -> list[PatchSet]:
-    """Published patches of a folder: a PhotoTour set, a folder of such sets, or HPatches'
-    sequences.
+    """Open the published patches of a folder: a PhotoTour set, a folder of such sets, or HPatches.
 
     Raises:
         FileNotFoundError, DataError: see ``patch_sets``.
@@ -85,54 +87,99 @@ def open_patches(folder: str | Path) -> list[PatchSet]:
     return [open_phototour(tour) for tour in tours] if tours else open_hpatches(folder)
 
 
-def train_patches(
-    name: str,
-    data: TrainData,
-    output: Path,
-    preset: str,
-    init: str | Path | None,
-    run: RunOptions,
-    schedule: dict[str, Any],
-) -> FitResult:
+def train_patches(name: str, job: TrainJob) -> FitResult:
     """Train ``hardnet``, ``hynet`` or ``sosnet``; see ``train``.
 
-    Validation: the share of repeated Key.Net keypoints of held-out views that mutual nearest
-    descriptors match correctly.
+    The validation score is the fraction of the repeated Key.Net keypoints of held-out pairs that
+    mutual nearest neighbors match correctly.
     """
-    recipe = choose(PATCH_RECIPES, preset)[name]
-    if data.patches is not None and data.reconstructions:
+    data, recipe = job.data, _patch_recipe(name, job)
+    training, held_out = data.photographs()
+    scenes = read_scenes(data.reconstructions) if data.reconstructions else []
+    views = PRESETS["patches-upright" if scenes else "patches"]
+    make_batches = _patch_batches(data, recipe, training, scenes, views)
+    make_batches(1)[0]  # raises for photographs without texture before the training starts
+
+    def make_network() -> nn.Module:
+        return DESCRIPTORS[name](dropout=recipe.dropout)
+
+    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        anchor, positive = (
+            batch[k].flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            for k in ("anchor", "positive")
+        )
+        return descriptor_loss(name, network, anchor, positive)
+
+    validate = _patch_validation(data, held_out, views)
+    net = initialized(make_network, recipe.fit.seed)
+    _load_init(net, job.init)
+    identity = {
+        "model": name,
+        "preset": job.preset,
+        "patches": str(data.patches or ""),
+        "init": Path(job.init or "").name,
+        **_data_identity(data, len(training) + len(held_out)),
+    }
+    task = Task(make_batches, loss, validate, "matching", identity)
+    return fit_and_save(
+        net, task, recipe.fit, job.output, job.run, make_network=make_network, half=True
+    )
+
+
+def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
+    """Recipe of the preset for the data of the job.
+
+    Raises:
+        ValueError: the preset or the data do not fit together.
+    """
+    recipe = choose(PATCH_RECIPES, job.preset)[name]
+    if job.data.patches is not None and job.data.reconstructions:
         raise ValueError(
             "published patches and reconstructions exclude each other; give --patches or "
             "--reconstructions"
         )
-    if preset == "paper" and data.patches is None:
+    if job.preset == "paper" and job.data.patches is None:
         raise ValueError(
-            "the paper preset trains on published patches; name a folder of PhotoTour or HPatches "
+            "the paper preset trains on published patches; give a folder of PhotoTour or HPatches "
             "patches"
         )
-    if data.patches is not None and preset != "paper":
-        recipe = dataclasses.replace(recipe, fit=dataclasses.replace(recipe.fit, batch_size=1))
-    settings = with_schedule(recipe.fit, schedule)
-    training, held_out = data.photographs()
+    fit = recipe.fit
+    if job.data.patches is not None and job.preset != "paper":
+        fit = dataclasses.replace(fit, batch_size=1)
+    return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
+
+
+def _patch_batches(
+    data: TrainData,
+    recipe: PatchRecipe,
+    photos: list[Path],
+    scenes: list[TrackScene],
+    views: PairSettings,
+) -> Callable[[int], Dataset]:
+    """Length -> training data of a patch descriptor."""
+    seed = recipe.fit.seed
     sets = None if data.patches is None else open_patches(data.patches)
-    finder = fused(load("keynet-tiny"))
-    scenes = read_scenes(data.reconstructions) if data.reconstructions else []
-    views = PRESETS["patches-upright" if scenes else "patches"]
+    net = fused(load("keynet-tiny"))
 
     def make_batches(length: int) -> Dataset:
-        seed = settings.seed
         if sets is not None:
             return PatchBatches(
                 sets, batch=recipe.pairs, length=length, seed=seed, augment=recipe.augment
             )
-        warps = PatchPairs(training, peak_detector(finder), views=views, seed=seed, length=length)
+        warps = PatchPairs(photos, peak_detector(net), views=views, seed=seed, length=length)
         if not scenes:
             return warps
-        detect = peak_detector(finder, TRACK_KEYPOINTS)
+        detect = peak_detector(net, TRACK_KEYPOINTS)
         tracks = TrackPatches(scenes, detect, seed=seed, length=length)
         return Mixture(warps, tracks, TRACK_SHARE, seed=seed)
 
-    make_batches(1)[0]  # a folder without any texture is found out before the training starts
+    return make_batches
+
+
+def _patch_validation(
+    data: TrainData, held_out: list[Path], views: PairSettings
+) -> Callable[[nn.Module], float]:
+    """Validation of a patch descriptor on held-out photographs and, if given, reconstructions."""
     detector = ScoreMapDetector(
         fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS)
     )
@@ -145,38 +192,17 @@ def train_patches(
     )
     posed = _posed_check(data)
 
-    def make_network() -> nn.Module:
-        return DESCRIPTORS[name](dropout=recipe.dropout)
-
-    net = initialized(make_network, settings.seed)
-    _start_from(net, init)
-
-    def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        anchor, positive = (
-            batch[k].flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            for k in ("anchor", "positive")
-        )
-        return descriptor_loss(name, network, anchor, positive)
-
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device
 
         def describe(patches: Tensor) -> Tensor:
-            parts = patches.split(1024)
-            return torch.cat([network(part.to(device)).float().cpu() for part in parts])
+            batches = patches.split(1024)
+            return torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
 
         score = matching_score(describe, checks)
         return score if posed is None else (score + posed.patches(describe)) / 2
 
-    identity = {
-        "model": name,
-        "preset": preset,
-        "patches": str(data.patches or ""),
-        "init": Path(init or "").name,
-        **_identity_of(data, len(training) + len(held_out)),
-    }
-    task = Task(make_batches, loss, validate, "matching", identity)
-    return fit_and_save(net, task, settings, output, run, make_network=make_network, half=True)
+    return validate
 
 
 def _posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedCheck | None:
@@ -185,15 +211,16 @@ def _posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> Posed
     return PosedCheck(read_scenes(data.validation_reconstructions), detector)
 
 
-def _start_from(net: nn.Module, init: str | Path | None) -> None:
+def _load_init(net: nn.Module, init: str | Path | None) -> None:
+    """Initialize a network with the matching layers of other weights."""
     if init is not None:
         count = load_partial_state_dict(net, load(init), str(init))
         logger.info("%d tensors loaded from %s", count, init)
 
 
-def _identity_of(data: TrainData, photos: int) -> dict[str, Any]:
-    """What identifies the data: names of folders, because their paths say nothing elsewhere."""
-    identity: dict[str, Any] = {"photos": photos}
+def _data_identity(data: TrainData, num_photos: int) -> dict[str, Any]:
+    """Identity of the data in the checkpoint: names of folders, so that they may be moved."""
+    identity: dict[str, Any] = {"photos": num_photos}
     if data.reconstructions:
         names = (folder.name for folder in as_folders(data.reconstructions))
         identity["reconstructions"] = ",".join(names)
@@ -201,72 +228,65 @@ def _identity_of(data: TrainData, photos: int) -> dict[str, Any]:
 
 
 def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Circle loss of a dense descriptor on a batch of ``CandidatePairs``, from both sides; other
-    pairs' candidates are negatives.
+    """Circle loss of a dense descriptor on a batch of ``CandidatePairs``, mean of both directions.
+
+    Candidates of other pairs in the batch are negatives.
     """
     maps = network(both_views(batch)).float()
     count = len(batch["xy_a"])
-    known_a, known_b = (~batch[key][..., 0].isnan() for key in ("xy_a", "xy_b"))  # (B,N)
+    valid_a, valid_b = (~batch[key][..., 0].isnan() for key in ("xy_a", "xy_b"))  # (B,N)
     a, b = (
         torch.cat(
             [
-                sample(maps[start + i : start + i + 1], xy[known[i]])
+                sample(maps[start + i : start + i + 1], xy[valid[i]])
                 for i, xy in enumerate(batch[key])
             ]
         )
-        for start, key, known in ((0, "xy_a", known_a), (count, "xy_b", known_b))
+        for start, key, valid in ((0, "xy_a", valid_a), (count, "xy_b", valid_b))
     )
-    sides = list(zip(known_a, known_b, strict=True))
-    chosen = [rows[:, None] & columns[None] for rows, columns in sides]
-    shape = [(int(rows.sum()), int(columns.sum())) for rows, columns in sides]
-    positive, within = (
+    sides = list(zip(valid_a, valid_b, strict=True))
+    valid_pairs = [rows[:, None] & columns[None] for rows, columns in sides]
+    shapes = [(int(rows.sum()), int(columns.sum())) for rows, columns in sides]
+    positive, not_negative = (
         torch.block_diag(
-            *(each[c].view(n) for each, c, n in zip(tables, chosen, shape, strict=True))
+            *(t[valid].view(n) for t, valid, n in zip(tables, valid_pairs, shapes, strict=True))
         )
         for tables in (batch["positive"], ~batch["negative"])
     )
-    negative = ~within  # also across pairs: another photograph shows another point
+    negative = ~not_negative  # candidates of different photographs are negatives
     similarity = a @ b.T
-    forward, numbers = circle_loss(similarity, positive, negative)
-    backward, more = circle_loss(similarity.T, positive.T, negative.T)
+    forward, metrics = circle_loss(similarity, positive, negative)
+    backward, backward_metrics = circle_loss(similarity.T, positive.T, negative.T)
     loss = (forward + backward) / 2
-    means = {key: (numbers[key] + more[key]) / 2 for key in ("positive", "negative", "rows")}
+    keys = ("positive", "negative", "rows")
+    means = {key: (metrics[key] + backward_metrics[key]) / 2 for key in keys}
     return loss, {"loss": loss.item(), **means}
 
 
 def train_dense(
-    data: TrainData,
-    output: Path,
-    preset: str,
-    init: str | Path | None,
-    run: RunOptions,
-    schedule: dict[str, Any],
-    *,
-    detector: str | Path = "sobelnet",
-    dim: int = 128,
-    width: int = 1,
+    job: TrainJob, *, detector: str | Path = "sobelnet", dim: int = 128, width: int = 1
 ) -> FitResult:
     """Train ``desnet`` on the keypoint candidates of a detector; see ``train``.
 
-    Validation: the share of repeated keypoints of held-out views that mutual nearest descriptors
-    match correctly.
+    The validation score is the fraction of the repeated keypoints of held-out pairs that mutual
+    nearest neighbors match correctly.
 
     Args:
-        detector: weights (a name or a file) of a network image -> score map, which finds the
-            candidates.
+        job: data, files and options.
+        detector: weights (a name or a file) of a score-map network, which detects the candidates.
         dim: descriptor dimension, 128 or 64.
-        width: factor of the network's channels.
+        width: factor of the number of channels.
     """
-    settings = with_schedule(choose(DESNET_RECIPES, preset), schedule)
-    finder = load(detector)
-    spec = spec_of(finder)
+    data, settings = job.data, with_schedule(choose(DESNET_RECIPES, job.preset), job.schedule)
+    candidate_net = load(detector)
+    spec = spec_of(candidate_net)
     if not isinstance(spec, DetectorSpec) or spec.angles:
         raise ValueError(
-            f"{detector} holds a {type(finder).__name__}; candidates are found by keynet, "
-            "keynet-tiny or sobelnet"
+            f"{detector} contains a {type(candidate_net).__name__}; candidates are found by "
+            "keynet, keynet-tiny or sobelnet"
         )
     training, held_out = data.photographs()
-    detect = peak_detector(fused(finder), CANDIDATE_POOL, window=CANDIDATE_WINDOW)
+    detect = peak_detector(fused(candidate_net), CANDIDATE_POOL, window=CANDIDATE_WINDOW)
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["dense-upright" if scenes else "dense"]
 
@@ -277,24 +297,45 @@ def train_dense(
         crops = TrackCrops(scenes, detect, views, seed=settings.seed, length=length)
         return Mixture(warps, crops, TRACK_SHARE, seed=settings.seed)
 
-    make_batches(1)[0]  # a folder without any texture is found out before the training starts
+    make_batches(1)[0]  # raises for photographs without texture before the training starts
+
+    def make_network() -> nn.Module:
+        return DesNet(dim=dim, width=width)
+
+    validate = _dense_validation(data, held_out, views, candidate_net, dim)
+    net = initialized(make_network, settings.seed)
+    _load_init(net, job.init)
+    identity = {
+        "model": "desnet",
+        "preset": job.preset,
+        # a checksum, because a detector of the same name may have been trained again
+        "detector": weights_checksum(candidate_net),
+        "dim": dim,
+        "width": width,
+        "init": Path(job.init or "").name,
+        **_data_identity(data, len(training) + len(held_out)),
+    }
+    task = Task(make_batches, candidate_loss, validate, "matching", identity)
+    return fit_and_save(
+        net, task, settings, job.output, job.run, make_network=make_network, half=True
+    )
+
+
+def _dense_validation(
+    data: TrainData, held_out: list[Path], views: PairSettings, detector: nn.Module, dim: int
+) -> Callable[[nn.Module], float]:
+    """Validation of a dense descriptor on held-out photographs and, if given, reconstructions."""
     count = min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out))
-    checks = CandidatePairs(
+    candidates = CandidatePairs(
         held_out,
-        peak_detector(fused(finder)),
+        peak_detector(fused(detector)),
         dataclasses.replace(views, size=MATCHING_SIZE),
         seed=VALIDATION_SEED,
         length=count,
         count=MATCHING_KEYPOINTS,
     )
-    held_out_pairs = [{**checks[i], "H_ab": checks.homography(i)} for i in range(count)]
-    posed = _posed_check(data, finder)
-
-    def make_network() -> nn.Module:
-        return DesNet(dim=dim, width=width)
-
-    net = initialized(make_network, settings.seed)
-    _start_from(net, init)
+    pairs = [{**candidates[i], "H_ab": candidates.homography(i)} for i in range(count)]
+    posed = _posed_check(data, detector)
 
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device
@@ -303,7 +344,7 @@ def train_dense(
             return network(images.to(device)).float().cpu()
 
         scores = []
-        for pair in held_out_pairs:
+        for pair in pairs:
             xy_a, xy_b = (pair[key][~pair[key][:, 0].isnan()] for key in ("xy_a", "xy_b"))
             maps = describe(torch.stack([pair["image_a"], pair["image_b"]]))
             a, b = sample(maps[:1], xy_a), sample(maps[1:], xy_b)
@@ -311,15 +352,4 @@ def train_dense(
         score = mean_of_known(scores)
         return score if posed is None else (score + posed.dense(describe, dim)) / 2
 
-    identity = {
-        "model": "desnet",
-        "preset": preset,
-        # the detector's weights, not its name: retrained in between, it would give other candidates
-        "detector": weights_checksum(finder),
-        "dim": dim,
-        "width": width,
-        "init": Path(init or "").name,
-        **_identity_of(data, len(training) + len(held_out)),
-    }
-    task = Task(make_batches, candidate_loss, validate, "matching", identity)
-    return fit_and_save(net, task, settings, output, run, make_network=make_network, half=True)
+    return validate

@@ -1,4 +1,4 @@
-"""Training of networks image -> score map: Key.Net, Tiny-Key.Net, SobelNet and REKD."""
+"""Training of score-map networks: Key.Net, Tiny-Key.Net, SobelNet and REKD."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ...models.rekd import REKD
 from ...models.sobelnet import SobelNet
 from ...models.spec import fused
 from ...weights import load
-from ..loop import FitResult, Loss, RunOptions, Task
+from ..loop import FitResult, Loss, Task
 from ..losses import BORDER, gaussian_loss, msip_loss, off_structure, orientation_loss
 from ..presets import (
     MODELS,
@@ -36,14 +36,23 @@ from ..presets import (
     Recipe,
 )
 from ..validation import VALIDATION_SEED, oriented_score, validation_score
-from .common import TrainData, both_views, choose, fit_and_save, initialized, with_schedule
+from .common import (
+    TrainData,
+    TrainJob,
+    both_views,
+    choose,
+    fit_and_save,
+    initialized,
+    with_schedule,
+)
 
 logger = logging.getLogger(__name__)
 
 
-class UncentredNorm(nn.BatchNorm2d):
-    """Batch normalisation that divides by the deviation and does not centre; afterwards an ordinary
-    one with mean and bias 0.
+class UncenteredNorm(nn.BatchNorm2d):
+    """Batch normalization that divides by the standard deviation without subtracting the mean.
+
+    After training it is equivalent to an ordinary one with mean and bias 0.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -60,74 +69,63 @@ class UncentredNorm(nn.BatchNorm2d):
 
 
 def floored_tiny() -> KeyNet:
-    """Tiny-Key.Net that gives an image without content the score 0, whatever its filter learns.
+    """Tiny-Key.Net whose score of a constant image is always 0.
 
-    Its one ReLU is also its output. Left free, M-SIP moves the bias down until weak corners are cut
-    off, where no keypoint can be found. The state is that of ``KeyNet.tiny()``.
+    Its only ReLU is its output. With a free bias, M-SIP lowers the bias until weak corners have
+    score 0, where no keypoint can be detected. The state dict is that of ``KeyNet.tiny()``.
     """
     net = KeyNet.tiny()
     block = cast(nn.Sequential, net.blocks[0])
-    block[1] = UncentredNorm(1)
+    block[1] = UncenteredNorm(1)
     cast(nn.Conv2d, block[0]).bias.requires_grad_(False)  # type: ignore[union-attr]
     block[1].bias.requires_grad_(False)
     return net
 
 
-def train_score_map(
-    name: str,
-    data: TrainData,
-    output: Path,
-    preset: str,
-    init: str | Path | None,
-    run: RunOptions,
-    schedule: dict[str, Any],
-) -> FitResult:
+def train_score_map(name: str, job: TrainJob) -> FitResult:
     """Train ``keynet``, ``keynet-tiny`` or ``sobelnet``; see ``train``."""
     recipes = {"keynet": RECIPES, "keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES}
-    recipe = choose(recipes[name], preset)
+    recipe = choose(recipes[name], job.preset)
 
     def make_network() -> KeyNet | SobelNet:
-        # a map of zeros is a perfect answer to the Gaussian loss, which ReLU does not leave again
+        # a zero map minimizes the Gaussian loss, and ReLU would have no gradient there
         if name == "keynet":
             score = "softplus" if recipe.kind == "gaussian" else "relu"
             return KeyNet(score=score, structure=recipe.structure)
         return MODELS[name]()
 
-    start = None if init is None else load(init)
+    start = None if job.init is None else load(job.init)
 
     def make_trained() -> nn.Module:
-        net = floored_tiny() if name == "keynet-tiny" and preset != "paper" else make_network()
+        floored = name == "keynet-tiny" and job.preset != "paper"
+        net = floored_tiny() if floored else make_network()
         if start is not None:
             own, other = (
                 {key: value.shape for key, value in n.state_dict().items()} for n in (net, start)
             )
             if own != other:
                 raise WeightsError(
-                    f"weights {init} have other layers than {name}; start from weights of its own "
-                    "kind"
+                    f"weights {job.init} have other layers than {name}; start from weights of the "
+                    "same network"
                 )
             net.load_state_dict(start.state_dict())
         return net
 
-    if data.pairs is not None and recipe.anchored:
-        logger.warning("pairs of a file have no anchors: every repeated peak counts")
+    if job.data.pairs is not None and recipe.anchored:
+        logger.warning("pairs of a file have no structure weights: all repeated peaks count")
     return _train(
-        data,
-        output,
-        dataclasses.replace(recipe, fit=with_schedule(recipe.fit, schedule)),
-        run,
+        job,
+        recipe,
         make_trained=make_trained,
         make_network=make_network,
         loss=_score_map_loss(recipe),
         score=validation_score,
-        identity={"model": name, "preset": preset, "init": Path(init or "").name},
+        identity={"model": name, "preset": job.preset, "init": Path(job.init or "").name},
     )
 
 
 def _score_map_loss(recipe: Recipe) -> Loss:
-    """M-SIP or the Gaussian loss on both views, with the penalty on peaks that are not on
-    structure.
-    """
+    """M-SIP, optionally with a penalty on peaks off structure, or the Gaussian loss."""
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         score_a, score_b = network(both_views(batch)).float().chunk(2)
@@ -136,34 +134,34 @@ def _score_map_loss(recipe: Recipe) -> Loss:
             keys = ("anchor_a", "anchor_b", "target_a", "target_b")
             anchors: dict[str, Any] = {key: batch[key] for key in keys if key in batch}
             return gaussian_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks, **anchors)
-        total, numbers = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
+        total, metrics = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
         if recipe.structure_penalty and "anchor_a" in batch:
-            each = [
-                off_structure(score, batch[f"anchor_{side}"], batch[f"mask_{side}"])
-                for score, side in ((score_a, "a"), (score_b, "b"))
-            ]
-            off = (each[0] + each[1]) / 2
+            off_a = off_structure(score_a, batch["anchor_a"], batch["mask_a"])
+            off_b = off_structure(score_b, batch["anchor_b"], batch["mask_b"])
+            off = (off_a + off_b) / 2
             total = total + recipe.structure_penalty * off
-            numbers = {**numbers, "loss": total.item(), "off_structure": off.item()}
-        return total, numbers
+            metrics = {**metrics, "loss": total.item(), "off_structure": off.item()}
+        return total, metrics
 
     return loss
 
 
 def train_oriented(
     name: str,
-    data: TrainData,
-    output: Path,
-    preset: str,
-    init: str | Path | None,
-    run: RunOptions,
-    schedule: dict[str, Any],
+    job: TrainJob,
     *,
     group_size: int | None = None,
     dims: tuple[int, int, int] | None = None,
 ) -> FitResult:
-    """Train ``rekd`` or ``rekd-light``; see ``train``."""
-    recipe = choose(REKD_RECIPES, preset)
+    """Train ``rekd`` or ``rekd-light``; see ``train``.
+
+    Args:
+        name: of the network.
+        job: data, files and options.
+        group_size: number of orientations; default: that of the network ``name``.
+        dims: channels of each layer; default: those of the initial weights, or of ``name``.
+    """
+    init, recipe = job.init, choose(REKD_RECIPES, job.preset)
     group = REKD_SIZES[name]["group"] if group_size is None else group_size
     start = None if init is None else load(init)
     if start is not None and not isinstance(start, REKD):
@@ -172,11 +170,10 @@ def train_oriented(
         )
     if start is not None and dims is not None and list(dims) != start.settings["dims"]:
         raise WeightsError(
-            f"weights {init} have dims {start.settings['dims']}, not {list(dims)}; leave --dims "
-            "out or start from others"
+            f"weights {init} have dims {start.settings['dims']}, not {list(dims)}; omit --dims or "
+            "start from other weights"
         )
-    # what is not asked for stays as in the weights to start from: an imported network continues as
-    # it was published
+    # other settings are those of the initial weights, for example of an imported published network
     settings = {"dims": dims or REKD_SIZES[name]["dims"]} if start is None else start.settings
     settings = {**settings, "group": group}
 
@@ -191,16 +188,14 @@ def train_oriented(
 
     identity = {
         "model": name,
-        "preset": preset,
+        "preset": job.preset,
         "group": group,
         "dims": list(settings["dims"]),
         "init": Path(init or "").name,
     }
     return _train(
-        data,
-        output,
-        dataclasses.replace(recipe, fit=with_schedule(recipe.fit, schedule)),
-        run,
+        job,
+        recipe,
         make_trained=make_trained,
         make_network=make_network,
         loss=_oriented_loss(recipe),
@@ -210,45 +205,41 @@ def train_oriented(
 
 
 def _oriented_loss(recipe: Recipe) -> Loss:
-    """M-SIP and the orientation loss on both views."""
+    """M-SIP and the orientation loss."""
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         scores, histograms = network(both_views(batch))
         score_a, score_b = scores.float().chunk(2)
         masks: dict[str, Any] = {key: batch[key] for key in ("mask_a", "mask_b")}
-        location, numbers = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
+        location, metrics = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
         histogram_a, histogram_b = histograms.float().chunk(2)
         weight = batch["mask_a"] * local_max_weight(score_a.detach())
-        orientation, more = orientation_loss(
+        orientation, orientation_metrics = orientation_loss(
             histogram_a, histogram_b, batch["H_ab"], mask_a=weight, border=BORDER
         )
         total = location + recipe.balance * orientation
         return total, {
-            **numbers,
+            **metrics,
             "loss": total.item(),
             "location": location.item(),
             "orientation": orientation.item(),
-            "agree": more["agree"],
+            "agree": orientation_metrics["agree"],
         }
 
     return loss
 
 
 def local_max_weight(score: Tensor) -> Tensor:
-    """How near the pixels of a score map (B,1,H,W) are to being keypoints: (score / largest score
-    around)^4, 0..1.
+    """Weights of the orientation loss: (score / local maximum)^4 of a score map (B,1,H,W), 0..1.
 
-    The orientation loss counts pixels by it: what a histogram says where no keypoint can be does
-    not matter.
+    The orientation is relevant only where keypoints may be detected.
     """
     return (score / round_max_filter(score, NMS_WINDOW).clamp(min=1e-9)) ** 4
 
 
 def _train(
-    data: TrainData,
-    output: Path,
+    job: TrainJob,
     recipe: Recipe,
-    run: RunOptions,
     *,
     make_trained: Callable[[], nn.Module],
     make_network: Callable[[], nn.Module],
@@ -256,25 +247,23 @@ def _train(
     score: Callable[[nn.Module, list[dict[str, Tensor]]], float],
     identity: dict[str, Any],
 ) -> FitResult:
-    """Pairs of photographs, validation and files, which all score-map networks share.
+    """Train a score-map network on pairs of photographs.
 
     Args:
-        make_trained, make_network: make the network that is trained, and the one that is written.
-        loss, score: of a batch, and of the held-out pairs.
-        identity: of the training, besides its schedule.
+        job: data, files and options.
+        recipe: pairs, schedule and validation.
+        make_trained, make_network: create the network that is trained, and the one that is written.
+        loss: of a batch.
+        score: validation score of a network on the held-out pairs.
+        identity: of the training, without schedule and data.
     """
-    settings = recipe.fit
+    data, settings = job.data, with_schedule(recipe.fit, job.schedule)
     training, held_out = data.photographs()
 
     def make_batches(length: int) -> Dataset:
-        if data.pairs is not None:
-            return PairFile(data.pairs, length=length, seed=settings.seed)
-        dataset = PairDataset(training, PRESETS[recipe.pairs], seed=settings.seed, length=length)
-        if not recipe.anchored:
-            return dataset
-        return WithShapes(dataset, recipe.shapes, pull=recipe.pull, seed=settings.seed)
+        return _pairs(recipe, data, training, settings.seed, length)
 
-    make_batches(1)[0]  # a folder without any texture is found out before the training starts
+    make_batches(1)[0]  # raises for photographs without texture before the training starts
     views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size)
     checks = PairDataset(held_out, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
     held_out_pairs = [checks[i] for i in range(len(checks))]
@@ -283,30 +272,36 @@ def _train(
         images = (pair["image_a"][None] for pair in held_out_pairs)
         best.offset = constant_offset(score_maps(fused(best)), images)
 
+    # resuming with other photographs must raise an error
+    photos = {"photos": len(training) + len(held_out), "pairs": str(data.pairs or "")}
     task = Task(
         make_batches,
         loss,
         lambda network: score(network, held_out_pairs),
-        # Which photographs took part is part of the training's identity: resuming on others would
-        # silently mix two.
-        identity={
-            **identity,
-            "photos": len(training) + len(held_out),
-            "pairs": str(data.pairs or ""),
-        },
+        identity={**identity, **photos},
     )
     result = fit_and_save(
         initialized(make_trained, settings.seed),
         task,
         settings,
-        output,
-        run,
+        job.output,
+        job.run,
         make_network=make_network,
         prepare=measure_bias,
     )
     if result.best <= 0:
         logger.warning(
-            "the network scores nothing on the held-out photographs; train again with another "
-            "--seed or a lower --learning-rate"
+            "the validation score of the network is 0; train again with another --seed or a lower "
+            "--learning-rate"
         )
     return result
+
+
+def _pairs(recipe: Recipe, data: TrainData, photos: list[Path], seed: int, length: int) -> Dataset:
+    """Training pairs of a file or of photographs."""
+    if data.pairs is not None:
+        return PairFile(data.pairs, length=length, seed=seed)
+    dataset = PairDataset(photos, PRESETS[recipe.pairs], seed=seed, length=length)
+    if not recipe.anchored:
+        return dataset
+    return WithShapes(dataset, recipe.shapes, pull=recipe.pull, seed=seed)

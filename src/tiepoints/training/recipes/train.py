@@ -1,4 +1,4 @@
-"""One entry for the training of every network."""
+"""Entry point for the training of all networks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from ..loop import FitResult, RunOptions
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
-from .common import TrainData
+from .common import TrainData, TrainJob
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
 
 NETWORKS = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet")
-#: Options of networks: who takes them, and what of ``TrainData`` belongs to descriptors alone.
+#: Options of networks, and the networks that have them.
 _NETWORK_OPTIONS = {
     "group_size": tuple(REKD_SIZES),
     "dims": tuple(REKD_SIZES),
@@ -33,10 +33,10 @@ def train(
     network: dict[str, Any] | None = None,
     **schedule: Any,
 ) -> FitResult:
-    """Train a network on folders of images and write the weights that validated best.
+    """Train a network on folders of images and write the weights of the best validation.
 
-    Besides ``output`` there are ``<output>.checkpoint`` to resume from and ``<output>.log/`` with
-    CSV and TensorBoard files.
+    Also writes ``<output>.checkpoint`` to resume from, and CSV and TensorBoard files in
+    ``<output>.log/``.
 
     Args:
         name: ``keynet``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``, ``hardnet``,
@@ -44,17 +44,19 @@ def train(
         data: see ``TrainData``; a path is a folder of images.
         output: weights file to write (.safetensors).
         preset: see ``training.presets``.
-        init: weights to start from (a name or a file), of a network with the same layers; a REKD of
-            another group size is interpolated (``REKD.regrouped``), a descriptor takes what fits.
+        init: initial weights (a name or a file) of a network with the same layers; a REKD of
+            another group size is interpolated (``REKD.regrouped``), of a descriptor all layers with
+            the same name and shape are used.
         run: see ``RunOptions``.
         network: options of the network: ``group_size`` and ``dims`` of REKD; ``dim``, ``width`` and
-            ``detector``, whose candidates it learns, of DesNet.
-        schedule: fields of ``FitSettings``; None leaves the preset's value.
+            ``detector`` (of the candidates) of DesNet.
+        schedule: fields of ``FitSettings``; None: the preset's value.
 
     Raises:
-        FileNotFoundError, DataError: no folder, or fewer than two usable images.
+        FileNotFoundError: no such folder.
+        DataError: fewer than two usable images.
         ValueError: unknown name, preset or option, or data that the network cannot use.
-        WeightsError: ``init`` names no weights, or those of another network.
+        WeightsError: ``init`` is not a weights file, or one of another network.
     """
     data = data if isinstance(data, TrainData) else TrainData(data)
     run = run or RunOptions()
@@ -63,34 +65,35 @@ def train(
     output = Path(output)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into")
+    job = TrainJob(data, output, preset, init, run, schedule)
     if name in MODELS:
-        return train_score_map(name, data, output, preset, init, run, schedule)
+        return train_score_map(name, job)
     if name in REKD_SIZES:
-        return train_oriented(name, data, output, preset, init, run, schedule, **options)
+        return train_oriented(name, job, **options)
     if name in DESCRIPTORS:
-        return train_patches(name, data, output, preset, init, run, schedule)
-    return train_dense(data, output, preset, init, run, schedule, **options)
+        return train_patches(name, job)
+    return train_dense(job, **options)
 
 
 def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None:
-    """Refuse what does not belong to a network.
+    """Check that data and options are suitable for a network.
 
     Raises:
-        ValueError: with the networks that the option is for.
+        ValueError: they are not; the message names the suitable networks.
     """
     if name not in NETWORKS:
         raise ValueError(f"the network must be one of {', '.join(NETWORKS)}; got {name!r}")
     for option in network:
-        owners = _NETWORK_OPTIONS.get(option, ())
-        if name not in owners:
-            raise ValueError(f"{option} is an option of {' and '.join(owners) or 'no network'}")
-    described = name in DESCRIPTORS or name == "desnet"
-    if described and data.pairs is not None:
+        networks = _NETWORK_OPTIONS.get(option, ())
+        if name not in networks:
+            raise ValueError(f"{option} is an option of {' and '.join(networks) or 'no network'}")
+    is_descriptor = name in DESCRIPTORS or name == "desnet"
+    if is_descriptor and data.pairs is not None:
         raise ValueError(
             "training pairs are for detectors; a descriptor trains on images"
             + ", or on patches" * (name in DESCRIPTORS)
         )
     if data.patches is not None and name not in DESCRIPTORS:
         raise ValueError(f"patches are for descriptors ({', '.join(DESCRIPTORS)})")
-    if (data.reconstructions or data.validation_reconstructions) and not described:
+    if (data.reconstructions or data.validation_reconstructions) and not is_descriptor:
         raise ValueError("reconstructions are for descriptors (hardnet, hynet, sosnet, desnet)")
