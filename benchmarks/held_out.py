@@ -29,7 +29,7 @@ from tiepoints.datasets.synthetic import (
     split_photos,
     usable_photos,
 )
-from tiepoints.extract import describer
+from tiepoints.extract import build_descriptor
 from tiepoints.keypoints import detect_peaks
 from tiepoints.metrics.repeatability import mutual_matches
 from tiepoints.pyramid import build_pyramid
@@ -65,7 +65,7 @@ def detector_results(system: str, pairs: list[dict[str, Tensor]]) -> str:
 
 def descriptor_score(system: str, items: list[dict[str, Tensor]]) -> float:
     """Mean fraction of repeated keypoints with a correct match."""
-    describe = describer(system, precision="float32")
+    describe = build_descriptor(system, precision="float32")
     assert describe is not None
     scores = []
     for item in items:

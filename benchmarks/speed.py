@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from common import machine, vga_image
 from tiepoints.checkpoints import to_official_state_dict
 from tiepoints.extract import build
+from tiepoints.models.keynet import KeyNet
 from tiepoints.pyramid import build_pyramid
 from tiepoints.weights import load
 
@@ -55,7 +56,10 @@ def main() -> None:
 
     net = load("keynet")
     theirs = KeyNetDetector(pretrained=False, num_features=POINTS).eval()
-    theirs.model.load_state_dict(to_official_state_dict(net), strict=True)
+    # kornia's network has no factor of corner strength: the same layers without it
+    plain = KeyNet(**{**net.settings, "structure": 0.0})
+    plain.load_state_dict(net.state_dict())
+    theirs.model.load_state_dict(to_official_state_dict(plain), strict=True)
     ours = build("keynet", "rootsift", num_keypoints=POINTS, device="cpu")
     single = build("keynet", None, num_keypoints=POINTS, single_scale=True, device="cpu")
     fused, pyramid = net.fused(), build_pyramid(image)

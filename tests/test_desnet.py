@@ -11,7 +11,7 @@ from tiepoints import build, load
 from tiepoints.datasets.candidates import candidate_pairs
 from tiepoints.describe import DenseDescriptor
 from tiepoints.evaluation.systems import Options, patch_network, system
-from tiepoints.extract import describer
+from tiepoints.extract import build_descriptor
 from tiepoints.geometry import warp_image, warp_points
 from tiepoints.models.desnet import (
     FILTER_FIELD,
@@ -20,8 +20,8 @@ from tiepoints.models.desnet import (
     STRIDE,
     DesNet,
     local_contrast_normalization,
+    pad_to_stride,
     sample,
-    whole_cells,
 )
 from tiepoints.pyramid import build_pyramid
 from tiepoints.structs import Keypoints
@@ -151,11 +151,11 @@ def test_sampling_is_exact_at_cells_and_linear_between_them():
 
 def test_odd_sizes_are_padded():
     image = torch.rand(1, 1, 9, 15)
-    full = whole_cells(image)
+    full = pad_to_stride(image)
     assert full.shape == (1, 1, 16, 16)
     assert torch.equal(full[..., :9, :15], image)
     assert torch.equal(full[0, 0, 15], torch.cat([image[0, 0, 8], image[0, 0, 8, -1:]]))
-    assert whole_cells(full) is full
+    assert pad_to_stride(full) is full
 
 
 def test_descriptors_are_sampled_at_the_level_of_the_scale():
@@ -179,19 +179,19 @@ def test_descriptors_are_sampled_at_the_level_of_the_scale():
 def test_half_precision_names_and_files(tmp_path):
     net = lively(dim=64)
     save(net, tmp_path / "d.safetensors", half=True)
-    describe = describer(str(tmp_path / "d.safetensors"), precision="bfloat16")
+    describe = build_descriptor(str(tmp_path / "d.safetensors"), precision="bfloat16")
     assert isinstance(describe, DenseDescriptor)
     image = torch.rand(1, 1, 96, 96)
     points = Keypoints(torch.rand(5, 2) * 90, torch.ones(5), torch.zeros(5), torch.ones(5))
     rough = describe(build_pyramid(image), points, 0)
-    exact = describer(load(tmp_path / "d.safetensors"), precision="float32")(
+    exact = build_descriptor(load(tmp_path / "d.safetensors"), precision="float32")(
         build_pyramid(image), points, 0
     )
     assert rough.shape == (5, 64)
     assert ((rough * exact).sum(dim=1) > 0.99).all()
     for weights in (str(DATA / "keynet.safetensors"), load("sobelnet")):
         with pytest.raises(ValueError, match="has no descriptors; use it as the detector"):
-            describer(weights)
+            build_descriptor(weights)
     for net in (load("desnet"), load("hardnet")):
         with pytest.raises(ValueError, match="detects no keypoints; use it as the descriptor"):
             build(net, None)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiepoints.checkpoints import load_official, to_official_state_dict
 from tiepoints.errors import WeightsError
 from tiepoints.extract import build
-from tiepoints.filters import bright_blur_taps, normalize_contrast
+from tiepoints.filters import normalize_contrast, unnormalized_gaussian_taps
 from tiepoints.models.keynet import KeyNet, handcrafted_channels
 from tiepoints.models.keynet_legacy import LegacyKeyNet, divide_by_maximum, level_size
 from tiepoints.models.patchnets import HardNet, HyNet, SOSNet
@@ -357,7 +357,7 @@ def test_learnable_parameters(net: torch.nn.Module, count: int) -> None:
 
 
 def test_blur_kernel_is_appendix_a3() -> None:
-    kernel = torch.outer(bright_blur_taps(), bright_blur_taps())
+    kernel = torch.outer(unnormalized_gaussian_taps(), unnormalized_gaussian_taps())
     np.testing.assert_allclose(
         [kernel[3, 3], kernel[0, 0], kernel.sum()], [0.26596152, 0.00487126, 3.62994], rtol=2e-6
     )

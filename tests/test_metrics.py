@@ -311,7 +311,7 @@ def test_chance_correction_of_a_lattice_is_zero():
             lattice[a_in], one[a_in], b[b_in].double(), torch.ones(len(b_in))
         )["rep_L"]
 
-    value, chance = rep(other), rep(metrics.turned(other, size))
+    value, chance = rep(other), rep(metrics.rotate_180(other, size))
     assert value > 0.7
     assert abs(metrics.above_chance(value, chance)) < 0.3
     assert metrics.above_chance(1.0, 0.5) == 1

@@ -1,5 +1,5 @@
 """Keypoints from a score map network: pyramid levels, keypoint budgets, non-maximum suppression and
-sub-pixel positions (spec section 2).
+sub-pixel positions.
 """
 
 from __future__ import annotations

@@ -181,10 +181,10 @@ class ExtractOptions(DetectOptions):
             )
         return Extractor(
             detect,
-            describer(
+            build_descriptor(
                 self.descriptor, device=device, precision=self.precision, upright=self.upright
             ),
-            orient=orienter(self.orientation, device),
+            orient=build_orientation(self.orientation, device),
             up_levels=up,
             down_levels=down,
             device=device,
@@ -312,7 +312,7 @@ def _detector_network(detector: str | nn.Module) -> nn.Module:
     return load_official(Path(detector)) if official else load(detector)
 
 
-def describer(
+def build_descriptor(
     descriptor: str | nn.Module | None,
     *,
     device: torch.device | str = "cpu",
@@ -337,7 +337,9 @@ def describer(
     return PatchDescriptor(net.to(device), upright=upright)
 
 
-def orienter(orientation: str | None, device: torch.device | str = "cpu") -> Describe | None:
+def build_orientation(
+    orientation: str | None, device: torch.device | str = "cpu"
+) -> Describe | None:
     """An orientation estimator by name (``names.ORIENTATIONS``); None keeps the detector's
     angles.
     """

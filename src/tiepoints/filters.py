@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Binomial weights of the 5-tap blur that the official PyTorch Key.Net applies before every
-# reduction (spec 1.5, A).
+# reduction.
 BINOMIAL_5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 # ITU-R BT.601 luma, what OpenCV and Pillow use.
 LUMA = (0.299, 0.587, 0.114)
@@ -131,11 +131,11 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 #: Radius of the window of the local contrast normalization of REKD and of the two older Key.Nets:
-#: 65 x 65 pixels (spec 1.5).
+#: 65 x 65 pixels.
 CONTRAST_RADIUS = 32
 
 
-def bright_blur_taps() -> Tensor:
+def unnormalized_gaussian_taps() -> Tensor:
     """Seven float64 taps of sigma 1.5 whose outer product is the published blur: center 0.26596,
     sum 3.62994.
 

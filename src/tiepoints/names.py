@@ -17,7 +17,7 @@ FORMATS = ("npy", "h5", "colmap")
 
 #: Maximum number of keypoints per image.
 NUM_KEYPOINTS = 2048
-#: The published default of ``extract`` (spec 2.1, PyTorch).
+#: The published default of ``extract`` (PyTorch).
 EXTRACT_NUM_KEYPOINTS = 5000
 #: Number of keypoints in the evaluation protocols of the papers.
 EVALUATION_NUM_KEYPOINTS = 1000

@@ -12,7 +12,7 @@ from .geometry import sample_at
 from .pyramid import Pyramid
 from .structs import Keypoints
 
-#: Half side of a patch in pixels of the keypoint's level, and samples along a side (spec 2.6,
+#: Half side of a patch in pixels of the keypoint's level, and samples along a side (as the
 #: official PyTorch).
 HALF_SIDE = 22.0
 PATCH_SIZE = 32

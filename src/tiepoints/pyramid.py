@@ -1,7 +1,7 @@
 """Image pyramid, shared by detector and descriptor.
 
 Scale factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each
-computed from the previous level (spec 2.3). ``Level`` has the exact size ratios, so that points are
+computed from the previous level. ``Level`` has the exact size ratios, so that points are
 mapped exactly.
 """
 
@@ -95,7 +95,7 @@ def build_pyramid(
 
 
 def level_budgets(count: int, up: int, levels: int) -> list[int]:
-    """Number of keypoints of each level, finest first: halved from level to level (spec 2.2),
+    """Number of keypoints of each level, finest first: halved from level to level,
     rounded down.
     """
     shares = [2.0 ** (up - i) for i in range(levels)]

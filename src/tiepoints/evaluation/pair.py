@@ -89,7 +89,7 @@ def _homography_metrics(
         local = m.localization(a.xy, b.xy, H_ab, size_a, size_b, num_keypoints=num_keypoints)
         found |= {f"mutual.{k}": v for k, v in local.items()}
         chance = m.localization(
-            a.xy, m.turned(b.xy, size_b), H_ab, size_a, size_b, num_keypoints=num_keypoints
+            a.xy, m.rotate_180(b.xy, size_b), H_ab, size_a, size_b, num_keypoints=num_keypoints
         )
         found["chance.rep@3"] = m.above_chance(local["rep@3"] or 0.0, chance["rep@3"] or 0.0)
     first_a, first_b = a[:num_keypoints], b[:num_keypoints]
@@ -140,7 +140,7 @@ def _keynet(
         return index_a, index_b, in_a, repeatability
 
     index_a, index_b, in_a, rep = compare(b.xy)
-    chance = compare(m.turned(b.xy, size_b))[3]
+    chance = compare(m.rotate_180(b.xy, size_b))[3]
     found = {f"keynet.{k}": v for k, v in rep.items()}
     for name in ("SL", "L"):
         found[f"chance.rep_{name}"] = m.above_chance(
@@ -210,7 +210,7 @@ def matched_pose_metrics(
     """Pose error in degrees by each backend (180 = failed), number of matches (K,2), number of
     correct ones (``pose.right``) and their ratio (``pose.precision``).
     """
-    correct = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.RIGHT_EPIPOLAR).sum())
+    correct = int((m.epipolar_errors(xy_a, xy_b, K_a, K_b, T_ab) < m.MAX_EPIPOLAR_ERROR).sum())
     found: dict[str, float | None] = {"pose.matches": len(xy_a)}
     found |= {"pose.right": correct, "pose.precision": correct / len(xy_a) if len(xy_a) else 0.0}
     for backend in backends:

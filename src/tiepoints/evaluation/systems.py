@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..describe import PatchDescriptor
 from ..errors import DataError
-from ..extract import build, describer
-from ..formats.hdf5 import need_h5py
+from ..extract import build, build_descriptor
+from ..formats.hdf5 import require_h5py
 from ..formats.store import open_features
 from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
@@ -155,7 +155,7 @@ def patch_network(
     """
     names = [name for name in POINT_DESCRIPTORS if name not in ("none", "desnet")]
     descriptor_stage = (
-        describer(_network(descriptor), device=device)
+        build_descriptor(_network(descriptor), device=device)
         if descriptor in names or Path(descriptor).is_file()
         else None
     )
@@ -186,7 +186,7 @@ def _opencv(name: str, options: Options) -> System:
 
 
 def _with_patches(detect: System, descriptor: str, options: Options) -> System:
-    describe = describer(_network(descriptor), device=options.device)
+    describe = build_descriptor(_network(descriptor), device=options.device)
     assert describe is not None
 
     def run(source: ImageLike) -> Features:
@@ -299,7 +299,7 @@ def from_disk(path: str | Path) -> System:
     """
     path = Path(path)
     if not path.is_dir():
-        need_h5py()  # a missing library is reported before the first image
+        require_h5py()  # a missing library is reported before the first image
 
     def run(source: ImageLike) -> Features:
         if not isinstance(source, str | Path):

@@ -43,7 +43,7 @@ _MAGIC = b"TPJ1"
 _HEAD = struct.Struct("<4sIQI")
 
 
-def need_h5py() -> Any:
+def require_h5py() -> Any:
     """Import h5py; raises ImportError with the extra to install."""
     return require("h5py", extra="hdf5", purpose="an HDF5 file")
 
@@ -59,7 +59,7 @@ def atomic_hdf5(path: Path, *, keep: bool = False) -> Iterator[Any]:
     with atomic_path(path) as tmp_path:
         if keep and path.is_file():
             shutil.copyfile(path, tmp_path)
-        with need_h5py().File(tmp_path, "a" if keep else "w") as file:
+        with require_h5py().File(tmp_path, "a" if keep else "w") as file:
             yield file
         with open(tmp_path, "rb+") as written:
             os.fsync(written.fileno())  # before the file is renamed
@@ -201,7 +201,7 @@ class _GroupFile:
     def __init__(self, path: str | Path, *, write: bool = False):
         self.path, self.writing = Path(path), write
         self._file: Any = None
-        self._h5py = need_h5py()
+        self._h5py = require_h5py()
         journal = self.path.with_name(self.path.name + ".journal")
         if not write and not self.path.is_file() and not journal.is_file():
             raise FileNotFoundError(f"no file at {self.path}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
-from .hdf5 import need_h5py
+from .hdf5 import require_h5py
 
 DATASETS = ("phototourism", "pragueparks", "googleurban")
 TASKS = ("stereo", "multiview")
@@ -87,7 +87,7 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray | None]]:
     Raises:
         DataError: not an HDF5 file, or a damaged one.
     """
-    h5py = need_h5py()
+    h5py = require_h5py()
     try:
         with h5py.File(path, "r") as file:
             for key, item in file.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..geometry import warp_points
 
 #: Squared epipolar error below which a match of a posed pair is correct (SuperGlue's evaluation).
-RIGHT_EPIPOLAR = 5e-4
+MAX_EPIPOLAR_ERROR = 5e-4
 
 
 def as_double(xy: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def matching_accuracy(
     }
 
 
-def turned(xy: Tensor, size: tuple[int, int]) -> Tensor:
+def rotate_180(xy: Tensor, size: tuple[int, int]) -> Tensor:
     """Rotate points (N,2) by 180 degrees about the center of an image of ``size`` (height, width).
 
     Gives the chance level of repeatability (``above_chance``): the same number, spacing and order

@@ -98,7 +98,7 @@ class DesNet(nn.Module):
         """Map (B,D,h,w) of a gray image (B,1,H,W) in [0,1], not normalized; the center of cell j is
         at pixel ``8 j + 3.5``.
         """
-        maps = local_contrast_normalization(whole_cells(image))
+        maps = local_contrast_normalization(pad_to_stride(image))
         for layer in self.downsample:
             maps = layer(maps)
         for layer in self.dilated:
@@ -110,7 +110,7 @@ class DesNet(nn.Module):
         return FusedDesNet(self, dtype)
 
 
-def whole_cells(image: Tensor) -> Tensor:
+def pad_to_stride(image: Tensor) -> Tensor:
     """Pad a gray image on the right and below, by repeating its last column and row, to a multiple
     of ``STRIDE``.
 
@@ -191,7 +191,7 @@ class FusedDesNet(nn.Module):
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Map (B,D,h,w) float32 of a gray image (B,1,H,W) in [0,1]."""
-        maps = local_contrast_normalization(whole_cells(image)).to(self.dtype)
+        maps = local_contrast_normalization(pad_to_stride(image)).to(self.dtype)
         for conv in self.downsample:
             maps = F.relu_(conv(maps.contiguous(memory_format=torch.channels_last)))
         for conv in self.dilated:

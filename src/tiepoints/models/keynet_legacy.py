@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..filters import blur_separable, bright_blur_taps, normalize_contrast
+from ..filters import blur_separable, normalize_contrast, unnormalized_gaussian_taps
 from ..keypoints import clear_border, local_maxima
 from ..pyramid import SCALE_STEP, Pyramid, level_budgets
 from ..structs import Keypoints
@@ -157,7 +157,7 @@ class LegacyKeyNet(nn.Module):
         """Contrast-normalized levels (B,1,h,w) of an image divided by its maximum, all resized from
         the full resolution.
         """
-        blurred = blur_separable(image, bright_blur_taps(), pad_mode="constant")
+        blurred = blur_separable(image, unnormalized_gaussian_taps(), pad_mode="constant")
         levels = [image]
         height, width = image.shape[-2:]
         for level in range(1, NUM_LEVELS):
@@ -230,7 +230,6 @@ def _blur_before_reduction(image: Tensor) -> Tensor:
 
 def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tuple[Tensor, float]]:
     """Levels of the published TensorFlow and REKD pyramids, finest first, with their nominal scales
-    (spec 2.3).
 
     Enlarged levels are resized from the image (factor exact, size rounded), reduced ones from the
     previous level (size rounded up). ``image`` (B,1,H,W) is float64, as published. Levels smaller

@@ -25,7 +25,7 @@ DIMENSION = 128
 #: Channels and strides of the six 3x3 convolutions.
 CHANNELS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 1, 2, 1, 2, 1)
-#: Constants of the published code (spec 7), added to the deviation (HardNet), the variance (SOSNet)
+#: Constants of the published code, added to the deviation (HardNet), the variance (SOSNet)
 #: and the mean square (filter response normalization).
 HARDNET_EPS = 1e-7
 SOSNET_EPS = 1e-5

@@ -29,9 +29,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..filters import (
     binomial_blur,
     blur_separable,
-    bright_blur_taps,
     normalize_contrast,
     resize,
+    unnormalized_gaussian_taps,
 )
 from ..kernels.tiling import tiles
 from ..kernels.winograd import PAD, WinogradConv, pack
@@ -180,7 +180,7 @@ class REKD(nn.Module):
 
     def _published_levels(self, image: Tensor) -> list[Tensor]:
         h, w = image.shape[-2:]
-        blurred = blur_separable(image, bright_blur_taps().to(image), pad_mode="constant")
+        blurred = blur_separable(image, unnormalized_gaussian_taps().to(image), pad_mode="constant")
         levels = [normalize_contrast(image)]
         for i in range(1, self.num_levels):
             size = max(1, int(h / self.scale_factor**i)), max(1, int(w / self.scale_factor**i))
