@@ -12,8 +12,8 @@ from .geometry import sample_at
 from .pyramid import Pyramid
 from .structs import Keypoints
 
-#: Half side of a patch in pixels of the keypoint's level, and samples along a side (as the
-#: official PyTorch).
+#: Half side of a patch in pixels of the keypoint's level, and samples along a side (as in
+#: the official PyTorch code).
 HALF_SIDE = 22.0
 PATCH_SIZE = 32
 #: Patches sampled at a time, to bound the memory.

@@ -229,7 +229,7 @@ def _blur_before_reduction(image: Tensor) -> Tensor:
 
 
 def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tuple[Tensor, float]]:
-    """Levels of the published TensorFlow and REKD pyramids, finest first, with their nominal scales
+    """Levels of the published TensorFlow and REKD pyramids, finest first, with nominal scales.
 
     Enlarged levels are resized from the image (factor exact, size rounded), reduced ones from the
     previous level (size rounded up). ``image`` (B,1,H,W) is float64, as published. Levels smaller
