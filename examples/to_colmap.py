@@ -33,6 +33,8 @@ for name, reason in report.failed:
     print(f"failed: {name}: {reason}", file=sys.stderr)
 print(f"{report.done} pairs matched, {report.skipped} done before, {report.matches} matches")
 folder = args.output / "sparse"
-model = reconstruct(database, args.images, folder, seed=args.seed, threads=args.threads)
+model = reconstruct(
+    database, args.images, folder, seed=args.seed, threads=args.threads, progress=True
+)
 print(f"{model.registered} images, {model.points} 3D points -> {model.folder}")
 print(f"track length {model.track_length:.2f}, reprojection error {model.error:.2f} px")

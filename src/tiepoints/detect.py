@@ -17,7 +17,7 @@ from .geometry import sample_at
 from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
 from .names import EXTRACT_NUM_KEYPOINTS, NMS_SHAPES
 from .orientation import angle_at
-from .pyramid import SCALE_STEP, Level, Pyramid, level_budgets
+from .pyramid import SCALE_STEP, Level, LevelBudget, Pyramid, level_budgets
 from .structs import Keypoints
 
 #: Keypoints of different levels are duplicates if nearer than this, in pixels of the finer level.
@@ -168,16 +168,16 @@ class ScoreMapDetector:
         options = self.options
         budgets = level_budgets(options.num_keypoints, pyramid.original, len(maps))
         parts: list[Keypoints] = []
-        requested = selected = 0
+        left = LevelBudget()
         for i, (level, score_map, budget) in enumerate(
             zip(pyramid.levels, maps, budgets, strict=True)
         ):
-            requested += budget
+            allowed = left.add(budget)
             inner = clear_border(score_map[None, None], options.border)
             found = local_maxima(inner, options.nms_window, self.threshold, unique=False)[0, 0]
             found &= _level_mask(mask, level, found)
-            xy, score = strongest(inner[0, 0], found, max(0, requested - selected))
-            selected += len(xy)
+            xy, score = strongest(inner[0, 0], found, allowed)
+            left.use(len(xy))
             ratio = xy.new_tensor([level.ratio_x, level.ratio_y], dtype=torch.float64)
             scale = torch.full_like(score, level.nominal_scale)
             angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], xy)
@@ -289,11 +289,10 @@ def _within_budgets(
     passed on to the next level, then the strongest of the rest.
     """
     parts: list[Tensor] = []
-    requested = selected = 0
+    left = LevelBudget()
     for level, budget in enumerate(budgets):
-        requested += budget
-        of_level = ((level_of == level) & kept).nonzero()[:, 0][: max(0, requested - selected)]
-        selected += len(of_level)
+        of_level = ((level_of == level) & kept).nonzero()[:, 0][: left.add(budget)]
+        left.use(len(of_level))
         parts.append(of_level)
     index = torch.cat(parts)
     rest = kept.clone()

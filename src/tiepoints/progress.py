@@ -43,7 +43,7 @@ class Progress:
         self._bar: Any = None
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(
-                total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True
+                total=total, initial=initial, unit=unit, desc=label, dynamic_ncols=True, delay=1.0
             )
 
     def __enter__(self) -> Progress:

@@ -100,3 +100,21 @@ def level_budgets(count: int, up: int, levels: int) -> list[int]:
     """
     shares = [2.0 ** (up - i) for i in range(levels)]
     return [int(count * share / sum(shares)) for share in shares]
+
+
+class LevelBudget:
+    """Counts the keypoints selected level by level: what a level leaves of its budget is passed on
+    to the next ones.
+    """
+
+    def __init__(self) -> None:
+        self.total = self.selected = 0
+
+    def add(self, budget: int) -> int:
+        """Add the budget of the next level; returns how many keypoints it may have."""
+        self.total += budget
+        return max(0, self.total - self.selected)
+
+    def use(self, count: int) -> None:
+        """Count the keypoints selected on the level."""
+        self.selected += count

@@ -26,6 +26,7 @@ from ..errors import DataError
 from ..files import list_images
 from ..filters import gaussian_blur, sobel, to_gray
 from ..geometry import pixel_grid, sample_at, warp_points
+from ..progress import track
 
 #: Seed of the split into training and validation photographs, the same for every training, so that
 #: validation photographs are never trained on.
@@ -278,7 +279,7 @@ def usable_photos(paths: Sequence[Path], min_side: int = MIN_SIDE) -> tuple[list
         usable paths; one message for each other path.
     """
     usable, rejected = [], []
-    for path in paths:
+    for path in track(paths, unit="image", label="scan"):
         try:
             with Image.open(path) as photo:
                 width, height = photo.size

@@ -25,6 +25,7 @@ import torch
 
 from ..errors import DataError
 from ..files import require
+from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
 
 #: Center of the first pixel in COLMAP's coordinates.
@@ -461,6 +462,7 @@ def reconstruct(
     seed: int = 0,
     threads: int = -1,
     verbose: bool = False,
+    progress: bool = False,
 ) -> Reconstruction:
     """Run COLMAP's incremental mapper with its default options on a database of verified matches.
 
@@ -471,6 +473,7 @@ def reconstruct(
         seed: of the random draws; results are reproducible with one thread only.
         threads: -1: all.
         verbose: show COLMAP's log.
+        progress: show the number of registered images.
     """
     colmap = _pycolmap()
     options = colmap.IncrementalPipelineOptions()
@@ -478,8 +481,11 @@ def reconstruct(
     options.num_threads = threads
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if verbose else _quiet(colmap):
-        models = colmap.incremental_mapping(Path(database), Path(images), out, options)
+    bar = Progress(None, unit="image", label="map", enabled=progress)
+    with nullcontext() if verbose else _quiet(colmap), bar:
+        models = colmap.incremental_mapping(
+            Path(database), Path(images), out, options, next_image_callback=bar.update
+        )
     if not models:
         return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
     index, best = max(

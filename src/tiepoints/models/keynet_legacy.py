@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..filters import blur_separable, normalize_contrast, unnormalized_gaussian_taps
 from ..keypoints import clear_border, local_maxima
-from ..pyramid import SCALE_STEP, Pyramid, level_budgets
+from ..pyramid import SCALE_STEP, LevelBudget, Pyramid, level_budgets
 from ..structs import Keypoints
 from .spec import DetectorSpec
 
@@ -307,9 +307,9 @@ class LegacyDetector:
             self.num_keypoints, self.up_levels, self.up_levels + 1 + self.down_levels
         )
         parts: list[Keypoints] = []
-        requested = selected = 0
+        left = LevelBudget()
         for (level, nominal), budget in zip(levels, budgets, strict=False):
-            requested += budget
+            count = left.add(budget)
             inner = clear_border(self.net.score(level.float()), self.border)
             found = local_maxima(inner, self.nms_window, self.threshold, unique=False)[0, 0]
             if mask is not None:
@@ -321,12 +321,11 @@ class LegacyDetector:
                     > 0
                 )
             yx, score = found.nonzero(), inner[0, 0][found]
-            count = requested - selected
             if len(score) > count:
                 lowest = score.topk(count).values[-1] if count > 0 else torch.inf
                 kept = (score >= lowest).nonzero()[:count, 0]
                 yx, score = yx[kept], score[kept]
-            selected += len(score)
+            left.use(len(score))
             xy = (yx.flip(-1).double() * nominal).float()
             scale = torch.full_like(score, nominal * math.sqrt(1 + np.finfo(np.float32).eps))
             parts.append(Keypoints(xy, scale, torch.zeros_like(score), score))
