@@ -128,6 +128,13 @@ def test_masks_and_transparency_exclude_keypoints(photos, tmp_path):
         xy = read_features(tmp_path / name / "0.png").xy
         assert len(xy) > 20
         assert xy[:, 0].min() > 157
+    found = {}
+    for name, more in {"all": [], "masked": ["--masks", tmp_path / "masks"]}.items():
+        pair = [photos / "0.png", photos / "0.png"]
+        code, out, err = call("match", *pair, "--json", "--num-keypoints", 80, *more)
+        assert code == 0, err
+        found[name] = min(x for x, _ in json.loads(out)["xy_a"])
+    assert found["masked"] > 157 > found["all"]
     code, _, err = call(
         "extract", photos, "--masks", tmp_path / "masks", *arguments, tmp_path / "b"
     )

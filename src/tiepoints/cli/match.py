@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +17,8 @@ from .common import (
     DeviceOption,
     Geometry,
     JsonOption,
+    MaskAlphaOption,
+    MasksOption,
     OfficialOption,
     PairOrientationOption,
     PerScaleOption,
@@ -111,6 +113,8 @@ def match(
     outliers: Annotated[
         bool, typer.Option("--outliers", help="Two images: draw outliers as faint dots.")
     ] = False,
+    masks: MasksOption = None,
+    mask_alpha: MaskAlphaOption = False,
     camera: CameraOption = "auto",
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
@@ -160,7 +164,8 @@ def match(
             auto_orientation=orientation == "auto",
         )
     if not many:
-        _match_two(images, output, extraction, options, outliers, as_json)
+        masking = (masks, mask_alpha)
+        _match_two(images, output, extraction, options, masking, outliers, as_json)
         return
     # with stored features, an explicit descriptor is compared with theirs
     source = context.get_parameter_source("descriptor")
@@ -183,6 +188,8 @@ def match(
             features=features,
             root=root_images,
             camera=camera,
+            masks=masks,
+            mask_alpha=mask_alpha,
             overwrite=overwrite,
             progress=progress_wanted(),
         )
@@ -213,14 +220,22 @@ def _match_two(
     output: Path | None,
     extraction: Any,
     options: Any,
+    masking: tuple[Path | None, bool],
     outliers: bool,
     as_json: bool,
 ) -> None:
+    from ..files import Task
+    from ..jobs.extract import mask_loader
     from ..jobs.match import match_two
     from ..plot import draw_matches
 
     with user_errors():
-        result = match_two(images[0], images[1], extraction, options)
+        load_mask = mask_loader(*masking)
+        found = [
+            load_mask and load_mask(Task(Path(name), PurePosixPath(Path(name).name)))
+            for name in images
+        ]
+        result = match_two(images[0], images[1], extraction, options, masks=(found[0], found[1]))
         estimate = result.estimate
         inliers = int(estimate.inliers.sum())
         if output is not None:

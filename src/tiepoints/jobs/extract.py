@@ -53,7 +53,7 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: invalid settings.
     """
-    names = ("half", "camera")
+    names = ("half", "camera", "masks", "mask_alpha")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
     options = {name: value for name, value in content.items() if name not in store}
     return {**ExtractOptions.from_json(options).to_json(), **store}
@@ -94,13 +94,13 @@ def extract_images(
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
             that cannot be used; the message names the remedy.
     """
-    if masks is not None and not masks.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {masks}")
+    load_mask = mask_loader(masks, mask_alpha)
     found = collect(images, list_file, root, inside=format != "npy")
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
     if found.tasks:
         extractor = options.build()
         settings = options.to_json()
+        settings |= mask_settings(masks, mask_alpha)
         if half and format == "h5":
             settings["half"] = True
         if format == "colmap":
@@ -122,7 +122,7 @@ def extract_images(
                 store,
                 report,
                 described=options.described,
-                load_mask=_mask_loader(masks, mask_alpha),
+                load_mask=load_mask,
                 overwrite=overwrite,
                 workers=workers,
                 progress=progress,
@@ -131,7 +131,20 @@ def extract_images(
     return report
 
 
-def _mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
+def mask_settings(masks: Path | None, mask_alpha: bool) -> dict[str, Any]:
+    """What the record of extracted features says about their masks."""
+    settings: dict[str, Any] = {} if masks is None else {"masks": str(masks)}
+    return {**settings, "mask_alpha": True} if mask_alpha else settings
+
+
+def mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
+    """The masks of images, from a folder and from their transparency; None without either.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"no folder of masks at {folder}")
     if folder is None and not alpha:
         return None
 
@@ -149,6 +162,7 @@ def _mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
     return load_mask
 
 
+# Everything that decides what is done with each task.
 def extract_to_store(
     tasks: list[Task],
     extractor: Extractor,

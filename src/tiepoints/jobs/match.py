@@ -29,7 +29,13 @@ from ..names import NUM_KEYPOINTS
 from ..progress import track
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
-from .extract import ExtractReport, extract_to_store, normalize_settings
+from .extract import (
+    ExtractReport,
+    extract_to_store,
+    mask_loader,
+    mask_settings,
+    normalize_settings,
+)
 
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
 #: Number of images whose features are cached while pairs are matched.
@@ -395,6 +401,8 @@ def match_images(
     features: Path | None = None,
     root: Path | None = None,
     camera: str = "auto",
+    masks: Path | None = None,
+    mask_alpha: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
@@ -413,6 +421,7 @@ def match_images(
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
+        masks, mask_alpha: see ``extract_images``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: no pairs, or invalid arguments or
@@ -434,9 +443,8 @@ def match_images(
                 names = {name for pair in listed for name in pair}
                 tasks = [task for task in tasks if str(task.relative) in names]
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS)
-            source = _extract_source(
-                stack, tasks, output, extraction, options, camera, overwrite, progress
-            )
+            storing = _Storing(camera, masks, mask_alpha, overwrite, progress)
+            source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             descriptor = None if extraction is None else extraction.descriptor
             source = _stored_source(stack, tasks if images else None, output, features, descriptor)
@@ -499,35 +507,53 @@ def _check_settings(
     )
 
 
+@dataclass(frozen=True)
+class _Storing:
+    """How features are extracted to a store; fields as the parameters of ``match_images``."""
+
+    camera: str
+    masks: Path | None
+    mask_alpha: bool
+    overwrite: bool
+    progress: bool
+
+
 def _extract_source(
     stack: ExitStack,
     tasks: list[Task],
     output: Path,
     extraction: ExtractOptions,
     options: MatchOptions,
-    camera: str,
-    overwrite: bool,
-    progress: bool,
+    storing: _Storing,
 ) -> _Source:
     """Features of images, extracted unless they are stored."""
-    settings = extraction.to_json()
+    load_mask = mask_loader(storing.masks, storing.mask_alpha)
+    settings = {**extraction.to_json(), **mask_settings(storing.masks, storing.mask_alpha)}
     store: Any
     if output.suffix == ".db":
-        store = stack.enter_context(ColmapDatabase(output, camera=camera, write=True))
-        settings["camera"] = camera
+        store = stack.enter_context(ColmapDatabase(output, camera=storing.camera, write=True))
+        settings["camera"] = storing.camera
     else:
         store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
     check_settings(
         settings_path(store),
         settings,
-        overwrite=overwrite,
+        overwrite=storing.overwrite,
         clear=store.clear,
         results=store.path,
         normalize=normalize_settings,
     )
     extractor = extraction.build()
     report = ExtractReport()
-    extract_to_store(tasks, extractor, store, report, described=True, progress=progress)
+    extract_to_store(
+        tasks,
+        extractor,
+        store,
+        report,
+        described=True,
+        load_mask=load_mask,
+        progress=storing.progress,
+    )
     files = {str(task.relative): task.path for task in tasks}
     names = [name for name in files if name in store]
     matcher = named_matcher(extractor, files, options)
