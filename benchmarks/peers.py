@@ -71,10 +71,11 @@ from tiepoints.evaluation.run import file_name, label
 from tiepoints.evaluation.systems import DESCRIPTOR, OPENCV_SYSTEMS, Options, System, system
 from tiepoints.extract import build
 from tiepoints.files import collect, write_text
-from tiepoints.formats.colmap import ColmapDatabase, reconstruct
+from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.interop import from_cv2
 from tiepoints.image import load_image
 from tiepoints.jobs.match import refine_database
+from tiepoints.jobs.reconstruct import reconstruct
 from tiepoints.matching import match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability

@@ -27,8 +27,9 @@ import tiepoints
 from common import machine
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.files import collect, write_json
-from tiepoints.formats.colmap import ColmapDatabase, reconstruct
+from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.jobs.match import MatchOptions, named_matcher, refine_database
+from tiepoints.jobs.reconstruct import reconstruct
 from tiepoints.structs import Features, Matches
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from common import machine
 from tiepoints.auto_orientation import PairMatcher, can_reorient
 from tiepoints.datasets.reconstructions import read_scenes
-from tiepoints.datasets.tracks import PosedPair, posed_pairs
+from tiepoints.datasets.tracks import ReconstructionPair, reconstruction_pairs
 from tiepoints.extract import Extractor, build
 from tiepoints.geometry import sample_at, warp_points
 from tiepoints.image import load_image
@@ -75,13 +75,13 @@ def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
 
 
 def count_correct(
-    pair: PosedPair, xy_a: Tensor, xy_b: Tensor, threshold: float = MAX_DISTANCE
+    pair: ReconstructionPair, xy_a: Tensor, xy_b: Tensor, threshold: float = MAX_DISTANCE
 ) -> int:
     return int((pair.errors(xy_a.numpy(), xy_b.numpy()) <= threshold).sum()) if len(xy_a) else 0
 
 
 def measure(
-    system: str, pairs: list[PosedPair], rotations: list[float], num_keypoints: int
+    system: str, pairs: list[ReconstructionPair], rotations: list[float], num_keypoints: int
 ) -> dict[str, Any]:
     extract = extractor(system, num_keypoints)
     images = {
@@ -120,7 +120,7 @@ def measure(
 
 def _rotation(
     extract: Extractor,
-    pairs: Iterable[PosedPair],
+    pairs: Iterable[ReconstructionPair],
     images: dict[Path, Tensor],
     features: dict[Path, Features],
     degrees: float,
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    pairs = posed_pairs(read_scenes(args.scenes), args.pairs, SEED)
+    pairs = reconstruction_pairs(read_scenes(args.scenes), args.pairs, SEED)
     rotations = [float(part) for part in args.rotations.split(",") if part]
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):

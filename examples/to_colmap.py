@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import tiepoints
-from tiepoints.formats.colmap import reconstruct
 from tiepoints.jobs.match import match_images
+from tiepoints.jobs.reconstruct import reconstruct
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("images", help="folder of photographs")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import tiepoints
 from tiepoints.cli import app
 from tiepoints.formats.npy import read_features
+from tiepoints.jobs.extract import extract_images
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +199,74 @@ def test_documented_python_calls(photos):
     assert tiepoints.draw_keypoints(image_a, result.a).size == (320, 260)
     with pytest.raises(ValueError, match=r"K_a and K_b|intrinsics"):
         tiepoints.estimate(torch.rand(9, 2), torch.rand(9, 2), "essential")
+
+
+def test_results_of_earlier_versions_are_resumed(photos, tmp_path):
+    """The settings files of features and matches as an earlier version wrote them."""
+    pytest.importorskip("h5py")
+    arguments = ["match", photos, "--num-keypoints", 100, "--descriptor", "rootsift"]
+    arguments += ["--single-scale", "--output", tmp_path / "m.h5"]
+    assert call(*arguments)[0] == 0
+    features = {
+        **{"detector": "keynet", "descriptor": "rootsift", "num_points": 100},
+        **{"single_scale": True, "weights": None},
+    }
+    matches = {"ratio": 0.95, "model": None, "threshold": 2.0, "orientation": "auto"}
+    (tmp_path / "m.features.settings.json").write_text(json.dumps(features))
+    (tmp_path / "m.settings.json").write_text(json.dumps({**matches, "features": features}))
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert "0 pairs matched" in out
+    assert "1 done before" in out
+    code, _, err = call(*arguments[:3], 90, *arguments[4:])
+    assert code == 2
+    assert "num_keypoints: 100 before, 90 now" in err
+
+
+def test_a_sequence_that_cannot_be_read_makes_an_evaluation_incomplete(photos, tmp_path):
+    for name in ("v_good", "v_bad"):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for i in (1, 2):
+            (folder / f"{i}.png").write_bytes((photos / f"{i - 1}.png").read_bytes())
+    np.savetxt(tmp_path / "data" / "v_good" / "H_1_2", np.eye(3))
+    (tmp_path / "data" / "v_bad" / "H_1_2").write_text("no matrix")
+    arguments = ["evaluate", tmp_path / "data", "--systems", "random", "--protocol", "mutual"]
+    code, out, err = call(*arguments, "--output", tmp_path / "run", "--json")
+    assert code == 1
+    assert json.loads(out)["unread"] == 1
+    assert "v_bad" in err
+
+
+def test_unknown_formats_and_geometries_are_refused_before_any_work(photos, tmp_path):
+    options = tiepoints.ExtractOptions(num_keypoints=10)
+    with pytest.raises(ValueError, match="format must be one of npy, h5, colmap; got 'csv'"):
+        extract_images([str(photos)], tmp_path, options, format="csv")
+    with pytest.raises(ValueError, match="geometry must be homography, fundamental or None"):
+        tiepoints.MatchOptions(geometry="affine")
+    with pytest.raises(ValueError, match="intrinsics of the cameras"):
+        tiepoints.MatchOptions(geometry="essential")
+
+
+def test_training_ends_with_a_comparison_with_the_shipped_weights(photos, tmp_path):
+    rng = np.random.default_rng(2)
+    for i in range(4):
+        coarse = Image.fromarray(rng.integers(0, 256, (40, 40), dtype=np.uint8))
+        coarse.resize((400, 400), Image.Resampling.BICUBIC).save(tmp_path / f"{i}.png")
+    held_out = tmp_path / "held_out"
+    held_out.mkdir()
+    for i in (0, 1):
+        (tmp_path / f"{i}.png").rename(held_out / f"{i}.png")
+    photos_to_train = tmp_path / "photos"
+    photos_to_train.mkdir()
+    for i in (2, 3):
+        (tmp_path / f"{i}.png").rename(photos_to_train / f"{i}.png")
+    arguments = ["train", "keynet-tiny", "--images", photos_to_train, "--validation", held_out]
+    arguments += ["--steps", 1, "--batch-size", 1, "--workers", 0, "--device", "cpu", "--json"]
+    code, out, err = call(*arguments, "--output", tmp_path / "t.safetensors")
+    assert code == 0, err
+    comparison = json.loads(out)["comparison"]
+    assert comparison["photos"] == 2
+    assert comparison["a"] == "keynet-tiny"
+    assert comparison["b"] == str(tmp_path / "t.safetensors")
+    assert set(comparison["measures"]) >= {"repeatability", "correct matches"}

@@ -28,7 +28,7 @@ from tiepoints.datasets.tracks import (
     TrackPatches,
     correct_share,
     onto_keypoints,
-    posed_pairs,
+    reconstruction_pairs,
 )
 from tiepoints.errors import DataError
 from tiepoints.filters import gaussian_blur
@@ -248,7 +248,7 @@ def test_crops_show_their_tracks_at_their_positions(scene):
 
 
 def test_posed_pairs_distinguish_correct_and_incorrect_matches(scene):
-    pairs = posed_pairs([scene], 5, seed=0)
+    pairs = reconstruction_pairs([scene], 5, seed=0)
     assert len(pairs) == min(5, len(scene.pairs))
     for pair in pairs:
         a, b = (scene.images.index(path) for path in pair.images)

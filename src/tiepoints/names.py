@@ -14,6 +14,8 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 NMS_SHAPES = ("square", "round")
 GEOMETRIES = ("homography", "fundamental", "essential")
 FORMATS = ("npy", "h5", "colmap")
+#: Suffixes of the files with the matches of many pairs: hloc's and COLMAP's.
+MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 
 #: Maximum number of keypoints per image.
 NUM_KEYPOINTS = 2048

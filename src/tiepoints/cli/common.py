@@ -12,14 +12,24 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from ..errors import DataError, WeightsError
 
+if TYPE_CHECKING:
+    from ..extract import ExtractOptions
+
 #: Errors that a user can correct; others are bugs and show a traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsError, OSError)
+
+#: Parameters of commands that are fields of ``ExtractOptions``. Not every field: ``threshold`` of a
+#: command is the error of an inlier.
+EXTRACT_PARAMETERS = (
+    *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
+    *("single_scale", "per_scale", "official", "device"),
+)
 
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
 PairOrientation = Literal["auto", "none", "rekd", "rekd-light", "dominant"]
@@ -127,12 +137,18 @@ def progress_wanted() -> bool:
     return logging.getLogger("tiepoints").level <= logging.INFO
 
 
-def extract_options(**options: Any) -> Any:
-    """Create ``ExtractOptions``; exits with code 2 for invalid arguments."""
+def extract_options(context: typer.Context, **overrides: Any) -> ExtractOptions:
+    """Create ``ExtractOptions`` from the parameters of a command (``EXTRACT_PARAMETERS``); exits
+    with code 2 for invalid arguments.
+
+    Args:
+        overrides: values that replace those of the command.
+    """
     from ..extract import ExtractOptions
 
+    given = {key: value for key, value in context.params.items() if key in EXTRACT_PARAMETERS}
     with user_errors():
-        return ExtractOptions.of(**options)
+        return ExtractOptions.of(**{**given, **overrides})
 
 
 def split_names(text: str) -> tuple[str, ...]:

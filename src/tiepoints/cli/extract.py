@@ -34,6 +34,7 @@ from .common import (
 
 
 def extract(
+    context: typer.Context,
     images: Annotated[list[str] | None, typer.Argument(help="Images, folders or patterns.")] = None,
     list_images: Annotated[
         Path | None, typer.Option(help="Text file with one image path per line.")
@@ -96,17 +97,7 @@ def extract(
     name = method_name or f"{Path(detector).stem}-{Path(descriptor).stem}"
     if name in (".", "..") or "/" in name or "\\" in name:
         fail(f"--method-name must be a folder name, not a path; got {name!r}")
-    options = extract_options(
-        detector=detector,
-        descriptor=descriptor,
-        num_keypoints=num_keypoints,
-        orientation=orientation,
-        upright=upright,
-        single_scale=single_scale,
-        per_scale=per_scale,
-        official=official,
-        device=device,
-    )
+    options = extract_options(context)
     from ..jobs.extract import extract_images
 
     with user_errors():

@@ -27,6 +27,7 @@ from .common import (
 
 
 def imc(
+    context: typer.Context,
     images: Annotated[
         Path,
         typer.Argument(
@@ -70,17 +71,7 @@ def imc(
     """Write a submission to the Image Matching Challenge 2021 and check it (docs/formats.md)."""
     if descriptor == "none":
         fail("a submission needs descriptors; --descriptor none has none")
-    extraction = extract_options(
-        detector=detector,
-        descriptor=descriptor,
-        num_keypoints=num_keypoints,
-        orientation=orientation,
-        upright=upright,
-        single_scale=single_scale,
-        per_scale=per_scale,
-        official=official,
-        device=device,
-    )
+    extraction = extract_options(context)
     import dataclasses
 
     from ..jobs.imc import MATCHING, export_imc

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
+from ..names import DESCRIPTOR, DETECTOR, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
     CameraOption,
     DescriptorOption,
@@ -34,9 +34,6 @@ from .common import (
 
 if TYPE_CHECKING:
     from ..jobs.match import MatchReport
-
-#: Suffixes of files with the matches of many pairs.
-MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 
 
 def match(
@@ -128,27 +125,13 @@ def match(
         fail("matching needs descriptors; --descriptor must not be none")
     if pairs is not None and sequential is not None:
         fail("give --pairs or --sequential, not both")
-    if geometry == "essential":
-        fail(
-            "an essential matrix needs the intrinsics of the cameras: use "
-            'tiepoints.estimate(..., "essential", intrinsics=(K_a, K_b)) in Python, or '
-            "--geometry fundamental"
-        )
     to_file = output is not None and output.suffix in MATCH_SUFFIXES
     many = len(images) != 2 or any(Path(name).is_dir() for name in images)
     many = many or to_file or any(o is not None for o in (pairs, sequential, features))
     if many and not images and features is None:
         fail("no images given; name two images, or folders, or give --features")
     extraction = extract_options(
-        detector=detector,
-        descriptor=descriptor,
-        num_keypoints=num_keypoints,
-        orientation=None if orientation == "auto" else orientation,
-        upright=upright,
-        single_scale=single_scale,
-        per_scale=per_scale,
-        official=official,
-        device=device,
+        context, orientation=None if orientation == "auto" else orientation
     )
     from ..jobs.match import MatchOptions, match_images
 

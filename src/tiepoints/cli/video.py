@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 def live(
+    context: typer.Context,
     source: Annotated[
         list[str],
         typer.Argument(
@@ -90,15 +91,7 @@ def live(
         and output.samefile(source[0])
     ):
         fail(f"--output {output} is the source; use another file")
-    options = extract_options(
-        detector=detector,
-        descriptor=descriptor,
-        num_keypoints=num_keypoints,
-        orientation=orientation,
-        upright=upright,
-        single_scale=single_scale,
-        device=device,
-    )
+    options = extract_options(context)
     from ..jobs.video import VideoFile, VideoFrames, Window, open_source
     from ..jobs.video import live as run
     from ..tracking import Tracker

@@ -105,7 +105,7 @@ class TrackScene:
         points: (P,3).
         settings: see ``TrackSettings``.
         cameras: for each image, a function from positions (N,2) to normalized coordinates
-            (x / z, y / z); needed only for ``posed_pairs``.
+            (x / z, y / z); needed only for ``reconstruction_pairs``.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ import dataclasses
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +106,50 @@ class PairSettings:
     max_side: int = 1024
 
 
+#: Views of a plane under changes of viewpoint and light: the base of the presets for detectors.
+_PLANAR = PairSettings(
+    scale=(0.5, 2.2),
+    rotation=60,
+    skew=0.8,
+    skew_power=3.0,
+    perspective=0.25,
+    jitter=16,
+    gamma=0.3,
+    blur=0.2,
+    noise=0.25,
+    jpeg=0.25,
+    min_overlap=0.2,
+)
+#: The base of the presets for descriptors.
+_DESCRIBED = PairSettings(
+    size=256,
+    scale=(0.55, 1.8),
+    rotation=180,
+    rotation_power=3,
+    skew=0.7,
+    skew_power=2.0,
+    perspective=0.25,
+    jitter=16,
+    gamma=0.3,
+    blur=0.25,
+    noise=0.3,
+    jpeg=0.3,
+    min_overlap=0.25,
+)
+#: The same with illumination, noise and occlusion of real photographs.
+_REALISTIC = replace(
+    _DESCRIBED,
+    scale=(0.5, 2.0),
+    skew=0.8,
+    perspective=0.3,
+    tone=0.25,
+    shadow=0.25,
+    dark=0.08,
+    noise_sigma=20.0,
+    noise_power=3.0,
+    jpeg_quality=15,
+    layers=0.3,
+)
 PRESETS: dict[str, PairSettings] = {
     # Key.Net paper, 5.1
     "keynet-paper": PairSettings(scale=(0.5, 3.5), rotation=60, skew=0.8, max_side=0),
@@ -113,134 +157,31 @@ PRESETS: dict[str, PairSettings] = {
     "keynet-code": PairSettings(scale=(0.5, 2.0), rotation=45, skew=0.8, max_side=0),
     # REKD's defaults: in-plane rotation only
     "rekd": PairSettings(scale=(1.0, 1.0), rotation=180, skew=0.0, max_side=0),
-    "default": PairSettings(
-        scale=(0.5, 2.2),
-        rotation=60,
-        skew=0.8,
-        skew_power=3.0,
-        perspective=0.25,
-        jitter=16,
-        mirror=0.5,
-        gamma=0.3,
-        blur=0.2,
-        noise=0.25,
-        jpeg=0.25,
-        min_overlap=0.2,
-    ),
+    "default": replace(_PLANAR, mirror=0.5),
     # for detectors of real scenes: several depths, noise and compression of low-quality cameras
-    "layers": PairSettings(
-        scale=(0.5, 2.2),
-        rotation=60,
-        skew=0.8,
-        skew_power=3.0,
-        perspective=0.25,
-        jitter=16,
+    "layers": replace(
+        _PLANAR,
         mirror=0.5,
-        gamma=0.3,
         blur=0.3,
         dark=0.05,
-        noise=0.25,
         noise_sigma=25.0,
         noise_power=3.0,
-        jpeg=0.25,
         jpeg_quality=15,
         layers=0.3,
-        min_overlap=0.2,
     ),
     # for oriented keypoints: all rotations; not mirrored, because the relative orientation of a
     # mirrored corner is undefined
-    "turns": PairSettings(
-        scale=(0.6, 1.8),
-        rotation=180,
-        skew=0.6,
-        skew_power=3.0,
-        perspective=0.2,
-        jitter=16,
-        gamma=0.3,
-        blur=0.2,
-        noise=0.25,
-        jpeg=0.25,
-        min_overlap=0.25,
+    "turns": replace(
+        _PLANAR, scale=(0.6, 1.8), rotation=180, skew=0.6, perspective=0.2, min_overlap=0.25
     ),
     # for dense descriptors, which are not rotation-normalized: all rotations, small ones more often
-    "dense": PairSettings(
-        size=256,
-        scale=(0.55, 1.8),
-        rotation=180,
-        rotation_power=3,
-        skew=0.7,
-        skew_power=2.0,
-        perspective=0.25,
-        jitter=16,
-        gamma=0.3,
-        blur=0.25,
-        noise=0.3,
-        jpeg=0.3,
-        min_overlap=0.25,
-    ),
+    "dense": _DESCRIBED,
     # for descriptors of upright patches, because cameras are roughly level; not mirrored, because a
     # mirrored patch is a different patch
-    "patches": PairSettings(
-        size=256,
-        scale=(0.55, 1.8),
-        rotation=45,
-        rotation_power=1.5,
-        skew=0.7,
-        skew_power=2.0,
-        perspective=0.25,
-        jitter=16,
-        gamma=0.3,
-        blur=0.25,
-        noise=0.3,
-        jpeg=0.3,
-        min_overlap=0.25,
-    ),
-    "dense-upright": PairSettings(
-        size=320,
-        scale=(0.5, 2.0),
-        rotation=40,
-        rotation_power=2,
-        skew=0.8,
-        skew_power=2.0,
-        perspective=0.3,
-        jitter=16,
-        gamma=0.3,
-        tone=0.25,
-        shadow=0.25,
-        blur=0.25,
-        dark=0.08,
-        noise=0.3,
-        noise_sigma=20.0,
-        noise_power=3.0,
-        jpeg=0.3,
-        jpeg_quality=15,
-        layers=0.3,
-        min_overlap=0.25,
-    ),
-    # as "patches", for pairs whose rotation is estimated before description; with illumination,
-    # noise and occlusion of real photographs
-    "patches-upright": PairSettings(
-        size=256,
-        scale=(0.5, 2.0),
-        rotation=25,
-        rotation_power=1.5,
-        skew=0.8,
-        skew_power=2.0,
-        perspective=0.3,
-        jitter=16,
-        gamma=0.3,
-        tone=0.25,
-        shadow=0.25,
-        blur=0.25,
-        dark=0.08,
-        noise=0.3,
-        noise_sigma=20.0,
-        noise_power=3.0,
-        jpeg=0.3,
-        jpeg_quality=15,
-        layers=0.3,
-        min_overlap=0.25,
-    ),
+    "patches": replace(_DESCRIBED, rotation=45, rotation_power=1.5),
+    "dense-upright": replace(_REALISTIC, size=320, rotation=40, rotation_power=2),
+    # as "patches", for pairs whose rotation is estimated before description
+    "patches-upright": replace(_REALISTIC, rotation=25, rotation_power=1.5),
 }
 
 

@@ -409,7 +409,7 @@ class Mixture(Dataset):
 
 
 @dataclass(frozen=True)
-class PosedPair:
+class ReconstructionPair:
     """Two images of a reconstruction and their epipolar geometry.
 
     Attributes:
@@ -441,10 +441,12 @@ class PosedPair:
         return np.nan_to_num(np.maximum(*distances), nan=np.inf)
 
 
-def posed_pairs(scenes: Sequence[TrackScene], count: int, seed: int) -> list[PosedPair]:
+def reconstruction_pairs(
+    scenes: Sequence[TrackScene], count: int, seed: int
+) -> list[ReconstructionPair]:
     """Draw ``count`` pairs of images from the scenes in turn, uniformly from the pairs of each."""
     rng = np.random.default_rng(seed)
-    pairs: list[PosedPair] = []
+    pairs: list[ReconstructionPair] = []
     orders = [rng.permutation(len(scene.pairs)).tolist() for scene in scenes]
     while len(pairs) < count and any(orders):
         for scene, order in zip(scenes, orders, strict=True):
@@ -454,7 +456,7 @@ def posed_pairs(scenes: Sequence[TrackScene], count: int, seed: int) -> list[Pos
                 x, y, z = scene.translation[b] - rotation @ scene.translation[a]
                 essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
                 pairs.append(
-                    PosedPair(
+                    ReconstructionPair(
                         (scene.images[a], scene.images[b]),
                         essential,
                         (float(scene.focal[a]), float(scene.focal[b])),
@@ -465,7 +467,7 @@ def posed_pairs(scenes: Sequence[TrackScene], count: int, seed: int) -> list[Pos
 
 
 def correct_share(
-    pair: PosedPair, xy_a: Tensor, xy_b: Tensor, index: Tensor, *, threshold: float = 2.0
+    pair: ReconstructionPair, xy_a: Tensor, xy_b: Tensor, index: Tensor, *, threshold: float = 2.0
 ) -> float:
     """Fraction of correct matches: those of ``index`` (K,2) with an epipolar error of at most
     ``threshold`` px, over the smaller number of keypoints.

@@ -15,8 +15,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import torch
 
 from ..errors import DataError
 from ..files import require
-from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
 
 #: Center of the first pixel in COLMAP's coordinates.
@@ -36,7 +34,7 @@ SIFT_FACTOR = 512.0
 FOCAL_FACTOR = 1.2
 
 
-def _pycolmap() -> Any:
+def require_pycolmap() -> Any:
     pycolmap = require("pycolmap", extra="colmap", purpose="a COLMAP database")
     if not hasattr(pycolmap, "FeatureDescriptors"):
         raise ImportError(
@@ -65,7 +63,7 @@ class ColmapDatabase:
 
     def __init__(self, path: str | Path, *, camera: str = "auto", write: bool = False):
         self.path = Path(path)
-        self._colmap = _pycolmap()
+        self._colmap = require_pycolmap()
         self._known = self._known_camera(camera)
         self._single = camera != "auto"
         self._lock = threading.Lock()
@@ -392,7 +390,7 @@ class ColmapDatabase:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "pairs.txt"
                 path.write_text("".join(f"{a} {b}\n" for a, b in pending))
-                with _quiet(self._colmap):
+                with quiet_colmap(self._colmap):
                     self._colmap.verify_matches(self.path, path, options)
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
 
@@ -415,7 +413,7 @@ def _as_matches(table: np.ndarray) -> Matches:
 
 
 @contextmanager
-def _quiet(colmap: Any) -> Iterator[None]:
+def quiet_colmap(colmap: Any) -> Iterator[None]:
     """Suppress COLMAP's information and warnings, which it writes for every image; errors are
     shown.
     """
@@ -429,74 +427,3 @@ def _quiet(colmap: Any) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """Statistics of the largest model of COLMAP's mapper.
-
-    Attributes:
-        models: number of models.
-        registered: number of images with a pose.
-        points: number of 3D points (seen by at least three images each, COLMAP's default).
-        observations: number of keypoints that belong to a 3D point.
-        track_length: mean number of images per 3D point.
-        error: mean reprojection error in pixels.
-        folder: of the model in COLMAP's binary format; None without a model.
-    """
-
-    models: int
-    registered: int
-    points: int
-    observations: int
-    track_length: float
-    error: float
-    folder: Path | None
-
-
-def reconstruct(
-    database: str | Path,
-    images: str | Path,
-    out: str | Path,
-    *,
-    seed: int = 0,
-    threads: int = -1,
-    verbose: bool = False,
-    progress: bool = False,
-) -> Reconstruction:
-    """Run COLMAP's incremental mapper with its default options on a database of verified matches.
-
-    Args:
-        database: ``.db`` file.
-        images: folder to which the names of the images are relative.
-        out: folder for the models, ``0``, ``1``, ...
-        seed: of the random draws; results are reproducible with one thread only.
-        threads: -1: all.
-        verbose: show COLMAP's log.
-        progress: show the number of registered images.
-    """
-    colmap = _pycolmap()
-    options = colmap.IncrementalPipelineOptions()
-    options.random_seed = seed
-    options.num_threads = threads
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    bar = Progress(None, unit="image", label="map", enabled=progress)
-    with nullcontext() if verbose else _quiet(colmap), bar:
-        models = colmap.incremental_mapping(
-            Path(database), Path(images), out, options, next_image_callback=bar.update
-        )
-    if not models:
-        return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
-    index, best = max(
-        models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D())
-    )
-    return Reconstruction(
-        models=len(models),
-        registered=best.num_reg_images(),
-        points=best.num_points3D(),
-        observations=best.compute_num_observations(),
-        track_length=best.compute_mean_track_length(),
-        error=best.compute_mean_reprojection_error(),
-        folder=out / str(index),
-    )

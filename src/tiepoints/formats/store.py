@@ -16,8 +16,6 @@ from .npy import FeatureFolder
 
 #: File name of each format (``names.FORMATS``) in the results folder; npy has two files per image.
 FILE_NAMES = {"npy": "", "h5": "features.h5", "colmap": "database.db"}
-HDF5_SUFFIXES = (".h5", ".hdf5")
-MATCH_SUFFIXES = (*HDF5_SUFFIXES, ".db")
 
 
 @runtime_checkable
@@ -93,15 +91,6 @@ def open_features(path: Path) -> FeatureStore:
 def _exists(path: Path) -> bool:
     """Whether a file or its journal exists."""
     return path.is_file() or path.with_name(path.name + ".journal").is_file()
-
-
-def create_matches(path: Path) -> MatchFile:
-    """Create an hloc file of matches, or open it for writing.
-
-    Raises:
-        ImportError, DataError: as ``MatchFile``.
-    """
-    return MatchFile(path, write=True)
 
 
 def settings_path(store: FeatureStore | MatchFile) -> Path:

@@ -18,6 +18,7 @@ from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect
 from ..formats.store import FILE_NAMES, FeatureStore, check_settings, create_features, settings_path
 from ..image import load_alpha, load_image
+from ..names import FORMATS
 from ..progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -59,6 +60,33 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     return {**ExtractOptions.from_json(options).to_json(), **store}
 
 
+def check_store(store: Any, settings: dict[str, Any], overwrite: bool) -> None:
+    """Record the settings of a store of features or matches, or compare them with its record.
+
+    Raises:
+        DataError: the store holds results of other settings.
+    """
+    matches = "features" in settings
+    check_settings(
+        settings_path(store),
+        settings,
+        overwrite=overwrite,
+        clear=store.clear,
+        results=store.path,
+        normalize=normalize_match_settings if matches else normalize_settings,
+    )
+
+
+def normalize_match_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings of matches with those of their features as written today; features of other
+    programs have none.
+    """
+    features = content.get("features")
+    if isinstance(features, dict) and "detector" in features:
+        return {**content, "features": normalize_settings(features)}
+    return content
+
+
 # One call per command of the command line, whose options are its parameters.
 def extract_images(
     images: Iterable[str],
@@ -94,6 +122,8 @@ def extract_images(
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
             that cannot be used; the message names the remedy.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     load_mask = mask_loader(masks, mask_alpha)
     found = collect(images, list_file, root, inside=format != "npy")
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
@@ -106,14 +136,7 @@ def extract_images(
         if format == "colmap":
             settings["camera"] = camera
         with create_features(format, output, camera=camera, half=half) as store:
-            check_settings(
-                settings_path(store),
-                settings,
-                overwrite=overwrite,
-                clear=store.clear,
-                results=store.path,
-                normalize=normalize_settings,
-            )
+            check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
                 store.clear()
             extract_to_store(

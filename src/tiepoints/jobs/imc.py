@@ -8,7 +8,7 @@ are written from them at the end of each run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,8 +20,7 @@ from ..extract import ExtractOptions
 from ..files import Task
 from ..formats import imc
 from ..formats.hdf5 import FeatureFile, MatchFile
-from ..formats.store import check_settings, settings_path
-from .extract import ExtractReport, extract_to_store, normalize_settings
+from .extract import ExtractReport, check_store, extract_to_store
 from .match import MatchOptions, MatchReport, choose_pairs, match_to_store, named_matcher
 
 #: Custom matches are verified by a fundamental matrix, as the challenge applies no RANSAC to them.
@@ -87,7 +86,7 @@ def export_imc(
     with ExitStack() as stack:
         # the lock of this file also protects the submission
         store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
-        _check_settings(store, extraction.to_json(), normalize_settings, overwrite)
+        check_store(store, extraction.to_json(), overwrite)
         extractor = extraction.build()
         report = ExtractReport()
         extract_to_store(
@@ -106,7 +105,7 @@ def export_imc(
         if matches:
             match_store = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
             settings = {**options.to_json(database=False), "features": extraction.to_json()}
-            _check_settings(match_store, settings, _normalize, overwrite)
+            check_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}
             pairs = chain.from_iterable(choose_pairs(keys) for keys in names.values())
             matcher = named_matcher(extractor, files, options)
@@ -154,22 +153,6 @@ def _keys(sequence: str, paths: dict[str, Path], store: FeatureFile) -> dict[str
     return {name: key for name, key in names.items() if name in store}
 
 
-def _check_settings(
-    store: FeatureFile | MatchFile,
-    settings: dict[str, Any],
-    normalize: Callable[[dict[str, Any]], dict[str, Any]],
-    overwrite: bool,
-) -> None:
-    check_settings(
-        settings_path(store),
-        settings,
-        overwrite=overwrite,
-        clear=store.clear,
-        results=store.path,
-        normalize=normalize,
-    )
-
-
 def _write_sequence(
     folder: Path, keys: dict[str, str], store: FeatureFile, match_store: MatchFile | None
 ) -> None:
@@ -179,10 +162,6 @@ def _write_sequence(
         done = (pair for pair in choose_pairs(keys) if match_store.has_matches(*pair))
         matches = ((keys[a], keys[b], match_store.read_matches(a, b)) for a, b in done)
         imc.write_matches(folder, matches)
-
-
-def _normalize(content: dict[str, Any]) -> dict[str, Any]:
-    return {**content, "features": normalize_settings(content["features"])}
 
 
 def _sibling(output: Path, end: str) -> Path:

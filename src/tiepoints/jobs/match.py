@@ -25,16 +25,17 @@ from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from ..formats.store import FeatureStore, MatchStore, check_settings, open_features, settings_path
 from ..image import ImageLike, load_image
 from ..matching import match
-from ..names import NUM_KEYPOINTS
+from ..names import GEOMETRIES, NUM_KEYPOINTS
 from ..progress import track
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
 from .extract import (
     ExtractReport,
+    check_store,
     extract_to_store,
     mask_loader,
     mask_settings,
-    normalize_settings,
+    normalize_match_settings,
 )
 
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
@@ -73,6 +74,15 @@ class MatchOptions:
             raise ValueError(f"ratio must lie in (0, 1], got {self.ratio}")
         if not self.threshold > 0:
             raise ValueError(f"threshold must be positive, got {self.threshold}")
+        if self.geometry == "essential":
+            raise ValueError(
+                "an essential matrix needs the intrinsics of the cameras: use tiepoints.estimate "
+                "with K_a and K_b, or geometry fundamental"
+            )
+        if self.geometry not in (None, *GEOMETRIES):
+            raise ValueError(
+                f"geometry must be homography, fundamental or None; got {self.geometry!r}"
+            )
         tolerance = self.rotation_tolerance
         if tolerance is not None and not 0 < tolerance <= math.pi:
             raise ValueError(f"rotation_tolerance must lie in (0, pi], got {tolerance}")
@@ -503,7 +513,7 @@ def _check_settings(
         overwrite=overwrite,
         clear=store.clear_matches if database else store.clear,
         results=output,
-        normalize=_normalize,
+        normalize=normalize_match_settings,
     )
 
 
@@ -535,14 +545,7 @@ def _extract_source(
         settings["camera"] = storing.camera
     else:
         store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
-    check_settings(
-        settings_path(store),
-        settings,
-        overwrite=storing.overwrite,
-        clear=store.clear,
-        results=store.path,
-        normalize=normalize_settings,
-    )
+    check_store(store, settings, storing.overwrite)
     extractor = extraction.build()
     report = ExtractReport()
     extract_to_store(
@@ -643,14 +646,6 @@ def refine_database(
         database.move_keypoints(name, xy)
     database.forget_geometry(pairs)
     return database.verify(pairs)
-
-
-def _normalize(content: dict[str, Any]) -> dict[str, Any]:
-    """Convert settings of matches of earlier versions to the current format."""
-    features = content.get("features")
-    if isinstance(features, dict) and "detector" in features:
-        return {**content, "features": normalize_settings(features)}
-    return content
 
 
 def _sibling(output: Path, end: str) -> Path:

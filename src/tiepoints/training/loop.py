@@ -537,7 +537,7 @@ class _Logs:
 
                 self.board = SummaryWriter(str(self.folder))
             except ImportError:
-                pass  # optional
+                logger.debug("TensorBoard is not installed: log.csv alone is written")
         return self
 
     def _write_line(self, row: Mapping[str, float], first: bool) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..datasets.reconstructions import TrackScene
 from ..datasets.synthetic import PairDataset, PairSettings
-from ..datasets.tracks import correct_share, posed_pairs
+from ..datasets.tracks import correct_share, reconstruction_pairs
 from ..describe import DenseDescriptor
 from ..extract import build
 from ..geometry import warp_points
@@ -214,7 +214,7 @@ class PosedCheck:
     """
 
     def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
-        self.pairs = posed_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
+        self.pairs = reconstruction_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
         extractor = build(detector, None, num_keypoints=POSED_KEYPOINTS, up_levels=0, device="cpu")
         paths = dict.fromkeys(path for pair in self.pairs for path in pair.images)
         self.images = {path: load_image(path) for path in paths}
