@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from common import machine, vga_image
 from tiepoints.checkpoints import to_official_state_dict
+from tiepoints.detect import ScoreMapDetector
 from tiepoints.extract import build
 from tiepoints.models.keynet import KeyNet
 from tiepoints.pyramid import build_pyramid
@@ -69,16 +70,20 @@ def main() -> None:
     def network() -> list:
         return [fused(level.image) for level in pyramid.levels]
 
-    maps = network()
+    maps = {level.size: net_map for level, net_map in zip(pyramid.levels, network(), strict=True)}
+
+    def stored(part: torch.Tensor) -> torch.Tensor:
+        return maps[part.shape[-2], part.shape[-1]]
+
+    stored.floor = fused.floor  # type: ignore[attr-defined]
+    selection = ScoreMapDetector(stored, ours.detect.options)  # type: ignore[attr-defined]
     calls: dict[str, Callable[[], object]] = {
         "kornia KeyNetDetector": torch.inference_mode()(lambda: theirs(image)),
         "ours, detection": lambda: ours.detect(build_pyramid(image)),
         "ours, single scale": lambda: single.detect(build_pyramid(image, up=0, down=0)),
         "  stage: pyramid": lambda: build_pyramid(image),
         "  stage: network, all levels": network,
-        "  stage: keypoints of the maps": torch.inference_mode()(
-            lambda: ours.detect.select(pyramid, [m[0, 0] for m in maps])
-        ),
+        "  stage: keypoints of the maps": torch.inference_mode()(lambda: selection(pyramid)),
         "  stage: rootsift (not in detection)": lambda: ours.describe(pyramid, keypoints, 0),  # type: ignore[misc]
     }
     times: dict[str, list[float]] = {name: [] for name in calls}

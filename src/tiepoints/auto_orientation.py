@@ -26,7 +26,7 @@ from .estimation import estimate
 from .extract import Extractor
 from .image import ImageLike, load_image
 from .matching import match
-from .pyramid import Pyramid, build_pyramid
+from .pyramid import Pyramid
 from .structs import Features, Matches
 
 #: Number of verified matches from which on a pair needs no search.
@@ -168,12 +168,7 @@ class PairMatcher:
     def _pyramid(self, image: ImageLike, key: str | None) -> Pyramid:
         pyramid = None if key is None else self._pyramids.get(key)
         if pyramid is None:
-            extractor = self.extractor
-            pyramid = build_pyramid(
-                load_image(image).to(extractor.device),
-                up=extractor.up_levels,
-                down=extractor.down_levels,
-            )
+            pyramid = self.extractor.pyramid(load_image(image))
         if key is not None:
             _cache(self._pyramids, key, pyramid, PYRAMIDS)
         return pyramid

@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .models.desnet import sample
+from .models.desnet import RECEPTIVE_FIELD, STRIDE, sample
 from .patches import HALF_SIDE, extract_patches
 from .pyramid import Pyramid
+from .regions import TILE_PIXELS
 from .structs import Keypoints
 
 #: Scale of the pyramid level on which a dense network describes a keypoint, relative to the
@@ -18,6 +19,9 @@ from .structs import Keypoints
 #: held-out photographs).
 DENSE_SCALE = 0.71
 
+#: Distance in pixels from which a descriptor depends on others: of its cell and of the next one,
+#: from which it is interpolated.
+HALO = RECEPTIVE_FIELD // 2 + 2 * STRIDE
 #: Patches described at a time: their maps stay in the CPU's cache, and the memory is bounded.
 DESCRIBE_CHUNK = 256
 
@@ -52,10 +56,17 @@ class DenseDescriptor:
     level nearest to ``DENSE_SCALE`` times their scale.
 
     Angles of keypoints are not used.
+
+    Args:
+        net: (1,1,H,W) -> (1,D,ceil(H/8),ceil(W/8)).
+        dim: D.
+        tile_pixels: pixels of a level that are processed at a time.
     """
 
-    def __init__(self, net: Callable[[Tensor], Tensor], dim: int):
-        self.net, self.dim = net, dim
+    def __init__(
+        self, net: Callable[[Tensor], Tensor], dim: int, *, tile_pixels: int = TILE_PIXELS
+    ):
+        self.net, self.dim, self.tile_pixels = net, dim, tile_pixels
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
@@ -71,7 +82,10 @@ class DenseDescriptor:
         with torch.inference_mode():
             for i, level in enumerate(pyramid.levels):
                 rows = (nearest == i).nonzero()[:, 0]
-                if len(rows):
-                    descriptor_map = self.net(level.image[index : index + 1])
-                    out[rows] = sample(descriptor_map, level.from_original(keypoints.xy[rows]))
+                xy = level.from_original(keypoints.xy[rows])
+                for box, inside in level.boxes_of(xy, self.tile_pixels):
+                    outer = box.grow(HALO, level.size).align(STRIDE, level.size)
+                    descriptor_map = self.net(level.source.read(outer)[index : index + 1])
+                    local = xy[inside] - xy.new_tensor([outer.left, outer.top])
+                    out[rows[inside]] = sample(descriptor_map, local)
         return out

@@ -4,20 +4,21 @@ sub-pixel positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .geometry import sample_at
-from .keypoints import BORDER, NMS_WINDOW, clear_border, local_maxima, refine, strongest
+from .keypoints import BORDER, NMS_WINDOW, local_maxima, refine, strongest
 from .names import EXTRACT_NUM_KEYPOINTS, NMS_SHAPES
 from .orientation import angle_at
 from .pyramid import SCALE_STEP, Level, LevelBudget, Pyramid, level_budgets
+from .regions import TILE_PIXELS, Box
 from .structs import Keypoints
 
 #: Keypoints of different levels are duplicates if nearer than this, in pixels of the finer level.
@@ -97,10 +98,13 @@ class ScoreMapDetector:
     Args:
         net: (B,1,H,W) in [0,1] -> score map (B,1,H,W) >= 0, or score map and angle map (B,1,H,W) in
             radians. Its attribute ``floor``, the response to a constant image, is stored with the
-            weights; without it, it is measured on first use.
+            weights; without it, it is measured on first use. Its method ``part`` (source, box), the
+            pixels of a box of its maps, bounds the memory of large images; its attribute ``ratio``
+            is the threshold relative to the maximum of a map, which ``part`` does not apply.
         options: see ``DetectOptions``.
         scale_power: scores are multiplied by the scale of their level to this power before levels
             are compared.
+        tile_pixels: pixels of a level that are processed at a time.
     """
 
     def __init__(
@@ -110,9 +114,12 @@ class ScoreMapDetector:
         *,
         device: torch.device | str = "cpu",
         scale_power: float = 2.0,
+        tile_pixels: int = TILE_PIXELS,
     ):
         self.net, self.options, self.device, self.scale_power = net, options, device, scale_power
+        self.tile_pixels = tile_pixels
         self.offset = getattr(net, "offset", (0.0, 0.0))
+        self.ratio = float(getattr(net, "ratio", 0.0))
 
     @cached_property
     def floor(self) -> float:
@@ -133,134 +140,222 @@ class ScoreMapDetector:
         self, pyramid: Pyramid, masks: Sequence[Tensor | None] | None = None
     ) -> list[Keypoints]:
         """Keypoints of each image; ``masks`` (H,W) bool, true where keypoints may lie."""
+        masks = [None] * pyramid.batch if masks is None else masks
+        selections = [_Selection(self, pyramid, mask) for mask in masks]
         with torch.inference_mode():
-            outputs = [self.net(level.image) for level in pyramid.levels]
-        maps = [output if isinstance(output, Tensor) else output[0] for output in outputs]
-        angles = None if isinstance(outputs[0], Tensor) else [output[1] for output in outputs]
-        masks = [None] * len(pyramid.image) if masks is None else masks
-        return [
-            self.select(
-                pyramid,
-                [m[i, 0] for m in maps],
-                masks[i],
-                None if angles is None else [a[i, 0] for a in angles],
-            )
-            for i in range(len(pyramid.image))
-        ]
+            for number, level in enumerate(pyramid.levels):
+                for box, region, score_map, angle_map in self._maps(level):
+                    for i, selection in enumerate(selections):
+                        angles = None if angle_map is None else angle_map[i, 0]
+                        selection.add(number, box, region, score_map[i, 0], angles)
+                for selection in selections:
+                    selection.finish_level(number)
+        return [selection.keypoints() for selection in selections]
 
-    def select(
-        self,
-        pyramid: Pyramid,
-        maps: list[Tensor],
-        mask: Tensor | None = None,
-        angles: list[Tensor] | None = None,
-    ) -> Keypoints:
-        """Keypoints of one image from the score maps (h,w), and angle maps, of its levels."""
-        select = self._official if self.options.official else self._default
-        return select(pyramid, maps, mask, angles)
-
-    def _official(
-        self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None
-    ) -> Keypoints:
-        """The published selection: border cleared before suppression, plateaus kept, integer
-        positions, scaled without the half-pixel offset.
+    def _maps(self, level: Level) -> Iterator[tuple[Box, Box, Tensor, Tensor | None]]:
+        """Score and angle maps (B,1,h,w) of a level: of a box, grown by what non-maximum
+        suppression needs around it (the second box).
         """
-        options = self.options
-        budgets = level_budgets(options.num_keypoints, pyramid.original, len(maps))
-        parts: list[Keypoints] = []
-        left = LevelBudget()
-        for i, (level, score_map, budget) in enumerate(
-            zip(pyramid.levels, maps, budgets, strict=True)
-        ):
-            allowed = left.add(budget)
-            inner = clear_border(score_map[None, None], options.border)
-            found = local_maxima(inner, options.nms_window, self.threshold, unique=False)[0, 0]
-            found &= _level_mask(mask, level, found)
-            xy, score = strongest(inner[0, 0], found, allowed)
-            left.use(len(xy))
-            ratio = xy.new_tensor([level.ratio_x, level.ratio_y], dtype=torch.float64)
-            scale = torch.full_like(score, level.nominal_scale)
-            angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], xy)
-            parts.append(Keypoints((xy * ratio).float(), scale, angle, score))
-        return Keypoints.concatenate(parts)
+        whole = Box.whole(level.size)
+        part = getattr(self.net, "part", None)
+        boxes = [whole] if part is None else whole.split(self.tile_pixels)
+        for box in boxes:
+            # a maximum is compared with others in its window, each of which has its own window
+            region = box.grow(max(2, 2 * (self.options.nms_window // 2)), level.size)
+            if len(boxes) == 1:
+                output = self.net(level.image)
+            else:
+                assert part is not None
+                output = part(level.source, region)
+            score_map, angle_map = (output, None) if isinstance(output, Tensor) else output
+            yield box, region, score_map, angle_map
 
-    def _default(
-        self, pyramid: Pyramid, maps: list[Tensor], mask: Tensor | None, angles: list[Tensor] | None
-    ) -> Keypoints:
-        """Sub-pixel positions mapped exactly, one keypoint per plateau, no duplicates across
-        levels, strongest first.
-        """
-        options = self.options
-        budgets = level_budgets(options.num_keypoints, pyramid.original, len(maps))
-        surplus = SURPLUS if len(maps) > 1 else 1.0
-        parts: list[Keypoints] = []
-        for i, (level, score_map, budget) in enumerate(
-            zip(pyramid.levels, maps, budgets, strict=True)
-        ):
-            found = local_maxima(
-                score_map[None, None],
-                options.nms_window,
-                self.threshold,
-                shape=options.nms_shape or "square",
-            )
-            found = (clear_border(found.to(score_map.dtype), options.border) > 0)[0, 0]
-            found &= _level_mask(mask, level, found)
-            count = int(surplus * budget) + options.num_keypoints - sum(budgets) + 1
-            xy, score = strongest(score_map, found, count)
-            refined = refine(score_map, xy)
-            position = level.to_original(refined - refined.new_tensor(self.offset))
-            scale = torch.full_like(score, level.scale)
-            if not options.per_scale:
-                scale = scale * self._scale_factor(pyramid, maps, i, position)
-            angle = torch.zeros_like(score) if angles is None else angle_at(angles[i], refined)
-            parts.append(Keypoints(position, scale, angle, score))
-        level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
-        keypoints = Keypoints.concatenate(parts)
-        scales = [level.scale for level in pyramid.levels]
-        kept = torch.ones(len(keypoints), dtype=torch.bool)
-        if not options.per_scale:
-            kept = ~_duplicates(keypoints, level_of.to(keypoints.xy.device), scales)
-        # Without this weight, most keypoints would be on the finest level.
-        weight = torch.tensor([scale**self.scale_power for scale in scales])[level_of]
-        keypoints = replace(keypoints, score=keypoints.score * weight.to(keypoints.score))
-        selected = _within_budgets(
-            level_of, kept.cpu(), budgets, options.num_keypoints, keypoints.score.cpu()
+
+class _Selection:
+    """Keypoints of one image, selected from the score maps of its levels, finest first, which are
+    added part by part and not kept.
+
+    The default: sub-pixel positions mapped exactly, one keypoint per plateau, no duplicates across
+    levels, strongest first. ``official``: border cleared before suppression, plateaus kept, integer
+    positions, scaled without the half-pixel offset.
+    """
+
+    def __init__(self, detector: ScoreMapDetector, pyramid: Pyramid, mask: Tensor | None):
+        self.detector, self.pyramid, self.mask = detector, pyramid, mask
+        self.options = detector.options
+        self.official, self.threshold = self.options.official, detector.threshold
+        self.budgets = level_budgets(
+            self.options.num_keypoints, pyramid.original, len(pyramid.levels)
         )
-        keypoints = keypoints[selected.to(keypoints.xy.device)]
-        order = keypoints.score.argsort(descending=True, stable=True)
-        return keypoints[order]
+        self.left = LevelBudget()  # official
+        #: Candidates of the parts of the current level.
+        self.found: list[_Candidates] = []
+        self.largest = 0.0
+        self.levels: list[_Candidates] = []
 
-    def _scale_factor(
-        self, pyramid: Pyramid, maps: list[Tensor], index: int, position: Tensor
-    ) -> Tensor:
-        """Factors (N,) >= 1 from the scale of level ``index`` to the scales of its keypoints at
-        positions (N,2).
+    def add(
+        self, number: int, box: Box, region: Box, score_map: Tensor, angle_map: Tensor | None
+    ) -> None:
+        """Add the maps (h,w) of ``region`` of a level; keypoints are selected in ``box``."""
+        level, options = self.pyramid.levels[number], self.options
+        self.largest = max(self.largest, float(score_map.max()))
+        self._respond(level, box, region, score_map)
+        if self.official:
+            score_map = score_map * _inside(region, level.size, options.border).to(score_map)
+            found = local_maxima(
+                score_map[None, None], options.nms_window, self.threshold, unique=False
+            )[0, 0]
+        else:
+            shape = options.nms_shape or "square"
+            found = local_maxima(
+                score_map[None, None], options.nms_window, self.threshold, shape=shape
+            )[0, 0]
+        selected = torch.zeros_like(found)
+        inner = box.intersection(Box.whole(level.size).shrink(options.border))
+        inner.crop(selected, region).copy_(inner.crop(found, region))
+        selected = self._masked(selected, region, level)
+        xy, score = strongest(score_map, selected, self._count(number))
+        corner = xy.new_tensor([region.left, region.top])
+        refined = xy.to(torch.float32) if self.official else refine(score_map, xy)
+        angle = torch.zeros_like(score) if angle_map is None else angle_at(angle_map, refined)
+        own = self._response(score_map, refined).clamp(min=1e-9)
+        zeros = torch.zeros_like(score)
+        self.found.append(_Candidates(xy + corner, refined + corner, score, angle, own, zeros))
+
+    def _count(self, number: int) -> int:
+        """Maximum number of candidates of a level."""
+        budget, budgets = self.budgets[number], self.budgets
+        if self.official:
+            return max(0, self.left.total + budget - self.left.selected)
+        surplus = SURPLUS if len(budgets) > 1 else 1.0
+        return int(surplus * budget) + self.options.num_keypoints - sum(budgets) + 1
+
+    def _masked(self, found: Tensor, region: Box, level: Level) -> Tensor:
+        """Pixels (h,w) bool of ``region`` that the mask of the image allows."""
+        if self.mask is None or not bool(found.any()):
+            return found
+        rows, columns = (
+            ((torch.arange(first, end) + 0.5) * (whole / length)).long().clamp(max=whole - 1)
+            for first, end, length, whole in (
+                (region.top, region.bottom, level.size[0], self.mask.shape[0]),
+                (region.left, region.right, level.size[1], self.mask.shape[1]),
+            )
+        )
+        return found & self.mask[rows[:, None], columns[None]].to(found.device)
+
+    def _response(self, score_map: Tensor, xy: Tensor) -> Tensor:
+        """Responses (N,) above the floor at points (N,2) of a part of a score map."""
+        values = sample_at(score_map[None, None], xy[None], padding="border")[0, 0]
+        return (values - self.detector.floor).clamp(min=0)
+
+    def _respond(self, level: Level, box: Box, region: Box, score_map: Tensor) -> None:
+        """Add the responses of this coarser level at the candidates of the levels before.
 
         A corner has similar responses on all levels up to the one where its surroundings interfere.
         That level follows the scale of the image; the level of the strongest response hardly does
         (docs/diary.md). Each coarser level adds the square root of its response at the position
         relative to the keypoint's own.
         """
-        own = None
-        levels_above = torch.zeros(len(position), device=position.device)
-        for level, score_map in zip(pyramid.levels[index:], maps[index:], strict=True):
-            xy = level.from_original(position) + position.new_tensor(self.offset)
-            response = (
-                sample_at(score_map[None, None], xy[None], padding="border")[0, 0] - self.floor
-            ).clamp(min=0)
-            if own is None:
-                own = response.clamp(min=1e-9)
-            else:
-                levels_above = levels_above + (response / own).clamp(max=1).sqrt()
-        return SCALE_STEP**levels_above
+        if self.official or self.options.per_scale:
+            return
+        for finer, candidates in zip(self.pyramid.levels, self.levels, strict=False):
+            xy = level.from_original(self._position(finer, candidates))
+            xy = xy + xy.new_tensor(self.detector.offset)
+            rows = box.points(xy, level.size)
+            response = self._response(
+                score_map, xy[rows] - xy.new_tensor([region.left, region.top])
+            )
+            candidates.levels_above[rows] += (response / candidates.own[rows]).clamp(max=1).sqrt()
+
+    def _position(self, level: Level, candidates: _Candidates) -> Tensor:
+        """Positions (N,2) of candidates in the original image."""
+        offset = candidates.refined.new_tensor(self.detector.offset)
+        return level.to_original(candidates.refined - offset)
+
+    def finish_level(self, number: int) -> None:
+        """Select the candidates of a level from those of its parts."""
+        candidates = _Candidates.concatenate(self.found)
+        if len(self.found) > 1:
+            # in reading order where scores are equal
+            order = np.lexsort(
+                (candidates.xy[:, 0].cpu(), candidates.xy[:, 1].cpu(), -candidates.score.cpu())
+            )
+            candidates = candidates[torch.from_numpy(order)[: self._count(number)]]
+        # the network's threshold relative to the maximum of the map, which its parts do not have
+        candidates = candidates[candidates.score >= self.detector.ratio * self.largest]
+        self.left.add(self.budgets[number])
+        self.left.use(len(candidates.score))
+        self.levels.append(candidates)
+        self.found, self.largest = [], 0.0
+
+    def keypoints(self) -> Keypoints:
+        """The selected keypoints of all levels."""
+        parts: list[Keypoints] = []
+        for level, found in zip(self.pyramid.levels, self.levels, strict=True):
+            if self.official:
+                ratio = found.xy.new_tensor([level.ratio_x, level.ratio_y], dtype=torch.float64)
+                scale = torch.full_like(found.score, level.nominal_scale)
+                parts.append(Keypoints((found.xy * ratio).float(), scale, found.angle, found.score))
+                continue
+            scale = torch.full_like(found.score, level.scale) * SCALE_STEP**found.levels_above
+            position = self._position(level, found)
+            parts.append(Keypoints(position, scale, found.angle, found.score))
+        return Keypoints.concatenate(parts) if self.official else self._without_duplicates(parts)
+
+    def _without_duplicates(self, parts: list[Keypoints]) -> Keypoints:
+        level_of = torch.cat([torch.full((len(p),), i) for i, p in enumerate(parts)])
+        keypoints = Keypoints.concatenate(parts)
+        scales = [level.scale for level in self.pyramid.levels]
+        kept = torch.ones(len(keypoints), dtype=torch.bool)
+        if not self.options.per_scale:
+            kept = ~_duplicates(keypoints, level_of.to(keypoints.xy.device), scales)
+        # Without this weight, most keypoints would be on the finest level.
+        power = self.detector.scale_power
+        weight = torch.tensor([scale**power for scale in scales])[level_of]
+        keypoints = replace(keypoints, score=keypoints.score * weight.to(keypoints.score))
+        selected = _within_budgets(
+            level_of, kept.cpu(), self.budgets, self.options.num_keypoints, keypoints.score.cpu()
+        )
+        keypoints = keypoints[selected.to(keypoints.xy.device)]
+        order = keypoints.score.argsort(descending=True, stable=True)
+        return keypoints[order]
 
 
-def _level_mask(mask: Tensor | None, level: Level, like: Tensor) -> Tensor:
-    """``mask`` of the original image at a level: (h,w) bool."""
-    if mask is None:
-        return torch.ones_like(like)
-    resized = F.interpolate(mask[None, None].float(), size=like.shape, mode="nearest-exact")
-    return resized[0, 0].to(like.device) > 0
+@dataclass(frozen=True)
+class _Candidates:
+    """Candidates of a level, N rows each.
+
+    Attributes:
+        xy, refined: (N,2) integer and sub-pixel positions on the level.
+        score, angle: (N,).
+        own: (N,) response above the floor at ``refined``, at least 1e-9.
+        levels_above: (N,) how many coarser levels respond at the position.
+    """
+
+    xy: Tensor
+    refined: Tensor
+    score: Tensor
+    angle: Tensor
+    own: Tensor
+    levels_above: Tensor
+
+    def __getitem__(self, rows: Tensor) -> _Candidates:
+        return _Candidates(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    @classmethod
+    def concatenate(cls, parts: list[_Candidates]) -> _Candidates:
+        """All candidates of ``parts``."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(p, field.name) for p in parts]) for field in fields(cls)))
+
+
+def _inside(region: Box, size: tuple[int, int], border: int) -> Tensor:
+    """(h,w) bool: the pixels of ``region`` at least ``border`` pixels from the edge of an image."""
+    inside = torch.zeros(region.size, dtype=torch.bool)
+    inner = region.intersection(Box.whole(size).shrink(border))
+    inner.crop(inside, region).fill_(True)
+    return inside
 
 
 def _duplicates(keypoints: Keypoints, level_of: Tensor, scales: list[float]) -> Tensor:

@@ -23,11 +23,13 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
 from .image import ImageLike, load_image
+from .memory import tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
 from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS, PRECISIONS
 from .orientation import DominantOrientation, NetOrientation, upright
-from .pyramid import DOWN_LEVELS, UP_LEVELS, Pyramid, build_pyramid
+from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
+from .regions import TILE_PIXELS
 from .structs import Features, Keypoints
 from .weights import load
 
@@ -59,7 +61,11 @@ class ExtractOptions(DetectOptions):
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto``, the
             faster of the two.
+        max_size: images with a longer side are reduced to this many pixels before extraction;
+            positions and scales are still those of the original image. None = no limit.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        memory: bytes that the process may need, at least about ``memory.MIN_MEMORY``: large images
+            are processed in smaller parts; None = parts of ``regions.TILE_PIXELS``.
 
     The other attributes are those of ``DetectOptions``.
 
@@ -73,7 +79,9 @@ class ExtractOptions(DetectOptions):
     upright: bool = False
     single_scale: bool = False
     precision: str = "auto"
+    max_size: int | None = None
     device: str = "auto"
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +99,9 @@ class ExtractOptions(DetectOptions):
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}"
             )
+        if self.max_size is not None and self.max_size < MIN_SIDE:
+            raise ValueError(f"max_size must be at least {MIN_SIDE} pixels, got {self.max_size}")
+        tile_pixels(self.memory)
         for name, known in (("detector", DETECTORS), ("descriptor", DESCRIPTORS)):
             value = getattr(self, name)
             if isinstance(value, str) and value not in known and not Path(value).is_file():
@@ -115,12 +126,17 @@ class ExtractOptions(DetectOptions):
         return cls(**options)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as a JSON object, without ``device``, which does not affect the result.
+        """The options as a JSON object, without ``device`` and ``memory``, which do not affect the
+        result.
 
         Raises:
             ValueError: an option is a network in memory, which has no name to write.
         """
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "device"}
+        content = {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in ("device", "memory")
+        }
         for name in ("detector", "descriptor"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
@@ -177,16 +193,27 @@ class ExtractOptions(DetectOptions):
             detect = spec.official(net.to(device), options)
         else:
             detect = ScoreMapDetector(
-                fused(net).to(device), options, device=device, scale_power=spec.scale_power
+                fused(net).to(device),
+                options,
+                device=device,
+                scale_power=spec.scale_power,
+                tile_pixels=tile_pixels(self.memory),
             )
         return Extractor(
             detect,
             build_descriptor(
-                self.descriptor, device=device, precision=self.precision, upright=self.upright
+                self.descriptor,
+                device=device,
+                precision=self.precision,
+                upright=self.upright,
+                tile_pixels=tile_pixels(self.memory),
             ),
-            orient=build_orientation(self.orientation, device),
+            orient=build_orientation(
+                self.orientation, device, tile_pixels=tile_pixels(self.memory)
+            ),
             up_levels=up,
             down_levels=down,
+            max_size=self.max_size,
             device=device,
             options=self,
         )
@@ -200,6 +227,7 @@ class Extractor:
         describe: (pyramid, keypoints, index) -> (N,D), or None.
         orient: (pyramid, keypoints, index) -> angles (N,) that replace the detector's, or None.
         up_levels, down_levels: enlarged and reduced levels of the pyramid.
+        max_size: larger images are reduced to this length of their longer side.
         device: where images are processed.
         options: the options it was built from, None if it was not built by ``ExtractOptions``.
     """
@@ -212,12 +240,19 @@ class Extractor:
         orient: Describe | None = None,
         up_levels: int = UP_LEVELS,
         down_levels: int = DOWN_LEVELS,
+        max_size: int | None = None,
         device: torch.device | str = "cpu",
         options: ExtractOptions | None = None,
     ):
         self.detect, self.describe, self.orient = detect, describe, orient
         self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
-        self.options = options
+        self.max_size, self.options = max_size, options
+
+    def pyramid(self, batch: Tensor) -> Pyramid:
+        """The pyramid of images (B,1,H,W) from which their features are extracted."""
+        return build_pyramid(
+            batch.to(self.device), up=self.up_levels, down=self.down_levels, max_size=self.max_size
+        )
 
     def __repr__(self) -> str:
         levels = f"{self.up_levels + 1 + self.down_levels} levels, {self.device}"
@@ -273,7 +308,7 @@ class Extractor:
         h, w = batch.shape[-2:]
         given = [None] * len(batch) if masks is None else list(masks)
         checked = [as_mask(mask, (h, w)) for mask in given]
-        pyramid = build_pyramid(batch.to(self.device), up=self.up_levels, down=self.down_levels)
+        pyramid = self.pyramid(batch)
         features = []
         for index, keypoints in enumerate(self.detect(pyramid, checked)):
             if self.orient is not None:
@@ -318,8 +353,11 @@ def build_descriptor(
     device: torch.device | str = "cpu",
     precision: str = "auto",
     upright: bool = False,
+    tile_pixels: int = TILE_PIXELS,
 ) -> PatchDescriptor | DenseDescriptor | None:
-    """A descriptor by name or from a network; arguments as in ``ExtractOptions``."""
+    """A descriptor by name or from a network; arguments as in ``ExtractOptions`` and
+    ``DenseDescriptor``.
+    """
     device = torch.device(device)
     dtype = choose_precision(precision, device)
     if descriptor is None or descriptor == "none":
@@ -331,14 +369,18 @@ def build_descriptor(
     if isinstance(spec, DetectorSpec):
         raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the detector")
     if isinstance(spec, DenseSpec):
-        return DenseDescriptor(fused(net, dtype).to(device), net.dim)  # type: ignore[arg-type]
+        run = fused(net, dtype).to(device)
+        return DenseDescriptor(run, net.dim, tile_pixels=tile_pixels)  # type: ignore[arg-type]
     if isinstance(spec, PatchSpec):
         net = fused(net, dtype)
     return PatchDescriptor(net.to(device), upright=upright)
 
 
 def build_orientation(
-    orientation: str | None, device: torch.device | str = "cpu"
+    orientation: str | None,
+    device: torch.device | str = "cpu",
+    *,
+    tile_pixels: int = TILE_PIXELS,
 ) -> Describe | None:
     """An orientation estimator by name (``names.ORIENTATIONS``); None keeps the detector's
     angles.
@@ -349,7 +391,8 @@ def build_orientation(
         return upright
     if orientation == "dominant":
         return DominantOrientation()
-    return NetOrientation(fused(load(orientation)).to(device))
+    net = fused(load(orientation)).to(device)
+    return NetOrientation(net, tile_pixels=tile_pixels)  # type: ignore[arg-type]
 
 
 def build(

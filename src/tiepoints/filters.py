@@ -130,6 +130,23 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
 
 
+def fitting_size(size: tuple[int, int], max_size: int | None) -> tuple[int, int]:
+    """(height, width) with the longer side reduced to ``max_size``, both at least 1; None and
+    larger values leave ``size`` unchanged.
+    """
+    longest = max(size)
+    if max_size is None or longest <= max_size:
+        return size
+    return max(1, round(size[0] * max_size / longest)), max(1, round(size[1] * max_size / longest))
+
+
+def reduce(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear reduction to ``size`` = (height, width) with anti-aliasing, half-pixel
+    convention.
+    """
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
 #: Radius of the window of the local contrast normalization of REKD and of the two older Key.Nets:
 #: 65 x 65 pixels.
 CONTRAST_RADIUS = 32

@@ -7,7 +7,7 @@ in the convention of ``structs``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from .filters import sobel
 from .patches import CHUNK, extract_patches
 from .pyramid import Pyramid
+from .regions import TILE_PIXELS, Box, Source
 from .structs import Keypoints
 
 #: Bins of the histogram of gradient directions, and the number of passes of (1, 1, 1) / 3 that
@@ -42,15 +43,23 @@ def upright(pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
     return torch.zeros_like(keypoints.angle)
 
 
+class AngleNet(Protocol):
+    """A network that computes score and angle maps of a box of images, (B,1,h,w) each."""
+
+    def part(self, source: Source, box: Box) -> tuple[Tensor, Tensor]: ...
+
+
 class NetOrientation:
     """Angles from a network's angle map on the pyramid level nearest to each keypoint's scale.
 
     Args:
-        net: image (B,1,H,W) -> (score map, angle map (B,1,H,W) in radians), such as ``FusedREKD``.
+        net: its method ``part`` gives the score map and the angle map in radians of a box of an
+            image, as that of ``models.rekd.FusedREKD``.
+        tile_pixels: pixels of a level that are processed at a time.
     """
 
-    def __init__(self, net: Callable[[Tensor], tuple[Tensor, Tensor]]):
-        self.net = net
+    def __init__(self, net: AngleNet, *, tile_pixels: int = TILE_PIXELS):
+        self.net, self.tile_pixels = net, tile_pixels
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """Angles (N,)."""
@@ -60,10 +69,13 @@ class NetOrientation:
         scales = torch.tensor([level.scale for level in pyramid.levels], device=out.device)
         nearest = (keypoints.scale[:, None].log() - scales.log()[None]).abs().argmin(dim=1)
         for i, level in enumerate(pyramid.levels):
-            mask = nearest == i
-            if bool(mask.any()):
-                angles = self.net(level.image[index : index + 1])[1][0, 0]
-                out[mask] = angle_at(angles, level.from_original(keypoints.xy[mask])).to(out)
+            rows = (nearest == i).nonzero()[:, 0]
+            xy = level.from_original(keypoints.xy[rows])
+            for box, inside in level.boxes_of(xy, self.tile_pixels):
+                outer = box.grow(1, level.size)
+                angles = self.net.part(level.source, outer)[1][index, 0]
+                local = xy[inside] - xy.new_tensor([outer.left, outer.top])
+                out[rows[inside]] = angle_at(angles, local).to(out)
         return out
 
 

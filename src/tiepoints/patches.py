@@ -8,7 +8,6 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from .geometry import sample_at
 from .pyramid import Pyramid
 from .structs import Keypoints
 
@@ -59,16 +58,16 @@ def extract_patches(
         ValueError: the number of sets of keypoints is not that of the images of the batch.
     """
     if not isinstance(keypoints, Keypoints):
-        if len(keypoints) != len(pyramid.image):
+        if len(keypoints) != pyramid.batch:
             raise ValueError(
-                f"{len(keypoints)} sets of keypoints for a batch of {len(pyramid.image)} images"
+                f"{len(keypoints)} sets of keypoints for a batch of {pyramid.batch} images"
             )
         return [
             extract_patches(pyramid, one, index=i, size=size, half_side=half_side)
             for i, one in enumerate(keypoints)
         ]
     n = len(keypoints)
-    out = pyramid.image.new_zeros(n, 1, size, size)
+    out = keypoints.xy.new_zeros(n, 1, size, size)
     if not n:
         return out
     step = keypoints.scale * (2 * half_side / size)  # original pixels per sample, (N,)
@@ -80,13 +79,11 @@ def extract_patches(
     )
     v, u = torch.meshgrid(offset, offset, indexing="ij")  # (P,P) down, right
     for i, level in enumerate(pyramid.levels):
-        image = level.image[index : index + 1]
         for part in (level_of == i).nonzero()[:, 0].split(CHUNK):
             scale = keypoints.scale[part, None, None]
             cos, sin = (f(keypoints.angle[part])[:, None, None] for f in (torch.cos, torch.sin))
             x = keypoints.xy[part, 0, None, None] + scale * (u * cos - v * sin)
             y = keypoints.xy[part, 1, None, None] + scale * (u * sin + v * cos)
-            xy = level.from_original(torch.stack([x, y], dim=-1).reshape(-1, 2))  # (n*P*P,2)
-            values = sample_at(image, xy[None], padding="border")  # (1,1,n*P*P)
+            values = level.sample(torch.stack([x, y], dim=-1).reshape(-1, 2), index)  # (n*P*P,)
             out[part] = values.reshape(len(part), 1, size, size)
     return out

@@ -2,18 +2,20 @@
 
 Scale factors are powers of sqrt(2): ``up`` enlarged copies, the image, ``down`` reduced ones, each
 computed from the previous level. ``Level`` has the exact size ratios, so that points are
-mapped exactly.
+mapped exactly. Enlarged levels of large images are computed on demand, one part at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from .filters import binomial_blur, resize
-from .geometry import resize_points
+from .filters import fitting_size, reduce
+from .geometry import resize_points, sample_at
+from .regions import TILE_PIXELS, Box, InMemory, Resized, Source, in_memory
 
 SCALE_STEP = math.sqrt(2.0)
 #: Levels of the published extraction with the PyTorch weights.
@@ -28,15 +30,25 @@ class Level:
     """One level of a pyramid.
 
     Attributes:
-        image: (B,1,h,w).
+        source: images of the level, in memory, or computed on demand if they are large.
         nominal_scale: 1 = original size, 2 = half size.
         ratio_x, ratio_y: width and height of the original divided by those of the level.
     """
 
-    image: Tensor
+    source: Source
     nominal_scale: float
     ratio_x: float
     ratio_y: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.source.size
+
+    @property
+    def image(self) -> Tensor:
+        """All pixels, (B,1,h,w)."""
+        return self.source.read(Box.whole(self.size))
 
     @property
     def scale(self) -> float:
@@ -51,11 +63,36 @@ class Level:
         """Convert points (N,2) from pixels of the original image to pixels of this level."""
         return resize_points(xy, 1 / self.ratio_x, 1 / self.ratio_y)
 
+    def sample(self, xy: Tensor, index: int = 0) -> Tensor:
+        """Gray values (N,) at points (N,2) in pixels of the original image, bilinear, of image
+        ``index`` of the batch; the border is repeated.
+        """
+        xy = self.from_original(xy)
+        if isinstance(self.source, InMemory):
+            image = self.source.pixels[index : index + 1]
+            return sample_at(image, xy[None], padding="border")[0, 0]
+        out = xy.new_empty(len(xy))
+        for box, rows in self.boxes_of(xy):
+            outer = box.grow(1, self.size)  # the second pixel of an interpolation
+            image = self.source.read(outer)[index : index + 1]
+            local = xy[rows] - xy.new_tensor([outer.left, outer.top])
+            out[rows] = sample_at(image, local[None], padding="border")[0, 0]
+        return out
+
+    def boxes_of(self, xy: Tensor, pixels: int = TILE_PIXELS) -> Iterator[tuple[Box, Tensor]]:
+        """The boxes of ``regions.Box.split`` in which there are points (N,2), in pixels of this
+        level, each with the indices of its points; a point outside the image is in the nearest box.
+        """
+        for box in Box.whole(self.size).split(pixels):
+            rows = box.points(xy, self.size)
+            if len(rows):
+                yield box, rows
+
 
 @dataclass(frozen=True)
 class Pyramid:
     """Levels of a batch of equal-sized images, finest first; ``original`` is the index of the level
-    at the original size.
+    that is neither enlarged nor reduced further.
     """
 
     levels: list[Level]
@@ -63,33 +100,58 @@ class Pyramid:
 
     @property
     def image(self) -> Tensor:
-        """The original images (B,1,H,W)."""
+        """The images of the level ``original``, (B,1,H,W)."""
         return self.levels[self.original].image
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return len(self.image)
 
 
 def build_pyramid(
-    image: Tensor, *, up: int = UP_LEVELS, down: int = DOWN_LEVELS, min_side: int = MIN_SIDE
+    image: Tensor,
+    *,
+    up: int = UP_LEVELS,
+    down: int = DOWN_LEVELS,
+    min_side: int = MIN_SIDE,
+    max_size: int | None = None,
 ) -> Pyramid:
     """Build the pyramid of ``image`` (B,1,H,W), without coarse levels whose shorter side would be
     below ``min_side``.
+
+    Reduced levels are in memory, as much together as the image; enlarged ones too, unless they have
+    more than ``regions.TILE_PIXELS``.
+
+    Args:
+        max_size: images with a longer side are first reduced to it (``filters.reduce``); positions
+            and scales are still those of ``image``.
     """
     h, w = image.shape[-2:]
+    largest = fitting_size((h, w), max_size)
+    if largest != (h, w):
+        image = reduce(image, largest)
+    reduction = math.sqrt(h * w / (largest[0] * largest[1]))
 
-    def level(pixels: Tensor, nominal: float) -> Level:
-        return Level(pixels, nominal, w / pixels.shape[-1], h / pixels.shape[-2])
+    def level(source: Source, nominal: float) -> Level:
+        return Level(source, reduction * nominal, w / source.size[1], h / source.size[0])
 
+    whole = InMemory(image)
     finer: list[Level] = []
-    current = image
+    source: Source = whole
     for i in range(1, up + 1):
-        current = resize(current, (int(h * SCALE_STEP**i), int(w * SCALE_STEP**i)))
-        finer.append(level(current, SCALE_STEP**-i))
-    levels = [*reversed(finer), level(image, 1.0)]
-    current = image
+        size = int(largest[0] * SCALE_STEP**i), int(largest[1] * SCALE_STEP**i)
+        source = Resized(source, size)
+        if size[0] * size[1] <= TILE_PIXELS:
+            source = in_memory(source)
+        finer.append(level(source, SCALE_STEP**-i))
+    levels = [*reversed(finer), level(whole, 1.0)]
+    current = whole
     for i in range(1, down + 1):
-        size = int(current.shape[-2] // SCALE_STEP), int(current.shape[-1] // SCALE_STEP)
+        size = int(current.size[0] // SCALE_STEP), int(current.size[1] // SCALE_STEP)
         if min(size) < max(min_side, 1):
             break
-        current = resize(binomial_blur(current), size)
+        current = in_memory(Resized(current, size, blur=True))
         levels.append(level(current, SCALE_STEP**i))
     return Pyramid(levels, up)
 

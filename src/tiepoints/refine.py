@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .geometry import sample_at
 from .image import ImageLike, load_image
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
@@ -192,8 +191,7 @@ def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[T
         xy = keypoints.xy[:, None] + _to_image(offset, keypoints)
         out = xy.new_empty(xy.shape[:2])
         for level, rows in groups:
-            at = level.from_original(xy[rows].reshape(-1, 2))
-            out[rows] = sample_at(level.image, at[None], padding="border").view(len(rows), -1)
+            out[rows] = level.sample(xy[rows].reshape(-1, 2)).view(len(rows), -1)
         return out
 
     return sample

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..geometry import sample_at
 from ..patches import extract_patches
 from ..pyramid import Pyramid
 from ..structs import Keypoints
@@ -307,9 +306,7 @@ def _crop(pyramid: Pyramid, center: np.ndarray, zoom: float, angle: float, size:
     xy = torch.stack(
         [float(center[0]) + u * cos - v * sin, float(center[1]) + u * sin + v * cos], dim=-1
     ).reshape(-1, 2)
-    return sample_at(level.image, level.from_original(xy)[None], padding="border").view(
-        1, 1, size, size
-    )
+    return level.sample(xy).view(1, 1, size, size)
 
 
 def _snap(

@@ -27,6 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..filters import binomial_blur, corner_strength, resize, sobel
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
+from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
 from .spec import DetectorSpec
 
 #: Handcrafted channels of first and second order, in the order of the official PyTorch weights.
@@ -42,8 +43,10 @@ FIRST_LAYER_CHANNELS = 10  # paper 6.1: ten filters in every variant, handcrafte
 DEFAULT_SCALE_FACTOR = 1.2  # paper 3.2
 #: Activations after the last convolution.
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "softplus": F.softplus}
-#: Sigma in pixels of the window of the corner strength in ``on_structure``.
+#: Sigma in pixels of the window of the corner strength in ``structure_factor``.
 STRUCTURE_SIGMA = 2.0
+#: Distance in pixels from which the corner strength depends on others: gradient and window.
+STRUCTURE_RADIUS = 8
 #: Corner strengths below this are rounding errors: gradients of a hundredth of an 8 bit gray level.
 STRUCTURE_FLOOR = 1e-10
 # bounds the memory of the learned blocks on a large image; smaller tiles compute more rows twice
@@ -74,22 +77,20 @@ def handcrafted_channels(
     return channels
 
 
-def on_structure(score: Tensor, image: Tensor, power: float) -> Tensor:
-    """Scores (B,1,H,W) times a power of ``filters.corner_strength`` of their gray image (B,1,H,W).
+def structure_factor(image: Tensor, power: float) -> Tensor | None:
+    """A power of ``filters.corner_strength`` of gray images (B,1,H,W), by which their scores
+    (B,1,H,W) are multiplied; None with ``power`` 0.
 
     A network trained on homographies only learns high responses near edges, because keypoints there
     are as repeatable on a plane as on corners. Corner strength is small near edges, which
     suppresses these responses.
     """
     if not power:
-        return score
+        return None
     with torch.no_grad():  # not learned, and the derivative of a power at 0 is infinite
         strength = corner_strength(image.float(), STRUCTURE_SIGMA)
         # a small power would amplify rounding errors in constant areas
-        factor = torch.where(
-            strength < STRUCTURE_FLOOR, torch.zeros_like(strength), strength**power
-        )
-    return score * factor
+        return torch.where(strength < STRUCTURE_FLOOR, torch.zeros_like(strength), strength**power)
 
 
 def pyramid_level_size(height: int, width: int, factor: float) -> tuple[int, int]:
@@ -178,7 +179,7 @@ class KeyNet(nn.Module):
             has a gradient everywhere and so can be trained by losses of peaks alone
             (docs/training.md). Only with ``merge``.
         structure: 0 as published; above 0 the score is multiplied by this power of the image's
-            corner strength (``on_structure``). Only with ``merge``.
+            corner strength (``structure_factor``). Only with ``merge``.
 
     Raises:
         ValueError: an argument is outside these limits.
@@ -281,9 +282,9 @@ class KeyNet(nn.Module):
         volume = torch.cat(maps, dim=1)  # (B,M*levels,H,W)
         if self.last is None:
             return volume
-        return on_structure(
-            SCORES[self.settings["score"]](self.last(volume)), image, self.settings["structure"]
-        )
+        score = SCORES[self.settings["score"]](self.last(volume))
+        factor = structure_factor(image, self.settings["structure"])
+        return score if factor is None else score * factor
 
     def fused(self) -> FusedKeyNet:
         """The same function for inference, faster: see ``FusedKeyNet``."""
@@ -306,7 +307,7 @@ class FusedKeyNet(nn.Module):
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
-        side = net.settings["kernel_size"] // 2
+        side = self.radius = net.settings["kernel_size"] // 2
         self.filters = net.settings["num_filters"]
         # second derivatives have a radius of two pixels
         self.halo = max(2, side) + side * len(self.blocks)
@@ -321,21 +322,41 @@ class FusedKeyNet(nn.Module):
                 for i, part in enumerate(parts)
             )
 
-    @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
-        levels = self.reference.level_images(image)
-        if not self.merges:
-            return self._learned(levels[0])
-        size = (image.shape[-2], image.shape[-1])
-        score: Tensor | float = 0.0
-        for level, merge in zip(levels, self.merge, strict=True):
-            score = score + merge(resize(self._learned(level), size))
-        return on_structure(SCORES[self.score](score), image, self.structure)  # type: ignore[arg-type]
+        source = InMemory(image)
+        return self.part(source, Box.whole(source.size))
 
-    def _learned(self, level: Tensor) -> Tensor:
-        """First layer and learned blocks of one level, (B,1,h,w) -> (B,M,h,w), in tiles."""
-        return apply_tiled(level, self.halo, TILE_PIXELS, self._features)
+    @torch.inference_mode()
+    def part(self, source: Source, box: Box) -> Tensor:
+        """The pixels of ``box`` of the score map of gray images in [0,1], (B,1,h,w) >= 0."""
+        if not self.merges:
+            return self._learned(source, box)
+        size, outer = source.size, box.grow(self.radius, source.size)
+        score: Tensor | float = 0.0
+        for level, merge in zip(self._levels(source), self.merge, strict=True):
+            inner = source_box(outer, size, level.size)
+            maps = resize_box(self._learned(level, inner), inner, level.size, outer, size)
+            score = score + merge(maps)
+        score = box.crop(SCORES[self.score](score), outer)  # type: ignore[arg-type]
+        around = box.grow(STRUCTURE_RADIUS, size)
+        factor = structure_factor(source.read(around), self.structure)
+        return score if factor is None else score * box.crop(factor, around)
+
+    def _levels(self, source: Source) -> list[Source]:
+        """The images and their coarser levels, as ``KeyNet.level_images``."""
+        levels = [source]
+        for _ in range(self.reference.num_levels - 1):
+            size = pyramid_level_size(*levels[-1].size, self.reference.scale_factor)
+            levels.append(Resized(levels[-1], size, blur=True))
+        return levels
+
+    def _learned(self, level: Source, box: Box) -> Tensor:
+        """First layer and learned blocks of a box of one level, (B,M,h,w), in strips of rows."""
+        outer = box.grow(self.halo, level.size)
+        return box.crop(
+            apply_tiled(level.read(outer), self.halo, TILE_PIXELS, self._features), outer
+        )
 
     def _features(self, level: Tensor) -> Tensor:
         shape = (len(level), FIRST_LAYER_CHANNELS, *level.shape[-2:])

@@ -27,14 +27,24 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import (
+    CONTRAST_RADIUS,
     binomial_blur,
     blur_separable,
     normalize_contrast,
     resize,
     unnormalized_gaussian_taps,
 )
-from ..kernels.tiling import tiles
 from ..kernels.winograd import PAD, WinogradConv, pack
+from ..regions import (
+    BLUR_RADIUS,
+    Box,
+    Filtered,
+    InMemory,
+    Resized,
+    Source,
+    resize_box,
+    source_box,
+)
 from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
 from .spec import DetectorSpec
 
@@ -50,6 +60,8 @@ VARIANTS = ("default", "published")
 CONTRAST_FLOOR = 15.0
 #: Pixels of a tile, to bound the memory of the maps of all orientations.
 TILE_PIXELS = 150_000
+#: Tiles are strips of whole rows unless these would have fewer rows (``regions.Box.split``).
+MIN_ROWS = 64
 #: Number of channels from which on Winograd's convolution is used on a CPU: it is twice as fast as
 #: the library's with 72 channels, and slower with 24.
 WINOGRAD_CHANNELS = 48
@@ -162,33 +174,49 @@ class REKD(nn.Module):
         gradient.
         """
         with torch.no_grad():
-            image = image * self.input_range
-            if self.published:
-                return self._published_levels(image)
-            # The blur removes high frequencies, which the pixel grid does not represent
-            # equivariantly.
-            levels = [
-                normalize_contrast(
-                    binomial_blur(image), floor=CONTRAST_FLOOR * self.input_range / 255, boxes=2
-                )
-            ]
-            for _ in range(self.num_levels - 1):
-                h, w = levels[-1].shape[-2:]
-                size = max(1, int(h // self.scale_factor)), max(1, int(w // self.scale_factor))
-                levels.append(resize(binomial_blur(levels[-1]), size))
-            return levels
+            lazy = self.level_sources(InMemory(image))
+            levels = [InMemory(lazy[0].read(Box.whole(lazy[0].size)))]
+            for level in lazy[1:]:
+                source = level if self.published else Resized(levels[-1], level.size, blur=True)
+                levels.append(InMemory(source.read(Box.whole(level.size))))
+            return [level.pixels for level in levels]
 
-    def _published_levels(self, image: Tensor) -> list[Tensor]:
-        h, w = image.shape[-2:]
-        blurred = blur_separable(image, unnormalized_gaussian_taps().to(image), pad_mode="constant")
-        levels = [normalize_contrast(image)]
+    def level_sources(self, source: Source) -> list[Source]:
+        """The levels of ``level_images``, computed on demand."""
+        if self.published:
+            return self._published_levels(source)
+        # The blur removes high frequencies, which the pixel grid does not represent
+        # equivariantly.
+        levels: list[Source] = [Filtered(source, self._normalized, CONTRAST_RADIUS + BLUR_RADIUS)]
+        for _ in range(self.num_levels - 1):
+            h, w = levels[-1].size
+            size = max(1, int(h // self.scale_factor)), max(1, int(w // self.scale_factor))
+            levels.append(Resized(levels[-1], size, blur=True))
+        return levels
+
+    def _normalized(self, image: Tensor) -> Tensor:
+        return normalize_contrast(
+            binomial_blur(image * self.input_range),
+            floor=CONTRAST_FLOOR * self.input_range / 255,
+            boxes=2,
+        )
+
+    def _published_levels(self, source: Source) -> list[Source]:
+        h, w = source.size
+        taps = unnormalized_gaussian_taps()
+
+        def blur(image: Tensor) -> Tensor:
+            return blur_separable(image * self.input_range, taps.to(image), pad_mode="constant")
+
+        def normalize(image: Tensor) -> Tensor:
+            return normalize_contrast(image * self.input_range)
+
+        blurred = Filtered(source, blur, len(taps) // 2)
+        levels: list[Source] = [Filtered(source, normalize, CONTRAST_RADIUS)]
         for i in range(1, self.num_levels):
             size = max(1, int(h / self.scale_factor**i)), max(1, int(w / self.scale_factor**i))
-            levels.append(
-                normalize_contrast(
-                    F.interpolate(blurred, size=size, mode="bilinear", align_corners=True)
-                )
-            )
+            resized = Resized(blurred, size, align_corners=True)
+            levels.append(Filtered(resized, normalize_contrast, CONTRAST_RADIUS))
         return levels
 
     def resize(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -309,67 +337,97 @@ class FusedREKD(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    @torch.inference_mode()
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Score and angle maps (B,1,H,W) each, of a gray image (B,1,H,W) in [0,1]."""
-        b, _, h, w = image.shape
-        levels = self.reference.level_images(image)
-        score, angle = image.new_empty(b, 1, h, w), image.new_empty(b, 1, h, w)
-        for top, bottom in tiles(h, b * w, TILE_PIXELS):
-            score[:, :, top:bottom], angle[:, :, top:bottom] = self._tile(
-                levels, (h, w), top, bottom
-            )
+        source = InMemory(image)
+        return self.part(source, Box.whole(source.size))
+
+    @torch.inference_mode()
+    def part(self, source: Source, box: Box) -> tuple[Tensor, Tensor]:
+        """The pixels of ``box`` of the score and angle maps of gray images in [0,1], (B,1,h,w)."""
+        levels = self._levels(source, box)
+        batch = len(levels[0].pixels)
+        score, angle = (levels[0].pixels.new_empty(batch, 1, *box.size) for _ in range(2))
+        for tile in box.split(max(1, TILE_PIXELS // batch), MIN_ROWS):
+            parts = self._tile(levels, source.size, tile)
+            for maps, part in zip((score, angle), parts, strict=True):
+                tile.crop(maps, box).copy_(part)
         return score, angle
 
+    def _levels(self, source: Source, box: Box) -> list[InMemory]:
+        """The parts of the contrast-normalized levels from which ``box`` is computed, as
+        ``REKD.level_images``.
+        """
+        net = self.reference
+        lazy = net.level_sources(source)
+        needed = [
+            source_box(box, source.size, level.size, net.published).grow(self.halo, level.size)
+            for level in lazy
+        ]
+        if net.published:  # computed independently
+            return [
+                InMemory(level.read(inner), inner, level.size)
+                for level, inner in zip(lazy, needed, strict=True)
+            ]
+        for i in range(len(lazy) - 1, 0, -1):
+            below = source_box(needed[i], lazy[i].size, lazy[i - 1].size)
+            needed[i - 1] = needed[i - 1].union(below.grow(BLUR_RADIUS, lazy[i - 1].size))
+        levels = [InMemory(lazy[0].read(needed[0]), needed[0], lazy[0].size)]
+        for level, inner in zip(lazy[1:], needed[1:], strict=True):
+            resized = Resized(levels[-1], level.size, blur=True)
+            levels.append(InMemory(resized.read(inner), inner, level.size))
+        return levels
+
     def _tile(
-        self, levels: list[Tensor], size: tuple[int, int], top: int, bottom: int
+        self, levels: list[InMemory], size: tuple[int, int], box: Box
     ) -> tuple[Tensor, Tensor]:
-        """Score and angle maps of rows ``top`` to ``bottom`` of the image."""
+        """Score and angle maps of a box of images of ``size``."""
         score: Tensor | float = self.bias.view(1, 1, 1, 1)
         logits: Tensor | float = 0.0
         fields = self.weight.shape[1] // len(levels)
+        corners = self.reference.published
         for i, level in enumerate(levels):
-            rows = self._rows(level.shape[-2], size[0], top, bottom, level)
-            low, high = int(rows.min()), min(int(rows.max()) + 2, level.shape[-2])
+            inner = source_box(box, size, level.size, corners)
             # Resizing is linear, so it can follow the sum over fields, which leaves fewer maps.
             responses = self._responses(
-                level, low, high, self.weight[0, i * fields : (i + 1) * fields, 0, 0]
+                level, inner, self.weight[0, i * fields : (i + 1) * fields, 0, 0]
             )
-            pooled, directions = (self._resize_rows(m, rows - low, size[1]) for m in responses)
+            pooled, directions = (
+                resize_box(maps, inner, level.size, box, size, align_corners=corners)
+                for maps in responses
+            )
             score = score + pooled
-            logits = directions if i == 0 else logits.add_(directions)  # type: ignore[union-attr]
+            logits = directions if i == 0 else logits + directions
         return self.reference.positive(score), logits_angle(logits)  # type: ignore[arg-type]
 
-    def _responses(
-        self, level: Tensor, low: int, high: int, weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Responses of rows ``low`` to ``high`` of a level: (B,1,rows,w) for the score and
-        (B,N,rows,w) for the orientation.
-
-        Computed with ``halo`` more rows on each side, which are dropped.
+    def _responses(self, level: InMemory, box: Box, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Responses of a box of a level: (B,1,h,w) for the score and (B,N,h,w) for the
+        orientation.
         """
-        h, w = level.shape[-2:]
-        first, last = max(0, low - self.halo), min(h, high + self.halo)
-        maps = F.relu_(self.convs[0](level[:, :, first:last].contiguous(memory_format=self.layout)))
+        outer = box.grow(self.halo, level.size)
+        maps = F.relu_(self.convs[0](level.read(outer).contiguous(memory_format=self.layout)))
         mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)
         if not self.winograd or maps.device.type != "cpu" or maps.dtype != torch.float32:
             for conv in self.convs[1:]:
                 maps = F.relu_(conv(maps))
-            maps = maps[:, :, low - first : high - first]
+            maps = box.crop(maps, outer)
             pooled = (group_pool(maps, self.group) * weight.view(-1, 1, 1)).sum(dim=1, keepdim=True)
             return pooled, self.direction(maps)
+        h, w = outer.size
+        top = box.top - outer.top
+        columns = slice(PAD + box.left - outer.left, PAD + box.right - outer.left)
         parts = []
         for image in maps.permute(0, 2, 3, 1):
             packed = pack(image)
             for layer in self.winograd:
-                packed = layer(packed, last - first, w)
-            packed = packed[PAD + low - first : PAD + high - first]
+                packed = layer(packed, h, w)
+            packed = packed[PAD + top : PAD + top + box.size[0]]
             flat = packed.flatten(0, 2)
             shape = (*packed.shape[:3], -1)
             both = [self._pooled(flat, weight).view(shape), (flat @ mixed).view(shape)]
             parts.append(
                 [
-                    maps.permute(0, 2, 1, 3).flatten(1, 2)[:, PAD : PAD + w].permute(2, 0, 1)
+                    maps.permute(0, 2, 1, 3).flatten(1, 2)[:, columns].permute(2, 0, 1)
                     for maps in both
                 ]
             )
@@ -382,23 +440,3 @@ class FusedREKD(nn.Module):
         return (maps.unflatten(-1, (-1, self.group)).amax(dim=-1) * weight).sum(
             dim=-1, keepdim=True
         )
-
-    def _rows(self, level: int, height: int, top: int, bottom: int, like: Tensor) -> Tensor:
-        """Fractional rows of a level that correspond to rows ``top`` to ``bottom`` of the image,
-        as in ``REKD.resize``.
-        """
-        y = torch.arange(top, bottom, device=like.device, dtype=torch.float64)
-        if self.reference.published:
-            return (y * ((level - 1) / (height - 1)) if height > 1 else y * 0).clamp(0, level - 1)
-        return ((y + 0.5) * (level / height) - 0.5).clamp(0, level - 1)
-
-    def _resize_rows(self, maps: Tensor, rows: Tensor, width: int) -> Tensor:
-        """Interpolate ``maps`` linearly at fractional rows, then resize the width."""
-        whole = rows.floor()
-        if len(rows) != maps.shape[-2] or not torch.equal(rows, torch.arange(len(rows)).to(rows)):
-            below = (whole + 1).clamp(max=maps.shape[-2] - 1).long()
-            weight = (rows - whole).to(maps).view(-1, 1)
-            maps = torch.lerp(maps[:, :, whole.long()], maps[:, :, below], weight)
-        if maps.shape[-1] == width:
-            return maps
-        return self.reference.resize(maps, (maps.shape[-2], width))

@@ -28,6 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..filters import binomial_blur, resize, sobel
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
+from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
 from .spec import DetectorSpec
 
 #: Size ratio of neighboring scales: 1, 1/sqrt(2), 1/2.
@@ -52,6 +53,12 @@ def gradients(image: Tensor) -> list[Tensor]:
     # Sobel and Gaussian commute: one blur of the image instead of two of the derivatives
     dx, dy = sobel(binomial_blur(image))
     return [dx, dy, (dx.square() + dy.square() + _EPS).sqrt()]
+
+
+def level_size(height: int, width: int, level: int) -> tuple[int, int]:
+    """Size of a coarser level inside the network, never below 1 x 1."""
+    factor = SCALE_FACTOR**level
+    return max(1, round(height / factor)), max(1, round(width / factor))
 
 
 class SobelNet(nn.Module):
@@ -101,8 +108,7 @@ class SobelNet(nn.Module):
         h, w = image.shape[-2:]
         levels = [image]
         for i in range(1, NUM_LEVELS):
-            size = max(1, round(h / SCALE_FACTOR**i)), max(1, round(w / SCALE_FACTOR**i))
-            levels.append(resize(binomial_blur(levels[-1]), size))
+            levels.append(resize(binomial_blur(levels[-1]), level_size(h, w, i)))
         return levels
 
     def forward(self, image: Tensor) -> Tensor:
@@ -150,22 +156,43 @@ class FusedSobelNet(nn.Module):
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
         self.last = SingleChannelConv2d(net.last.weight, net.last.bias)
+        self.radius = net.settings["kernel_size"] // 2
         # gradients have a radius of one pixel, their blur of two
-        self.halo = 3 + NUM_BLOCKS * (net.settings["kernel_size"] // 2)
+        self.halo = 3 + NUM_BLOCKS * self.radius
 
-    @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Score map (B,1,H,W) >= 0 of a gray image (B,1,H,W) in [0,1]."""
-        total: Tensor | None = None
-        for level in reversed(self.reference.level_images(image)):
-            maps = apply_tiled(level, self.halo, TILE_PIXELS, self._features)
-            total = (
-                maps
-                if total is None
-                else maps.add_(resize(total, (level.shape[-2], level.shape[-1])))
-            )
-        assert total is not None
-        return cut(F.softplus(self.last(total)), self.ratio)
+        source = InMemory(image)
+        return cut(self.part(source, Box.whole(source.size)), self.ratio)
+
+    @torch.inference_mode()
+    def part(self, source: Source, box: Box) -> Tensor:
+        """The pixels of ``box`` of the score map of gray images in [0,1], (B,1,h,w) >= 0, without
+        the threshold relative to the maximum of the image.
+        """
+        outer = box.grow(self.radius, source.size)
+        score = F.softplus(self.last(self._total(self._levels(source), outer)))
+        return box.crop(score, outer)
+
+    def _levels(self, source: Source) -> list[Source]:
+        """The images and their coarser levels, as ``SobelNet.level_images``."""
+        levels = [source]
+        for i in range(1, NUM_LEVELS):
+            levels.append(Resized(levels[-1], level_size(*source.size, i), blur=True))
+        return levels
+
+    def _total(self, levels: list[Source], box: Box) -> Tensor:
+        """Sum of the maps of levels over a box of the first one, (B,M,h,w)."""
+        level, *coarser = levels
+        outer = box.grow(self.halo, level.size)
+        maps = box.crop(
+            apply_tiled(level.read(outer), self.halo, TILE_PIXELS, self._features), outer
+        )
+        if coarser:
+            size = coarser[0].size
+            inner = source_box(box, level.size, size)
+            maps.add_(resize_box(self._total(coarser, inner), inner, size, box, level.size))
+        return maps
 
     def _features(self, level: Tensor) -> Tensor:
         shape = (len(level), len(GRADIENTS), *level.shape[-2:])

@@ -1,0 +1,59 @@
+"""Memory of extraction: the size of the parts in which images are processed, and the number of
+images in memory at a time.
+"""
+
+from __future__ import annotations
+
+import re
+
+from .regions import TILE_PIXELS
+
+#: Bytes of the process without an image: Python, torch, the networks.
+BASE = 400 << 20
+#: Bytes per pixel of an image while it is read and while its features are extracted, and per pixel
+#: of a part while it is processed (``benchmarks/memory.py``).
+IMAGE_BYTES = 10
+TILE_BYTES = 130
+#: Smallest and largest number of pixels of a part: smaller ones would mostly consist of their
+#: margins.
+MIN_TILE_PIXELS = 250_000
+MIN_MEMORY = BASE + TILE_BYTES * MIN_TILE_PIXELS
+#: Without a limit, images with together as many pixels as this are in memory at a time.
+AHEAD_PIXELS = 40_000_000
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as ``2G``, ``1.5GiB``, ``800M``.
+
+    Raises:
+        ValueError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ValueError(f"a size is a number with a unit such as 2G or 800M; got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def tile_pixels(memory: int | None) -> int:
+    """Pixels of the parts in which images are processed, so that a third of the memory beyond the
+    minimum is left to the images.
+
+    Raises:
+        ValueError: ``memory`` (bytes) is too little for any image.
+    """
+    if memory is None:
+        return TILE_PIXELS
+    if memory < MIN_MEMORY:
+        raise ValueError(
+            f"memory must be at least {MIN_MEMORY >> 20} MiB, of which Python and torch need "
+            f"{BASE >> 20}; got {memory >> 20} MiB"
+        )
+    return min(TILE_PIXELS, max(MIN_TILE_PIXELS, int((memory - BASE) * 2 / 3 / TILE_BYTES)))
+
+
+def image_pixels(memory: int | None) -> int:
+    """Pixels that all images in memory may have together."""
+    if memory is None:
+        return AHEAD_PIXELS
+    return (memory - BASE - TILE_BYTES * tile_pixels(memory)) // IMAGE_BYTES
