@@ -25,7 +25,7 @@ args = parser.parse_args()
 
 database = args.output / "database.db"
 try:
-    options = tiepoints.ExtractOptions(num_keypoints=args.num_keypoints)
+    options = tiepoints.ExtractOptions(num_keypoints=args.num_keypoints, max_size=1600)
     report = match_images([args.images], database, options, camera=args.camera)
 except (ValueError, FileNotFoundError, ImportError, tiepoints.DataError) as error:
     sys.exit(f"error: {error}")

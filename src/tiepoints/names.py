@@ -21,6 +21,9 @@ MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 NUM_KEYPOINTS = 2048
 #: The published default of ``extract`` (PyTorch).
 EXTRACT_NUM_KEYPOINTS = 5000
+#: Longest side in pixels of the images that are matched in pairs or stored in a COLMAP database;
+#: larger ones are reduced. More detail rarely matches (docs/how-to/speed.md).
+MATCH_MAX_SIZE = 1600
 #: Number of keypoints in the evaluation protocols of the papers.
 EVALUATION_NUM_KEYPOINTS = 1000
 #: Number of keypoints of a video frame, limited by the time per frame and by readability.

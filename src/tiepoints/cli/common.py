@@ -85,6 +85,24 @@ CameraOption = Annotated[
         "MODEL:p1,p2,... (known)."
     ),
 ]
+MaxSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="PIXELS",
+        help="Longest side of the images that are processed; larger ones are reduced, positions "
+        "stay those of the original (default: 1600 for two images and COLMAP databases, else no "
+        "limit; 0 = no limit).",
+    ),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory that may be used, such as 2G: large images are processed in smaller parts, "
+        "fewer at a time; an image that needs more is refused.",
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 WorkersOption = Annotated[int, typer.Option(min=1, help="Threads for reading and writing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -137,18 +155,27 @@ def progress_wanted() -> bool:
     return logging.getLogger("tiepoints").level <= logging.INFO
 
 
-def extract_options(context: typer.Context, **overrides: Any) -> ExtractOptions:
+def extract_options(
+    context: typer.Context, *, max_size: int | None = None, **overrides: Any
+) -> ExtractOptions:
     """Create ``ExtractOptions`` from the parameters of a command (``EXTRACT_PARAMETERS``); exits
     with code 2 for invalid arguments.
 
     Args:
+        max_size: default of the command's ``--max-size``; not with ``--official``.
         overrides: values that replace those of the command.
     """
     from ..extract import ExtractOptions
+    from ..memory import parse_size
 
     given = {key: value for key, value in context.params.items() if key in EXTRACT_PARAMETERS}
+    largest = context.params.get("max_size")
+    if largest is None:
+        largest = None if given.get("official") else max_size
+    memory = context.params.get("memory")
     with user_errors():
-        return ExtractOptions.of(**{**given, **overrides})
+        given["memory"] = None if memory is None else parse_size(memory)
+        return ExtractOptions.of(**{**given, "max_size": largest or None, **overrides})
 
 
 def split_names(text: str) -> tuple[str, ...]:

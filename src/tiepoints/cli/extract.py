@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..names import DESCRIPTOR, DETECTOR, EXTRACT_NUM_KEYPOINTS
+from ..names import DESCRIPTOR, DETECTOR, EXTRACT_NUM_KEYPOINTS, MATCH_MAX_SIZE
 from .common import (
     CameraOption,
     DescriptorOption,
@@ -18,6 +18,8 @@ from .common import (
     JsonOption,
     MaskAlphaOption,
     MasksOption,
+    MaxSizeOption,
+    MemoryOption,
     OfficialOption,
     OrientationOption,
     PerScaleOption,
@@ -81,6 +83,8 @@ def extract(
     mask_alpha: MaskAlphaOption = False,
     camera: CameraOption = "auto",
     half: Annotated[bool, typer.Option("--half", help="h5: descriptors as float16.")] = False,
+    max_size: MaxSizeOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract images again (colmap: start over).")
@@ -97,7 +101,7 @@ def extract(
     name = method_name or f"{Path(detector).stem}-{Path(descriptor).stem}"
     if name in (".", "..") or "/" in name or "\\" in name:
         fail(f"--method-name must be a folder name, not a path; got {name!r}")
-    options = extract_options(context)
+    options = extract_options(context, max_size=MATCH_MAX_SIZE if form == "colmap" else None)
     from ..jobs.extract import extract_images
 
     with user_errors():

@@ -12,6 +12,8 @@ from .common import (
     DescriptorOption,
     DetectorOption,
     DeviceOption,
+    MaxSizeOption,
+    MemoryOption,
     OfficialOption,
     OrientationOption,
     PerScaleOption,
@@ -62,6 +64,8 @@ def imc(
     threshold: Annotated[
         float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 0.5,
+    max_size: MaxSizeOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract and match again.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..names import DESCRIPTOR, DETECTOR, MATCH_SUFFIXES, NUM_KEYPOINTS
+from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
     CameraOption,
     DescriptorOption,
@@ -19,6 +19,8 @@ from .common import (
     JsonOption,
     MaskAlphaOption,
     MasksOption,
+    MaxSizeOption,
+    MemoryOption,
     OfficialOption,
     PairOrientationOption,
     PerScaleOption,
@@ -113,6 +115,8 @@ def match(
     masks: MasksOption = None,
     mask_alpha: MaskAlphaOption = False,
     camera: CameraOption = "auto",
+    max_size: MaxSizeOption = None,
+    memory: MemoryOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
     as_json: JsonOption = False,
@@ -130,8 +134,11 @@ def match(
     many = many or to_file or any(o is not None for o in (pairs, sequential, features))
     if many and not images and features is None:
         fail("no images given; name two images, or folders, or give --features")
+    database = output is not None and output.suffix == ".db"
     extraction = extract_options(
-        context, orientation=None if orientation == "auto" else orientation
+        context,
+        max_size=MATCH_MAX_SIZE if not many or database else None,
+        orientation=None if orientation == "auto" else orientation,
     )
     from ..jobs.match import MatchOptions, match_images
 

@@ -25,7 +25,7 @@ from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from ..formats.store import FeatureStore, MatchStore, check_settings, open_features, settings_path
 from ..image import ImageLike, load_image
 from ..matching import match
-from ..names import GEOMETRIES, NUM_KEYPOINTS
+from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS
 from ..progress import track
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
@@ -167,7 +167,7 @@ def match_two(
         ValueError, FileNotFoundError, DataError: invalid images or options.
     """
     options = options or MatchOptions()
-    extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS)
+    extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=MATCH_MAX_SIZE)
     extractor = extraction.build() if isinstance(extraction, ExtractOptions) else extraction
     pixels_a, pixels_b = load_image(image_a), load_image(image_b)
     a = extractor.extract_tensor(pixels_a, masks[:1])[0]
@@ -452,7 +452,8 @@ def match_images(
             if listed is not None:
                 names = {name for pair in listed for name in pair}
                 tasks = [task for task in tasks if str(task.relative) in names]
-            extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS)
+            largest = MATCH_MAX_SIZE if database else None
+            extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
             storing = _Storing(camera, masks, mask_alpha, overwrite, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
