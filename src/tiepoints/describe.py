@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .memory import release_freed
 from .models.desnet import RECEPTIVE_FIELD, STRIDE, sample
 from .patches import HALF_SIDE, extract_patches
 from .pyramid import Pyramid
@@ -88,4 +89,7 @@ class DenseDescriptor:
                     descriptor_map = self.net(level.source.read(outer)[index : index + 1])
                     local = xy[inside] - xy.new_tensor([outer.left, outer.top])
                     out[rows[inside]] = sample(descriptor_map, local)
+                    if box.size != level.size:
+                        del descriptor_map
+                        release_freed()
         return out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .geometry import sample_at
 from .keypoints import BORDER, NMS_WINDOW, local_maxima, refine, strongest
+from .memory import release_freed
 from .names import EXTRACT_NUM_KEYPOINTS, NMS_SHAPES
 from .orientation import angle_at
 from .pyramid import SCALE_STEP, Level, LevelBudget, Pyramid, level_budgets
@@ -169,6 +170,9 @@ class ScoreMapDetector:
                 output = part(level.source, region)
             score_map, angle_map = (output, None) if isinstance(output, Tensor) else output
             yield box, region, score_map, angle_map
+            if len(boxes) > 1:
+                del output, score_map, angle_map
+                release_freed()
 
 
 class _Selection:

@@ -4,16 +4,20 @@ images in memory at a time.
 
 from __future__ import annotations
 
+import ctypes
 import re
+import sys
+from functools import cache
+from typing import Any
 
 from .regions import TILE_PIXELS
 
 #: Bytes of the process without an image: Python, torch, the networks.
-BASE = 400 << 20
+BASE = 280 << 20
 #: Bytes per pixel of an image while it is read and while its features are extracted, and per pixel
 #: of a part while it is processed (``benchmarks/memory.py``).
-IMAGE_BYTES = 10
-TILE_BYTES = 130
+IMAGE_BYTES = 9
+TILE_BYTES = 200
 #: Smallest and largest number of pixels of a part: smaller ones would mostly consist of their
 #: margins.
 MIN_TILE_PIXELS = 250_000
@@ -57,3 +61,17 @@ def image_pixels(memory: int | None) -> int:
     if memory is None:
         return AHEAD_PIXELS
     return (memory - BASE - TILE_BYTES * tile_pixels(memory)) // IMAGE_BYTES
+
+
+@cache
+def _malloc_trim() -> Any:
+    """glibc's function, None elsewhere."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def release_freed() -> None:
+    """Return freed memory to the system, which glibc does only for the largest blocks: the parts of
+    a large image would leave several times the memory that one of them needs.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
