@@ -203,7 +203,9 @@ class ColmapDatabase:
         ids = [self._ids[name] for name in names if name in self._ids]
         self._delete(("keypoints", "descriptors"), ("matches", "two_view_geometries"), ids)
 
-    def _delete(self, tables: tuple[str, ...], pair_tables: tuple[str, ...], ids: list[int]) -> None:
+    def _delete(
+        self, tables: tuple[str, ...], pair_tables: tuple[str, ...], ids: list[int]
+    ) -> None:
         """Delete the rows of images, which pycolmap cannot."""
         if not ids:
             return
@@ -216,7 +218,8 @@ class ColmapDatabase:
                 with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
                     connection.execute("CREATE TEMP TABLE removed (id INTEGER PRIMARY KEY)")
                     connection.executemany(
-                        "INSERT OR IGNORE INTO removed VALUES (?)", [(image_id,) for image_id in ids]
+                        "INSERT OR IGNORE INTO removed VALUES (?)",
+                        [(image_id,) for image_id in ids],
                     )
                     for table in tables:
                         connection.execute(f"DELETE FROM {table} WHERE image_id {selected}")
@@ -239,7 +242,9 @@ class ColmapDatabase:
         stored = self._database.read_camera(self._database.read_image(image_id).camera_id)
         if (stored.width, stored.height) == size:
             return None
-        used = [i.image_id for i in self._database.read_all_images() if i.camera_id == stored.camera_id]
+        used = [
+            i.image_id for i in self._database.read_all_images() if i.camera_id == stored.camera_id
+        ]
         if used != [image_id]:
             raise DataError(
                 f"{name} is {size[0]} x {size[1]} but its camera, shared with other images, is "
