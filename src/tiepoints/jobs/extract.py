@@ -284,8 +284,8 @@ def _select_tasks(
         log.forget(outdated)
         store.remove(outdated)
     for count, what in (
-        (changed, "changed since their extraction"),
-        (unrecorded, "without a record of their extraction"),
+        (changed, "changed since the last extraction"),
+        (unrecorded, "without a record of the extraction"),
     ):
         if count:
             logger.info("%d image%s %s; extracted again", count, "s" * (count > 1), what)

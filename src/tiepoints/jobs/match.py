@@ -378,7 +378,7 @@ def _remove_outdated(names: set[str], features: FeatureStore, store: MatchStore)
     changed = len(gone) + sum(before is not None for before in outdated.values())
     if changed:
         logger.info(
-            "the features of %d image%s changed since they were matched; matched again",
+            "the features of %d image%s changed since the last matching; matched again",
             changed,
             "s" * (changed > 1),
         )
@@ -400,7 +400,7 @@ def feature_records(
     stamp = file_stamp(features.path) if separate else None
     found: dict[str, dict[str, Any]] = {}
     with RecordLog(images_path(features)) as extracted:
-        for name in names:
+        for name in sorted(names):
             if not features.done(name, described=False):
                 continue
             entry = extracted.get(name) if own else None
