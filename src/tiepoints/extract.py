@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -342,8 +343,14 @@ def network_label(name: str | nn.Module | None) -> str:
     path = Path(name)
     if name in (*DETECTORS, *DESCRIPTORS) or not path.is_file():
         return name
-    kind = type(_load_file(name)).__name__.lower().removeprefix("legacy")
+    status = path.stat()
+    kind = _network_type(name, status.st_size, status.st_mtime_ns)
     return kind if path.stem == kind else f"{kind}.{path.stem}"
+
+
+@lru_cache
+def _network_type(path: str, size: int, mtime_ns: int) -> str:
+    return type(_load_file(path)).__name__.lower().removeprefix("legacy")
 
 
 def build_descriptor(

@@ -39,7 +39,12 @@ def compatible(version: Any) -> bool:
     """
     if version is None:
         return True
-    return str(version).split(".")[:2] == program_version().split(".")[:2]
+    return str(version).split(".")[:2] == compatible_version().split(".")
+
+
+def compatible_version() -> str:
+    """Major and minor number of the version of this package."""
+    return ".".join(program_version().split(".")[:2])
 
 
 def record_path(results: Path, end: str) -> Path:
@@ -79,10 +84,20 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
         if key == "digests":
             found += _changed_weights(before, now, prefix)
         elif isinstance(old, dict) and isinstance(new, dict):
-            found += changes(old, new, f"{prefix}{key}.")
+            if "foreign" in {**old, **new}:
+                found.append(f"{prefix}{key}: {_features(old)} before, {_features(new)} now")
+            else:
+                found += changes(old, new, f"{prefix}{key}.")
         else:
             found.append(f"{prefix}{key}: {old} before, {new} now")
     return found
+
+
+def _features(settings: dict[str, Any]) -> str:
+    """Describe the features of a record in a few words."""
+    if settings.get("foreign"):
+        return f"those of another program in {settings.get('path')}"
+    return f"{settings.get('detector')} + {settings.get('descriptor')}"
 
 
 def _changed_weights(before: dict[str, Any], now: dict[str, Any], prefix: str) -> list[str]:
