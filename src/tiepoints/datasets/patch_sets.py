@@ -495,8 +495,8 @@ def _cached(
     sources: Sequence[Path],
     blocks: Callable[[], Iterator[np.ndarray]],
 ) -> Path:
-    """Write ``blocks()`` to a ``.npy`` of uint8 ``shape``, unless it exists and its sources have the
-    recorded sizes and modification times.
+    """Write ``blocks()`` to a ``.npy`` of uint8 ``shape``, unless it exists and its sources have
+    the recorded sizes and modification times.
     """
     file = folder / CACHE_NAME if cache is None else Path(cache) / f"{folder.resolve().name}.npy"
     missing = [path for path in sources if not path.is_file()]
