@@ -35,7 +35,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import atomic_path, remove_temporary, require
 from ..structs import Features, Keypoints, Matches
-from .records import array_digest
+from .records import PROGRAM, array_digest
 
 #: Standard deviation of a keypoint in pixels, the default of hloc's extractors.
 UNCERTAINTY = 1.0
@@ -310,6 +310,7 @@ class _GroupFile:
             self._file = None
         try:
             with atomic_hdf5(self.path, keep=True) as file:
+                file.attrs["program"] = PROGRAM
                 for name in self._journal.index:
                     if name in file:
                         del file[name]
@@ -455,6 +456,11 @@ class MatchFile(_GroupFile):
     def holds_matches(self) -> bool:
         """Whether the file contains any pair."""
         return bool(self.names())
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another program, or an earlier version of this one, wrote the file."""
+        return self._file is not None and self._file.attrs.get("program") != PROGRAM
 
     def clear_matches(self) -> None:
         """Remove all content."""

@@ -73,7 +73,9 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     names = ("half", "camera", "masks", "mask_alpha")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
     options = {name: value for name, value in content.items() if name not in store}
-    return {**ExtractOptions.from_json(options).to_json(), **store}
+    # the weights of then, not those that have their names now
+    digests = content.get("digests", {})
+    return {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
 
 
 def check_store(store: FeatureStore, settings: dict[str, Any], overwrite: bool) -> None:

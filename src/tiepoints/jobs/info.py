@@ -100,7 +100,8 @@ def _folder(path: Path) -> Info:
         return stores[0]
     if stores:
         reason = next((store.reason for store in stores if not store.ours), "")
-        record = {Path(store.path).name: store.record for store in stores}
+        names = {str(path): "npy"}
+        record = {names.get(s.path, Path(s.path).name): s.record for s in stores}
         return Info(str(path), "features", not reason, reason, record)
     if next(path.rglob("*.kpt.npy"), None) is not None:
         return Info(str(path), "features", False, "it has no settings.json, the record of features")

@@ -615,6 +615,15 @@ def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bo
         normalize=normalize_match_settings,
         has_results=store.holds_matches,
     )
+    with RecordLog(matches_path(store)) as log:
+        replaced = bool(log.entries) and isinstance(store, MatchFile) and store.foreign
+    if replaced and not overwrite:
+        raise DataError(
+            f"{store.path} was replaced by a file of another program since its last matching; use "
+            "--overwrite, or another --output"
+        )
+    if replaced:
+        clear_all_matches(store)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 TIMED_STEPS = 15
 CHECKPOINT_VERSION = 2
 #: Entries of ``Task.identity`` that checkpoints of earlier versions do not contain.
-ADDED = ("data", "init_sha256", "version")
+ADDED = ("files", "init_sha256", "version")
 #: Attributes of a ``Trainer`` that a checkpoint contains unchanged.
 _SCALARS = (
     *("step", "total", "spent", "best", "best_step", "best_state", "rows"),
@@ -540,7 +540,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         for key in {**old[part], **new[part]}:
             if old[part].get(key) == new[part].get(key):
                 continue
-            if key == "data":
+            if key == "files":
                 changed.append(
                     "files of the training data have other names, sizes or modification times"
                 )

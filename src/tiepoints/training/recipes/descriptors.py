@@ -224,7 +224,7 @@ def _data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
     """Identity of the data in the checkpoint: names of folders, so that they may be moved."""
     sources = [data.patches, *as_folders(data.reconstructions)]
     sources += as_folders(data.validation_reconstructions)
-    identity: dict[str, Any] = {"photos": len(photos), "data": data_record(photos, *sources)}
+    identity: dict[str, Any] = {"photos": len(photos), "files": data_record(photos, *sources)}
     if data.reconstructions:
         names = (folder.name for folder in as_folders(data.reconstructions))
         identity["reconstructions"] = ",".join(names)

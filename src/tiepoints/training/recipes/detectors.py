@@ -278,7 +278,7 @@ def _train(
     photos = {
         "photos": len(training) + len(held_out),
         "pairs": str(data.pairs or ""),
-        "data": data_record([*training, *held_out], data.pairs),
+        "files": data_record([*training, *held_out], data.pairs),
     }
     task = Task(
         make_batches,
