@@ -162,6 +162,19 @@ def test_a_changed_mask_is_a_changed_image(images, tmp_path):
     assert stored(tmp_path / "out")["2.png"][:, 0].min() >= 69
 
 
+def test_pairs_of_an_image_with_a_changed_mask_are_matched_again(images, tmp_path):
+    pytest.importorskip("h5py")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((110, 140), 255, np.uint8)).save(masks / f"{i}.png")
+    assert match(images, tmp_path / "m.h5", masks=masks).done == 3
+    assert match(images, tmp_path / "m.h5", masks=masks).skipped == 3
+    Image.fromarray(np.eye(140, dtype=np.uint8)[:110]).save(masks / "2.png")
+    report = match(images, tmp_path / "m.h5", masks=masks)
+    assert (report.done, report.skipped, report.changed) == (2, 1, 1)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_features_stored_by_a_killed_run_without_their_record_are_extracted_again(
     images, tmp_path, format, monkeypatch

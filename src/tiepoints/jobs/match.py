@@ -664,6 +664,7 @@ def _extract_source(
         report,
         described=True,
         load_mask=load_mask,
+        masks=storing.masks,
         progress=storing.progress,
     )
     files = {str(task.relative): task.path for task in tasks}
