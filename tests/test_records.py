@@ -331,6 +331,7 @@ def test_matches_replaced_by_those_of_another_program_are_refused(images, tmp_pa
     (tmp_path / "m.h5").unlink()
     with h5py.File(tmp_path / "m.h5", "w") as file:
         file["0.png/1.png/matches0"] = np.full(60, -1)
+    assert not describe(tmp_path / "m.h5").ours
     with pytest.raises(DataError, match=r"m\.h5 was replaced by a file of another program"):
         match(images, tmp_path / "m.h5")
     assert match(images, tmp_path / "m.h5", overwrite=True).done == 3

@@ -469,6 +469,8 @@ class MatchFile(_GroupFile):
     def remove_matches(self, names: Iterable[str]) -> None:
         """Remove all pairs of images, also of others whose names differ only in / and -."""
         keys = {name.replace("/", "-") for name in names}
+        if not keys:
+            return
         pairs = [key for key in self._pairs() if not keys.isdisjoint(key.split("/"))]
         self._delete(pairs)
 

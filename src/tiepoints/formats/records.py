@@ -59,7 +59,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
     """Content of a settings file; None if it is missing, unreadable or no JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -102,10 +102,13 @@ def _features(settings: dict[str, Any]) -> str:
 
 def _changed_weights(before: dict[str, Any], now: dict[str, Any], prefix: str) -> list[str]:
     """Describe weights that were replaced under the same name; other names are other options."""
-    old, new = before.get("digests") or {}, now.get("digests") or {}
+    old, new = (
+        found if isinstance(found := settings.get("digests"), dict) else {}
+        for settings in (before, now)
+    )
     return [
         f"the weights of the {prefix}{role} {now.get(role)} were replaced: SHA-256 "
-        f"{old[role][:12]}... before, {new[role][:12]}... now"
+        f"{str(old[role])[:12]}... before, {new[role][:12]}... now"
         for role in old
         if role in new and old[role] != new[role] and before.get(role) == now.get(role)
     ]
@@ -161,7 +164,7 @@ class RecordLog:
         try:
             entry = json.loads(line)
             name = entry.pop("name")
-        except (ValueError, TypeError, AttributeError, KeyError):
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
             return
         if not isinstance(name, str):
             return

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import DataError, WeightsError
 from ..formats import imc
 from ..formats.colmap import ColmapDatabase
-from ..formats.hdf5 import FeatureFile
+from ..formats.hdf5 import FeatureFile, MatchFile
 from ..formats.npy import FeatureFolder
 from ..formats.records import PROGRAM, RecordLog, read_settings, record_path
 from ..formats.store import (
@@ -127,16 +127,14 @@ def _features(store: Any) -> Info:
     return Info(str(store.path), "features", record={**full, "images": recorded})
 
 
-def _matches(path: Path, settings: dict[str, Any], log: Path) -> Info:
-    with RecordLog(log) as entries:
-        return Info(str(path), "matches", record={**settings, "images": len(entries.entries)})
-
-
 def _hdf5(path: Path) -> Info:
     """hloc's features or matches."""
     settings = read_settings(record_path(path, "settings.json"))
     if settings is not None and "ratio" in settings:
-        return _matches(path, settings, record_path(path, "matches.jsonl"))
+        with RecordLog(record_path(path, "matches.jsonl")) as log, MatchFile(path) as store:
+            if log.entries and store.foreign:
+                return Info(str(path), "matches", False, "it was replaced by another program")
+            return Info(str(path), "matches", record={**settings, "images": len(log.entries)})
     with FeatureFile(path) as store:
         return _features(store)
 

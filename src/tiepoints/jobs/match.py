@@ -668,7 +668,7 @@ def _extract_source(
         progress=storing.progress,
     )
     files = {str(task.relative): task.path for task in tasks}
-    names = [name for name in files if name in store]
+    names = [name for name in files if store.done(name, described=True)]
     matcher = named_matcher(extractor, files, options)
     return _Source(store, names, settings, report.failed, matcher)
 
