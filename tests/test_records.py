@@ -216,8 +216,11 @@ def test_weights_replaced_under_the_same_name_are_refused(images, tmp_path, form
     assert code == 0, text
     assert "3 extracted" in text
     assert not same(stored(out / STORES[format]), before)
-    shutil.copy2(tmp_path / "copy", weights)
-    assert call(*arguments)[0] == 2
+    weights.rename(tmp_path / "renamed.safetensors")
+    arguments[3] = tmp_path / "renamed.safetensors"
+    code, text = call(*arguments)
+    assert code == 2
+    assert f"detector: {weights} before, {arguments[3]} now" in text
 
 
 def test_results_of_another_version_are_refused(images, tmp_path):

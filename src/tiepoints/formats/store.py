@@ -202,7 +202,8 @@ def _disagreement(
 ) -> str:
     """Why existing results must not be extended; empty if their settings agree."""
     if not path.is_file():
-        return foreign_message(results, f"there is no {path.name}")
+        reason = f"there is no {path.name}"
+        return foreign_message(results, reason, usable="ratio" not in settings)
     try:
         stored = json.loads(path.read_text())
         before = normalize(without_information(stored))
@@ -221,12 +222,12 @@ def _disagreement(
     return ""
 
 
-def foreign_message(results: Path, reason: str) -> str:
-    """The message about results without a valid record."""
+def foreign_message(results: Path, reason: str, *, usable: bool = True) -> str:
+    """The message about results without a valid record; features are ``usable`` by matching."""
+    use = f"match them as they are with --features {results}, " if usable else ""
     return (
         f"{results} holds results without a record of how they were made ({reason}), possibly of "
-        f"another program; match them as they are with --features {results}, replace them with "
-        "--overwrite, or choose another --output"
+        f"another program; {use}replace them with --overwrite, or choose another --output"
     )
 
 

@@ -75,7 +75,12 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     options = {name: value for name, value in content.items() if name not in store}
     # the weights of then, not those that have their names now
     digests = content.get("digests", {})
-    return {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
+    try:
+        return {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
+    except ValueError:
+        if not digests:
+            raise
+        return content  # of this version; a weights file has been renamed or removed
 
 
 def check_store(store: FeatureStore, settings: dict[str, Any], overwrite: bool) -> None:
