@@ -238,7 +238,10 @@ def test_sequences_are_listed_selected_and_read(tmp_path):
         wall.images[5 * COLUMNS.index("h2") + 3],
         shrink(patches["v_wall"][COLUMNS.index("h2"), 3:4])[0],
     )
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["i_lamp.npy", "v_wall.npy"]
+    assert sorted(p.name for p in (tmp_path / "cache").glob("*.npy")) == [
+        "i_lamp.npy",
+        "v_wall.npy",
+    ]
     assert (
         open_hpatches(tmp_path / "h", ["i_lamp"])[0].file
         == tmp_path / "h" / "i_lamp" / "patches32.npy"

@@ -10,6 +10,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -31,7 +32,7 @@ from .orientation import DominantOrientation, NetOrientation, upright
 from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
 from .regions import TILE_PIXELS
 from .structs import Features, Keypoints
-from .weights import load
+from .weights import digest, load
 
 Detect: TypeAlias = Callable[..., list[Keypoints]]
 Describe: TypeAlias = Callable[[Pyramid, Keypoints, int], Tensor]
@@ -127,7 +128,7 @@ class ExtractOptions(DetectOptions):
 
     def to_json(self) -> dict[str, Any]:
         """The options as a JSON object, without ``device`` and ``memory``, which do not affect the
-        result.
+        result, and with the SHA-256 of the weights files (``digests``).
 
         Raises:
             ValueError: an option is a network in memory, which has no name to write.
@@ -143,7 +144,14 @@ class ExtractOptions(DetectOptions):
                     f"the {name} is a network in memory; save it with tiepoints.weights.save and "
                     "name the file"
                 )
-        return {**content, "descriptor": content["descriptor"] or "none"}
+        content["descriptor"] = content["descriptor"] or "none"
+        return {**content, "digests": self._digests()}
+
+    def _digests(self) -> dict[str, str]:
+        """Role -> SHA-256 of its weights file, for the roles that have one."""
+        names = {role: getattr(self, role) for role in ("detector", "descriptor", "orientation")}
+        found = {role: digest(name) for role, name in names.items() if isinstance(name, str)}
+        return {role: value for role, value in found.items() if value is not None}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExtractOptions:
@@ -156,6 +164,7 @@ class ExtractOptions(DetectOptions):
             _RENAMED[name](value) if name in _RENAMED else (name, value)
             for name, value in content.items()
         )
+        options.pop("digests", None)
         if weights := options.pop("weights", None):
             options["detector"] = weights
         return cls.of(**options)
@@ -343,8 +352,39 @@ def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
 def _detector_network(detector: str | nn.Module) -> nn.Module:
     if not isinstance(detector, str):
         return detector.eval()
-    official = detector not in DETECTORS and Path(detector).suffix != ".safetensors"
-    return load_official(Path(detector)) if official else load(detector)
+    return _load_file(detector) if detector not in DETECTORS else load(detector)
+
+
+def _load_file(path: str) -> nn.Module:
+    """Load a weights file, ours or an official checkpoint."""
+    return load(path) if Path(path).suffix == ".safetensors" else load_official(Path(path))
+
+
+def network_label(name: str | nn.Module | None) -> str:
+    """Name of a detector or descriptor in captions, tables and names of folders.
+
+    That of a weights file follows from what it contains: the type of its network, in lower case
+    (``sobelnet``), followed by the name of the file without suffix unless that is the same
+    (``sobelnet.mine`` for ``mine.safetensors``). Other names are returned unchanged.
+
+    Raises:
+        WeightsError: a weights file is damaged or of an unknown type.
+    """
+    if name is None:
+        return "none"
+    if isinstance(name, nn.Module):
+        return type(name).__name__.lower()
+    path = Path(name)
+    if name in (*DETECTORS, *DESCRIPTORS) or not path.is_file():
+        return name
+    status = path.stat()
+    kind = _network_type(name, status.st_size, status.st_mtime_ns)
+    return kind if path.stem == kind else f"{kind}.{path.stem}"
+
+
+@lru_cache
+def _network_type(path: str, size: int, mtime_ns: int) -> str:
+    return type(_load_file(path)).__name__.lower().removeprefix("legacy")
 
 
 def build_descriptor(

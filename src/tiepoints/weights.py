@@ -11,6 +11,7 @@ import copy
 import hashlib
 import json
 import tomllib
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,26 @@ def table() -> dict[str, dict[str, Any]]:
 def file_checksum(path: Path) -> str:
     """SHA-256 of a file in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def digest(name: str) -> str | None:
+    """SHA-256 of the weights file of a network, given by the name of an embedded one or by path;
+    None for what has no weights, such as ``rootsift``.
+
+    Files are read again only if their size or time of modification has changed.
+    """
+    if entry := table().get(name):
+        return entry["sha256"]
+    path = Path(name)
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return _digest(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    return file_checksum(path)
 
 
 def weights_checksum(net: nn.Module) -> str:

@@ -190,6 +190,8 @@ def evaluate_patches(
     from ..evaluation.patch_tasks import evaluate_patches as run
     from ..evaluation.systems import patch_network
     from ..files import write_json
+    from ..formats.records import record_path, with_program
+    from ..weights import digest
 
     has_info = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
     kind = "phototour" if has_info else "hpatches"
@@ -204,6 +206,9 @@ def evaluate_patches(
             typer.echo(f"{name}: {json.dumps(found[name])}")
         if output is not None:
             write_json(output, found)
+            record = {"kind": kind, "folder": str(folder), "split": split, "test_pairs": test_pairs}
+            record |= {"tasks": tasks, "systems": {name: digest(name) for name in found}}
+            write_json(record_path(output, "settings.json"), with_program(record))
 
 
 def report(

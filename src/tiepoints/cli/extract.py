@@ -54,7 +54,11 @@ def extract(
         Path, typer.Option(help="Without --output: results go to RESULTS_DIR/METHOD_NAME.")
     ] = Path("extracted_features"),
     method_name: Annotated[
-        str | None, typer.Option(help="Name of the results (default: DETECTOR-DESCRIPTOR).")
+        str | None,
+        typer.Option(
+            help="Name of the results (default: DETECTOR-DESCRIPTOR, of a weights file its network "
+            "and name, such as sobelnet.mine)."
+        ),
     ] = None,
     form: Annotated[
         Format,
@@ -98,16 +102,19 @@ def extract(
     """
     if not images and list_images is None:
         fail("no images given; name images, folders or patterns, or use --list-images")
-    name = method_name or f"{Path(detector).stem}-{Path(descriptor).stem}"
-    if name in (".", "..") or "/" in name or "\\" in name:
-        fail(f"--method-name must be a folder name, not a path; got {name!r}")
+    if method_name in (".", "..") or (method_name and ("/" in method_name or "\\" in method_name)):
+        fail(f"--method-name must be a folder name, not a path; got {method_name!r}")
     options = extract_options(context, max_size=MATCH_MAX_SIZE if form == "colmap" else None)
+    from ..extract import network_label
     from ..jobs.extract import extract_images
 
     with user_errors():
+        if output is None:
+            labels = f"{network_label(detector)}-{network_label(descriptor)}"
+            output = results_dir / (method_name or labels)
         report = extract_images(
             images or [],
-            output or results_dir / name,
+            output,
             options,
             format=form,
             list_file=list_images,

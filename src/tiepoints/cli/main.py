@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate, extract, imc, match, train, video, weights
+from . import evaluate, extract, imc, info, match, train, video, weights
 from .common import configure_logging
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("evaluate-patches")(evaluate.evaluate_patches)
 app.command("report")(evaluate.report)
 app.command("live")(video.live)
 app.command("imc")(imc.imc)
+app.command("info")(info.info)
 app.add_typer(weights.app, name="weights")
 app.add_typer(evaluate.data_app, name="data")
 

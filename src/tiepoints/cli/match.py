@@ -214,6 +214,7 @@ def _match_two(
     outliers: bool,
     as_json: bool,
 ) -> None:
+    from ..extract import network_label
     from ..files import Task
     from ..jobs.extract import mask_loader
     from ..jobs.match import match_two
@@ -229,10 +230,10 @@ def _match_two(
         estimate = result.estimate
         inliers = int(estimate.inliers.sum())
         if output is not None:
+            labels = " + ".join(map(network_label, (extraction.detector, extraction.descriptor)))
             caption = (
-                f"{Path(images[0]).name} - {Path(images[1]).name}: {extraction.detector} + "
-                f"{extraction.descriptor}, {estimate.geometry}, {inliers} inliers of "
-                f"{len(result.matches)} matches"
+                f"{Path(images[0]).name} - {Path(images[1]).name}: {labels}, {estimate.geometry}, "
+                f"{inliers} inliers of {len(result.matches)} matches"
             )
             draw_matches(
                 images[0],

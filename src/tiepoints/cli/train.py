@@ -115,6 +115,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from OUTPUT.checkpoint.")
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the weights of an earlier training.")
+    ] = False,
     compare: Annotated[
         bool,
         typer.Option("--compare/--no-compare", help="Compare with the shipped weights at the end."),
@@ -129,6 +132,8 @@ def train(
     disable_malloc_trim()
     if steps is not None and minutes is not None:
         fail("give --steps or --minutes, not both")
+    if resume and overwrite:
+        fail("give --resume or --overwrite, not both")
     data = TrainData(
         images=images,
         validation=validation,
@@ -148,7 +153,9 @@ def train(
                 output,
                 preset=preset,
                 init=init,
-                run=RunOptions(device, devices, resume, progress_wanted(), workers, save_every),
+                run=RunOptions(
+                    device, devices, resume, progress_wanted(), workers, save_every, overwrite
+                ),
                 network=options,
                 minutes=minutes,
                 steps=steps,

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..files import atomic_path
+from ..formats.records import file_stamp, json_digest, with_program
 from ..geometry import warp_image
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors
 
@@ -90,7 +91,9 @@ def write_pairs(
     """
     dataset = PairDataset(photos, settings, seed=seed, length=count)
     layout = _layout(count, settings.size)
-    metadata = {"count": count, "seed": seed, "preset": preset, **asdict(settings)}
+    metadata = with_program({"count": count, "seed": seed, "preset": preset, **asdict(settings)})
+    metadata["photos"] = len(photos)
+    metadata["data"] = json_digest(sorted([path.name, file_stamp(path)] for path in photos))
     offsets, size = _offsets(layout)
     text = _header(layout, offsets, metadata)
     with atomic_path(path) as tmp_path:

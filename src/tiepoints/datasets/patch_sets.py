@@ -28,7 +28,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..errors import DataError
-from ..files import atomic_path
+from ..files import atomic_path, write_json
+from ..formats.records import file_stamp, read_settings, record_path
 
 PATCH_SIZE = 32
 PHOTOTOUR_SIDE = 64
@@ -494,18 +495,21 @@ def _cached(
     sources: Sequence[Path],
     blocks: Callable[[], Iterator[np.ndarray]],
 ) -> Path:
-    """Write ``blocks()`` to a ``.npy`` of uint8 ``shape``, unless it exists and is newer than its
-    sources.
+    """Write ``blocks()`` to a ``.npy`` of uint8 ``shape``, unless it exists and its sources have
+    the recorded sizes and modification times.
     """
     file = folder / CACHE_NAME if cache is None else Path(cache) / f"{folder.resolve().name}.npy"
     missing = [path for path in sources if not path.is_file()]
     if missing:
         raise DataError(f"{missing[0]}: missing. {_REMEDY}")
-    if (
-        file.is_file()
-        and file.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
-        and _has_shape(file, shape)
-    ):
+    record = record_path(file, "sources.json")
+    stamps = {path.name: file_stamp(path) for path in sources}
+    recorded = read_settings(record)
+    if recorded is None and file.is_file():  # an earlier version wrote no record
+        valid = file.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
+    else:
+        valid = recorded == stamps
+    if valid and _has_shape(file, shape):
         return file
     try:
         # written, not mapped: on a full disk, writing raises an error, a memory map crashes
@@ -515,6 +519,7 @@ def _cached(
             )
             for block in blocks():
                 out.write(block.tobytes())
+        write_json(record, stamps)
     except OSError as error:
         size = int(np.prod(shape)) // 1_000_000 + 1
         raise DataError(

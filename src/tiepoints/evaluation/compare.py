@@ -21,7 +21,7 @@ from ..models.spec import DetectorSpec, spec_of
 from ..names import PATCH_DESCRIPTORS
 from ..progress import track
 from ..weights import load
-from .systems import Options, System, system
+from .systems import Options, System, system, system_label
 
 #: A keypoint or match is correct within this many pixels.
 DISTANCE = 3.0
@@ -104,7 +104,7 @@ class Comparison:
 
     def table(self) -> str:
         """A text table with one line per measure."""
-        names = [Path(name).stem if Path(name).suffix else name for name in (self.a, self.b)]
+        names = [system_label(name) for name in (self.a, self.b)]
         widths = [max(8, len(name)) for name in names]
         title = f"{self.photos} images"
         lines = [

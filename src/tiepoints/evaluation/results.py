@@ -335,24 +335,33 @@ def stored_features(
     return None if found is None else found[0]
 
 
-def save_features(path: Path, features: Features, seconds: float) -> None:
-    """Write the features of one image as .npz atomically, with descriptors in half precision."""
+def save_features(path: Path, features: Features, seconds: float, inputs: str = "") -> None:
+    """Write the features of one image as .npz atomically, with descriptors in half precision.
+
+    Args:
+        inputs: digest of what the features were made from.
+    """
     arrays: dict[str, Any] = {
         k: getattr(features, k).cpu().numpy() for k in ("xy", "scale", "angle", "score")
     }
     arrays |= {"image_size": np.array(features.image_size), "seconds": np.array(seconds)}
+    arrays["inputs"] = np.array(inputs)
     if features.descriptors is not None:
         arrays["descriptors"] = features.descriptors.cpu().numpy().astype(np.float16)
     with atomic_path(path) as tmp_path, tmp_path.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def load_features(path: Path, *, described: bool = True) -> tuple[Features, float] | None:
+def load_features(
+    path: Path, *, described: bool = True, inputs: str | None = None
+) -> tuple[Features, float] | None:
     """Read features and seconds written by ``save_features``; None if the file is missing or
-    damaged.
+    damaged, or was not made from ``inputs``, unless that is None.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
+            if inputs is not None and str(content["inputs"]) != inputs:
+                return None
             parts = [torch.from_numpy(content[k]) for k in ("xy", "scale", "angle", "score")]
             descriptors = (
                 torch.from_numpy(content["descriptors"]).float()

@@ -40,7 +40,8 @@ from ..datasets.ground_truth import (
     rotated_pose,
 )
 from ..errors import DataError, WeightsError
-from ..files import write_json
+from ..files import write_json, write_text
+from ..formats.records import compatible_version, file_stamp, json_digest, with_program
 from ..image import load_image
 from ..names import EVALUATION_NUM_KEYPOINTS
 from ..progress import Progress
@@ -48,7 +49,17 @@ from ..structs import Features
 from .pair import PROTOCOLS, homography_metrics, marked_metrics, pose_metrics
 from .results import features_name, load_features, read_rows, save_features
 from .sweeps import FACTORS, ROTATIONS, bias, sweep
-from .systems import CONTROLS, REKD_SPARE, SPARE, Options, System, as_features, system
+from .systems import (
+    CONTROLS,
+    REKD_SPARE,
+    SPARE,
+    Options,
+    System,
+    as_features,
+    system,
+    system_label,
+    system_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -255,11 +266,9 @@ class RunSettings:
 
 
 def label(name: str) -> str:
-    """The name of system ``LABEL=NAME`` or ``NAME`` in rows; the last part of the path for files
-    and folders.
-    """
+    """The name of system ``LABEL=NAME`` or ``NAME`` in rows; see ``systems.system_label``."""
     explicit, equals, _ = name.partition("=")
-    return explicit if equals else name.rstrip("/").rsplit("/", 1)[-1]
+    return explicit if equals else system_label(name)
 
 
 def _make(name: str, settings: RunSettings) -> System:
@@ -335,27 +344,88 @@ def _without_controls(dataset: Dataset, settings: RunSettings) -> RunSettings:
 
 
 def _tasks(dataset: Dataset, settings: RunSettings, folder: Path) -> list[Task]:
-    """The tasks that have no results in the folder yet."""
+    """The tasks that have no valid results in the folder yet; outdated results are removed."""
     tasks: list[Task] = []
     for name in settings.systems:
-        done = {
-            (row["sequence"], row["pair"])
-            for row in read_rows(_rows_path(folder, "rows", name))
-            if row["ok"]
-        }
-        for sequence in dataset.sequences:
+        record = system_record(_spec(name))
+        valid = {(p.sequence, p.name): _pair_inputs(p, record, settings) for p in dataset.pairs}
+        done = _valid_rows(
+            _rows_path(folder, "rows", name), lambda row, valid=valid: valid.get(_pair_key(row))
+        )
+        done_pairs = {_pair_key(row) for row in done if row["ok"]}
+        images: dict[str, Path] = {}
+        for pair in dataset.pairs:
+            images.setdefault(pair.sequence, pair.image_a)
+        extras_done = _valid_extras(folder, name, record, list(images.values()), settings)
+        for sequence, image in images.items():
             pairs = [
                 p
                 for p in dataset.pairs
-                if p.sequence == sequence and (sequence, p.name) not in done
+                if p.sequence == sequence and (sequence, p.name) not in done_pairs
             ]
-            image = next(p.image_a for p in dataset.pairs if p.sequence == sequence)
-            extras = [
-                extra for extra in settings.extras if not _has_extra(folder, name, extra, image)
-            ]
+            extras = [e for e in settings.extras if (e, str(image)) not in extras_done]
             if pairs or extras:
-                tasks.append(Task(name, pairs, extras, image))
+                tasks.append(Task(name, pairs, extras, image, record))
     return tasks
+
+
+def _pair_key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["sequence"], row["pair"]
+
+
+def _inputs(record: dict[str, Any], settings: RunSettings, *others: Any) -> str:
+    """Digest of what a result is made from: system, version of this package, options, files."""
+    options = [settings.num_keypoints, settings.single_scale, settings.resize]
+    return json_digest([record, compatible_version(), options, *others])
+
+
+def _pair_inputs(pair: Pair, record: dict[str, Any], settings: RunSettings) -> str:
+    """Digest of what the row of a pair is made from."""
+    truth = [
+        value.tolist()
+        for value in vars(pair).values()
+        if isinstance(value, Tensor)  # also K, T, marked points
+    ]
+    stamps = [file_stamp(path) for path in (pair.image_a, pair.image_b)]
+    return _inputs(record, settings, sorted(settings.protocols), truth, stamps)
+
+
+def _valid_extras(
+    folder: Path, name: str, record: dict[str, Any], images: list[Path], settings: RunSettings
+) -> set[tuple[str, str]]:
+    """(extra, image) of the sweeps and biases that need not be measured again."""
+    valid = {str(image): _inputs(record, settings, file_stamp(image)) for image in images}
+    found = set()
+    for part in {_part(extra) for extra in settings.extras}:
+        rows = _valid_rows(_rows_path(folder, part, name), lambda row: valid.get(row.get("image")))
+        found |= {("bias" if part == "bias" else r["kind"], r["image"]) for r in rows if r["ok"]}
+    return found
+
+
+def _valid_rows(path: Path, inputs: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
+    """Rows of a file that were made from the present inputs.
+
+    Rows made from others are removed from the file, so that an interrupted run does not leave a
+    mixture. Rows without present ``inputs`` (None) belong to other pairs and are kept.
+    """
+    kept, valid, outdated = [], [], 0
+    for row in read_rows(path):
+        expected = inputs(row)
+        if expected is not None and row.get("inputs") != expected:
+            outdated += 1
+            continue
+        kept.append(row)
+        if expected is not None:
+            valid.append(row)
+    if outdated:
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        logger.info(
+            "%d results in %s were made from other weights, images, ground truth or versions; "
+            "measured again",
+            outdated,
+            path,
+        )
+    return valid
 
 
 def _is_control(name: str) -> bool:
@@ -383,6 +453,7 @@ def _check_folder(
         "systems": [label(name) for name in settings.systems],
         "controls": [label(name) for name in settings.systems if _is_control(name)],
         "made_by": {label(name): _spec(name) for name in settings.systems},
+        "records": {label(name): system_record(_spec(name)) for name in settings.systems},
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -411,12 +482,15 @@ def _check_folder(
                     f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
                     f"name: LABEL={spec}"
                 )
-        content["made_by"] = {**before.get("made_by", {}), **content["made_by"]}
+        for key in ("made_by", "records"):
+            content[key] = {**before.get(key, {}), **content[key]}
         for key in ("systems", "extras", "controls"):
             content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
         sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
         content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
-    write_json(path, content)
+    elif any((folder / "rows").glob("*.jsonl")):
+        raise DataError(f"{folder} holds rows but no run.json; use another --output")
+    write_json(path, with_program(content))
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -433,14 +507,6 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def _has_extra(folder: Path, name: str, extra: str, image: Path) -> bool:
-    rows = read_rows(_rows_path(folder, _part(extra), name))
-    return any(
-        r["image"] == str(image) and r["ok"] and (extra == "bias" or r["kind"] == extra)
-        for r in rows
-    )
-
-
 def _part(extra: str) -> str:
     return "bias" if extra == "bias" else "sweeps"
 
@@ -448,13 +514,14 @@ def _part(extra: str) -> str:
 @dataclass(frozen=True)
 class Task:
     """Work of one worker: pairs of one sequence for one system, and sweeps or bias of its first
-    image.
+    image; ``record`` is that of the system (``systems.system_record``).
     """
 
     system: str
     pairs: Sequence[Pair]
     extras: list[str]
     image: Path
+    record: dict[str, Any]
 
 
 #: (system, folder of the file, rows that are written together)
@@ -507,9 +574,10 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
 
     def get(view: View) -> tuple[Features, float]:
         path = store / f"{view.name}.npz"
-        stored = load_features(path)
+        inputs = _inputs(task.record, settings, file_stamp(view.path), view.rot90)
+        stored = load_features(path, inputs=inputs)
         if stored is None:
-            save_features(path, *view.detect(detect))
+            save_features(path, *view.detect(detect), inputs)
             # read back, so that the metrics equal those of a run that finds the file
             stored = load_features(path)
         if stored is None:
@@ -517,12 +585,12 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         return stored
 
     for pair in task.pairs:
-        yield (
-            task.system,
-            "rows",
-            [_row(pair, name, get, settings.num_keypoints, settings.protocols, settings.resize)],
-        )
+        # before the images are read, so that a replacement during the measurement is noticed
+        inputs = _pair_inputs(pair, task.record, settings)
+        row = _row(pair, name, get, settings.num_keypoints, settings.protocols, settings.resize)
+        yield task.system, "rows", [{**row, "inputs": inputs}]
     for extra in task.extras:
+        inputs = _inputs(task.record, settings, file_stamp(task.image))
         try:
             if extra == "bias":
                 rows = bias(detect, task.image, num_keypoints=settings.num_keypoints)
@@ -546,5 +614,5 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         yield (
             task.system,
             _part(extra),
-            [{"system": name, "image": str(task.image), **row} for row in rows],
+            [{"system": name, "image": str(task.image), **row, "inputs": inputs} for row in rows],
         )

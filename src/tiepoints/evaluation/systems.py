@@ -11,6 +11,7 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 
 from ..describe import PatchDescriptor
 from ..errors import DataError
-from ..extract import build, build_descriptor
+from ..extract import build, build_descriptor, network_label
 from ..formats.hdf5 import require_h5py
+from ..formats.records import file_stamp, json_digest
 from ..formats.store import open_features
 from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
@@ -30,8 +32,8 @@ from ..models.classical import RawPatch
 from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
 from ..pyramid import SCALE_STEP, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
-from ..weights import load
-from .baselines.external import EXTERNAL_SYSTEMS, external_system
+from ..weights import digest, load
+from .baselines.external import EXTERNAL_SYSTEMS, external_system, library_versions
 from .baselines.opencv import OPENCV_SYSTEMS, opencv_detect
 
 System: TypeAlias = Callable[[ImageLike], Features]
@@ -96,9 +98,7 @@ def system(name: str, options: Options | None = None) -> System:
         detect = external_system(
             detector, num_keypoints=options.num_keypoints, device=options.device
         )
-    elif detector.split("@")[0] in OURS or (
-        Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))
-    ):
+    elif _is_ours(detector):
         return _ours(detector, descriptor or DESCRIPTOR, options)
     elif Path(detector).exists():
         detect = from_disk(detector)
@@ -109,6 +109,53 @@ def system(name: str, options: Options | None = None) -> System:
     if descriptor == "none":
         return _without_descriptors(detect)
     return _with_patches(detect, descriptor, options) if descriptor else detect
+
+
+def _is_ours(detector: str) -> bool:
+    """Whether a detector, without its descriptor, is a network: embedded, or a weights file."""
+    name = detector.partition("@")[0]
+    return name in OURS or (Path(name).is_file() and not detector.endswith((".h5", ".hdf5")))
+
+
+def system_label(name: str) -> str:
+    """The name of a system in tables: of weights files by their content (``network_label``), of
+    stored features the last part of the path.
+
+    Raises:
+        WeightsError: a weights file is damaged or of an unknown type.
+    """
+    detector, plus, descriptor = name.partition("+")
+    if _is_ours(detector):
+        network, at, mode = detector.partition("@")
+        detector = f"{network_label(network)}{at}{mode}"
+    else:
+        detector = detector.rstrip("/").rsplit("/", 1)[-1]
+    return f"{detector}{plus}{network_label(descriptor)}"
+
+
+def system_record(name: str) -> dict[str, Any]:
+    """What determines the features of a system in addition to its name and options: SHA-256 of its
+    weights, version of the library, or size and modification time of stored features.
+    """
+    detector, _, descriptor = name.partition("+")
+    record: dict[str, Any] = {"system": name}
+    if _is_ours(detector):
+        record["detector"] = digest(detector.partition("@")[0])
+        record["orientation"] = digest(detector.partition("@")[2])
+        descriptor = descriptor or DESCRIPTOR
+    elif detector in OPENCV_SYSTEMS:
+        record["opencv"] = import_module("cv2").__version__
+    elif detector in EXTERNAL_SYSTEMS:
+        record["libraries"] = library_versions()
+    elif Path(detector).is_dir():
+        files = sorted(path for path in Path(detector).rglob("*") if path.suffix in (".npy", ".h5"))
+        stamps = [[str(path.relative_to(detector)), file_stamp(path)] for path in files]
+        record["features"] = json_digest(stamps)
+    elif detector not in CONTROLS:
+        record["features"] = file_stamp(Path(detector))
+    if descriptor:
+        record["descriptor"] = digest(descriptor)
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _ours(name: str, descriptor: str, options: Options) -> System:

@@ -12,10 +12,11 @@ incomplete images.
 
 from __future__ import annotations
 
+import sqlite3
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 from ..errors import DataError
 from ..files import require
 from ..structs import Features, Keypoints, Matches
+from .records import array_digest
 
 #: Center of the first pixel in COLMAP's coordinates.
 HALF_PIXEL = 0.5
@@ -32,6 +34,8 @@ HALF_PIXEL = 0.5
 SIFT_FACTOR = 512.0
 #: COLMAP's default focal length without EXIF, in units of the longest side of the image.
 FOCAL_FACTOR = 1.2
+#: A pair of images has the id ``PAIR_FACTOR * smaller id + larger id``.
+PAIR_FACTOR = 2**31 - 1
 
 
 def require_pycolmap() -> Any:
@@ -134,8 +138,9 @@ class ColmapDatabase:
 
     # ---- features
 
-    def write(self, name: str, features: Features, image: Path | None = None) -> None:
-        """Write an image with its camera, keypoints and descriptors in one transaction.
+    def write(self, name: str, features: Features, image: Path | None = None) -> str:
+        """Write an image with its camera, keypoints and descriptors in one transaction; returns the
+        digest of the features.
 
         Args:
             name: path relative to the image folder, with / as separator.
@@ -145,8 +150,8 @@ class ColmapDatabase:
                 focal length is used.
 
         Raises:
-            DataError: the image already has keypoints, or its size differs from the single
-                camera's.
+            DataError: the image already has keypoints, or its size differs from that of a camera
+                it shares with others.
         """
         xy = features.xy.cpu().double()
         scale, angle = features.scale.cpu().double(), features.angle.cpu().double()
@@ -160,15 +165,19 @@ class ColmapDatabase:
             if name in self._ids and self._database.exists_keypoints(self._ids[name]):
                 raise DataError(
                     f"{self.path} already contains features of {name}, and possibly matches; "
-                    "call clear() first"
+                    "call remove() first"
                 )
             image_id = self._ids.get(name)
             if image_id is None:
                 camera = self._camera(features.image_size, image, name)
+            else:
+                camera = self._resized_camera(image_id, features.image_size, image, name)
             try:
                 with self._colmap.DatabaseTransaction(self._database):
                     if image_id is None:
                         image_id = self._add_image(name, camera)
+                    elif camera is not None:
+                        self._database.update_camera(camera)
                     self._database.write_keypoints(image_id, table)
                     if descriptors is not None:
                         self._database.write_descriptors(image_id, descriptors)
@@ -177,8 +186,77 @@ class ColmapDatabase:
                     f"{self.path}: {name} could not be written ({_first_line(error)})"
                 ) from error
             self._ids[name] = image_id
+        return _digest(table, None if descriptors is None else descriptors.data)
 
-    def _camera(self, size: tuple[int, int], image: Path | None, name: str) -> Any:
+    def digest(self, name: str) -> str:
+        """Digest of the stored features of an image, unchanged by ``move_keypoints``."""
+        image_id = self._image_id(name)
+        descriptors = None
+        if self._database.exists_descriptors(image_id):
+            descriptors = self._database.read_descriptors(image_id).data
+        return _digest(self._database.read_keypoints(image_id), descriptors)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the features, matches and two-view geometries of images, in one transaction;
+        images and cameras are kept.
+        """
+        ids = [self._ids[name] for name in names if name in self._ids]
+        self._delete(("keypoints", "descriptors"), ("matches", "two_view_geometries"), ids)
+
+    def _delete(
+        self, tables: tuple[str, ...], pair_tables: tuple[str, ...], ids: list[int]
+    ) -> None:
+        """Delete the rows of images, which pycolmap cannot."""
+        if not ids:
+            return
+        selected = "IN (SELECT id FROM removed)"
+        # pycolmap has its own copy of SQLite: two copies with the same file open in one process
+        # remove each other's locks
+        with self._lock:
+            self._database.close()
+            try:
+                with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
+                    connection.execute("CREATE TEMP TABLE removed (id INTEGER PRIMARY KEY)")
+                    connection.executemany(
+                        "INSERT OR IGNORE INTO removed VALUES (?)",
+                        [(image_id,) for image_id in ids],
+                    )
+                    for table in tables:
+                        connection.execute(f"DELETE FROM {table} WHERE image_id {selected}")
+                    for table in pair_tables:
+                        connection.execute(
+                            f"DELETE FROM {table} WHERE pair_id / {PAIR_FACTOR} {selected} OR "
+                            f"pair_id % {PAIR_FACTOR} {selected}"
+                        )
+            except sqlite3.Error as error:
+                raise DataError(f"{self.path} could not be written ({error})") from error
+            finally:
+                self._database = self._colmap.Database.open(self.path)
+
+    def _resized_camera(
+        self, image_id: int, size: tuple[int, int], image: Path | None, name: str
+    ) -> Any:
+        """The new camera of a stored image that was replaced by one of another size; None if the
+        size is the same.
+        """
+        stored = self._database.read_camera(self._database.read_image(image_id).camera_id)
+        if (stored.width, stored.height) == size:
+            return None
+        used = [
+            i.image_id for i in self._database.read_all_images() if i.camera_id == stored.camera_id
+        ]
+        if used != [image_id]:
+            raise DataError(
+                f"{name} is {size[0]} x {size[1]} but its camera, shared with other images, is "
+                f"{stored.width} x {stored.height}; use --overwrite to start over"
+            )
+        camera = self._camera(size, image, name, replaced=True)
+        camera.camera_id = stored.camera_id
+        return camera
+
+    def _camera(
+        self, size: tuple[int, int], image: Path | None, name: str, *, replaced: bool = False
+    ) -> Any:
         """Camera of an image; its id is set if the database already contains it."""
         width, height = size
         if width < 1 or height < 1:
@@ -186,7 +264,7 @@ class ColmapDatabase:
                 f"{name}: COLMAP needs the size of the image, which these features do not contain; "
                 "extract them again"
             )
-        if self._single and self._database.num_cameras():
+        if self._single and self._database.num_cameras() and not replaced:
             camera = self._database.read_all_cameras()[0]
             if (camera.width, camera.height) != size:
                 raise DataError(
@@ -342,6 +420,16 @@ class ColmapDatabase:
                 self._database.delete_two_view_geometry(id_a, id_b)
             self._database.write_matches(id_a, id_b, matches.index.cpu().numpy().astype(np.uint32))
 
+    def holds_matches(self) -> bool:
+        """Whether the database contains matches or two-view geometries of any pair."""
+        database = self._database
+        return database.num_matched_image_pairs() > 0 or database.num_verified_image_pairs() > 0
+
+    def remove_matches(self, names: Iterable[str]) -> None:
+        """Remove the matches and two-view geometries of all pairs of images."""
+        ids = [self._ids[name] for name in names if name in self._ids]
+        self._delete((), ("matches", "two_view_geometries"), ids)
+
     def clear_matches(self) -> None:
         """Remove all matches and two-view geometries; images and features are kept."""
         self._database.clear_matches()
@@ -403,6 +491,14 @@ class ColmapDatabase:
 
     def _verified(self, a: str, b: str) -> bool:
         return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))
+
+
+def _digest(keypoints: np.ndarray, descriptors: np.ndarray | None) -> str:
+    """Digest of features; without positions, which refinement moves, if there are descriptors."""
+    table = np.asarray(keypoints, dtype=np.float32)
+    if descriptors is None:
+        return array_digest(table)
+    return array_digest(table[:, 2:], np.asarray(descriptors))
 
 
 def _as_matches(table: np.ndarray) -> Matches:

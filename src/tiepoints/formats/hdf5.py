@@ -23,7 +23,7 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import atomic_path, remove_temporary, require
 from ..structs import Features, Keypoints, Matches
+from .records import PROGRAM, array_digest
 
 #: Standard deviation of a keypoint in pixels, the default of hloc's extractors.
 UNCERTAINTY = 1.0
@@ -66,7 +67,7 @@ def atomic_hdf5(path: Path, *, keep: bool = False) -> Iterator[Any]:
 
 
 class _Journal:
-    """Append-only file of records (name, arrays, attributes)."""
+    """Append-only file of records (name, arrays, attributes); one without arrays removes a name."""
 
     def __init__(self, path: Path, *, write: bool):
         self.path, self.writing = path, write
@@ -242,11 +243,13 @@ class _GroupFile:
         self.path.unlink(missing_ok=True)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._journal.index or (self._file is not None and name in self._file)
+        if name in self._journal.index:
+            return bool(self._journal.index[name][1])
+        return self._file is not None and name in self._file
 
     def names(self) -> list[str]:
         """Names of the groups that contain arrays, sorted."""
-        names = set(self._journal.index)
+        names: set[str] = set()
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, self._h5py.Dataset):
@@ -254,7 +257,8 @@ class _GroupFile:
 
         if self._file is not None:
             self._file.visititems(visit)
-        return sorted(names)
+        names -= self._journal.index.keys()
+        return sorted(names.union(name for name, (_, keys) in self._journal.index.items() if keys))
 
     def _get(self, name: str) -> dict[str, np.ndarray]:
         """Arrays of a group."""
@@ -281,6 +285,12 @@ class _GroupFile:
             raise ValueError(f"{self.path} was opened for reading; open it with write=True")
         self._journal.append(name, arrays, attributes or {})
 
+    def _delete(self, names: Iterable[str]) -> None:
+        """Remove groups, in the journal."""
+        for name in names:
+            if name in self:
+                self._put(name, {})
+
     def close(self) -> None:
         """Merge the journal into the file, which is replaced atomically, and close both."""
         try:
@@ -300,10 +310,13 @@ class _GroupFile:
             self._file = None
         try:
             with atomic_hdf5(self.path, keep=True) as file:
+                file.attrs["program"] = PROGRAM
                 for name in self._journal.index:
                     if name in file:
                         del file[name]
                     arrays, attributes = self._journal.read(name)
+                    if not arrays:
+                        continue  # removed
                     group = file.create_group(name)
                     for key, value in arrays.items():
                         group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
@@ -339,9 +352,9 @@ class FeatureFile(_GroupFile):
         keys = self._journal.index[name][1] if name in self._journal.index else self._file[name]
         return "keypoints" in keys and (not described or "descriptors" in keys)
 
-    def write(self, name: str, features: Features, image: Path | None = None) -> None:
+    def write(self, name: str, features: Features, image: Path | None = None) -> str:
         """Write the features of the image ``name`` (path relative to the image folder, with / as
-        separator).
+        separator); returns their digest.
         """
         arrays: dict[str, np.ndarray] = {
             "keypoints": features.xy.cpu().numpy().astype(np.float32),
@@ -355,6 +368,15 @@ class FeatureFile(_GroupFile):
                 features.descriptors.cpu().numpy().astype(np.float16 if self.half else np.float32).T
             )
         self._put(name, arrays, {"keypoints": {"uncertainty": UNCERTAINTY}})
+        return _group_digest(arrays)
+
+    def digest(self, name: str) -> str:
+        """Digest of the stored features of an image."""
+        return _group_digest(self._get(name))
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the features of images."""
+        self._delete(names)
 
     def read(self, name: str, image_size: tuple[int, int] | None = None) -> Features:
         """Read the features of an image; missing scales and scores are 1, missing angles 0.
@@ -404,6 +426,10 @@ class FeatureFile(_GroupFile):
         return Features(keypoints, descriptors, image_size)
 
 
+def _group_digest(arrays: dict[str, np.ndarray]) -> str:
+    return array_digest(*(arrays[key] for key in sorted(arrays)))
+
+
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
@@ -426,6 +452,35 @@ class MatchFile(_GroupFile):
     def has_matches(self, a: str, b: str) -> bool:
         """Whether the file contains the pair, in either order."""
         return self._key(a, b) is not None
+
+    def holds_matches(self) -> bool:
+        """Whether the file contains any pair."""
+        return bool(self.names())
+
+    @property
+    def foreign(self) -> bool:
+        """Whether another program, or an earlier version of this one, wrote the file."""
+        return self._file is not None and self._file.attrs.get("program") != PROGRAM
+
+    def clear_matches(self) -> None:
+        """Remove all content."""
+        self.clear()
+
+    def remove_matches(self, names: Iterable[str]) -> None:
+        """Remove all pairs of images, also of others whose names differ only in / and -."""
+        keys = {name.replace("/", "-") for name in names}
+        if not keys:
+            return
+        pairs = [key for key in self._pairs() if not keys.isdisjoint(key.split("/"))]
+        self._delete(pairs)
+
+    def _pairs(self) -> Iterator[str]:
+        """Names of all groups of pairs; also of removed ones."""
+        yield from self._journal.index
+        for first in () if self._file is None else self._file:
+            group = self._file[first]
+            if isinstance(group, self._h5py.Group):
+                yield from (f"{first}/{second}" for second in group)
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
         """Write the matches of the images ``a`` and ``b``.

@@ -7,6 +7,7 @@ published code is also read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from ..errors import DataError
 from ..files import atomic_path
 from ..structs import Features, Keypoints
+from .records import array_digest
 
 
 def feature_paths(base: Path) -> tuple[Path, Path]:
@@ -27,15 +29,23 @@ def _save(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def write_features(base: Path, features: Features) -> None:
-    """Write both files atomically; the keypoints last, as the mark of a complete image."""
+def write_features(base: Path, features: Features) -> str:
+    """Write both files atomically; the keypoints last, as the mark of a complete image.
+
+    Returns:
+        digest of the arrays.
+    """
     keypoints, descriptors = feature_paths(base)
+    arrays = []
     if features.descriptors is not None:
-        _save(descriptors, features.descriptors.cpu().numpy().astype(np.float32))
+        arrays.append(features.descriptors.cpu().numpy().astype(np.float32))
+        _save(descriptors, arrays[0])
     columns = [features.xy, features.scale[:, None], features.score[:, None]]
     if bool(features.angle.any()):
         columns.append(torch.rad2deg(-features.angle).remainder(360)[:, None])
-    _save(keypoints, torch.cat(columns, dim=1).cpu().numpy().astype(np.float32))
+    arrays.append(torch.cat(columns, dim=1).cpu().numpy().astype(np.float32))
+    _save(keypoints, arrays[-1])
+    return array_digest(*arrays)
 
 
 def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
@@ -105,15 +115,27 @@ class FeatureFolder:
         keypoints, descriptors = feature_paths(self.path / name)
         return keypoints.is_file() and (not described or descriptors.is_file())
 
-    def write(self, name: str, features: Features, image: Path | None = None) -> None:
-        """Write the features of an image."""
+    def write(self, name: str, features: Features, image: Path | None = None) -> str:
+        """Write the features of an image; returns their digest."""
         base = self.path / name
         base.parent.mkdir(parents=True, exist_ok=True)
-        write_features(base, features)
+        return write_features(base, features)
 
     def read(self, name: str) -> Features:
         """Read the features of an image; see ``read_features``."""
         return read_features(self.path / name)
+
+    def digest(self, name: str) -> str:
+        """Digest of the stored features of an image."""
+        keypoints, descriptors = feature_paths(self.path / name)
+        found = [_read(path) for path in (descriptors, keypoints) if path.is_file()]
+        return array_digest(*found)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove the features of images."""
+        for name in names:
+            for path in feature_paths(self.path / name):
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove the features of all images."""

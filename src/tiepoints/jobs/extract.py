@@ -16,10 +16,23 @@ from torch import Tensor
 from ..errors import DataError
 from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect
-from ..formats.store import FILE_NAMES, FeatureStore, check_settings, create_features, settings_path
+from ..formats.records import RecordLog, file_stamp
+from ..formats.store import (
+    FILE_NAMES,
+    FeatureStore,
+    check_settings,
+    clear_features,
+    create_features,
+    differing_features,
+    foreign_message,
+    holds_features,
+    images_path,
+    settings_path,
+)
 from ..image import load_alpha, load_image
 from ..names import FORMATS
 from ..progress import Progress
+from ..structs import Features
 
 logger = logging.getLogger(__name__)
 #: Loads the mask (H,W) of an image, non-zero where keypoints are allowed; or None.
@@ -32,6 +45,8 @@ class ExtractReport:
 
     Attributes:
         done, skipped: number of images extracted, and of those with stored features.
+        changed: number of images whose file has changed since their extraction; they are extracted
+            again.
         keypoints: number of keypoints of the images extracted.
         seconds: duration of the extraction.
         failed: (image, reason).
@@ -41,6 +56,7 @@ class ExtractReport:
 
     done: int = 0
     skipped: int = 0
+    changed: int = 0
     keypoints: int = 0
     seconds: float = 0.0
     failed: list[tuple[str, str]] = field(default_factory=list)
@@ -57,34 +73,56 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     names = ("half", "camera", "masks", "mask_alpha")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
     options = {name: value for name, value in content.items() if name not in store}
-    return {**ExtractOptions.from_json(options).to_json(), **store}
+    # the weights of then, not those that have their names now
+    digests = content.get("digests", {})
+    try:
+        return {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
+    except ValueError:
+        if not digests:
+            raise
+        return content  # of this version; a weights file has been renamed or removed
 
 
-def check_store(store: Any, settings: dict[str, Any], overwrite: bool) -> None:
-    """Record the settings of a store of features or matches, or compare them with its record.
+def check_store(store: FeatureStore, settings: dict[str, Any], overwrite: bool) -> None:
+    """Record the settings of a store of features, or compare them with its record.
 
     Raises:
-        DataError: the store holds results of other settings.
+        DataError: the store holds features of other settings, or of another program.
     """
-    matches = "features" in settings
+
+    def clear() -> None:
+        clear_features(store)
+
     check_settings(
         settings_path(store),
         settings,
         overwrite=overwrite,
-        clear=store.clear,
+        clear=clear,
         results=store.path,
-        normalize=normalize_match_settings if matches else normalize_settings,
+        normalize=normalize_settings,
+        has_results=lambda: holds_features(store),
     )
+    with RecordLog(images_path(store)) as log:
+        differing, damaged = differing_features(store, log)
+        log.forget(damaged)  # extracted again
+    if differing and not overwrite:
+        raise DataError(
+            foreign_message(store.path, f"the features of {differing[0]} differ from their record")
+        )
+    if differing:
+        clear()
 
 
 def normalize_match_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of matches with those of their features as written today; features of other
-    programs have none.
+    """Settings of matches with those of their features as written today; of features of other
+    programs only the path is known.
     """
     features = content.get("features")
-    if isinstance(features, dict) and "detector" in features:
+    if not isinstance(features, dict):
+        return content
+    if "detector" in features:
         return {**content, "features": normalize_settings(features)}
-    return content
+    return {**content, "features": {**features, "foreign": True}}
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -138,7 +176,7 @@ def extract_images(
         with create_features(format, output, camera=camera, half=half) as store:
             check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
-                store.clear()
+                clear_features(store)
             extract_to_store(
                 found.tasks,
                 extractor,
@@ -146,6 +184,7 @@ def extract_images(
                 report,
                 described=options.described,
                 load_mask=load_mask,
+                masks=masks,
                 overwrite=overwrite,
                 workers=workers,
                 progress=progress,
@@ -158,6 +197,28 @@ def mask_settings(masks: Path | None, mask_alpha: bool) -> dict[str, Any]:
     """What the record of extracted features says about their masks."""
     settings: dict[str, Any] = {} if masks is None else {"masks": str(masks)}
     return {**settings, "mask_alpha": True} if mask_alpha else settings
+
+
+def _mask_names(task: Task) -> tuple[str, str]:
+    return f"{task.relative}.png", str(task.relative.with_suffix(".png"))
+
+
+def find_mask(task: Task, folder: Path | None) -> Path | None:
+    """The mask file of an image; None if there is none."""
+    if folder is None:
+        return None
+    paths = (folder / name for name in _mask_names(task))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def source_record(task: Task, masks: Path | None) -> dict[str, Any] | None:
+    """Size and modification time of an image file and of its mask; None if the image is missing."""
+    stamp = file_stamp(task.path)
+    if stamp is None:
+        return None
+    record: dict[str, Any] = {"size": stamp[0], "mtime_ns": stamp[1]}
+    mask = find_mask(task, masks)
+    return record if mask is None else {**record, "mask": file_stamp(mask)}
 
 
 def mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
@@ -175,14 +236,67 @@ def mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
         opaque = load_alpha(task.path) if alpha else None
         if folder is None:
             return opaque
-        names = (f"{task.relative}.png", str(task.relative.with_suffix(".png")))
-        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        path = find_mask(task, folder)
         if path is None:
-            raise DataError(f"no mask {folder / names[0]} or {folder / names[1]}")
+            names = " or ".join(str(folder / name) for name in _mask_names(task))
+            raise DataError(f"no mask {names}")
         mask = load_image(path)[0, 0] != 0
         return mask if opaque is None else mask & opaque
 
     return load_mask
+
+
+def _same_source(record: dict[str, Any], now: dict[str, Any]) -> bool:
+    return all(record.get(key) == now.get(key) for key in ("size", "mtime_ns", "mask"))
+
+
+def _select_tasks(
+    tasks: list[Task],
+    store: FeatureStore,
+    log: RecordLog,
+    report: ExtractReport,
+    *,
+    described: bool,
+    masks: Path | None,
+    overwrite: bool,
+) -> deque[Task]:
+    """The tasks to extract: those without features, and those whose image has changed since.
+
+    Outdated features are removed first, with the matches of a database, so that a killed process
+    leaves none.
+    """
+    todo: deque[Task] = deque()
+    outdated, unrecorded = [], 0
+    for task in tasks:
+        name = str(task.relative)
+        if not store.done(name, described=described):
+            todo.append(task)
+            continue
+        record, now = log.get(name), source_record(task, masks)
+        # an image that no longer exists keeps its features
+        if record is not None and (now is None or _same_source(record, now)):
+            if overwrite:
+                todo.append(task)
+            else:
+                report.skipped += 1
+            continue
+        todo.append(task)
+        outdated.append(name)
+        unrecorded += record is None
+    changed = len(outdated) - unrecorded
+    report.changed += changed
+    if overwrite:
+        log.forget(str(task.relative) for task in todo)
+    if outdated:
+        log.forget(outdated)
+        store.remove(outdated)
+    for count, what in (
+        (changed, "changed since the last extraction"),
+        (unrecorded, "without a record of the extraction"),
+    ):
+        if count:
+            logger.info("%d image%s %s; extracted again", count, "s" * (count > 1), what)
+    return todo
 
 
 # Everything that decides what is done with each task.
@@ -194,26 +308,51 @@ def extract_to_store(
     *,
     described: bool,
     load_mask: MaskLoader | None = None,
+    masks: Path | None = None,
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
 ) -> None:
     """Extract each task to ``store``, with ``workers`` threads for reading and writing.
 
-    Images that cannot be read or extracted are added to ``report.failed``.
+    Images with features of the same file are skipped (``images_path``). Images that cannot be read
+    or extracted are added to ``report.failed``.
+
+    Args:
+        masks: folder of the masks that ``load_mask`` reads.
     """
     started = time.monotonic()
-    todo: deque[Task] = deque()
-    for task in tasks:
-        if store.done(str(task.relative), described=described) and not overwrite:
-            report.skipped += 1
-        else:
-            todo.append(task)
-    loading: deque[tuple[Task, Future[tuple[Tensor, Any]]]] = deque()
-    writing: deque[tuple[Task, Future[None]]] = deque()
+    with RecordLog(images_path(store)) as log:
+        todo = _select_tasks(
+            tasks, store, log, report, described=described, masks=masks, overwrite=overwrite
+        )
 
-    def load(task: Task) -> tuple[Tensor, Any]:
-        return load_image(task.path), None if load_mask is None else load_mask(task)
+        def load(task: Task) -> tuple[dict[str, Any] | None, Tensor, Any]:
+            # before the image is read, so that a replacement during the extraction is noticed
+            record = source_record(task, masks)
+            return record, load_image(task.path), None if load_mask is None else load_mask(task)
+
+        def write(task: Task, features: Features, record: dict[str, Any] | None) -> None:
+            digest = store.write(str(task.relative), features, task.path)
+            log.put(str(task.relative), **(record or {}), features=digest)
+
+        _extract_tasks(todo, extractor, load, write, report, workers=workers, progress=progress)
+    report.seconds += time.monotonic() - started
+
+
+def _extract_tasks(
+    todo: deque[Task],
+    extractor: Extractor,
+    load: Callable[[Task], tuple[dict[str, Any] | None, Tensor, Any]],
+    write: Callable[[Task, Features, dict[str, Any] | None], None],
+    report: ExtractReport,
+    *,
+    workers: int,
+    progress: bool,
+) -> None:
+    """Extract tasks, while threads load images and write features."""
+    loading: deque[tuple[Task, Future[tuple[dict[str, Any] | None, Tensor, Any]]]] = deque()
+    writing: deque[tuple[Task, Future[None]]] = deque()
 
     def finish_writes(limit: int) -> None:
         while len(writing) > limit:
@@ -233,11 +372,10 @@ def extract_to_store(
                 loading.append((task, pool.submit(load, task)))
             task, future = loading.popleft()
             try:
-                image, mask = future.result()
+                record, image, mask = future.result()
                 features = extractor.extract_tensor(image, [mask])[0]
                 report.keypoints += len(features)
-                write = pool.submit(store.write, str(task.relative), features, task.path)
-                writing.append((task, write))
+                writing.append((task, pool.submit(write, task, features, record)))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 report.failed.append((str(task.path), reason))
@@ -245,4 +383,3 @@ def extract_to_store(
             finish_writes(2 * num_ahead)
             bar.update()
         finish_writes(0)
-    report.seconds += time.monotonic() - started

@@ -16,12 +16,19 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError
-from ..extract import ExtractOptions
+from ..extract import ExtractOptions, network_label
 from ..files import Task
 from ..formats import imc
 from ..formats.hdf5 import FeatureFile, MatchFile
 from .extract import ExtractReport, check_store, extract_to_store
-from .match import MatchOptions, MatchReport, choose_pairs, match_to_store, named_matcher
+from .match import (
+    MatchOptions,
+    MatchReport,
+    check_match_store,
+    choose_pairs,
+    match_to_store,
+    named_matcher,
+)
 
 #: Custom matches are verified by a fundamental matrix, as the challenge applies no RANSAC to them.
 MATCHING = MatchOptions(geometry="fundamental", threshold=0.5, refine=False)
@@ -105,7 +112,7 @@ def export_imc(
         if matches:
             match_store = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
             settings = {**options.to_json(database=False), "features": extraction.to_json()}
-            check_store(match_store, settings, overwrite)
+            check_match_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}
             pairs = chain.from_iterable(choose_pairs(keys) for keys in names.values())
             matcher = named_matcher(extractor, files, options)
@@ -136,8 +143,8 @@ def _make_config(
 ) -> Any:
     return imc.make_config(
         label,
-        imc.slug(Path(str(extraction.detector)).stem),
-        imc.slug(Path(str(extraction.descriptor)).stem),
+        imc.slug(network_label(extraction.detector)),
+        imc.slug(network_label(extraction.descriptor)),
         extraction.num_keypoints,
         list(dict.fromkeys(name.partition("/")[0] for name in sequences)),
         ratio=options.ratio,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -19,10 +19,27 @@ from ..auto_orientation import PairMatcher, can_reorient
 from ..errors import DataError
 from ..estimation import estimate
 from ..extract import ExtractOptions, Extractor
-from ..files import Task, collect, natural, write_text
+from ..files import Task, collect, natural, write_json, write_text
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
-from ..formats.store import FeatureStore, MatchStore, check_settings, open_features, settings_path
+from ..formats.records import (
+    RecordLog,
+    file_stamp,
+    json_digest,
+    record_path,
+    with_program,
+)
+from ..formats.store import (
+    FeatureStore,
+    MatchStore,
+    check_settings,
+    clear_all_matches,
+    images_path,
+    match_settings_path,
+    matches_path,
+    open_features,
+    own_settings,
+)
 from ..image import ImageLike, load_image
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS
@@ -38,6 +55,7 @@ from .extract import (
     normalize_match_settings,
 )
 
+logger = logging.getLogger(__name__)
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
 #: Number of images whose features are cached while pairs are matched.
 CACHE_SIZE = 64
@@ -196,6 +214,8 @@ class MatchReport:
     Attributes:
         done, skipped: number of pairs matched, and of those with stored matches.
         matches: number of matches of the pairs done.
+        changed: number of images whose features have changed since they were matched; their pairs
+            are matched again.
         verified: number of pairs done with a geometry; None if none was requested.
         failed: (image or pair, reason); the pairs of an image that failed are not listed.
         ignored: number of files in the given folders that are not images.
@@ -204,6 +224,7 @@ class MatchReport:
     done: int = 0
     skipped: int = 0
     matches: int = 0
+    changed: int = 0
     verified: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     ignored: int = 0
@@ -290,8 +311,8 @@ def match_to_store(
 ) -> MatchReport:
     """Match pairs of names and store the matches; with ``options.geometry`` only its inliers.
 
-    A pair is matched only once, in either order. An image without features is listed once, with
-    the number of its pairs.
+    A pair is matched only once, in either order, and again if the features of an image have changed
+    (``matches_path``). An image without features is listed once, with the number of its pairs.
 
     Args:
         matcher: matches the features of two named images, instead of ``options.matcher()``.
@@ -305,6 +326,7 @@ def match_to_store(
             report.failed.append((f"{a} {b}", "an image is not matched with itself"))
         else:
             todo.setdefault(frozenset((a, b)), (a, b))
+    report.changed = _remove_outdated({name for pair in todo for name in pair}, features, store)
     for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
         if isinstance(store, MatchFile):
             # hloc replaces / by -, so that two pairs may have the same name
@@ -327,6 +349,73 @@ def match_to_store(
             report.failed.append((f"{a} {b}", str(error)))
     report.failed += cache.failures()
     return report
+
+
+def _remove_outdated(names: set[str], features: FeatureStore, store: MatchStore) -> int:
+    """Remove the matches of images whose features have changed since, or exist no longer, and
+    record the features that the next matches are made from; returns the number of these images.
+
+    Matches are removed before the record is changed, so that a killed process leaves no outdated
+    ones.
+    """
+    with RecordLog(matches_path(store)) as log:
+        now = feature_records(names, features, store, log)
+        gone = [
+            name
+            for name in log.entries
+            if name not in now and (name in names or not features.done(name, described=False))
+        ]
+        outdated = {
+            name: log.get(name)
+            for name, record in now.items()
+            if (log.get(name) or {}).get("features") != record["features"]
+        }
+        store.remove_matches([*outdated, *gone])
+        log.forget(gone)
+        for name, record in now.items():
+            if log.get(name) != record:
+                log.put(name, **record)
+    changed = len(gone) + sum(before is not None for before in outdated.values())
+    if changed:
+        logger.info(
+            "the features of %d image%s changed since the last matching; matched again",
+            changed,
+            "s" * (changed > 1),
+        )
+    return changed
+
+
+def feature_records(
+    names: Iterable[str], features: FeatureStore, store: MatchStore, log: RecordLog
+) -> dict[str, dict[str, Any]]:
+    """Name -> ``features``, the digest of its features, for the images that have some.
+
+    The digests of features of this package are those recorded at their extraction. Those of other
+    programs are computed, unless size and modification time of their file (``file``) are the same
+    as in ``log``, that of ``store``.
+    """
+    own = own_settings(features) is not None
+    # writing matches changes the file of a database
+    separate = features.path.is_file() and features.path != store.path
+    stamp = file_stamp(features.path) if separate else None
+    found: dict[str, dict[str, Any]] = {}
+    with RecordLog(images_path(features)) as extracted:
+        for name in sorted(names):
+            if not features.done(name, described=False):
+                continue
+            entry = extracted.get(name) if own else None
+            known = log.get(name)
+            if entry is not None and "features" in entry:
+                found[name] = {"features": entry["features"]}
+            elif known is not None and stamp is not None and known.get("file") == stamp:
+                found[name] = known
+            else:
+                try:
+                    digest = features.digest(name)
+                except DataError:  # reported when the image is matched
+                    continue
+                found[name] = {"features": digest} | ({} if stamp is None else {"file": stamp})
+    return found
 
 
 def _match_pair(
@@ -387,14 +476,14 @@ class _Source:
     Attributes:
         store: store of the features.
         names: names of the images to match.
-        settings: settings of the extraction.
+        settings: settings of the extraction; for features of other programs, their path.
         failed: images without features, with a reason.
         matcher: see ``match_to_store``.
     """
 
     store: Any
     names: list[str]
-    settings: dict[str, Any] | None
+    settings: dict[str, Any]
     failed: list[tuple[str, str]]
     matcher: NamedMatcher | None = None
 
@@ -464,7 +553,10 @@ def match_images(
         store: Any = source.store
         if not database:
             store = stack.enter_context(MatchFile(output, write=True))
-        _check_settings(store, output, options, source.settings, overwrite)
+        settings = {**options.to_json(database=database), "features": source.settings}
+        if features is not None:  # without images, no rotation is estimated
+            settings.pop("orientation", None)
+        check_match_store(store, settings, overwrite)
         files = {str(task.relative): task.path for task in tasks}
         with _Refinement(output, store, files, enabled=database and options.refine) as refinement:
             report = match_to_store(
@@ -479,9 +571,21 @@ def match_images(
             if database:
                 matched = [pair for pair in selected if store.has_matches(*pair)]
                 report.verified = refinement.verify(matched, changed=report.done > 0)
+            _record_source(store, settings)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
     return report
+
+
+def _record_source(store: MatchStore, settings: dict[str, Any]) -> None:
+    """Add size and digest of features of another program to the record of their matches."""
+    if not settings["features"].get("foreign"):
+        return
+    with RecordLog(matches_path(store)) as log:
+        digests = {name: entry.get("features") for name, entry in log.entries.items()}
+    stamp = file_stamp(Path(settings["features"]["path"])) or [None, None]
+    source = {"size": stamp[0], "mtime_ns": stamp[1], "digest": json_digest(digests)}
+    write_json(match_settings_path(store), with_program({**settings, "source": source}))
 
 
 def _choose_pairs(
@@ -497,25 +601,30 @@ def _choose_pairs(
     return pairs
 
 
-def _check_settings(
-    store: Any,
-    output: Path,
-    options: MatchOptions,
-    features: dict[str, Any] | None,
-    overwrite: bool,
-) -> None:
-    database = output.suffix == ".db"
-    settings = options.to_json(database=database)
-    if features is not None:
-        settings["features"] = features
+def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bool) -> None:
+    """Record the settings of a store of matches, or compare them with its record.
+
+    Raises:
+        DataError: the store holds matches of other settings, or of another program.
+    """
     check_settings(
-        _sibling(output, "matches.settings.json" if database else "settings.json"),
+        match_settings_path(store),
         settings,
         overwrite=overwrite,
-        clear=store.clear_matches if database else store.clear,
-        results=output,
+        clear=lambda: clear_all_matches(store),
+        results=store.path,
         normalize=normalize_match_settings,
+        has_results=store.holds_matches,
     )
+    with RecordLog(matches_path(store)) as log:
+        replaced = bool(log.entries) and isinstance(store, MatchFile) and store.foreign
+    if replaced and not overwrite:
+        raise DataError(
+            f"{store.path} was replaced by a file of another program since its last matching; use "
+            "--overwrite, or another --output"
+        )
+    if replaced:
+        clear_all_matches(store)
 
 
 @dataclass(frozen=True)
@@ -556,10 +665,11 @@ def _extract_source(
         report,
         described=True,
         load_mask=load_mask,
+        masks=storing.masks,
         progress=storing.progress,
     )
     files = {str(task.relative): task.path for task in tasks}
-    names = [name for name in files if name in store]
+    names = [name for name in files if store.done(name, described=True)]
     matcher = named_matcher(extractor, files, options)
     return _Source(store, names, settings, report.failed, matcher)
 
@@ -581,12 +691,10 @@ def _stored_source(
     store: Any = ColmapDatabase(output, write=True) if same_file else open_features(features)
     stack.enter_context(store)
     names, missing = (store.names(), []) if tasks is None else stored_names(tasks, store)
-    if same_file:
-        return _Source(store, names, None, missing)
-    try:
-        settings = json.loads(settings_path(store).read_text())
-    except (OSError, ValueError):  # features of other programs are identified by their path
-        settings = {"path": str(features.resolve())}
+    settings = own_settings(store)
+    if settings is None:
+        # of another program: identified by their path, and by the digests of each image
+        settings = {"foreign": True, "path": str(features.resolve())}
     stored = settings.get("descriptor", descriptor)
     if descriptor is not None and stored != descriptor:
         raise DataError(
@@ -602,7 +710,7 @@ class _Refinement:
     """
 
     def __init__(self, output: Path, store: Any, images: dict[str, Path], *, enabled: bool):
-        self.marker = _sibling(output, "refinement-pending")
+        self.marker = record_path(output, "refinement-pending")
         self.store, self.images, self.enabled = store, images, enabled
         self.interrupted = self.marker.exists()
 

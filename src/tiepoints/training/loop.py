@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..device import choose_device, fast_bfloat16
 from ..errors import WeightsError
 from ..files import atomic_path, require
+from ..formats.records import compatible_version
 from ..progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 #: ``minutes``.
 TIMED_STEPS = 15
 CHECKPOINT_VERSION = 2
+#: Entries of ``Task.identity`` that checkpoints of earlier versions do not contain.
+ADDED = ("files", "init_sha256", "version")
 #: Attributes of a ``Trainer`` that a checkpoint contains unchanged.
 _SCALARS = (
     *("step", "total", "spent", "best", "best_step", "best_state", "rows"),
@@ -222,6 +225,7 @@ class RunOptions:
         progress: show progress.
         workers: processes that load batches.
         save_every: seconds between checkpoints.
+        overwrite: replace the weights and the checkpoint of an earlier training.
     """
 
     device: str = "auto"
@@ -230,6 +234,7 @@ class RunOptions:
     progress: bool = True
     workers: int = 1
     save_every: float = 60.0
+    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -305,7 +310,10 @@ class Trainer:
         self.best_state: dict[str, Tensor] = {}
         self.rows: list[dict[str, float]] = []
         self.recent_loss = 0.0
-        self.identity = {"settings": asdict(settings), "task": dict(task.identity)}
+        self.identity = {
+            "settings": asdict(settings),
+            "task": {**task.identity, "version": compatible_version()},
+        }
         if self.run.resume and checkpoint.exists():
             self.restore()
         elif not self.run.resume:
@@ -319,6 +327,14 @@ class Trainer:
             WeightsError: see ``Trainer``.
         """
         state = read_checkpoint(self.checkpoint)
+        # checkpoints of earlier versions do not contain all of the present entries
+        known = state["identity"]["task"]
+        added = {
+            key: self.identity["task"][key]
+            for key in ADDED
+            if key in self.identity["task"] and key not in known
+        }
+        state["identity"]["task"] = {**known, **added}
         if state["identity"] != self.identity:
             changed = _differences(state["identity"], self.identity)
             raise WeightsError(
@@ -369,6 +385,11 @@ class Trainer:
         Raises:
             RuntimeError: the loss is not finite.
         """
+        if self.finished:
+            logger.info(
+                "%s: the training is finished (%d steps); nothing to do", self.checkpoint, self.step
+            )
+            return self._result()
         limit = self.total or 10**9
         dataset = self.task.make_batches(limit * self.settings.batch_size)
         stream = self._batches(dataset, limit)
@@ -403,6 +424,15 @@ class Trainer:
                 due = time.monotonic() - self.saved > self.run.save_every
                 if self.total and (due or last):
                     self.save()
+        return self._result()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.total > 0 and self.step >= self.total
+
+    def _result(self) -> FitResult:
+        """The result, with the weights of the best validation in the network."""
         if self.best_state:
             self.net.load_state_dict(self.best_state)
         self.net.eval()
@@ -508,7 +538,13 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     changed = []
     for part in ("settings", "task"):
         for key in {**old[part], **new[part]}:
-            if old[part].get(key) != new[part].get(key):
+            if old[part].get(key) == new[part].get(key):
+                continue
+            if key == "files":
+                changed.append(
+                    "files of the training data have other names, sizes or modification times"
+                )
+            else:
                 changed.append(f"{key} was {old[part].get(key)!r}, now {new[part].get(key)!r}")
     return "; ".join(changed)
 

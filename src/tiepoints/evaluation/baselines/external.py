@@ -15,7 +15,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -44,6 +46,15 @@ LIBRARIES = {
 
 Network: TypeAlias = Callable[[str, str, Callable[[Any], nn.Module]], Any]
 Find: TypeAlias = Callable[[Tensor], tuple[Keypoints, Tensor]]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries of ``LIBRARIES``."""
+    found = {}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def external_system(

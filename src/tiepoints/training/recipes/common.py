@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...datasets.synthetic import list_photos, split_photos, usable_photos
 from ...errors import DataError, WeightsError
-from ...weights import save
+from ...formats.records import file_stamp, json_digest, with_program
+from ...weights import digest, save
 from ..loop import FitResult, FitSettings, RunOptions, Task, Trainer
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,60 @@ def choose(recipes: dict[str, R], preset: str) -> R:
     return recipes[preset]
 
 
+def data_record(photos: Sequence[Path], *sources: str | Path | None) -> str:
+    """Digest of the names, sizes and modification times of photographs and of other files and
+    folders of training data; not of the folders they are in, so that the data may be moved.
+    """
+    stamps = sorted([path.name, file_stamp(path)] for path in photos)
+    others = [_stamps(Path(source)) for source in sources if source is not None]
+    return json_digest([stamps, others])
+
+
+def _stamps(source: Path) -> list[Any]:
+    """Size and modification time of a file, or of the files in a folder except caches."""
+    if not source.is_dir():
+        return [file_stamp(source)]
+    files = sorted(path for path in source.rglob("*") if path.suffix not in (".npy", ".json"))
+    return [
+        [path.relative_to(source).as_posix(), file_stamp(path)] for path in files if path.is_file()
+    ]
+
+
+def init_record(init: str | Path | None) -> dict[str, Any]:
+    """Name and SHA-256 of initial weights."""
+    name = "" if init is None else str(init)
+    return {"init": Path(name).name, "init_sha256": digest(name) if name else None}
+
+
+def check_output(output: Path, run: RunOptions) -> None:
+    """Check that a training replaces no results of another one, unless requested.
+
+    Raises:
+        FileExistsError: there are weights or a checkpoint; the message names the options.
+    """
+    checkpoint = checkpoint_path(output)
+    if run.overwrite:
+        return
+    if run.resume:
+        if output.exists() and not checkpoint.exists():
+            raise FileExistsError(
+                f"{output} exists, but not {checkpoint.name} to resume from; use --overwrite "
+                "(overwrite=True) to train again, or another output"
+            )
+        return
+    for path in (output, checkpoint):
+        if path.exists():
+            raise FileExistsError(
+                f"{path} exists; use --resume (resume=True) to continue its training, --overwrite "
+                "(overwrite=True) to replace it, or another output"
+            )
+
+
+def checkpoint_path(output: Path) -> Path:
+    """The checkpoint of the training of a weights file."""
+    return output.with_name(output.name + ".checkpoint")
+
+
 def with_schedule(settings: FitSettings, schedule: dict[str, Any]) -> FitSettings:
     """Replace the fields of the settings that are not None in ``schedule``.
 
@@ -209,15 +264,17 @@ def fit_and_save(
         best.eval()
         if prepare is not None:
             prepare(best)
-        content = {**task.identity, "schedule": asdict(settings), **metadata}
+        content = with_program({**task.identity, "schedule": asdict(settings), **metadata})
         save(best, output, content, half=half)
 
     trainer = Trainer(
         net,
         dataclasses.replace(task, on_best=save_best),
         settings,
-        output.with_name(output.name + ".checkpoint"),
+        checkpoint_path(output),
         run,
         output.with_name(output.name + ".log"),
     )
+    if trainer.finished and trainer.best_state and not output.exists():
+        save_best(trainer.best_state, {"step": trainer.best_step, task.score_name: trainer.best})
     return trainer.fit()

@@ -43,7 +43,9 @@ from .common import (
     as_folders,
     both_views,
     choose,
+    data_record,
     fit_and_save,
+    init_record,
     initialized,
     load_partial_state_dict,
     with_schedule,
@@ -117,8 +119,8 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         "model": name,
         "preset": job.preset,
         "patches": str(data.patches or ""),
-        "init": Path(job.init or "").name,
-        **_data_identity(data, len(training) + len(held_out)),
+        **init_record(job.init),
+        **_data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, loss, validate, "matching", identity)
     return fit_and_save(
@@ -218,9 +220,11 @@ def _load_init(net: nn.Module, init: str | Path | None) -> None:
         logger.info("%d tensors loaded from %s", count, init)
 
 
-def _data_identity(data: TrainData, num_photos: int) -> dict[str, Any]:
+def _data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
     """Identity of the data in the checkpoint: names of folders, so that they may be moved."""
-    identity: dict[str, Any] = {"photos": num_photos}
+    sources = [data.patches, *as_folders(data.reconstructions)]
+    sources += as_folders(data.validation_reconstructions)
+    identity: dict[str, Any] = {"photos": len(photos), "files": data_record(photos, *sources)}
     if data.reconstructions:
         names = (folder.name for folder in as_folders(data.reconstructions))
         identity["reconstructions"] = ",".join(names)
@@ -312,8 +316,8 @@ def train_dense(
         "detector": weights_checksum(candidate_net),
         "dim": dim,
         "width": width,
-        "init": Path(job.init or "").name,
-        **_data_identity(data, len(training) + len(held_out)),
+        **init_record(job.init),
+        **_data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, candidate_loss, validate, "matching", identity)
     return fit_and_save(

@@ -41,7 +41,9 @@ from .common import (
     TrainJob,
     both_views,
     choose,
+    data_record,
     fit_and_save,
+    init_record,
     initialized,
     with_schedule,
 )
@@ -120,7 +122,7 @@ def train_score_map(name: str, job: TrainJob) -> FitResult:
         make_network=make_network,
         loss=_score_map_loss(recipe),
         score=validation_score,
-        identity={"model": name, "preset": job.preset, "init": Path(job.init or "").name},
+        identity={"model": name, "preset": job.preset, **init_record(job.init)},
     )
 
 
@@ -191,7 +193,7 @@ def train_oriented(
         "preset": job.preset,
         "group": group,
         "dims": list(settings["dims"]),
-        "init": Path(init or "").name,
+        **init_record(init),
     }
     return _train(
         job,
@@ -273,7 +275,11 @@ def _train(
         best.offset = constant_offset(score_maps(fused(best)), images)
 
     # resuming with other photographs must raise an error
-    photos = {"photos": len(training) + len(held_out), "pairs": str(data.pairs or "")}
+    photos = {
+        "photos": len(training) + len(held_out),
+        "pairs": str(data.pairs or ""),
+        "files": data_record([*training, *held_out], data.pairs),
+    }
     task = Task(
         make_batches,
         loss,

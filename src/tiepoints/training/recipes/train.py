@@ -7,7 +7,7 @@ from typing import Any
 
 from ..loop import FitResult, RunOptions
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
-from .common import TrainData, TrainJob
+from .common import TrainData, TrainJob, check_output
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
 
@@ -54,6 +54,8 @@ def train(
 
     Raises:
         FileNotFoundError: no such folder.
+        FileExistsError: there are weights at ``output``; see ``RunOptions.overwrite`` and
+            ``resume``.
         DataError: fewer than two usable images.
         ValueError: unknown name, preset or option, or data that the network cannot use.
         WeightsError: ``init`` is not a weights file, or one of another network.
@@ -65,6 +67,7 @@ def train(
     output = Path(output)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into")
+    check_output(output, run)
     job = TrainJob(data, output, preset, init, run, schedule)
     if name in MODELS:
         return train_score_map(name, job)
