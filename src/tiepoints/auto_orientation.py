@@ -24,7 +24,7 @@ from torch import Tensor
 from .describe import PatchDescriptor
 from .estimation import estimate
 from .extract import Extractor
-from .image import ImageLike, load_image
+from .image import ImageLike
 from .matching import match
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Matches
@@ -170,7 +170,7 @@ class PairMatcher:
         if pyramid is None:
             extractor = self.extractor
             pyramid = build_pyramid(
-                load_image(image).to(extractor.device),
+                extractor.read(image).pixels.to(extractor.device),
                 up=extractor.up_levels,
                 down=extractor.down_levels,
             )

@@ -22,7 +22,7 @@ from .checkpoints import load_official
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
-from .image import ImageLike, load_image
+from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
 from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS, PRECISIONS
@@ -43,7 +43,7 @@ _RENAMED: dict[str, Callable[[Any], tuple[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class ExtractOptions(DetectOptions):
+class ExtractOptions(ReadOptions, DetectOptions):
     """Everything that determines the features of an image.
 
     Attributes:
@@ -61,7 +61,7 @@ class ExtractOptions(DetectOptions):
             faster of the two.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
 
-    The other attributes are those of ``DetectOptions``.
+    The other attributes are those of ``DetectOptions`` and ``image.ReadOptions``.
 
     Raises:
         ValueError: an option is out of range or contradicts another.
@@ -76,7 +76,8 @@ class ExtractOptions(DetectOptions):
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DetectOptions.__post_init__(self)
+        ReadOptions.__post_init__(self)
         if self.single_scale and (self.up_levels or self.down_levels):
             raise ValueError(
                 f"single_scale excludes pyramid levels; got up_levels={self.up_levels}, "
@@ -218,6 +219,7 @@ class Extractor:
         self.detect, self.describe, self.orient = detect, describe, orient
         self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
         self.options = options
+        self.notices = Notices()
 
     def __repr__(self) -> str:
         levels = f"{self.up_levels + 1 + self.down_levels} levels, {self.device}"
@@ -259,12 +261,26 @@ class Extractor:
         """
         batch = isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1
         if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not batch:
-            return self.extract_tensor(load_image(image), [mask])[0]
+            reading = self.read(image)
+            self.notices.add(image if isinstance(image, str | os.PathLike) else "one", reading)
+            self.notices.log(rotations=False)
+            return self.extract_tensor(reading.pixels, [self.combine(reading, mask)])[0]
         images = list(image)
         masks = [None] * len(images) if mask is None else list(mask)
         if len(masks) != len(images):
             raise ValueError(f"{len(images)} images but {len(masks)} masks")
         return [self.extract(one, m) for one, m in zip(images, masks, strict=True)]
+
+    def read(self, image: ImageLike) -> Reading:
+        """Read an image with its mask by the options of the extractor; errors as ``extract``."""
+        return read_image(image, self.options)
+
+    @staticmethod
+    def combine(reading: Reading, mask: MaskLike | None) -> Tensor | None:
+        """The mask (H,W) bool of an image that has been read, restricted by another."""
+        given = as_mask(mask, tuple(reading.pixels.shape[-2:]))
+        own = reading.mask
+        return own if given is None else given if own is None else own & given.to(own.device)
 
     def extract_tensor(
         self, batch: Tensor, masks: Iterable[MaskLike | None] | None = None

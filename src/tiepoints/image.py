@@ -81,10 +81,10 @@ class ReadOptions:
             )
 
     @classmethod
-    def of(cls, options: Mapping[str, Any] | None) -> ReadOptions:
-        """The options among others, such as the record of stored features."""
-        known = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in (options or {}).items() if k in known})
+    def of_record(cls, record: Mapping[str, Any]) -> ReadOptions:
+        """The options of reading in the record of stored features."""
+        names = {f.name for f in fields(ReadOptions)}
+        return ReadOptions(**{key: value for key, value in record.items() if key in names})
 
     @property
     def limits(self) -> tuple[float, float] | None:
@@ -242,7 +242,7 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
     )
 
 
-def load_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> Tensor:
+def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> Tensor:
     """(1,3,H,W) float32 in [0,1] of an image file for visualization and for networks on colors,
     without masks; errors as ``load_image``.
     """
@@ -262,7 +262,7 @@ def load_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> T
 def to_rgb(source: ImageLike, options: ReadOptions | None = None) -> Image.Image:
     """RGB image of any source for visualization; arguments and errors as ``read_image``."""
     if isinstance(source, str | os.PathLike):
-        return Image.fromarray(_as_bytes(load_rgb(source, options)[0].permute(1, 2, 0)))
+        return Image.fromarray(_as_bytes(read_rgb(source, options)[0].permute(1, 2, 0)))
     if isinstance(source, Image.Image) and not source.mode.startswith(("I", "F")):
         return source.convert("RGB")
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (3, 4):

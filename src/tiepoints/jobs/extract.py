@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from ..decode import page_count
 from ..errors import DataError
 from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect
 from ..formats.store import FILE_NAMES, FeatureStore, check_settings, create_features, settings_path
-from ..image import load_alpha, load_image
+from ..image import Notices, Reading, load_image
 from ..names import FORMATS
 from ..progress import Progress
 
@@ -54,7 +53,7 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: invalid settings.
     """
-    names = ("half", "camera", "masks", "mask_alpha")
+    names = ("half", "camera", "masks")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
     options = {name: value for name, value in content.items() if name not in store}
     return {**ExtractOptions.from_json(options).to_json(), **store}
@@ -99,7 +98,7 @@ def extract_images(
     camera: str = "auto",
     half: bool = False,
     masks: Path | None = None,
-    mask_alpha: bool = False,
+    pages: str = "first",
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
@@ -114,7 +113,7 @@ def extract_images(
         half: store descriptors as float16 (``h5``).
         masks: folder of masks ``NAME.png`` or ``NAME.EXT.png`` (as COLMAP's) for ``NAME.EXT``; no
             keypoints where they are 0.
-        mask_alpha: no keypoints where an image is fully transparent.
+        pages: ``first`` page of each file, or ``all``, whose names end in ``#2``, ``#3``, ...
         overwrite: extract images with stored features again.
         workers: number of threads for reading and writing.
 
@@ -124,13 +123,15 @@ def extract_images(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    load_mask = mask_loader(masks, mask_alpha)
-    found = collect(images, list_file, root, inside=format != "npy")
+    if format == "colmap":
+        refuse_rotation(options)
+    load_mask = mask_loader(masks)
+    found = collect(images, list_file, root, inside=format != "npy", pages=counted_pages(pages))
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
     if found.tasks:
         extractor = options.build()
         settings = options.to_json()
-        settings |= mask_settings(masks, mask_alpha)
+        settings |= mask_settings(masks)
         if half and format == "h5":
             settings["half"] = True
         if format == "colmap":
@@ -139,7 +140,7 @@ def extract_images(
             check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
                 store.clear()
-            extract_to_store(
+            notices = extract_to_store(
                 found.tasks,
                 extractor,
                 store,
@@ -150,37 +151,64 @@ def extract_images(
                 workers=workers,
                 progress=progress,
             )
+            notices.log()
     report.failed = found.refused + report.failed
     return report
 
 
-def mask_settings(masks: Path | None, mask_alpha: bool) -> dict[str, Any]:
+def mask_settings(masks: Path | None) -> dict[str, Any]:
     """What the record of extracted features says about their masks."""
-    settings: dict[str, Any] = {} if masks is None else {"masks": str(masks)}
-    return {**settings, "mask_alpha": True} if mask_alpha else settings
+    return {} if masks is None else {"masks": str(masks)}
 
 
-def mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
-    """The masks of images, from a folder and from their transparency; None without either.
+def counted_pages(pages: str) -> Callable[[Path], int] | None:
+    """The argument ``pages`` of ``files.collect`` for ``first`` or ``all`` pages.
+
+    Raises:
+        ValueError: another value.
+    """
+    if pages not in ("first", "all"):
+        raise ValueError(f"pages must be first or all, got {pages!r}")
+
+    def count(path: Path) -> int:
+        try:
+            return page_count(path)
+        except (DataError, OSError):
+            return 1  # reading it says why
+
+    return count if pages == "all" else None
+
+
+def refuse_rotation(options: ExtractOptions) -> None:
+    """Raise for features of COLMAP whose coordinates are not those of the stored image.
+
+    Raises:
+        ValueError: EXIF orientations are applied.
+    """
+    if options.exif_orientation == "apply":
+        raise ValueError(
+            "COLMAP reads images as stored, so keypoints must be those of the stored image: use "
+            "--exif-orientation ignore for a database; match finds the rotation of each pair"
+        )
+
+
+def mask_loader(folder: Path | None) -> MaskLoader | None:
+    """The masks of images in a folder; None without one.
 
     Raises:
         FileNotFoundError: no such folder.
     """
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {folder}")
-    if folder is None and not alpha:
+    if folder is None:
         return None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of masks at {folder}")
 
     def load_mask(task: Task) -> Any:
-        opaque = load_alpha(task.path) if alpha else None
-        if folder is None:
-            return opaque
         names = (f"{task.relative}.png", str(task.relative.with_suffix(".png")))
         path = next((folder / name for name in names if (folder / name).is_file()), None)
         if path is None:
             raise DataError(f"no mask {folder / names[0]} or {folder / names[1]}")
-        mask = load_image(path)[0, 0] != 0
-        return mask if opaque is None else mask & opaque
+        return load_image(path)[0, 0] != 0
 
     return load_mask
 
@@ -197,10 +225,11 @@ def extract_to_store(
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
-) -> None:
+) -> Notices:
     """Extract each task to ``store``, with ``workers`` threads for reading and writing.
 
-    Images that cannot be read or extracted are added to ``report.failed``.
+    Images that cannot be read or extracted are added to ``report.failed``. Returns what users
+    should know about the others.
     """
     started = time.monotonic()
     todo: deque[Task] = deque()
@@ -209,11 +238,11 @@ def extract_to_store(
             report.skipped += 1
         else:
             todo.append(task)
-    loading: deque[tuple[Task, Future[tuple[Tensor, Any]]]] = deque()
+    loading: deque[tuple[Task, Future[tuple[Reading, Any]]]] = deque()
     writing: deque[tuple[Task, Future[None]]] = deque()
 
-    def load(task: Task) -> tuple[Tensor, Any]:
-        return load_image(task.path), None if load_mask is None else load_mask(task)
+    def load(task: Task) -> tuple[Reading, Any]:
+        return extractor.read(task.source), None if load_mask is None else load_mask(task)
 
     def finish_writes(limit: int) -> None:
         while len(writing) > limit:
@@ -224,6 +253,7 @@ def extract_to_store(
             except (OSError, DataError) as error:
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
+    notices = Notices()
     num_ahead = max(1, workers) + 1
     bar = Progress(len(todo), unit="image", label="extract", enabled=progress)
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
@@ -233,8 +263,10 @@ def extract_to_store(
                 loading.append((task, pool.submit(load, task)))
             task, future = loading.popleft()
             try:
-                image, mask = future.result()
-                features = extractor.extract_tensor(image, [mask])[0]
+                reading, given = future.result()
+                mask = extractor.combine(reading, given)
+                features = extractor.extract_tensor(reading.pixels, [mask])[0]
+                notices.add(task.relative, reading)
                 report.keypoints += len(features)
                 write = pool.submit(store.write, str(task.relative), features, task.path)
                 writing.append((task, write))
@@ -245,4 +277,7 @@ def extract_to_store(
             finish_writes(2 * num_ahead)
             bar.update()
         finish_writes(0)
+    if any(task.page > 1 for task in tasks):
+        notices.paged.clear()  # all pages are used
     report.seconds += time.monotonic() - started
+    return notices
