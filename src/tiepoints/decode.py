@@ -51,12 +51,13 @@ MAX_PAGES = 10_000
 _SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 254, 256, 257, 258, 259, 262
 _ORIENTATION, _SAMPLES, _PLANAR, _COLORMAP, _EXTRA, _FORMAT = 274, 277, 284, 320, 338, 339
 _DEPTH, _NODATA = 32997, 42113
+_BIG_ENDIAN_BIG = 0  # no tag: whether the file is a big-endian BigTIFF
 _TAGS = (
     *(_SUBFILE, _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC),
     *(_ORIENTATION, _SAMPLES, _PLANAR, _COLORMAP, _EXTRA, _FORMAT, _DEPTH, _NODATA),
 )
-#: Compressions that Pillow decodes: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, ZSTD, WebP.
-_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000, 50001))
+#: Compressions that Pillow decodes: none, CCITT, LZW, JPEG, deflate, PackBits, LZMA, ZSTD.
+_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 34925, 50000))
 #: Photometric interpretation -> number of color samples.
 _COLOR_SAMPLES = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4}
 _REFUSED_COLORS = {
@@ -112,7 +113,7 @@ def open_raster(
     max_pixels: int | None = None,
     bands: tuple[int, ...] | None = None,
 ) -> Raster:
-    """Decode a file.
+    """Decode a file; some decode only when a strip is read, so use strips in ``file_errors``.
 
     Args:
         path: the file, or ``NAME#2`` for another page than the first.
@@ -124,7 +125,7 @@ def open_raster(
         DataError: the file cannot be decoded, whatever its decoder raised.
     """
     file, page = split_page(path)
-    with _named(file):
+    with file_errors(file):
         if (tiff := _tiff_pages(file)) is not None:
             return _open_tiff(file, tiff, page, max_pixels, bands)
         if (netpbm := _open_netpbm(file, max_pixels)) is not None:
@@ -137,7 +138,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     ``open_raster``.
     """
     file, page = split_page(path)
-    with _named(file):
+    with file_errors(file):
         if (tiff := _tiff_pages(file)) is not None:
             return _tiff_size(_tiff_page(file, tiff, page)[1])
         with no_pixel_limit(), Image.open(file) as photo:
@@ -149,7 +150,7 @@ def page_count(path: str | os.PathLike) -> int:
     as ``open_raster``.
     """
     file = split_page(path)[0]
-    with _named(file):
+    with file_errors(file):
         if (tiff := _tiff_pages(file)) is not None:
             return len(tiff)
         with no_pixel_limit(), Image.open(file) as photo:
@@ -157,7 +158,7 @@ def page_count(path: str | os.PathLike) -> int:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def file_errors(path: Path) -> Iterator[None]:
     """Turn whatever a decoder raises into a ``DataError`` that names the file."""
     if not path.exists():
         raise FileNotFoundError(f"no image at {path}")
@@ -363,8 +364,8 @@ def _tiff_pages(path: Path) -> list[tuple[int, dict[int, Any]]] | None:
         header = file.read(8)
         if not header.startswith(tuple(PREFIXES)):
             return None
-        big = 43 in header[2:4]
-        directory = ImageFileDirectory_v2(header + file.read(8) if big else header)
+        big_endian_big = header.startswith(b"MM\0+")
+        directory = _directory(header + file.read(8) if 43 in header[2:4] else header)
         seen: set[int] = set()
         while (offset := directory.next) and offset not in seen and len(seen) < MAX_PAGES:
             seen.add(offset)
@@ -372,6 +373,7 @@ def _tiff_pages(path: Path) -> list[tuple[int, dict[int, Any]]] | None:
             try:
                 directory.load(file)
                 tags = {tag: directory[tag] for tag in _TAGS if tag in directory}
+                tags[_BIG_ENDIAN_BIG] = big_endian_big
             # a damaged directory ends the list, unless it is the first
             except Exception:
                 if not found:
@@ -380,6 +382,17 @@ def _tiff_pages(path: Path) -> list[tuple[int, dict[int, Any]]] | None:
             found.append((len(seen) - 1, tags))
     full = [page for page in found if not _number(page[1], _SUBFILE, 0) & 0b101]
     return full or found[:1]
+
+
+def _directory(header: bytes) -> ImageFileDirectory_v2:
+    """Reader of the directories of a TIFF with this header of 8, or in a BigTIFF 16 bytes."""
+    if not header.startswith(b"MM\0+"):
+        return ImageFileDirectory_v2(header)
+    # Pillow takes the header of a big-endian BigTIFF for that of a classic one
+    directory = ImageFileDirectory_v2(b"MM\0*" + bytes(4))
+    directory._bigtiff = True
+    directory.next = int.from_bytes(header[8:], "big")
+    return directory
 
 
 def _number(tags: dict[int, Any], tag: int, default: int) -> int:
@@ -444,7 +457,9 @@ def _pillow_reads(tags: dict[int, Any]) -> bool:
     photometric = _number(tags, _PHOTOMETRIC, 1)
     extra = _numbers(tags, _EXTRA, ())
     formats = set(_numbers(tags, _FORMAT, (1,)))
-    if _number(tags, _COMPRESSION, 1) not in _PILLOW_COMPRESSIONS or _number(tags, _DEPTH, 1) != 1:
+    if tags.get(_BIG_ENDIAN_BIG) or _number(tags, _DEPTH, 1) != 1:
+        return False
+    if _number(tags, _COMPRESSION, 1) not in _PILLOW_COMPRESSIONS:
         return False
     if formats == {3}:
         return bits == {32} and (samples, photometric) == (1, 1)
@@ -464,7 +479,8 @@ def _pillow_reads(tags: dict[int, Any]) -> bool:
 
 
 def _open_pillow_tiff(path: Path, index: int, tags: dict[int, Any]) -> Raster:
-    with no_pixel_limit(), Image.open(path) as opened:
+    # from a path, Pillow maps uncompressed pixels and confuses their rows if the image is rotated
+    with path.open("rb") as file, no_pixel_limit(), Image.open(file) as opened:
         photo: Image.Image = opened
         if index:
             photo.seek(index)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import Raster, Strip, open_raster, pillow_raster
+from .decode import Raster, Strip, file_errors, open_raster, pillow_raster, split_page
 from .errors import DataError
 from .filters import to_gray
 from .masks import connected_to_border, exclude
@@ -205,7 +205,9 @@ def read_image(
     """
     options = options or ReadOptions()
     if isinstance(source, str | os.PathLike):
-        return _read_raster(open_raster(source, max_pixels, options.band_numbers), source, options)
+        with file_errors(split_page(source)[0]):
+            raster = open_raster(source, max_pixels, options.band_numbers)
+            return _read_raster(raster, source, options)
     if isinstance(source, Image.Image):
         return _read_raster(pillow_raster(source), "the image", options)
     if isinstance(source, np.ndarray) and options.value_range != "type":
@@ -247,13 +249,14 @@ def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> T
     without masks; errors as ``load_image``.
     """
     options = options or ReadOptions()
-    raster = open_raster(source, MAX_PIXELS, options.band_numbers)
-    low, high = _limits(raster, options)
-    width, height = raster.size
-    rgb = torch.empty(1, 3, height, width)
-    for start, end in _strips(raster.size):
-        values = _finite(raster.strip(start, end)[0], low)
-        rgb[:, :, start:end] = _unit(raster, values, low, high)  # gray is repeated
+    with file_errors(split_page(source)[0]):
+        raster = open_raster(source, MAX_PIXELS, options.band_numbers)
+        low, high = _limits(raster, options)
+        width, height = raster.size
+        rgb = torch.empty(1, 3, height, width)
+        for start, end in _strips(raster.size):
+            values = _finite(raster.strip(start, end)[0], low)
+            rgb[:, :, start:end] = _unit(raster, values, low, high)  # gray is repeated
     rgb.clamp_(0, 1)
     applied = options.exif_orientation == "apply"
     return _upright(rgb, raster.orientation) if applied else rgb
