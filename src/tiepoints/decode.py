@@ -43,7 +43,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 #: Difference in counts from ``mask_value`` that the compression of JPEG causes.
-JPEG_TOLERANCE = 8.0
+JPEG_TOLERANCE = 4.0
 #: Largest number of pages that are looked for in a file.
 MAX_PAGES = 10_000
 
