@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import Raster, Strip, file_errors, open_raster, pillow_raster, split_page
+from .decode import UPRIGHT, Raster, Strip, file_errors, open_raster, pillow_raster, split_page
 from .errors import DataError
 from .filters import to_gray
 from .masks import connected_to_border, exclude
@@ -265,7 +265,7 @@ def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> T
 def to_rgb(source: ImageLike, options: ReadOptions | None = None) -> Image.Image:
     """RGB image of any source for visualization; arguments and errors as ``read_image``."""
     if isinstance(source, str | os.PathLike):
-        return Image.fromarray(_as_bytes(read_rgb(source, options)[0].permute(1, 2, 0)))
+        return _picture(source, options or ReadOptions())
     if isinstance(source, Image.Image) and not source.mode.startswith(("I", "F")):
         return source.convert("RGB")
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (3, 4):
@@ -279,6 +279,22 @@ def to_rgb(source: ImageLike, options: ReadOptions | None = None) -> Image.Image
 
 def _as_bytes(values: Tensor) -> np.ndarray:
     return (values.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _picture(path: str | os.PathLike, options: ReadOptions) -> Image.Image:
+    """RGB image of a file; 8-bit values are copied."""
+    with file_errors(split_page(path)[0]):
+        raster = open_raster(path, MAX_PIXELS, options.band_numbers)
+        if (raster.low, raster.high, raster.inverted) == (0, 255, False) and (
+            options.value_range == "type"
+        ):
+            values = raster.strip(0, raster.size[1])[0]
+            if values.dtype == np.uint8:
+                picture = Image.fromarray(values if values.shape[2] == 3 else values[..., 0])
+                if raster.orientation != 1 and options.exif_orientation == "apply":
+                    picture = picture.transpose(UPRIGHT[raster.orientation])
+                return picture.convert("RGB")
+    return Image.fromarray(_as_bytes(read_rgb(path, options)[0].permute(1, 2, 0)))
 
 
 # ---- from stored values to gray

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..decode import image_size
 from ..errors import DataError
 from .ground_truth import Dataset, HomographyPair
 
@@ -234,8 +234,7 @@ def image_size_of(path: Path) -> tuple[int, int]:
         DataError: the file cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return image.size
+        return image_size(path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be read as an image ({error}); replace or remove it"

@@ -25,7 +25,6 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..datasets.ground_truth import (
@@ -39,9 +38,10 @@ from ..datasets.ground_truth import (
     rotated_intrinsics,
     rotated_pose,
 )
+from ..decode import image_size
 from ..errors import DataError, WeightsError
 from ..files import write_json
-from ..image import load_image
+from ..image import ReadOptions, load_image, read_image
 from ..names import EVALUATION_NUM_KEYPOINTS
 from ..progress import Progress
 from ..structs import Features
@@ -130,12 +130,14 @@ class View:
             f"{pair.sequence}/{name}" + (f"-turned{rot90}" if rot90 else ""), path, resize, rot90
         )
 
-    def detect(self, detect: Callable[[Any], Any]) -> tuple[Features, float]:
+    def detect(
+        self, detect: Callable[[Any], Any], value_range: str = "type"
+    ) -> tuple[Features, float]:
         """Features and the seconds they took; includes reading the file where the stored image is
-        used unchanged.
+        used unchanged. ``value_range``: see ``image.ReadOptions``.
         """
-        source: Any = self.path
-        image = load_image(self.path)
+        source = _source(self.path, value_range)
+        image = load_image(source)
         if self.resize is not None or self.rot90:
             size = (image.shape[-1], image.shape[-2])
             target = resize_target(*size, self.resize)
@@ -150,10 +152,16 @@ class View:
 
     def intrinsics(self, K: Tensor) -> Tensor:
         """Intrinsics (3,3) of the view, from those of the stored image."""
-        with Image.open(self.path) as stored:
-            size = stored.size
+        size = image_size(self.path)
         target = resize_target(*size, self.resize)
         return rotated_intrinsics(resized_intrinsics(K, size, target), target, self.rot90)
+
+
+def _source(path: Path, value_range: str) -> Any:
+    """What a system gets of an image file: the path, or the image read with another value range."""
+    if value_range == "type":
+        return path
+    return read_image(path, ReadOptions(value_range=value_range)).pixels
 
 
 def _row(
@@ -216,6 +224,7 @@ class RunSettings:
         extras: some of ``EXTRAS``, measured on the first image of every sequence.
         resize: for posed pairs, see ``datasets.resize_target``.
         device: device of the networks.
+        value_range: see ``image.ReadOptions``; with another than ``type``, systems get tensors.
     """
 
     systems: tuple[str, ...]
@@ -225,8 +234,10 @@ class RunSettings:
     extras: tuple[str, ...] = ()
     resize: tuple[int, ...] | None = None
     device: str = "cpu"
+    value_range: str = "type"
 
     def __post_init__(self) -> None:
+        ReadOptions(value_range=self.value_range)  # raises if it is invalid
         if self.num_keypoints < 1:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
         _check_names("protocol", self.protocols, PROTOCOLS)
@@ -245,6 +256,7 @@ class RunSettings:
             "extras": list(self.extras),
             "resize": None if self.resize is None else list(self.resize),
             "device": self.device,
+            "value_range": self.value_range,
         }
 
     @property
@@ -392,7 +404,8 @@ def _check_folder(
             before = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); use another --output") from error
-        for key in ("num_points", "mode", "protocols", "resize"):
+        before.setdefault("value_range", "type")  # earlier versions had no other
+        for key in ("num_points", "mode", "protocols", "resize", "value_range"):
             if before.get(key) != content[key]:
                 raise DataError(
                     f"{folder} holds results with {key} = {before.get(key)}, requested is "
@@ -509,7 +522,7 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         path = store / f"{view.name}.npz"
         stored = load_features(path)
         if stored is None:
-            save_features(path, *view.detect(detect))
+            save_features(path, *view.detect(detect, settings.value_range))
             # read back, so that the metrics equal those of a run that finds the file
             stored = load_features(path)
         if stored is None:
@@ -524,12 +537,13 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         )
     for extra in task.extras:
         try:
+            image = _source(task.image, settings.value_range)
             if extra == "bias":
-                rows = bias(detect, task.image, num_keypoints=settings.num_keypoints)
+                rows = bias(detect, image, num_keypoints=settings.num_keypoints)
             else:
                 rows = sweep(
                     detect,
-                    task.image,
+                    image,
                     extra,
                     ROTATIONS if extra == "rotation" else FACTORS,
                     num_keypoints=settings.num_keypoints,
