@@ -161,7 +161,7 @@ def test_bands_are_refused_or_selected(tmp_path, count, dtype, planar):
         read_image(path, ReadOptions(bands="11"))
 
 
-def test_more_bands_beside_rgb_are_ignored(tmp_path):
+def test_more_bands_than_rgb_are_ignored(tmp_path):
     for dtype in ("uint8", "uint16"):
         values = stored(np.dstack([COLOR, UNIT, UNIT]), dtype)
         tifffile.imwrite(tmp_path / "a.tif", values, photometric="rgb")

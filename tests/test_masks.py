@@ -1,4 +1,4 @@
-"""Pixels without content: keypoints neither on them nor beside them, and none of their edges."""
+"""Pixels without content: keypoints neither on them nor near them, and none of their edges."""
 
 from __future__ import annotations
 

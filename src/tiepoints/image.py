@@ -54,11 +54,10 @@ class ReadOptions:
             are clipped.
         exif_orientation: ``ignore``: coordinates are those of the stored image; ``apply``: those of
             the image rotated upright.
-        mask_alpha: no keypoints on transparent pixels or beside them; an image that is transparent
+        mask_alpha: no keypoints on or near transparent pixels; an image that is transparent
             everywhere is read as opaque.
-        mask_value: no keypoints on a surround of this stored value (in all channels) that is
-            connected to the border of the image, or beside it; in JPEG files also of similar
-            values.
+        mask_value: no keypoints on or near a surround of this stored value (in all channels) that
+            is connected to the border of the image; in JPEG files also of similar values.
         bands: the band to use as gray, or the three to use as RGB, counted from 1, such as ``4`` or
             ``4,3,2``; None = the colors that the file declares.
 

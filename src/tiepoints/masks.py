@@ -1,7 +1,7 @@
 """Pixels without content: where an image is transparent, has no data, or is the uniform surround of
 a rotated orthophoto.
 
-The mask of an image excludes these pixels and ``MARGIN`` pixels beside them, and the pixels are
+The mask of an image excludes these pixels and ``MARGIN`` pixels around them, and the pixels are
 filled from their surroundings, so that the edge of the content yields no keypoints.
 """
 

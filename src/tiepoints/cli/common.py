@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,3 +208,6 @@ def configure_logging(verbose: bool, quiet: bool) -> None:
     logger = logging.getLogger("tiepoints")
     logger.handlers[:] = [_EchoHandler()]
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    # what decoders say of damaged files names no file, unlike the errors that follow
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)

@@ -235,9 +235,10 @@ def image_size_of(path: Path) -> tuple[int, int]:
     """
     try:
         return image_size(path)
-    except OSError as error:
+    except (OSError, DataError) as error:
+        reason = error.__cause__ or error
         raise DataError(
-            f"{path}: cannot be read as an image ({error}); replace or remove it"
+            f"{path}: cannot be read as an image ({reason}); replace or remove it"
         ) from error
 
 
