@@ -24,7 +24,7 @@ from torch import Tensor
 from .describe import PatchDescriptor
 from .estimation import estimate
 from .extract import Extractor
-from .image import ImageLike, load_image
+from .image import ImageLike
 from .matching import match
 from .pyramid import Pyramid
 from .structs import Features, Matches
@@ -168,7 +168,7 @@ class PairMatcher:
     def _pyramid(self, image: ImageLike, key: str | None) -> Pyramid:
         pyramid = None if key is None else self._pyramids.get(key)
         if pyramid is None:
-            pyramid = self.extractor.pyramid(load_image(image))
+            pyramid = self.extractor.pyramid(self.extractor.read(image).pixels)
         if key is not None:
             _cache(self._pyramids, key, pyramid, PYRAMIDS)
         return pyramid

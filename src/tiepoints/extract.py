@@ -23,7 +23,7 @@ from .checkpoints import load_official
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
-from .image import ImageLike, load_image
+from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image
 from .memory import tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
@@ -46,7 +46,7 @@ _RENAMED: dict[str, Callable[[Any], tuple[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class ExtractOptions(DetectOptions):
+class ExtractOptions(ReadOptions, DetectOptions):
     """Everything that determines the features of an image.
 
     Attributes:
@@ -68,7 +68,7 @@ class ExtractOptions(DetectOptions):
         memory: bytes that the process may need, at least about ``memory.MIN_MEMORY``: large images
             are processed in smaller parts; None = parts of ``regions.TILE_PIXELS``.
 
-    The other attributes are those of ``DetectOptions``.
+    The other attributes are those of ``DetectOptions`` and ``image.ReadOptions``.
 
     Raises:
         ValueError: an option is out of range or contradicts another.
@@ -85,7 +85,8 @@ class ExtractOptions(DetectOptions):
     memory: int | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        DetectOptions.__post_init__(self)
+        ReadOptions.__post_init__(self)
         if self.single_scale and (self.up_levels or self.down_levels):
             raise ValueError(
                 f"single_scale excludes pyramid levels; got up_levels={self.up_levels}, "
@@ -256,6 +257,7 @@ class Extractor:
         self.detect, self.describe, self.orient = detect, describe, orient
         self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
         self.max_size, self.options = max_size, options
+        self.notices = Notices()
 
     def pyramid(self, batch: Tensor) -> Pyramid:
         """The pyramid of images (B,1,H,W) from which their features are extracted."""
@@ -303,12 +305,26 @@ class Extractor:
         """
         batch = isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1
         if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not batch:
-            return self.extract_tensor(load_image(image), [mask])[0]
+            reading = self.read(image)
+            self.notices.add(image if isinstance(image, str | os.PathLike) else "one", reading)
+            self.notices.log(rotations=False)
+            return self.extract_tensor(reading.pixels, [self.combine(reading, mask)])[0]
         images = list(image)
         masks = [None] * len(images) if mask is None else list(mask)
         if len(masks) != len(images):
             raise ValueError(f"{len(images)} images but {len(masks)} masks")
         return [self.extract(one, m) for one, m in zip(images, masks, strict=True)]
+
+    def read(self, image: ImageLike) -> Reading:
+        """Read an image with its mask by the options of the extractor; errors as ``extract``."""
+        return read_image(image, self.options)
+
+    @staticmethod
+    def combine(reading: Reading, mask: MaskLike | None) -> Tensor | None:
+        """The mask (H,W) bool of an image that has been read, restricted by another."""
+        given = as_mask(mask, (reading.pixels.shape[-2], reading.pixels.shape[-1]))
+        own = reading.mask
+        return own if given is None else given if own is None else own & given.to(own.device)
 
     def extract_tensor(
         self, batch: Tensor, masks: Iterable[MaskLike | None] | None = None

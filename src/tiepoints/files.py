@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -111,10 +111,22 @@ def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], in
 
 @dataclass(frozen=True)
 class Task:
-    """An image file, and the relative path of its results."""
+    """An image file, and the relative path of its results.
+
+    Attributes:
+        path: the file.
+        relative: the name of the image, ``NAME#2`` for page 2 of the file ``NAME``.
+        page: page of the file, from 1.
+    """
 
     path: Path
     relative: PurePosixPath
+    page: int = 1
+
+    @property
+    def source(self) -> Path:
+        """The argument of ``image.read_image``."""
+        return self.path if self.page == 1 else self.path.with_name(f"{self.path.name}#{self.page}")
 
 
 @dataclass
@@ -153,8 +165,8 @@ def _inside(name: str) -> PurePosixPath:
 class _Collector:
     """Adds images one by one; see ``collect``."""
 
-    def __init__(self, root: Path | None, inside: bool):
-        self.root, self.inside = root, inside
+    def __init__(self, root: Path | None, inside: bool, pages: Callable[[Path], int] | None = None):
+        self.root, self.inside, self.pages = root, inside, pages
         self.tasks: dict[PurePosixPath, Task] = {}
         self.refused: list[tuple[str, str]] = []
         self.skipped = 0
@@ -171,6 +183,9 @@ class _Collector:
             self.refused.append((str(path), reason))
             return
         self.tasks[relative] = Task(path, relative)
+        for page in range(2, 1 + (1 if self.pages is None else self.pages(path))):
+            paged = relative.with_name(f"{relative.name}#{page}")
+            self.tasks[paged] = Task(path, paged, page)
 
     def add_inside(self, path: Path, folder: Path) -> None:
         start = folder if self.root is None else self.root
@@ -207,18 +222,19 @@ def collect(
     root: Path | None = None,
     *,
     inside: bool = False,
+    pages: Callable[[Path], int] | None = None,
 ) -> Collected:
     """Collect images from file names, folders, patterns and a list file.
 
     Lines of the list file are paths relative to ``root`` and become the paths of the results. Other
     results have the path as given, or, if that is absolute, from the name of the given folder on.
     With ``inside``, paths are relative to ``root`` or, without it, to the given folder, as hloc and
-    COLMAP name images.
+    COLMAP name images. With ``pages``, the number of pages of a file, each page is an image.
 
     Raises:
         FileNotFoundError: no list file.
     """
-    found = _Collector(root, inside)
+    found = _Collector(root, inside, pages)
     for given in [str(image) for image in images]:
         named = os.path.exists(given)
         names = [given] if named else sorted(glob.glob(given, recursive=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,11 +30,14 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 EXTRACT_PARAMETERS = (
     *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
     *("single_scale", "per_scale", "official", "device"),
+    *("value_range", "exif_orientation", "mask_alpha", "mask_value", "bands"),
 )
 
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
 PairOrientation = Literal["auto", "none", "rekd", "rekd-light", "dominant"]
 Format = Literal["npy", "h5", "colmap"]
+Pages = Literal["first", "all"]
+ExifOrientation = Literal["ignore", "apply"]
 Geometry = Literal["homography", "fundamental", "essential"]
 
 DetectorOption = Annotated[
@@ -113,7 +117,42 @@ MasksOption = Annotated[
     ),
 ]
 MaskAlphaOption = Annotated[
-    bool, typer.Option("--mask-alpha", help="No keypoints where an image is transparent.")
+    bool,
+    typer.Option(
+        "--mask-alpha/--no-mask-alpha", help="No keypoints where an image is transparent."
+    ),
+]
+MaskValueOption = Annotated[
+    float | None,
+    typer.Option(
+        help="No keypoints on a surround of this value that reaches the border, such as 0 for "
+        "black, 255 for white (8 bits)."
+    ),
+]
+ValueRangeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="type|auto|LO,HI",
+        help="Stored values that become black and white: the range of their type, percentiles of "
+        "the image (thermal and 12-bit images), or two values.",
+    ),
+]
+BandsOption = Annotated[
+    str | None,
+    typer.Option(metavar="N|R,G,B", help="Bands to use of a multispectral image, counted from 1."),
+]
+ExifOrientationOption = Annotated[
+    ExifOrientation,
+    typer.Option(
+        help="ignore: keypoints are in pixels of the stored image, as in COLMAP; apply: of the "
+        "upright image."
+    ),
+]
+PagesOption = Annotated[
+    Pages,
+    typer.Option(
+        help="Of multi-page and animated files: the first page, or all, named NAME#2, NAME#3 ..."
+    ),
 ]
 
 
@@ -196,3 +235,6 @@ def configure_logging(verbose: bool, quiet: bool) -> None:
     logger = logging.getLogger("tiepoints")
     logger.handlers[:] = [_EchoHandler()]
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    # what decoders say of damaged files names no file, unlike the errors that follow
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)

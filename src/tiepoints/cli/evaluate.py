@@ -13,6 +13,7 @@ from .common import (
     DeviceOption,
     JsonOption,
     SingleScaleOption,
+    ValueRangeOption,
     print_json,
     progress_wanted,
     split_names,
@@ -90,6 +91,7 @@ def evaluate(
         str | None,
         typer.Option(help="Posed pairs: resize to W,H or to a longest side."),
     ] = None,
+    value_range: ValueRangeOption = "type",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; each works on one sequence of one system.")
@@ -116,6 +118,7 @@ def evaluate(
             extras=split_names(extras),
             device=device,
             resize=tuple(int(part) for part in resize.split(",")) if resize else None,
+            value_range=value_range,
         )
         if not settings.systems:
             raise ValueError("no systems given; use --systems")
@@ -206,7 +209,8 @@ def evaluate_patches(
             typer.echo(f"{name}: {json.dumps(found[name])}")
         if output is not None:
             write_json(output, found)
-            record = {"kind": kind, "folder": str(folder), "split": split, "test_pairs": test_pairs}
+            record: dict[str, object] = {"kind": kind, "folder": str(folder), "split": split}
+            record["test_pairs"] = test_pairs
             record |= {"tasks": tasks, "systems": {name: digest(name) for name in found}}
             write_json(record_path(output, "settings.json"), with_program(record))
 

@@ -11,21 +11,26 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
+    BandsOption,
     CameraOption,
     DescriptorOption,
     DetectorOption,
     DeviceOption,
+    ExifOrientationOption,
     Geometry,
     JsonOption,
     MaskAlphaOption,
     MasksOption,
+    MaskValueOption,
     MaxSizeOption,
     MemoryOption,
     OfficialOption,
+    PagesOption,
     PairOrientationOption,
     PerScaleOption,
     SingleScaleOption,
     UprightOption,
+    ValueRangeOption,
     extract_options,
     fail,
     finish,
@@ -113,7 +118,12 @@ def match(
         bool, typer.Option("--outliers", help="Two images: draw outliers as faint dots.")
     ] = False,
     masks: MasksOption = None,
-    mask_alpha: MaskAlphaOption = False,
+    mask_alpha: MaskAlphaOption = True,
+    mask_value: MaskValueOption = None,
+    value_range: ValueRangeOption = "type",
+    bands: BandsOption = None,
+    exif_orientation: ExifOrientationOption = "ignore",
+    pages: PagesOption = "first",
     camera: CameraOption = "auto",
     max_size: MaxSizeOption = None,
     memory: MemoryOption = None,
@@ -154,8 +164,7 @@ def match(
             auto_orientation=orientation == "auto",
         )
     if not many:
-        masking = (masks, mask_alpha)
-        _match_two(images, output, extraction, options, masking, outliers, as_json)
+        _match_two(images, output, extraction, options, masks, outliers, as_json)
         return
     # with stored features, an explicit descriptor is compared with theirs
     source = context.get_parameter_source("descriptor")
@@ -179,7 +188,7 @@ def match(
             root=root_images,
             camera=camera,
             masks=masks,
-            mask_alpha=mask_alpha,
+            pages=pages,
             overwrite=overwrite,
             progress=progress_wanted(),
         )
@@ -187,7 +196,15 @@ def match(
         if pictures is not None:
             from ..jobs.pictures import draw_best_pairs
 
-            drawn = draw_best_pairs(output, images, pictures, features=features, root=root_images)
+            drawn = draw_best_pairs(
+                output,
+                images,
+                pictures,
+                features=features,
+                root=root_images,
+                pages=pages,
+                reading=extraction,
+            )
     _print_report(report, output, drawn, as_json)
 
 
@@ -210,18 +227,19 @@ def _match_two(
     output: Path | None,
     extraction: Any,
     options: Any,
-    masking: tuple[Path | None, bool],
+    masks: Path | None,
     outliers: bool,
     as_json: bool,
 ) -> None:
     from ..extract import network_label
     from ..files import Task
+    from ..image import to_rgb
     from ..jobs.extract import mask_loader
     from ..jobs.match import match_two
     from ..plot import draw_matches
 
     with user_errors():
-        load_mask = mask_loader(*masking)
+        load_mask = mask_loader(masks)
         found = [
             load_mask and load_mask(Task(Path(name), PurePosixPath(Path(name).name)))
             for name in images
@@ -236,8 +254,8 @@ def _match_two(
                 f"{inliers} inliers of {len(result.matches)} matches"
             )
             draw_matches(
-                images[0],
-                images[1],
+                to_rgb(images[0], extraction),
+                to_rgb(images[1], extraction),
                 result.xy_a,
                 result.xy_b,
                 estimate.inliers,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..decode import image_size
 from ..errors import DataError
 from .ground_truth import Dataset, HomographyPair
 
@@ -234,11 +234,11 @@ def image_size_of(path: Path) -> tuple[int, int]:
         DataError: the file cannot be read.
     """
     try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
+        return image_size(path)
+    except (OSError, DataError) as error:
+        reason = error.__cause__ or error
         raise DataError(
-            f"{path}: cannot be read as an image ({error}); replace or remove it"
+            f"{path}: cannot be read as an image ({reason}); replace or remove it"
         ) from error
 
 

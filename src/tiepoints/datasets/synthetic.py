@@ -22,10 +22,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..decode import file_errors, image_size, no_pixel_limit
 from ..errors import DataError
 from ..files import list_images
 from ..filters import gaussian_blur, sobel, to_gray
 from ..geometry import pixel_grid, sample_at, warp_points
+from ..image import to_rgb
 from ..progress import track
 
 #: Seed of the split into training and validation photographs, the same for every training, so that
@@ -222,10 +224,9 @@ def usable_photos(paths: Sequence[Path], min_side: int = MIN_SIDE) -> tuple[list
     usable, rejected = [], []
     for path in track(paths, unit="image", label="scan"):
         try:
-            with Image.open(path) as photo:
-                width, height = photo.size
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            rejected.append(f"{path}: cannot be read ({error})")
+            width, height = image_size(path)
+        except (OSError, DataError) as error:
+            rejected.append(str(error))
             continue
         if min(width, height) < min_side:
             rejected.append(
@@ -265,25 +266,16 @@ def read_photo(path: Path, max_side: int = 0) -> np.ndarray:
     Raises:
         DataError: the file cannot be decoded.
     """
-    try:
-        with Image.open(path) as photo:
+    with file_errors(path), no_pixel_limit(), Image.open(path) as photo:
+        if photo.format == "JPEG":
             if max_side:
-                photo.draft("RGB", (max_side, max_side))  # decodes JPEG at a reduced size
-            rgb = _as_eight_bit(photo).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
+                photo.draft("RGB", (max_side, max_side))  # decodes at a reduced size
+            rgb = photo.convert("RGB")
+        else:
+            rgb = to_rgb(path)
     if max_side and max(rgb.size) > max_side:
         rgb.thumbnail((max_side, max_side), Image.Resampling.BOX)
     return np.asarray(rgb)
-
-
-def _as_eight_bit(photo: Image.Image) -> Image.Image:
-    """Rescale 16-bit and float images to 8 bits by the value range of their type."""
-    if photo.mode.startswith("I;16") or photo.mode in ("I", "F"):
-        values = np.asarray(photo, dtype=np.float32)
-        top = 1.0 if photo.mode == "F" else 65535.0
-        return Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
-    return photo
 
 
 def distort_color(

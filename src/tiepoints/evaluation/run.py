@@ -20,12 +20,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..datasets.ground_truth import (
@@ -39,10 +39,11 @@ from ..datasets.ground_truth import (
     rotated_intrinsics,
     rotated_pose,
 )
+from ..decode import image_size
 from ..errors import DataError, WeightsError
 from ..files import write_json, write_text
 from ..formats.records import compatible_version, file_stamp, json_digest, with_program
-from ..image import load_image
+from ..image import ReadOptions, load_image, read_image
 from ..names import EVALUATION_NUM_KEYPOINTS
 from ..progress import Progress
 from ..structs import Features
@@ -141,12 +142,14 @@ class View:
             f"{pair.sequence}/{name}" + (f"-turned{rot90}" if rot90 else ""), path, resize, rot90
         )
 
-    def detect(self, detect: Callable[[Any], Any]) -> tuple[Features, float]:
+    def detect(
+        self, detect: Callable[[Any], Any], value_range: str = "type"
+    ) -> tuple[Features, float]:
         """Features and the seconds they took; includes reading the file where the stored image is
-        used unchanged.
+        used unchanged. ``value_range``: see ``image.ReadOptions``.
         """
-        source: Any = self.path
-        image = load_image(self.path)
+        source = _source(self.path, value_range)
+        image = load_image(source)
         if self.resize is not None or self.rot90:
             size = (image.shape[-1], image.shape[-2])
             target = resize_target(*size, self.resize)
@@ -161,10 +164,16 @@ class View:
 
     def intrinsics(self, K: Tensor) -> Tensor:
         """Intrinsics (3,3) of the view, from those of the stored image."""
-        with Image.open(self.path) as stored:
-            size = stored.size
+        size = image_size(self.path)
         target = resize_target(*size, self.resize)
         return rotated_intrinsics(resized_intrinsics(K, size, target), target, self.rot90)
+
+
+def _source(path: Path, value_range: str) -> Any:
+    """What a system gets of an image file: the path, or the image read with another value range."""
+    if value_range == "type":
+        return path
+    return read_image(path, ReadOptions(value_range=value_range)).pixels
 
 
 def _row(
@@ -227,6 +236,7 @@ class RunSettings:
         extras: some of ``EXTRAS``, measured on the first image of every sequence.
         resize: for posed pairs, see ``datasets.resize_target``.
         device: device of the networks.
+        value_range: see ``image.ReadOptions``; with another than ``type``, systems get tensors.
     """
 
     systems: tuple[str, ...]
@@ -236,8 +246,10 @@ class RunSettings:
     extras: tuple[str, ...] = ()
     resize: tuple[int, ...] | None = None
     device: str = "cpu"
+    value_range: str = "type"
 
     def __post_init__(self) -> None:
+        ReadOptions(value_range=self.value_range)  # raises if it is invalid
         if self.num_keypoints < 1:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
         _check_names("protocol", self.protocols, PROTOCOLS)
@@ -256,6 +268,7 @@ class RunSettings:
             "extras": list(self.extras),
             "resize": None if self.resize is None else list(self.resize),
             "device": self.device,
+            "value_range": self.value_range,
         }
 
     @property
@@ -349,9 +362,8 @@ def _tasks(dataset: Dataset, settings: RunSettings, folder: Path) -> list[Task]:
     for name in settings.systems:
         record = system_record(_spec(name))
         valid = {(p.sequence, p.name): _pair_inputs(p, record, settings) for p in dataset.pairs}
-        done = _valid_rows(
-            _rows_path(folder, "rows", name), lambda row, valid=valid: valid.get(_pair_key(row))
-        )
+        expected = partial(_expected, valid, _pair_key)
+        done = _valid_rows(_rows_path(folder, "rows", name), expected)
         done_pairs = {_pair_key(row) for row in done if row["ok"]}
         images: dict[str, Path] = {}
         for pair in dataset.pairs:
@@ -390,6 +402,13 @@ def _pair_inputs(pair: Pair, record: dict[str, Any], settings: RunSettings) -> s
     return _inputs(record, settings, sorted(settings.protocols), truth, stamps)
 
 
+def _expected(
+    valid: dict[Any, Any], key: Callable[[dict[str, Any]], Any], row: dict[str, Any]
+) -> Any:
+    """What ``valid`` has for a row."""
+    return valid.get(key(row))
+
+
 def _valid_extras(
     folder: Path, name: str, record: dict[str, Any], images: list[Path], settings: RunSettings
 ) -> set[tuple[str, str]]:
@@ -397,7 +416,8 @@ def _valid_extras(
     valid = {str(image): _inputs(record, settings, file_stamp(image)) for image in images}
     found = set()
     for part in {_part(extra) for extra in settings.extras}:
-        rows = _valid_rows(_rows_path(folder, part, name), lambda row: valid.get(row.get("image")))
+        expected = partial(_expected, valid, lambda row: row.get("image"))
+        rows = _valid_rows(_rows_path(folder, part, name), expected)
         found |= {("bias" if part == "bias" else r["kind"], r["image"]) for r in rows if r["ok"]}
     return found
 
@@ -463,7 +483,8 @@ def _check_folder(
             before = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); use another --output") from error
-        for key in ("num_points", "mode", "protocols", "resize"):
+        before.setdefault("value_range", "type")  # earlier versions had no other
+        for key in ("num_points", "mode", "protocols", "resize", "value_range"):
             if before.get(key) != content[key]:
                 raise DataError(
                     f"{folder} holds results with {key} = {before.get(key)}, requested is "
@@ -577,7 +598,7 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         inputs = _inputs(task.record, settings, file_stamp(view.path), view.rot90)
         stored = load_features(path, inputs=inputs)
         if stored is None:
-            save_features(path, *view.detect(detect), inputs)
+            save_features(path, *view.detect(detect, settings.value_range), inputs)
             # read back, so that the metrics equal those of a run that finds the file
             stored = load_features(path)
         if stored is None:
@@ -592,12 +613,13 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
     for extra in task.extras:
         inputs = _inputs(task.record, settings, file_stamp(task.image))
         try:
+            image = _source(task.image, settings.value_range)
             if extra == "bias":
-                rows = bias(detect, task.image, num_keypoints=settings.num_keypoints)
+                rows = bias(detect, image, num_keypoints=settings.num_keypoints)
             else:
                 rows = sweep(
                     detect,
-                    task.image,
+                    image,
                     extra,
                     ROTATIONS if extra == "rotation" else FACTORS,
                     num_keypoints=settings.num_keypoints,

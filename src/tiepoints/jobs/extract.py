@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from ..decode import page_count
 from ..errors import DataError
 from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect
@@ -29,7 +28,7 @@ from ..formats.store import (
     images_path,
     settings_path,
 )
-from ..image import load_alpha, load_image
+from ..image import Notices, Reading, load_image
 from ..names import FORMATS
 from ..progress import Progress
 from ..structs import Features
@@ -70,7 +69,7 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: invalid settings.
     """
-    names = ("half", "camera", "masks", "mask_alpha")
+    names = ("half", "camera", "masks")
     store: dict[str, Any] = {name: content[name] for name in names if name in content}
     options = {name: value for name, value in content.items() if name not in store}
     # the weights of then, not those that have their names now
@@ -137,7 +136,7 @@ def extract_images(
     camera: str = "auto",
     half: bool = False,
     masks: Path | None = None,
-    mask_alpha: bool = False,
+    pages: str = "first",
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
@@ -152,7 +151,7 @@ def extract_images(
         half: store descriptors as float16 (``h5``).
         masks: folder of masks ``NAME.png`` or ``NAME.EXT.png`` (as COLMAP's) for ``NAME.EXT``; no
             keypoints where they are 0.
-        mask_alpha: no keypoints where an image is fully transparent.
+        pages: ``first`` page of each file, or ``all``, whose names end in ``#2``, ``#3``, ...
         overwrite: extract images with stored features again.
         workers: number of threads for reading and writing.
 
@@ -162,13 +161,15 @@ def extract_images(
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
-    load_mask = mask_loader(masks, mask_alpha)
-    found = collect(images, list_file, root, inside=format != "npy")
+    if format == "colmap":
+        refuse_rotation(options)
+    load_mask = mask_loader(masks)
+    found = collect(images, list_file, root, inside=format != "npy", pages=counted_pages(pages))
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
     if found.tasks:
         extractor = options.build()
         settings = options.to_json()
-        settings |= mask_settings(masks, mask_alpha)
+        settings |= mask_settings(masks)
         if half and format == "h5":
             settings["half"] = True
         if format == "colmap":
@@ -177,7 +178,7 @@ def extract_images(
             check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
                 clear_features(store)
-            extract_to_store(
+            notices = extract_to_store(
                 found.tasks,
                 extractor,
                 store,
@@ -189,14 +190,14 @@ def extract_images(
                 workers=workers,
                 progress=progress,
             )
+            notices.log()
     report.failed = found.refused + report.failed
     return report
 
 
-def mask_settings(masks: Path | None, mask_alpha: bool) -> dict[str, Any]:
+def mask_settings(masks: Path | None) -> dict[str, Any]:
     """What the record of extracted features says about their masks."""
-    settings: dict[str, Any] = {} if masks is None else {"masks": str(masks)}
-    return {**settings, "mask_alpha": True} if mask_alpha else settings
+    return {} if masks is None else {"masks": str(masks)}
 
 
 def _mask_names(task: Task) -> tuple[str, str]:
@@ -221,27 +222,54 @@ def source_record(task: Task, masks: Path | None) -> dict[str, Any] | None:
     return record if mask is None else {**record, "mask": file_stamp(mask)}
 
 
-def mask_loader(folder: Path | None, alpha: bool) -> MaskLoader | None:
-    """The masks of images, from a folder and from their transparency; None without either.
+def counted_pages(pages: str) -> Callable[[Path], int] | None:
+    """The argument ``pages`` of ``files.collect`` for ``first`` or ``all`` pages.
+
+    Raises:
+        ValueError: another value.
+    """
+    if pages not in ("first", "all"):
+        raise ValueError(f"pages must be first or all, got {pages!r}")
+
+    def count(path: Path) -> int:
+        try:
+            return page_count(path)
+        except (DataError, OSError):
+            return 1  # reading it says why
+
+    return count if pages == "all" else None
+
+
+def refuse_rotation(options: ExtractOptions) -> None:
+    """Raise for features of COLMAP whose coordinates are not those of the stored image.
+
+    Raises:
+        ValueError: EXIF orientations are applied.
+    """
+    if options.exif_orientation == "apply":
+        raise ValueError(
+            "COLMAP reads images as stored, so keypoints must be those of the stored image: use "
+            "--exif-orientation ignore for a database; match finds the rotation of each pair"
+        )
+
+
+def mask_loader(folder: Path | None) -> MaskLoader | None:
+    """The masks of images in a folder; None without one.
 
     Raises:
         FileNotFoundError: no such folder.
     """
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {folder}")
-    if folder is None and not alpha:
+    if folder is None:
         return None
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of masks at {folder}")
 
     def load_mask(task: Task) -> Any:
-        opaque = load_alpha(task.path) if alpha else None
-        if folder is None:
-            return opaque
         path = find_mask(task, folder)
         if path is None:
             names = " or ".join(str(folder / name) for name in _mask_names(task))
             raise DataError(f"no mask {names}")
-        mask = load_image(path)[0, 0] != 0
-        return mask if opaque is None else mask & opaque
+        return load_image(path)[0, 0] != 0
 
     return load_mask
 
@@ -312,11 +340,11 @@ def extract_to_store(
     overwrite: bool = False,
     workers: int = 2,
     progress: bool = True,
-) -> None:
+) -> Notices:
     """Extract each task to ``store``, with ``workers`` threads for reading and writing.
 
     Images with features of the same file are skipped (``images_path``). Images that cannot be read
-    or extracted are added to ``report.failed``.
+    or extracted are added to ``report.failed``. Returns what users should know about the others.
 
     Args:
         masks: folder of the masks that ``load_mask`` reads.
@@ -327,31 +355,46 @@ def extract_to_store(
             tasks, store, log, report, described=described, masks=masks, overwrite=overwrite
         )
 
-        def load(task: Task) -> tuple[dict[str, Any] | None, Tensor, Any]:
+        def load(task: Task) -> _Loaded:
             # before the image is read, so that a replacement during the extraction is noticed
             record = source_record(task, masks)
-            return record, load_image(task.path), None if load_mask is None else load_mask(task)
+            mask = None if load_mask is None else load_mask(task)
+            return _Loaded(record, extractor.read(task.source), mask)
 
         def write(task: Task, features: Features, record: dict[str, Any] | None) -> None:
             digest = store.write(str(task.relative), features, task.path)
             log.put(str(task.relative), **(record or {}), features=digest)
 
-        _extract_tasks(todo, extractor, load, write, report, workers=workers, progress=progress)
+        notices = _extract_tasks(
+            todo, extractor, load, write, report, workers=workers, progress=progress
+        )
+    if any(task.page > 1 for task in tasks):
+        notices.paged.clear()  # all pages are used
     report.seconds += time.monotonic() - started
+    return notices
+
+
+@dataclass
+class _Loaded:
+    """An image that has been read, with the record of its file and a mask from another file."""
+
+    record: dict[str, Any] | None
+    reading: Reading
+    mask: Any
 
 
 def _extract_tasks(
     todo: deque[Task],
     extractor: Extractor,
-    load: Callable[[Task], tuple[dict[str, Any] | None, Tensor, Any]],
+    load: Callable[[Task], _Loaded],
     write: Callable[[Task, Features, dict[str, Any] | None], None],
     report: ExtractReport,
     *,
     workers: int,
     progress: bool,
-) -> None:
+) -> Notices:
     """Extract tasks, while threads load images and write features."""
-    loading: deque[tuple[Task, Future[tuple[dict[str, Any] | None, Tensor, Any]]]] = deque()
+    loading: deque[tuple[Task, Future[_Loaded]]] = deque()
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def finish_writes(limit: int) -> None:
@@ -363,6 +406,7 @@ def _extract_tasks(
             except (OSError, DataError) as error:
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
+    notices = Notices()
     num_ahead = max(1, workers) + 1
     bar = Progress(len(todo), unit="image", label="extract", enabled=progress)
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
@@ -372,10 +416,12 @@ def _extract_tasks(
                 loading.append((task, pool.submit(load, task)))
             task, future = loading.popleft()
             try:
-                record, image, mask = future.result()
-                features = extractor.extract_tensor(image, [mask])[0]
+                loaded = future.result()
+                mask = extractor.combine(loaded.reading, loaded.mask)
+                features = extractor.extract_tensor(loaded.reading.pixels, [mask])[0]
+                notices.add(task.relative, loaded.reading)
                 report.keypoints += len(features)
-                writing.append((task, pool.submit(write, task, features, record)))
+                writing.append((task, pool.submit(write, task, features, loaded.record)))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 report.failed.append((str(task.path), reason))
@@ -383,3 +429,4 @@ def _extract_tasks(
             finish_writes(2 * num_ahead)
             bar.update()
         finish_writes(0)
+    return notices

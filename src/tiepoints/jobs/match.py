@@ -40,7 +40,7 @@ from ..formats.store import (
     open_features,
     own_settings,
 )
-from ..image import ImageLike, load_image
+from ..image import ImageLike, Notices, ReadOptions, read_image
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS
 from ..progress import track
@@ -49,10 +49,12 @@ from ..structs import Estimate, Features, Matches
 from .extract import (
     ExtractReport,
     check_store,
+    counted_pages,
     extract_to_store,
     mask_loader,
     mask_settings,
     normalize_match_settings,
+    refuse_rotation,
 )
 
 logger = logging.getLogger(__name__)
@@ -187,11 +189,17 @@ def match_two(
     options = options or MatchOptions()
     extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=MATCH_MAX_SIZE)
     extractor = extraction.build() if isinstance(extraction, ExtractOptions) else extraction
-    pixels_a, pixels_b = load_image(image_a), load_image(image_b)
-    a = extractor.extract_tensor(pixels_a, masks[:1])[0]
-    b = extractor.extract_tensor(pixels_b, masks[1:])[0]
+    read_a, read_b = extractor.read(image_a), extractor.read(image_b)
+    pixels_a, pixels_b = read_a.pixels, read_b.pixels
+    a = extractor.extract_tensor(pixels_a, [extractor.combine(read_a, masks[0])])[0]
+    b = extractor.extract_tensor(pixels_b, [extractor.combine(read_b, masks[1])])[0]
     matcher = options.matcher()
-    if options.auto_orientation and can_reorient(extractor):
+    reorient = options.auto_orientation and can_reorient(extractor)
+    notices = Notices()
+    for name, reading in ((image_a, read_a), (image_b, read_b)):
+        notices.add(name if isinstance(name, str | Path) else "one in memory", reading)
+    notices.log(rotations=not reorient)
+    if reorient:
         oriented = PairMatcher(extractor, matcher)(a, b, pixels_b)
         matches, b = oriented.matches, oriented.b
     else:
@@ -244,7 +252,7 @@ def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], lis
     """
     found, missing = [], []
     for task in tasks:
-        parts = task.path.resolve().parts[1:]
+        parts = task.source.resolve().parts[1:]
         suffixes = ["/".join(parts[i:]) for i in range(len(parts))]
         name = next((name for name in (str(task.relative), *suffixes) if name in store), None)
         if name is None:
@@ -479,6 +487,7 @@ class _Source:
         settings: settings of the extraction; for features of other programs, their path.
         failed: images without features, with a reason.
         matcher: see ``match_to_store``.
+        reading: how the images were read.
     """
 
     store: Any
@@ -486,6 +495,7 @@ class _Source:
     settings: dict[str, Any]
     failed: list[tuple[str, str]]
     matcher: NamedMatcher | None = None
+    reading: ReadOptions = field(default_factory=ReadOptions)
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -501,7 +511,7 @@ def match_images(
     root: Path | None = None,
     camera: str = "auto",
     masks: Path | None = None,
-    mask_alpha: bool = False,
+    pages: str = "first",
     overwrite: bool = False,
     progress: bool = True,
 ) -> MatchReport:
@@ -520,7 +530,7 @@ def match_images(
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
-        masks, mask_alpha: see ``extract_images``.
+        masks, pages: see ``extract_images``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: no pairs, or invalid arguments or
@@ -530,7 +540,7 @@ def match_images(
     listed = None if pairs is None else list(read_pairs(pairs))
     if listed is not None and not listed:
         raise DataError(f"{pairs} lists no pairs; it needs two names per line")
-    found = collect(images, root=root, inside=True)
+    found = collect(images, root=root, inside=True, pages=counted_pages(pages))
     if images and not found.tasks and listed is None:
         path, reason = found.refused[0] if found.refused else ("", "none given")
         raise DataError(f"no images: {path}: {reason}")
@@ -543,7 +553,7 @@ def match_images(
                 tasks = [task for task in tasks if str(task.relative) in names]
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
-            storing = _Storing(camera, masks, mask_alpha, overwrite, progress)
+            storing = _Storing(camera, masks, overwrite, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             descriptor = None if extraction is None else extraction.descriptor
@@ -557,8 +567,9 @@ def match_images(
         if features is not None:  # without images, no rotation is estimated
             settings.pop("orientation", None)
         check_match_store(store, settings, overwrite)
-        files = {str(task.relative): task.path for task in tasks}
-        with _Refinement(output, store, files, enabled=database and options.refine) as refinement:
+        files = {str(task.relative): task.source for task in tasks}
+        refine = database and options.refine
+        with _Refinement(output, store, files, source.reading, enabled=refine) as refinement:
             report = match_to_store(
                 selected,
                 source.store,
@@ -583,8 +594,8 @@ def _record_source(store: MatchStore, settings: dict[str, Any]) -> None:
         return
     with RecordLog(matches_path(store)) as log:
         digests = {name: entry.get("features") for name, entry in log.entries.items()}
-    stamp = file_stamp(Path(settings["features"]["path"])) or [None, None]
-    source = {"size": stamp[0], "mtime_ns": stamp[1], "digest": json_digest(digests)}
+    size, modified = file_stamp(Path(settings["features"]["path"])) or (None, None)
+    source = {"size": size, "mtime_ns": modified, "digest": json_digest(digests)}
     write_json(match_settings_path(store), with_program({**settings, "source": source}))
 
 
@@ -633,7 +644,6 @@ class _Storing:
 
     camera: str
     masks: Path | None
-    mask_alpha: bool
     overwrite: bool
     progress: bool
 
@@ -647,10 +657,11 @@ def _extract_source(
     storing: _Storing,
 ) -> _Source:
     """Features of images, extracted unless they are stored."""
-    load_mask = mask_loader(storing.masks, storing.mask_alpha)
-    settings = {**extraction.to_json(), **mask_settings(storing.masks, storing.mask_alpha)}
+    load_mask = mask_loader(storing.masks)
+    settings = {**extraction.to_json(), **mask_settings(storing.masks)}
     store: Any
     if output.suffix == ".db":
+        refuse_rotation(extraction)
         store = stack.enter_context(ColmapDatabase(output, camera=storing.camera, write=True))
         settings["camera"] = storing.camera
     else:
@@ -658,7 +669,7 @@ def _extract_source(
     check_store(store, settings, storing.overwrite)
     extractor = extraction.build()
     report = ExtractReport()
-    extract_to_store(
+    notices = extract_to_store(
         tasks,
         extractor,
         store,
@@ -668,10 +679,11 @@ def _extract_source(
         masks=storing.masks,
         progress=storing.progress,
     )
-    files = {str(task.relative): task.path for task in tasks}
+    notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
+    files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]
     matcher = named_matcher(extractor, files, options)
-    return _Source(store, names, settings, report.failed, matcher)
+    return _Source(store, names, settings, report.failed, matcher, extraction)
 
 
 def _stored_source(
@@ -701,7 +713,7 @@ def _stored_source(
             f"{features} has {stored} descriptors, not {descriptor}; omit --descriptor or extract "
             "again"
         )
-    return _Source(store, names, settings, missing)
+    return _Source(store, names, settings, missing, reading=ReadOptions.of_record(settings))
 
 
 class _Refinement:
@@ -709,9 +721,17 @@ class _Refinement:
     match to the end of the refinement, so that the next run completes an interrupted one.
     """
 
-    def __init__(self, output: Path, store: Any, images: dict[str, Path], *, enabled: bool):
+    def __init__(
+        self,
+        output: Path,
+        store: Any,
+        images: dict[str, Path],
+        reading: ReadOptions,
+        *,
+        enabled: bool,
+    ):
         self.marker = record_path(output, "refinement-pending")
-        self.store, self.images, self.enabled = store, images, enabled
+        self.store, self.images, self.reading, self.enabled = store, images, reading, enabled
         self.interrupted = self.marker.exists()
 
     def __enter__(self) -> _Refinement:
@@ -728,12 +748,15 @@ class _Refinement:
         verified = self.store.verify(pairs)
         complete = all(name in self.images for pair in pairs for name in pair)
         if self.enabled and (changed or self.interrupted) and complete:
-            return refine_database(self.store, pairs, self.images)
+            return refine_database(self.store, pairs, self.images, self.reading)
         return verified
 
 
 def refine_database(
-    database: ColmapDatabase, pairs: list[tuple[str, str]], images: dict[str, Path]
+    database: ColmapDatabase,
+    pairs: list[tuple[str, str]],
+    images: dict[str, Path],
+    reading: ReadOptions | None = None,
 ) -> int:
     """Refine the keypoints of a database to consistent subpixel positions along the tracks of its
     verified matches, and verify again.
@@ -741,6 +764,7 @@ def refine_database(
     Args:
         database: open for writing; ``pairs`` have been verified.
         images: name -> file.
+        reading: how the images were read.
 
     Returns:
         the number of pairs with a geometry.
@@ -751,7 +775,11 @@ def refine_database(
     names = sorted({name for pair in pairs for name in pair})
     keypoints = {name: database.read(name).keypoints for name in names}
     inliers = matched_pairs(pairs, database.read_inliers)
-    for name, xy in refine_tracks(keypoints, inliers, lambda name: images[name]).items():
+
+    def pixels(name: str) -> Tensor:
+        return read_image(images[name], reading).pixels
+
+    for name, xy in refine_tracks(keypoints, inliers, pixels).items():
         database.move_keypoints(name, xy)
     database.forget_geometry(pairs)
     return database.verify(pairs)

@@ -11,7 +11,9 @@ from ..files import collect, natural
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import MatchFile
 from ..formats.store import open_features
+from ..image import ReadOptions, to_rgb
 from ..plot import draw_matches
+from .extract import counted_pages
 
 #: Default number of pairs.
 BEST_PAIRS = 10
@@ -25,14 +27,17 @@ def draw_best_pairs(
     features: Path | None = None,
     root: Path | None = None,
     count: int = BEST_PAIRS,
+    pages: str = "first",
+    reading: ReadOptions | None = None,
 ) -> list[Path]:
     """Draw the pairs with the most matches of a file that ``match_images`` wrote.
 
     Args:
         matches: ``.h5`` or ``.db``.
-        images, root: arguments of ``match_images``.
+        images, root, pages: arguments of ``match_images``.
         output: folder of the image files.
         features: path of the features; by default that of ``match_images``.
+        reading: how the images were read.
 
     Returns:
         the image files, the pair with the most matches first.
@@ -40,9 +45,8 @@ def draw_best_pairs(
     Raises:
         DataError: the matches or features cannot be read.
     """
-    files = {
-        str(task.relative): task.path for task in collect(images, root=root, inside=True).tasks
-    }
+    found = collect(images, root=root, inside=True, pages=counted_pages(pages))
+    files = {str(task.relative): task.source for task in found.tasks}
     store: Any
     database = matches.suffix == ".db"
     source = features or (matches if database else matches.with_name(f"{matches.stem}.features.h5"))
@@ -52,18 +56,19 @@ def draw_best_pairs(
         store if database else open_features(source) as stored,
     ):
         names = sorted((name for name in stored.names() if name in files), key=natural)
-        found = [
+        matched = [
             (len(store.read_matches(a, b)), a, b)
             for a, b in combinations(names, 2)
             if store.has_matches(a, b)
         ]
-        if not found:
+        if not matched:
             raise DataError(f"{matches} has no matches of these images to draw")
-        for _, a, b in sorted(found, key=lambda item: -item[0])[:count]:
+        for _, a, b in sorted(matched, key=lambda item: -item[0])[:count]:
             pair_matches = store.read_matches(a, b)
             xy_a, xy_b = pair_matches.positions(stored.read(a), stored.read(b))
             path = output / f"{Path(a).stem}-{Path(b).stem}.jpg"
             caption = f"{a} - {b}: {len(pair_matches)} matches"
-            draw_matches(files[a], files[b], xy_a, xy_b, caption=caption, path=path)
+            shown = to_rgb(files[a], reading), to_rgb(files[b], reading)
+            draw_matches(*shown, xy_a, xy_b, caption=caption, path=path)
             written.append(path)
     return written

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 from ...errors import WeightsError
 from ...filters import to_gray
 from ...formats.interop import from_laf
-from ...image import ImageLike, load_image
+from ...image import ImageLike, load_image, read_rgb
 from ...structs import Features, Keypoints
 
 #: DISK needs more than 16 pixels; images with a shorter side are padded to this by replication.
@@ -108,9 +107,7 @@ def load_rgb(source: ImageLike) -> Tensor:
     repeated in the channels. Raises the errors of ``load_image``.
     """
     if isinstance(source, str | os.PathLike):
-        gray = load_image(source)  # raises for invalid files
-        with Image.open(Path(source)) as photo:
-            return load_rgb(photo) if _has_color(photo) else gray.expand(-1, 3, -1, -1)
+        return read_rgb(source)
     if isinstance(source, Image.Image) and _has_color(source):
         source = np.asarray(source.convert("RGB"))
     if isinstance(source, np.ndarray) and source.ndim == 3 and source.shape[2] in (3, 4):
