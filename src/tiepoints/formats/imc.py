@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..errors import DataError
-from ..files import is_image_name, remove_temporary, write_text
+from ..files import NOT_TEXT, is_image_name, is_text, remove_temporary, write_text
 from ..structs import Features, Keypoints, Matches
 from .hdf5 import atomic_hdf5
 from .imc_check import Violation, check_imc
@@ -120,9 +120,13 @@ def _find_images(sequence: Path, skipped: list[tuple[str, str]]) -> dict[str, Pa
     images: dict[str, Path] = {}
     for folder in (sequence / "set_100" / "images", sequence / "images", sequence):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.startswith(".") or not path.is_file():
+            if path.name.startswith(".") or path.is_dir():
                 continue
-            if path.suffix not in SUFFIXES:
+            if not path.is_file():
+                skipped.append((str(path), "a broken link"))
+            elif not is_text(path.name):
+                skipped.append((str(path), NOT_TEXT))
+            elif path.suffix not in SUFFIXES:
                 if is_image_name(path):
                     formats = " and ".join(SUFFIXES)
                     reason = f"the benchmark reads only {formats}; convert or rename it"

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..extract import ExtractOptions, Extractor
-from ..files import Task, collect
+from ..files import Task, collect, is_disk_full
 from ..formats.store import FILE_NAMES, FeatureStore, check_settings, create_features, settings_path
 from ..image import load_alpha, load_image
 from ..names import FORMATS
@@ -135,7 +135,9 @@ def extract_images(
             settings["half"] = True
         if format == "colmap":
             settings["camera"] = camera
-        with create_features(format, output, camera=camera, half=half) as store:
+        with create_features(
+            format, output, camera=camera, half=half, overwrite=overwrite
+        ) as store:
             check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
                 store.clear()
@@ -205,7 +207,7 @@ def extract_to_store(
     started = time.monotonic()
     todo: deque[Task] = deque()
     for task in tasks:
-        if store.done(str(task.relative), described=described) and not overwrite:
+        if not overwrite and store.done(str(task.relative), described=described):
             report.skipped += 1
         else:
             todo.append(task)
@@ -213,7 +215,14 @@ def extract_to_store(
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def load(task: Task) -> tuple[Tensor, Any]:
-        return load_image(task.path), None if load_mask is None else load_mask(task)
+        try:
+            return load_image(task.path), None if load_mask is None else load_mask(task)
+        except (OSError, DataError, ValueError):
+            raise
+        except Exception as error:  # decoders raise various types for damaged files
+            raise DataError(
+                f"{task.path} cannot be decoded ({type(error).__name__}: {first_line(error)})"
+            ) from error
 
     def finish_writes(limit: int) -> None:
         while len(writing) > limit:
@@ -222,6 +231,11 @@ def extract_to_store(
                 future.result()
                 report.done += 1
             except (OSError, DataError) as error:
+                if is_disk_full(error):
+                    raise OSError(
+                        f"the features of {task.path} could not be written ({error}); free space "
+                        "and run again: it resumes"
+                    ) from error
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
     num_ahead = max(1, workers) + 1
@@ -239,7 +253,7 @@ def extract_to_store(
                 write = pool.submit(store.write, str(task.relative), features, task.path)
                 writing.append((task, write))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 report.failed.append((str(task.path), reason))
                 logger.debug("failed: %s: %s", task.path, reason)
             finish_writes(2 * num_ahead)

@@ -85,7 +85,8 @@ def export_imc(
     ]
     with ExitStack() as stack:
         # the lock of this file also protects the submission
-        store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
+        path = _sibling(output, "features.h5")
+        store = stack.enter_context(FeatureFile(path, write=True, overwrite=overwrite))
         check_store(store, extraction.to_json(), overwrite)
         extractor = extraction.build()
         report = ExtractReport()
@@ -103,7 +104,8 @@ def export_imc(
         names = {sequence: _keys(sequence, paths, store) for sequence, paths in sequences.items()}
         match_store = None
         if matches:
-            match_store = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
+            path = _sibling(output, "matches.h5")
+            match_store = stack.enter_context(MatchFile(path, write=True, overwrite=overwrite))
             settings = {**options.to_json(database=False), "features": extraction.to_json()}
             check_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}
