@@ -72,7 +72,7 @@ def export_imc(
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
             that cannot be used; the message names the remedy.
     """
-    sequences, refused = imc.find_sequences(images)
+    sequences, refused, skipped = imc.find_sequences(images)
     config = _make_config(output, label, sequences, extraction, options, matches)
     if not sequences:
         raise DataError(
@@ -100,6 +100,7 @@ def export_imc(
             workers=workers,
             progress=progress,
         )
+        report.ignored = skipped
         result = Submission(len(sequences), report, failed=refused + report.failed)
         names = {sequence: _keys(sequence, paths, store) for sequence, paths in sequences.items()}
         match_store = None

@@ -672,7 +672,8 @@ def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
     unlisted = sorted({n for pair in pairs for n in pair if re.search(r"[\t\n\r]|^\s|\s$", n)})
     if unlisted:
         logger.warning(
-            "%s does not list the pairs of %s: a name in a list cannot contain tabs or line breaks",
+            "%s does not list the pairs of %s: a name in a list cannot contain "
+            "tabs, line breaks, or spaces at its ends",
             path,
             ", ".join(map(printable, unlisted)),
         )
