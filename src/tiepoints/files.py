@@ -231,6 +231,15 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else escape(c) for c in name)
 
 
+#: What is wrong with a file for which ``is_lfs_pointer``, for a message that begins with its path.
+LFS_POINTER = "is a Git LFS pointer, not the file itself; get it with `git lfs pull`"
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file with these first bytes is the placeholder of one that Git LFS stores."""
+    return start.startswith(b"version https://git-lfs")
+
+
 def natural(name: str) -> list[Any]:
     """Sort key for natural order: img2 before img10."""
     return [

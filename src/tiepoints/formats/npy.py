@@ -7,6 +7,7 @@ published code is also read.
 
 from __future__ import annotations
 
+import io
 from contextlib import nullcontext
 from pathlib import Path
 from zipfile import BadZipFile
@@ -25,8 +26,10 @@ def feature_paths(base: Path) -> tuple[Path, Path]:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as tmp_path, tmp_path.open("wb") as file:
-        np.save(file, array)
+    content = io.BytesIO()  # NumPy hides the reason for which a file cannot be written
+    np.save(content, array)
+    with atomic_path(path) as tmp_path:
+        tmp_path.write_bytes(content.getbuffer())
 
 
 def write_features(base: Path, features: Features) -> None:
