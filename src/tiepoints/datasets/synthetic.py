@@ -294,7 +294,7 @@ def split_photos(paths: Sequence[Path], held_out: float = 0.1) -> tuple[list[Pat
 def split_readable(paths: Sequence[Path], *, log: bool = True) -> tuple[list[Path], list[Path]]:
     """``split_photos`` without photographs for validation that cannot be decoded; these are logged.
 
-    Their headers may be intact. A damaged photograph for training is left out when it is drawn.
+    Their headers may be intact. A damaged photograph for training is skipped when it is drawn.
 
     Raises:
         DataError: fewer than two photographs.
