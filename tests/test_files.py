@@ -31,7 +31,7 @@ def folder(tmp_path) -> Path:
 
 
 def test_only_images_are_listed_and_other_files_are_counted(folder):
-    images, skipped = list_images(folder)
+    images, skipped, _ = list_images(folder)
     assert [path.relative_to(folder).as_posix() for path in images] == ["a.png", "sub/b.JPG"]
     assert skipped == 5
     assert [path.name for path in list_images(folder, recursive=False)[0]] == ["a.png"]

@@ -684,7 +684,7 @@ def test_folders_of_other_layouts_raise(images, tmp_path):
     draw(images / "pragueparks" / "wall" / "z.bmp", 3)
     (images / "pragueparks" / "bare").mkdir()
     (images / "googleurban").mkdir()
-    sequences, refused = imc.find_sequences(images)
+    sequences, refused, _ = imc.find_sequences(images)
     assert {folder: sorted(found) for folder, found in sequences.items()} == {
         PLACE: sorted(NAMES),
         "pragueparks/wall": ["x", "y"],

@@ -25,6 +25,7 @@ unpickled.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import zipfile
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import WeightsError
+from .files import LFS_POINTER, is_lfs_pointer
 from .models.equivariant import GroupConv, LiftingConv, polar_basis
 from .models.keynet import DEFAULT_SCALE_FACTOR, KeyNet
 from .models.keynet_legacy import NUM_BLOCKS, LegacyKeyNet
@@ -53,6 +55,7 @@ ACCEPTED = (
 #: Indices of the seven convolutions in HardNet's published ``features``, each followed by batch
 #: normalization. SOSNet's ``layers`` begin with an instance normalization: its are one larger.
 HARDNET_CONVOLUTIONS = (0, 3, 6, 9, 12, 15, 19)
+MAX_CHECKPOINT = 2**29  # bytes; published ones have at most 20 MB
 SHOWN_PROBLEMS = 4  # a file for another network has dozens
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 REKD_PREFIXES = ("ori_learner.", "last_layer_learner.")
@@ -525,14 +528,20 @@ def _read(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: a folder or device, not a weights file")
     # opened here first, because the readers below would hide missing permissions
     with path.open("rb") as stream:
-        if not stream.read(1):
-            raise WeightsError(f"{path}: the file is empty")
+        start = stream.read(64)
+    if not start:
+        raise WeightsError(f"{path}: the file is empty")
+    if is_lfs_pointer(start):
+        raise WeightsError(f"{path} {LFS_POINTER}")
     try:
+        _check_archive(path)
         content = (
             _read_npz(path)
             if _is_npz(path)
             else torch.load(path, map_location="cpu", weights_only=True)
         )
+    except WeightsError:
+        raise
     except Exception as error:  # damaged files make the two readers raise almost any type
         raise WeightsError(
             f"{path}: cannot be read as weights ({type(error).__name__}); damaged, or neither a "
@@ -542,7 +551,33 @@ def _read(path: Path) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: holds a {type(content).__name__}, expected a dictionary. Accepted: {ACCEPTED}"
         )
+    _check_storage(content, path)
     return dict(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise for a zip archive that needs more memory than any published checkpoint."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_CHECKPOINT:
+            raise WeightsError(
+                f"{path}: {size / 1e6:.0f} MB of tensors, at most {MAX_CHECKPOINT / 1e6:.0f} MB"
+            )
+
+
+def _check_storage(content: Mapping[Any, Any], path: Path) -> None:
+    """Raise for tensors that repeat few stored values: any use would allocate their whole size."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            _check_storage(value, path)
+        elif isinstance(value, Tensor):
+            stored = value.untyped_storage().nbytes() if value.layout == torch.strided else 0
+            if value.numel() * value.element_size() > stored:
+                raise WeightsError(
+                    f"{path}: {key} of shape {tuple(value.shape)} is larger than its data; the "
+                    "file is damaged"
+                )
 
 
 def _is_npz(path: Path) -> bool:
@@ -554,8 +589,23 @@ def _is_npz(path: Path) -> bool:
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                _check_npy_size(file, member, path)
+    with np.load(path, allow_pickle=False) as content:
+        return {key: content[key] for key in content.files}
+
+
+def _check_npy_size(file: Any, member: zipfile.ZipInfo, path: Path) -> None:
+    """Raise if the header of an array asks for more bytes than are stored."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    if math.prod(shape) * dtype.itemsize > member.file_size:
+        raise WeightsError(f"{path}: {member.filename} of shape {shape} is larger than its data")
 
 
 def _copy_into(

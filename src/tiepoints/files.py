@@ -1,17 +1,23 @@
-"""Files: atomic writing, listing of images, paths of results, natural sorting, optional imports."""
+"""Files: atomic writing, locks, listing of images, paths of results, natural sorting, optional
+imports.
+"""
 
 from __future__ import annotations
 
+import codecs
+import errno
 import glob
 import importlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from .errors import DataError
 
@@ -74,6 +80,166 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error means that no more bytes can be written: a full disk or a quota."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Check that ``size`` bytes can be written to ``folder``.
+
+    For libraries that abort the process when a write fails; others report a full disk themselves.
+
+    Raises:
+        OSError: the disk is full or a quota is exhausted.
+    """
+    if hasattr(os, "posix_fallocate"):  # missing on macOS and Windows
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if is_disk_full(error):
+                raise OSError(error.errno, error.strerror, str(folder)) from error
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def lock_file(file: IO[bytes], target: Path, *, shared: bool = False, holder: str = "") -> None:
+    """Lock an open file until it is closed; without effect where locks are not supported.
+
+    Args:
+        file: the open file.
+        target: what the lock protects, for the message.
+        shared: exclude only holders of exclusive locks.
+        holder: description of the process that holds an exclusive lock, for the message.
+
+    Raises:
+        DataError: another process holds the lock.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another run{holder} is writing {target}; wait until it ends") from error
+    except OSError:  # a file system without locks
+        return
+
+
+def is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+class Lock:
+    """Lock on a file or folder of results, held until ``close``; a context manager.
+
+    A hidden file next to a file, or in a folder, is locked; the last holder removes it.
+
+    Args:
+        target: the file, or an existing folder.
+        shared: exclude only holders of exclusive locks.
+
+    Raises:
+        DataError: another process holds the lock; the message has its number.
+    """
+
+    def __init__(self, target: Path, *, shared: bool = False):
+        self.target, self.shared = target, shared
+        inside = target.is_dir()
+        self.path = target / ".lock" if inside else target.with_name(f".{target.name}.lock")
+        self._file: IO[bytes] | None = None
+        while self._file is None:
+            file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+            try:
+                self._acquire(file, shared)
+            except BaseException:
+                file.close()
+                raise
+            if is_at(file, self.path):
+                self._file = file
+            else:  # the previous holder removed it between opening and locking
+                file.close()
+        self._file.truncate(0)
+        if not shared:
+            with suppress(OSError):  # on a full disk, without the number
+                self._file.write(str(os.getpid()).encode())
+
+    def _acquire(self, file: IO[bytes], shared: bool) -> None:
+        file.seek(0)
+        number = file.read(20)
+        holder = f" (process {number.decode()})" if number.isdigit() else ""
+        lock_file(file, self.target, shared=shared, holder=holder)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Exclude also the holders of shared locks within the block.
+
+        Raises:
+            DataError: there are others.
+        """
+        assert self._file is not None
+        lock_file(self._file, self.target)
+        try:
+            yield
+        finally:
+            lock_file(self._file, self.target, shared=self.shared)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the lock, and remove its file unless others hold it."""
+        if self._file is not None:
+            with suppress(DataError):
+                lock_file(self._file, self.target)
+                self.path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file name is valid Unicode; HDF5 and SQLite store no others."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+#: Reason for which an image whose name is not ``is_text`` is refused.
+NOT_TEXT = "its name is not valid UTF-8; rename it"
+
+
+def printable(name: str) -> str:
+    """A file name for messages; other bytes than UTF-8, and control characters, are escaped."""
+
+    def escape(character: str) -> str:
+        if "\udc80" <= character <= "\udcff":  # an undecodable byte of a file name
+            return f"\\x{ord(character) - 0xDC00:02x}"
+        return character.encode("unicode_escape").decode()
+
+    return "".join(c if c.isprintable() else escape(c) for c in name)
+
+
+#: What is wrong with a file for which ``is_lfs_pointer``, for a message that begins with its path.
+LFS_POINTER = "is a Git LFS pointer, not the file itself; get it with `git lfs pull`"
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file with these first bytes is the placeholder of one that Git LFS stores."""
+    return start.startswith(b"version https://git-lfs")
+
+
 def natural(name: str) -> list[Any]:
     """Sort key for natural order: img2 before img10."""
     return [
@@ -89,24 +255,64 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
-def list_images(folder: Path, *, recursive: bool = True) -> tuple[list[Path], int]:
-    """Images in a folder, sorted by path, and the number of other files; hidden folders are
-    skipped.
+class Listing(NamedTuple):
+    """Content of a folder.
+
+    Attributes:
+        images: the image files, sorted by path.
+        skipped: number of other files.
+        refused: (path, reason) of links and folders that cannot be read.
+    """
+
+    images: list[Path]
+    skipped: int
+    refused: list[tuple[str, str]]
+
+
+def list_images(folder: Path, *, recursive: bool = True) -> Listing:
+    """List the images in a folder; hidden folders are skipped, and symbolic links are followed.
+
+    Images have the paths of the links. A folder that links lead to several times, such as by a
+    loop, is read once.
 
     Raises:
         FileNotFoundError: no such folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images at {folder}")
-    found = sorted(folder.rglob("*") if recursive else folder.iterdir())
-    files = [path for path in found if path.is_file()]
-    images = [
-        path
-        for path in files
-        if is_image_name(path)
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    return images, len(files) - len(images)
+    images: list[Path] = []
+    refused: list[tuple[str, str]] = []
+    skipped = 0
+    seen: dict[str, Path] = {}
+    pending, links = [folder], list[Path]()
+    while pending or links:
+        # links last, so that a folder is read under its own name if possible
+        current = pending.pop() if pending else links.pop(0)
+        first = seen.setdefault(os.path.realpath(current), current)
+        if first is not current:
+            refused.append((str(current), f"a link to a folder that is read as {first}"))
+            continue
+        try:
+            entries = list(os.scandir(current))
+        except OSError as error:
+            refused.append((str(current), f"cannot be read ({error.strerror})"))
+            continue
+        hidden = any(part.startswith(".") for part in current.relative_to(folder).parts)
+        for entry in entries:
+            path = current / entry.name
+            if not entry.is_symlink() and entry.is_dir():
+                pending += [path] * recursive
+            elif hidden or entry.name.startswith("."):
+                skipped += not path.is_dir()
+            elif path.is_dir():
+                links += [path] * recursive
+            elif not path.is_file() and entry.is_symlink():
+                refused.append((str(path), "a broken link"))
+            elif is_image_name(path) and path.is_file():
+                images.append(path)
+            else:
+                skipped += 1
+    return Listing(sorted(images), skipped, sorted(refused))
 
 
 @dataclass(frozen=True)
@@ -172,6 +378,9 @@ class _Collector:
         self.skipped = 0
 
     def add(self, path: Path, name: str) -> None:
+        if self.inside and not is_text(name):
+            self.refused.append((str(path), NOT_TEXT))
+            return
         try:
             relative = _inside(name)
         except DataError as error:
@@ -189,10 +398,11 @@ class _Collector:
 
     def add_inside(self, path: Path, folder: Path) -> None:
         start = folder if self.root is None else self.root
-        try:
-            self.add(path, path.resolve().relative_to(start.resolve()).as_posix())
-        except ValueError:
+        name = _relative(path, start)
+        if name is None:
             self.refused.append((str(path), f"not inside --root-images {start}"))
+        else:
+            self.add(path, name)
 
     def add_named(self, path: Path) -> None:
         """Add a file given by its name or by a pattern."""
@@ -204,16 +414,34 @@ class _Collector:
             self.add(path, str(path))
 
     def add_folder(self, folder: Path) -> None:
-        base = folder.resolve().parent if folder.is_absolute() or ".." in folder.parts else None
-        images, skipped = list_images(folder)
+        images, skipped, refused = list_images(folder)
         self.skipped += skipped
+        self.refused += refused
         if not images:
             self.refused.append((str(folder), "no images in this folder"))
+        base: str | Path = folder
+        if ".." in folder.parts:
+            base = folder.resolve().name
+        elif folder.is_absolute():
+            base = folder.name
         for path in images:
             if self.inside:
                 self.add_inside(path, folder)
             else:
-                self.add(path, os.path.relpath(path.resolve() if base else path, base))
+                self.add(path, os.path.join(base, path.relative_to(folder)))
+
+
+def _relative(path: Path, start: Path) -> str | None:
+    """Name of a file relative to a folder, as linked if it lies in the folder; None if outside."""
+    parent = path.parent.resolve() / path.name
+    for inner, outer in (
+        (Path(os.path.abspath(path)), Path(os.path.abspath(start))),
+        (parent, start.resolve()),
+        (path.resolve(), start.resolve()),
+    ):
+        if inner.is_relative_to(outer):
+            return inner.relative_to(outer).as_posix()
+    return None
 
 
 def collect(
@@ -250,7 +478,9 @@ def collect(
     if list_file is not None:
         if not list_file.is_file():
             raise FileNotFoundError(f"no list of images at {list_file}")
-        for line in list_file.read_text(encoding="utf-8-sig").splitlines():
+        # as file names are decoded: other bytes than UTF-8 are valid
+        text = os.fsdecode(list_file.read_bytes().removeprefix(codecs.BOM_UTF8))
+        for line in text.split("\n"):
             if name := line.strip():
                 found.add(Path(name) if root is None else root / name, name)
     return Collected(list(found.tasks.values()), found.refused, found.skipped)

@@ -13,7 +13,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -149,11 +148,14 @@ class Features:
                 if "descriptors" in content:
                     descriptors = torch.from_numpy(content["descriptors"])
                 width, height = (int(value) for value in content["image_size"])
+            return cls(Keypoints(*columns), descriptors, (width, height))
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, EOFError, TypeError, BadZipFile) as error:
-            raise DataError(f"{path} holds no features written by Features.save") from error
-        return cls(Keypoints(*columns), descriptors, (width, height))
+        except Exception as error:  # NumPy and zipfile raise various types for damaged files
+            raise DataError(
+                f"{path} holds no features written by Features.save, or is damaged; extract the "
+                "image again"
+            ) from error
 
     @property
     def xy(self) -> Tensor:

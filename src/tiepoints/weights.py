@@ -9,19 +9,25 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
+import math
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from .detect import response_floor
-from .errors import WeightsError
-from .files import atomic_path
+from .errors import WeightsError, first_line
+from .files import LFS_POINTER, atomic_path, is_lfs_pointer
 from .models.desnet import DesNet
 from .models.keynet import KeyNet
 from .models.keynet_legacy import LegacyKeyNet
@@ -34,6 +40,16 @@ DATA = Path(__file__).parent / "data"
 NETWORKS: dict[str, type[nn.Module]] = {
     n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, SobelNet, HardNet, HyNet, SOSNet, DesNet)
 }
+
+#: Largest header of a weights file in bytes.
+MAX_HEADER = 2**22
+#: Largest number in the settings of a network.
+MAX_SETTING = 1024
+#: A network whose settings are at most this many times the default is built without a check of its
+#: size.
+LARGE_FACTOR = 4
+#: Names of floating point types in safetensors files.
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 def table() -> dict[str, dict[str, Any]]:
@@ -121,43 +137,169 @@ def load(name: str | Path) -> nn.Module:
     """
     entry = table().get(str(name))
     path = DATA / entry["file"] if entry else Path(name)
+    if path.is_dir():
+        raise WeightsError(f"{path} is a folder; give a .safetensors file")
     if not path.is_file():
         raise WeightsError(
             f"no weights named {str(name)!r}; known names are {', '.join(table())}, or give a "
             ".safetensors file"
         )
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{path} is no readable safetensors file ({error}); official checkpoints are "
-            "converted by `tiepoints weights import`"
-        ) from error
-    if header.get("network") not in NETWORKS:
-        raise WeightsError(
-            f"{path} names no known network in its header ({header.get('network')!r}); was it "
-            "written by tiepoints?"
-        )
-    net = NETWORKS[header["network"]](**json.loads(header["settings"]))
-    try:
-        net.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise WeightsError(
-            f"{path} does not fit a {header['network']} with the settings in its header: {error}"
-        ) from error
+    with _open(path) as (file, header):
+        network, settings = _described_network(path, header)
+        if not _is_small(path, network, settings):
+            with torch.device("meta"):  # which allocates no memory, but takes seconds to import
+                _check_shapes(path, file, _build(path, network, settings))
+        net = _build(path, network, settings)
+        _check_shapes(path, file, net)
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise WeightsError(f"{path}: {key} contains NaN or infinity; restore or retrain it")
+    net.load_state_dict(tensors, strict=True)
     if hasattr(net, "floor"):
-        net.floor = json.loads(header.get("floor", "null"))
-    if hasattr(net, "offset"):
-        net.offset = tuple(json.loads(header.get("offset", "[0.0, 0.0]")))  # type: ignore[assignment]
+        floor = header.get("floor", "null")
+        net.floor = None if floor == "null" else _numbers(path, header, 1)[0]  # type: ignore[assignment]
+    if hasattr(net, "offset") and "offset" in header:
+        net.offset = _numbers(path, header, 2)  # type: ignore[assignment]
     return net.eval()
 
 
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[Any, dict[str, str]]]:
+    """Open a safetensors file and read the text part of its header.
+
+    Raises:
+        WeightsError: the file is damaged or of another format.
+    """
+    with open(path, "rb") as stream:
+        start = stream.read(64)
+    length = int.from_bytes(start[:8], "little")
+    if is_lfs_pointer(start):
+        raise WeightsError(f"{path} {LFS_POINTER}")
+    if length > MAX_HEADER <= path.stat().st_size - 8:
+        raise WeightsError(
+            f"{path}: a header of {length} bytes is not one of weights (at most {MAX_HEADER})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            yield file, header
+    except (SafetensorError, OSError) as error:
+        reason = "the file is empty" if not start else first_line(error)
+        raise WeightsError(
+            f"{path} is no readable safetensors file ({reason}); official checkpoints are "
+            "converted by `tiepoints weights import`"
+        ) from error
+
+
+def _described_network(path: Path, header: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Class name and settings of the network that a header names."""
+    network = header.get("network")
+    if network not in NETWORKS:
+        raise WeightsError(
+            f"{path} names no known network in its header ({repr(network)[:80]}); was it "
+            "written by tiepoints?"
+        )
+    settings = _header_json(path, header, "settings")
+    known = inspect.signature(NETWORKS[network]).parameters
+    if not isinstance(settings, dict) or not settings.keys() <= known.keys():
+        raise WeightsError(
+            f"{path}: the settings in its header are not those of a {network} "
+            f"({', '.join(known)}); it is damaged or of another version"
+        )
+    return network, settings
+
+
+def _is_small(path: Path, network: str, settings: dict[str, Any]) -> bool:
+    """Whether all numbers in the settings are near those of the default network.
+
+    Raises:
+        WeightsError: a number is above ``MAX_SETTING``.
+    """
+    small = True
+    for key, value in settings.items():
+        default = inspect.signature(NETWORKS[network]).parameters[key].default
+        values = value if isinstance(value, list) else [value]
+        usual = default if isinstance(default, tuple) else [default] * len(values)
+        for found, number in zip_longest(values, usual):
+            if isinstance(found, int | float):
+                if not abs(found) <= MAX_SETTING:
+                    raise WeightsError(
+                        f"{path}: {key} in its header is {repr(value)[:80]}; it is damaged "
+                        f"(at most {MAX_SETTING})"
+                    )
+                limit = LARGE_FACTOR * max(1, number if isinstance(number, int | float) else 1)
+                small &= abs(found) <= limit
+    return small
+
+
+def _build(path: Path, network: str, settings: dict[str, Any]) -> nn.Module:
+    try:
+        return NETWORKS[network](**settings)
+    except Exception as error:  # any, as the settings have any types
+        raise WeightsError(
+            f"{path}: no {network} with the settings in its header ({first_line(error)}); it is "
+            "damaged or of another version"
+        ) from error
+
+
+def _check_shapes(path: Path, file: Any, net: nn.Module) -> None:
+    """Compare the tensors of an open file with those of its network.
+
+    Raises:
+        WeightsError: they differ; the message names the first ones.
+    """
+    network, expected = type(net).__name__, net.state_dict()
+    stored = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    problems = [f"{key} is missing" for key in expected if key not in stored]
+    problems += [f"{key} is not expected" for key in stored if key not in expected]
+    for key in expected.keys() & stored.keys():
+        shape, kind = tuple(stored[key].get_shape()), stored[key].get_dtype()
+        if shape != tuple(expected[key].shape):
+            problems.append(f"{key} has shape {shape}, expected {tuple(expected[key].shape)}")
+        elif (kind in FLOAT_TYPES) != expected[key].is_floating_point():
+            problems.append(f"{key} has type {kind}, expected {expected[key].dtype}")
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise WeightsError(
+            f"{path} does not fit a {network} with the settings in its header: "
+            f"{'; '.join(sorted(problems)[:4])}{more}"
+        )
+
+
+def _numbers(path: Path, header: dict[str, str], count: int) -> tuple[float, ...]:
+    """``count`` finite numbers of a header: its floor (1) or offset (2)."""
+    key = "floor" if count == 1 else "offset"
+    value = _header_json(path, header, key)
+    values = value if isinstance(value, list) else [value]
+    if len(values) != count or not all(
+        isinstance(v, int | float) and math.isfinite(v) for v in values
+    ):
+        raise WeightsError(f"{path}: {key} in its header must be {count} numbers; it is damaged")
+    return tuple(float(v) for v in values)
+
+
+def _header_json(path: Path, header: dict[str, str], key: str) -> Any:
+    try:
+        return json.loads(header[key])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"{path}: its header has no readable {key} ({type(error).__name__}); was it written by "
+            "tiepoints?"
+        ) from error
+
+
 def metadata_of(path: Path) -> dict[str, Any]:
-    """The ``metadata`` with which ``save`` wrote a weights file."""
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {}).get("facts", "{}"))
+    """The ``metadata`` with which ``save`` wrote a weights file.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    with _open(path) as (_, header):
+        facts = _header_json(path, {"facts": "{}", **header}, "facts")
+    if not isinstance(facts, dict):
+        raise WeightsError(f"{path}: the facts in its header are not a JSON object; it is damaged")
+    return facts
 
 
 def verify(name: str) -> None:

@@ -7,8 +7,10 @@ parameter.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from ..errors import DataError, WeightsError
+from ..files import printable
 
 if TYPE_CHECKING:
     from ..extract import ExtractOptions
@@ -177,7 +180,7 @@ def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = F
     """Print failures and exit with 1 if there are any; of ignored files, print the number."""
     if ignored:
         typer.echo(f"skipped: {ignored} files that are not images", err=True)
-    lines = [f"failed: {name}: {reason}" for name, reason in failed]
+    lines = [f"failed: {printable(name)}: {reason}" for name, reason in failed]
     for line in lines:
         typer.echo(line, err=True)
     if lines or bad:
@@ -231,7 +234,13 @@ class _EchoHandler(logging.Handler):
 
 
 def configure_logging(verbose: bool, quiet: bool) -> None:
-    """Log to standard error: only warnings with ``quiet``, details with ``verbose``."""
+    """Log to standard error: only warnings with ``quiet``, details with ``verbose``.
+
+    Characters that the terminal's encoding lacks, such as in file names, are printed as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("tiepoints")
     logger.handlers[:] = [_EchoHandler()]
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)

@@ -35,14 +35,12 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare two systems on warped copies of your images, with confidence intervals."""
-    from ..datasets.synthetic import list_photos, usable_photos
+    from ..datasets.synthetic import find_photos
     from ..evaluation.compare import CompareSettings, compare_systems
 
     with user_errors():
         settings = CompareSettings(photos, num_keypoints, size, seed, device)
-        usable, skipped = usable_photos(list_photos(images), min_side=size // 2)
-        if skipped:
-            typer.echo(f"skipped: {len(skipped)} images, such as {skipped[0]}", err=True)
+        usable = find_photos([images], min_side=size // 2)
         result = compare_systems(a, b, usable, settings, progress=progress_wanted())
     if as_json:
         print_json(result.to_json())

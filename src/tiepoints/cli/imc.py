@@ -107,4 +107,4 @@ def imc(
     )
     for violation in result.violations:
         typer.echo(f"not accepted by the challenge: {violation}", err=True)
-    finish(result.failed, bad=bool(result.violations))
+    finish(result.failed, extracted.ignored, bad=bool(result.violations))

@@ -165,6 +165,8 @@ def train(
                 precision=precision,
                 validate_every=validate_every,
             )
+    except typer.Exit:  # a RuntimeError too
+        raise
     except RuntimeError as error:  # the loss is not finite
         fail(str(error))
     comparison = None
@@ -205,18 +207,16 @@ def pairs(
     """Write training pairs to a file, to train several times on the same data."""
     from ..datasets.pairs import PairFile, write_pairs
     from ..datasets.pairs import preview as draw
-    from ..datasets.synthetic import PRESETS, list_photos, split_photos, usable_photos
+    from ..datasets.synthetic import PRESETS, find_photos, split_readable
 
     if preset not in PRESETS:
         fail(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     if split not in ("train", "validation", "all"):
         fail(f"--split must be train, validation or all; got {split!r}")
     with user_errors():
-        photos, skipped = usable_photos(list_photos(images))
-        if skipped:
-            typer.echo(f"skipped: {len(skipped)} images, such as {skipped[0]}", err=True)
+        photos = find_photos([images])
         if split != "all":
-            photos = split_photos(photos)[split == "validation"]
+            photos = split_readable(photos)[split == "validation"]
         settings = PRESETS[preset]
         if size is not None:
             settings = dataclasses.replace(settings, size=size)

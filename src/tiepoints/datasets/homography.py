@@ -5,6 +5,7 @@ webcams).
 from __future__ import annotations
 
 import json
+import logging
 import re
 from itertools import combinations
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..decode import image_size
-from ..errors import DataError
+from ..errors import DataError, first_line
+from ..files import printable
 from .ground_truth import Dataset, HomographyPair
 
+logger = logging.getLogger(__name__)
 HPATCHES_FOLDER = "hpatches-sequences-release"
 
 IMAGE_SUFFIXES = (".ppm", ".pgm", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -54,10 +57,15 @@ def read_homography(path: Path) -> Tensor:
         values = np.loadtxt(path, dtype=np.float64)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: cannot be read as a homography ({str(error).splitlines()[0]})"
+            f"{path}: cannot be read as a homography ({first_line(error)}); it needs nine numbers "
+            "separated by white space"
         ) from error
     if values.size != 9 or not np.isfinite(values).all():
-        raise DataError(f"{path}: expected nine finite numbers, got {values.size}")
+        finite = int(np.isfinite(values).sum())
+        raise DataError(
+            f"{path}: expected nine finite numbers, got {values.size}"
+            + (f", {finite} of them finite" if finite < values.size else "")
+        )
     H = torch.from_numpy(values.reshape(3, 3))
     if abs(float(torch.linalg.det(H))) < 1e-12:
         raise DataError(f"{path}: the homography is singular")
@@ -155,6 +163,16 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
         for f in (root, *sorted(root.iterdir()))
         if f.is_dir() and (_homography_files(f) or _looks_like_sequence(f))
     ]
+    others = [
+        f.name
+        for f in sorted(root.iterdir())
+        if f.is_dir() and f not in folders and not f.name.startswith(".")
+    ]
+    if others and root not in folders:
+        logger.warning(
+            "skipped: %s: no images 1.*, 2.* with H_1_2, or img1.*, img2.* with H1to2p",
+            ", ".join(map(printable, others)),
+        )
     selected = _select_split([f.name for f in folders], split)
     pairs: list[HomographyPair] = []
     problems = [
@@ -167,7 +185,7 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
             try:
                 pairs.extend(read_sequence(folder))
             except DataError as error:
-                problems.append(f"{folder.name} skipped: {error}")
+                problems.append(f"{folder.name}: {error}")
     if not pairs:
         detail = (
             "; ".join(problems[:3])

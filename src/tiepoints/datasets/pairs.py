@@ -99,7 +99,10 @@ def write_pairs(
     with atomic_path(path) as tmp_path:
         with open(tmp_path, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            _reserve(file, 8 + len(text) + size)
+            try:
+                _reserve(file, 8 + len(text) + size)
+            except OSError as error:
+                raise OSError(f"{path} could not be written ({error})") from error
         arrays = {
             name: np.memmap(tmp_path, NAMES[kind], "r+", 8 + len(text) + offsets[name][0], shape)
             for name, (kind, shape) in layout.items()

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..files import require
 from ..image import load_image
 from ..pyramid import Pyramid, build_pyramid
@@ -249,7 +249,10 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
         try:
             with Image.open(path) as opened:
                 factor = opened.width / camera.width
-        except OSError:
+        except FileNotFoundError:
+            continue
+        except Exception as error:  # decoders raise various types for damaged files
+            logger.warning("skipped: %s: cannot be read (%s)", path, first_line(error))
             continue
         observed = [
             (rows[p.point3D_id], p.xy)
@@ -423,6 +426,14 @@ def read_scenes(
     return scenes
 
 
+class UnreadableImage(DataError):
+    """An image of a reconstruction that is damaged or missing; ``path`` is its file."""
+
+    def __init__(self, path: Path, error: Exception):
+        super().__init__(f"{path}: cannot be read ({first_line(error)})")
+        self.path = path
+
+
 class ImageCache:
     """LRU cache of image pyramids and keypoints by path.
 
@@ -436,11 +447,18 @@ class ImageCache:
         self._num_pixels = 0
 
     def get(self, path: Path, detect: Callable[[Tensor], Tensor]) -> tuple[Pyramid, Tensor]:
-        """Pyramid of the image, and the keypoints (N,2) that ``detect`` finds in it."""
+        """Pyramid of the image, and the keypoints (N,2) that ``detect`` finds in it.
+
+        Raises:
+            UnreadableImage: the file is damaged or missing.
+        """
         if path in self._entries:
             self._entries.move_to_end(path)
             return self._entries[path]
-        image = load_image(path)
+        try:
+            image = load_image(path)
+        except Exception as error:  # decoders raise various types for damaged files
+            raise UnreadableImage(path, error) from error
         entry = build_pyramid(image, up=0), detect(image)
         self._entries[path] = entry
         self._num_pixels += image.numel()

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import math
+import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +27,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..decode import file_errors, image_size, no_pixel_limit
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..files import list_images
 from ..filters import gaussian_blur, sobel, to_gray
 from ..geometry import pixel_grid, sample_at, warp_points
 from ..image import to_rgb
 from ..progress import track
 
+logger = logging.getLogger(__name__)
+#: Maximum number of log messages about images that are skipped.
+MAX_SKIPPED_LOGGED = 10
 #: Seed of the split into training and validation photographs, the same for every training, so that
 #: validation photographs are never trained on.
 SPLIT_SEED = 20190827
@@ -215,6 +222,31 @@ def list_photos(folder: str | Path) -> list[Path]:
     return list_images(Path(folder))[0]
 
 
+def find_photos(
+    folders: Sequence[str | Path], min_side: int = MIN_SIDE, *, log: bool = True
+) -> list[Path]:
+    """List the usable photographs in folders (``usable_photos``); others are logged.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    listings = [list_images(Path(folder)) for folder in folders]
+    usable, rejected = usable_photos([p for listing in listings for p in listing.images], min_side)
+    refused = [f"{path}: {reason}" for listing in listings for path, reason in listing.refused]
+    if log:
+        _log_skipped(refused + rejected)
+        if others := sum(listing.skipped for listing in listings):
+            logger.info("skipped: %d files that are not images", others)
+    return usable
+
+
+def _log_skipped(lines: list[str]) -> None:
+    for line in lines[:MAX_SKIPPED_LOGGED]:
+        logger.warning("skipped: %s", line)
+    if len(lines) > MAX_SKIPPED_LOGGED:
+        logger.warning("skipped: %d more images", len(lines) - MAX_SKIPPED_LOGGED)
+
+
 def usable_photos(paths: Sequence[Path], min_side: int = MIN_SIDE) -> tuple[list[Path], list[str]]:
     """Select photographs with a readable header and sufficient size.
 
@@ -258,6 +290,59 @@ def split_photos(paths: Sequence[Path], held_out: float = 0.1) -> tuple[list[Pat
     validation = set(order[:count].tolist())
     training = [p for i, p in enumerate(ordered) if i not in validation]
     return training, [p for i, p in enumerate(ordered) if i in validation]
+
+
+def split_readable(paths: Sequence[Path], *, log: bool = True) -> tuple[list[Path], list[Path]]:
+    """``split_photos`` without photographs for validation that cannot be decoded; these are logged.
+
+    Their headers may be intact. A damaged photograph for training is skipped when it is drawn.
+
+    Raises:
+        DataError: fewer than two photographs.
+    """
+    paths, readable = list(paths), set[Path]()
+    while True:
+        training, held_out = split_photos(paths)
+        damaged = set(damaged_photos([p for p in held_out if p not in readable], log=log))
+        if not damaged:
+            return training, held_out
+        readable.update(set(held_out) - damaged)
+        paths = [path for path in paths if path not in damaged]
+
+
+def damaged_photos(paths: Sequence[Path], *, log: bool = True) -> list[Path]:
+    """The photographs that cannot be decoded; these are logged."""
+    damaged, lines = [], []
+    for path in track(paths, unit="image", label="check", enabled=log):
+        try:
+            read_photo(path, PairSettings.max_side)
+        except DataError as error:
+            damaged.append(path)
+            lines.append(str(error))
+    if log:
+        _log_skipped(lines)
+    return damaged
+
+
+class UnreadableLog:
+    """Logs each unreadable file once, from whichever worker process reads it."""
+
+    def __init__(self) -> None:
+        self._logged = torch.zeros(2**16, dtype=torch.bool).share_memory_()
+
+    def add(self, path: Path, error: Exception) -> None:
+        """Log a file unless it has been."""
+        slot = zlib.crc32(os.fsencode(path)) % len(self._logged)
+        if not self._logged[slot]:
+            self._logged[slot] = True
+            text = first_line(error)
+            logger.warning("skipped: %s", text if str(path) in text else f"{path}: {text}")
+
+
+@cache
+def unreadable_log() -> UnreadableLog:
+    """The log of this process and of the workers to which it is passed."""
+    return UnreadableLog()
 
 
 def read_photo(path: Path, max_side: int = 0) -> np.ndarray:
@@ -612,6 +697,7 @@ class PairDataset(Dataset):
         self.photos, self.settings, self.seed, self.length = list(photos), settings, seed, length
         self._cache: dict[int, np.ndarray | None] = {}
         self._free_bytes = cache_bytes
+        self._unreadable = unreadable_log()
 
     def __len__(self) -> int:
         return self.length
@@ -620,8 +706,10 @@ class PairDataset(Dataset):
         if index not in self._cache:
             try:
                 photo = read_photo(self.photos[index], self.settings.max_side)
-            except DataError:
-                photo = None  # intact header, but damaged data: the next photograph is used
+            except DataError as error:
+                # intact header, but damaged data, or removed: the next photograph is used
+                self._unreadable.add(self.photos[index], error)
+                photo = None
             if photo is not None and photo.nbytes > self._free_bytes:
                 return photo
             self._free_bytes -= 0 if photo is None else photo.nbytes

@@ -24,8 +24,8 @@ from ..pyramid import Pyramid
 from ..structs import Keypoints
 from .candidates import CANDIDATES, NEGATIVE_DISTANCE, POSITIVE_DISTANCE
 from .patch_pairs import PatchSettings, rotate_pair
-from .reconstructions import ImageCache, Shared, TrackScene, TrackSettings
-from .synthetic import PairSettings, degrade
+from .reconstructions import ImageCache, Shared, TrackScene, TrackSettings, UnreadableImage
+from .synthetic import PairSettings, UnreadableLog, degrade, unreadable_log
 
 #: Minimum number of tracks that both crops must show.
 CROP_TRACKS = 12
@@ -46,8 +46,9 @@ def _draw_item(
     extract: Callable[[TrackScene, tuple[int, int], np.random.Generator], dict[str, Tensor] | None],
     rng: np.random.Generator,
     required: str,
+    unreadable: UnreadableLog,
 ) -> dict[str, Tensor]:
-    """Apply ``extract`` to random pairs of images until it succeeds.
+    """Apply ``extract`` to random pairs of images until it succeeds; unreadable images are logged.
 
     The probability of a scene is proportional to the square root of its number of pairs.
 
@@ -58,7 +59,11 @@ def _draw_item(
     for _ in range(ATTEMPTS):
         scene = scenes[rng.choice(len(scenes), p=weight / weight.sum())]
         pair = scene.pairs[rng.integers(len(scene.pairs))]
-        item = extract(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
+        try:
+            item = extract(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
+        except UnreadableImage as error:
+            unreadable.add(error.path, error)
+            continue
         if item is not None:
             return item
     raise DataError(
@@ -93,6 +98,7 @@ class TrackPatches(Dataset):
         self.scenes, self.detect, self.seed, self.length = list(scenes), detect, seed, length
         self.settings = patches or PatchSettings()
         self.cache = ImageCache()
+        self.unreadable = unreadable_log()
 
     def __len__(self) -> int:
         return self.length
@@ -107,7 +113,11 @@ class TrackPatches(Dataset):
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 3])
         return _draw_item(
-            self.scenes, self._extract, rng, f"{self.settings.per_view} separate tracks"
+            self.scenes,
+            self._extract,
+            rng,
+            f"{self.settings.per_view} separate tracks",
+            self.unreadable,
         )
 
     def _extract(
@@ -192,6 +202,7 @@ class TrackCrops(Dataset):
         self.scenes, self.detect, self.views, self.seed = list(scenes), detect, views, seed
         self.length, self.count = length, count
         self.cache = ImageCache()
+        self.unreadable = unreadable_log()
 
     def __len__(self) -> int:
         return self.length
@@ -205,7 +216,8 @@ class TrackCrops(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"item {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 5])
-        return _draw_item(self.scenes, self._extract, rng, f"crops with {CROP_TRACKS} tracks")
+        required = f"crops with {CROP_TRACKS} tracks"
+        return _draw_item(self.scenes, self._extract, rng, required, self.unreadable)
 
     def _crops(
         self, scene: TrackScene, pair: tuple[int, int], shared: Shared, rng: np.random.Generator

@@ -41,7 +41,7 @@ from ..datasets.ground_truth import (
 )
 from ..decode import image_size
 from ..errors import DataError, WeightsError
-from ..files import write_json, write_text
+from ..files import Lock, write_json, write_text
 from ..formats.records import compatible_version, file_stamp, json_digest, with_program
 from ..image import ReadOptions, load_image, read_image
 from ..names import EVALUATION_NUM_KEYPOINTS
@@ -313,14 +313,24 @@ def evaluate(
     run.
 
     Raises:
-        DataError: the folder holds results of other settings.
+        DataError: the folder holds results of other settings, or another run is writing them.
+        OSError: the disk is full.
         ValueError: unknown system (before anything is computed).
     """
     folder = Path(folder)
     settings = _without_controls(dataset, settings)
     for name in settings.systems:
         _make(name, settings)  # raises for an unknown name or a missing library before any work
-    _check_folder(folder, dataset, settings, versions or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder):
+        _check_folder(folder, dataset, settings, versions or {})
+        _evaluate(dataset, settings, folder, workers, progress)
+    return folder
+
+
+def _evaluate(
+    dataset: Dataset, settings: RunSettings, folder: Path, workers: int, progress: bool
+) -> None:
     for problem in dataset.problems:
         logger.warning("skipped: %s", problem)
     tasks = _tasks(dataset, settings, folder)
@@ -339,7 +349,6 @@ def evaluate(
         for line in failed[:MAX_LOGGED_FAILURES]:
             logger.warning("failed: %s", line)
         logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
-    return folder
 
 
 def _without_controls(dataset: Dataset, settings: RunSettings) -> RunSettings:
@@ -519,13 +528,22 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     all.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        if file.tell():
+        end = file.tell()
+        if end:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # an interrupted run left an incomplete line
                 text = b"\n" + text
-        file.write(text)
+        try:
+            rest = memoryview(text)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(
+                f"{path} could not be written ({error}); run again: it resumes"
+            ) from error
 
 
 def _part(extra: str) -> str:

@@ -12,19 +12,21 @@ incomplete images.
 
 from __future__ import annotations
 
+import os
 import sqlite3
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import DataError
-from ..files import require
+from ..errors import DataError, first_line
+from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space
 from ..structs import Features, Keypoints, Matches
 from .records import array_digest
 
@@ -32,6 +34,11 @@ from .records import array_digest
 HALF_PIXEL = 0.5
 #: Scale of COLMAP's uint8 SIFT descriptors.
 SIFT_FACTOR = 512.0
+#: Bytes that a transaction needs in addition to its data: pages of indices, and the shared memory
+#: of the write-ahead log.
+TRANSACTION_BYTES = 2**18
+#: Pairs that are verified at a time, and images whose keypoints are cached meanwhile.
+VERIFY_BATCH = 256
 #: COLMAP's default focal length without EXIF, in units of the longest side of the image.
 FOCAL_FACTOR = 1.2
 #: A pair of images has the id ``PAIR_FACTOR * smaller id + larger id``.
@@ -56,32 +63,61 @@ class ColmapDatabase:
             side; ``single``: one camera for all images, initialized from the first image;
             ``MODEL:p1,p2,...``: one camera with known intrinsics in COLMAP's order and coordinates
             (a centered principal point is half the size), such as ``PINHOLE:525,525,320,240``.
-        write: open for reading and writing.
+        write: open for reading and writing, by one process at a time.
+        overwrite: delete a file that is not a COLMAP database, or a damaged one.
 
     Raises:
         FileNotFoundError: no such file to read.
-        DataError: not a COLMAP database.
+        DataError: not a COLMAP database, a damaged one, or another process is writing it.
+        OSError: the disk is full.
         ValueError: ``camera`` has another form.
         ImportError: pycolmap is missing or too old.
     """
 
-    def __init__(self, path: str | Path, *, camera: str = "auto", write: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        camera: str = "auto",
+        write: bool = False,
+        overwrite: bool = False,
+    ):
         self.path = Path(path)
         self._colmap = require_pycolmap()
         self._known = self._known_camera(camera)
         self._single = camera != "auto"
         self._lock = threading.Lock()
+        self._file_lock: Lock | None = None
+        self._created = not self.path.exists()
         if not write and not self.path.is_file():
             raise FileNotFoundError(f"no database at {self.path}")
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file_lock = Lock(self.path)
+        try:
+            self._open(overwrite)
+        except BaseException:
+            self._close_lock()
+            raise
+
+    def _open(self, overwrite: bool) -> None:
+        if self._file_lock is not None:
+            require_space(self.path.parent, TRANSACTION_BYTES)
         try:
             self._database = self._colmap.Database.open(self.path)
             self._ids = {image.name: image.image_id for image in self._database.read_all_images()}
         except (RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{self.path} is not a COLMAP database or is damaged ({_first_line(error)})"
-            ) from error
+            if not overwrite:
+                raise DataError(
+                    f"{self.path} is not a COLMAP database or is damaged ({first_line(error)}); "
+                    "use --overwrite, or delete it"
+                ) from error
+            self._remove()
+            self._open(overwrite=False)
+
+    def _remove(self) -> None:
+        for end in ("", "-wal", "-shm"):
+            self.path.with_name(self.path.name + end).unlink(missing_ok=True)
 
     def _known_camera(self, camera: str) -> Any:
         """Camera of ``MODEL:p1,p2,...``; None for ``auto`` and ``single``."""
@@ -114,13 +150,55 @@ class ColmapDatabase:
         self.close()
 
     def close(self) -> None:
-        """Close the database; all writes are already committed."""
+        """Close the database; all writes are already committed. A new one without images is
+        removed.
+        """
         self._database.close()
+        if self._file_lock is not None and self._created and not self._ids:
+            self._remove()
+        self._close_lock()
+
+    def _close_lock(self) -> None:
+        if self._file_lock is not None:
+            self._file_lock.close()
 
     def clear(self) -> None:
-        """Remove all content of the database."""
-        self._database.clear_all_tables()
+        """Remove all content of the database.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        with self._writing():
+            self._database.clear_all_tables()
         self._ids.clear()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Exclude other threads, and turn COLMAP's errors into a ``DataError``."""
+        with self._lock:
+            try:
+                yield
+            except RuntimeError as error:
+                raise DataError(
+                    f"{self.path} could not be written ({first_line(error)})"
+                ) from error
+
+    @contextmanager
+    def _transaction(self, size: int = 0) -> Iterator[None]:
+        """Commit what is written within the block as a whole.
+
+        Args:
+            size: bytes of the data.
+
+        Raises:
+            OSError: the disk is full; COLMAP aborts the process when a commit fails.
+            DataError: the database could not be written.
+        """
+        with self._writing():
+            # the data is written twice: to the log and from there to the database
+            require_space(self.path.parent, 2 * size + TRANSACTION_BYTES)
+            with self._colmap.DatabaseTransaction(self._database):
+                yield
 
     def __contains__(self, name: str) -> bool:
         return name in self._ids
@@ -150,9 +228,12 @@ class ColmapDatabase:
                 focal length is used.
 
         Raises:
-            DataError: the image already has keypoints, or its size differs from that of a camera
-                it shares with others.
+            DataError: the image already has keypoints, its size differs from that of a camera it
+                shares with others, or its name is not valid Unicode.
+            OSError: the disk is full.
         """
+        if not is_text(name):
+            raise DataError(f"{printable(name)}: {NOT_TEXT}")
         xy = features.xy.cpu().double()
         scale, angle = features.scale.cpu().double(), features.angle.cpu().double()
         table = torch.cat([xy + HALF_PIXEL, scale[:, None], angle[:, None]], dim=1).float().numpy()
@@ -161,31 +242,25 @@ class ColmapDatabase:
             if features.descriptors is None
             else self._encode(features.descriptors.cpu().float().numpy())
         )
-        with self._lock:
-            if name in self._ids and self._database.exists_keypoints(self._ids[name]):
-                raise DataError(
-                    f"{self.path} already contains features of {name}, and possibly matches; "
-                    "call remove() first"
-                )
-            image_id = self._ids.get(name)
+        image_id = self._ids.get(name)
+        if image_id is not None and self._database.exists_keypoints(image_id):
+            raise DataError(
+                f"{self.path} already contains features of {name}, and possibly matches; call "
+                "remove() first"
+            )
+        size = table.nbytes + (0 if descriptors is None else descriptors.data.nbytes)
+        with self._transaction(size):
             if image_id is None:
                 camera = self._camera(features.image_size, image, name)
+                image_id = self._add_image(name, camera)
             else:
                 camera = self._resized_camera(image_id, features.image_size, image, name)
-            try:
-                with self._colmap.DatabaseTransaction(self._database):
-                    if image_id is None:
-                        image_id = self._add_image(name, camera)
-                    elif camera is not None:
-                        self._database.update_camera(camera)
-                    self._database.write_keypoints(image_id, table)
-                    if descriptors is not None:
-                        self._database.write_descriptors(image_id, descriptors)
-            except RuntimeError as error:
-                raise DataError(
-                    f"{self.path}: {name} could not be written ({_first_line(error)})"
-                ) from error
-            self._ids[name] = image_id
+                if camera is not None:
+                    self._database.update_camera(camera)
+            self._database.write_keypoints(image_id, table)
+            if descriptors is not None:
+                self._database.write_descriptors(image_id, descriptors)
+        self._ids[name] = image_id
         return _digest(table, None if descriptors is None else descriptors.data)
 
     def digest(self, name: str) -> str:
@@ -371,14 +446,14 @@ class ColmapDatabase:
                 f"{self.path}: {name} has {len(table)} keypoints, got {len(xy)} positions"
             )
         table[:, :2] = (xy.double() + HALF_PIXEL).float().numpy()
-        with self._lock, self._colmap.DatabaseTransaction(self._database):
+        with self._transaction(table.nbytes):
             self._database.update_keypoints(image_id, table)
 
     def forget_geometry(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Remove the two-view geometries of ``pairs``, so that ``verify`` estimates them again; raw
         matches are kept.
         """
-        with self._lock, self._colmap.DatabaseTransaction(self._database):
+        with self._transaction():
             for a, b in pairs:
                 if self._verified(a, b):
                     self._database.delete_two_view_geometry(self._image_id(a), self._image_id(b))
@@ -413,12 +488,13 @@ class ColmapDatabase:
     def write_matches(self, a: str, b: str, matches: Matches, count: int | None = None) -> None:
         """Write the raw matches of two images; existing matches and their geometry are replaced."""
         id_a, id_b = self._image_id(a), self._image_id(b)
-        with self._lock, self._colmap.DatabaseTransaction(self._database):
+        table = matches.index.cpu().numpy().astype(np.uint32)
+        with self._transaction(table.nbytes):
             if self._database.exists_matches(id_a, id_b):
                 self._database.delete_matches(id_a, id_b)
             if self._database.exists_two_view_geometry(id_a, id_b):
                 self._database.delete_two_view_geometry(id_a, id_b)
-            self._database.write_matches(id_a, id_b, matches.index.cpu().numpy().astype(np.uint32))
+            self._database.write_matches(id_a, id_b, table)
 
     def holds_matches(self) -> bool:
         """Whether the database contains matches or two-view geometries of any pair."""
@@ -432,8 +508,9 @@ class ColmapDatabase:
 
     def clear_matches(self) -> None:
         """Remove all matches and two-view geometries; images and features are kept."""
-        self._database.clear_matches()
-        self._database.clear_two_view_geometries()
+        with self._writing():
+            self._database.clear_matches()
+            self._database.clear_two_view_geometries()
 
     def read_matches(self, a: str, b: str) -> Matches:
         """Read the raw matches of a pair; COLMAP stores no scores, so these are 1.
@@ -448,9 +525,11 @@ class ColmapDatabase:
     def verify(
         self, pairs: Iterable[tuple[str, str]], *, max_error: float = 4.0, seed: int = 0
     ) -> int:
-        """Verify the raw matches of ``pairs`` with COLMAP and store their two-view geometries.
+        """Estimate and store the two-view geometries of the raw matches of ``pairs`` with COLMAP.
 
-        Pairs that are already verified are skipped.
+        The result is that of COLMAP's ``verify_matches``, whose list of pairs does not support
+        names with white space, and which aborts the process on a full disk. Pairs that are already
+        verified are skipped.
 
         Args:
             pairs: names of the images.
@@ -461,26 +540,38 @@ class ColmapDatabase:
             number of pairs with a geometry that has inliers.
 
         Raises:
-            DataError: a name contains white space, which COLMAP's list of pairs does not support.
+            OSError: the disk is full; the pairs verified so far are stored.
         """
         pairs = list(pairs)
         pending = [pair for pair in pairs if not self._verified(*pair)]
         options = self._colmap.TwoViewGeometryOptions()
         options.ransac.max_error = max_error
         options.ransac.random_seed = seed
-        spaced = sorted({n for pair in pending for n in pair if any(c.isspace() for c in n)})
-        if spaced:
-            raise DataError(
-                f"COLMAP's list of pairs does not support names with spaces such as {spaced[0]!r}; "
-                "rename these images"
+        view = lru_cache(VERIFY_BATCH)(self._view)
+
+        def estimate(job: tuple[Any, ...]) -> Any:
+            (camera_a, xy_a), (camera_b, xy_b), index = job
+            return self._colmap.estimate_two_view_geometry(
+                camera_a, xy_a, camera_b, xy_b, index, options
             )
-        if pending:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "pairs.txt"
-                path.write_text("".join(f"{a} {b}\n" for a, b in pending))
-                with quiet_colmap(self._colmap):
-                    self._colmap.verify_matches(self.path, path, options)
+
+        with quiet_colmap(self._colmap), ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(pending), VERIFY_BATCH):
+                ids = [
+                    (self._image_id(a), self._image_id(b))
+                    for a, b in pending[start : start + VERIFY_BATCH]
+                ]
+                jobs = [(view(a), view(b), self._database.read_matches(a, b)) for a, b in ids]
+                geometries = list(pool.map(estimate, jobs))
+                with self._transaction(sum(job[2].nbytes for job in jobs)):
+                    for (a, b), geometry in zip(ids, geometries, strict=True):
+                        self._database.write_two_view_geometry(a, b, geometry)
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
+
+    def _view(self, image_id: int) -> tuple[Any, np.ndarray]:
+        """Camera, and positions (N,2) float64 of the keypoints, of an image."""
+        camera = self._database.read_camera(self._database.read_image(image_id).camera_id)
+        return camera, np.array(self._database.read_keypoints(image_id), np.float64)[:, :2]
 
     def read_inliers(self, a: str, b: str) -> Matches:
         """Inlier matches of a pair; empty if it has no two-view geometry."""
@@ -519,7 +610,3 @@ def quiet_colmap(colmap: Any) -> Iterator[None]:
         yield
     finally:
         colmap.logging.minloglevel = before
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -17,8 +17,10 @@ next writer.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 import struct
 import threading
@@ -32,8 +34,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import DataError
-from ..files import atomic_path, remove_temporary, require
+from ..errors import DataError, first_line
+from ..files import (
+    NOT_TEXT,
+    atomic_path,
+    is_at,
+    is_text,
+    lock_file,
+    printable,
+    remove_temporary,
+    require,
+)
 from ..structs import Features, Keypoints, Matches
 from .records import PROGRAM, array_digest
 
@@ -42,11 +53,49 @@ UNCERTAINTY = 1.0
 #: A journal record starts with this, then header length, data length, and checksum of both.
 _MAGIC = b"TPJ1"
 _HEAD = struct.Struct("<4sIQI")
+#: What h5py raises for damaged files.
+HDF5_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, MemoryError)
 
 
 def require_h5py() -> Any:
     """Import h5py; raises ImportError with the extra to install."""
     return require("h5py", extra="hdf5", purpose="an HDF5 file")
+
+
+class _DeferredErrors(io.FileIO):
+    """File for HDF5, whose library does not survive a failed write, such as on a full disk: the
+    first error is kept and the bytes are dropped.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all bytes; after an error none."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.error is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        if self.error is not None:
+            self.seek(len(rest), os.SEEK_CUR)
+        return size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read; dropped bytes are zero."""
+        view = memoryview(buffer).cast("B")
+        count = super().readinto(view) or 0
+        view[count:] = bytes(len(view) - count)
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        """Change the size, unless a write has failed."""
+        try:
+            return size or 0 if self.error else super().truncate(size)
+        except OSError as error:
+            self.error = error
+            return size or 0
 
 
 @contextmanager
@@ -56,20 +105,27 @@ def atomic_hdf5(path: Path, *, keep: bool = False) -> Iterator[Any]:
     Args:
         path: the file.
         keep: start with a copy of ``path`` if it exists, instead of an empty file.
+
+    Raises:
+        OSError: a write failed.
     """
     with atomic_path(path) as tmp_path:
-        if keep and path.is_file():
+        keep = keep and path.is_file()
+        if keep:
             shutil.copyfile(path, tmp_path)
-        with require_h5py().File(tmp_path, "a" if keep else "w") as file:
-            yield file
-        with open(tmp_path, "rb+") as written:
-            os.fsync(written.fileno())  # before the file is renamed
+        with _DeferredErrors(tmp_path, "r+" if keep else "w+") as stream:
+            with require_h5py().File(stream, "r+" if keep else "w") as file:
+                yield file
+            if stream.error is None:
+                os.fsync(stream.fileno())  # before the file is renamed
+        if stream.error is not None:
+            raise stream.error
 
 
 class _Journal:
     """Append-only file of records (name, arrays, attributes); one without arrays removes a name."""
 
-    def __init__(self, path: Path, *, write: bool):
+    def __init__(self, path: Path, *, write: bool, overwrite: bool = False):
         self.path, self.writing = path, write
         # name -> offset of its record, keys of its arrays
         self.index: dict[str, tuple[int, frozenset[str]]] = {}
@@ -82,6 +138,8 @@ class _Journal:
             if write:
                 self._lock_file()
             end = self._scan()
+            if end == 0 and not overwrite:
+                self._check_start()
             if write and end < os.fstat(self._file.fileno()).st_size:
                 self._file.truncate(end)  # incomplete record of a killed process
         except BaseException:
@@ -89,25 +147,23 @@ class _Journal:
             raise
 
     def _lock_file(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        busy = (
-            "another run is writing "
-            f"{self.path.with_name(self.path.name.removesuffix('.journal'))}; wait until it ends"
-        )
+        target = self.path.with_name(self.path.name.removesuffix(".journal"))
         assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(busy) from error
-        if (
-            not self.path.is_file()
-            or os.stat(self.path).st_ino != os.fstat(self._file.fileno()).st_ino
-        ):
+        lock_file(self._file, target)
+        if not is_at(self._file, self.path):
             # the other run removed its journal between our opening and our locking
-            raise DataError(busy)
+            raise DataError(f"another run is writing {target}; wait until it ends")
+
+    def _check_start(self) -> None:
+        """Raise for a file that is not a journal; an incomplete first record is none."""
+        assert self._file is not None
+        self._file.seek(0)
+        start = self._file.read(len(_MAGIC))
+        if start.strip(b"\0") and not _MAGIC.startswith(start):
+            raise DataError(
+                f"{self.path} is not a journal of images that are not yet in the HDF5 file, or is "
+                "damaged; use --overwrite, or delete it to extract these images again"
+            )
 
     def _scan(self) -> int:
         """Fill the index; returns the end of the last complete record."""
@@ -116,7 +172,9 @@ class _Journal:
         end = 0
         while (record := self._read_at(end)) is not None:
             header, data = record
-            self.index[header["name"]] = end, frozenset(key for key, _, _ in header["arrays"])
+            # earlier versions wrote names that an HDF5 file cannot contain
+            if is_text(header["name"]):
+                self.index[header["name"]] = end, frozenset(key for key, _, _ in header["arrays"])
             end += _HEAD.size + header["length"] + len(data)
         return end
 
@@ -134,7 +192,12 @@ class _Journal:
         header, data = _read(self._file, header_length), _read(self._file, data_length)
         if zlib.crc32(data, zlib.crc32(header)) != checksum:
             return None
-        return {**json.loads(header), "length": header_length}, data
+        try:
+            content = json.loads(header)
+            complete = isinstance(content["name"], str) and isinstance(content["arrays"], list)
+        except (ValueError, KeyError, TypeError):
+            return None
+        return ({**content, "length": header_length}, data) if complete else None
 
     def append(
         self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]
@@ -199,7 +262,7 @@ def _read(file: Any, length: int) -> bytes:
 class _GroupFile:
     """Groups of arrays in an HDF5 file and its journal, which ``close`` merges into the file."""
 
-    def __init__(self, path: str | Path, *, write: bool = False):
+    def __init__(self, path: str | Path, *, write: bool = False, overwrite: bool = False):
         self.path, self.writing = Path(path), write
         self._file: Any = None
         self._h5py = require_h5py()
@@ -208,11 +271,18 @@ class _GroupFile:
             raise FileNotFoundError(f"no file at {self.path}")
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = _Journal(journal, write=write)
+        self._journal = _Journal(journal, write=write, overwrite=overwrite)
         try:
             if write:
                 remove_temporary(self.path)
-            self._open()
+            try:
+                self._open()
+                if overwrite:
+                    self.names()
+            except DataError:
+                if not overwrite:
+                    raise
+                self.clear()
         except BaseException:
             self._journal.close()
             raise
@@ -222,10 +292,11 @@ class _GroupFile:
             return
         try:
             self._file = self._h5py.File(self.path, "r")
-        except OSError as error:
+            list(self._file)  # the entries at its top level
+        except HDF5_ERRORS as error:
             raise DataError(
-                f"{self.path} is not an HDF5 file or is damaged ({str(error).splitlines()[0]}); "
-                "delete it and create it again"
+                f"{self.path} is not an HDF5 file or is damaged ({first_line(error)}); "
+                "use --overwrite, or delete it and create it again"
             ) from error
 
     def __enter__(self):
@@ -245,7 +316,19 @@ class _GroupFile:
     def __contains__(self, name: str) -> bool:
         if name in self._journal.index:
             return bool(self._journal.index[name][1])
-        return self._file is not None and name in self._file
+        with self._reading(name):
+            return self._file is not None and is_text(name) and name in self._file
+
+    @contextmanager
+    def _reading(self, name: str = "") -> Iterator[None]:
+        """Turn the errors of reading a damaged file into a ``DataError``."""
+        try:
+            yield
+        except HDF5_ERRORS as error:
+            raise DataError(
+                f"{self.path} is damaged{f' at {name}' if name else ''} ({first_line(error)}); "
+                "use --overwrite, or delete it and create it again"
+            ) from error
 
     def names(self) -> list[str]:
         """Names of the groups that contain arrays, sorted."""
@@ -256,7 +339,8 @@ class _GroupFile:
                 names.add(name.rpartition("/")[0])
 
         if self._file is not None:
-            self._file.visititems(visit)
+            with self._reading():
+                self._file.visititems(visit)
         names -= self._journal.index.keys()
         return sorted(names.union(name for name, (_, keys) in self._journal.index.items() if keys))
 
@@ -264,15 +348,12 @@ class _GroupFile:
         """Arrays of a group."""
         if name in self._journal.index:
             return self._journal.read(name)[0]
-        group = self._file[name]
-        try:
+        with self._reading(name):
             return {
-                key: item[()] for key, item in group.items() if isinstance(item, self._h5py.Dataset)
+                key: np.asarray(item[()])
+                for key, item in self._file[name].items()
+                if isinstance(item, self._h5py.Dataset)
             }
-        except (OSError, RuntimeError) as error:
-            raise DataError(
-                f"{self.path} is damaged at {name} ({error}); delete it and create it again"
-            ) from error
 
     def _put(
         self,
@@ -283,6 +364,8 @@ class _GroupFile:
         """Write a group to the journal."""
         if not self.writing:
             raise ValueError(f"{self.path} was opened for reading; open it with write=True")
+        if not is_text(name):
+            raise DataError(f"{printable(name)}: {NOT_TEXT}")
         self._journal.append(name, arrays, attributes or {})
 
     def _delete(self, names: Iterable[str]) -> None:
@@ -320,10 +403,10 @@ class _GroupFile:
                     group = file.create_group(name)
                     for key, value in arrays.items():
                         group.create_dataset(key, data=value).attrs.update(attributes.get(key, {}))
-        except OSError as error:
+        except HDF5_ERRORS as error:
             raise OSError(
-                f"{self.path} could not be written ({error}); nothing is lost, fix the cause and "
-                "run again"
+                f"{self.path} could not be written ({first_line(error)}); nothing is lost, fix the "
+                "cause and run again"
             ) from error
 
 
@@ -334,6 +417,7 @@ class FeatureFile(_GroupFile):
         path: the ``.h5`` file.
         write: open for reading and writing, by one process at a time.
         half: write descriptors as float16; positions are always float32.
+        overwrite: delete a file that is not an HDF5 file, or a damaged one.
 
     Raises:
         FileNotFoundError: no such file to read.
@@ -341,15 +425,21 @@ class FeatureFile(_GroupFile):
         ImportError: h5py is missing.
     """
 
-    def __init__(self, path: str | Path, *, write: bool = False, half: bool = False):
-        super().__init__(path, write=write)
+    def __init__(
+        self, path: str | Path, *, write: bool = False, half: bool = False, overwrite: bool = False
+    ):
+        super().__init__(path, write=write, overwrite=overwrite)
         self.half = half
 
     def done(self, name: str, *, described: bool) -> bool:
         """Whether the image has keypoints and, if ``described``, descriptors."""
         if name not in self:
             return False
-        keys = self._journal.index[name][1] if name in self._journal.index else self._file[name]
+        if name in self._journal.index:
+            keys = self._journal.index[name][1]
+        else:
+            with self._reading(name):
+                keys = frozenset(self._file[name])
         return "keypoints" in keys and (not described or "descriptors" in keys)
 
     def write(self, name: str, features: Features, image: Path | None = None) -> str:
@@ -533,7 +623,7 @@ class MatchFile(_GroupFile):
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
     """Read a list of pairs: two names per line, separated by white space (hloc) or, for names with
-    spaces, by a tab; lines that start with # are comments.
+    spaces, by a tab; lines whose first character is # are comments.
 
     Raises:
         FileNotFoundError: no list.
@@ -548,8 +638,8 @@ def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
         raise DataError(
             f"{path} is not a text file ({error}); a list of pairs has two image names per line"
         ) from error
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
+    for number, line in enumerate(re.split(r"\r?\n|\r", text), 1):
+        if not line.strip() or line.startswith("#"):
             continue
         names = (
             [part.strip() for part in line.split("\t") if part.strip()]

@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import DataError
-from ..files import is_image_name, remove_temporary, write_text
+from ..files import NOT_TEXT, is_image_name, is_text, remove_temporary, write_text
 from ..structs import Features, Keypoints, Matches
 from .hdf5 import atomic_hdf5
 from .imc_check import Violation, check_imc
@@ -73,14 +73,24 @@ __all__ = [
 # ---- images
 
 
-def find_sequences(root: str | Path) -> tuple[dict[str, dict[str, Path]], list[tuple[str, str]]]:
+class Sequences(NamedTuple):
+    """Images of a benchmark folder.
+
+    Attributes:
+        images: ``DATASET/SEQUENCE`` -> image name without extension -> path.
+        refused: (path, reason) of images and folders that cannot be used.
+        skipped: number of files that are not images.
+    """
+
+    images: dict[str, dict[str, Path]]
+    refused: list[tuple[str, str]]
+    skipped: int
+
+
+def find_sequences(root: str | Path) -> Sequences:
     """Find the images below ``root``/DATASET/SEQUENCE.
 
     They are in ``set_100/images`` (validation data), ``images``, or the folder itself (test data).
-
-    Returns:
-        ``DATASET/SEQUENCE`` -> image name without extension -> path; (path, reason) of skipped
-        files and folders.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -91,6 +101,7 @@ def find_sequences(root: str | Path) -> tuple[dict[str, dict[str, Path]], list[t
         raise FileNotFoundError(f"no folder at {root}")
     sequences: dict[str, dict[str, Path]] = {}
     skipped: list[tuple[str, str]] = []
+    num_others = 0
     folders = subfolders(root)
     if not any(folder.name in DATASETS for folder in folders):
         names = ", ".join(folder.name for folder in folders[:5]) or "no folder"
@@ -106,27 +117,39 @@ def find_sequences(root: str | Path) -> tuple[dict[str, dict[str, Path]], list[t
         if not subfolders(dataset):
             skipped.append((str(dataset), "no sequence in this dataset"))
         for sequence in subfolders(dataset):
-            images = _find_images(sequence, skipped)
+            images, others = _find_images(sequence, skipped)
+            num_others += others
             if images:
                 sequences[f"{dataset.name}/{sequence.name}"] = images
             else:
                 reason = f"no image ({' or '.join(SUFFIXES)}) in it, in images or in set_100/images"
                 skipped.append((str(sequence), reason))
-    return sequences, skipped
+    return Sequences(sequences, skipped, num_others)
 
 
-def _find_images(sequence: Path, skipped: list[tuple[str, str]]) -> dict[str, Path]:
-    """Images of a sequence by name without extension; reasons are added to ``skipped``."""
+def _find_images(sequence: Path, skipped: list[tuple[str, str]]) -> tuple[dict[str, Path], int]:
+    """Images of a sequence by name without extension, and the number of files that are not images;
+    reasons are added to ``skipped``.
+    """
     images: dict[str, Path] = {}
+    num_others = 0
     for folder in (sequence / "set_100" / "images", sequence / "images", sequence):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.startswith(".") or not path.is_file():
+            if path.is_dir():
                 continue
-            if path.suffix not in SUFFIXES:
+            if path.name.startswith("."):
+                num_others += 1
+            elif not path.is_file():
+                skipped.append((str(path), "a broken link"))
+            elif not is_text(path.name):
+                skipped.append((str(path), NOT_TEXT))
+            elif path.suffix not in SUFFIXES:
                 if is_image_name(path):
                     formats = " and ".join(SUFFIXES)
                     reason = f"the benchmark reads only {formats}; convert or rename it"
                     skipped.append((str(path), reason))
+                else:
+                    num_others += 1
             elif path.stem in images:
                 other = images[path.stem].name
                 reason = f"{other} has the same name in the benchmark; rename one"
@@ -135,7 +158,7 @@ def _find_images(sequence: Path, skipped: list[tuple[str, str]]) -> dict[str, Pa
                 images[path.stem] = path
         if images:
             break
-    return images
+    return images, num_others
 
 
 # ---- writing

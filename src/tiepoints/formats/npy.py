@@ -7,14 +7,17 @@ published code is also read.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
-from ..errors import DataError
-from ..files import atomic_path
+from ..errors import DataError, first_line
+from ..files import Lock, atomic_path
 from ..structs import Features, Keypoints
 from .records import array_digest
 
@@ -25,8 +28,10 @@ def feature_paths(base: Path) -> tuple[Path, Path]:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with atomic_path(path) as tmp_path, tmp_path.open("wb") as file:
-        np.save(file, array)
+    content = io.BytesIO()  # NumPy hides the reason for which a file cannot be written
+    np.save(content, array)
+    with atomic_path(path) as tmp_path:
+        tmp_path.write_bytes(content.getbuffer())
 
 
 def write_features(base: Path, features: Features) -> str:
@@ -85,10 +90,23 @@ def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
 
 
 class FeatureFolder:
-    """Folder of feature files; an image's name is its path relative to the folder."""
+    """Folder of feature files; an image's name is its path relative to the folder.
 
-    def __init__(self, folder: str | Path):
+    Args:
+        folder: the folder.
+        write: prevent other processes from removing the features while these are written; several
+            processes may write the features of different images.
+
+    Raises:
+        DataError: another process is removing the features.
+    """
+
+    def __init__(self, folder: str | Path, *, write: bool = False):
         self.path = Path(folder)
+        self._lock: Lock | None = None
+        if write:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path, shared=True)
 
     def __enter__(self) -> FeatureFolder:
         return self
@@ -97,7 +115,9 @@ class FeatureFolder:
         self.close()
 
     def close(self) -> None:
-        """Do nothing: no file is kept open."""
+        """Release the lock; no file is kept open."""
+        if self._lock is not None:
+            self._lock.close()
 
     def __contains__(self, name: str) -> bool:
         return feature_paths(self.path / name)[0].is_file()
@@ -138,14 +158,45 @@ class FeatureFolder:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the features of all images."""
+        """Remove the features of all images.
+
+        Raises:
+            DataError: another process is writing to the folder.
+        """
+        with nullcontext() if self._lock is None else self._lock.exclusive():
+            self._clear()
+
+    def _clear(self) -> None:
         for kind in ("kpt", "dsc"):
             for path in self.path.rglob(f"*.{kind}.npy"):
                 path.unlink()
 
 
 def _read(path: Path) -> np.ndarray:
+    """Read an array of numbers; its size is compared with that of the file before it is allocated.
+
+    Raises:
+        DataError: the file holds something else.
+    """
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is damaged ({error}); extract the image again") from error
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError, BadZipFile, OverflowError, MemoryError) as error:
+        if not path.stat().st_size:
+            raise DataError(f"{path} is empty; extract the image again") from error
+        array = _read_empty(path)
+        if array is None:
+            reason = first_line(error).partition(". ")[0]
+            raise DataError(f"{path} is damaged ({reason}); extract the image again") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise DataError(f"{path} is not an array of numbers; extract the image again")
+    return np.array(array)
+
+
+def _read_empty(path: Path) -> np.ndarray | None:
+    """Read an array without elements, which cannot be mapped; None if it has any."""
+    try:
+        with path.open("rb") as file:
+            array = np.load(file, allow_pickle=False) if path.stat().st_size < 2**12 else None
+    except (ValueError, OSError, EOFError, BadZipFile, OverflowError, MemoryError):
+        return None
+    return array if isinstance(array, np.ndarray) and not array.size else None

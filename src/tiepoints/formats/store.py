@@ -60,19 +60,26 @@ class MatchStore(Protocol):
 
 
 def create_features(
-    form: str, folder: Path, *, camera: str = "auto", half: bool = False
+    form: str,
+    folder: Path,
+    *,
+    camera: str = "auto",
+    half: bool = False,
+    overwrite: bool = False,
 ) -> FeatureStore:
     """Create the feature store of a format (``names.FORMATS``) in ``folder``, or open it for
-    writing.
+    writing; a damaged file is an error, or deleted with ``overwrite``.
 
     Raises:
         ValueError, DataError, ImportError: as ``FeatureFile`` and ``ColmapDatabase``.
     """
     if form == "h5":
-        return FeatureFile(folder / FILE_NAMES[form], write=True, half=half)
+        return FeatureFile(folder / FILE_NAMES[form], write=True, half=half, overwrite=overwrite)
     if form == "colmap":
-        return ColmapDatabase(folder / FILE_NAMES[form], camera=camera, write=True)
-    return FeatureFolder(folder)
+        return ColmapDatabase(
+            folder / FILE_NAMES[form], camera=camera, write=True, overwrite=overwrite
+        )
+    return FeatureFolder(folder, write=True)
 
 
 def open_features(path: Path) -> FeatureStore:

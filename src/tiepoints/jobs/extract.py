@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..decode import page_count
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..extract import ExtractOptions, Extractor
-from ..files import Task, collect
+from ..files import Task, collect, is_disk_full
 from ..formats.records import RecordLog, file_stamp
 from ..formats.store import (
     FILE_NAMES,
@@ -174,7 +174,9 @@ def extract_images(
             settings["half"] = True
         if format == "colmap":
             settings["camera"] = camera
-        with create_features(format, output, camera=camera, half=half) as store:
+        with create_features(
+            format, output, camera=camera, half=half, overwrite=overwrite
+        ) as store:
             check_store(store, settings, overwrite)
             if overwrite and format == "colmap":
                 clear_features(store)
@@ -358,8 +360,15 @@ def extract_to_store(
         def load(task: Task) -> _Loaded:
             # before the image is read, so that a replacement during the extraction is noticed
             record = source_record(task, masks)
-            mask = None if load_mask is None else load_mask(task)
-            return _Loaded(record, extractor.read(task.source), mask)
+            try:
+                mask = None if load_mask is None else load_mask(task)
+                return _Loaded(record, extractor.read(task.source), mask)
+            except (OSError, DataError, ValueError):
+                raise
+            except Exception as error:  # decoders raise various types for damaged files
+                raise DataError(
+                    f"{task.path} cannot be decoded ({type(error).__name__}: {first_line(error)})"
+                ) from error
 
         def write(task: Task, features: Features, record: dict[str, Any] | None) -> None:
             digest = store.write(str(task.relative), features, task.path)
@@ -404,6 +413,11 @@ def _extract_tasks(
                 future.result()
                 report.done += 1
             except (OSError, DataError) as error:
+                if is_disk_full(error):
+                    raise OSError(
+                        f"the features of {task.path} could not be written ({error}); free space "
+                        "and run again: it resumes"
+                    ) from error
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
     notices = Notices()
@@ -423,7 +437,7 @@ def _extract_tasks(
                 report.keypoints += len(features)
                 writing.append((task, pool.submit(write, task, features, loaded.record)))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                reason = first_line(error)
                 report.failed.append((str(task.path), reason))
                 logger.debug("failed: %s: %s", task.path, reason)
             finish_writes(2 * num_ahead)

@@ -79,7 +79,7 @@ def export_imc(
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
             that cannot be used; the message names the remedy.
     """
-    sequences, refused = imc.find_sequences(images)
+    sequences, refused, skipped = imc.find_sequences(images)
     config = _make_config(output, label, sequences, extraction, options, matches)
     if not sequences:
         raise DataError(
@@ -92,7 +92,8 @@ def export_imc(
     ]
     with ExitStack() as stack:
         # the lock of this file also protects the submission
-        store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
+        path = _sibling(output, "features.h5")
+        store = stack.enter_context(FeatureFile(path, write=True, overwrite=overwrite))
         check_store(store, extraction.to_json(), overwrite)
         extractor = extraction.build()
         report = ExtractReport()
@@ -106,11 +107,13 @@ def export_imc(
             workers=workers,
             progress=progress,
         )
+        report.ignored = skipped
         result = Submission(len(sequences), report, failed=refused + report.failed)
         names = {sequence: _keys(sequence, paths, store) for sequence, paths in sequences.items()}
         match_store = None
         if matches:
-            match_store = stack.enter_context(MatchFile(_sibling(output, "matches.h5"), write=True))
+            path = _sibling(output, "matches.h5")
+            match_store = stack.enter_context(MatchFile(path, write=True, overwrite=overwrite))
             settings = {**options.to_json(database=False), "features": extraction.to_json()}
             check_match_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}

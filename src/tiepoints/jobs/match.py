@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -19,7 +21,15 @@ from ..auto_orientation import PairMatcher, can_reorient
 from ..errors import DataError
 from ..estimation import estimate
 from ..extract import ExtractOptions, Extractor
-from ..files import Task, collect, natural, write_json, write_text
+from ..files import (
+    Task,
+    collect,
+    is_disk_full,
+    natural,
+    printable,
+    write_json,
+    write_text,
+)
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from ..formats.records import (
@@ -252,8 +262,14 @@ def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], lis
     """
     found, missing = [], []
     for task in tasks:
-        parts = task.source.resolve().parts[1:]
-        suffixes = ["/".join(parts[i:]) for i in range(len(parts))]
+        suffixes = [
+            "/".join(parts[i:])
+            for parts in (
+                Path(os.path.abspath(task.source)).parts[1:],
+                task.source.resolve().parts[1:],
+            )
+            for i in range(len(parts))
+        ]
         name = next((name for name in (str(task.relative), *suffixes) if name in store), None)
         if name is None:
             missing.append((str(task.path), f"{store.path} holds no features of it"))
@@ -354,6 +370,11 @@ def match_to_store(
         try:
             _match_pair((a, b), features_a, features_b, store, options, matcher, report)
         except (ValueError, DataError, OSError) as error:
+            if is_disk_full(error):
+                raise OSError(
+                    f"the matches of {a} {b} could not be written ({error}); free space and run "
+                    "again: it resumes"
+                ) from error
             report.failed.append((f"{a} {b}", str(error)))
     report.failed += cache.failures()
     return report
@@ -562,7 +583,7 @@ def match_images(
         selected = listed or _choose_pairs(source, sequential, None if database else output)
         store: Any = source.store
         if not database:
-            store = stack.enter_context(MatchFile(output, write=True))
+            store = stack.enter_context(MatchFile(output, write=True, overwrite=overwrite))
         settings = {**options.to_json(database=database), "features": source.settings}
         if features is not None:  # without images, no rotation is estimated
             settings.pop("orientation", None)
@@ -662,10 +683,13 @@ def _extract_source(
     store: Any
     if output.suffix == ".db":
         refuse_rotation(extraction)
-        store = stack.enter_context(ColmapDatabase(output, camera=storing.camera, write=True))
+        store = stack.enter_context(
+            ColmapDatabase(output, camera=storing.camera, write=True, overwrite=storing.overwrite)
+        )
         settings["camera"] = storing.camera
     else:
-        store = stack.enter_context(FeatureFile(_sibling(output, "features.h5"), write=True))
+        path = _sibling(output, "features.h5")
+        store = stack.enter_context(FeatureFile(path, write=True, overwrite=storing.overwrite))
     check_store(store, settings, storing.overwrite)
     extractor = extraction.build()
     report = ExtractReport()
@@ -790,5 +814,18 @@ def _sibling(output: Path, end: str) -> Path:
 
 
 def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
-    separator = "\t" if any(" " in name for pair in pairs for name in pair) else " "
-    write_text(path, "".join(f"{a}{separator}{b}\n" for a, b in pairs))
+    """Write a list for ``read_pairs``; names that it cannot contain are logged."""
+    unlisted = sorted({n for pair in pairs for n in pair if re.search(r"[\t\n\r]|^\s|\s$", n)})
+    if unlisted:
+        logger.warning(
+            "%s does not list the pairs of %s: a name in a list cannot contain "
+            "tabs, line breaks, or spaces at its ends",
+            path,
+            ", ".join(map(printable, unlisted)),
+        )
+        pairs = [pair for pair in pairs if not set(pair) & set(unlisted)]
+    spaces = any(character.isspace() for pair in pairs for name in pair for character in name)
+    separator = "\t" if spaces else " "
+    # a # at the start of a line would begin a comment
+    lines = (f"{' ' * a.startswith('#')}{a}{separator}{b}\n" for a, b in pairs)
+    write_text(path, "".join(lines))

@@ -8,6 +8,7 @@ the tracks.
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import sys
 import time
@@ -26,13 +27,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..extract import Extractor
 from ..files import IMAGE_SUFFIXES, list_images, natural, require
 from ..image import load_image
 from ..plot import draw_caption, draw_tracks
 from ..tracking import Tracker
 
+logger = logging.getLogger(__name__)
 #: Frames per second of image sequences, and of cameras that do not report it.
 SEQUENCE_RATE, CAMERA_RATE = 10.0, 25.0
 #: Number of frames over which the displayed rate is averaged.
@@ -94,13 +96,18 @@ def open_source(source: str | Sequence[str], every: int = 1) -> Source:
         if name.isascii() and name.isdecimal():
             return VideoFrames(int(name), every)
         if path.is_dir():
-            files = set(list_images(path, recursive=False)[0])
+            listing = list_images(path, recursive=False)
+            files = set(listing.images)
             if not files:
                 raise DataError(
                     f"no image in the folder {name}; give a folder of frames, a video file or the "
                     "index of a camera"
                 )
-            return ImageFrames(files, every)
+            if listing.skipped:
+                logger.info("skipped: %d files that are not images", listing.skipped)
+            frames = ImageFrames(files, every)
+            frames.skipped += listing.refused
+            return frames
         if path.is_file():
             if path.suffix.lower() in IMAGE_SUFFIXES - {".gif"}:
                 pattern = path.with_name("*" + path.suffix)
@@ -145,14 +152,16 @@ class ImageFrames:
         self.skipped: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[Frame]:
+        readable = False
         for path in self.paths:
             try:
                 frame = _read_frame(path)
-            except (DataError, OSError, ValueError) as error:
-                self.skipped.append((str(path), str(error)))
+            except Exception as error:  # decoders raise various types for damaged files
+                self.skipped.append((str(path), first_line(error)))
                 continue
+            readable = True
             yield frame
-        if len(self.skipped) == len(self.paths):
+        if not readable:
             raise DataError(
                 f"none of the {len(self.paths)} images could be read; the first: "
                 f"{self.skipped[0][1]}"

@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -310,6 +310,8 @@ class Trainer:
         self.best_state: dict[str, Tensor] = {}
         self.rows: list[dict[str, float]] = []
         self.recent_loss = 0.0
+        # metadata of the best weights, until ``on_best`` has written them
+        self.unsaved: dict[str, Any] | None = None
         self.identity = {
             "settings": asdict(settings),
             "task": {**task.identity, "version": compatible_version()},
@@ -349,6 +351,7 @@ class Trainer:
             self.average.count = state["average_count"]
         for name in _SCALARS:
             setattr(self, name, state[name])
+        self.unsaved = state.get("unsaved")
 
     def save(self) -> None:
         """Write the checkpoint; on an error, such as a full disk, the training continues."""
@@ -364,6 +367,7 @@ class Trainer:
             "average_count": 0 if self.average is None else self.average.count,
             **{name: getattr(self, name) for name in _SCALARS},
             "spent": self.seconds(),
+            "unsaved": self.unsaved,
         }
         try:
             save_atomically(state, self.checkpoint)
@@ -384,6 +388,7 @@ class Trainer:
 
         Raises:
             RuntimeError: the loss is not finite.
+            OSError: the best weights could not be written.
         """
         if self.finished:
             logger.info(
@@ -434,6 +439,7 @@ class Trainer:
     def _result(self) -> FitResult:
         """The result, with the weights of the best validation in the network."""
         if self.best_state:
+            self._write_best(last=True)
             self.net.load_state_dict(self.best_state)
         self.net.eval()
         return FitResult(self.best, self.best_step, self.step, self.rows)
@@ -502,10 +508,25 @@ class Trainer:
         self.rows.append(row)
         if score >= self.best:
             self.best, self.best_step, self.best_state = score, self.step, self.current()
-            if self.task.on_best is not None and self.main:
-                metadata = {"step": self.step, name: score, "seconds": row["seconds"]}
-                self.task.on_best(self.best_state, metadata)
+            self.unsaved = {"step": self.step, name: score, "seconds": row["seconds"]}
+            self._write_best()
         return row
+
+    def _write_best(self, *, last: bool = False) -> None:
+        """Write the best weights; on an error, such as a full disk, the training continues.
+
+        Raises:
+            OSError: they cannot be written after the ``last`` step.
+        """
+        if self.unsaved is None or self.task.on_best is None or not self.main:
+            return
+        try:
+            self.task.on_best(self.best_state, self.unsaved)
+            self.unsaved = None
+        except OSError as error:
+            if last:
+                raise OSError(f"{error}; free space and use --resume") from error
+            logger.warning("%s; the training continues", error)
 
     def validation_score(self) -> float:
         """Validate the running average of the weights."""
@@ -552,7 +573,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 class _Logs:
     """Writes ``log.csv`` and, if installed, TensorBoard files.
 
-    When resuming, ``log.csv`` is rewritten from the rows in the checkpoint.
+    When resuming, ``log.csv`` is rewritten from the rows in the checkpoint. A log that cannot be
+    written, such as on a full disk, does not end the training.
     """
 
     def __init__(self, folder: Path | None, rows: list[dict[str, float]]):
@@ -562,19 +584,25 @@ class _Logs:
         self.rows = list(rows)
 
     def __enter__(self) -> _Logs:
-        if self.folder is not None:
+        if self.folder is None:
+            return self
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.folder / "log.csv", "w", newline="")
             self.writer = csv.writer(self.file)
             for row in self.rows:
                 self._write_line(row, first=row is self.rows[0])
-            try:
-                from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(str(self.folder))
-            except ImportError:
-                logger.debug("TensorBoard is not installed: log.csv alone is written")
+            self.board = SummaryWriter(str(self.folder))
+        except ImportError:
+            logger.debug("TensorBoard is not installed: log.csv alone is written")
+        except OSError as error:
+            self._warn(error)
         return self
+
+    def _warn(self, error: OSError) -> None:
+        logger.warning("log could not be written (%s); the training continues", error)
 
     def _write_line(self, row: Mapping[str, float], first: bool) -> None:
         """Write a line, before the first one also the header."""
@@ -585,20 +613,19 @@ class _Logs:
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append a row."""
-        if self.file is None:
-            return
         try:
-            self._write_line(row, first=not self.rows)
+            if self.file is not None:
+                self._write_line(row, first=not self.rows)
+            if self.board is not None:
+                for key, value in row.items():
+                    if key != "step":
+                        self.board.add_scalar(key, value, int(row["step"]))
         except OSError as error:
-            logger.warning("log could not be written (%s); the training continues", error)
+            self._warn(error)
         self.rows.append(dict(row))
-        if self.board is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self.board.add_scalar(key, value, int(row["step"]))
 
     def __exit__(self, *exc: object) -> None:
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
+        for log in (self.file, self.board):
+            if log is not None:
+                with suppress(OSError):  # already reported
+                    log.close()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.reconstructions import TrackScene
-from ..datasets.synthetic import PairDataset, PairSettings
+from ..datasets.synthetic import PairDataset, PairSettings, unreadable_log
 from ..datasets.tracks import correct_share, reconstruction_pairs
 from ..describe import DenseDescriptor
+from ..errors import DataError
 from ..extract import build
 from ..geometry import warp_points
 from ..image import load_image
@@ -216,8 +217,15 @@ class PosedCheck:
     def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
         self.pairs = reconstruction_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
         extractor = build(detector, None, num_keypoints=POSED_KEYPOINTS, up_levels=0, device="cpu")
-        paths = dict.fromkeys(path for pair in self.pairs for path in pair.images)
-        self.images = {path: load_image(path) for path in paths}
+        self.images: dict[Path, Tensor] = {}
+        for path in dict.fromkeys(path for pair in self.pairs for path in pair.images):
+            try:
+                self.images[path] = load_image(path)
+            except Exception as error:  # decoders raise various types for damaged files
+                unreadable_log().add(path, error)
+        self.pairs = [pair for pair in self.pairs if set(pair.images) <= self.images.keys()]
+        if not self.pairs:
+            raise DataError("no image pair of the validation reconstructions can be read")
         self.keypoints = {
             path: extractor.extract(image).keypoints for path, image in self.images.items()
         }

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ...datasets.synthetic import list_photos, split_photos, usable_photos
+from ...datasets.synthetic import damaged_photos, find_photos, split_readable
 from ...errors import DataError, WeightsError
 from ...formats.records import file_stamp, json_digest, with_program
 from ...weights import digest, save
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 #: One or more folders.
 Folders: TypeAlias = str | Path | Sequence[str | Path]
 R = TypeVar("R")
-#: Maximum number of log messages about unusable images.
-MAX_SKIPPED_LOGGED = 10
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,11 @@ class TrainData:
             DataError: too few usable images, or images in both sets.
         """
         if self.validation:
-            training, held_out = (_usable(f, log) for f in (self.images, self.validation))
+            training, held_out = (
+                find_photos(as_folders(f), log=log) for f in (self.images, self.validation)
+            )
+            damaged = set(damaged_photos(held_out, log=log))
+            held_out = [path for path in held_out if path not in damaged]
             if not training or not held_out:
                 empty = self.images if not training else self.validation
                 raise DataError(f"no usable images in {empty}")
@@ -71,7 +73,8 @@ class TrainData:
                     f"{min(both)} is used for both training and validation; give disjoint folders"
                 )
         else:
-            training, held_out = split_photos(_usable(self.images, log))
+            photos = find_photos(as_folders(self.images), log=log)
+            training, held_out = split_readable(photos, log=log)
         level = logging.INFO if log else logging.DEBUG
         logger.log(
             level, "%d photographs for training, %d for validation", len(training), len(held_out)
@@ -105,19 +108,6 @@ def as_folders(folders: Folders | None) -> list[Path]:
     if folders is None:
         return []
     return [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
-
-
-def _usable(folders: Folders, log: bool) -> list[Path]:
-    """Usable photographs in folders; others are logged."""
-    photos, skipped = usable_photos(
-        [photo for folder in as_folders(folders) for photo in list_photos(folder)]
-    )
-    if log:
-        for line in skipped[:MAX_SKIPPED_LOGGED]:
-            logger.warning("skipped: %s", line)
-        if len(skipped) > MAX_SKIPPED_LOGGED:
-            logger.warning("skipped: %d more images", len(skipped) - MAX_SKIPPED_LOGGED)
-    return photos
 
 
 def choose(recipes: dict[str, R], preset: str) -> R:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from ...files import Lock
 from ..loop import FitResult, RunOptions
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
 from .common import TrainData, TrainJob, check_output
@@ -56,7 +59,8 @@ def train(
         FileNotFoundError: no such folder.
         FileExistsError: there are weights at ``output``; see ``RunOptions.overwrite`` and
             ``resume``.
-        DataError: fewer than two usable images.
+        DataError: fewer than two usable images, or another run is writing ``output``.
+        OSError: the weights cannot be written; the checkpoint, if written, resumes.
         ValueError: unknown name, preset or option, or data that the network cannot use.
         WeightsError: ``init`` is not a weights file, or one of another network.
     """
@@ -69,6 +73,13 @@ def train(
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into")
     check_output(output, run)
     job = TrainJob(data, output, preset, init, run, schedule)
+    # of several processes, one per device, the first holds the lock
+    first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
+    with Lock(output) if first else nullcontext():
+        return _train(name, job, options)
+
+
+def _train(name: str, job: TrainJob, options: dict[str, Any]) -> FitResult:
     if name in MODELS:
         return train_score_map(name, job)
     if name in REKD_SIZES:
