@@ -158,6 +158,8 @@ def train(
                 precision=precision,
                 validate_every=validate_every,
             )
+    except typer.Exit:  # a RuntimeError too
+        raise
     except RuntimeError as error:  # the loss is not finite
         fail(str(error))
     comparison = None
