@@ -9,13 +9,21 @@ DONE: list[Drill] = []
 
 
 @pytest.fixture
-def drill(request: pytest.FixtureRequest):
+def drill(request: pytest.FixtureRequest) -> Drill:
     """Counts of the test's runs; their failures fail the test."""
     current = Drill(request.node.name.removeprefix("test_").replace("_", " "))
-    yield current
     DONE.append(current)
-    assert current.runs, "the drill has done nothing"
-    assert not current.failures, "\n".join(current.failures)
+    return current
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    done = yield
+    current = pyfuncitem.funcargs.get("drill")
+    if current is not None:
+        assert current.runs, "the drill has done nothing"
+        assert not current.failures, "\n".join(current.failures)
+    return done
 
 
 @pytest.fixture(scope="session")
