@@ -33,8 +33,8 @@ _FORKS.set_forkserver_preload(
         *("tiepoints.training.recipes", "tiepoints.evaluation.run", "h5py", "pycolmap"),
     ]
 )
-#: Temporary files of this package, of torch, of SQLite and of text files written safely.
-TEMPORARY = re.compile(r"\.part(\.\w+)?$|\.tmp$|-wal$|-shm$|-journal$")
+#: Temporary files and locks of this package and of SQLite.
+TEMPORARY = re.compile(r"\.part(\.\w+)?$|\.tmp$|-wal$|-shm$|-journal$|\.lock$")
 #: Keys of JSON files that differ between equal runs.
 VOLATILE = {"seconds", "date", "spent", "versions", "time", "modified"}
 
@@ -79,11 +79,18 @@ def _call(arguments: list[str], folder: Path, log: Path, group: bool) -> None:
 
 
 class Command:
-    """A command of the package, running in ``folder``; its output is in ``output()``."""
+    """A command of the package, running in ``folder``; its output goes to ``log``.
 
-    def __init__(self, arguments: list[Any], folder: Path, *, group: bool = False):
+    Args:
+        log: a file, by default next to ``folder``.
+        group: with a process group of its own, to which ``send`` sends signals.
+    """
+
+    def __init__(
+        self, arguments: list[Any], folder: Path, *, log: Path | None = None, group: bool = False
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder.with_name(folder.name + ".log")
+        self.log = folder.with_name(folder.name + ".log") if log is None else log
         self.log.unlink(missing_ok=True)
         self.group = group
         words = [str(argument) for argument in arguments]
@@ -125,9 +132,11 @@ def handles_signals(pid: int) -> bool:
     )
 
 
-def run(arguments: list[Any], folder: Path, codes: tuple[int, ...] = (0,)) -> str:
+def run(
+    arguments: list[Any], folder: Path, codes: tuple[int, ...] = (0,), *, log: Path | None = None
+) -> str:
     """Run a command to its end; returns its output."""
-    command = Command(arguments, folder)
+    command = Command(arguments, folder, log=log)
     code, output = command.wait(), command.output()
     assert code in codes, f"exit code {code}: {output[-2000:]}"
     assert "Traceback" not in output, output[-2000:]

@@ -336,8 +336,7 @@ def weights(folder: Path) -> tuple[list[tuple[str, bytes]], Callable[[str, bytes
         if path.stat().st_size < 200_000
     ]
     corpus += [
-        (f"hostile{i}.safetensors", data)
-        for i, data in enumerate(hostile_weights(corpus[0][1]))
+        (f"hostile{i}.safetensors", data) for i, data in enumerate(hostile_weights(corpus[0][1]))
     ]
     file = io.BytesIO()
     torch.save(load("keynet-tiny").state_dict(), file)
