@@ -72,6 +72,11 @@ def check_error(command: Command, codes: tuple[int, ...], words: tuple[str, ...]
         assert any(word in output for word in words), output[-2000:]
 
 
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_full_disk(name, images, disk, tmp_path, drill):
     arguments = [images.get(str(word), word) for word in COMMANDS[name]]
@@ -81,6 +86,7 @@ def test_full_disk(name, images, disk, tmp_path, drill):
     moments = random.Random(name)
     for index in range(number(2, 12)):
         room = int(moments.uniform(0, sum(sizes)))
+        clear(disk)
         with drill.run(f"room for {room} of {sum(sizes)} bytes"):
             filler = disk / "filler"
             filler.write_bytes(bytes(SIZE - room - 16384))
@@ -93,7 +99,6 @@ def test_full_disk(name, images, disk, tmp_path, drill):
             filler.unlink()
             run(arguments, folder, log=tmp_path / "full.log")
             assert_equal_content(content(folder), expected)
-            shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
