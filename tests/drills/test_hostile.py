@@ -19,9 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiepoints
-from tiepoints.evaluation.results import read_run
+from tiepoints.checkpoints import load_official
+from tiepoints.errors import DataError, WeightsError
+from tiepoints.evaluation.results import load_features, read_run
+from tiepoints.formats.npy import FeatureFolder
 from tiepoints.report.report import write_report
-from tiepoints.weights import DATA
+from tiepoints.structs import Features
+from tiepoints.training.loop import read_checkpoint
+from tiepoints.weights import DATA, load
 
 FEW = ("--num-keypoints", 30, "--single-scale")
 NAMES = [
@@ -164,28 +169,29 @@ def test_nothing_is_unpickled(photos, tmp_path, drill):
     marker = tmp_path / "unpickled"
     objects = np.array([Marker(marker)], dtype=object)
     torch.save({"net": Marker(marker)}, tmp_path / "w.pth")
+    torch.save({"net": Marker(marker)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "w.safetensors").write_bytes(pickle.dumps(Marker(marker)))
-    shutil.copy(tmp_path / "w.pth", tmp_path / "out.safetensors.checkpoint")
-    np.savez(tmp_path / "w.npz", net=objects)
-    features = tmp_path / "features"
-    features.mkdir()
+    np.savez(tmp_path / "w.npz", net=objects, xy=objects)
     for kind in ("kpt", "dsc"):
-        np.save(features / f"p0.png.{kind}.npy", objects, allow_pickle=True)
-    train = ("train", "keynet-tiny", "--images", photos, "--output", tmp_path / "out.safetensors")
-    commands = [
-        *(("extract", photos, "--detector", tmp_path / f"w.{s}") for s in ("pth", "safetensors")),
-        ("extract", photos, "--descriptor", tmp_path / "w.pth"),
-        ("weights", "import", tmp_path / "w.pth", "--output", "x.safetensors"),
-        ("weights", "import", tmp_path / "w.npz", "--output", "x.safetensors"),
-        (*train, "--init", tmp_path / "w.pth", "--steps", 1),
-        (*train, "--resume", "--steps", 1, "--device", "cpu"),
-        ("match", "--features", features, "--output", "m.h5"),
-    ]
-    for arguments in commands:
-        with drill.run(" ".join(str(word) for word in arguments[:3])):
-            output = run(list(arguments), tmp_path / "run", codes=(1, 2))
-            assert "error" in output or "failed" in output, output
+        np.save(tmp_path / f"p0.png.{kind}.npy", objects, allow_pickle=True)
+    files = [tmp_path / name for name in ("w.pth", "old.pth", "w.safetensors", "w.npz")]
+    readers = [load, load_official, read_checkpoint, Features.load]
+    attempts = [(reader, path) for reader in readers for path in files]
+    attempts.append((FeatureFolder(tmp_path).read, "p0.png"))
+    for reader, path in attempts:
+        with drill.run(f"{reader.__name__} {path}"):
+            with pytest.raises((DataError, WeightsError, ValueError, OSError)):
+                reader(path)
             assert not marker.exists()
+    for path in files:  # the results of an evaluation
+        with drill.run(f"load_features {path}"):
+            assert load_features(path) is None
+            assert not marker.exists()
+    with drill.run("extract"):
+        arguments = ["extract", photos, "--output", "out", "--detector", files[0], *FEW]
+        output = run(arguments, tmp_path / "run", codes=(2,))
+        assert str(files[0]) in output
+        assert not marker.exists()
 
 
 def test_only_safetensors_are_shipped():

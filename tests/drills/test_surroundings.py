@@ -46,7 +46,7 @@ def test_two_processes_with_one_target(name, photos, tmp_path, drill):
     arguments = [{"PHOTOS": photos, "LARGE": large}.get(word, word) for word in TARGETS[name]]
     run(arguments, tmp_path / "whole")
     expected = content(tmp_path / "whole")
-    for index in range(number(2, 6 if name == "train" else 20)):
+    for index in range(number(1, 6 if name == "train" else 20)):
         with drill.run(f"pair {index}"):
             folder = tmp_path / f"both{index}"
             logs = [tmp_path / f"{index}-{i}.log" for i in range(2)]
@@ -101,7 +101,7 @@ def test_surroundings(name, photos, tmp_path, drill):
         ["extract", named, "--output", tmp_path / "out", "--format", "h5", *FEW],
         ["match", named, "--output", tmp_path / "m.h5", *FEW],
         ["match", *sorted(named.iterdir())[:2], "--output", tmp_path / "m.png", *FEW],
-    )[:: 1 if FULL else 2]:
+    )[:: 1 if FULL else 3]:
         with drill.run(f"{arguments[0]} {arguments[-3]}"):
             words = [sys.executable, *options, "-m", "tiepoints", *map(str, arguments)]
             done = subprocess.run(
