@@ -2,13 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs bench clean
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+.PHONY: demo test drills lint docs bench clean
 
 # torch comes first and pinned: the registry's newest one would bring gigabytes of CUDA.
-.venv/ready: pyproject.toml constraints.txt
+# HASHES=1 (Linux, x86-64, Python 3.11) accepts only files with the hashes of requirements/ci.txt,
+# except for torch, whose builds differ between registries.
+.venv/ready: pyproject.toml constraints.txt requirements/ci.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+ifdef HASHES
+	$(PIP) --require-hashes --no-deps --only-binary :all: -r requirements/ci.txt
+	$(PIP) -c constraints.txt torch
+	$(PIP) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+else
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
+endif
 	touch $@
 
 demo: .venv/ready
@@ -16,6 +26,11 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Signals, full disks, damaged files and the like with full numbers: half an hour or more. The test
+# suite runs a short form. Drills of full disks need the right to mount a tmpfs.
+drills: .venv/ready
+	DRILLS=full OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/drills
 
 lint: .venv/ready
 	$(BIN)/ruff check .

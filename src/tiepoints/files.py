@@ -10,6 +10,7 @@ import glob
 import importlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -45,16 +46,55 @@ def require(module: str, *, extra: str, purpose: str) -> Any:
         ) from error
 
 
+#: Folders from which this process has removed the temporary files of killed ones.
+_cleaned: set[str] = set()
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", platform.node())
+
+
+def temporary_path(path: Path, suffix: str = "") -> Path:
+    """Path of a temporary file next to ``path``; it names this computer and process."""
+    return path.with_name(f".{path.name}.{_host()}-{os.getpid()}.part{suffix}")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove temporary files (``temporary_path``) whose process no longer runs on this computer
+    from a folder; once per folder and process, so that many writes take linear time.
+    """
+    key = os.path.abspath(folder)
+    if key in _cleaned:
+        return
+    _cleaned.add(key)
+    pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.part(\.\w+)?", re.DOTALL)
+    for path in folder.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found is not None and not _is_running(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # a process of another user
+        return True
+    return True
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Context manager: a temporary path that is renamed to ``path`` when the block ends.
 
-    The folder is created. If the block fails, the temporary file is removed and an existing file at
-    ``path`` is unchanged.
+    The folder is created, and temporary files of killed processes are removed from it. If the block
+    fails, the temporary file is removed and an existing file at ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp_path = path.with_name(f".{path.name}.{os.getpid()}.part")
+    remove_abandoned(path.parent)
+    tmp_path = temporary_path(path)
     try:
         yield tmp_path
         os.replace(tmp_path, path)

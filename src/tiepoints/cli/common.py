@@ -1,8 +1,8 @@
 """Options, error handling, exit codes and logging of all commands.
 
 Exit codes: 0 = success; 1 = something was skipped or failed; 2 = invalid arguments, reported before
-any work; 130 = interrupted. Commands have many parameters because typer declares an option by a
-parameter.
+any work; 130, 143, 129 = stopped by SIGINT (Ctrl-C), SIGTERM, SIGHUP. Commands have many parameters
+because typer declares an option by a parameter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import typer
 
 from ..errors import DataError, WeightsError
 from ..files import printable
+from .signals import STOPPED, exit_code, is_stopped
 
 if TYPE_CHECKING:
     from ..extract import ExtractOptions
@@ -160,20 +161,24 @@ PagesOption = Annotated[
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print an error and exit."""
+    """Print an error and exit; errors after a signal are a consequence of it."""
+    if is_stopped() and code == 2:
+        message, code = STOPPED, exit_code()
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
 @contextmanager
-def user_errors(stopped: str = "stopped; the same command resumes") -> Iterator[None]:
-    """Turn errors that a user can correct into a message and exit code 2, Ctrl-C into 130."""
+def user_errors(stopped: str = STOPPED) -> Iterator[None]:
+    """Turn errors that a user can correct into a message and exit code 2, and a signal that stops
+    the command into a message and its exit code (``signals.exit_code``).
+    """
     try:
         yield
     except USER_ERRORS as error:
         fail(str(error))
     except KeyboardInterrupt:
-        fail(stopped, 130)
+        fail(stopped, exit_code())
 
 
 def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = False) -> None:

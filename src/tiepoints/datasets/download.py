@@ -60,7 +60,6 @@ def fetch_hpatches(
             digest = _download(url, part)
         except (urllib.error.URLError, OSError, ValueError) as error:
             failures.append(f"{url}: {error}")
-            part.unlink(missing_ok=True)
             continue
         if sha256 is not None and digest != sha256.lower():
             failures.append(f"{url}: sha256 is {digest}, expected {sha256}")
@@ -87,17 +86,21 @@ def fetch_hpatches(
 
 
 def _download(url: str, part: Path) -> str:
-    """Download ``url`` to ``part`` and return its SHA-256."""
+    """Download ``url`` to ``part`` and return its SHA-256; on an error, ``part`` is removed."""
     from tqdm import tqdm
 
     digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        with tqdm(total=total or None, unit="B", unit_scale=True) as bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                bar.update(len(block))
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=total or None, unit="B", unit_scale=True) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    digest.update(block)
+                    bar.update(len(block))
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     return digest.hexdigest()
 
 

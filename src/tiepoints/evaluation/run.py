@@ -14,13 +14,16 @@ import logging
 import multiprocessing
 import os
 import queue
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -576,12 +579,16 @@ def _run_tasks(
             yield from _compute_rows(task, settings, folder)
         return
     context = multiprocessing.get_context("spawn")
+    manager = SyncManager(ctx=context)
+    with _interrupts_blocked():  # inherited by the processes
+        manager.start(_follow_parent)
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool,
+        manager,
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
     ):
-        results = manager.Queue()
-        running = {pool.submit(_send, task, settings, folder, results) for task in tasks}
+        results, stop = manager.Queue(), manager.Event()
+        with _interrupts_blocked():
+            running = {pool.submit(_send, task, settings, folder, results, stop) for task in tasks}
         try:
             while running:
                 ended = {future for future in running if future.done()}
@@ -592,18 +599,52 @@ def _run_tasks(
                     future.result()
                 running -= ended
         except BaseException:
-            # nothing would write the rows of tasks that have not started
+            # nothing would write the rows of further pairs
+            with suppress(OSError, EOFError):
+                stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _send(task: Task, settings: RunSettings, folder: Path, results: Any) -> None:
+def _send(task: Task, settings: RunSettings, folder: Path, results: Any, stop: Any) -> None:
     for item in _compute_rows(task, settings, folder):
+        if stop.is_set():
+            return
         results.put(item)
 
 
-def _one_thread() -> None:
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT in this thread and, for good, in the processes it starts: a terminal sends it to
+    all of them, and this process stops the others.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _follow_parent() -> None:
+    """In a worker process: ignore signals, which the parent handles, and end with the parent."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _start_worker() -> None:
     torch.set_num_threads(1)
+    _follow_parent()
 
 
 def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Result]:

@@ -29,7 +29,14 @@ from tqdm import tqdm
 
 from ..errors import DataError, first_line
 from ..extract import Extractor
-from ..files import IMAGE_SUFFIXES, list_images, natural, require
+from ..files import (
+    IMAGE_SUFFIXES,
+    list_images,
+    natural,
+    remove_abandoned,
+    require,
+    temporary_path,
+)
 from ..image import load_image
 from ..plot import draw_caption, draw_tracks
 from ..tracking import Tracker
@@ -342,7 +349,7 @@ class VideoFile:
         if path.is_dir():
             raise DataError(f"{path} is a folder; give a file name for the video")
         self.cv2, self.path, self.rate, self.live = _cv2(), path, rate, live
-        self.tmp_path = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix.lower()}")
+        self.tmp_path = temporary_path(path, path.suffix.lower())
         self.writer: Any = None
         self.size, self.start, self.written = (0, 0), 0.0, 0
 
@@ -365,6 +372,7 @@ class VideoFile:
 
     def _open(self, width: int, height: int) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.path.parent)
         codec = self.cv2.VideoWriter_fourcc(*CODECS[self.path.suffix.lower()])
         with _quiet(self.cv2):
             self.writer = self.cv2.VideoWriter(

@@ -875,7 +875,8 @@ def _header(rows: Rows, runs: Sequence[Run]) -> list[tuple[str, str]]:
     failed = sum(not row.ok for row in run.rows)
     mode = metadata.get("mode")
     mode = {"ti": "single scale (TI)", "si": "multiple scales (SI)"}.get(str(mode), mode)
-    settings = [f"{metadata['num_points']} keypoints per image"] * ("num_points" in metadata)
+    number = metadata.get("num_points")
+    settings = [] if number is None else [f"{number} keypoints per image"]
     settings += [str(mode)] * bool(mode)
     counts = f"{_count(len(sequences), 'sequence')}, {_count(len(pairs), 'pair')}"
     out = [("Dataset", f"{run.name}: {counts}")]

@@ -1,15 +1,31 @@
-"""The ``tiepoints`` command."""
+"""The ``tiepoints`` command: all commands and their common options."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from . import evaluate, extract, imc, info, match, train, video, weights
 from .common import configure_logging
+from .signals import stop_message
+
+
+class _Commands(TyperGroup):
+    """Commands that a signal stops also where they handle no errors, such as in their imports."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        with stop_message():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        with stop_message():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find, describe, match and measure tie points, and train the networks that do so.",
@@ -52,8 +68,3 @@ def options(
 ) -> None:
     """Find, describe, match and measure tie points, and train the networks that do so."""
     configure_logging(verbose, quiet)
-
-
-def main() -> None:
-    """Entry point of the ``tiepoints`` command."""
-    app()
