@@ -68,6 +68,8 @@ class Drill:
 def _call(arguments: list[str], folder: Path, log: Path, group: bool) -> None:
     from tiepoints.cli import main
 
+    # a fork inherits the method by which it was started; the command's workers use the usual one
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     if group:
         os.setsid()
     os.chdir(folder)
