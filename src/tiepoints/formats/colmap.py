@@ -13,6 +13,7 @@ incomplete images.
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
@@ -37,6 +38,8 @@ SIFT_FACTOR = 512.0
 #: Bytes that a transaction needs in addition to its data: pages of indices, and the shared memory
 #: of the write-ahead log.
 TRANSACTION_BYTES = 2**18
+#: Bytes that are checked in advance for the next transactions.
+SPACE_BYTES = 2**25
 #: Pairs that are verified at a time, and images whose keypoints are cached meanwhile.
 VERIFY_BATCH = 256
 #: COLMAP's default focal length without EXIF, in units of the longest side of the image.
@@ -88,6 +91,7 @@ class ColmapDatabase:
         self._single = camera != "auto"
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
+        self._free_bytes = 0
         self._created = not self.path.exists()
         if not write and not self.path.is_file():
             raise FileNotFoundError(f"no database at {self.path}")
@@ -183,6 +187,18 @@ class ColmapDatabase:
                     f"{self.path} could not be written ({first_line(error)})"
                 ) from error
 
+    def _require_space(self, size: int) -> None:
+        """``files.require_space`` for several transactions at a time, as it takes a millisecond."""
+        folder = self.path.parent
+        if size > self._free_bytes or shutil.disk_usage(folder).free < size + SPACE_BYTES:
+            try:
+                require_space(folder, size + SPACE_BYTES)
+                self._free_bytes = size + SPACE_BYTES
+            except OSError:
+                require_space(folder, size)
+                self._free_bytes = size
+        self._free_bytes -= size
+
     @contextmanager
     def _transaction(self, size: int = 0) -> Iterator[None]:
         """Commit what is written within the block as a whole.
@@ -196,7 +212,7 @@ class ColmapDatabase:
         """
         with self._writing():
             # the data is written twice: to the log and from there to the database
-            require_space(self.path.parent, 2 * size + TRANSACTION_BYTES)
+            self._require_space(2 * size + TRANSACTION_BYTES)
             with self._colmap.DatabaseTransaction(self._database):
                 yield
 
