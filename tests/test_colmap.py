@@ -243,9 +243,10 @@ def test_files_that_are_not_colmap_databases_raise(tmp_path):
 KILLS = """
 import os, random, signal, sys, time
 import torch
-from tiepoints.formats.colmap import ColmapDatabase
+from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
 from tiepoints.structs import Features, Keypoints, Matches
 
+require_pycolmap()  # its import may take longer than a child lives
 torch.set_num_threads(1)
 path, rounds = sys.argv[1], int(sys.argv[2])
 chance = random.Random(0)

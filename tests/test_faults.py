@@ -28,12 +28,12 @@ from tiepoints.datasets import synthetic
 from tiepoints.datasets.homography import homography_sequences
 from tiepoints.datasets.synthetic import PairDataset, PairSettings, find_photos, split_readable
 from tiepoints.errors import DataError, WeightsError
+from tiepoints.extract import Extractor
 from tiepoints.files import Lock, collect, list_images, printable, require_space
 from tiepoints.formats import npy
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.hdf5 import _HEAD, _MAGIC, FeatureFile, read_pairs
 from tiepoints.formats.imc import find_sequences
-from tiepoints.jobs import extract as extract_job
 from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, load, metadata_of, table
 
@@ -91,7 +91,8 @@ def test_name_that_is_not_utf8_is_refused_and_the_rest_is_done(photos, tmp_path,
         )
         assert done in output
         assert "caf\\xe9.png: its name is not valid UTF-8; rename it" in output
-    assert [p.name for p in (tmp_path / "o").iterdir() if p.suffix != ".json"] == [FORMATS[form]]
+    names = [p.name for p in (tmp_path / "o").iterdir() if p.suffix not in (".json", ".jsonl")]
+    assert names == [FORMATS[form]]
 
 
 def test_name_that_is_not_utf8_in_npy(photos, tmp_path):
@@ -303,7 +304,8 @@ def test_damaged_photographs_are_named_once_and_left_out(tmp_path, caplog):
     training, held_out = split_readable(photos)
     assert len(training) + len(held_out) == 7
     assert first not in training + held_out
-    assert [message.split(":")[1].strip() for message in caplog.messages] == [str(first)]
+    assert len(caplog.messages) == 1
+    assert str(first) in caplog.messages[0]
     caplog.clear()
     synthetic.unreadable_log.cache_clear()
     cut(training[0])
@@ -341,13 +343,13 @@ def test_sequences_that_are_left_out_are_named_once(tmp_path, caplog):
 
 
 def test_whatever_a_decoder_raises_is_listed(photos, tmp_path, monkeypatch):
-    def load_image(path):
+    def read(extractor, path):
         if path.name == "p1.png":
             raise TypeError("integer argument expected")
-        return original(path)
+        return original(extractor, path)
 
-    original = extract_job.load_image
-    monkeypatch.setattr(extract_job, "load_image", load_image)
+    original = Extractor.read
+    monkeypatch.setattr(Extractor, "read", read)
     output = run("extract", photos, *SYSTEM, "--output", tmp_path / "o", code=1)
     assert "2 extracted" in output
     assert "p1.png cannot be decoded (TypeError: integer argument expected)" in output

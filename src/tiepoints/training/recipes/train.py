@@ -71,11 +71,11 @@ def train(
     output = Path(output)
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into")
-    check_output(output, run)
     job = TrainJob(data, output, preset, init, run, schedule)
     # of several processes, one per device, the first holds the lock
     first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
     with Lock(output) if first else nullcontext():
+        check_output(output, run)
         return _train(name, job, options)
 
 
