@@ -314,8 +314,8 @@ def test_damaged_photographs_are_named_once_and_left_out(tmp_path, caplog):
     pairs = [PairDataset(training, settings, seed=seed, length=20) for seed in (0, 1)]
     sources = {dataset.pair(i).source for dataset in pairs for i in range(20)}
     assert sources == {str(path) for path in training[2:]}
-    named = sorted(message.split(":")[1].strip() for message in caplog.messages)
-    assert named == sorted(map(str, training[:2]))
+    assert len(caplog.messages) == 2
+    assert all(any(str(p) in message for message in caplog.messages) for p in training[:2])
 
 
 def test_sequences_that_are_left_out_are_named_once(tmp_path, caplog):
@@ -339,7 +339,8 @@ def test_sequences_that_are_left_out_are_named_once(tmp_path, caplog):
     out = tmp_path / "out"
     systems = ["--systems", "sobelnet+rootsift", "--num-keypoints", "50", "--output", out]
     output = run("evaluate", tmp_path / "hp", *systems, code=1)
-    assert [output.count(f"{name}:") for name in ("v_commas", "i_six", "junk")] == [1, 1, 1]
+    named = ("v_commas skipped:", "i_six skipped:", "junk:")
+    assert [output.count(name) for name in named] == [1, 1, 1]
 
 
 def test_whatever_a_decoder_raises_is_listed(photos, tmp_path, monkeypatch):

@@ -185,7 +185,7 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
             try:
                 pairs.extend(read_sequence(folder))
             except DataError as error:
-                problems.append(f"{folder.name}: {error}")
+                problems.append(f"{folder.name} skipped: {error}")
     if not pairs:
         detail = (
             "; ".join(problems[:3])

@@ -706,7 +706,7 @@ class PairDataset(Dataset):
         if index not in self._cache:
             try:
                 photo = read_photo(self.photos[index], self.settings.max_side)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 # intact header, but damaged data, or removed: the next photograph is used
                 self._unreadable.add(self.photos[index], error)
                 photo = None

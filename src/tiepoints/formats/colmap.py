@@ -304,6 +304,7 @@ class ColmapDatabase:
         # pycolmap has its own copy of SQLite: two copies with the same file open in one process
         # remove each other's locks
         with self._lock:
+            self._require_space(TRANSACTION_BYTES)
             self._database.close()
             try:
                 with closing(sqlite3.connect(self.path, timeout=60)) as connection, connection:
