@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tiepoints import build, pyramid, regions
+from tiepoints import DataError, build, pyramid, regions
 from tiepoints.describe import DenseDescriptor
 from tiepoints.detect import DetectOptions, ScoreMapDetector
 from tiepoints.extract import ExtractOptions
@@ -289,3 +292,43 @@ def test_memory_does_not_change_the_settings_of_results():
     options = ExtractOptions(memory=1 << 30)
     assert options.to_json() == replace(options, memory=None).to_json()
     assert ExtractOptions(max_size=800).to_json()["max_size"] == 800
+
+
+def test_few_large_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    """With a limit of the pixels of two images, a third is read after the first is extracted."""
+    from tiepoints.extract import Extractor
+    from tiepoints.jobs import extract as job
+
+    for i in range(6):
+        Image.fromarray((picture() * 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    lock, alive, most = threading.Lock(), [0], [0]
+    read, extract = Extractor.read, Extractor.extract_tensor
+
+    def counted_read(extractor, source):
+        with lock:
+            alive[0] += 1
+            most[0] = max(most[0], alive[0])
+        return read(extractor, source)
+
+    def counted_extract(extractor, batch, masks):
+        time.sleep(0.05)  # the threads that read are faster
+        features = extract(extractor, batch, masks)
+        with lock:
+            alive[0] -= 1
+        return features
+
+    monkeypatch.setattr(Extractor, "read", counted_read)
+    monkeypatch.setattr(Extractor, "extract_tensor", counted_extract)
+    monkeypatch.setattr(job, "image_pixels", lambda memory: 2 * HEIGHT * WIDTH)
+    options = ExtractOptions("sobelnet", "none", num_keypoints=10, single_scale=True)
+    report = job.extract_images([str(tmp_path)], tmp_path / "out", options, workers=4)
+    assert (report.done, report.failed) == (6, [])
+    assert most[0] == 2
+
+
+def test_images_that_need_more_memory_are_refused_by_name(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("L", (9000, 9000)).save(path)
+    extractor = ExtractOptions("sobelnet", "none", memory=600 << 20).build()
+    with pytest.raises(DataError, match=r"large.png: 9000 x 9000 .* GiB .* raise the limit"):
+        extractor.extract(path)

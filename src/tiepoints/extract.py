@@ -20,11 +20,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checkpoints import load_official
+from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image
-from .memory import tile_pixels
+from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
 from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS, PRECISIONS
@@ -317,6 +318,9 @@ class Extractor:
 
     def read(self, image: ImageLike) -> Reading:
         """Read an image with its mask by the options of the extractor; errors as ``extract``."""
+        memory = None if self.options is None else self.options.memory
+        if memory is not None and isinstance(image, str | os.PathLike):
+            check_image(str(image), image_size(image), memory)
         return read_image(image, self.options)
 
     @staticmethod

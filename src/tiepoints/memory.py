@@ -10,6 +10,7 @@ import sys
 from functools import cache
 from typing import Any
 
+from .errors import DataError
 from .regions import TILE_PIXELS
 
 #: Bytes of the process without an image: Python, torch, the networks.
@@ -61,6 +62,22 @@ def image_pixels(memory: int | None) -> int:
     if memory is None:
         return AHEAD_PIXELS
     return (memory - BASE - TILE_BYTES * tile_pixels(memory)) // IMAGE_BYTES
+
+
+def check_image(name: str, size: tuple[int, int], memory: int | None) -> None:
+    """Check that an image of ``size`` = (width, height) can be processed within ``memory`` bytes.
+
+    Raises:
+        DataError: it cannot; the message says how much it needs.
+    """
+    pixels = size[0] * size[1]
+    if memory is None or pixels <= image_pixels(memory):
+        return
+    needed = BASE + TILE_BYTES * tile_pixels(memory) + IMAGE_BYTES * pixels
+    raise DataError(
+        f"{name}: {size[0]} x {size[1]} pixels need about {needed / (1 << 30):.1f} GiB of memory, "
+        f"over the limit of {memory / (1 << 30):.1f} GiB; raise the limit or reduce the image"
+    )
 
 
 @cache

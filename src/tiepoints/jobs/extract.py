@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..decode import page_count
+from ..decode import image_size, page_count
 from ..errors import DataError, first_line
 from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect, is_disk_full
@@ -29,6 +29,7 @@ from ..formats.store import (
     settings_path,
 )
 from ..image import Notices, Reading, load_image
+from ..memory import image_pixels
 from ..names import FORMATS
 from ..progress import Progress
 from ..structs import Features
@@ -392,6 +393,15 @@ class _Loaded:
     mask: Any
 
 
+def _count_pixels(task: Task) -> int:
+    """Number of pixels of an image; 0 if it cannot be read, which reading it reports."""
+    try:
+        width, height = image_size(task.source)
+    except (OSError, DataError):
+        return 0
+    return width * height
+
+
 def _extract_tasks(
     todo: deque[Task],
     extractor: Extractor,
@@ -403,7 +413,6 @@ def _extract_tasks(
     progress: bool,
 ) -> Notices:
     """Extract tasks, while threads load images and write features."""
-    loading: deque[tuple[Task, Future[_Loaded]]] = deque()
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def finish_writes(limit: int) -> None:
@@ -420,27 +429,55 @@ def _extract_tasks(
                     ) from error
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
+    def extract(loaded: _Loaded) -> Features:
+        mask = extractor.combine(loaded.reading, loaded.mask)
+        features = extractor.extract_tensor(loaded.reading.pixels, [mask])[0]
+        notices.add(task.relative, loaded.reading)
+        return features
+
     notices = Notices()
     num_ahead = max(1, workers) + 1
+    limit = image_pixels(None if extractor.options is None else extractor.options.memory)
     bar = Progress(len(todo), unit="image", label="extract", enabled=progress)
     with ThreadPoolExecutor(max(1, workers)) as pool, bar:
-        while todo or loading:
-            while todo and len(loading) < num_ahead:
-                task = todo.popleft()
-                loading.append((task, pool.submit(load, task)))
-            task, future = loading.popleft()
+        for task, reading in _read_ahead(todo, load, pool, num_ahead, limit):
             try:
-                loaded = future.result()
-                mask = extractor.combine(loaded.reading, loaded.mask)
-                features = extractor.extract_tensor(loaded.reading.pixels, [mask])[0]
-                notices.add(task.relative, loaded.reading)
+                features = extract(reading.result())
+                record = reading.result().record
                 report.keypoints += len(features)
-                writing.append((task, pool.submit(write, task, features, loaded.record)))
+                writing.append((task, pool.submit(write, task, features, record)))
             except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
                 reason = first_line(error)
                 report.failed.append((str(task.path), reason))
                 logger.debug("failed: %s: %s", task.path, reason)
+            del reading  # holds the image
             finish_writes(2 * num_ahead)
             bar.update()
         finish_writes(0)
     return notices
+
+
+def _read_ahead(
+    todo: deque[Task],
+    load: Callable[[Task], _Loaded],
+    pool: ThreadPoolExecutor,
+    depth: int,
+    limit: int,
+) -> Iterator[tuple[Task, Future[_Loaded]]]:
+    """Read images in threads, at most ``depth`` ahead of their use and, unless it is a single one,
+    with at most ``limit`` pixels in memory.
+    """
+    loading: deque[tuple[Task, int, Future[_Loaded]]] = deque()
+    in_memory = 0
+    while todo or loading:
+        while todo and len(loading) < depth:
+            pixels = _count_pixels(todo[0])
+            if loading and in_memory + pixels > limit:
+                break
+            task = todo.popleft()
+            in_memory += pixels
+            loading.append((task, pixels, pool.submit(load, task)))
+        task, pixels, future = loading.popleft()
+        yield task, future
+        del future  # holds the image
+        in_memory -= pixels
