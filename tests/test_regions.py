@@ -320,7 +320,9 @@ def test_few_large_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(Extractor, "read", counted_read)
     monkeypatch.setattr(Extractor, "extract_tensor", counted_extract)
     monkeypatch.setattr(job, "image_pixels", lambda memory: 2 * HEIGHT * WIDTH)
-    options = ExtractOptions("sobelnet", "none", num_keypoints=10, single_scale=True)
+    options = ExtractOptions(
+        detector="sobelnet", descriptor="none", num_keypoints=10, single_scale=True
+    )
     report = job.extract_images([str(tmp_path)], tmp_path / "out", options, workers=4)
     assert (report.done, report.failed) == (6, [])
     assert most[0] == 2
@@ -329,6 +331,6 @@ def test_few_large_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
 def test_images_that_need_more_memory_are_refused_by_name(tmp_path):
     path = tmp_path / "large.png"
     Image.new("L", (9000, 9000)).save(path)
-    extractor = ExtractOptions("sobelnet", "none", memory=600 << 20).build()
+    extractor = ExtractOptions(detector="sobelnet", descriptor="none", memory=600 << 20).build()
     with pytest.raises(DataError, match=r"large.png: 9000 x 9000 .* GiB .* raise the limit"):
         extractor.extract(path)
