@@ -214,7 +214,7 @@ def test_interrupted_while_validating(tmp_path, unbroken):
 
     with pytest.raises(Interrupted):
         train(tmp_path / "c", score=broken)
-    assert read_checkpoint(tmp_path / "c")["step"] == 2
+    assert read_checkpoint(tmp_path / "c")["step"] == 3
     assert same(train(tmp_path / "c", resume=True)[0], unbroken[0])
 
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,20 @@ def _header(
     return text + b" " * (-len(text) % 8)
 
 
+def _metadata(
+    photos: list[Path], settings: PairSettings, count: int, seed: int, preset: str
+) -> dict[str, Any]:
+    """Description of the pairs in the header of a file."""
+    names = "\n".join(path.name for path in photos)
+    return {
+        "count": count,
+        "seed": seed,
+        "preset": preset,
+        "photos": f"{len(photos)} {zlib.crc32(names.encode('utf-8', 'surrogateescape')):08x}",
+        **asdict(settings),
+    }
+
+
 def write_pairs(
     path: Path,
     photos: list[Path],
@@ -90,7 +106,7 @@ def write_pairs(
     """
     dataset = PairDataset(photos, settings, seed=seed, length=count)
     layout = _layout(count, settings.size)
-    metadata = {"count": count, "seed": seed, "preset": preset, **asdict(settings)}
+    metadata = _metadata(photos, settings, count, seed, preset)
     offsets, size = _offsets(layout)
     text = _header(layout, offsets, metadata)
     with atomic_path(path) as tmp_path:
@@ -109,6 +125,26 @@ def write_pairs(
             arrays["mask_b"][index] = np.packbits(pair["mask_b"])
         for array in arrays.values():
             array.flush()
+
+
+def stored_pairs(
+    path: Path,
+    photos: list[Path],
+    settings: PairSettings,
+    count: int,
+    *,
+    seed: int,
+    workers: int = 0,
+    preset: str = "",
+) -> Path:
+    """Write pairs to ``path`` unless it already contains the same ones; arguments and errors as of
+    ``write_pairs``.
+    """
+    wanted = json.loads(json.dumps(_metadata(photos, settings, count, seed, preset)))
+    if path.is_file() and PairFile(path).info == wanted:
+        return path
+    write_pairs(path, photos, settings, count, seed=seed, workers=workers, preset=preset)
+    return path
 
 
 def _reserve(file: Any, size: int) -> None:
@@ -173,6 +209,12 @@ class PairFile(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def settings(self) -> PairSettings:
+        """How the pairs were drawn."""
+        names = {field.name for field in fields(PairSettings)}
+        return PairSettings(**{key: self.info[key] for key in names if key in self.info})
+
     def pair(self, index: int) -> Pair:
         """Item ``index`` of the shuffled order."""
         epoch, position = divmod(index, self.info["count"])
@@ -192,6 +234,9 @@ class PairFile(Dataset):
             unpack(a["mask_a"][position]),
             unpack(a["mask_b"][position]),
         )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return as_tensors(self.pair(index))
