@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import evaluate, extract, imc, match, train, video, weights
+from . import evaluate, extract, imc, match, reproduce, train, video, weights
 from .common import configure_logging
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("compare")(evaluate.compare)
 app.command("evaluate")(evaluate.evaluate)
 app.command("evaluate-patches")(evaluate.evaluate_patches)
 app.command("report")(evaluate.report)
+app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
 app.command("imc")(imc.imc)
 app.add_typer(weights.app, name="weights")
