@@ -240,7 +240,7 @@ def variant_table(options: ReproduceOptions, rows: list[dict[str, Any]]) -> Tabl
         [Row(row["name"], [row[key] for key in keys]) for row in rows],
         corner="variant",
         note="Ours and published: the 25 strongest keypoints, location only, on validation pairs "
-        "of our and of ImageNet's photographs. On structure: the validation score of our trainings.",
+        "of our and of ImageNet's photographs. On structure: the score of our trainings.",
     )
 
 
