@@ -75,7 +75,7 @@ class Budget:
 
 
 #: ``paper``: section 5 of the paper. ``quick``: the published code's form of the loss with our
-#: schedule, a few minutes per variant on a CPU; differences below a few percent are noise.
+#: schedule, a few minutes per variant on a CPU; another seed moves a row by up to 17 points.
 BUDGETS = {
     "quick": Budget(
         "msip",
