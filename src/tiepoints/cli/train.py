@@ -305,7 +305,13 @@ def pairs(
                 validation,
             )
         for path, (used, number) in sets.items():
-            write_pairs(path, used, settings, number, seed=seed, workers=workers, preset=preset)
+            write_pairs(
+                *(path, used, settings, number),
+                seed=seed,
+                workers=workers,
+                preset=preset,
+                progress=progress_wanted(),
+            )
             typer.echo(f"{number} pairs of {len(used)} photographs -> {path}")
         if preview is not None:
             draw(PairFile(output)).save(preview)

@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..errors import DataError
 from ..files import atomic_path
 from ..geometry import warp_image
+from ..progress import track
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors
 
 #: NumPy types of the safetensors type names.
@@ -90,6 +90,7 @@ def write_pairs(
     seed: int,
     workers: int = 0,
     preset: str = "",
+    progress: bool = False,
 ) -> None:
     """Draw ``count`` pairs and write them to ``path``; the file is written atomically.
 
@@ -99,6 +100,7 @@ def write_pairs(
         count: number of pairs.
         workers: number of worker processes.
         preset: name of the settings, stored in the header.
+        progress: show progress.
 
     Raises:
         DataError: the photographs have no texture.
@@ -118,7 +120,9 @@ def write_pairs(
             for name, (kind, shape) in layout.items()
         }
         loader = DataLoader(_Raw(dataset), batch_size=None, num_workers=workers)
-        for index, pair in enumerate(tqdm(loader, total=count, unit="pair")):
+        for index, pair in enumerate(
+            track(loader, total=count, unit="pair", label="pairs", enabled=progress)
+        ):
             arrays["H_ab"][index] = pair["H_ab"]
             arrays["image_a"][index], arrays["image_b"][index] = pair["image_a"], pair["image_b"]
             arrays["mask_a"][index] = np.packbits(pair["mask_a"])
@@ -136,6 +140,7 @@ def stored_pairs(
     seed: int,
     workers: int = 0,
     preset: str = "",
+    progress: bool = False,
 ) -> Path:
     """Write pairs to ``path`` unless it already contains the same ones; arguments and errors as of
     ``write_pairs``.
@@ -143,7 +148,8 @@ def stored_pairs(
     wanted = json.loads(json.dumps(_metadata(photos, settings, count, seed, preset)))
     if path.is_file() and PairFile(path).info == wanted:
         return path
-    write_pairs(path, photos, settings, count, seed=seed, workers=workers, preset=preset)
+    options = {"workers": workers, "preset": preset, "progress": progress}
+    write_pairs(path, photos, settings, count, seed=seed, **options)  # type: ignore[arg-type]
     return path
 
 

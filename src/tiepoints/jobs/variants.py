@@ -164,6 +164,7 @@ class VariantTrainer:
                 seed=seed,
                 workers=run.workers,
                 preset=budget.pairs,
+                progress=run.progress,
             )
             for name, (photos, count, seed) in sets.items()
         }

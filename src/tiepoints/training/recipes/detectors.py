@@ -365,6 +365,7 @@ def _training_pairs(
         seed=seed,
         workers=job.run.workers,
         preset=recipe.pairs,
+        progress=job.run.progress,
     )
 
 
@@ -386,6 +387,7 @@ def _validation_pairs(
                 seed=VALIDATION_SEED,
                 workers=job.run.workers,
                 preset=recipe.checks,
+                progress=job.run.progress,
             )
         )
     checks = PairDataset(photos, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
