@@ -297,14 +297,12 @@ def pairs(
         settings = PRESETS[preset]
         if size is not None:
             settings = dataclasses.replace(settings, size=size)
-        training, held_out = ([], []) if split == "all" and not validation else split_photos(photos)
-        sets = {output: ({"train": training, "validation": held_out}.get(split, photos), count)}
+        training, held_out = (photos, []) if split == "all" else split_photos(photos)
+        sets = [(output, held_out if split == "validation" else training, count)]
         if validation:
-            sets[output.with_name(f"{output.stem}-validation{output.suffix}")] = (
-                held_out,
-                validation,
-            )
-        for path, (used, number) in sets.items():
+            path = output.with_name(f"{output.stem}-validation{output.suffix}")
+            sets.append((path, held_out, validation))
+        for path, used, number in sets:
             write_pairs(
                 *(path, used, settings, number),
                 seed=seed,
