@@ -83,7 +83,11 @@ def reproduce(
         )
     if as_json:
         print_json({**result.content, "files": [str(path) for path in result.files]})
-        return
-    typer.echo(result.markdown())
-    for path in result.files:
-        typer.echo(f"written {path}")
+    else:
+        typer.echo(result.markdown())
+        for path in result.files:
+            typer.echo(f"written {path}")
+    for line in result.skipped:
+        typer.echo(f"skipped: {line}", err=True)
+    if result.skipped:
+        raise typer.Exit(1)

@@ -12,7 +12,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,7 @@ TABLE_2_MEASURES = (
     ("s_range", "S range", "s_range", 1, 1.0),
 )
 SPLIT_NAMES = {"view": "viewpoint", "illum": "illumination", "all": "all sequences"}
+QUICK_NOTE = "With the quick budget, another seed moves a row by up to 17 points."
 #: Side in pixels and number of repetitions of the timing of table 4.
 TIMED_SIDE, TIMINGS = 600, 5
 #: Keypoints and maximum width in pixels of a picture of figure 3.
@@ -155,11 +156,13 @@ class Reproduced:
         content: rows and settings, JSON values.
         tables: our values and the published ones.
         files: written files.
+        skipped: messages about rows, sequences and pairs without results.
     """
 
     content: dict[str, Any]
     tables: list[Table]
-    files: list[Path]
+    files: list[Path] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
         """All tables as Markdown."""
@@ -188,10 +191,11 @@ def reproduce(options: ReproduceOptions) -> Reproduced:
     result = run()
     stem = options.work / f"{options.part.replace(' ', '-')}-{options.budget}"
     content = {"part": options.part, "budget": options.budget, **result.content}
+    content["skipped"] = result.skipped
     json_path, text_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".md"))
     write_json(json_path, content)
     write_text(text_path, result.markdown())
-    return Reproduced(content, result.tables, [json_path, text_path, *result.files])
+    return replace(result, content=content, files=[json_path, text_path, *result.files])
 
 
 def _selected(names: Sequence[str], only: str) -> list[str]:
@@ -221,7 +225,7 @@ def _trained(options: ReproduceOptions, variants: list[Variant]) -> Reproduced:
     names = _selected([variant.name for variant in variants], options.only)
     trainer = _trainer(options)
     rows = [trainer.row(variant) for variant in variants if variant.name in names]
-    return Reproduced({"rows": rows}, [variant_table(options, rows)], [])
+    return Reproduced({"rows": rows}, [variant_table(options, rows)])
 
 
 def variant_table(options: ReproduceOptions, rows: list[dict[str, Any]]) -> Table:
@@ -240,7 +244,9 @@ def variant_table(options: ReproduceOptions, rows: list[dict[str, Any]]) -> Tabl
         [Row(row["name"], [row[key] for key in keys]) for row in rows],
         corner="variant",
         note="Ours and published: the 25 strongest keypoints, location only, on validation pairs "
-        "of our and of ImageNet's photographs. On structure: the score of our trainings.",
+        "of our and of ImageNet's photographs. On structure: the score of our trainings."
+        + f" {QUICK_NOTE}"
+        * (options.budget == "quick"),
     )
 
 
@@ -310,15 +316,19 @@ def _systems(options: ReproduceOptions, table: dict[str, str]) -> tuple[dict[str
         except (ImportError, OSError) as error:
             missing.append(f"{row}: {error}")
             del systems[row]
-    for line in missing:
-        logger.warning("skipped: %s", line)
     return {row: systems[row] for row in names if row in systems}, missing
 
 
 def _evaluated(
-    options: ReproduceOptions, systems: dict[str, str], folder: str, single_scale: bool
+    options: ReproduceOptions,
+    systems: dict[str, str],
+    folder: str,
+    single_scale: bool,
+    skipped: list[str],
 ) -> Rows | None:
-    """Results of systems, whose names are those of the rows; None without systems."""
+    """Results of systems, whose names are those of the rows; None without systems. Sequences and
+    pairs without results are added to ``skipped``.
+    """
     assert options.data is not None
     if not systems:
         return None
@@ -327,11 +337,18 @@ def _evaluated(
         num_keypoints=options.num_keypoints,
         single_scale=single_scale,
         protocols=("keynet",),
+        device=options.device,
     )
     work = options.work / folder
     dataset = homography_sequences(options.data)
     evaluate(dataset, settings, work, workers=options.workers, progress=options.progress)
-    return Rows(read_run(work))
+    run = read_run(work)
+    skipped += [text for text in map(str, dataset.problems) if text not in skipped]
+    for row in systems:
+        failed = [pair.reason for pair in run.rows if pair.system == row and not pair.ok]
+        if failed:
+            skipped.append(f"{row}: {len(failed)} pairs failed, such as {failed[0]}")
+    return Rows(run)
 
 
 def _table_2(options: ReproduceOptions) -> Reproduced:
@@ -343,6 +360,7 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
             {row: name for row, name in systems.items() if row.endswith("-TI") == (mode == "ti")},
             f"table-2-{mode}",
             mode == "ti",
+            missing,
         )
         for mode in ("si", "ti")
     }
@@ -369,13 +387,13 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
             content.append(_as_json(row, split, columns, values))
         caption = f"Key.Net, table 2, {SPLIT_NAMES.get(split, split)}"
         tables.append(Table(caption, columns, lines, corner="detector", note=_note(missing)))
-    return Reproduced({"rows": content, "skipped": missing}, tables, [])
+    return Reproduced({"rows": content}, tables, skipped=missing)
 
 
 def _table_3(options: ReproduceOptions) -> Reproduced:
     """Matching score of detectors with descriptors."""
     systems, missing = _systems(options, TABLE_3_SYSTEMS)
-    rows = _evaluated(options, systems, "table-3", False)
+    rows = _evaluated(options, systems, "table-3", False, missing)
     splits = [] if rows is None else rows.splits
     columns = [
         Column(side, f"matching score %, {SPLIT_NAMES.get(split, split)}", 1)
@@ -393,7 +411,7 @@ def _table_3(options: ReproduceOptions) -> Reproduced:
         lines.append(Row(row, values))
         content.append(_as_json(row, None, columns, values))
     table = Table("Key.Net, table 3", columns, lines, note=_note(missing))
-    return Reproduced({"rows": content, "skipped": missing}, [table], [])
+    return Reproduced({"rows": content}, [table], skipped=missing)
 
 
 def _as_json(
@@ -428,7 +446,7 @@ def _table_4(options: ReproduceOptions) -> Reproduced:
         lines.append(Row(row, values))
         content.append(_as_json(row, None, columns, values))
     note = "Ours: one image on the CPU of this machine; published: GTX 1080 Ti."
-    return Reproduced({"rows": content}, [Table("Key.Net, table 4", columns, lines, note=note)], [])
+    return Reproduced({"rows": content}, [Table("Key.Net, table 4", columns, lines, note=note)])
 
 
 @torch.inference_mode()

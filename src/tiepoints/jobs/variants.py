@@ -16,12 +16,14 @@ import torch
 
 from ..datasets.pairs import PairFile, stored_pairs
 from ..datasets.synthetic import PRESETS
+from ..errors import WeightsError
 from ..files import write_json
 from ..models.spec import fused
 from ..report import published
-from ..training.loop import RunOptions
+from ..training.loop import FitResult, RunOptions
 from ..training.losses import WINDOWS
 from ..training.recipes import TrainData, train
+from ..training.recipes.common import companion
 from ..training.validation import VALIDATION_SEED, paper_score, validation_score
 from ..weights import load
 
@@ -195,19 +197,13 @@ class VariantTrainer:
         for seed in range(SEEDS):
             output = self.work / f"{network}-{variant.slug}-seed{seed}.safetensors"
             logger.info("training %s, %s, seed %d", network, variant.name, seed)
-            data = TrainData(
-                self.images, pairs=self.pairs["training"], validation_pairs=self.pairs["validation"]
-            )
-            result = train(
-                network,
-                data,
-                output,
-                preset=self.budget.preset,
-                run=self.run,
-                network=variant.options,
-                seed=seed,
-                **self.budget.schedule,
-            )
+            try:
+                result = self._train(network, variant, output, seed)
+            except WeightsError as error:  # of another budget, or damaged
+                logger.warning("%s; this row starts over", error)
+                for path in (output, companion(output, "checkpoint")):
+                    path.unlink(missing_ok=True)
+                result = self._train(network, variant, output, seed)
             net = load(output)
             run = fused(net)
             with torch.inference_mode():
@@ -224,3 +220,18 @@ class VariantTrainer:
             "seconds": result.rows[-1]["seconds"] if result.rows else None,
             "weights": str(output),
         }
+
+    def _train(self, network: str, variant: Variant, output: Path, seed: int) -> FitResult:
+        data = TrainData(
+            self.images, pairs=self.pairs["training"], validation_pairs=self.pairs["validation"]
+        )
+        return train(
+            network,
+            data,
+            output,
+            preset=self.budget.preset,
+            run=self.run,
+            network=variant.options,
+            seed=seed,
+            **self.budget.schedule,
+        )
