@@ -162,3 +162,19 @@ def test_arguments():
         paper_msip_loss(maps, maps, torch.eye(3)[None])
     with pytest.raises(ValueError, match="base must be above 1"):
         paper_msip_loss(maps, maps, torch.eye(3)[None], windows=(8,), weights=(1.0,), base=1.0)
+
+
+def test_a_constant_map_is_a_minimum():
+    """The reason why the published code has another target: a constant map has a loss of almost 0,
+    a random one has not.
+    """
+    H = torch.from_numpy(similarity(1.0, 0, 23.5) * [[1], [1], [0]])[None].clone()
+    H[0, 2] = torch.tensor([0.0, 0, 1])  # a shift by 1.3 and -0.7 px
+    constant = torch.ones(1, 1, 48, 48)
+    options = {"windows": (8,), "weights": (1.0,), "border": 0}
+    flat = paper_msip_loss(constant, constant, H, **options)[0]
+    noise = 8 * torch.rand(1, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+    random = paper_msip_loss(noise, noise.flip(-1), H, **options)[0]
+    # the centers of the pixels of both views differ by less than a pixel
+    assert flat.item() < 2 * 36
+    assert random.item() > 10 * flat.item()
