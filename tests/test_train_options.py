@@ -96,7 +96,7 @@ def test_options_change_the_loss():
     pair = (maps, maps.flip(-1), batch["H_ab"])
     found = _score_map_loss(recipe)(torch.nn.Identity(), batch)[0]
     assert found == msip_loss(*pair, visibility="half", factor=500.0, **wanted)[0]
-    paper = with_options(RECIPES["paper"], "paper", options)
+    paper = with_options(RECIPES["paper"], "paper", {**options, "loss": "paper"})
     found = _score_map_loss(paper)(torch.nn.Identity(), batch)[0]
     assert found == paper_msip_loss(*pair, **wanted)[0]
     code = with_options(RECIPES["paper"], "paper", {**options, "loss": "code"})
@@ -147,7 +147,7 @@ def test_every_option_belongs_to_networks():
 def test_paper_preset_of_keynet():
     recipe = RECIPES["paper"]
     assert (recipe.num_pairs, recipe.check_pairs, recipe.check_size) == (9000, 3000, 192)
-    assert (recipe.kind, recipe.loss, recipe.fit.batch_size) == ("paper", {}, 32)
+    assert (recipe.kind, recipe.loss["weighting"], recipe.fit.batch_size) == ("msip", "softmax", 32)
     epoch = recipe.num_pairs / recipe.fit.batch_size
     assert recipe.fit.decay_at * recipe.fit.steps == pytest.approx(30 * epoch, abs=1)
     assert (recipe.fit.decay, recipe.fit.final_rate, recipe.fit.warmup) == ("step", 0.5, 0)
@@ -156,6 +156,7 @@ def test_paper_preset_of_keynet():
 def test_pairs_of_the_paper_preset_are_written_once(photos, checks, tmp_path):
     out = tmp_path / "p.safetensors"
     options = {"preset": "paper", "num_training_data": 3, "patch_size": 64, "windows": (8,)}
+    options["loss"] = "paper"
     train("keynet", photos, checks, out, **options)
     path = tmp_path / "p.safetensors.pairs" / "training.safetensors"
     assert (PairFile(path).info["count"], PairFile(path).info["size"]) == (3, 64)

@@ -322,7 +322,8 @@ def paper_msip_loss(
     ``x_a`` is the soft argmax of a window of a, ``x_b`` that of the pixels of b that the homography
     maps into the same window, both in pixels and within the common area. Gradients flow through
     both positions. None flows through ``R_a + R_b``, the weight of a window: with one, a score map
-    of zeros would be the minimum.
+    of zeros would be the minimum. A constant score map is a minimum in any case
+    (docs/training.md); ``msip_loss`` excludes it by its hard target.
 
     Args:
         score_a, score_b, H_ab, mask_a, mask_b, windows, weights, border: as in ``msip_loss``.
