@@ -187,7 +187,7 @@ def test_largest_angle_of_the_pairs(photos, checks, tmp_path):
 def test_orientation_loss_of_the_published_recipe_is_not_weighted():
     rng = torch.Generator().manual_seed(0)
     score = torch.rand(2, 1, 48, 48, generator=rng)
-    histogram = torch.rand(2, 4, 48, 48, generator=rng).softmax(dim=1)
+    histogram = (9 * torch.rand(2, 4, 48, 48, generator=rng)).softmax(dim=1)
     batch = {"image_a": score[:1], "image_b": score[1:], "H_ab": torch.eye(3)[None]}
     batch |= {"mask_a": torch.ones(1, 1, 48, 48), "mask_b": torch.ones(1, 1, 48, 48)}
 
@@ -202,7 +202,7 @@ def test_orientation_loss_of_the_published_recipe_is_not_weighted():
     assert metrics["orientation"] == pytest.approx(plain.item(), rel=1e-5)
     assert total.item() == pytest.approx(metrics["location"] + 7 * metrics["orientation"])
     weighted = _oriented_loss(with_options(REKD_RECIPES["default"], "default", {"windows": (8,)}))
-    assert weighted(network, batch)[1]["orientation"] != pytest.approx(plain.item(), rel=1e-3)
+    assert weighted(network, batch)[1]["orientation"] != pytest.approx(plain.item(), rel=1e-4)
 
 
 def test_paper_score_of_known_maps():

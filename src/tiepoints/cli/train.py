@@ -224,6 +224,8 @@ def train(
     if steps is not None and minutes is not None:
         fail("give --steps or --minutes, not both")
     arguments = {key: context.params[key] for key in TRAIN_ARGUMENTS}
+    # an option that may be repeated is an empty list if it is not given
+    arguments = {key: value for key, value in arguments.items() if value not in ([], ())}
     arguments["windows"] = _numbers("--windows", windows, int)
     arguments["window_weights"] = _numbers("--window-weights", window_weights, float)
     stopped = f"stopped; resume with --resume ({output}.checkpoint)"
