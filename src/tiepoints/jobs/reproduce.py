@@ -351,6 +351,12 @@ def _evaluated(
     return Rows(run)
 
 
+def _splits(rows: Rows | None) -> list[str]:
+    """Viewpoint and illumination, as in the paper; of sequences of neither kind, all."""
+    splits = [] if rows is None else rows.splits
+    return [split for split in splits if split != "all"] or splits
+
+
 def _table_2(options: ReproduceOptions) -> Reproduced:
     """Repeatability of detectors, in two runs: with and without a scale pyramid."""
     systems, missing = _systems(options, TABLE_2_SYSTEMS)
@@ -364,7 +370,7 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
         )
         for mode in ("si", "ti")
     }
-    splits = dict.fromkeys(split for rows in runs.values() if rows for split in rows.splits)
+    splits = dict.fromkeys(split for rows in runs.values() for split in _splits(rows))
     content: list[dict[str, Any]] = []
     tables = []
     for split in splits:
@@ -394,7 +400,7 @@ def _table_3(options: ReproduceOptions) -> Reproduced:
     """Matching score of detectors with descriptors."""
     systems, missing = _systems(options, TABLE_3_SYSTEMS)
     rows = _evaluated(options, systems, "table-3", False, missing)
-    splits = [] if rows is None else rows.splits
+    splits = _splits(rows)
     columns = [
         Column(side, f"matching score %, {SPLIT_NAMES.get(split, split)}", 1)
         for split in splits
