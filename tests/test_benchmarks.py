@@ -194,14 +194,19 @@ def test_describe(script, tmp_path):
     assert written(tmp_path / "d.json")["milliseconds"]["ours float32"] > 0
 
 
-def test_speed(script, photos, tmp_path):
+def small_image(file):
+    """Replaces ``common.vga_image``."""
+    return torch.rand(1, 1, 120, 160, generator=torch.Generator().manual_seed(0))
+
+
+def test_speed(script, tmp_path):
     pytest.importorskip("kornia")
-    arguments = ("--image", photos / "0.png", "--repeat", 1, "--out", tmp_path / "s.json")
-    script("speed", *arguments, POINTS=100)
+    arguments = ("--repeat", 1, "--out", tmp_path / "s.json")
+    script("speed", *arguments, POINTS=100, vga_image=small_image)
     assert written(tmp_path / "s.json")["ratio"] > 0
 
 
-def test_realtime(script, photos, tmp_path, monkeypatch):
+def test_realtime(script, tmp_path, monkeypatch):
     pytest.importorskip("cv2")
     module = importlib.import_module("realtime")
     known = module.factories
@@ -210,8 +215,8 @@ def test_realtime(script, photos, tmp_path, monkeypatch):
         return {name: make for name, make in known(image).items() if name != module.XFEAT}
 
     monkeypatch.setattr(module, "memory", lambda name, image: 1.0)
-    arguments = ("--image", photos / "0.png", "--rounds", 1, "--out", tmp_path / "r.json")
-    script("realtime", *arguments, factories=without_xfeat)
+    arguments = ("--rounds", 1, "--out", tmp_path / "r.json")
+    script("realtime", *arguments, factories=without_xfeat, vga_image=small_image)
     assert written(tmp_path / "r.json")["systems"]["ORB"]["points"] > 0
 
 
