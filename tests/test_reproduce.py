@@ -91,7 +91,7 @@ def test_table_of_trained_variants(photos, tmp_path, tiny):
     work = ["--images", photos, "--output", tmp_path / "w", "--workers", 1, "--device", "cpu"]
     code, out, err = call("reproduce", "keynet", "--table", "1a", "--only", "1 level", *work)
     assert code == 0, err
-    assert "| 1 levels |" in out
+    assert "| 1 level |" in out
     assert "72.5" in out
     content = json.loads((tmp_path / "w" / "table-1a-quick.json").read_text())
     (row,) = content["rows"]

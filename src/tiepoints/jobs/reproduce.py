@@ -233,20 +233,17 @@ def variant_table(options: ReproduceOptions, rows: list[dict[str, Any]]) -> Tabl
     columns = [
         Column("ours", "repeatability %", 1, 1),
         Column("published", "repeatability %", 1),
-        Column("on structure", "repeatability %", 1),
         Column("parameters", "", 0),
         Column("steps", "", 0),
     ]
-    keys = ("paper", "published", "on_structure", "parameters", "steps")
+    keys = ("paper", "published", "parameters", "steps")
     return Table(
         f"Key.Net, {options.part}, budget {options.budget}",
         columns,
         [Row(row["name"], [row[key] for key in keys]) for row in rows],
         corner="variant",
         note="Ours and published: the 25 strongest keypoints, location only, on validation pairs "
-        "of our and of ImageNet's photographs. On structure: the score of our trainings."
-        + f" {QUICK_NOTE}"
-        * (options.budget == "quick"),
+        "of our and of ImageNet's photographs." + f" {QUICK_NOTE}" * (options.budget == "quick"),
     )
 
 

@@ -123,7 +123,9 @@ def filter_variants() -> list[Variant]:
 def level_variants() -> list[Variant]:
     """Table 1a: pyramid levels inside the network."""
     return [
-        Variant(f"{levels} levels", {} if levels == 3 else {"levels": levels}, value)
+        Variant(
+            f"{levels} level" + "s" * (levels > 1), {} if levels == 3 else {"levels": levels}, value
+        )
         for levels, value in published.TABLE_1A.items()
     ]
 
@@ -176,7 +178,7 @@ class VariantTrainer:
 
         Returns:
             name, published and our repeatability (``paper``: the paper's measure,
-            ``on_structure``: that of the training, both in %), parameters, seed, steps, seconds and
+            ``on_structure``: ``validation_score``, both in %), parameters, seed, steps, seconds and
             weights file.
         """
         path = self.work / f"{network}-{variant.slug}.json"
