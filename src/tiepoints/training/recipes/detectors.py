@@ -61,7 +61,7 @@ logger = logging.getLogger(__name__)
 #: Number of validation pairs that are kept in memory.
 MEMORY_PAIRS = 200
 #: Number of validation pairs from which the localization bias is measured.
-BIAS_PAIRS = 60
+BIAS_PAIRS = 20
 #: Options that change the training pairs.
 _PAIR_OPTIONS = ("patch_size", "max_angle", "num_training_data")
 
