@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -257,10 +258,14 @@ def arguments(photos, checks):
 RUN = ("--workers", 0, "--device", "cpu", "--no-compare")
 
 
-def test_resume_needs_no_other_options(arguments, tmp_path):
+def test_resume_needs_no_other_options(arguments, photos, checks, tmp_path, monkeypatch):
     out = tmp_path / "r.safetensors"
+    monkeypatch.chdir(checks.parent)  # relative paths are stored as absolute ones
+    arguments[arguments.index("--validation-pairs") + 1] = checks.name
     code, _, err = call("train", *arguments, *RUN, "--output", out)
     assert code == 0, err
+    monkeypatch.chdir(tmp_path)
+    arguments[arguments.index("--validation-pairs") + 1] = checks
     before = load(out).state_dict()
     out.unlink()
     # as if the training had been killed before its last validation
@@ -274,7 +279,9 @@ def test_resume_needs_no_other_options(arguments, tmp_path):
     after = load(out)
     assert after.settings["num_filters"] == 2
     assert all(torch.equal(before[key], value) for key, value in after.state_dict().items())
-    code, _, err = call("train", *arguments, *RUN, "--resume", "--output", out)  # the same ones
+    # the same ones, and photographs that were moved
+    arguments[arguments.index("--images") + 1] = shutil.copytree(photos, tmp_path / "moved")
+    code, _, err = call("train", *arguments, *RUN, "--resume", "--output", out)
     assert code == 0, err
 
 

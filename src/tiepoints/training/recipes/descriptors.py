@@ -116,7 +116,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     identity = {
         "model": name,
         "preset": job.preset,
-        "patches": str(data.patches or ""),
+        "patches": Path(data.patches or "").name,
         "init": Path(job.init or "").name,
         **_data_identity(data, len(training) + len(held_out)),
     }

@@ -295,10 +295,10 @@ def _train(
     # resuming with other photographs must raise an error
     photos: dict[str, Any] = {
         "photos": len(training) + len(held_out),
-        "pairs": str(data.pairs or ""),
+        "pairs": Path(data.pairs or "").name,  # only the name, so that the file may be moved
     }
     if data.validation_pairs is not None:
-        photos["validation_pairs"] = str(data.validation_pairs)
+        photos["validation_pairs"] = Path(data.validation_pairs).name
     if job.options:  # of trainings without options, checkpoints of earlier versions lack it
         photos["options"] = {key: plain(key, value) for key, value in job.options.items()}
     task = Task(

@@ -11,7 +11,7 @@ from ...errors import WeightsError
 from ...files import require
 from ..loop import FitResult, FitSettings, RunOptions, read_checkpoint
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
-from .common import TrainData, TrainJob, companion, plain
+from .common import PATHS, TrainData, TrainJob, companion, plain
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
 from .options import NETWORK_OPTIONS, check_options
@@ -88,8 +88,8 @@ def resumed_arguments(output: str | Path, given: dict[str, Any]) -> dict[str, An
         given: arguments by name, as in ``train_from``; None: not given.
 
     Returns:
-        those of the checkpoint; ``given`` if there is no checkpoint, or one of an earlier version
-        without arguments.
+        those of the checkpoint, with the given paths, because files may have been moved; ``given``
+        if there is no checkpoint, or one of an earlier version without arguments.
 
     Raises:
         WeightsError: the checkpoint is damaged, or an argument contradicts it.
@@ -102,14 +102,14 @@ def resumed_arguments(output: str | Path, given: dict[str, Any]) -> dict[str, An
     changed = [
         f"{key} was {stored.get(key)!r}, now {plain(key, value)!r}"
         for key, value in given.items()
-        if stored.get(key) != plain(key, value)
+        if key not in PATHS and stored.get(key) != plain(key, value)
     ]
     if changed:
         raise WeightsError(
             f"{path} belongs to another training ({'; '.join(changed)}); omit these options, or "
             "start over without --resume"
         )
-    return stored
+    return {**stored, **{key: plain(key, value) for key, value in given.items() if key in PATHS}}
 
 
 def train_from(arguments: dict[str, Any], output: str | Path, run: RunOptions) -> FitResult:
