@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from tiepoints.cli import app
 from tiepoints.jobs import variants
-from tiepoints.jobs.reproduce import PARTS, ReproduceOptions, reproduce
+from tiepoints.jobs.reproduce import PARTS, ReproduceOptions, printed, reproduce
 from tiepoints.jobs.variants import (
     BUDGETS,
     Budget,
@@ -190,6 +190,13 @@ def test_missing_data_is_named(tmp_path, arguments, message):
     code, _, err = call("reproduce", "keynet", *arguments, "--output", tmp_path / "w")
     assert code == 2
     assert message in err
+
+
+def test_published_values_are_those_of_the_split():
+    assert printed(published.TABLE_3, "LIFT", "view") == 26.8
+    assert printed(published.TABLE_3, "LIFT", "illum") == 36.5
+    assert printed(published.TABLE_3, "LIFT", "other") is None
+    assert printed(published.TABLE_3, "ours", "view") is None
 
 
 def test_unknown_parts():

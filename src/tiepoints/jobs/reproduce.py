@@ -8,13 +8,12 @@ folder keeps everything, so that an interrupted run resumes.
 
 from __future__ import annotations
 
-import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ from .variants import (
     window_variants,
 )
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 #: Parts of the paper that can be reproduced, and whether they need photographs to train on.
 PARTS = {
     "table 1a": True,
@@ -92,7 +91,11 @@ TABLE_2_MEASURES = (
     ("keynet.err_L", "overlap error L", "err_L", 2, 1.0),
     ("s_range", "S range", "s_range", 1, 1.0),
 )
-SPLIT_NAMES = {"view": "viewpoint", "illum": "illumination", "all": "all sequences"}
+PAPER_SPLITS = ("view", "illum")
+SPLIT_NAMES = {
+    **{"view": "viewpoint", "illum": "illumination"},
+    **{"other": "other sequences", "all": "all sequences"},
+}
 QUICK_NOTE = "With the quick budget, another seed moves a row by up to 17 points."
 #: Side in pixels and number of repetitions of the timing of table 4.
 TIMED_SIDE, TIMINGS = 600, 5
@@ -348,6 +351,13 @@ def _evaluated(
     return Rows(run)
 
 
+def printed(table: Mapping[str, tuple[T, T]], row: str, split: str) -> T | None:
+    """The published entry of a row (viewpoint, illumination); None if the paper has none."""
+    if row not in table or split not in PAPER_SPLITS:
+        return None
+    return table[row][PAPER_SPLITS.index(split)]
+
+
 def _splits(rows: Rows | None) -> list[str]:
     """Viewpoint and illumination, as in the paper; of sequences of neither kind, all."""
     splits = [] if rows is None else rows.splits
@@ -380,8 +390,7 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
         for row in systems:
             rows = runs["ti" if row.endswith("-TI") else "si"]
             assert rows is not None
-            printed = published.TABLE_2.get(row)
-            theirs = printed[split == "illum"] if printed and split != "all" else None
+            theirs = printed(published.TABLE_2, row, split)
             values: list[Cell] = []
             for metric, _, name, _, factor in TABLE_2_MEASURES:
                 values.append(rows.mean(split, row, metric, factor))
@@ -408,9 +417,8 @@ def _table_3(options: ReproduceOptions) -> Reproduced:
         values: list[Cell] = []
         for split in splits:
             assert rows is not None
-            printed = published.TABLE_3.get(row)
             values.append(rows.mean(split, row, "keynet.score@5", 100.0))
-            values.append(printed[split == "illum"] if printed and split != "all" else None)
+            values.append(printed(published.TABLE_3, row, split))
         lines.append(Row(row, values))
         content.append(_as_json(row, None, columns, values))
     table = Table("Key.Net, table 3", columns, lines, note=_note(missing))
