@@ -6,6 +6,7 @@ array or tensor, or several of them. ``ExtractOptions`` holds everything that de
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -193,7 +194,7 @@ class ExtractOptions(DetectOptions):
             detect = spec.official(net.to(device), options)
         else:
             detect = ScoreMapDetector(
-                fused(net).to(device),
+                _with_cut_ratio(fused(net), self.cut_ratio).to(device),
                 options,
                 device=device,
                 scale_power=spec.scale_power,
@@ -345,6 +346,15 @@ def _detector_network(detector: str | nn.Module) -> nn.Module:
         return detector.eval()
     official = detector not in DETECTORS and Path(detector).suffix != ".safetensors"
     return load_official(Path(detector)) if official else load(detector)
+
+
+def _with_cut_ratio(net: nn.Module, ratio: float | None) -> nn.Module:
+    """The network with another ``ratio`` (SobelNet), below which it sets scores to zero."""
+    if ratio is None or not hasattr(net, "ratio"):
+        return net
+    net = copy.copy(net)
+    net.ratio = ratio  # type: ignore[assignment]
+    return net
 
 
 def build_descriptor(

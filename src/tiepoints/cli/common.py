@@ -28,8 +28,14 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 #: command is the error of an inlier.
 EXTRACT_PARAMETERS = (
     *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
-    *("single_scale", "per_scale", "official", "device"),
+    *("single_scale", "per_scale", "official", "device", "cut_ratio"),
 )
+#: Parameters with the names of the published code -> fields of ``ExtractOptions``.
+PUBLISHED_PARAMETERS = {
+    "pyramid_levels": "down_levels",
+    "upsampled_levels": "up_levels",
+    "nms_size": "nms_window",
+}
 
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
 PairOrientation = Literal["auto", "none", "rekd", "rekd-light", "dominant"]
@@ -73,6 +79,33 @@ SingleScaleOption = Annotated[
 ]
 OfficialOption = Annotated[
     bool, typer.Option("--official", help="Extract as published, including known bugs.")
+]
+PyramidLevelsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Reduced levels of the pyramid (default: keynet 4, rekd 5; the papers: 5)."
+    ),
+]
+UpsampledLevelsOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Enlarged levels of the pyramid (default: keynet 1, rekd 2)."),
+]
+NmsSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Odd side of the window of non-maximum suppression in pixels of a level (default: "
+        "15).",
+    ),
+]
+CutRatioOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Smallest score as a fraction of the largest of the level (default: sobelnet 1e-8, "
+        "others 0).",
+    ),
 ]
 PerScaleOption = Annotated[
     bool,
@@ -169,6 +202,11 @@ def extract_options(
     from ..memory import parse_size
 
     given = {key: value for key, value in context.params.items() if key in EXTRACT_PARAMETERS}
+    given |= {
+        field: context.params[key]
+        for key, field in PUBLISHED_PARAMETERS.items()
+        if context.params.get(key) is not None
+    }
     largest = context.params.get("max_size")
     if largest is None:
         largest = None if given.get("official") else max_size

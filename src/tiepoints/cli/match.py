@@ -12,6 +12,7 @@ import typer
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
     CameraOption,
+    CutRatioOption,
     DescriptorOption,
     DetectorOption,
     DeviceOption,
@@ -21,11 +22,14 @@ from .common import (
     MasksOption,
     MaxSizeOption,
     MemoryOption,
+    NmsSizeOption,
     OfficialOption,
     PairOrientationOption,
     PerScaleOption,
+    PyramidLevelsOption,
     SingleScaleOption,
     UprightOption,
+    UpsampledLevelsOption,
     extract_options,
     fail,
     finish,
@@ -102,6 +106,10 @@ def match(
     single_scale: SingleScaleOption = False,
     per_scale: PerScaleOption = False,
     official: OfficialOption = False,
+    pyramid_levels: PyramidLevelsOption = None,
+    upsampled_levels: UpsampledLevelsOption = None,
+    nms_size: NmsSizeOption = None,
+    cut_ratio: CutRatioOption = None,
     refine: Annotated[
         bool,
         typer.Option(
