@@ -23,7 +23,7 @@ from .checkpoints import load_official
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
-from .image import ImageLike, load_image
+from .image import ImageLike, load_gray_levels, load_image
 from .memory import tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
@@ -206,7 +206,8 @@ class ExtractOptions(DetectOptions):
                 self.descriptor,
                 device=device,
                 precision=self.precision,
-                upright=self.upright,
+                # the published evaluation of REKD does not rotate patches
+                upright=self.upright or (self.official and spec.angles),
                 tile_pixels=tile_pixels(self.memory),
             ),
             orient=build_orientation(
@@ -248,6 +249,13 @@ class Extractor:
         self.detect, self.describe, self.orient = detect, describe, orient
         self.up_levels, self.down_levels, self.device = up_levels, down_levels, torch.device(device)
         self.max_size, self.options = max_size, options
+
+    def load(self, source: ImageLike) -> Tensor:
+        """The gray image (1,1,H,W) that is extracted: ``image.load_image``, or with ``official``
+        ``image.load_gray_levels``.
+        """
+        official = self.options is not None and self.options.official
+        return load_gray_levels(source) if official else load_image(source)
 
     def pyramid(self, batch: Tensor) -> Pyramid:
         """The pyramid of images (B,1,H,W) from which their features are extracted."""
@@ -295,7 +303,7 @@ class Extractor:
         """
         batch = isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1
         if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not batch:
-            return self.extract_tensor(load_image(image), [mask])[0]
+            return self.extract_tensor(self.load(image), [mask])[0]
         images = list(image)
         masks = [None] * len(images) if mask is None else list(mask)
         if len(masks) != len(images):

@@ -53,6 +53,35 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
     )
 
 
+#: Luma weights of OpenCV's conversion to gray in units of 2^-15 (``filters.LUMA``).
+_OPENCV_LUMA = (9798, 19235, 3735)
+#: Pillow's modes of 8-bit color.
+_COLOR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
+
+
+def load_gray_levels(source: ImageLike) -> Tensor:
+    """As ``load_image``, but 8-bit color becomes whole gray levels, as OpenCV and so the published
+    code converts it; up to half a level from the gray values of ``load_image``.
+    """
+    if isinstance(source, str | os.PathLike):
+        image = load_image(source)  # raises for files that cannot be used
+        with Image.open(source) as photo:
+            eight_bit_color = photo.mode in _COLOR_MODES
+        if not eight_bit_color:
+            return image
+    elif isinstance(source, Image.Image):
+        if source.mode not in _COLOR_MODES:
+            return load_image(source)
+    elif isinstance(source, np.ndarray):
+        if source.ndim != 3 or source.shape[2] not in (3, 4) or source.dtype != np.uint8:
+            return load_image(source)
+    else:
+        return load_image(source)
+    rgb = np.asarray(to_rgb(source)).astype(np.int32)
+    red, green, blue = (rgb[..., i] * weight for i, weight in enumerate(_OPENCV_LUMA))
+    return load_image(((red + green + blue + (1 << 14)) >> 15).astype(np.uint8))
+
+
 def to_rgb(source: ImageLike) -> Image.Image:
     """RGB image of any source for visualization; arguments and errors as ``load_image``."""
     if isinstance(source, str | os.PathLike):

@@ -213,7 +213,7 @@ def extract_to_store(
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def load(task: Task) -> tuple[Tensor, Any]:
-        return load_image(task.path), None if load_mask is None else load_mask(task)
+        return extractor.load(task.path), None if load_mask is None else load_mask(task)
 
     def finish_writes(limit: int) -> None:
         while len(writing) > limit:

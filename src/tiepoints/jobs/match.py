@@ -23,7 +23,7 @@ from ..files import Task, collect, natural, write_text
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from ..formats.store import FeatureStore, MatchStore, check_settings, open_features, settings_path
-from ..image import ImageLike, load_image
+from ..image import ImageLike
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS
 from ..progress import track
@@ -169,7 +169,7 @@ def match_two(
     options = options or MatchOptions()
     extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=MATCH_MAX_SIZE)
     extractor = extraction.build() if isinstance(extraction, ExtractOptions) else extraction
-    pixels_a, pixels_b = load_image(image_a), load_image(image_b)
+    pixels_a, pixels_b = extractor.load(image_a), extractor.load(image_b)
     a = extractor.extract_tensor(pixels_a, masks[:1])[0]
     b = extractor.extract_tensor(pixels_b, masks[1:])[0]
     matcher = options.matcher()
