@@ -28,10 +28,12 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 #: command is the error of an inlier.
 EXTRACT_PARAMETERS = (
     *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
-    *("single_scale", "per_scale", "official", "device", "cut_ratio"),
+    *("single_scale", "per_scale", "official", "device"),
 )
-#: Parameters with the names of the published code -> fields of ``ExtractOptions``.
+#: Parameters with the names of the published code -> fields of ``ExtractOptions``; None leaves the
+#: default.
 PUBLISHED_PARAMETERS = {
+    "cut_ratio": "cut_ratio",
     "pyramid_levels": "down_levels",
     "upsampled_levels": "up_levels",
     "nms_size": "nms_window",
@@ -202,11 +204,7 @@ def extract_options(
     from ..memory import parse_size
 
     given = {key: value for key, value in context.params.items() if key in EXTRACT_PARAMETERS}
-    given |= {
-        field: context.params[key]
-        for key, field in PUBLISHED_PARAMETERS.items()
-        if context.params.get(key) is not None
-    }
+    given |= published_options(context)
     largest = context.params.get("max_size")
     if largest is None:
         largest = None if given.get("official") else max_size
@@ -214,6 +212,15 @@ def extract_options(
     with user_errors():
         given["memory"] = None if memory is None else parse_size(memory)
         return ExtractOptions.of(**{**given, "max_size": largest or None, **overrides})
+
+
+def published_options(context: typer.Context) -> dict[str, Any]:
+    """The given ``PUBLISHED_PARAMETERS`` of a command, as options of ``ExtractOptions``."""
+    return {
+        field: context.params[key]
+        for key, field in PUBLISHED_PARAMETERS.items()
+        if context.params.get(key) is not None
+    }
 
 
 def split_names(text: str) -> tuple[str, ...]:

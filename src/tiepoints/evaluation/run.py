@@ -16,10 +16,10 @@ import os
 import queue
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -216,6 +216,7 @@ class RunSettings:
         extras: some of ``EXTRAS``, measured on the first image of every sequence.
         resize: for posed pairs, see ``datasets.resize_target``.
         device: device of the networks.
+        extraction: see ``systems.Options``.
     """
 
     systems: tuple[str, ...]
@@ -225,6 +226,7 @@ class RunSettings:
     extras: tuple[str, ...] = ()
     resize: tuple[int, ...] | None = None
     device: str = "cpu"
+    extraction: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.num_keypoints < 1:
@@ -245,13 +247,16 @@ class RunSettings:
             "extras": list(self.extras),
             "resize": None if self.resize is None else list(self.resize),
             "device": self.device,
+            "extraction": dict(self.extraction),
         }
 
     @property
     def options(self) -> Options:
         # REKD's protocol compares the strongest keypoints: 1000 of 1500 extracted
         surplus = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
-        return Options(int(self.num_keypoints * surplus), self.single_scale, self.device)
+        return Options(
+            int(self.num_keypoints * surplus), self.single_scale, self.device, self.extraction
+        )
 
 
 def label(name: str) -> str:
@@ -288,17 +293,21 @@ def evaluate(
 
     Existing results are not computed again. One worker process handles one sequence of one system
     at a time. An image or pair that fails gives a row with its reason and is retried by the next
-    run.
+    run. A system whose library, weights or features are missing is skipped; ``run.json`` has the
+    reason under ``unavailable``.
 
     Raises:
         DataError: the folder holds results of other settings.
         ValueError: unknown system (before anything is computed).
+        FileNotFoundError, ImportError, WeightsError, DataError: no system can be run.
     """
     folder = Path(folder)
     settings = _without_controls(dataset, settings)
-    for name in settings.systems:
-        _make(name, settings)  # raises for an unknown name or a missing library before any work
-    _check_folder(folder, dataset, settings, versions or {})
+    unavailable = _unavailable(settings)
+    _check_folder(folder, dataset, settings, versions or {}, unavailable)
+    settings = replace(
+        settings, systems=tuple(n for n in settings.systems if label(n) not in unavailable)
+    )
     for problem in dataset.problems:
         logger.warning("skipped: %s", problem)
     tasks = _tasks(dataset, settings, folder)
@@ -318,6 +327,27 @@ def evaluate(
             logger.warning("failed: %s", line)
         logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
     return folder
+
+
+def _unavailable(settings: RunSettings) -> dict[str, str]:
+    """Label -> reason of the systems whose library, weights or features are missing, tried before
+    any work.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError, ImportError, WeightsError, DataError: none of the systems can be run.
+    """
+    reasons: dict[str, str] = {}
+    for name in settings.systems:
+        try:
+            _make(name, settings)
+        except (FileNotFoundError, ImportError, WeightsError, DataError) as error:
+            reasons[label(name)] = str(error)
+            if len(reasons) == len(settings.systems):
+                raise
+    for name, reason in reasons.items():
+        logger.warning("not run: %s: %s", name, reason)
+    return reasons
 
 
 def _without_controls(dataset: Dataset, settings: RunSettings) -> RunSettings:
@@ -367,7 +397,11 @@ def _rows_path(folder: Path, part: str, name: str) -> Path:
 
 
 def _check_folder(
-    folder: Path, dataset: Dataset, settings: RunSettings, versions: dict[str, str]
+    folder: Path,
+    dataset: Dataset,
+    settings: RunSettings,
+    versions: dict[str, str],
+    unavailable: dict[str, str],
 ) -> None:
     """Write or update ``run.json``; raises if its settings differ, except for systems, extras and
     versions.
@@ -383,6 +417,7 @@ def _check_folder(
         "systems": [label(name) for name in settings.systems],
         "controls": [label(name) for name in settings.systems if _is_control(name)],
         "made_by": {label(name): _spec(name) for name in settings.systems},
+        "unavailable": unavailable,
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -392,7 +427,8 @@ def _check_folder(
             before = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); use another --output") from error
-        for key in ("num_points", "mode", "protocols", "resize"):
+        before.setdefault("extraction", {})  # of earlier versions
+        for key in ("num_points", "mode", "protocols", "resize", "extraction"):
             if before.get(key) != content[key]:
                 raise DataError(
                     f"{folder} holds results with {key} = {before.get(key)}, requested is "
@@ -411,6 +447,8 @@ def _check_folder(
                     f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
                     f"name: LABEL={spec}"
                 )
+        earlier = before.get("unavailable", {}).items()
+        content["unavailable"] |= {k: v for k, v in earlier if k not in content["made_by"]}
         content["made_by"] = {**before.get("made_by", {}), **content["made_by"]}
         for key in ("systems", "extras", "controls"):
             content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))

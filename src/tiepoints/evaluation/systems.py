@@ -8,9 +8,10 @@ lists the names.
 from __future__ import annotations
 
 import math
+import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -40,8 +41,10 @@ OURS = DETECTORS
 #: Content-free controls: their keypoints do not depend on the image content, so their results are
 #: the chance level of a metric.
 CONTROLS = ("random", "lattice")
-#: Allowed after the @ of a detector of ``OURS``: an extraction mode, or an orientation.
-MODES = ("", "official", "all", "upright", *ORIENTATIONS)
+#: Allowed after an @ of a detector of ``OURS``: an extraction mode, or an orientation.
+MODES = ("official", "all", "upright", "ti", *ORIENTATIONS)
+#: Suffixes of weights files and stored features: a name with one is a path.
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz", ".h5", ".hdf5", ".db")
 #: Allowed after the plus sign of a system's name.
 POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
@@ -59,11 +62,13 @@ class Options:
         num_keypoints: maximum number of keypoints per image.
         single_scale: without a scale pyramid (the papers' TI), for detectors that support it.
         device: device of the networks.
+        extraction: further options of ``ExtractOptions`` for networks, such as ``down_levels``.
     """
 
     num_keypoints: int = 1000 * SPARE
     single_scale: bool = False
     device: str = "cpu"
+    extraction: Mapping[str, Any] = field(default_factory=dict)
 
 
 def system(name: str, options: Options | None = None) -> System:
@@ -72,12 +77,16 @@ def system(name: str, options: Options | None = None) -> System:
 
     DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file. DETECTOR is one of ``SYSTEMS``, a
     weights file (of this package or an official one), a folder of ``.kpt.npy``/``.dsc.npy`` files
-    or an hloc ``.h5`` file. Networks take a mode: ``NAME@official`` for the published extraction,
-    ``NAME@all`` for several keypoints per location (one per scale), ``NAME@upright`` for patches
-    that are not rotated, ``NAME@dominant`` and the other ``names.ORIENTATIONS`` for other angles.
+    or an hloc ``.h5`` file. Networks take modes: ``NAME@official`` for the published extraction,
+    ``NAME@all`` for several keypoints per location (one per scale), ``NAME@ti`` for a single scale,
+    ``NAME@upright`` for patches that are not rotated, ``NAME@dominant`` and the other
+    ``names.ORIENTATIONS`` for other angles; several as ``NAME@official@ti``. Controls take ``@ti``.
+    Other detectors take ``@upright`` if a DESCRIPTOR follows: it gets the keypoints without their
+    angles, those of one location and scale once.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a mode that the detector does not have.
+        FileNotFoundError: no such file or folder.
         ImportError: a library is missing; the message names it.
     """
     options = options or Options()
@@ -87,51 +96,103 @@ def system(name: str, options: Options | None = None) -> System:
             f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got "
             f"{descriptor!r} in {name!r}"
         )
-    detect: System
-    if detector in CONTROLS:
-        detect = _control(detector, options)
-    elif detector in OPENCV_SYSTEMS:
-        detect = _opencv(detector, options)
-    elif detector in EXTERNAL_SYSTEMS:
-        detect = external_system(
-            detector, num_keypoints=options.num_keypoints, device=options.device
-        )
-    elif detector.split("@")[0] in OURS or (
-        Path(detector.split("@")[0]).is_file() and not detector.endswith((".h5", ".hdf5"))
-    ):
-        return _ours(detector, descriptor or DESCRIPTOR, options)
-    elif Path(detector).exists():
-        detect = from_disk(detector)
-    else:
+    base, modes = split_modes(detector)
+    kind = system_kind(base)
+    if kind == "network":
+        return _ours(base, modes, descriptor or DESCRIPTOR, options)
+    allowed = ("ti",) if kind == "control" else ("upright",)
+    if not set(modes) <= set(allowed) or (modes == ("upright",) and descriptor in ("", "none")):
         raise ValueError(
-            f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder"
+            f"{name!r}: {base} takes only "
+            + ("@ti" if kind == "control" else f"{base}@upright+DESCRIPTOR")
         )
+    detect: System
+    if kind == "control":
+        detect = _control(base, replace(options, single_scale=options.single_scale or bool(modes)))
+    elif kind == "opencv":
+        detect = _opencv(base, options)
+    elif kind == "external":
+        detect = external_system(base, num_keypoints=options.num_keypoints, device=options.device)
+    else:
+        detect = from_disk(base)
+    if modes and kind != "control":
+        detect = _without_angles(detect)
     if descriptor == "none":
         return _without_descriptors(detect)
     return _with_patches(detect, descriptor, options) if descriptor else detect
 
 
-def _ours(name: str, descriptor: str, options: Options) -> System:
-    detector, _, mode = name.partition("@")
-    if mode not in MODES:
-        raise ValueError(
-            f"the mode after @ must be one of {', '.join(MODES[1:])}; got {mode!r} in {name!r}"
-        )
+def system_kind(base: str) -> str:
+    """What a detector without modes is: ``network``, ``control``, ``opencv``, ``external`` or
+    ``stored`` (features on disk).
+
+    Raises:
+        ValueError, FileNotFoundError: as ``system``.
+    """
+    names = {"network": OURS, "control": CONTROLS, "opencv": OPENCV_SYSTEMS}
+    for kind, known in {**names, "external": EXTERNAL_SYSTEMS}.items():
+        if base in known:
+            return kind
+    path = Path(base)
+    if path.exists():
+        weights = path.is_file() and path.suffix not in (".h5", ".hdf5", ".db")
+        return "network" if weights else "stored"
+    if "/" in base or path.suffix in FILE_SUFFIXES:
+        raise FileNotFoundError(f"no weights file or stored features at {base}")
+    raise ValueError(f"unknown system {base!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
+
+
+def split_modes(detector: str) -> tuple[str, tuple[str, ...]]:
+    """``NAME@MODE@MODE`` as NAME and modes; a path may contain an @.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    base, modes = detector, list[str]()
+    while "@" in base and not Path(base).exists():
+        base, _, mode = base.rpartition("@")
+        if mode not in MODES:
+            raise ValueError(
+                f"the mode after @ must be one of {', '.join(MODES)}; got {mode!r} in {detector!r}"
+            )
+        modes.insert(0, mode)
+    return base, tuple(modes)
+
+
+def scales(name: str, single_scale: bool) -> str:
+    """How a system of a run detects scales: ``TI`` or ``SI`` as the run or its mode ``@ti`` says;
+    empty for detectors with one way (OpenCV's, stored features ...), which no option changes.
+    """
+    base, modes = split_modes(name.partition("+")[0])
+    try:
+        kind = system_kind(base)
+    except FileNotFoundError:
+        kind = "stored"
+    if kind not in ("network", "control"):
+        return ""
+    return "TI" if single_scale or "ti" in modes else "SI"
+
+
+def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Options) -> System:
     choices: dict[str, dict[str, Any]] = {
         "official": {"official": True},
         "all": {"per_scale": True},
         "upright": {"upright": True},
+        "ti": {"single_scale": True},
     }
-    choice = choices.get(mode, {})
-    if mode in ORIENTATIONS:
-        choice = {"orientation": mode}
+    choice: dict[str, Any] = {"single_scale": options.single_scale}
+    for mode in modes:
+        choice |= choices.get(mode, {"orientation": mode})
+    extraction = dict(options.extraction)
+    if choice["single_scale"]:
+        extraction = {k: v for k, v in extraction.items() if not k.endswith("_levels")}
     extract = build(
         detector,
         _network(descriptor),
-        single_scale=options.single_scale,
         device=options.device,
         num_keypoints=options.num_keypoints,
         **choice,
+        **extraction,
     ).extract
     # the published extraction returns keypoints level by level
     return lambda image: _strongest_first(extract(image))
@@ -178,8 +239,9 @@ def _opencv(name: str, options: Options) -> System:
     def run(source: ImageLike) -> Features:
         image = load_image(source)
         gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
-        # MSER regions have equal scores: the evaluation averages over random selections of them
-        keypoints, descriptors = opencv_detect(name, gray, options.num_keypoints)
+        # MSER regions have equal scores: the evaluation averages over random selections of all
+        limit = sys.maxsize if name == "mser" else options.num_keypoints
+        keypoints, descriptors = opencv_detect(name, gray, limit)
         return _sized(image, keypoints, descriptors)
 
     return run
@@ -194,6 +256,22 @@ def _with_patches(detect: System, descriptor: str, options: Options) -> System:
         pyramid = build_pyramid(load_image(source).to(options.device))
         keypoints = features.keypoints.to(options.device)
         return replace(features, descriptors=describe(pyramid, keypoints, 0).cpu())
+
+    return run
+
+
+def _without_angles(detect: System) -> System:
+    """The keypoints of a system with angles of 0; those that differed in the angle alone once."""
+
+    def run(source: ImageLike) -> Features:
+        features = detect(source)
+        points = torch.cat([features.xy, features.scale[:, None]], dim=1)
+        _, which = points.unique(dim=0, return_inverse=True)
+        order = torch.arange(len(points))
+        first = torch.full((len(points),), len(points)).scatter_reduce(0, which, order, "amin")
+        keypoints = features.keypoints[first[first < len(points)].sort().values]
+        keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
+        return Features(keypoints, None, features.image_size)
 
     return run
 

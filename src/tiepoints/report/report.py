@@ -586,7 +586,7 @@ def budget_curve(run: Run, system: str, budgets: Sequence[int]) -> dict[float, f
             continue
         for image in (row.image_a, row.image_b):
             if image not in cache:
-                cache[image] = stored_features(run, row, image, described=False)
+                cache[image] = stored_features(row, image, described=False)
         a, b = cache[row.image_a], cache[row.image_b]
         if a is None or b is None:
             return {}
@@ -717,7 +717,7 @@ def repeated_points(
 
 def _pair_images(run: Run, row: PairRow, limit: int) -> list[ImageRow]:
     """Keypoints and matches of one system on one pair; empty if features or images are missing."""
-    a, b = (stored_features(run, row, image) for image in (row.image_a, row.image_b))
+    a, b = (stored_features(row, image) for image in (row.image_a, row.image_b))
     image_a, image_b = (stored_image(image) for image in (row.image_a, row.image_b))
     if a is None or b is None or image_a is None or image_b is None:
         return []
