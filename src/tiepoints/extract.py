@@ -174,7 +174,7 @@ class ExtractOptions(DetectOptions):
             WeightsError: a weights file is damaged or of an unknown type.
         """
         device = choose_device(self.device)
-        net = _detector_network(self.detector)
+        net = detector_network(self.detector)
         spec = spec_of(net)
         if not isinstance(spec, DetectorSpec | None):
             raise ValueError(
@@ -349,7 +349,12 @@ def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
     return tensor != 0
 
 
-def _detector_network(detector: str | nn.Module) -> nn.Module:
+def detector_network(detector: str | nn.Module) -> nn.Module:
+    """The network of a detector: by name, from a weights file or official checkpoint, or as it is.
+
+    Raises:
+        WeightsError, FileNotFoundError: the file cannot be read.
+    """
     if not isinstance(detector, str):
         return detector.eval()
     official = detector not in DETECTORS and Path(detector).suffix != ".safetensors"
