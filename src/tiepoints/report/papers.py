@@ -53,6 +53,8 @@ def row_of_table_2(label: str, spec: str, single_scale: bool) -> str | None:
     """The row of table 2 that a system measures, such as ``Key.Net-TI``; None if there is none."""
     method = method_of(label, spec)
     scale = scales(spec, single_scale)
+    if not scale and "upright" in split_modes(spec.partition("+")[0])[1]:
+        return None  # keypoints that differ in the angle alone count once
     rows = [
         name
         for name in published.TABLE_2
