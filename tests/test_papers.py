@@ -59,7 +59,7 @@ def call(*arguments) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr
 
 
-def table(markdown: str, caption: str) -> dict[str, list[str]]:
+def table_rows(markdown: str, caption: str) -> dict[str, list[str]]:
     """Rows of a table of ``report.md``: name -> cells."""
     lines = markdown.split(f"**{caption}**")[1].strip().split("\n\n")[0].splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
@@ -85,12 +85,12 @@ def test_one_run_has_both_kinds_of_detectors(hpatches, tmp_path):
     code, _, err = call("report", tmp_path / "run", "--pictures", 0)
     assert code == 0, err
     markdown = (tmp_path / "run" / "report.md").read_text()
-    second = table(markdown, "Table 2")
+    second = table_rows(markdown, "Table 2")
     assert second["SIFT-SI: sift"][1] == "43.1"
     assert float(second["Tiny-Key.Net-SI: keynet-tiny"][0]) > 20
     assert "Key.Net-SI* (published)" in second
     assert "SIFT-SI: sift@upright+hardnet" not in second
-    third = table(markdown, "Table 3")
+    third = table_rows(markdown, "Table 3")
     assert third["SIFT + HardNet: sift@upright+hardnet"][1::2] == ["21.7", "23.9"]
     assert float(third["Tiny-Key.Net + HardNet: keynet-tiny"][0]) > 5
 
@@ -316,3 +316,92 @@ def test_stored_features_of_a_merged_run_are_found(hpatches, tmp_path):
     markdown = (tmp_path / "both" / "report.md").read_text()
     assert "*random* (control)" in markdown
     assert "*lattice* (control)" in markdown
+
+
+# ---- features of methods that do not run here
+
+
+def stand_in(method: str, folder: Path, name: str, xy: np.ndarray, rng) -> np.ndarray:
+    """Write keypoints as the method's published code does; returns the expected table x, y, scale,
+    score, strongest first.
+    """
+    from scipy.io import savemat
+
+    n, stem = len(xy), folder / Path(name).with_suffix("")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    score, level = rng.permutation(n) + 1.0, 2.0 ** rng.integers(0, 3, n)
+    described = rng.normal(size=(n, 128))
+    if method == "tilde":
+        table = np.stack([*(xy.T + 1), 0 * score, 0 * score, score, np.full(n, 10.0)])
+        savemat(f"{stem}.mat", {"keypts": table})
+        level = np.ones(n)
+    elif method == "dnet":
+        frames = np.stack([*(xy.T + 1), 3 * level])
+        savemat(f"{stem}.mat", {"frames": frames, "peakScores": score[None]})
+    elif method == "tcdet":
+        zero = 0 * score
+        feature = np.stack([3 * level, zero, xy[:, 0] + 1, zero, 3 * level, xy[:, 1] + 1], axis=1)
+        savemat(f"{stem}.mat", {"feature": feature, "score": score[:, None]})
+    elif method == "lift":
+        import h5py
+
+        rows = np.zeros((n, 13))
+        rows[:, :5] = np.column_stack([xy, 1.6 * level, np.full(n, 30.0), score])
+        text = "\n".join(" ".join(map(str, row)) + " " for row in rows)
+        Path(f"{stem}_kp.txt").write_text(f"13\n{n}\n{text}\n")
+        with h5py.File(f"{stem}_desc.h5", "w") as file:
+            file["keypoints"], file["descriptors"] = rows, described
+    elif method == "lf-net":
+        np.savez(f"{folder / name}.npz", kpts=xy, descs=described, scales=level,
+                 oris=np.full(n, 0.5), size=np.array([1, 1]))  # fmt: skip
+        score = np.ones(n)
+    else:
+        np.savez(f"{stem}.npz", pts=np.stack([*xy.T, score]), desc=described.T)
+        level = np.ones(n)
+    expected = np.column_stack([xy, level, score])
+    return expected[np.argsort(-score, kind="stable")]
+
+
+@pytest.mark.parametrize("method", ["tilde", "dnet", "tcdet", "lift", "lf-net", "superpoint"])
+def test_features_of_other_methods(hpatches, tmp_path, monkeypatch, method):
+    if method == "lift":
+        pytest.importorskip("h5py")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import foreign_features
+
+    rng = np.random.default_rng(0)
+    expected = {}
+    for name in ("v_graf/1.ppm", "v_graf/2.ppm", "i_leuven/1.ppm", "i_leuven/2.ppm"):
+        xy = rng.integers(20, 140, (60, 2)).astype(float)
+        expected[name] = stand_in(method, tmp_path / "theirs", name, xy, rng)
+    out = tmp_path / "ours"
+    assert not foreign_features.convert(method, tmp_path / "theirs", out, hpatches)
+    for name, table in expected.items():
+        stored = np.load(out / f"{name}.kpt.npy")
+        np.testing.assert_allclose(stored[:, :4], table, rtol=1e-6)
+        # degrees, counter-clockwise
+        if method == "lift":
+            np.testing.assert_allclose(stored[:, 4], 330, atol=1e-3)
+        if method == "lf-net":
+            np.testing.assert_allclose(stored[:, 4], 360 - np.degrees(0.5), atol=1e-3)
+    described = method in ("lift", "lf-net", "superpoint")
+    systems = f"{method}={out}" + (f",{method}-u={out}@upright+hardnet" if method == "lift" else "")
+    arguments = ["--systems", systems, "--protocol", "keynet", "--output", tmp_path / "run"]
+    code, _, err = call("evaluate", hpatches, *arguments, "--num-keypoints", 50)
+    assert code == 0, err
+    call("report", tmp_path / "run", "--pictures", 0)
+    markdown = (tmp_path / "run" / "report.md").read_text()
+    rows = list(table_rows(markdown, "Table 2"))
+    paper = {"tilde": "TILDE-TI", "dnet": "DNet-SI", "tcdet": "TCDET-SI", "lift": "LIFT-SI",
+             "lf-net": "LF-Net-SI", "superpoint": "SuperPoint-TI"}[method]  # fmt: skip
+    assert f"{paper}: {method}" in rows
+    if described:
+        third = table_rows(markdown, "Table 3")
+        assert f"{paper.rpartition('-')[0]}: {method}" in third
+        if method == "lift":
+            assert "LIFT + HardNet: lift-u" in third
+    missing = tmp_path / "theirs" / "v_graf"
+    for file in missing.iterdir():
+        file.unlink()
+    failed = foreign_features.convert(method, tmp_path / "theirs", tmp_path / "again", hpatches)
+    assert [line.split(":")[0] for line in failed] == ["v_graf/1.ppm", "v_graf/2.ppm"]
