@@ -18,7 +18,8 @@ from tiepoints.cli import app
 from tiepoints.evaluation.complexity import num_parameters, seconds_per_image
 from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import read_rows, read_run, stored_features
-from tiepoints.evaluation.systems import Options, scales, split_modes, system
+from tiepoints.evaluation.systems import Options, split_modes, system
+from tiepoints.evaluation.systems import scales as scales_of
 from tiepoints.extract import build
 from tiepoints.image import load_gray_levels
 from tiepoints.matching import filter_by_rotation
@@ -153,9 +154,9 @@ def test_orientation_is_discarded(hpatches, tmp_path):
 
 def test_modes_of_a_name():
     assert split_modes("keynet@official@ti") == ("keynet", ("official", "ti"))
-    assert scales("keynet@ti+hardnet", single_scale=False) == "TI"
-    assert scales("keynet", single_scale=False) == "SI"
-    assert scales("sift", single_scale=True) == ""
+    assert scales_of("keynet@ti+hardnet", single_scale=False) == "TI"
+    assert scales_of("keynet", single_scale=False) == "SI"
+    assert scales_of("sift", single_scale=True) == ""
     with pytest.raises(ValueError, match="got 'T'"):
         split_modes("keynet@T")
 
@@ -220,6 +221,31 @@ def test_gray_levels_are_those_of_opencv():
         np.testing.assert_array_equal(found.round().numpy(), expected)
     gray = load_gray_levels(expected)[0, 0] * 255
     np.testing.assert_array_equal(gray.round().numpy(), expected)
+
+
+def test_options_of_the_published_codes(hpatches, tmp_path):
+    image = hpatches / "v_graf" / "1.ppm"
+    arguments = ["extract", image, "--official", "--descriptor", "none", "--output", tmp_path / "f"]
+    arguments += ["--detector", "keynet-tiny", "--upsampled-levels", 0, "--nms-size", 31]
+    assert call(*arguments, "--pyramid-levels", 1)[0] == 0
+    (file,) = (tmp_path / "f").rglob("*.kpt.npy")
+    table = np.load(file)
+    scales = np.unique(table[:, 2])
+    assert scales == pytest.approx([1, 2**0.5])
+    for scale in scales:
+        xy = torch.from_numpy(table[table[:, 2] == scale, :2] / scale)
+        distance = torch.cdist(xy, xy, p=torch.inf)  # the window is a square
+        assert distance.fill_diagonal_(100).min() > 15
+    code, _, err = call(*arguments, "--pyramid-levels", 2)
+    assert code == 2
+    assert "down_levels: 1 before, 2 now" in err
+    for wrong, message in (
+        (["--nms-size", 8], "nms_window must be odd"),
+        (["--single-scale", "--pyramid-levels", 2], "single_scale excludes pyramid levels"),
+    ):
+        code, _, err = call("evaluate", hpatches, "--systems", "random", *wrong)
+        assert code == 2
+        assert message in err
 
 
 # ---- REKD's orientation as published
@@ -360,6 +386,28 @@ def stand_in(method: str, folder: Path, name: str, xy: np.ndarray, rng) -> np.nd
         level = np.ones(n)
     expected = np.column_stack([xy, level, score])
     return expected[np.argsort(-score, kind="stable")]
+
+
+def test_features_of_tilde_on_its_webcams(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import foreign_features
+    from test_eval_sets import webcam_scene
+
+    frames = sorted(webcam_scene(tmp_path / "webcams" / "mexico").iterdir())
+    rng = np.random.default_rng(0)
+    xy = rng.permutation(60 * 80)[:40]
+    xy = np.stack([xy % 60 + 10.0, xy // 60 + 10.0], axis=1)
+    for frame in frames:  # the same keypoints in all frames of the fixed camera
+        stand_in("tilde", tmp_path / "theirs", f"mexico/{frame.name}", xy, rng)
+    out, run = tmp_path / "ours", tmp_path / "run"
+    assert not foreign_features.convert("tilde", tmp_path / "theirs", out, tmp_path / "webcams")
+    arguments = ["--systems", f"tilde={out}", "--protocol", "rekd,mutual", "--output", run]
+    code, _, err = call("evaluate", tmp_path / "webcams", *arguments)
+    assert code == 0, err
+    rows = read_rows(run / "rows" / "tilde.jsonl")
+    assert len(rows) == len(frames) * (len(frames) - 1) / 2
+    assert all(row["metrics"]["rekd.repeatability@5"] == 1 for row in rows)
 
 
 @pytest.mark.parametrize("method", ["tilde", "dnet", "tcdet", "lift", "lf-net", "superpoint"])

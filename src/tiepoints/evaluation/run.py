@@ -40,6 +40,7 @@ from ..datasets.ground_truth import (
     rotated_pose,
 )
 from ..errors import DataError, WeightsError
+from ..extract import ExtractOptions
 from ..files import write_json
 from ..image import load_image
 from ..names import EVALUATION_NUM_KEYPOINTS
@@ -233,6 +234,8 @@ class RunSettings:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
         _check_names("protocol", self.protocols, PROTOCOLS)
         _check_names("extra", self.extras, EXTRAS)
+        # raises for values out of range, also if no network is among the systems
+        ExtractOptions.of(single_scale=self.single_scale, **self.extraction)
         files = [file_name(label(name)) for name in self.systems]
         duplicates = sorted({name for name in files if files.count(name) > 1})
         if duplicates:

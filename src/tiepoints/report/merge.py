@@ -152,7 +152,8 @@ def _renamed(run: Run, names: dict[str, str]) -> Run:
 def _conflicts(first: Run, other: Run) -> set[str]:
     """Systems of the same name that are not the same, or have other results of a pair."""
     made = _made_by(first), _made_by(other)
-    found = {n for n in set(first.systems) & set(other.systems) if made[0].get(n) != made[1].get(n)}
+    both = set(first.systems) & set(other.systems)
+    found = {name for name in both if made[0].get(name, name) != made[1].get(name, name)}
     known = {(row.system, row.sequence, row.pair): row for row in first.rows if row.ok}
     for row in other.rows:
         before = known.get((row.system, row.sequence, row.pair))
