@@ -308,6 +308,13 @@ def test_published_orientation_is_read_from_the_unscaled_level():
     assert torch.equal(patches.descriptors, upright.descriptors)  # published: not rotated
 
 
+def test_published_budgets_of_rekd():
+    net = REKD(group=4, dims=(1, 1, 1)).eval()
+    options = {"official": True, "num_keypoints": 1500, "device": "cpu"}
+    detect = build(net, None, **options).detect
+    assert detect._budgets() == [753, 377, 189, 95, 48, 24, 12, 6]
+
+
 def test_published_reading_wraps_at_the_border():
     angles = torch.arange(12.0).reshape(3, 4)
     xy = torch.tensor([[0.0, 0.0], [2.0, 1.0], [0.4, 2.0], [3.0, 2.5]])

@@ -66,8 +66,8 @@ def evaluate(
     systems: Annotated[
         str,
         typer.Option(
-            help="Comma-separated names: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,"
-            "lattice ..."
+            help="Comma-separated names: keynet,keynet@ti,sift@upright+hardnet,FILE,LABEL=FILE,"
+            "random,lattice ..."
         ),
     ],
     protocol: Annotated[
@@ -225,7 +225,10 @@ def evaluate_patches(
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Results of `tiepoints evaluate`; several are compared.")
+        list[Path],
+        typer.Argument(
+            help="Results of `tiepoints evaluate`; several of the same images are merged."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report (default: the first results folder).")
