@@ -157,6 +157,9 @@ def test_modes_of_a_name():
     assert scales_of("keynet@ti+hardnet", single_scale=False) == "TI"
     assert scales_of("keynet", single_scale=False) == "SI"
     assert scales_of("sift", single_scale=True) == ""
+    options = Options(extraction={"down_levels": 2, "up_levels": 0})
+    found = system("lattice", options)(torch.rand(1, 1, 200, 200)).scale.unique()
+    assert found.tolist() == pytest.approx([1, 2**0.5, 2])
     with pytest.raises(ValueError, match="got 'T'"):
         split_modes("keynet@T")
 

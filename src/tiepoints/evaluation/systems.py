@@ -29,7 +29,7 @@ from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
 from ..models.classical import RawPatch
 from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
-from ..pyramid import SCALE_STEP, build_pyramid, level_budgets
+from ..pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
 from ..weights import load
 from .baselines.external import EXTERNAL_SYSTEMS, external_system
@@ -334,13 +334,15 @@ def _control(name: str, options: Options) -> System:
             xy = _lattice(h, w, rng)
         scale = torch.ones(len(xy))
         if not options.single_scale:
-            budgets = torch.tensor(level_budgets(10_000, 1, 6), dtype=torch.float32)
+            up = options.extraction.get("up_levels", UP_LEVELS)
+            down = options.extraction.get("down_levels", DOWN_LEVELS)
+            budgets = torch.tensor(level_budgets(10_000, up, up + 1 + down), dtype=torch.float32)
             level = (
                 torch.multinomial(budgets, len(xy), replacement=True, generator=rng)
                 if len(xy)
                 else torch.zeros(0)
             )
-            scale = SCALE_STEP ** (level.float() - 1)
+            scale = SCALE_STEP ** (level.float() - up)
         score = torch.rand(len(xy), generator=rng)
         order = score.argsort(descending=True)
         return _sized(image, Keypoints(xy[order], scale[order], torch.zeros(len(xy)), score[order]))
