@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in run.rows:
         if row.system != args.system or row.H_ab is None:
             continue
-        a, b = (stored_features(run, row, image) for image in (row.image_a, row.image_b))
+        a, b = (stored_features(row, image) for image in (row.image_a, row.image_b))
         if a is None or b is None:
             continue
         H, times = torch.tensor(row.H_ab, dtype=torch.float64), []
