@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +23,12 @@ from tiepoints.metrics.bias import mirror_offsets
 from tiepoints.pyramid import build_pyramid
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--systems", default="keynet,keynet-tiny")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = []
     for system in args.systems.split(","):
         net, threshold = load_network(system)

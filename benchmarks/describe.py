@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def accuracy(oxford: Path, nets: dict[str, torch.nn.Module]) -> dict[str, float]
     return {name: 100 * sum(values) / len(values) for name, values in scores.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--weights", default="hardnet", help="name, file, or 'random'")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     net = HardNet().eval() if args.weights == "random" else load(args.weights)
     assert isinstance(net, PatchNet)

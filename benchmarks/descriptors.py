@@ -107,7 +107,7 @@ def table(
     return Table(caption, columns, rows).markdown()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     systems = tuple(args.systems.split(","))
     content: dict[str, Any] = {"machine": machine(), "num_points": NUM_POINTS}
     content["homography"] = run(

@@ -13,6 +13,7 @@ repeated SobelNet keypoints with a correct mutual nearest neighbor on 24 pairs o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,14 +83,14 @@ def descriptor_score(system: str, items: list[dict[str, Tensor]]) -> float:
     return mean_of_known(scores)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photos", type=Path)
     parser.add_argument("--detectors", default="sobelnet,keynet,keynet-tiny")
     parser.add_argument("--descriptors", default="desnet,hardnet,rootsift")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     held_out = split_photos(usable_photos(list_photos(args.photos))[0])[1]
     if args.detectors:
         views = PairDataset(

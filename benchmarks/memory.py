@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def extract(path: Path, detector: str, descriptor: str, memory: str | None) -> d
     return {"MiB": int(peak) / 1024, "seconds": seconds, "keypoints": report.keypoints}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", default=SYSTEMS, help="DETECTOR+DESCRIPTOR, comma-separated")
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for the images (default: temporary)")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.child:
         path, detector, descriptor = args.child
         print(json.dumps(extract(Path(path), detector, descriptor, args.memory)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,21 +18,21 @@ from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import read_run, stored_features
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path)
     parser.add_argument("--system", default="keynet")
     parser.add_argument("--repeat", type=int, default=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     run = read_run(args.results)
     milliseconds, detection = [], []
     for row in run.rows:
         if row.system != args.system or row.H_ab is None:
             continue
-        a, b = (stored_features(run, row, image) for image in (row.image_a, row.image_b))
+        a, b = (stored_features(row, image) for image in (row.image_a, row.image_b))
         if a is None or b is None:
             continue
         H, times = torch.tensor(row.H_ab, dtype=torch.float64), []

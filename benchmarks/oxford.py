@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def table(caption: str, content: dict[str, Any], controls: list[str]) -> Table:
     return Table(caption, columns, rows)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--systems", default=SYSTEMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     dataset = homography_sequences(args.folder)
     content: dict[str, Any] = {
         "machine": machine(),

@@ -699,7 +699,7 @@ def measure(
     return _read(out), failed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -717,7 +717,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--table", type=Path, help="Markdown file of the results")
     parser.add_argument("--overwrite", action="store_true", help="measure existing results again")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         content, failed = measure(
             args.sections.split(","),

@@ -18,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -102,7 +103,7 @@ def _system(
     return extractor.extract, named_matcher(extractor, images, options) or match
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--ratios", default="0.95,0.8", help="of the ratio test, comma-separated")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
         folder, _, camera = given.partition(":")

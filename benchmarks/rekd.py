@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def one_convolution() -> dict[str, Callable[[], Any]]:
     return {"library": lambda: F.relu_(conv(maps)), "Winograd": lambda: winograd(packed, 480, 640)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     content: dict[str, Any] = (
         json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def table(systems: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,7 +83,7 @@ def main() -> None:
         "--plain", action="store_true", help="rotate about the center, without shift"
     )
     parser.add_argument("--out", type=Path, help="JSON; existing systems are not measured again")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     _, held_out = split_photos(usable_photos(list_photos(args.folder))[0])
     photos = held_out[: args.photos]

@@ -8,6 +8,7 @@ low scores.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ GAMMA = 0.4
 BRIGHT = 0.998  # quantile of the scores that is drawn white
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--crop", type=int, nargs=3, default=(160, 60, 280), metavar=("X", "Y", "SIDE")
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.image is None:
         import skimage.data
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,12 +43,12 @@ def convolutions(call: Callable[[], object]) -> tuple[float, float]:
     return milliseconds, sum(event.flops for event in found) / 1e9
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image", type=Path, help="default: scikit-image's motorcycle")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     image = vga_image(args.image)
 

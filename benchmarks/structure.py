@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ def measure(name: str, photos: list[Path]) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     photos = list_photos(args.photos)
     photos = photos[:: max(1, len(photos) // args.count)][: args.count]
     rows = {name: measure(name, photos) for name in args.systems.split(",")}

@@ -22,7 +22,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _rotation(
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--rotations", default="0,30,60,90,180")
     parser.add_argument("--num-keypoints", type=int, default=1000)
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     pairs = reconstruction_pairs(read_scenes(args.scenes), args.pairs, SEED)
     rotations = [float(part) for part in args.rotations.split(",") if part]

@@ -36,7 +36,7 @@ napoleon_use_rtype = False
 python_maximum_signature_line_length = 88
 
 #: Pages with wide tables take the whole width.
-WIDE_PAGES = ["index", "diary", "evaluation", "models", "weights"]
+WIDE_PAGES = ["index", "diary", "evaluation", "models", "papers", "weights"]
 WIDE_PAGES += [f"results/{path.stem}" for path in Path(__file__).parent.glob("results/*.md")]
 
 html_theme = "pydata_sphinx_theme"

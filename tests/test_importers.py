@@ -301,9 +301,10 @@ def test_official_mode_equals_the_published_tensorflow_keypoints(
     )
     gold = np.load(file) if key is None else np.load(file)[key]
     net = load_official(folder / FILES["B"], restore_statistics=restore)
+    source = str(folder / "tf_test_im.ppm") if key is None else image  # a file, and its gray levels
     found = build(
         net, None, official=True, num_keypoints=1500, down_levels=down_levels, device="cpu"
-    ).extract(image)
+    ).extract(source)
     assert len(found) == len(gold)
     made = np.column_stack([found.xy, found.scale, found.score])
     by_place = [

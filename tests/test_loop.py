@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -214,7 +215,7 @@ def test_interrupted_while_validating(tmp_path, unbroken):
 
     with pytest.raises(Interrupted):
         train(tmp_path / "c", score=broken)
-    assert read_checkpoint(tmp_path / "c")["step"] == 2
+    assert read_checkpoint(tmp_path / "c")["step"] == 3
     assert same(train(tmp_path / "c", resume=True)[0], unbroken[0])
 
 
@@ -361,6 +362,61 @@ def test_minutes_fix_the_number_of_steps(tmp_path, monkeypatch):
     _, result = train(tmp_path / "c", replace(SETTINGS, steps=0, minutes=0.02, batch_size=1))
     assert result.steps > 4
     assert result.rows[-1]["step"] == result.steps
+
+
+def test_minutes_include_start_and_validations(tmp_path):
+    """Slow steps and validations: timing ends early, and the duration is kept."""
+
+    def slow_loss(net, batch):
+        time.sleep(0.05)
+        return pair_loss(net, batch)
+
+    def slow_score(net):
+        time.sleep(0.2)
+        return validate(net)
+
+    seconds = 3.0
+    settings = replace(SETTINGS, steps=0, minutes=seconds / 60, batch_size=1, validate_every=10)
+    started = time.monotonic()
+    run = RunOptions("cpu", progress=False, workers=0, started=started - 0.5)
+    task = Task(Pairs, slow_loss, slow_score)
+    result = Trainer(new_net(), task, settings, tmp_path / "c", run).fit()
+    assert result.rows[-1]["step"] == result.steps > 5
+    assert 0.5 * seconds < time.monotonic() - started + 0.5 < 1.4 * seconds
+    # a start that took all of the time: a few steps, which are validated
+    run = RunOptions("cpu", progress=False, workers=0, started=time.monotonic() - 10)
+    result = Trainer(new_net(), Task(Pairs, slow_loss, slow_score), settings, tmp_path / "d", run)
+    assert result.fit().steps == 2
+
+
+def test_progress_shows_the_score_after_the_first_validation(tmp_path, monkeypatch):
+    shown = []
+
+    class Shown(loop.Progress):
+        def set_values(self, **values):
+            shown.append(values)
+
+    monkeypatch.setattr(loop, "Progress", Shown)
+    train(tmp_path / "c")
+    assert [len(values) for values in shown] == [1, 1, *[2] * 7]
+    assert "best repeatability" in shown[2]
+
+
+def test_checkpoints_of_earlier_versions_are_resumed(tmp_path, unbroken):
+    """Without the settings and values that were added later."""
+    with pytest.raises(Interrupted):
+        train(tmp_path / "c", loss=breaking_loss(BREAK, interrupt))
+    state = read_checkpoint(tmp_path / "c")
+    del state["identity"]["settings"]["decay_at"], state["recent_values"], state["arguments"]
+    save_atomically(state, tmp_path / "c")
+    assert same(train(tmp_path / "c", resume=True)[0], unbroken[0])
+
+
+def test_learning_rate_is_reduced_at_a_fraction_of_the_steps():
+    settings = FitSettings(warmup=0, decay="step", decay_at=0.75, final_rate=0.5, learning_rate=1.0)
+    assert [learning_rate_at(step, 8, settings) for step in (0, 5, 6, 7)] == [1, 1, 0.5, 0.5]
+    with pytest.raises(ValueError, match="decay_at"):
+        FitSettings(decay_at=0.0)
 
 
 def test_learning_rate():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tiepoints.errors import DataError
 from tiepoints.evaluation.results import Rows, read_run
+from tiepoints.report.papers import row_of_table_2, row_of_table_3
 from tiepoints.report.report import repeated_points, write_report
 
 VOID = {"meta", "img", "br", "rect", "circle", "path"}
@@ -109,7 +110,7 @@ def write(folder: Path, rows: list[dict[str, Any]], part: str = "rows", **metada
     return folder
 
 
-def read(folder: Path, **options: Any) -> tuple[Reader, str]:
+def read(folder: Path | list[Path], **options: Any) -> tuple[Reader, str]:
     files = write_report(folder, **options)
     return Reader(files.html.read_text(encoding="utf-8")), files.markdown.read_text(
         encoding="utf-8"
@@ -244,7 +245,7 @@ def test_matching_homography_sweeps_and_bias(tmp_path: Path) -> None:
         "–",
     ]
     assert page.tables["correct matches % by threshold px"]["4"] == ["40.0"]
-    assert page.tables["REKD protocol"]["one*"] == ["–", "70.0"]
+    assert page.tables["REKD protocol, viewpoint"]["one*"] == ["–", "70.0"]
     homography = next(
         table
         for caption, table in page.tables.items()
@@ -347,15 +348,86 @@ def test_several_runs_are_combined_in_one_curve(tmp_path: Path) -> None:
         )
         for n in (500, 250)
     ]
-    other = write(tmp_path / "other", [row("one", "v_a", "1-2")], mode="ti")
-    files = write_report([*folders, other], tmp_path / "out" / "page.html")
+    files = write_report(folders, tmp_path / "out" / "page.html")
     page = Reader(files.html.read_text())
     assert files.markdown == tmp_path / "out" / "page.md"
     assert page.tables["repeatability % by number of keypoints"] == {
         "250": ["25.0"],
         "500": ["50.0"],
     }
-    assert "not compared with" in files.markdown.read_text()
+    # both are in the tables, named by what differs
+    table = page.tables["Viewpoint"]
+    assert table["one (500 keypoints)"][0] == "50.0"
+    assert table["one (250 keypoints)"][0] == "25.0"
+
+
+def test_runs_of_one_scale_and_of_many_are_merged(tmp_path: Path) -> None:
+    known = {"keynet": "keynet", "fast": "fast"}
+    si = write(
+        tmp_path / "si",
+        [row(name, "v_a", "1-2", metrics={"keynet.rep_SL": 0.6}) for name in known],
+        made_by=known,
+    )
+    ti_rows = [
+        row("keynet", "v_a", "1-2", metrics={"keynet.rep_SL": 0.3}),
+        row("fast", "v_a", "1-2", metrics={"keynet.rep_SL": 0.6, "mutual.rep@3": 0.5}),
+        row("fast", "v_a", "1-3", metrics={"keynet.rep_SL": 0.2}),
+    ]
+    ti = write(tmp_path / "ti", ti_rows, made_by=known, mode="ti")
+    page, markdown = read([si, ti], out=tmp_path / "out")
+    table = page.tables["Viewpoint"]
+    assert table["keynet (SI)"][0] == "60.0"
+    assert table["keynet (TI)"][0] == "30.0"
+    assert table["fast"][:2] == ["40.0", "50.0"]  # one way to detect: the pairs of both runs
+    assert "si: 1000 keypoints, multiple scales (SI); ti: 1000 keypoints" in markdown
+    paper = page.tables["Table 2"]
+    assert paper["Key.Net-SI: keynet (SI)"][:2] == ["60.0", "60.5"]
+    assert paper["Key.Net-TI: keynet (TI)"][:2] == ["30.0", "34.2"]
+    assert paper["FAST-TI: fast"][:2] == ["40.0", "30.4"]
+    assert paper["LIFT-SI published"][:2] == ["–", "43.4"]
+
+
+def test_other_results_of_the_same_name_keep_their_rows(tmp_path: Path) -> None:
+    first = write(tmp_path / "first", [row("own", "v_a", "1-2", metrics={"keynet.rep_SL": 0.6})])
+    second = write(tmp_path / "second", [row("own", "v_a", "1-2", metrics={"keynet.rep_SL": 0.5})])
+    page, _ = read([first, second], out=tmp_path / "out")
+    assert page.tables["Viewpoint"]["own"][0] == "60.0"
+    assert page.tables["Viewpoint"]["own (second)"][0] == "50.0"
+
+
+def test_runs_of_other_images_are_refused(tmp_path: Path) -> None:
+    first = write(tmp_path / "first", [row("one", "v_a", "1-2")])
+    moved = {"name": "made", "root": "elsewhere"}
+    same = write(tmp_path / "same", [row("two", "v_a", "1-2")], dataset=moved)
+    page, _ = read([first, same], out=tmp_path / "out")  # the same pairs in another folder
+    assert set(page.tables["Viewpoint"]) >= {"one", "two"}
+    H = (2 * np.eye(3)).tolist()
+    other = write(tmp_path / "other", [row("two", "v_a", "1-2", H_ab=H)], dataset=moved)
+    with pytest.raises(DataError, match=r"other measured images of elsewhere.*report of each"):
+        write_report([first, other])
+    resized = write(tmp_path / "resized", [row("two", "v_a", "1-2")], resize=[640])
+    with pytest.raises(DataError, match=r"resized images differently.*report of each"):
+        write_report([first, resized])
+
+
+def test_rows_of_the_key_net_paper() -> None:
+    assert row_of_table_2("keynet", "keynet", False) == "Key.Net-SI"
+    assert row_of_table_2("keynet@ti", "keynet@ti", False) == "Key.Net-TI"
+    assert row_of_table_2("keynet", "keynet", True) == "Key.Net-TI"
+    assert row_of_table_2("t", "keynet-tiny@official", False) == "Tiny-Key.Net-SI"
+    assert row_of_table_2("t", "keynet-tiny@ti", False) is None  # not in the paper
+    assert row_of_table_2("LF-Net", "features/lf", False) == "LF-Net-SI"
+    assert row_of_table_2("own", "features/lf", False) is None
+    assert row_of_table_2("s", "sift@upright+hardnet", False) is None
+    assert row_of_table_3("sift", "sift@upright+hardnet", False) == "SIFT + HardNet"
+    assert row_of_table_3("sift", "sift+hardnet", False) is None  # rotated patches
+    assert row_of_table_3("sift", "sift", False) is None
+    assert row_of_table_3("keynet", "keynet", False) == "Key.Net + HardNet"
+    assert row_of_table_3("keynet", "keynet@dominant", False) is None
+    assert row_of_table_3("lift", "features/lift", False) == "LIFT"
+    assert row_of_table_3("lift", "features/lift@upright+hardnet", False) == "LIFT + HardNet"
+    assert row_of_table_3("superpoint", "superpoint", False) == "SuperPoint"
+    assert row_of_table_3("superpoint", "superpoint+hardnet", False) == "SuperPoint + HardNet"
 
 
 def test_names_are_escaped(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ class DetectOptions:
         border: width of the margin of each level without keypoints, in pixels.
         threshold: smallest response, before it is weighted by scale; responses up to that to a
             constant image are excluded too, except with ``official``.
+        cut_ratio: smallest response as a fraction, in [0, 1), of the largest of its level; None =
+            the network's (SobelNet has one).
 
     Raises:
         ValueError: an option is out of range.
@@ -61,6 +63,7 @@ class DetectOptions:
     nms_shape: str | None = None
     border: int = BORDER
     threshold: float = 0.0
+    cut_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_keypoints < 1:
@@ -74,6 +77,8 @@ class DetectOptions:
             )
         if min(self.up_levels or 0, self.down_levels or 0, self.border) < 0:
             raise ValueError("up_levels, down_levels and border must not be negative")
+        if self.cut_ratio is not None and not 0 <= self.cut_ratio < 1:
+            raise ValueError(f"cut_ratio must lie in [0, 1), got {self.cut_ratio}")
 
 
 def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
@@ -121,6 +126,8 @@ class ScoreMapDetector:
         self.tile_pixels = tile_pixels
         self.offset = getattr(net, "offset", (0.0, 0.0))
         self.ratio = float(getattr(net, "ratio", 0.0))
+        if options.cut_ratio is not None:
+            self.ratio = options.cut_ratio
 
     @cached_property
     def floor(self) -> float:

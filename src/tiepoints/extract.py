@@ -6,6 +6,7 @@ array or tensor, or several of them. ``ExtractOptions`` holds everything that de
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -24,7 +25,7 @@ from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
-from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image
+from .image import ImageLike, Notices, Reading, ReadOptions, gray_levels, load_image, read_image
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
@@ -184,7 +185,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             WeightsError: a weights file is damaged or of an unknown type.
         """
         device = choose_device(self.device)
-        net = _detector_network(self.detector)
+        net = detector_network(self.detector)
         spec = spec_of(net)
         if not isinstance(spec, DetectorSpec | None):
             raise ValueError(
@@ -204,7 +205,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             detect = spec.official(net.to(device), options)
         else:
             detect = ScoreMapDetector(
-                fused(net).to(device),
+                _with_cut_ratio(fused(net), self.cut_ratio).to(device),
                 options,
                 device=device,
                 scale_power=spec.scale_power,
@@ -216,7 +217,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
                 self.descriptor,
                 device=device,
                 precision=self.precision,
-                upright=self.upright,
+                # the published evaluation of REKD does not rotate patches
+                upright=self.upright or (self.official and spec.angles),
                 tile_pixels=tile_pixels(self.memory),
             ),
             orient=build_orientation(
@@ -317,11 +319,16 @@ class Extractor:
         return [self.extract(one, m) for one, m in zip(images, masks, strict=True)]
 
     def read(self, image: ImageLike) -> Reading:
-        """Read an image with its mask by the options of the extractor; errors as ``extract``."""
+        """Read an image with its mask by the options of the extractor, with ``official`` by the
+        published conversion to gray (``image.gray_levels``); errors as ``extract``.
+        """
         memory = None if self.options is None else self.options.memory
         if memory is not None and isinstance(image, str | os.PathLike):
             check_image(str(image), image_size(image), memory)
-        return read_image(image, self.options)
+        reading = read_image(image, self.options)
+        if self.options is None or not self.options.official:
+            return reading
+        return replace(reading, pixels=gray_levels(image, reading.pixels, self.options))
 
     @staticmethod
     def combine(reading: Reading, mask: MaskLike | None) -> Tensor | None:
@@ -369,7 +376,12 @@ def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
     return tensor != 0
 
 
-def _detector_network(detector: str | nn.Module) -> nn.Module:
+def detector_network(detector: str | nn.Module) -> nn.Module:
+    """The network of a detector: by name, from a weights file or official checkpoint, or as it is.
+
+    Raises:
+        WeightsError, FileNotFoundError: the file cannot be read.
+    """
     if not isinstance(detector, str):
         return detector.eval()
     return _load_file(detector) if detector not in DETECTORS else load(detector)
@@ -405,6 +417,15 @@ def network_label(name: str | nn.Module | None) -> str:
 @lru_cache
 def _network_type(path: str, size: int, mtime_ns: int) -> str:
     return type(_load_file(path)).__name__.lower().removeprefix("legacy")
+
+
+def _with_cut_ratio(net: nn.Module, ratio: float | None) -> nn.Module:
+    """The network with another ``ratio`` (SobelNet), below which it sets scores to zero."""
+    if ratio is None or not hasattr(net, "ratio"):
+        return net
+    net = copy.copy(net)
+    net.ratio = ratio  # type: ignore[assignment]
+    return net
 
 
 def build_descriptor(

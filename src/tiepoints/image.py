@@ -23,7 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import UPRIGHT, Raster, Strip, file_errors, open_raster, pillow_raster, split_page
+from .decode import (
+    UPRIGHT,
+    Raster,
+    Strip,
+    file_errors,
+    no_pixel_limit,
+    open_raster,
+    pillow_raster,
+    split_page,
+)
 from .errors import DataError
 from .filters import to_gray
 from .masks import connected_to_border, exclude
@@ -241,6 +250,39 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
         "an image must be a path, PIL image, numpy array or torch tensor, got "
         f"{type(source).__name__}"
     )
+
+
+#: Luma weights of OpenCV's conversion to gray in units of 2^-15 (``filters.LUMA``).
+_OPENCV_LUMA = (9798, 19235, 3735)
+#: Pillow's modes of 8-bit color.
+_COLOR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
+
+
+def gray_levels(source: ImageLike, pixels: Tensor, options: ReadOptions | None = None) -> Tensor:
+    """Whole gray levels of 8-bit color, as OpenCV and so the published code converts it; up to half
+    a level from those of ``read_image``.
+
+    Args:
+        source: the image.
+        pixels: (1,1,H,W), its gray values; the result for images of other types.
+        options: how the image was read.
+    """
+    if isinstance(source, str | os.PathLike):
+        with no_pixel_limit(), Image.open(split_page(source)[0]) as photo:
+            eight_bit_color = photo.mode in _COLOR_MODES
+    elif isinstance(source, Image.Image):
+        eight_bit_color = source.mode in _COLOR_MODES
+    elif isinstance(source, np.ndarray):
+        eight_bit_color = (
+            source.ndim == 3 and source.shape[2] in (3, 4) and source.dtype == np.uint8
+        )
+    else:
+        eight_bit_color = False
+    if not eight_bit_color:
+        return pixels
+    rgb = np.asarray(to_rgb(source, options)).astype(np.int32)
+    red, green, blue = (rgb[..., i] * weight for i, weight in enumerate(_OPENCV_LUMA))
+    return load_image(((red + green + blue + (1 << 14)) >> 15).astype(np.uint8))
 
 
 def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> Tensor:

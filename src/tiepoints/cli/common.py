@@ -36,6 +36,14 @@ EXTRACT_PARAMETERS = (
     *("single_scale", "per_scale", "official", "device"),
     *("value_range", "exif_orientation", "mask_alpha", "mask_value", "bands"),
 )
+#: Parameters with the names of the published code -> fields of ``ExtractOptions``; None leaves the
+#: default.
+PUBLISHED_PARAMETERS = {
+    "cut_ratio": "cut_ratio",
+    "pyramid_levels": "down_levels",
+    "upsampled_levels": "up_levels",
+    "nms_size": "nms_window",
+}
 
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
 PairOrientation = Literal["auto", "none", "rekd", "rekd-light", "dominant"]
@@ -81,6 +89,33 @@ SingleScaleOption = Annotated[
 ]
 OfficialOption = Annotated[
     bool, typer.Option("--official", help="Extract as published, including known bugs.")
+]
+PyramidLevelsOption = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Reduced levels of the pyramid (default: keynet 4, rekd 5; the papers: 5)."
+    ),
+]
+UpsampledLevelsOption = Annotated[
+    int | None,
+    typer.Option(min=0, help="Enlarged levels of the pyramid (default: keynet 1, rekd 2)."),
+]
+NmsSizeOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Odd side of the window of non-maximum suppression in pixels of a level (default: "
+        "15).",
+    ),
+]
+CutRatioOption = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Smallest score as a fraction of the largest of the level (default: sobelnet 1e-8, "
+        "others 0).",
+    ),
 ]
 PerScaleOption = Annotated[
     bool,
@@ -216,6 +251,7 @@ def extract_options(
     from ..memory import parse_size
 
     given = {key: value for key, value in context.params.items() if key in EXTRACT_PARAMETERS}
+    given |= published_options(context)
     largest = context.params.get("max_size")
     if largest is None:
         largest = None if given.get("official") else max_size
@@ -223,6 +259,15 @@ def extract_options(
     with user_errors():
         given["memory"] = None if memory is None else parse_size(memory)
         return ExtractOptions.of(**{**given, "max_size": largest or None, **overrides})
+
+
+def published_options(context: typer.Context) -> dict[str, Any]:
+    """The given ``PUBLISHED_PARAMETERS`` of a command, as options of ``ExtractOptions``."""
+    return {
+        field: context.params[key]
+        for key, field in PUBLISHED_PARAMETERS.items()
+        if context.params.get(key) is not None
+    }
 
 
 def split_names(text: str) -> tuple[str, ...]:

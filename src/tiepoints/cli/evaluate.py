@@ -10,12 +10,17 @@ import typer
 
 from ..names import EVALUATION_NUM_KEYPOINTS
 from .common import (
+    CutRatioOption,
     DeviceOption,
     JsonOption,
+    NmsSizeOption,
+    PyramidLevelsOption,
     SingleScaleOption,
+    UpsampledLevelsOption,
     ValueRangeOption,
     print_json,
     progress_wanted,
+    published_options,
     split_names,
     user_errors,
 )
@@ -49,6 +54,7 @@ def compare(
 
 
 def evaluate(
+    context: typer.Context,
     dataset: Annotated[
         Path,
         typer.Argument(
@@ -59,8 +65,8 @@ def evaluate(
     systems: Annotated[
         str,
         typer.Option(
-            help="Comma-separated names: keynet,sift,fast+rootsift,FILE,LABEL=FILE,random,"
-            "lattice ..."
+            help="Comma-separated names: keynet,keynet@ti,sift@upright+hardnet,FILE,LABEL=FILE,"
+            "random,lattice ..."
         ),
     ],
     protocol: Annotated[
@@ -90,6 +96,10 @@ def evaluate(
         typer.Option(help="Posed pairs: resize to W,H or to a longest side."),
     ] = None,
     value_range: ValueRangeOption = "type",
+    pyramid_levels: PyramidLevelsOption = None,
+    upsampled_levels: UpsampledLevelsOption = None,
+    nms_size: NmsSizeOption = None,
+    cut_ratio: CutRatioOption = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "cpu",
     workers: Annotated[
         int, typer.Option(min=1, help="Processes; each works on one sequence of one system.")
@@ -100,7 +110,7 @@ def evaluate(
     report shows the results.
     """
     from ..datasets.benchmark import open_dataset
-    from ..evaluation.results import read_rows
+    from ..evaluation.results import read_metadata, read_rows
     from ..evaluation.run import RunSettings
     from ..evaluation.run import evaluate as run
 
@@ -109,7 +119,7 @@ def evaluate(
         if resize is not None and not all(p.isdigit() and int(p) > 0 for p in resize.split(",")):
             raise ValueError(f"--resize must be SIDE or W,H in pixels, got {resize!r}")
         settings = RunSettings(
-            systems=split_names(systems) + tuple(str(f) for f in features or []),
+            systems=split_names(systems) + tuple(_stored(f) for f in features or []),
             num_keypoints=num_keypoints,
             single_scale=single_scale,
             protocols=split_names(protocol),
@@ -117,6 +127,7 @@ def evaluate(
             device=device,
             resize=tuple(int(part) for part in resize.split(",")) if resize else None,
             value_range=value_range,
+            extraction=published_options(context),
         )
         if not settings.systems:
             raise ValueError("no systems given; use --systems")
@@ -131,16 +142,22 @@ def evaluate(
         )
     rows = [row for path in sorted((folder / "rows").glob("*.jsonl")) for row in read_rows(path)]
     failed = sum(not row["ok"] for row in rows)
-    unread = len(opened.problems)
+    unread, not_run = len(opened.problems), read_metadata(folder)["unavailable"]
     if as_json:
-        print_json({"rows": len(rows), "failed": failed, "unread": unread, "output": str(folder)})
+        counts = {"rows": len(rows), "failed": failed, "unread": unread}
+        print_json({**counts, "not_run": not_run, "output": str(folder)})
     else:
         typer.echo(
             f"{len(rows)} rows, {failed} of them failed -> {folder}; tables and charts: "
             f"tiepoints report {folder}"
         )
-    if failed or unread:
+    if failed or unread or not_run:
         raise typer.Exit(1)
+
+
+def _stored(features: Path) -> str:
+    """The name of stored features as a system: with a slash, it is a path even if missing."""
+    return str(features) if features.exists() else f"{features.parent}/{features.name}"
 
 
 def _versions() -> dict[str, str]:
@@ -215,7 +232,10 @@ def evaluate_patches(
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(help="Results of `tiepoints evaluate`; several are compared.")
+        list[Path],
+        typer.Argument(
+            help="Results of `tiepoints evaluate`; several of the same images are merged."
+        ),
     ],
     output: Annotated[
         Path | None, typer.Option(help="Folder of the report (default: the first results folder).")

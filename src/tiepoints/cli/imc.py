@@ -9,16 +9,20 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
 from .common import (
+    CutRatioOption,
     DescriptorOption,
     DetectorOption,
     DeviceOption,
     MaxSizeOption,
     MemoryOption,
+    NmsSizeOption,
     OfficialOption,
     OrientationOption,
     PerScaleOption,
+    PyramidLevelsOption,
     SingleScaleOption,
     UprightOption,
+    UpsampledLevelsOption,
     WorkersOption,
     extract_options,
     fail,
@@ -51,6 +55,10 @@ def imc(
     single_scale: SingleScaleOption = False,
     per_scale: PerScaleOption = False,
     official: OfficialOption = False,
+    pyramid_levels: PyramidLevelsOption = None,
+    upsampled_levels: UpsampledLevelsOption = None,
+    nms_size: NmsSizeOption = None,
+    cut_ratio: CutRatioOption = None,
     matches: Annotated[
         bool,
         typer.Option("--matches", help="Add matches, verified by a fundamental matrix."),

@@ -19,6 +19,19 @@ from .common import (
 )
 
 Preset = Literal["default", "paper", "smoke", "msip", "corners"]
+Handcrafted = Literal["both", "first", "second", "none"]
+MsipForm = Literal["paper", "code"]
+#: Parameters of ``train`` that determine its result; a checkpoint contains them.
+TRAIN_ARGUMENTS = (
+    *("network", "images", "validation", "preset", "init"),
+    *("training_pairs", "validation_pairs", "num_training_data", "patch_size", "max_angle"),
+    *("filters", "blocks", "levels", "kernel", "handcrafted"),
+    *("loss", "windows", "window_weights", "base"),
+    *("group_size", "dims", "orientation_balance"),
+    *("patches", "reconstructions", "validation_reconstructions"),
+    *("detector", "dim", "width"),
+    *("minutes", "steps", "batch_size", "learning_rate", "seed", "precision", "validate_every"),
+)
 
 
 def disable_malloc_trim() -> None:
@@ -34,30 +47,48 @@ def disable_malloc_trim() -> None:
             libc.mallopt(-1, 2**31 - 1)
 
 
+def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
+    """Parse a comma-separated list of numbers."""
+    if text is None:
+        return None
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        fail(f"{option} must be comma-separated numbers, got {text!r}")
+
+
 def train(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
     network: Annotated[
-        str,
+        str | None,
         typer.Argument(
             help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, "
-            "hynet, sosnet, desnet."
+            "hynet, sosnet, desnet. Not needed with --resume."
         ),
-    ],
+    ] = None,
     images: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="Folder of photographs, searched recursively; repeatable. A tenth is held out for "
-            "validation."
+            "validation. Not needed with --resume."
         ),
-    ],
-    output: Annotated[Path, typer.Option(help="Weights file to write (.safetensors).")],
+    ] = None,
     preset: Annotated[
-        Preset,
+        Preset | None,
         typer.Option(
-            help="paper: the published schedule; smoke: a few steps; msip: Key.Net with its "
-            "published loss; corners: Key.Net localized at corners."
+            help="default; paper: the published data, loss and schedule; smoke: a few steps; msip: "
+            "Key.Net with its published loss; corners: Key.Net localized at corners."
         ),
-    ] = "default",
-    minutes: Annotated[float | None, typer.Option(min=0.01, help="Training time.")] = None,
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Training time (default: 30), including the reading of the photographs and the "
+            "validations; the comparison at the end takes additional time.",
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps, instead of --minutes.")
     ] = None,
@@ -71,6 +102,62 @@ def train(
     ] = None,
     training_pairs: Annotated[
         Path | None, typer.Option(help="Detectors: pairs written by `tiepoints pairs`.")
+    ] = None,
+    validation_pairs: Annotated[
+        Path | None,
+        typer.Option(help="Detectors: pairs for validation, written by `tiepoints pairs`."),
+    ] = None,
+    num_training_data: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Detectors: number of different training pairs, written to OUTPUT.pairs first "
+            "(paper: 9000; default: new pairs in every step).",
+        ),
+    ] = None,
+    patch_size: Annotated[
+        int | None,
+        typer.Option(min=32, help="Detectors: side of the training pairs in pixels (192)."),
+    ] = None,
+    max_angle: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=180.0, help="Detectors: largest rotation of the pairs in degrees."
+        ),
+    ] = None,
+    filters: Annotated[
+        int | None, typer.Option(min=1, help="keynet: filters of each learned block (8).")
+    ] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="keynet: learned blocks (3).")] = None,
+    levels: Annotated[
+        int | None, typer.Option(min=1, help="keynet: pyramid levels inside the network (3).")
+    ] = None,
+    kernel: Annotated[
+        int | None, typer.Option(min=1, help="keynet: odd side of the learned filters (5).")
+    ] = None,
+    handcrafted: Annotated[
+        Handcrafted | None,
+        typer.Option(help="keynet: order of the handcrafted filters (both)."),
+    ] = None,
+    loss: Annotated[
+        MsipForm | None,
+        typer.Option(
+            help="keynet, keynet-tiny with preset paper or msip: M-SIP as in the paper, or as in "
+            "the published code."
+        ),
+    ] = None,
+    windows: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="M-SIP: window sides in pixels (8,16,24,32,40)."),
+    ] = None,
+    window_weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="X,X,...", help="M-SIP: weights of the windows (256,64,16,4,1 for these)."
+        ),
+    ] = None,
+    base: Annotated[
+        float | None, typer.Option(min=1.0, help="M-SIP: base of the spatial softmax (e).")
     ] = None,
     patches: Annotated[
         Path | None,
@@ -108,12 +195,20 @@ def train(
         tuple[int, int, int] | None,
         typer.Option(help="REKD: number of fields of its three layers."),
     ] = None,
+    orientation_balance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="REKD: weight of the orientation loss (600; paper: 100)."),
+    ] = None,
     device: DeviceOption = "auto",
     devices: Annotated[int, typer.Option(min=1, help="Number of devices.")] = 1,
     validate_every: Annotated[int | None, typer.Option(min=1, help="Steps.")] = None,
     save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between checkpoints.")] = 60.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume from OUTPUT.checkpoint.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume from OUTPUT.checkpoint, which also contains the other options.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the weights of an earlier training.")
@@ -126,45 +221,27 @@ def train(
 ) -> None:
     """Train a detector or a descriptor on a folder of images, without labels."""
     from ..training.loop import RunOptions
-    from ..training.recipes import TrainData
-    from ..training.recipes import train as run
+    from ..training.recipes.train import data_of, resumed_arguments, train_from
 
     disable_malloc_trim()
     if steps is not None and minutes is not None:
         fail("give --steps or --minutes, not both")
     if resume and overwrite:
         fail("give --resume or --overwrite, not both")
-    data = TrainData(
-        images=images,
-        validation=validation,
-        pairs=training_pairs,
-        patches=patches,
-        reconstructions=reconstructions,
-        validation_reconstructions=validation_reconstructions,
-    )
-    options: dict[str, Any] = {"group_size": group_size, "dims": dims}
-    options |= {"detector": detector, "dim": dim, "width": width}
+    arguments = {key: context.params[key] for key in TRAIN_ARGUMENTS}
+    # an option that may be repeated is an empty list if it is not given
+    arguments = {key: value for key, value in arguments.items() if value not in ([], ())}
+    arguments["windows"] = _numbers("--windows", windows, int)
+    arguments["window_weights"] = _numbers("--window-weights", window_weights, float)
     stopped = f"stopped; resume with --resume ({output}.checkpoint)"
     try:
         with user_errors(stopped):
-            result = run(
-                network,
-                data,
-                output,
-                preset=preset,
-                init=init,
-                run=RunOptions(
-                    device, devices, resume, progress_wanted(), workers, save_every, overwrite
-                ),
-                network=options,
-                minutes=minutes,
-                steps=steps,
-                batch_size=batch_size,
-                learning_rate=learning_rate,
-                seed=seed,
-                precision=precision,
-                validate_every=validate_every,
+            if resume:
+                arguments = resumed_arguments(output, arguments)
+            options = RunOptions(
+                device, devices, resume, progress_wanted(), workers, save_every, overwrite
             )
+            result = train_from(arguments, output, options)
     except typer.Exit:  # a RuntimeError too
         raise
     except RuntimeError as error:  # the loss is not finite
@@ -174,7 +251,8 @@ def train(
         from ..evaluation.compare import compare_trained
 
         with user_errors(stopped):
-            comparison = compare_trained(network, output, data.photographs(log=False)[1])
+            held_out = data_of(arguments).photographs(log=False)[1]
+            comparison = compare_trained(arguments["network"], output, held_out)
     if as_json:
         content = {**dataclasses.asdict(result), "output": str(output)}
         print_json({**content, "comparison": None if comparison is None else comparison.to_json()})
@@ -190,7 +268,15 @@ def train(
 def pairs(
     images: Annotated[Path, typer.Option(help="Folder of photographs.")],
     output: Annotated[Path, typer.Option(help="File to write (.safetensors).")],
-    count: Annotated[int, typer.Option(min=1)] = 12_000,
+    count: Annotated[int, typer.Option(min=1, help="Number of pairs to train on.")] = 9_000,
+    validation: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Also write this number of pairs of the photographs for validation, to "
+            "NAME-validation.safetensors.",
+        ),
+    ] = 0,
     preset: Annotated[
         str, typer.Option(help="keynet-paper, keynet-code, rekd, turns, patches, dense or default.")
     ] = "default",
@@ -213,14 +299,26 @@ def pairs(
         fail(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
     if split not in ("train", "validation", "all"):
         fail(f"--split must be train, validation or all; got {split!r}")
+    if validation and split != "train":
+        fail("--validation needs --split train, because both sets must be disjoint")
     with user_errors():
         photos = find_photos([images])
-        if split != "all":
-            photos = split_readable(photos)[split == "validation"]
         settings = PRESETS[preset]
         if size is not None:
             settings = dataclasses.replace(settings, size=size)
-        write_pairs(output, photos, settings, count, seed=seed, workers=workers, preset=preset)
+        training, held_out = (photos, []) if split == "all" else split_readable(photos)
+        sets = [(output, held_out if split == "validation" else training, count)]
+        if validation:
+            path = output.with_name(f"{output.stem}-validation{output.suffix}")
+            sets.append((path, held_out, validation))
+        for path, used, number in sets:
+            write_pairs(
+                *(path, used, settings, number),
+                seed=seed,
+                workers=workers,
+                preset=preset,
+                progress=progress_wanted(),
+            )
+            typer.echo(f"{number} pairs of {len(used)} photographs -> {path}")
         if preview is not None:
             draw(PairFile(output)).save(preview)
-    typer.echo(f"{count} pairs of {len(photos)} photographs -> {output}")

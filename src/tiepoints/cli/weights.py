@@ -27,20 +27,24 @@ def list_weights() -> None:
 
 @app.command("show")
 def show_weights(name: str) -> None:
-    """Show settings, origin and checksum of embedded weights or of a weights file."""
+    """Show settings, origin and checksum of embedded weights, a weights file or an official
+    checkpoint.
+    """
+    from ..checkpoints import load_official
     from ..weights import DATA, file_checksum, load, metadata_of, table
 
     with user_errors():
-        net = load(name)
         known = table()
+        ours = name in known or Path(name).suffix == ".safetensors"
+        net = load(name) if ours else load_official(Path(name))
         path = DATA / known[name]["file"] if name in known else Path(name)
         content = {
             "file": path.name,
             "sha256": file_checksum(path),
             "network": type(net).__name__,
-            "settings": net.settings,
+            "settings": getattr(net, "settings", {}),
             "parameters": sum(p.numel() for p in net.parameters()),
-            "facts": metadata_of(path),
+            "facts": metadata_of(path) if ours else {},
         }
         if name in known:
             content |= {key: known[name][key] for key in ("licence", "recipe")}

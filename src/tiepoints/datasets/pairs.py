@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ..errors import DataError
 from ..files import atomic_path
 from ..formats.records import file_stamp, json_digest, with_program
 from ..geometry import warp_image
+from ..progress import track
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors
 
 #: NumPy types of the safetensors type names.
@@ -66,6 +67,22 @@ def _header(
     return text + b" " * (-len(text) % 8)
 
 
+def _metadata(
+    photos: list[Path], settings: PairSettings, count: int, seed: int, preset: str
+) -> dict[str, Any]:
+    """Description of the pairs in the header of a file."""
+    return with_program(
+        {
+            "count": count,
+            "seed": seed,
+            "preset": preset,
+            **asdict(settings),
+            "photos": len(photos),
+            "data": json_digest(sorted([path.name, file_stamp(path)] for path in photos)),
+        }
+    )
+
+
 def write_pairs(
     path: Path,
     photos: list[Path],
@@ -75,6 +92,7 @@ def write_pairs(
     seed: int,
     workers: int = 0,
     preset: str = "",
+    progress: bool = False,
 ) -> None:
     """Draw ``count`` pairs and write them to ``path``; the file is written atomically.
 
@@ -84,6 +102,7 @@ def write_pairs(
         count: number of pairs.
         workers: number of worker processes.
         preset: name of the settings, stored in the header.
+        progress: show progress.
 
     Raises:
         DataError: the photographs have no texture.
@@ -91,9 +110,7 @@ def write_pairs(
     """
     dataset = PairDataset(photos, settings, seed=seed, length=count)
     layout = _layout(count, settings.size)
-    metadata = with_program({"count": count, "seed": seed, "preset": preset, **asdict(settings)})
-    metadata["photos"] = len(photos)
-    metadata["data"] = json_digest(sorted([path.name, file_stamp(path)] for path in photos))
+    metadata = _metadata(photos, settings, count, seed, preset)
     offsets, size = _offsets(layout)
     text = _header(layout, offsets, metadata)
     with atomic_path(path) as tmp_path:
@@ -108,13 +125,37 @@ def write_pairs(
             for name, (kind, shape) in layout.items()
         }
         loader = DataLoader(_Raw(dataset), batch_size=None, num_workers=workers)
-        for index, pair in enumerate(tqdm(loader, total=count, unit="pair")):
+        for index, pair in enumerate(
+            track(loader, total=count, unit="pair", label="pairs", enabled=progress)
+        ):
             arrays["H_ab"][index] = pair["H_ab"]
             arrays["image_a"][index], arrays["image_b"][index] = pair["image_a"], pair["image_b"]
             arrays["mask_a"][index] = np.packbits(pair["mask_a"])
             arrays["mask_b"][index] = np.packbits(pair["mask_b"])
         for array in arrays.values():
             array.flush()
+
+
+def stored_pairs(
+    path: Path,
+    photos: list[Path],
+    settings: PairSettings,
+    count: int,
+    *,
+    seed: int,
+    workers: int = 0,
+    preset: str = "",
+    progress: bool = False,
+) -> Path:
+    """Write pairs to ``path`` unless it already contains the same ones; arguments and errors as of
+    ``write_pairs``.
+    """
+    wanted = json.loads(json.dumps(_metadata(photos, settings, count, seed, preset)))
+    if path.is_file() and PairFile(path).info == wanted:
+        return path
+    options = {"workers": workers, "preset": preset, "progress": progress}
+    write_pairs(path, photos, settings, count, seed=seed, **options)  # type: ignore[arg-type]
+    return path
 
 
 def _reserve(file: Any, size: int) -> None:
@@ -179,6 +220,12 @@ class PairFile(Dataset):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def settings(self) -> PairSettings:
+        """How the pairs were drawn."""
+        names = {field.name for field in fields(PairSettings)}
+        return PairSettings(**{key: self.info[key] for key in names if key in self.info})
+
     def pair(self, index: int) -> Pair:
         """Item ``index`` of the shuffled order."""
         epoch, position = divmod(index, self.info["count"])
@@ -198,6 +245,9 @@ class PairFile(Dataset):
             unpack(a["mask_a"][position]),
             unpack(a["mask_b"][position]),
         )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return as_tensors(self.pair(index))

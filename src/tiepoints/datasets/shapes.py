@@ -21,6 +21,7 @@ from ..filters import gaussian_blur
 from ..geometry import warp_points
 from ..render import render_outlines
 from ..structure import GAUSSIAN_SIGMA, anchor_weight
+from .pairs import PairFile
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors, degrade, draw_transform
 
 #: Side of the grid cells, one shape each, in pixels of the first view.
@@ -191,7 +192,9 @@ class WithShapes(Dataset):
         seed: item ``i`` depends only on ``seed``, ``i`` and ``photos``.
     """
 
-    def __init__(self, photos: PairDataset, share: float, *, pull: float = 0.0, seed: int = 0):
+    def __init__(
+        self, photos: PairDataset | PairFile, share: float, *, pull: float = 0.0, seed: int = 0
+    ):
         self.photos, self.share, self.pull, self.seed = photos, share, pull, seed
 
     def __len__(self) -> int:

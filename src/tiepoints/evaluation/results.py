@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def finite(value: Any) -> float | None:
 @dataclass(frozen=True)
 class PairRow:
     """A stored row: one system on one pair. ``stem`` is that of its file, which is also the
-    name of the system's folder of features.
+    name of the system's folder of features. ``folder`` is that of its run.
     """
 
     stem: str
@@ -57,6 +57,7 @@ class PairRow:
     reason: str = ""
     seconds: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
 
     def value(self, metric: str) -> float | None:
         """A metric; None if it is missing, null or not finite."""
@@ -133,18 +134,21 @@ def read_run(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder of results; {REMEDY}")
-    metadata = _read_metadata(folder)
+    metadata = read_metadata(folder)
     notes: list[str] = []
     rows: dict[tuple[str, str, str], PairRow] = {}
     for stem, entry in _entries(folder / "rows", ("system", "sequence", "pair"), notes):
-        row = _pair_row(stem, entry)
+        row = replace(_pair_row(stem, entry), folder=folder)
         rows[row.system, row.sequence, row.pair] = row
     if not rows:
         raise DataError(f"{folder} holds no rows (rows/*.jsonl); {REMEDY}")
     found = {row.system for row in rows.values()}
     listed = metadata.get("systems")
     names = [str(name) for name in listed] if isinstance(listed, list) else []
-    if missing := [name for name in names if name not in found]:
+    unavailable = metadata.get("unavailable")
+    unavailable = unavailable if isinstance(unavailable, dict) else {}
+    notes += [f"{name} was not run: {reason}" for name, reason in unavailable.items()]
+    if missing := [name for name in names if name not in found and name not in unavailable]:
         notes.append(
             f"No rows yet of {', '.join(missing)}: the run was interrupted or is in progress."
         )
@@ -157,7 +161,12 @@ def read_run(folder: Path) -> Run:
     return Run(folder, metadata, list(rows.values()), sweeps, bias, order, controls, notes)
 
 
-def _read_metadata(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The content of a run's ``run.json``.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
     path = folder / "run.json"
     if not path.is_file():
         raise DataError(f"{folder} has no run.json and is no folder of results; {REMEDY}")
@@ -321,14 +330,12 @@ def features_name(sequence: str, image: str | Path) -> str:
     )
 
 
-def stored_features(
-    run: Run, row: PairRow, image: str, *, described: bool = True
-) -> Features | None:
+def stored_features(row: PairRow, image: str, *, described: bool = True) -> Features | None:
     """Features that a run stored for an image of a pair; None if they are missing or damaged.
     ``described=False`` does not read descriptors.
     """
     found = load_features(
-        run.folder / "features" / row.stem / f"{features_name(row.sequence, image)}.npz",
+        row.folder / "features" / row.stem / f"{features_name(row.sequence, image)}.npz",
         described=described,
     )
     return None if found is None else found[0]

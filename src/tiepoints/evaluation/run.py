@@ -18,10 +18,10 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -44,6 +44,7 @@ from ..datasets.ground_truth import (
 )
 from ..decode import image_size
 from ..errors import DataError, WeightsError
+from ..extract import ExtractOptions
 from ..files import Lock, write_json, write_text
 from ..formats.records import compatible_version, file_stamp, json_digest, with_program
 from ..image import ReadOptions, load_image, read_image
@@ -240,6 +241,7 @@ class RunSettings:
         resize: for posed pairs, see ``datasets.resize_target``.
         device: device of the networks.
         value_range: see ``image.ReadOptions``; with another than ``type``, systems get tensors.
+        extraction: see ``systems.Options``.
     """
 
     systems: tuple[str, ...]
@@ -250,6 +252,7 @@ class RunSettings:
     resize: tuple[int, ...] | None = None
     device: str = "cpu"
     value_range: str = "type"
+    extraction: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         ReadOptions(value_range=self.value_range)  # raises if it is invalid
@@ -257,6 +260,8 @@ class RunSettings:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
         _check_names("protocol", self.protocols, PROTOCOLS)
         _check_names("extra", self.extras, EXTRAS)
+        # raises for values out of range, also if no network is among the systems
+        ExtractOptions.of(single_scale=self.single_scale, **self.extraction)
         files = [file_name(label(name)) for name in self.systems]
         duplicates = sorted({name for name in files if files.count(name) > 1})
         if duplicates:
@@ -272,13 +277,16 @@ class RunSettings:
             "resize": None if self.resize is None else list(self.resize),
             "device": self.device,
             "value_range": self.value_range,
+            "extraction": dict(self.extraction),
         }
 
     @property
     def options(self) -> Options:
         # REKD's protocol compares the strongest keypoints: 1000 of 1500 extracted
         surplus = REKD_SPARE if set(self.protocols) == {"rekd"} else SPARE
-        return Options(int(self.num_keypoints * surplus), self.single_scale, self.device)
+        return Options(
+            int(self.num_keypoints * surplus), self.single_scale, self.device, self.extraction
+        )
 
 
 def label(name: str) -> str:
@@ -313,21 +321,23 @@ def evaluate(
 
     Existing results are not computed again. One worker process handles one sequence of one system
     at a time. An image or pair that fails gives a row with its reason and is retried by the next
-    run.
+    run. A system whose library, weights or features are missing is skipped; ``run.json`` has the
+    reason under ``unavailable``.
 
     Raises:
         DataError: the folder holds results of other settings, or another run is writing them.
         OSError: the disk is full.
         ValueError: unknown system (before anything is computed).
+        FileNotFoundError, ImportError, WeightsError, DataError: no system can be run.
     """
     folder = Path(folder)
     settings = _without_controls(dataset, settings)
-    for name in settings.systems:
-        _make(name, settings)  # raises for an unknown name or a missing library before any work
+    unavailable = _unavailable(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
-        _check_folder(folder, dataset, settings, versions or {})
-        _evaluate(dataset, settings, folder, workers, progress)
+        _check_folder(folder, dataset, settings, versions or {}, unavailable)
+        run = tuple(name for name in settings.systems if label(name) not in unavailable)
+        _evaluate(dataset, replace(settings, systems=run), folder, workers, progress)
     return folder
 
 
@@ -352,6 +362,27 @@ def _evaluate(
         for line in failed[:MAX_LOGGED_FAILURES]:
             logger.warning("failed: %s", line)
         logger.warning("%d pairs failed; all reasons are in %s", len(failed), folder / "rows")
+
+
+def _unavailable(settings: RunSettings) -> dict[str, str]:
+    """Label -> reason of the systems whose library, weights or features are missing, tried before
+    any work.
+
+    Raises:
+        ValueError: an unknown name.
+        FileNotFoundError, ImportError, WeightsError, DataError: none of the systems can be run.
+    """
+    reasons: dict[str, str] = {}
+    for name in settings.systems:
+        try:
+            _make(name, settings)
+        except (FileNotFoundError, ImportError, WeightsError, DataError) as error:
+            reasons[label(name)] = str(error)
+            if len(reasons) == len(settings.systems):
+                raise
+    for name, reason in reasons.items():
+        logger.warning("not run: %s: %s", name, reason)
+    return reasons
 
 
 def _without_controls(dataset: Dataset, settings: RunSettings) -> RunSettings:
@@ -469,7 +500,11 @@ def _rows_path(folder: Path, part: str, name: str) -> Path:
 
 
 def _check_folder(
-    folder: Path, dataset: Dataset, settings: RunSettings, versions: dict[str, str]
+    folder: Path,
+    dataset: Dataset,
+    settings: RunSettings,
+    versions: dict[str, str],
+    unavailable: dict[str, str],
 ) -> None:
     """Write or update ``run.json``; raises if its settings differ, except for systems, extras and
     versions.
@@ -485,7 +520,12 @@ def _check_folder(
         "systems": [label(name) for name in settings.systems],
         "controls": [label(name) for name in settings.systems if _is_control(name)],
         "made_by": {label(name): _spec(name) for name in settings.systems},
-        "records": {label(name): system_record(_spec(name)) for name in settings.systems},
+        "records": {
+            label(name): system_record(_spec(name))
+            for name in settings.systems
+            if label(name) not in unavailable
+        },
+        "unavailable": unavailable,
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -496,7 +536,8 @@ def _check_folder(
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); use another --output") from error
         before.setdefault("value_range", "type")  # earlier versions had no other
-        for key in ("num_points", "mode", "protocols", "resize", "value_range"):
+        before.setdefault("extraction", {})
+        for key in ("num_points", "mode", "protocols", "resize", "value_range", "extraction"):
             if before.get(key) != content[key]:
                 raise DataError(
                     f"{folder} holds results with {key} = {before.get(key)}, requested is "
@@ -515,6 +556,8 @@ def _check_folder(
                     f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
                     f"name: LABEL={spec}"
                 )
+        earlier = before.get("unavailable", {}).items()
+        content["unavailable"] |= {k: v for k, v in earlier if k not in content["made_by"]}
         for key in ("made_by", "records"):
             content[key] = {**before.get(key, {}), **content[key]}
         for key in ("systems", "extras", "controls"):

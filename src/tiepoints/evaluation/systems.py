@@ -8,9 +8,10 @@ lists the names.
 from __future__ import annotations
 
 import math
+import sys
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..describe import PatchDescriptor
-from ..errors import DataError
+from ..errors import DataError, WeightsError
 from ..extract import build, build_descriptor, network_label
 from ..formats.hdf5 import require_h5py
 from ..formats.records import file_stamp, json_digest
@@ -30,7 +31,7 @@ from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
 from ..models.classical import RawPatch
 from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
-from ..pyramid import SCALE_STEP, build_pyramid, level_budgets
+from ..pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
 from ..weights import digest, load
 from .baselines.external import EXTERNAL_SYSTEMS, external_system, library_versions
@@ -42,8 +43,10 @@ OURS = DETECTORS
 #: Content-free controls: their keypoints do not depend on the image content, so their results are
 #: the chance level of a metric.
 CONTROLS = ("random", "lattice")
-#: Allowed after the @ of a detector of ``OURS``: an extraction mode, or an orientation.
-MODES = ("", "official", "all", "upright", *ORIENTATIONS)
+#: Allowed after an @ of a detector of ``OURS``: an extraction mode, or an orientation.
+MODES = ("official", "all", "upright", "ti", *ORIENTATIONS)
+#: Suffixes of weights files and stored features: a name with one is a path.
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz", ".h5", ".hdf5", ".db")
 #: Allowed after the plus sign of a system's name.
 POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
@@ -61,11 +64,13 @@ class Options:
         num_keypoints: maximum number of keypoints per image.
         single_scale: without a scale pyramid (the papers' TI), for detectors that support it.
         device: device of the networks.
+        extraction: further options of ``ExtractOptions`` for networks, such as ``down_levels``.
     """
 
     num_keypoints: int = 1000 * SPARE
     single_scale: bool = False
     device: str = "cpu"
+    extraction: Mapping[str, Any] = field(default_factory=dict)
 
 
 def system(name: str, options: Options | None = None) -> System:
@@ -74,12 +79,16 @@ def system(name: str, options: Options | None = None) -> System:
 
     DESCRIPTOR is one of ``POINT_DESCRIPTORS`` or a weights file. DETECTOR is one of ``SYSTEMS``, a
     weights file (of this package or an official one), a folder of ``.kpt.npy``/``.dsc.npy`` files
-    or an hloc ``.h5`` file. Networks take a mode: ``NAME@official`` for the published extraction,
-    ``NAME@all`` for several keypoints per location (one per scale), ``NAME@upright`` for patches
-    that are not rotated, ``NAME@dominant`` and the other ``names.ORIENTATIONS`` for other angles.
+    or an hloc ``.h5`` file. Networks take modes: ``NAME@official`` for the published extraction,
+    ``NAME@all`` for several keypoints per location (one per scale), ``NAME@ti`` for a single scale,
+    ``NAME@upright`` for patches that are not rotated, ``NAME@dominant`` and the other
+    ``names.ORIENTATIONS`` for other angles; several as ``NAME@official@ti``. Controls take ``@ti``.
+    Other detectors take ``@upright`` if a DESCRIPTOR follows: it gets the keypoints without their
+    angles, those of one location and scale once.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or a mode that the detector does not have.
+        FileNotFoundError: no such file or folder.
         ImportError: a library is missing; the message names it.
     """
     options = options or Options()
@@ -89,48 +98,49 @@ def system(name: str, options: Options | None = None) -> System:
             f"descriptor must be {', '.join(POINT_DESCRIPTORS)} or a weights file, got "
             f"{descriptor!r} in {name!r}"
         )
-    detect: System
-    if detector in CONTROLS:
-        detect = _control(detector, options)
-    elif detector in OPENCV_SYSTEMS:
-        detect = _opencv(detector, options)
-    elif detector in EXTERNAL_SYSTEMS:
-        detect = external_system(
-            detector, num_keypoints=options.num_keypoints, device=options.device
-        )
-    elif _is_ours(detector):
-        return _ours(detector, descriptor or DESCRIPTOR, options)
-    elif Path(detector).exists():
-        detect = from_disk(detector)
-    else:
+    base, modes = split_modes(detector)
+    kind = system_kind(base)
+    if kind == "network":
+        return _ours(base, modes, descriptor or DESCRIPTOR, options)
+    allowed = ("ti",) if kind == "control" else ("upright",)
+    if not set(modes) <= set(allowed) or (modes == ("upright",) and descriptor in ("", "none")):
         raise ValueError(
-            f"unknown system {detector!r}: neither {', '.join(SYSTEMS)}, nor a file or folder"
+            f"{name!r}: {base} takes only "
+            + ("@ti" if kind == "control" else f"{base}@upright+DESCRIPTOR")
         )
+    detect: System
+    if kind == "control":
+        detect = _control(base, replace(options, single_scale=options.single_scale or bool(modes)))
+    elif kind == "opencv":
+        detect = _opencv(base, options)
+    elif kind == "external":
+        detect = external_system(base, num_keypoints=options.num_keypoints, device=options.device)
+    else:
+        detect = from_disk(base)
+    if modes and kind != "control":
+        detect = _without_angles(detect)
     if descriptor == "none":
         return _without_descriptors(detect)
     return _with_patches(detect, descriptor, options) if descriptor else detect
 
 
-def _is_ours(detector: str) -> bool:
-    """Whether a detector, without its descriptor, is a network: embedded, or a weights file."""
-    name = detector.partition("@")[0]
-    return name in OURS or (Path(name).is_file() and not detector.endswith((".h5", ".hdf5")))
-
-
 def system_label(name: str) -> str:
     """The name of a system in tables: of weights files by their content (``network_label``), of
-    stored features the last part of the path.
-
-    Raises:
-        WeightsError: a weights file is damaged or of an unknown type.
+    stored features the last part of the path; also of files that cannot be read.
     """
     detector, plus, descriptor = name.partition("+")
-    if _is_ours(detector):
-        network, at, mode = detector.partition("@")
-        detector = f"{network_label(network)}{at}{mode}"
-    else:
-        detector = detector.rstrip("/").rsplit("/", 1)[-1]
-    return f"{detector}{plus}{network_label(descriptor)}"
+    base, modes = split_modes(detector)
+    network = base in OURS or (Path(base).is_file() and system_kind(base) == "network")
+    try:
+        base = network_label(base) if network else _last_part(base)
+        described = network_label(descriptor)
+    except WeightsError:
+        base, described = _last_part(base), _last_part(descriptor)
+    return f"{base}{''.join(f'@{mode}' for mode in modes)}{plus}{described}"
+
+
+def _last_part(path: str) -> str:
+    return path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def system_record(name: str) -> dict[str, Any]:
@@ -138,47 +148,99 @@ def system_record(name: str) -> dict[str, Any]:
     weights, version of the library, or size and modification time of stored features.
     """
     detector, _, descriptor = name.partition("+")
+    base, modes = split_modes(detector)
+    kind, path = system_kind(base), Path(base)
     record: dict[str, Any] = {"system": name}
-    if _is_ours(detector):
-        record["detector"] = digest(detector.partition("@")[0])
-        record["orientation"] = digest(detector.partition("@")[2])
+    if kind == "network":
+        record["detector"] = digest(base)
+        record["orientation"] = next((digest(m) for m in modes if m in ORIENTATIONS), None)
         descriptor = descriptor or DESCRIPTOR
-    elif detector in OPENCV_SYSTEMS:
+    elif kind == "opencv":
         record["opencv"] = import_module("cv2").__version__
-    elif detector in EXTERNAL_SYSTEMS:
+    elif kind == "external":
         record["libraries"] = library_versions()
-    elif Path(detector).is_dir():
-        files = sorted(path for path in Path(detector).rglob("*") if path.suffix in (".npy", ".h5"))
-        stamps = [[str(path.relative_to(detector)), file_stamp(path)] for path in files]
+    elif kind == "stored" and path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".h5"))
+        stamps = [[str(p.relative_to(path)), file_stamp(p)] for p in files]
         record["features"] = json_digest(stamps)
-    elif detector not in CONTROLS:
-        record["features"] = file_stamp(Path(detector))
+    elif kind == "stored":
+        record["features"] = file_stamp(path)
     if descriptor:
         record["descriptor"] = digest(descriptor)
     return {key: value for key, value in record.items() if value is not None}
 
 
-def _ours(name: str, descriptor: str, options: Options) -> System:
-    detector, _, mode = name.partition("@")
-    if mode not in MODES:
-        raise ValueError(
-            f"the mode after @ must be one of {', '.join(MODES[1:])}; got {mode!r} in {name!r}"
-        )
+def system_kind(base: str) -> str:
+    """What a detector without modes is: ``network``, ``control``, ``opencv``, ``external`` or
+    ``stored`` (features on disk).
+
+    Raises:
+        ValueError, FileNotFoundError: as ``system``.
+    """
+    names = {"network": OURS, "control": CONTROLS, "opencv": OPENCV_SYSTEMS}
+    for kind, known in {**names, "external": EXTERNAL_SYSTEMS}.items():
+        if base in known:
+            return kind
+    path = Path(base)
+    if path.exists():
+        weights = path.is_file() and path.suffix not in (".h5", ".hdf5", ".db")
+        return "network" if weights else "stored"
+    if "/" in base or path.suffix in FILE_SUFFIXES:
+        raise FileNotFoundError(f"no weights file or stored features at {base}")
+    raise ValueError(f"unknown system {base!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
+
+
+def split_modes(detector: str) -> tuple[str, tuple[str, ...]]:
+    """``NAME@MODE@MODE`` as NAME and modes; a path may contain an @.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    base, modes = detector, list[str]()
+    while "@" in base and not Path(base).exists():
+        base, _, mode = base.rpartition("@")
+        if mode not in MODES:
+            raise ValueError(
+                f"the mode after @ must be one of {', '.join(MODES)}; got {mode!r} in {detector!r}"
+            )
+        modes.insert(0, mode)
+    return base, tuple(modes)
+
+
+def scales(name: str, single_scale: bool) -> str:
+    """How a system of a run detects scales: ``TI`` or ``SI`` as the run or its mode ``@ti`` says;
+    empty for detectors with one way (OpenCV's, stored features ...), which no option changes.
+    """
+    base, modes = split_modes(name.partition("+")[0])
+    try:
+        kind = system_kind(base)
+    except FileNotFoundError:
+        kind = "stored"
+    if kind not in ("network", "control"):
+        return ""
+    return "TI" if single_scale or "ti" in modes else "SI"
+
+
+def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Options) -> System:
     choices: dict[str, dict[str, Any]] = {
         "official": {"official": True},
         "all": {"per_scale": True},
         "upright": {"upright": True},
+        "ti": {"single_scale": True},
     }
-    choice = choices.get(mode, {})
-    if mode in ORIENTATIONS:
-        choice = {"orientation": mode}
+    choice: dict[str, Any] = {"single_scale": options.single_scale}
+    for mode in modes:
+        choice |= choices.get(mode, {"orientation": mode})
+    extraction = dict(options.extraction)
+    if choice["single_scale"]:
+        extraction = {k: v for k, v in extraction.items() if not k.endswith("_levels")}
     extract = build(
         detector,
         _network(descriptor),
-        single_scale=options.single_scale,
         device=options.device,
         num_keypoints=options.num_keypoints,
         **choice,
+        **extraction,
     ).extract
     # the published extraction returns keypoints level by level
     return lambda image: _strongest_first(extract(image))
@@ -225,8 +287,9 @@ def _opencv(name: str, options: Options) -> System:
     def run(source: ImageLike) -> Features:
         image = load_image(source)
         gray = (image[0, 0] * 255).round().to(torch.uint8).numpy()
-        # MSER regions have equal scores: the evaluation averages over random selections of them
-        keypoints, descriptors = opencv_detect(name, gray, options.num_keypoints)
+        # MSER regions have equal scores: the evaluation averages over random selections of all
+        limit = sys.maxsize if name == "mser" else options.num_keypoints
+        keypoints, descriptors = opencv_detect(name, gray, limit)
         return _sized(image, keypoints, descriptors)
 
     return run
@@ -241,6 +304,22 @@ def _with_patches(detect: System, descriptor: str, options: Options) -> System:
         pyramid = build_pyramid(load_image(source).to(options.device))
         keypoints = features.keypoints.to(options.device)
         return replace(features, descriptors=describe(pyramid, keypoints, 0).cpu())
+
+    return run
+
+
+def _without_angles(detect: System) -> System:
+    """The keypoints of a system with angles of 0; those that differed in the angle alone once."""
+
+    def run(source: ImageLike) -> Features:
+        features = detect(source)
+        points = torch.cat([features.xy, features.scale[:, None]], dim=1)
+        _, which = points.unique(dim=0, return_inverse=True)
+        order = torch.arange(len(points))
+        first = torch.full((len(points),), len(points)).scatter_reduce(0, which, order, "amin")
+        keypoints = features.keypoints[first[first < len(points)].sort().values]
+        keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
+        return Features(keypoints, None, features.image_size)
 
     return run
 
@@ -303,13 +382,15 @@ def _control(name: str, options: Options) -> System:
             xy = _lattice(h, w, rng)
         scale = torch.ones(len(xy))
         if not options.single_scale:
-            budgets = torch.tensor(level_budgets(10_000, 1, 6), dtype=torch.float32)
+            up = options.extraction.get("up_levels", UP_LEVELS)
+            down = options.extraction.get("down_levels", DOWN_LEVELS)
+            budgets = torch.tensor(level_budgets(10_000, up, up + 1 + down), dtype=torch.float32)
             level = (
                 torch.multinomial(budgets, len(xy), replacement=True, generator=rng)
                 if len(xy)
                 else torch.zeros(0)
             )
-            scale = SCALE_STEP ** (level.float() - 1)
+            scale = SCALE_STEP ** (level.float() - up)
         score = torch.rand(len(xy), generator=rng)
         order = score.argsort(descending=True)
         return _sized(image, Keypoints(xy[order], scale[order], torch.zeros(len(xy)), score[order]))

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -271,11 +272,12 @@ class LegacyDetector:
             sample file: 1 and 4).
         nms_window, border: of each level, in pixels.
         threshold: scores must be above it.
+        cut_ratio: see ``DetectOptions``.
     """
 
     def __init__(
         self,
-        net: LegacyKeyNet,
+        net: nn.Module,
         *,
         num_keypoints: int,
         up_levels: int,
@@ -283,10 +285,12 @@ class LegacyDetector:
         nms_window: int,
         border: int,
         threshold: float = 0.0,
+        cut_ratio: float | None = None,
     ):
         self.net, self.num_keypoints = net, num_keypoints
         self.up_levels, self.down_levels = up_levels, down_levels
         self.nms_window, self.border, self.threshold = nms_window, border, max(0.0, threshold)
+        self.cut_ratio = cut_ratio or 0.0
 
     @torch.inference_mode()
     def __call__(
@@ -296,22 +300,38 @@ class LegacyDetector:
         lie.
         """
         masks = [None] * len(pyramid.image) if masks is None else masks
-        return [
+        whole = pyramid.levels[pyramid.original]  # smaller than the image with ``max_size``
+        found = [
             self._one(image[None], mask) for image, mask in zip(pyramid.image, masks, strict=True)
         ]
+        if (whole.ratio_x, whole.ratio_y) == (1.0, 1.0):
+            return found
+        ratio = torch.tensor([whole.ratio_x, whole.ratio_y])
+        return [
+            replace(points, xy=points.xy * ratio.to(points.xy), scale=points.scale * whole.scale)
+            for points in found
+        ]
+
+    def _scores(self, level: Tensor) -> Tensor:
+        """Score map (1,1,h,w) of a level, float64, of an image divided by its maximum."""
+        return self.net.score(level.float())  # type: ignore[operator]
+
+    def _budgets(self) -> list[int]:
+        """Number of keypoints of each level, finest first."""
+        return level_budgets(
+            self.num_keypoints, self.up_levels, self.up_levels + 1 + self.down_levels
+        )
 
     def _one(self, image: Tensor, mask: Tensor | None) -> Keypoints:
         divided = divide_by_maximum(image.double())
         levels = legacy_levels(divided, self.up_levels, self.down_levels, 2 * self.border + 1)
-        budgets = level_budgets(
-            self.num_keypoints, self.up_levels, self.up_levels + 1 + self.down_levels
-        )
         parts: list[Keypoints] = []
         left = LevelBudget()
-        for (level, nominal), budget in zip(levels, budgets, strict=False):
+        for (level, nominal), budget in zip(levels, self._budgets(), strict=False):
             count = left.add(budget)
-            inner = clear_border(self.net.score(level.float()), self.border)
+            inner = clear_border(self._scores(level), self.border)
             found = local_maxima(inner, self.nms_window, self.threshold, unique=False)[0, 0]
+            found &= inner[0, 0] >= self.cut_ratio * inner.max()
             if mask is not None:
                 shape = found.shape
                 found &= (
@@ -344,6 +364,7 @@ def _official(net: LegacyKeyNet, options: Any) -> LegacyDetector:
         nms_window=options.nms_window,
         border=options.border,
         threshold=options.threshold,
+        cut_ratio=options.cut_ratio,
     )
 
 

@@ -46,6 +46,7 @@ from ..regions import (
     source_box,
 )
 from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
+from .rekd_official import OfficialREKD
 from .spec import DetectorSpec
 
 #: Published defaults (paper 4.1 and the released options).
@@ -111,7 +112,14 @@ class REKD(nn.Module):
     #: Levels of the published extraction. Suppression is round, so that keypoints do not depend on
     #: image rotation. Scores are computed from normalized contrast, which does not decrease from
     #: level to level; the power was chosen on warped held-out photographs.
-    spec = DetectorSpec(up_levels=2, down_levels=5, nms_shape="round", scale_power=0.5, angles=True)
+    spec = DetectorSpec(
+        up_levels=2,
+        down_levels=5,
+        nms_shape="round",
+        scale_power=0.5,
+        angles=True,
+        official=lambda net, options: _official(net, options),
+    )
 
     def __init__(
         self,
@@ -267,6 +275,22 @@ class REKD(nn.Module):
     def fused(self) -> FusedREKD:
         """The same function for inference, faster and with bounded memory: see ``FusedREKD``."""
         return FusedREKD(self)
+
+
+def _official(net: nn.Module, options: Any) -> OfficialREKD:
+    """The published detector with the fields of ``DetectOptions``, of which no level is None."""
+    rekd = cast(REKD, net)
+    return OfficialREKD(
+        rekd.fused(),
+        rekd.group,
+        num_keypoints=options.num_keypoints,
+        up_levels=options.up_levels,
+        down_levels=options.down_levels,
+        nms_window=options.nms_window,
+        border=options.border,
+        threshold=options.threshold,
+        cut_ratio=options.cut_ratio,
+    )
 
 
 def histogram_angle(histogram: Tensor) -> Tensor:

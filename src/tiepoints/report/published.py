@@ -129,3 +129,27 @@ REKD_TABLES: dict[str, dict[str, Rekd]] = {
         "REKD_release*": Rekd(57.6, 78.5, 84.7, 490.6),
     },
 }
+
+# Key.Net paper, section 6.1: repeatability (%) of variants on its synthetic validation set.
+
+#: Figure 5 (left): M-SIP window sides -> repeatability. The check marks of its rows are assumed to
+#: be: windows added from the smallest, then from the largest, then all.
+FIGURE_5_WINDOWS: dict[tuple[int, ...], float] = {
+    (8,): 70.5,
+    (8, 16): 74.6,
+    (8, 16, 24): 76.8,
+    (8, 16, 24, 32): 77.6,
+    (40,): 65.7,
+    (32, 40): 71.4,
+    (24, 32, 40): 73.2,
+    (16, 24, 32, 40): 74.9,
+    (8, 16, 24, 32, 40): 79.1,
+}
+#: Figure 5 (right), handcrafted filters and learned blocks, is a bar chart without numbers.
+FIGURE_5_BLOCKS = (1, 2, 3)
+FIGURE_5_HANDCRAFTED = ("both", "first", "second", "none")
+
+#: Table 1a: pyramid levels -> repeatability, as in the text; None: not in the text.
+TABLE_1A: dict[int, float | None] = {1: 72.5, 2: None, 3: 79.1, 4: None, 5: 79.5}
+#: Bases of the softmax to compare for table 1b, of which the text says that the best is close to e.
+TABLE_1B = (1.5, 2.0, 2.718281828459045, 5.0, 10.0)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import weights
+from ..errors import DataError, WeightsError
+from ..evaluation.complexity import num_parameters
 from ..evaluation.results import (
     APART,
     SPLITS,
@@ -39,6 +40,7 @@ from ..metrics.repeatability import BORDER, localization, mutual_nearest
 from ..plot import draw_keypoints, draw_matches
 from ..report import published
 from .charts import Series, Style, bar_chart, data_uri, legend, line_chart
+from .merge import by_number_of_keypoints, merge_runs, settings_lines
 from .page import (
     Block,
     Cell,
@@ -53,6 +55,7 @@ from .page import (
     Table,
     Text,
 )
+from .papers import paper_tables
 
 #: Maximum distance in pixels of a repeated keypoint and of a correct match in the images.
 MAX_DISTANCE = 3.0
@@ -272,21 +275,21 @@ def _matching(rows: Rows) -> Section | None:
         blocks.append(table)
     if charts := _curves(rows, "keynet.mma@{}", range(1, 11), "MMA", "correct matches %"):
         blocks += [Heading("Matching accuracy by threshold"), charts]
-    if table := _rekd_table(rows):
-        blocks.append(table)
+    blocks += [table for split in rows.splits if (table := _rekd_table(rows, split))]
     return Section("Matching", blocks) if blocks else None
 
 
-def _rekd_table(rows: Rows) -> Table | None:
+def _rekd_table(rows: Rows, split: str) -> Table | None:
+    """Table of a split: REKD's README has one of all pairs, of viewpoint and of illumination."""
     run = rows.run
-    selected = [(m, split) for split in rows.splits for m in (*REKD, *REKD_MORE)]
-    columns = [Column(m.label, SPLITS[split].lower(), m.digits, m.better) for m, split in selected]
+    selected = [*REKD, *REKD_MORE]
+    columns = [Column(m.label, "", m.digits, m.better) for m in selected]
     lines = []
     for system in run.systems:
         lines.append(
             Row(
                 system,
-                [rows.mean(split, system, m.metric, m.factor) for m, split in selected],
+                [rows.mean(split, system, m.metric, m.factor) for m in selected],
                 run.role(system),
             )
         )
@@ -294,22 +297,23 @@ def _rekd_table(rows: Rows) -> Table | None:
             None
             if "repeatability" in m.metric
             else rows.mean(split, system, m.metric.replace("rekd.", "rekd*."), m.factor)
-            for m, split in selected
+            for m in selected
         ]
         lines.append(Row(f"{system}*", filtered, run.role(system)))
-    for name in published.REKD_TABLES["all"]:
-        cells: list[Cell] = []
-        for m, split in selected:
-            row = published.REKD_TABLES.get(split, {}).get(name)
-            cells.append(f"{row[REKD.index(m)]:.1f}" if row and m in REKD else None)
-        lines.append(Row(name, cells, "published"))
+    for name, row in published.REKD_TABLES.get(split, {}).items():
+        cells: list[Cell] = [f"{value:.1f}" for value in row]
+        lines.append(Row(name, cells + [None] * len(REKD_MORE), "published"))
     note = (
         "rep.: % of keypoints of image 1 with a keypoint of image 2 within 3 px (many to one, "
         "without common area); rep.@5: within 5 px (TILDE); MMA: % of correct matches; correct@5: "
         "number of correct matches. *: only matches that agree with the dominant rotation."
     )
     return Table(
-        "REKD protocol", columns, lines, f"{published.REKD} ({published.DATASET})", note=note
+        f"REKD protocol, {SPLITS[split].lower()}",
+        columns,
+        lines,
+        f"{published.REKD} ({published.DATASET})",
+        note=note,
     ).trimmed()
 
 
@@ -447,13 +451,14 @@ def _bias(run: Run) -> Section | None:
 
 
 def _parameters(run: Run, system: str) -> int | None:
-    """Number of learnable parameters of a system's detector; None if it is not one of our
-    networks.
+    """Number of learnable parameters of a system's detector; None if it is not a network of ours or
+    of a weights file.
     """
-    name = str((run.metadata.get("made_by") or {}).get(system, system)).split("+")[0].split("@")[0]
-    return (
-        sum(p.numel() for p in weights.load(name).parameters()) if name in weights.table() else None
-    )
+    spec = str((run.metadata.get("made_by") or {}).get(system, system))
+    try:
+        return num_parameters(spec.partition("+")[0])
+    except (ValueError, DataError, WeightsError, OSError):
+        return None  # the file has been moved since
 
 
 def _sizes(rows: Rows) -> Section | None:
@@ -586,7 +591,7 @@ def budget_curve(run: Run, system: str, budgets: Sequence[int]) -> dict[float, f
             continue
         for image in (row.image_a, row.image_b):
             if image not in cache:
-                cache[image] = stored_features(run, row, image, described=False)
+                cache[image] = stored_features(row, image, described=False)
         a, b = cache[row.image_a], cache[row.image_b]
         if a is None or b is None:
             return {}
@@ -717,7 +722,7 @@ def repeated_points(
 
 def _pair_images(run: Run, row: PairRow, limit: int) -> list[ImageRow]:
     """Keypoints and matches of one system on one pair; empty if features or images are missing."""
-    a, b = (stored_features(run, row, image) for image in (row.image_a, row.image_b))
+    a, b = (stored_features(row, image) for image in (row.image_a, row.image_b))
     image_a, image_b = (stored_image(image) for image in (row.image_a, row.image_b))
     if a is None or b is None or image_a is None or image_b is None:
         return []
@@ -878,9 +883,13 @@ def _header(rows: Rows, runs: Sequence[Run]) -> list[tuple[str, str]]:
     number = metadata.get("num_points")
     settings = [] if number is None else [f"{number} keypoints per image"]
     settings += [str(mode)] * bool(mode)
+    settings += [f"{k} {v}" for k, v in (metadata.get("extraction") or {}).items()]
     counts = f"{_count(len(sequences), 'sequence')}, {_count(len(pairs), 'pair')}"
     out = [("Dataset", f"{run.name}: {counts}")]
-    out += [("Settings", ", ".join(settings))] * bool(settings)
+    if len(runs) > 1:
+        out.append(("Runs", "; ".join(settings_lines(runs))))
+    else:
+        out += [("Settings", ", ".join(settings))] * bool(settings)
     out.append(("Systems", f"{len(run.real)}, and {_count(len(run.controls), 'control')}"))
     out += [
         (name.capitalize(), _as_text(metadata[name]))
@@ -889,9 +898,6 @@ def _header(rows: Rows, runs: Sequence[Run]) -> list[tuple[str, str]]:
     ]
     failures = f"{failed}, listed under Failures and excluded from means"
     out.append(("Failed pairs", failures if failed else "none"))
-    if len(runs) > 1:
-        text = f"{len(runs)}; only the curves by number of keypoints show more than the first, "
-        out.append(("Runs", text + run.folder.name))
     return out
 
 
@@ -935,26 +941,17 @@ def _summary(rows: Rows) -> list[str]:
 def build_page(
     runs: Sequence[Run], *, pictures: int = 4, pairs: Sequence[str] = (), only: Sequence[str] = ()
 ) -> Page:
-    """The report of the first run; others only extend the curves by number of keypoints."""
-    run = runs[0]
-    comparable = []
-    for other in runs:
-        if (other.dataset.get("root"), other.metadata.get("mode")) == (
-            run.dataset.get("root"),
-            run.metadata.get("mode"),
-        ):
-            comparable.append(other)
-        else:
-            run.notes.append(
-                f"{other.folder.name} has other data or another mode and is not compared with "
-                f"{run.folder.name}."
-            )
+    """The report of all runs as one (``merge.merge_runs``); runs with other numbers of keypoints
+    also extend the curves by number of keypoints.
+    """
+    run = merge_runs(runs)
     rows = Rows(run)
     sections: list[Section | None] = [
         _repeatability(rows),
         _thresholds(rows),
-        _budgets(comparable),
+        _budgets(by_number_of_keypoints(runs)),
         _matching(rows),
+        paper_tables(rows),
         _geometry(rows),
         _sweeps(run),
         _bias(run),
@@ -991,8 +988,7 @@ def write_report(
     """Write ``report.html`` (self-contained) and ``report.md`` of a run of ``tiepoints evaluate``.
 
     Args:
-        folder: output of the run; of several, the first is reported and the others extend the
-            curves by number of keypoints.
+        folder: output of the run; several are merged (``merge.merge_runs``).
         out: output folder, by default the first ``folder``; a path ending in ``.html`` is the name
             of the page, and with ``.md`` instead that of the Markdown file.
         pictures: number of pairs whose images are shown.
@@ -1001,7 +997,8 @@ def write_report(
 
     Raises:
         ValueError: no folder given, or an unknown pair or system.
-        DataError: a folder is missing, has no rows, or no readable ``run.json``.
+        DataError: a folder is missing, has no rows, or no readable ``run.json``; or several
+            measured different images.
     """
     folders = [Path(folder)] if isinstance(folder, str | os.PathLike) else [Path(f) for f in folder]
     if not folders:

@@ -34,15 +34,16 @@ logger = logging.getLogger(__name__)
 Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 
 #: Steps that are timed, after as many warm-up steps, to derive the number of steps from
-#: ``minutes``.
+#: ``minutes``. If steps are slow, warm-up and timing end at these fractions of the minutes.
 TIMED_STEPS = 15
+TIMED_FRACTIONS = (0.1, 0.25)
 CHECKPOINT_VERSION = 2
 #: Entries of ``Task.identity`` that checkpoints of earlier versions do not contain.
 ADDED = ("files", "init_sha256", "version")
 #: Attributes of a ``Trainer`` that a checkpoint contains unchanged.
 _SCALARS = (
     *("step", "total", "spent", "best", "best_step", "best_state", "rows"),
-    "recent_loss",
+    *("recent_loss", "recent_values"),
 )
 
 
@@ -52,13 +53,15 @@ class FitSettings:
 
     Attributes:
         steps: optimizer steps; 0: derived from ``minutes`` after timing the first steps.
-        minutes: duration of the training if ``steps`` is 0.
+        minutes: duration of the training if ``steps`` is 0, from ``RunOptions.started`` on, with
+            validations.
         batch_size: pairs per step, over all devices.
         optimizer: ``adam``, or ``sgd`` with momentum and dampening 0.9 (HardNet).
         learning_rate: peak of the learning rate.
         warmup: steps of linear increase to the peak.
-        decay: decrease after the warm-up: ``cosine``, ``linear``, or ``step``, one step after half
-            of the steps.
+        decay: decrease after the warm-up: ``cosine``, ``linear``, or ``step``, one step at
+            ``decay_at``.
+        decay_at: fraction of the steps at which ``step`` decreases the learning rate.
         final_rate: final learning rate over the peak.
         weight_decay: L2 term added to the gradient.
         clip: largest norm of the gradient; 0: unlimited.
@@ -80,6 +83,7 @@ class FitSettings:
     learning_rate: float = 3e-3
     warmup: int = 50
     decay: str = "cosine"
+    decay_at: float = 0.5
     final_rate: float = 0.02
     weight_decay: float = 1e-5
     clip: float = 1.0
@@ -93,6 +97,8 @@ class FitSettings:
             raise ValueError(f"optimizer must be adam or sgd, got {self.optimizer!r}")
         if self.decay not in ("cosine", "linear", "step"):
             raise ValueError(f"decay must be cosine, linear or step, got {self.decay!r}")
+        if not 0 < self.decay_at <= 1:
+            raise ValueError(f"decay_at must lie in (0, 1], got {self.decay_at}")
 
 
 @dataclass
@@ -129,7 +135,7 @@ def learning_rate_at(step: int, total: int, settings: FitSettings) -> float:
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = min(1.0, (step - settings.warmup) / max(1, total - settings.warmup))
-    remaining = {"linear": 1 - done, "step": float(done < 0.5)}.get(
+    remaining = {"linear": 1 - done, "step": float(done < settings.decay_at)}.get(
         settings.decay, 0.5 * (1 + math.cos(math.pi * done))
     )
     low = settings.final_rate
@@ -226,6 +232,8 @@ class RunOptions:
         workers: processes that load batches.
         save_every: seconds between checkpoints.
         overwrite: replace the weights and the checkpoint of an earlier training.
+        started: ``time.monotonic()`` at the start of the training, from which ``minutes`` are
+            counted; None: when the ``Trainer`` is created.
     """
 
     device: str = "auto"
@@ -235,6 +243,7 @@ class RunOptions:
     workers: int = 1
     save_every: float = 60.0
     overwrite: bool = False
+    started: float | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +257,7 @@ class Task:
         validate: network in eval mode -> score, larger is better; runs on the first device only.
         score_name: name of the score in the log.
         identity: stored in the checkpoint and compared when resuming.
+        arguments: of the training, stored in the checkpoint to resume without them.
         on_best: called with state dict and metadata at each best validation.
     """
 
@@ -256,6 +266,7 @@ class Task:
     validate: Callable[[nn.Module], float]
     score_name: str = "repeatability"
     identity: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     on_best: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None
 
 
@@ -312,6 +323,8 @@ class Trainer:
         self.recent_loss = 0.0
         # metadata of the best weights, until ``on_best`` has written them
         self.unsaved: dict[str, Any] | None = None
+        #: Learning rate and values of the loss of the last step.
+        self.recent_values: dict[str, float] = {}
         self.identity = {
             "settings": asdict(settings),
             "task": {**task.identity, "version": compatible_version()},
@@ -320,7 +333,11 @@ class Trainer:
             self.restore()
         elif not self.run.resume:
             checkpoint.unlink(missing_ok=True)
-        self.started = self.saved = self.timer = time.monotonic()
+        self.saved = time.monotonic()
+        self.started = self.saved if self.run.started is None else self.run.started
+        #: Step and time of the start of this run, and of the end of its warm-up.
+        self.first_step = self.step
+        self.timer: tuple[int, float] | None = None
 
     def restore(self) -> None:
         """Restore the state from the checkpoint.
@@ -336,9 +353,11 @@ class Trainer:
             for key in ADDED
             if key in self.identity["task"] and key not in known
         }
-        state["identity"]["task"] = {**known, **added}
-        if state["identity"] != self.identity:
-            changed = _differences(state["identity"], self.identity)
+        # settings added since the checkpoint was written have their default
+        settings = {**asdict(FitSettings()), **state["identity"]["settings"]}
+        stored = {"settings": settings, "task": {**known, **added}}
+        if stored != self.identity:
+            changed = _differences(stored, self.identity)
             raise WeightsError(
                 f"{self.checkpoint} belongs to another training ({changed}); use the same options "
                 "or start over without --resume"
@@ -350,7 +369,7 @@ class Trainer:
             self.average.state = {k: v.to(device) for k, v in state["average"].items()}
             self.average.count = state["average_count"]
         for name in _SCALARS:
-            setattr(self, name, state[name])
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.unsaved = state.get("unsaved")
 
     def save(self) -> None:
@@ -361,6 +380,7 @@ class Trainer:
         state = {
             "version": CHECKPOINT_VERSION,
             "identity": self.identity,
+            "arguments": dict(self.task.arguments),
             "net": {k: v.cpu() for k, v in self.net.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
             "average": {} if self.average is None else self.average.state,
@@ -411,23 +431,19 @@ class Trainer:
             _Logs(self.log_dir if self.main else None, self.rows) as logs,
             progress,
         ):
+            self._validate_if_due(logs)  # if the previous run was killed during a validation
             while not self.total or self.step < self.total:
                 batch = {k: v.to(self.fabric.device) for k, v in next(stream).items()}
-                rate, metrics = self.train_step(batch)
+                self.train_step(batch)
                 if not self.total:
-                    self._fix_total()
+                    self._fix_total(logs)
                     if self.total:
                         progress.set_total(self.total)
-                last = self.step == self.total
-                if self.total and (self.step % self.settings.validate_every == 0 or last):
-                    logs.write(self._validated(rate, metrics))
-                best = f"{max(self.best, 0):.3f}"
-                progress.set_values(
-                    **{"loss": f"{self.recent_loss:.4g}", f"best {self.task.score_name}": best}
-                )
+                self._validate_if_due(logs)
+                progress.set_values(**self._progress_values())
                 progress.update()
                 due = time.monotonic() - self.saved > self.run.save_every
-                if self.total and (due or last):
+                if due or self.step == self.total:
                     self.save()
         return self._result()
 
@@ -444,6 +460,13 @@ class Trainer:
         self.net.eval()
         return FitResult(self.best, self.best_step, self.step, self.rows)
 
+    def _progress_values(self) -> dict[str, str]:
+        """Values to show; the validation score once there is one."""
+        values = {"loss": f"{self.recent_loss:.4g}"}
+        if self.rows:
+            values[f"best {self.task.score_name}"] = f"{self.best:.3f}"
+        return values
+
     def _batches(self, dataset: Dataset, limit: int) -> Iterator[dict[str, Tensor]]:
         """Batches from the current step on; workers start with the first one."""
         yield from DataLoader(
@@ -454,8 +477,8 @@ class Trainer:
             prefetch_factor=4 if self.run.workers else None,
         )
 
-    def train_step(self, batch: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-        """Do one optimizer step; returns its learning rate and the values of the loss."""
+    def train_step(self, batch: dict[str, Tensor]) -> None:
+        """Do one optimizer step."""
         # dropout of step i depends only on i, also when resuming
         torch.manual_seed(self.settings.seed * 10**9 + self.step)
         rate = learning_rate_at(self.step, self.total or 10**9, self.settings)
@@ -480,19 +503,51 @@ class Trainer:
         self.step += 1
         loss = metrics["loss"]
         self.recent_loss = 0.98 * self.recent_loss + 0.02 * loss if self.recent_loss else loss
-        return rate, metrics
+        self.recent_values = {"learning_rate": rate, **metrics}
 
-    def _fix_total(self) -> None:
-        """Derive the number of steps from ``minutes``, once enough steps have been timed."""
-        if self.step == TIMED_STEPS:
-            self.timer = time.monotonic()
-        if self.step == 2 * TIMED_STEPS:
-            seconds = (time.monotonic() - self.timer) / TIMED_STEPS
-            remaining = self.settings.minutes * 60 - (time.monotonic() - self.started)
-            total = max(self.step + 1, round(remaining / seconds))
-            self.total = int(self.fabric.broadcast(total))
+    def _seconds_per_step(self) -> float | None:
+        """Seconds of a step, once enough steps of this run have been timed."""
+        now = time.monotonic()
+        elapsed = self.seconds() / (60 * self.settings.minutes)
+        if self.timer is None:
+            if self.step - self.first_step >= TIMED_STEPS or elapsed > TIMED_FRACTIONS[0]:
+                self.timer = (self.step, now)
+            return None
+        step, started = self.timer
+        if self.step - step >= TIMED_STEPS or elapsed > TIMED_FRACTIONS[1]:
+            return (now - started) / (self.step - step)
+        return None
 
-    def _validated(self, rate: float, metrics: dict[str, float]) -> dict[str, float]:
+    def _fix_total(self, logs: _Logs) -> None:
+        """Derive the number of steps from ``minutes``, once steps have been timed, and a
+        validation, which also gives weights early.
+        """
+        seconds = self.fabric.broadcast(self._seconds_per_step())
+        if seconds is None:
+            return
+        started = time.monotonic()
+        self._validate(logs)
+        validation = time.monotonic() - started
+        remaining = self.settings.minutes * 60 - self.seconds() - validation  # for the last one
+        steps = remaining / (seconds + validation / self.settings.validate_every)
+        self.total = int(self.fabric.broadcast(self.step + max(0, round(steps))))
+        logger.info(
+            "%d steps in %g minutes: %.2g s per step, %.2g s per validation, %.2g s so far",
+            *(self.total, self.settings.minutes, seconds, validation, self.seconds()),
+        )
+
+    def _validate_if_due(self, logs: _Logs) -> None:
+        """Validate after every ``validate_every`` steps and at the end, once per step."""
+        due = self.step % self.settings.validate_every == 0 or self.step == self.total
+        done = int(self.rows[-1]["step"]) if self.rows else 0
+        if self.total and due and self.step > done:
+            self._validate(logs)
+
+    def _validate(self, logs: _Logs) -> None:
+        self.save()  # if this run is killed during the validation, the next one repeats it
+        logs.write(self._validated())
+
+    def _validated(self) -> dict[str, float]:
         """Validate, save the weights if they are the best, and return the row of the log."""
         score = self.validation_score()
         name = self.task.score_name
@@ -500,9 +555,9 @@ class Trainer:
             "step": self.step,
             "loss": self.recent_loss,
             name: score,
-            "learning_rate": rate,
+            "learning_rate": 0.0,  # the order of the columns
             "seconds": round(self.seconds(), 1),
-            **metrics,
+            **self.recent_values,
         }
         row["loss"] = self.recent_loss
         self.rows.append(row)

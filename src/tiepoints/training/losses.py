@@ -2,8 +2,9 @@
 descriptors (triplet, second order, circle).
 
 M-SIP: Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses it with other window
-weights. Where paper and published code differ (listed in docs/training.md), the code is followed,
-because the published weights were trained with it. All losses return ``(loss, metrics)``: a scalar
+weights. Where paper and published code differ (listed in docs/training.md), ``msip_loss`` follows
+the code, because the published weights were trained with it, and ``paper_msip_loss`` the paper. All
+losses return ``(loss, metrics)``: a scalar
 tensor to minimize and a dict of floats to log.
 """
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import local_rotation, pixel_grid, warp_image
+from ..geometry import local_rotation, pixel_grid, sample_at, warp_image, warp_points
 from ..keypoints import max_filter
 from ..structure import GAUSSIAN_SIGMA
 
@@ -210,6 +211,17 @@ def _check_score_maps(score_a: Tensor, score_b: Tensor) -> None:
         )
 
 
+def _check_windows(score_map: Tensor, windows: Sequence[int], weights: Sequence[float]) -> None:
+    """Check that windows (sides in pixels) have weights and fit into a score map (B,1,H,W)."""
+    if len(windows) != len(weights):
+        raise ValueError(f"{len(windows)} windows but {len(weights)} weights")
+    if min(score_map.shape[-2:]) < max(windows):
+        raise ValueError(
+            f"maps of {tuple(score_map.shape[-2:])} pixels are smaller than a window of "
+            f"{max(windows)}"
+        )
+
+
 def msip_loss(
     score_a: Tensor,
     score_b: Tensor,
@@ -241,13 +253,7 @@ def msip_loss(
         ValueError: unsuitable shapes, or different numbers of windows and weights.
     """
     _check_score_maps(score_a, score_b)
-    if len(windows) != len(weights):
-        raise ValueError(f"{len(windows)} windows but {len(weights)} weights")
-    if min(score_a.shape[-2:]) < max(windows):
-        raise ValueError(
-            f"maps of {tuple(score_a.shape[-2:])} pixels are smaller than a window of "
-            f"{max(windows)}"
-        )
+    _check_windows(score_a, windows, weights)
     H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
     H_ab = H_ab.to(score_a)
     mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
@@ -266,6 +272,102 @@ def msip_loss(
         loss = (loss_a + loss_b) / 2
         metrics[f"loss_{window}"] = loss.item()
         total = total + weight * loss
+    metrics["loss"] = total.item()
+    return total, metrics
+
+
+def soft_coordinates(
+    score: Tensor, xy: Tensor, index: Tensor, count: int, *, base: float = math.e
+) -> tuple[Tensor, Tensor]:
+    """Softmax-weighted mean position of the pixels of each window (paper 4.1, equations 2 and 3).
+
+    Args:
+        score: (B,P) scores.
+        xy: (P,2) positions of the pixels.
+        index: (B,P) window of each pixel, 0 .. count - 1; -1: none.
+        count: number of windows W.
+        base: base of the softmax.
+
+    Returns:
+        positions (B,W,2), and whether a window has pixels (B,W); without, the position is (0, 0).
+    """
+    bins = torch.where(index < 0, count, index)  # the last one is dropped
+    empty = score.new_full((len(score), count + 1), -torch.inf)
+    peak = empty.scatter_reduce(1, bins, score.detach(), "amax")  # against overflow
+    weight = torch.exp(math.log(base) * (score - peak.gather(1, bins)))
+    sums = score.new_zeros(len(score), count + 1, 3).scatter_add(
+        1,
+        bins[..., None].expand(-1, -1, 3),
+        weight[..., None] * torch.cat([xy, torch.ones_like(xy[:, :1])], dim=-1),
+    )[:, :count]
+    found = sums[..., 2] > 0
+    return sums[..., :2] / torch.where(found, sums[..., 2], 1.0)[..., None], found
+
+
+def paper_msip_loss(
+    score_a: Tensor,
+    score_b: Tensor,
+    H_ab: Tensor,
+    *,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    windows: Sequence[int] = WINDOWS,
+    weights: Sequence[float] = WINDOW_WEIGHTS,
+    border: int = BORDER,
+    base: float = math.e,
+) -> tuple[Tensor, dict[str, float]]:
+    """Multi-scale index proposal loss as the paper defines it (section 4, equations 2 to 5).
+
+    Sum over the windows of a of ``(R_a(x_a) + R_b(x_b)) |x_a - H_ba x_b|^2``, mean over the batch.
+    ``x_a`` is the soft argmax of a window of a, ``x_b`` that of the pixels of b that the homography
+    maps into the same window, both in pixels and within the common area. Gradients flow through
+    both positions. None flows through ``R_a + R_b``, the weight of a window: with one, a score map
+    of zeros would be the minimum. A constant score map is a minimum in any case
+    (docs/training.md); ``msip_loss`` excludes it by its hard target.
+
+    Args:
+        score_a, score_b, H_ab, mask_a, mask_b, windows, weights, border: as in ``msip_loss``.
+        base: base of the softmax (table 1b).
+
+    Returns:
+        scalar loss and ``{"loss": ..., "loss_8": ..., ...}``.
+
+    Raises:
+        ValueError: as ``msip_loss``, or ``base`` is not above 1.
+    """
+    _check_score_maps(score_a, score_b)
+    _check_windows(score_a, windows, weights)
+    if not base > 1:
+        raise ValueError(f"base must be above 1, got {base}")
+    h, w = score_a.shape[-2:]
+    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
+    grid = pixel_grid(h, w, score_a)  # (H*W,2)
+    with torch.no_grad():
+        mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
+        common_a = (mask_a * warp_image(mask_b, H_ba) > 0.5).flatten(1)  # (B,H*W)
+        common_b = (mask_b * warp_image(mask_a, H_ab.to(score_a)) > 0.5).flatten(1)
+        b_in_a = warp_points(grid.expand(len(H_ba), -1, -1), H_ba)
+    total = score_a.new_zeros(())
+    metrics: dict[str, float] = {}
+    for window, factor in zip(windows, weights, strict=True):
+        rows, cols = h // window, w // window
+
+        def index(xy: Tensor, valid: Tensor, window=window, rows=rows, cols=cols) -> Tensor:
+            cell = ((xy + 0.5) / window).nan_to_num(-1.0, -1.0, -1.0).floor()
+            inside = ((cell >= 0) & (cell < cell.new_tensor([cols, rows]))).all(dim=-1) & valid
+            return torch.where(inside, cell[..., 1] * cols + cell[..., 0], -1).long()
+
+        count = rows * cols
+        index_a = index(grid.expand(len(H_ba), -1, -1), common_a)
+        xy_a, found_a = soft_coordinates(score_a.flatten(1), grid, index_a, count, base=base)
+        index_b = index(b_in_a, common_b)
+        xy_b, found_b = soft_coordinates(score_b.flatten(1), grid, index_b, count, base=base)
+        with torch.no_grad():
+            height = (sample_at(score_a, xy_a) + sample_at(score_b, xy_b))[:, 0]  # (B,W)
+        distance = (xy_a - warp_points(xy_b, H_ba)).square().sum(dim=-1)
+        loss = torch.where(found_a & found_b, height * distance, 0.0).sum(dim=1).mean()
+        metrics[f"loss_{window}"] = loss.item()
+        total = total + factor * loss
     metrics["loss"] = total.item()
     return total, metrics
 

@@ -20,20 +20,31 @@ class Recipe:
     Attributes:
         pairs: name of the pair preset (``synthetic.PRESETS``).
         fit: schedule.
-        kind: loss of the score map, ``msip`` or ``gaussian``.
-        loss: options of ``losses.msip_loss`` or ``losses.gaussian_loss``.
+        views: fields of ``PairSettings`` that replace those of ``pairs``; ``rotation`` also of
+            ``checks``.
+        num_pairs: number of different training pairs, which are written to a file first; 0: new
+            pairs in every step.
+        kind: loss of the score map: ``msip``, ``paper`` or ``gaussian``.
+        loss: options of ``losses.msip_loss``, ``losses.paper_msip_loss`` or
+            ``losses.gaussian_loss``.
         structure: see ``KeyNet``.
         structure_penalty: weight of ``losses.off_structure``, with ``msip``.
         anchored: use ``shapes.WithShapes``; the Gaussian loss then weights peaks by
             ``structure.anchor_weight``.
         shapes, pull: ``share`` and ``pull`` of ``shapes.WithShapes``, if ``anchored``.
         balance: weight of the orientation loss (REKD: 100).
+        peaks_only: weight the orientation loss by the closeness of the score to a local maximum.
+        variant: of ``REKD``.
+        score: validation score: ``structure`` (``validation.validation_score``) or ``paper``
+            (``validation.paper_score``).
         checks, check_pairs, check_size: pair preset, number and side in pixels of the pairs for
             validation.
     """
 
     pairs: str = "default"
     fit: FitSettings = field(default_factory=FitSettings)
+    views: dict[str, Any] = field(default_factory=dict)
+    num_pairs: int = 0
     kind: str = "msip"
     loss: dict[str, Any] = field(default_factory=lambda: {"visibility": "half", "factor": 500.0})
     structure: float = 0.0
@@ -42,11 +53,19 @@ class Recipe:
     shapes: float = 0.0
     pull: float = 0.0
     balance: float = 0.0
+    peaks_only: bool = True
+    variant: str = "default"
+    score: str = "structure"
     checks: str = "default"
     check_pairs: int = 60
     check_size: int = 320
 
 
+#: Options of ``msip_loss`` in Key.Net's published TensorFlow code.
+CODE_LOSS: dict[str, Any] = {"weighting": "softmax", "visibility": "any", "empty": "ignore"}
+#: Training pairs of the Key.Net paper (5.1), its epochs, and the epoch of the lower learning rate
+#: (5.3).
+PAPER_PAIRS, PAPER_EPOCHS, PAPER_DECAY_EPOCH = 9000, 45, 30
 #: Key.Net on structure: M-SIP, scores times the fourth root of corner strength, and a penalty on
 #: peaks off structure (docs/training.md).
 _ON_STRUCTURE = Recipe(
@@ -72,19 +91,29 @@ RECIPES: dict[str, Recipe] = {
         checks="layers",
     ),
     "msip": Recipe(),
-    # Paper 5.3 (batch 32, Adam 1e-3, halved after 30 of 45 epochs of 9,000 pairs; here cosine
-    # decay) with the loss of its TensorFlow code.
+    # Paper 5.1 and 5.3: 9,000 pairs for training and 3,000 for validation, written once; batches of
+    # 32, Adam 1e-3, halved after 30 of 45 epochs; validation every third epoch, as in the code. The
+    # loss is that of the code: with the paper's formula all scores become 0 (docs/training.md).
     "paper": Recipe(
         pairs="keynet-paper",
+        num_pairs=PAPER_PAIRS,
         fit=FitSettings(
-            steps=12_700,
+            steps=PAPER_EPOCHS * PAPER_PAIRS // 32,
             batch_size=32,
             learning_rate=1e-3,
+            warmup=0,
+            decay="step",
+            decay_at=PAPER_DECAY_EPOCH / PAPER_EPOCHS,
+            final_rate=0.5,
             clip=0.0,
             average=0.0,
-            validate_every=500,
+            validate_every=3 * PAPER_PAIRS // 32,
         ),
-        loss={"weighting": "softmax", "visibility": "any", "empty": "ignore"},
+        loss=CODE_LOSS,
+        score="paper",
+        checks="keynet-paper",
+        check_pairs=3000,
+        check_size=192,
     ),
     # Quick test whether a training works with the given images.
     "smoke": dataclasses.replace(
@@ -138,11 +167,15 @@ _REKD = Recipe(
 REKD_RECIPES: dict[str, Recipe] = {
     "default": _REKD,
     # Published code: 20 epochs of 9,000 pairs, Adam 1e-3, halved after ten epochs, weight decay 0.1
-    # on all parameters; without its truncation of angles to whole bins.
+    # on all parameters, 101 larger pairs for validation; without its truncation of angles to whole
+    # bins.
     "paper": dataclasses.replace(
         _REKD,
         pairs="rekd",
+        num_pairs=9000,
         balance=100.0,
+        peaks_only=False,
+        variant="published",
         fit=FitSettings(
             steps=11_240,
             batch_size=16,
@@ -156,6 +189,9 @@ REKD_RECIPES: dict[str, Recipe] = {
             validate_every=562,
         ),
         loss={"weighting": "minmax", "visibility": "any", "empty": "zero", "detach_max": False},
+        checks="rekd",
+        check_pairs=101,
+        check_size=384,
     ),
     "smoke": dataclasses.replace(_REKD, fit=dataclasses.replace(_REKD.fit, steps=100)),
 }

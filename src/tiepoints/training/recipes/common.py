@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class TrainData:
             of them is used for validation.
         validation: folders of other photographs for validation.
         pairs: detectors: file of ``tiepoints pairs`` for training, instead of randomly drawn pairs.
+        validation_pairs: detectors: file of ``tiepoints pairs`` for validation, instead of pairs of
+            the photographs for validation.
         patches: HardNet, HyNet, SOSNet: folder of PhotoTour or HPatches patches for training;
             ``images`` are then used for validation.
         reconstructions: descriptors: folders of COLMAP models with their images
@@ -44,6 +47,7 @@ class TrainData:
     images: Folders
     validation: Folders | None = None
     pairs: str | Path | None = None
+    validation_pairs: str | Path | None = None
     patches: str | Path | None = None
     reconstructions: Folders | None = None
     validation_reconstructions: Folders | None = None
@@ -84,23 +88,54 @@ class TrainData:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Arguments of ``train`` that all networks have in common.
+    """Arguments of ``train``.
 
     Attributes:
+        name: of the network.
         data: for training and validation.
         output: weights file.
         preset: name of the preset.
         init: initial weights (a name or a file); None: random.
         run: see ``RunOptions``.
+        options: of the network.
         schedule: fields of ``FitSettings`` that replace those of the preset, unless None.
     """
 
+    name: str
     data: TrainData
     output: Path
     preset: str
     init: str | Path | None
     run: RunOptions
+    options: dict[str, Any]
     schedule: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that were given, by name, for the checkpoint: JSON values."""
+        data = {
+            "training_pairs" if key == "pairs" else key: getattr(self.data, key)
+            for key in TrainData.__dataclass_fields__
+        }
+        given = {"network": self.name, "preset": self.preset, "init": self.init}
+        given |= {**data, **self.options, **self.schedule}
+        return {key: plain(key, value) for key, value in given.items() if value is not None}
+
+
+#: Arguments that are paths of files or folders, or lists of them.
+_FOLDERS = ("images", "validation", "reconstructions", "validation_reconstructions")
+PATHS = (*_FOLDERS, "training_pairs", "validation_pairs", "patches")
+
+
+def plain(key: str, value: Any) -> Any:
+    """An argument of ``train`` as a JSON value; paths are absolute."""
+    if key in _FOLDERS:
+        return [os.path.abspath(folder) for folder in as_folders(value)]
+    if key in PATHS or (key in ("init", "detector") and Path(value).is_file()):
+        return os.path.abspath(value)
+    if isinstance(value, tuple | list):
+        return [plain("", part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def as_folders(folders: Folders | None) -> list[Path]:
@@ -152,7 +187,7 @@ def check_output(output: Path, run: RunOptions) -> None:
     Raises:
         FileExistsError: there are weights or a checkpoint; the message names the options.
     """
-    checkpoint = checkpoint_path(output)
+    checkpoint = companion(output, "checkpoint")
     if run.overwrite:
         return
     if run.resume:
@@ -168,11 +203,6 @@ def check_output(output: Path, run: RunOptions) -> None:
                 f"{path} exists; use --resume (resume=True) to continue its training, --overwrite "
                 "(overwrite=True) to replace it, or another output"
             )
-
-
-def checkpoint_path(output: Path) -> Path:
-    """The checkpoint of the training of a weights file."""
-    return output.with_name(output.name + ".checkpoint")
 
 
 def with_schedule(settings: FitSettings, schedule: dict[str, Any]) -> FitSettings:
@@ -229,20 +259,17 @@ def fit_and_save(
     net: nn.Module,
     task: Task,
     settings: FitSettings,
-    output: Path,
-    run: RunOptions,
+    job: TrainJob,
     *,
     make_network: Callable[[], nn.Module],
     half: bool = False,
     prepare: Callable[[Any], None] | None = None,
 ) -> FitResult:
-    """Train ``net`` and write the weights of the best validation to ``output``.
-
-    The paths of checkpoint and logs are ``output`` with ``.checkpoint`` and ``.log`` appended.
+    """Train ``net`` and write the weights of the best validation to the output of the job.
 
     Args:
-        net, task, settings, run: see ``Trainer``.
-        output: weights file.
+        net, task, settings: see ``Trainer``.
+        job: arguments of the training.
         make_network: creates the network that is written.
         half: write the filters in half precision.
         prepare: called with the network before it is written.
@@ -255,16 +282,21 @@ def fit_and_save(
         if prepare is not None:
             prepare(best)
         content = with_program({**task.identity, "schedule": asdict(settings), **metadata})
-        save(best, output, content, half=half)
+        save(best, job.output, content, half=half)
 
     trainer = Trainer(
         net,
-        dataclasses.replace(task, on_best=save_best),
+        dataclasses.replace(task, on_best=save_best, arguments=job.arguments),
         settings,
-        checkpoint_path(output),
-        run,
-        output.with_name(output.name + ".log"),
+        companion(job.output, "checkpoint"),
+        job.run,
+        companion(job.output, "log"),
     )
-    if trainer.finished and trainer.best_state and not output.exists():
+    if trainer.finished and trainer.best_state and not job.output.exists():
         save_best(trainer.best_state, {"step": trainer.best_step, task.score_name: trainer.best})
     return trainer.fit()
+
+
+def companion(output: Path, suffix: str) -> Path:
+    """Path of the checkpoint, the logs or the pairs (``suffix``) of a training."""
+    return output.with_name(f"{output.name}.{suffix}")

@@ -118,14 +118,12 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     identity = {
         "model": name,
         "preset": job.preset,
-        "patches": str(data.patches or ""),
+        "patches": Path(data.patches or "").name,
         **init_record(job.init),
         **_data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, loss, validate, "matching", identity)
-    return fit_and_save(
-        net, task, recipe.fit, job.output, job.run, make_network=make_network, half=True
-    )
+    return fit_and_save(net, task, recipe.fit, job, make_network=make_network, half=True)
 
 
 def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
@@ -320,9 +318,7 @@ def train_dense(
         **_data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, candidate_loss, validate, "matching", identity)
-    return fit_and_save(
-        net, task, settings, job.output, job.run, make_network=make_network, half=True
-    )
+    return fit_and_save(net, task, settings, job, make_network=make_network, half=True)
 
 
 def _dense_validation(

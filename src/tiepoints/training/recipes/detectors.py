@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...datasets.pairs import PairFile
+from ...datasets.pairs import PairFile, stored_pairs
 from ...datasets.shapes import WithShapes
-from ...datasets.synthetic import PRESETS, PairDataset
+from ...datasets.synthetic import PRESETS, PairDataset, PairSettings
 from ...detect import score_maps
 from ...errors import WeightsError
 from ...keypoints import NMS_WINDOW, round_max_filter
@@ -25,7 +26,15 @@ from ...models.sobelnet import SobelNet
 from ...models.spec import fused
 from ...weights import load
 from ..loop import FitResult, Loss, Task
-from ..losses import BORDER, gaussian_loss, msip_loss, off_structure, orientation_loss
+from ..losses import (
+    BORDER,
+    WINDOWS,
+    gaussian_loss,
+    msip_loss,
+    off_structure,
+    orientation_loss,
+    paper_msip_loss,
+)
 from ..presets import (
     MODELS,
     RECIPES,
@@ -35,20 +44,28 @@ from ..presets import (
     TINY_RECIPES,
     Recipe,
 )
-from ..validation import VALIDATION_SEED, oriented_score, validation_score
+from ..validation import VALIDATION_SEED, oriented_score, paper_score, validation_score
 from .common import (
-    TrainData,
     TrainJob,
     both_views,
     choose,
+    companion,
     data_record,
     fit_and_save,
     init_record,
     initialized,
+    plain,
     with_schedule,
 )
+from .options import keynet_arguments, with_options
 
 logger = logging.getLogger(__name__)
+#: Number of validation pairs that are kept in memory.
+MEMORY_PAIRS = 200
+#: Number of validation pairs from which the localization bias is measured.
+BIAS_PAIRS = 20
+#: Options that change the training pairs.
+_PAIR_OPTIONS = ("patch_size", "max_angle", "num_training_data")
 
 
 class UncenteredNorm(nn.BatchNorm2d):
@@ -87,13 +104,14 @@ def floored_tiny() -> KeyNet:
 def train_score_map(name: str, job: TrainJob) -> FitResult:
     """Train ``keynet``, ``keynet-tiny`` or ``sobelnet``; see ``train``."""
     recipes = {"keynet": RECIPES, "keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES}
-    recipe = choose(recipes[name], job.preset)
+    recipe = with_options(choose(recipes[name], job.preset), job.preset, job.options)
 
     def make_network() -> KeyNet | SobelNet:
         # a zero map minimizes the Gaussian loss, and ReLU would have no gradient there
         if name == "keynet":
             score = "softplus" if recipe.kind == "gaussian" else "relu"
-            return KeyNet(score=score, structure=recipe.structure)
+            arguments = keynet_arguments(job.options)
+            return KeyNet(score=score, structure=recipe.structure, **arguments)
         return MODELS[name]()
 
     start = None if job.init is None else load(job.init)
@@ -107,27 +125,27 @@ def train_score_map(name: str, job: TrainJob) -> FitResult:
             )
             if own != other:
                 raise WeightsError(
-                    f"weights {job.init} have other layers than {name}; start from weights of the "
-                    "same network"
+                    f"weights {job.init} have other layers than {name} with these options; start "
+                    "from weights of the same network"
                 )
             net.load_state_dict(start.state_dict())
         return net
 
-    if job.data.pairs is not None and recipe.anchored:
-        logger.warning("pairs of a file have no structure weights: all repeated peaks count")
     return _train(
         job,
         recipe,
         make_trained=make_trained,
         make_network=make_network,
         loss=_score_map_loss(recipe),
-        score=validation_score,
+        score=paper_score if recipe.score == "paper" else validation_score,
         identity={"model": name, "preset": job.preset, **init_record(job.init)},
     )
 
 
 def _score_map_loss(recipe: Recipe) -> Loss:
-    """M-SIP, optionally with a penalty on peaks off structure, or the Gaussian loss."""
+    """M-SIP of the published code or of the paper, optionally with a penalty on peaks off
+    structure, or the Gaussian loss.
+    """
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         score_a, score_b = network(both_views(batch)).float().chunk(2)
@@ -136,7 +154,8 @@ def _score_map_loss(recipe: Recipe) -> Loss:
             keys = ("anchor_a", "anchor_b", "target_a", "target_b")
             anchors: dict[str, Any] = {key: batch[key] for key in keys if key in batch}
             return gaussian_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks, **anchors)
-        total, metrics = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
+        msip = paper_msip_loss if recipe.kind == "paper" else msip_loss
+        total, metrics = msip(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
         if recipe.structure_penalty and "anchor_a" in batch:
             off_a = off_structure(score_a, batch["anchor_a"], batch["mask_a"])
             off_b = off_structure(score_b, batch["anchor_b"], batch["mask_b"])
@@ -148,22 +167,15 @@ def _score_map_loss(recipe: Recipe) -> Loss:
     return loss
 
 
-def train_oriented(
-    name: str,
-    job: TrainJob,
-    *,
-    group_size: int | None = None,
-    dims: tuple[int, int, int] | None = None,
-) -> FitResult:
+def train_oriented(name: str, job: TrainJob) -> FitResult:
     """Train ``rekd`` or ``rekd-light``; see ``train``.
 
-    Args:
-        name: of the network.
-        job: data, files and options.
-        group_size: number of orientations; default: that of the network ``name``.
-        dims: channels of each layer; default: those of the initial weights, or of ``name``.
+    The number of orientations is that of the network ``name`` by default, the other settings are
+    those of the initial weights, or of ``name``.
     """
-    init, recipe = job.init, choose(REKD_RECIPES, job.preset)
+    init = job.init
+    recipe = with_options(choose(REKD_RECIPES, job.preset), job.preset, job.options)
+    group_size, dims = job.options.get("group_size"), job.options.get("dims")
     group = REKD_SIZES[name]["group"] if group_size is None else group_size
     start = None if init is None else load(init)
     if start is not None and not isinstance(start, REKD):
@@ -176,8 +188,8 @@ def train_oriented(
             "start from other weights"
         )
     # other settings are those of the initial weights, for example of an imported published network
-    settings = {"dims": dims or REKD_SIZES[name]["dims"]} if start is None else start.settings
-    settings = {**settings, "group": group}
+    new = {"dims": dims or REKD_SIZES[name]["dims"], "variant": recipe.variant}
+    settings = {**(new if start is None else start.settings), "group": group}
 
     def make_network() -> REKD:
         return REKD(**settings)
@@ -215,9 +227,11 @@ def _oriented_loss(recipe: Recipe) -> Loss:
         masks: dict[str, Any] = {key: batch[key] for key in ("mask_a", "mask_b")}
         location, metrics = msip_loss(score_a, score_b, batch["H_ab"], **recipe.loss, **masks)
         histogram_a, histogram_b = histograms.float().chunk(2)
-        weight = batch["mask_a"] * local_max_weight(score_a.detach())
+        weight, border = batch["mask_a"], 0
+        if recipe.peaks_only:
+            weight, border = weight * local_max_weight(score_a.detach()), BORDER
         orientation, orientation_metrics = orientation_loss(
-            histogram_a, histogram_b, batch["H_ab"], mask_a=weight, border=BORDER
+            histogram_a, histogram_b, batch["H_ab"], mask_a=weight, border=border
         )
         total = location + recipe.balance * orientation
         return total, {
@@ -246,7 +260,7 @@ def _train(
     make_trained: Callable[[], nn.Module],
     make_network: Callable[[], nn.Module],
     loss: Loss,
-    score: Callable[[nn.Module, list[dict[str, Tensor]]], float],
+    score: Callable[[nn.Module, Iterable[dict[str, Tensor]]], float],
     identity: dict[str, Any],
 ) -> FitResult:
     """Train a score-map network on pairs of photographs.
@@ -261,25 +275,35 @@ def _train(
     """
     data, settings = job.data, with_schedule(recipe.fit, job.schedule)
     training, held_out = data.photographs()
+    pairs = _training_pairs(job, recipe, training, settings.seed)
 
     def make_batches(length: int) -> Dataset:
-        return _pairs(recipe, data, training, settings.seed, length)
+        dataset: PairDataset | PairFile
+        if pairs is None:
+            dataset = PairDataset(training, _views(recipe), seed=settings.seed, length=length)
+        else:
+            dataset = PairFile(pairs, length=length, seed=settings.seed)
+        if not recipe.anchored:
+            return dataset
+        return WithShapes(dataset, recipe.shapes, pull=recipe.pull, seed=settings.seed)
 
     make_batches(1)[0]  # raises for photographs without texture before the training starts
-    views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size)
-    checks = PairDataset(held_out, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
-    held_out_pairs = [checks[i] for i in range(len(checks))]
+    held_out_pairs = _validation_pairs(job, recipe, held_out)
 
     def measure_bias(best: Any) -> None:
-        images = (pair["image_a"][None] for pair in held_out_pairs)
+        images = (pair["image_a"][None] for pair in islice(held_out_pairs, BIAS_PAIRS))
         best.offset = constant_offset(score_maps(fused(best)), images)
 
     # resuming with other photographs must raise an error
-    photos = {
+    photos: dict[str, Any] = {
         "photos": len(training) + len(held_out),
-        "pairs": str(data.pairs or ""),
+        "pairs": Path(data.pairs or "").name,  # only the name, so that the file may be moved
         "files": data_record([*training, *held_out], data.pairs),
     }
+    if data.validation_pairs is not None:
+        photos["validation_pairs"] = Path(data.validation_pairs).name
+    if job.options:  # of trainings without options, checkpoints of earlier versions lack it
+        photos["options"] = {key: plain(key, value) for key, value in job.options.items()}
     task = Task(
         make_batches,
         loss,
@@ -290,8 +314,7 @@ def _train(
         initialized(make_trained, settings.seed),
         task,
         settings,
-        job.output,
-        job.run,
+        job,
         make_network=make_network,
         prepare=measure_bias,
     )
@@ -303,11 +326,72 @@ def _train(
     return result
 
 
-def _pairs(recipe: Recipe, data: TrainData, photos: list[Path], seed: int, length: int) -> Dataset:
-    """Training pairs of a file or of photographs."""
-    if data.pairs is not None:
-        return PairFile(data.pairs, length=length, seed=seed)
-    dataset = PairDataset(photos, PRESETS[recipe.pairs], seed=seed, length=length)
-    if not recipe.anchored:
-        return dataset
-    return WithShapes(dataset, recipe.shapes, pull=recipe.pull, seed=seed)
+def _views(recipe: Recipe) -> PairSettings:
+    """How the training pairs are drawn.
+
+    Raises:
+        ValueError: they are smaller than a window of the loss.
+    """
+    views = dataclasses.replace(PRESETS[recipe.pairs], **recipe.views)
+    largest = max(recipe.loss.get("windows", WINDOWS))
+    if recipe.kind != "gaussian" and views.size < largest:
+        raise ValueError(
+            f"pairs of {views.size} px are smaller than a window of {largest} px; give a larger "
+            "patch size or smaller windows"
+        )
+    return views
+
+
+def _training_pairs(
+    job: TrainJob, recipe: Recipe, photos: list[Path], seed: int
+) -> str | Path | None:
+    """File of the training pairs; None if pairs are drawn in every step.
+
+    Raises:
+        ValueError: the pairs of a given file cannot be changed by options.
+    """
+    if job.data.pairs is not None:
+        changed = [key for key in _PAIR_OPTIONS if key in job.options]
+        if changed:
+            raise ValueError(
+                f"{changed[0]} does not apply to the training pairs of a file; omit one of both"
+            )
+        return job.data.pairs
+    views = _views(recipe)
+    if not recipe.num_pairs:
+        return None
+    return stored_pairs(
+        companion(job.output, "pairs") / "training.safetensors",
+        photos,
+        views,
+        recipe.num_pairs,
+        seed=seed,
+        workers=job.run.workers,
+        preset=recipe.pairs,
+        progress=job.run.progress,
+    )
+
+
+def _validation_pairs(
+    job: TrainJob, recipe: Recipe, photos: list[Path]
+) -> Iterable[dict[str, Tensor]]:
+    """Pairs for validation; more than ``MEMORY_PAIRS`` are read from a file."""
+    if job.data.validation_pairs is not None:
+        return PairFile(job.data.validation_pairs)
+    changes = {key: value for key, value in recipe.views.items() if key == "rotation"}
+    views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size, **changes)
+    if recipe.check_pairs > MEMORY_PAIRS:
+        return PairFile(
+            stored_pairs(
+                companion(job.output, "pairs") / "validation.safetensors",
+                photos,
+                views,
+                recipe.check_pairs,
+                seed=VALIDATION_SEED,
+                workers=job.run.workers,
+                preset=recipe.checks,
+                progress=job.run.progress,
+            )
+        )
+    checks = PairDataset(photos, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
+    return [checks[i] for i in range(len(checks))]

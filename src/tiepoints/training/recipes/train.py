@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ...files import Lock
-from ..loop import FitResult, RunOptions
+from ...errors import WeightsError
+from ...files import Lock, require
+from ..loop import FitResult, FitSettings, RunOptions, read_checkpoint
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
-from .common import TrainData, TrainJob, check_output
+from .common import PATHS, TrainData, TrainJob, check_output, companion, plain
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
+from .options import NETWORK_OPTIONS, check_options
 
 NETWORKS = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet")
-#: Options of networks, and the networks that have them.
-_NETWORK_OPTIONS = {
-    "group_size": tuple(REKD_SIZES),
-    "dims": tuple(REKD_SIZES),
-    "detector": ("desnet",),
-    "dim": ("desnet",),
-    "width": ("desnet",),
-}
+#: Arguments of ``train`` other than data, options and schedule.
+_MAIN_ARGUMENTS = ("network", "preset", "init")
 
 
 def train(
@@ -45,14 +43,14 @@ def train(
         name: ``keynet``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``, ``hardnet``,
             ``hynet``, ``sosnet`` or ``desnet``.
         data: see ``TrainData``; a path is a folder of images.
-        output: weights file to write (.safetensors).
+        output: weights file to write, with the suffix ``.safetensors``.
         preset: see ``training.presets``.
         init: initial weights (a name or a file) of a network with the same layers; a REKD of
             another group size is interpolated (``REKD.regrouped``), of a descriptor all layers with
             the same name and shape are used.
         run: see ``RunOptions``.
-        network: options of the network: ``group_size`` and ``dims`` of REKD; ``dim``, ``width`` and
-            ``detector`` (of the candidates) of DesNet.
+        network: options of the network, see ``options.NETWORK_OPTIONS`` and docs/training.md; None:
+            the preset's value.
         schedule: fields of ``FitSettings``; None: the preset's value.
 
     Raises:
@@ -63,30 +61,97 @@ def train(
         OSError: the weights cannot be written; the checkpoint, if written, resumes.
         ValueError: unknown name, preset or option, or data that the network cannot use.
         WeightsError: ``init`` is not a weights file, or one of another network.
+        ImportError: Lightning Fabric is missing.
     """
     data = data if isinstance(data, TrainData) else TrainData(data)
     run = run or RunOptions()
+    if run.started is None:
+        run = dataclasses.replace(run, started=time.monotonic())
     options = {key: value for key, value in (network or {}).items() if value is not None}
     check_arguments(name, data, options)
     output = Path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"the output must be a .safetensors file, got {output.name}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent} to write {output.name} into")
-    job = TrainJob(data, output, preset, init, run, schedule)
+    require("lightning.fabric", extra="train", purpose="training")  # before images are read
+    job = TrainJob(name, data, output, preset, init, run, options, schedule)
     # of several processes, one per device, the first holds the lock
     first = all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK"))
     with Lock(output) if first else nullcontext():
         check_output(output, run)
-        return _train(name, job, options)
+        return _train(name, job)
 
 
-def _train(name: str, job: TrainJob, options: dict[str, Any]) -> FitResult:
+def _train(name: str, job: TrainJob) -> FitResult:
     if name in MODELS:
         return train_score_map(name, job)
     if name in REKD_SIZES:
-        return train_oriented(name, job, **options)
+        return train_oriented(name, job)
     if name in DESCRIPTORS:
         return train_patches(name, job)
-    return train_dense(job, **options)
+    return train_dense(job, **job.options)
+
+
+def resumed_arguments(output: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the training of a checkpoint, from the checkpoint.
+
+    Args:
+        output: weights file of the training.
+        given: arguments by name, as in ``train_from``; None: not given.
+
+    Returns:
+        those of the checkpoint, with the given paths, because files may have been moved; ``given``
+        if there is no checkpoint, or one of an earlier version without arguments.
+
+    Raises:
+        WeightsError: the checkpoint is damaged, or an argument contradicts it.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    path = companion(Path(output), "checkpoint")
+    stored = read_checkpoint(path).get("arguments", {}) if path.is_file() else {}
+    if not stored:
+        return given
+    changed = [
+        f"{key} was {stored.get(key)!r}, now {plain(key, value)!r}"
+        for key, value in given.items()
+        if key not in PATHS and stored.get(key) != plain(key, value)
+    ]
+    if changed:
+        raise WeightsError(
+            f"{path} belongs to another training ({'; '.join(changed)}); omit these options, or "
+            "start over without --resume"
+        )
+    return {**stored, **{key: plain(key, value) for key, value in given.items() if key in PATHS}}
+
+
+def train_from(arguments: dict[str, Any], output: str | Path, run: RunOptions) -> FitResult:
+    """Call ``train`` with arguments by name: ``network``, ``preset``, ``init``, the fields of
+    ``TrainData`` (``pairs`` as ``training_pairs``), options of the network, and the schedule.
+
+    Raises:
+        ValueError: no network or images; others as ``train``.
+    """
+    given = {key: value for key, value in arguments.items() if value is not None}
+    if "network" not in given or "images" not in given:
+        checkpoint = companion(Path(output), "checkpoint")
+        raise ValueError(
+            f"a training needs a network and --images (there is no checkpoint {checkpoint} to "
+            "resume)"
+        )
+    network = {key: given.pop(key) for key in NETWORK_OPTIONS if key in given}
+    main = {key: given.pop(key) for key in _MAIN_ARGUMENTS if key in given}
+    data = data_of(given)
+    schedule = {key: value for key, value in given.items() if key in FitSettings.__annotations__}
+    name = main.pop("network")
+    return train(name, data, output, run=run, network=network, **main, **schedule)
+
+
+def data_of(arguments: dict[str, Any]) -> TrainData:
+    """The data of arguments by name, see ``train_from``."""
+    names = {field.name: field.name for field in dataclasses.fields(TrainData)}
+    names["pairs"] = "training_pairs"
+    return TrainData(**{key: arguments.get(name) for key, name in names.items()})  # type: ignore[arg-type]
 
 
 def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None:
@@ -97,12 +162,9 @@ def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None
     """
     if name not in NETWORKS:
         raise ValueError(f"the network must be one of {', '.join(NETWORKS)}; got {name!r}")
-    for option in network:
-        networks = _NETWORK_OPTIONS.get(option, ())
-        if name not in networks:
-            raise ValueError(f"{option} is an option of {' and '.join(networks) or 'no network'}")
+    check_options(name, network)
     is_descriptor = name in DESCRIPTORS or name == "desnet"
-    if is_descriptor and data.pairs is not None:
+    if is_descriptor and (data.pairs is not None or data.validation_pairs is not None):
         raise ValueError(
             "training pairs are for detectors; a descriptor trains on images"
             + ", or on patches" * (name in DESCRIPTORS)

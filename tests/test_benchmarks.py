@@ -1,0 +1,227 @@
+"""Every benchmark script runs on tiny inputs, so that a change of the package does not break one
+unnoticed. Scripts that need a missing library are skipped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import test_tracks  # without pycolmap, this file is skipped as well
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+#: Fixture: folder of a COLMAP model with images, and homographies.
+world = test_tracks.world
+#: Scripts without a test here: shared functions, and a script with its own tests.
+ELSEWHERE = {"common", "peers"}
+
+
+def texture(seed: int, size: tuple[int, int]) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 6, size[0] // 6, 3), dtype=np.uint8))
+    return coarse.resize(size, Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def oxford(tmp_path_factory):
+    """Sequences of four images with the names that the scripts expect, shifted by whole pixels."""
+    root = tmp_path_factory.mktemp("oxford")
+    for seed, name in enumerate(("graf", "boat", "bikes", "leuven")):
+        folder = root / name
+        folder.mkdir()
+        wide = texture(seed, (192, 132))
+        for k in range(1, 5):
+            wide.crop((4 * k, 0, 4 * k + 168, 132)).convert("L").save(folder / f"{k}.png")
+            np.savetxt(folder / f"H_1_{k}", [[1, 0, 4.0 - 4 * k], [0, 1, 0], [0, 0, 1]])
+    return root
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        texture(10 + i, (264, 216)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A function that runs a script with arguments, and with other values of its constants."""
+    threads = torch.get_num_threads()
+
+    def run(name: str, *arguments, **constants) -> None:
+        module = importlib.import_module(name)
+        for constant, value in constants.items():
+            monkeypatch.setattr(module, constant, value)
+        module.main([str(argument) for argument in arguments])
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def written(path: Path):
+    return json.loads(path.read_text())
+
+
+def test_every_script_is_run():
+    names = {path.stem for path in BENCHMARKS.glob("*.py")} - ELSEWHERE
+    source = Path(__file__).read_text()
+    assert not [
+        name for name in names if f'script("{name}"' not in source.replace("\n        ", "")
+    ]
+
+
+def test_oxford(script, oxford, tmp_path):
+    systems = ("--work", tmp_path / "w", "--systems", "keynet-tiny,random")
+    script("oxford", oxford, *systems, "--out", tmp_path / "o.json", "--table", tmp_path / "o.md")
+    found = written(tmp_path / "o.json")["modes"]
+    assert found["ti"]["keynet-tiny"]["mean"]["keynet.rep_L"] > 0.8  # shifted by whole pixels
+    assert found["ti"]["random"]["mean"]["mutual.rep@3"] < 0.3
+    assert "keynet-tiny" in (tmp_path / "o.md").read_text()
+    # the time of the metrics, from these results
+    script("metrics_speed", tmp_path / "w" / "ti", "--system", "keynet-tiny", "--repeat", 1)
+
+
+def test_descriptors(script, oxford, tmp_path):
+    arguments = ("--work", tmp_path / "w", "--systems", "keynet-tiny+rootsift")
+    script("descriptors", oxford, *arguments, "--out", tmp_path / "d.json", NUM_POINTS=100)
+    (row,) = written(tmp_path / "d.json")["homography"].values()
+    assert row["MMA@3"] > 0.8
+
+
+def test_rekd(script, oxford, tmp_path):
+    arguments = ("--work", tmp_path / "w", "--systems", "keynet-tiny+rootsift")
+    script("rekd", oxford, *arguments, "--out", tmp_path / "r.json")
+    (row,) = written(tmp_path / "r.json")["homography"].values()
+    assert row
+
+
+def test_bias(script, oxford, tmp_path):
+    script("bias", oxford, "--systems", "keynet-tiny", "--out", tmp_path / "b.json")
+    rows = written(tmp_path / "b.json")
+    assert all(abs(row["x"]) < 0.5 for row in rows if row["pairs"] > 20)
+
+
+def test_repeatability(script, oxford, tmp_path):
+    pytest.importorskip("cv2")
+    arguments = ("--systems", "keynet-tiny,orb,harris", "--out", tmp_path / "r.json")
+    script("repeatability", oxford, *arguments)
+    rows = written(tmp_path / "r.json")["rows"]
+    assert [row["system"] for row in rows] == ["keynet-tiny", "orb", "harris"]
+    assert rows[0]["in_k"] > 0.8
+
+
+def test_choosing(script, photos, tmp_path):
+    arguments = ("--systems", "keynet-tiny", "--photos", 1, "--num-keypoints", 50)
+    script("choosing", photos, *arguments, "--out", tmp_path / "c.json")
+    (found,) = written(tmp_path / "c.json")["systems"].values()
+    assert set(found) == {"zoom", "view", "blur", "light", "mean"}
+
+
+def test_held_out(script, photos, capsys):
+    counts = {"DETECTOR_PAIRS": 1, "DESCRIPTOR_PAIRS": 1}
+    arguments = ("--detectors", "keynet-tiny", "--descriptors", "rootsift")
+    script("held_out", photos, *arguments, **counts)
+    assert capsys.readouterr().out.count("rotations up to") == 2
+
+
+def test_rotation(script, photos, tmp_path):
+    arguments = ("--systems", "keynet-tiny", "--photos", 1, "--out", tmp_path / "r.json")
+    script("rotation", photos, *arguments, ROTATIONS=(90,))
+    found = written(tmp_path / "r.json")["systems"]["keynet-tiny"]
+    assert 0 < found["mean"] <= 1
+
+
+def test_structure(script, photos, tmp_path):
+    arguments = ("--systems", "keynet-tiny", "--count", 2, "--out", tmp_path / "s.json")
+    script("structure", photos, *arguments, POINTS=50)
+    assert written(tmp_path / "s.json")["systems"]["keynet-tiny"]["median percentile"] > 50
+
+
+def test_score_maps(script, photos, tmp_path):
+    arguments = ("--image", photos / "0.png", "--crop", 10, 10, 100)
+    script("score_maps", "keynet-tiny", "sobelnet", *arguments, "--out", tmp_path / "m.png")
+    assert Image.open(tmp_path / "m.png").size == (3 * 104, 104)
+
+
+def test_rings(script, tmp_path):
+    script("rings", "--out", tmp_path / "r.json", GROUP=4, WAVES=(7.0,))
+    errors = written(tmp_path / "r.json")["errors"]
+    assert len(errors) == 4
+    assert all(error["7 px"] >= 0 for error in errors.values())
+
+
+def test_views(script, world, tmp_path):
+    arguments = ("--systems", "keynet-tiny+rootsift", "--pairs", 2, "--rotations", "0")
+    out = tmp_path / "v.json"
+    script("views", world[0], *arguments, "--num-keypoints", 100, "--out", out)
+    assert written(out)["systems"]["keynet-tiny+rootsift"]["right %"] >= 0
+
+
+def test_reconstruct(script, world, tmp_path):
+    arguments = ("--descriptors", "rootsift", "--points", 200, "--ratios", "0.95", "--seeds", 1)
+    script("reconstruct", world[0] / "images", *arguments, "--out", tmp_path / "r.json")
+    rows = written(tmp_path / "r.json")["rows"]
+    assert {row["system"] for row in rows} == {"keynet-rootsift", "sift"}
+
+
+# --- times: only that they are measured
+
+
+def test_matching(script, tmp_path, monkeypatch):
+    module = importlib.import_module("matching")
+    methods = {name: module.METHODS[name] for name in ("tiepoints", "whole matrix")}
+    monkeypatch.setattr(module, "METHODS", methods)
+    script("matching", "--one", "tiepoints", 300)
+    rows = [module.measure(name, 300) for name in methods]
+    assert rows[0]["matches"] == rows[1]["matches"] > 200
+    assert len(module.trusted(1)) == 27
+
+
+def test_describe(script, tmp_path):
+    pytest.importorskip("kornia")
+    arguments = ("--weights", "random", "--repeat", 1, "--out", tmp_path / "d.json")
+    script("describe", *arguments, PATCHES=16)
+    assert written(tmp_path / "d.json")["milliseconds"]["ours float32"] > 0
+
+
+def small_image(file):
+    """Replaces ``common.vga_image``."""
+    return torch.rand(1, 1, 120, 160, generator=torch.Generator().manual_seed(0))
+
+
+def test_speed(script, tmp_path):
+    pytest.importorskip("kornia")
+    arguments = ("--repeat", 1, "--out", tmp_path / "s.json")
+    script("speed", *arguments, POINTS=100, vga_image=small_image)
+    assert written(tmp_path / "s.json")["ratio"] > 0
+
+
+def test_realtime(script, tmp_path, monkeypatch):
+    pytest.importorskip("cv2")
+    module = importlib.import_module("realtime")
+    known = module.factories
+
+    def without_xfeat(image):  # its network is another library's
+        return {name: make for name, make in known(image).items() if name != module.XFEAT}
+
+    monkeypatch.setattr(module, "memory", lambda name, image: 1.0)
+    arguments = ("--rounds", 1, "--out", tmp_path / "r.json")
+    script("realtime", *arguments, factories=without_xfeat, vga_image=small_image)
+    assert written(tmp_path / "r.json")["systems"]["ORB"]["points"] > 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_memory(script, tmp_path):
+    arguments = ("--systems", "keynet-tiny+none", "--sizes", "160x120")
+    script("memory", *arguments, "--work", tmp_path, "--out", tmp_path / "m.json")
+    assert written(tmp_path / "m.json")["rows"][0]["MiB"] > 10
