@@ -21,8 +21,8 @@ sys.path.insert(0, str(BENCHMARKS))
 
 #: Fixture: folder of a COLMAP model with images, and homographies.
 world = test_tracks.world
-#: Scripts without a test here: shared functions, and a script with its own tests.
-ELSEWHERE = {"common", "peers"}
+#: Scripts without a test here: shared functions, and scripts with their own tests.
+ELSEWHERE = {"common", "peers", "foreign_features"}
 
 
 def texture(seed: int, size: tuple[int, int]) -> Image.Image:
@@ -221,6 +221,12 @@ def test_realtime(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_complexity(script, tmp_path):
+    arguments = ("keynet-tiny", "--side", 64, "--repeat", 1, "--out", tmp_path / "c.json")
+    script("complexity", *arguments)
+    assert written(tmp_path / "c.json")["detectors"]["keynet-tiny"]["parameters"] == 253
+
+
 def test_memory(script, tmp_path):
     arguments = ("--systems", "keynet-tiny+none", "--sizes", "160x120")
     script("memory", *arguments, "--work", tmp_path, "--out", tmp_path / "m.json")

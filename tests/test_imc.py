@@ -20,7 +20,7 @@ from PIL import Image
 from test_cli import run, textured
 from test_formats import some
 from tiepoints.errors import DataError
-from tiepoints.extract import ExtractOptions
+from tiepoints.extract import ExtractOptions, Extractor
 from tiepoints.formats import imc
 from tiepoints.jobs.imc import MATCHING, export_imc
 from tiepoints.structs import Features, Matches
@@ -37,6 +37,10 @@ class Fake:
 
     def __init__(self, wait: float = 0.0):
         self.wait, self.seen = wait, 0
+
+    options = None
+    read = Extractor.read
+    combine = staticmethod(Extractor.combine)
 
     def extract_tensor(self, batch: torch.Tensor, masks=None) -> list[Features]:
         time.sleep(self.wait)

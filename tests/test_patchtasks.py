@@ -338,7 +338,8 @@ def test_all_phototour_sets_of_a_folder(tmp_path):
         "fpr95": {"liberty": 0.0, "yosemite": 0.0},
         "mean": 0.0,
     }
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["liberty.npy", "yosemite.npy"]
+    cached = sorted(p.name for p in (tmp_path / "cache").glob("*.npy"))
+    assert cached == ["liberty.npy", "yosemite.npy"]
     one = evaluate_patches(
         flat, tmp_path / "sets" / "liberty", "phototour", pairs="m50_200_200_0.txt"
     )

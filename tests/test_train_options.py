@@ -54,9 +54,10 @@ def checks(photos, tmp_path_factory):
     return path
 
 
-def train(name, photos, checks, out, *, preset="default", resume=False, pairs=None, **network):
+def train(name, photos, checks, out, *, preset="default", pairs=None, **network):
     data = TrainData(photos, pairs=pairs, validation_pairs=checks)
-    run = RunOptions("cpu", resume=resume, progress=False, workers=0)
+    replaced = {key: network.pop(key, False) for key in ("resume", "overwrite")}
+    run = RunOptions("cpu", progress=False, workers=0, **replaced)
     schedule = {"steps": 1, "batch_size": 2, "validate_every": 1}
     return recipes.train(name, data, out, preset=preset, run=run, network=network, **schedule)
 
@@ -164,11 +165,12 @@ def test_pairs_of_the_paper_preset_are_written_once(photos, checks, tmp_path):
     before = path.stat().st_mtime_ns
     train("keynet", photos, checks, out, resume=True, **options)
     assert path.stat().st_mtime_ns == before
-    train("keynet", photos, checks, out, **{**options, "num_training_data": 4})
+    train("keynet", photos, checks, out, overwrite=True, **{**options, "num_training_data": 4})
     assert PairFile(path).info["count"] == 4
     # pairs of a file are not changed by options
     with pytest.raises(ValueError, match="patch_size does not apply"):
-        train("keynet", photos, checks, out, pairs=path, preset="paper", patch_size=64)
+        options = {"preset": "paper", "patch_size": 64, "overwrite": True}
+        train("keynet", photos, checks, out, pairs=path, **options)
 
 
 def test_largest_angle_of_the_pairs(photos, checks, tmp_path):
@@ -176,7 +178,8 @@ def test_largest_angle_of_the_pairs(photos, checks, tmp_path):
     options = {"num_training_data": 6, "patch_size": 64, "windows": (8,), "preset": "paper"}
     angles = []
     for max_angle in (0.0, 90.0):
-        train("rekd-light", photos, checks, out, group_size=4, max_angle=max_angle, **options)
+        options |= {"max_angle": max_angle, "overwrite": True}
+        train("rekd-light", photos, checks, out, group_size=4, **options)
         pairs = PairFile(tmp_path / "p.safetensors.pairs" / "training.safetensors")
         H = [pairs.pair(i).H_ab for i in range(6)]
         angles.append(max(abs(math.degrees(math.atan2(h[1, 0], h[0, 0]))) for h in H))
@@ -238,7 +241,7 @@ def test_one_command_writes_both_sets_of_pairs(photos, tmp_path):
         PairFile(tmp_path / name) for name in ("p.safetensors", "p-validation.safetensors")
     )
     assert (len(training), len(validation)) == (3, 2)
-    assert (training.info["photos"][0], validation.info["photos"][0]) == ("3", "1")
+    assert (training.info["photos"], validation.info["photos"]) == (3, 1)
     assert "3 pairs of 3 photographs" in out
     code, _, err = call("pairs", *arguments, "--split", "all")
     assert code == 2
@@ -315,7 +318,7 @@ def test_arguments_are_checked_before_photographs_are_read(photos, tmp_path, mon
     def read(*_):
         raise AssertionError("photographs were read")
 
-    monkeypatch.setattr(recipes.common, "usable_photos", read)
+    monkeypatch.setattr(recipes.common, "find_photos", read)
     code, _, err = call("train", "keynet", "--images", photos, "--output", tmp_path / "x.pth")
     assert code == 2
     assert "must be a .safetensors file, got x.pth" in err

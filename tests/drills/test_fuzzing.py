@@ -176,7 +176,7 @@ def encode(image: Image.Image, form: str, **options: Any) -> bytes:
 
 def images(folder: Path) -> tuple[list[tuple[str, bytes]], Callable[[str, bytes], None]]:
     from tiepoints.errors import DataError
-    from tiepoints.image import load_alpha, load_image
+    from tiepoints.image import ReadOptions, load_image, read_image
 
     gray = texture(size=(48, 40))
     color = Image.merge("RGB", [texture(seed, (48, 40)) for seed in range(3)])
@@ -211,7 +211,7 @@ def images(folder: Path) -> tuple[list[tuple[str, bytes]], Callable[[str, bytes]
         try:
             image = load_image(path)
             assert image.shape[:2] == (1, 1) or image.shape[:2] == (1, 3), image.shape
-            load_alpha(path)
+            read_image(path, ReadOptions(value_range="auto", mask_value=0))
         except (DataError, ValueError, FileNotFoundError):
             pass
 

@@ -449,8 +449,8 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
-        return self.total > 0 and self.step >= self.total
+        """Whether all steps and the last validation are done."""
+        return self.total > 0 and self.step >= self.total and not self._validation_due
 
     def _result(self) -> FitResult:
         """The result, with the weights of the best validation in the network."""
@@ -536,11 +536,17 @@ class Trainer:
             *(self.total, self.settings.minutes, seconds, validation, self.seconds()),
         )
 
-    def _validate_if_due(self, logs: _Logs) -> None:
-        """Validate after every ``validate_every`` steps and at the end, once per step."""
+    @property
+    def _validation_due(self) -> bool:
+        """Whether to validate: after every ``validate_every`` steps and at the end, once per
+        step.
+        """
         due = self.step % self.settings.validate_every == 0 or self.step == self.total
         done = int(self.rows[-1]["step"]) if self.rows else 0
-        if self.total and due and self.step > done:
+        return self.total > 0 and due and self.step > done
+
+    def _validate_if_due(self, logs: _Logs) -> None:
+        if self._validation_due:
             self._validate(logs)
 
     def _validate(self, logs: _Logs) -> None:
