@@ -168,8 +168,8 @@ def test_pairs_of_the_paper_preset_are_written_once(photos, checks, tmp_path):
     train("keynet", photos, checks, out, overwrite=True, **{**options, "num_training_data": 4})
     assert PairFile(path).info["count"] == 4
     # pairs of a file are not changed by options
+    options = {"preset": "paper", "patch_size": 64, "overwrite": True}
     with pytest.raises(ValueError, match="patch_size does not apply"):
-        options = {"preset": "paper", "patch_size": 64, "overwrite": True}
         train("keynet", photos, checks, out, pairs=path, **options)
 
 
