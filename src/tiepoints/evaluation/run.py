@@ -535,38 +535,48 @@ def _check_folder(
             before = json.loads(path.read_text())
         except ValueError as error:
             raise DataError(f"{path} is damaged ({error}); use another --output") from error
-        before.setdefault("value_range", "type")  # earlier versions had no other
-        before.setdefault("extraction", {})
-        for key in ("num_points", "mode", "protocols", "resize", "value_range", "extraction"):
-            if before.get(key) != content[key]:
-                raise DataError(
-                    f"{folder} holds results with {key} = {before.get(key)}, requested is "
-                    f"{content[key]}; use another --output"
-                )
-        if before.get("dataset", {}).get("root") != content["dataset"]["root"]:
-            raise DataError(
-                f"{folder} holds results of {before.get('dataset', {}).get('root')}; use another "
-                "--output"
-            )
-        stored = {file_name(name): (name, spec) for name, spec in before.get("made_by", {}).items()}
-        for name, spec in content["made_by"].items():
-            other = stored.get(file_name(name), (name, spec))
-            if other != (name, spec):
-                raise DataError(
-                    f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
-                    f"name: LABEL={spec}"
-                )
-        earlier = before.get("unavailable", {}).items()
-        content["unavailable"] |= {k: v for k, v in earlier if k not in content["made_by"]}
-        for key in ("made_by", "records"):
-            content[key] = {**before.get(key, {}), **content[key]}
-        for key in ("systems", "extras", "controls"):
-            content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
-        sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
-        content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
+        _check_same(folder, before, content)
+        _add_earlier(before, content)
     elif any((folder / "rows").glob("*.jsonl")):
         raise DataError(f"{folder} holds rows but no run.json; use another --output")
     write_json(path, with_program(content))
+
+
+def _check_same(folder: Path, before: dict[str, Any], content: dict[str, Any]) -> None:
+    """Raise a ``DataError`` if an earlier run had other settings, images or labels."""
+    before.setdefault("value_range", "type")  # earlier versions had no other
+    before.setdefault("extraction", {})
+    for key in ("num_points", "mode", "protocols", "resize", "value_range", "extraction"):
+        if before.get(key) != content[key]:
+            raise DataError(
+                f"{folder} holds results with {key} = {before.get(key)}, requested is "
+                f"{content[key]}; use another --output"
+            )
+    if before.get("dataset", {}).get("root") != content["dataset"]["root"]:
+        raise DataError(
+            f"{folder} holds results of {before.get('dataset', {}).get('root')}; use another "
+            "--output"
+        )
+    stored = {file_name(name): (name, spec) for name, spec in before.get("made_by", {}).items()}
+    for name, spec in content["made_by"].items():
+        other = stored.get(file_name(name), (name, spec))
+        if other != (name, spec):
+            raise DataError(
+                f"{folder} holds results of {other[1]} called {other[0]}; give {spec} another "
+                f"name: LABEL={spec}"
+            )
+
+
+def _add_earlier(before: dict[str, Any], content: dict[str, Any]) -> None:
+    """Add the systems, extras and sequences of an earlier run to ``content``."""
+    earlier = before.get("unavailable", {}).items()
+    content["unavailable"] |= {k: v for k, v in earlier if k not in content["made_by"]}
+    for key in ("made_by", "records"):
+        content[key] = {**before.get(key, {}), **content[key]}
+    for key in ("systems", "extras", "controls"):
+        content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
+    sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
+    content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:

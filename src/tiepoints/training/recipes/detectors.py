@@ -273,8 +273,8 @@ def _train(
         score: validation score of a network on the held-out pairs.
         identity: of the training, without schedule and data.
     """
-    data, settings = job.data, with_schedule(recipe.fit, job.schedule)
-    training, held_out = data.photographs()
+    settings = with_schedule(recipe.fit, job.schedule)
+    training, held_out = job.data.photographs()
     pairs = _training_pairs(job, recipe, training, settings.seed)
 
     def make_batches(length: int) -> Dataset:
@@ -294,21 +294,11 @@ def _train(
         images = (pair["image_a"][None] for pair in islice(held_out_pairs, BIAS_PAIRS))
         best.offset = constant_offset(score_maps(fused(best)), images)
 
-    # resuming with other photographs must raise an error
-    photos: dict[str, Any] = {
-        "photos": len(training) + len(held_out),
-        "pairs": Path(data.pairs or "").name,  # only the name, so that the file may be moved
-        "files": data_record([*training, *held_out], data.pairs),
-    }
-    if data.validation_pairs is not None:
-        photos["validation_pairs"] = Path(data.validation_pairs).name
-    if job.options:  # of trainings without options, checkpoints of earlier versions lack it
-        photos["options"] = {key: plain(key, value) for key, value in job.options.items()}
     task = Task(
         make_batches,
         loss,
         lambda network: score(network, held_out_pairs),
-        identity={**identity, **photos},
+        identity={**identity, **_data_identity(job, [*training, *held_out])},
     )
     result = fit_and_save(
         initialized(make_trained, settings.seed),
@@ -324,6 +314,21 @@ def _train(
             "--learning-rate"
         )
     return result
+
+
+def _data_identity(job: TrainJob, photos: list[Path]) -> dict[str, Any]:
+    """What must not change between a training and its resume: data, and options of the network."""
+    data = job.data
+    identity: dict[str, Any] = {
+        "photos": len(photos),
+        "pairs": Path(data.pairs or "").name,  # only the name, so that the file may be moved
+        "files": data_record(photos, data.pairs),
+    }
+    if data.validation_pairs is not None:
+        identity["validation_pairs"] = Path(data.validation_pairs).name
+    if job.options:  # of trainings without options, checkpoints of earlier versions lack it
+        identity["options"] = {key: plain(key, value) for key, value in job.options.items()}
+    return identity
 
 
 def _views(recipe: Recipe) -> PairSettings:
