@@ -8,6 +8,7 @@ folder keeps everything, so that an interrupted run resumes.
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -67,15 +68,15 @@ TABLE_2_SYSTEMS = {
     "AKAZE-SI": "akaze",
     "SuperPoint-TI": "superpoint",
     "Tiny-Key.Net-SI": "keynet-tiny",
-    "Key.Net-TI": "keynet",
+    "Key.Net-TI": "keynet@ti",
     "Key.Net-SI": "keynet",
 }
-#: Row of table 3 -> system.
+#: Row of table 3 -> system; the paper discards orientations.
 TABLE_3_SYSTEMS = {
-    "MSER + HardNet": "mser+hardnet",
-    "SIFT + HardNet": "sift+hardnet",
-    "Harris-Laplace + HardNet": "harris-laplace+hardnet",
-    "AKAZE + HardNet": "akaze+hardnet",
+    "MSER + HardNet": "mser@upright+hardnet",
+    "SIFT + HardNet": "sift@upright+hardnet",
+    "Harris-Laplace + HardNet": "harris-laplace@upright+hardnet",
+    "AKAZE + HardNet": "akaze@upright+hardnet",
     "SuperPoint + HardNet": "superpoint+hardnet",
     "SuperPoint": "superpoint",
     "Tiny-Key.Net + HardNet": "keynet-tiny+hardnet",
@@ -83,6 +84,8 @@ TABLE_3_SYSTEMS = {
 }
 #: Row of table 4 -> network.
 TABLE_4_NETWORKS = {"Tiny-Key.Net": "keynet-tiny", "Key.Net": "keynet"}
+#: Reduced pyramid levels whose range of scales is the nearest to that of table 2 (docs/papers.md).
+DOWN_LEVELS = 5
 #: Measures of table 2: metric, heading, field of ``published.Detection``, decimals, factor.
 TABLE_2_MEASURES = (
     ("keynet.rep_SL", "repeatability SL %", "rep_SL", 1, 100.0),
@@ -305,8 +308,8 @@ def _systems(options: ReproduceOptions, table: dict[str, str]) -> tuple[dict[str
     networks = _networks(options)
     systems = {}
     for row, name in table.items():
-        detector, plus, descriptor = name.partition("+")
-        systems[row] = networks.get(detector, detector) + plus + descriptor
+        base = re.split("[@+]", name)[0]
+        systems[row] = networks.get(base, base) + name.removeprefix(base)
     systems |= given
     names = _selected(list(systems), options.only)
     missing = []
@@ -323,7 +326,6 @@ def _evaluated(
     options: ReproduceOptions,
     systems: dict[str, str],
     folder: str,
-    single_scale: bool,
     skipped: list[str],
 ) -> Rows | None:
     """Results of systems, whose names are those of the rows; None without systems. Sequences and
@@ -335,9 +337,9 @@ def _evaluated(
     settings = RunSettings(
         tuple(f"{row}={name}" for row, name in systems.items()),
         num_keypoints=options.num_keypoints,
-        single_scale=single_scale,
         protocols=("keynet",),
         device=options.device,
+        extraction={"down_levels": DOWN_LEVELS},
     )
     work = options.work / folder
     dataset = homography_sequences(options.data)
@@ -365,22 +367,12 @@ def _splits(rows: Rows | None) -> list[str]:
 
 
 def _table_2(options: ReproduceOptions) -> Reproduced:
-    """Repeatability of detectors, in two runs: with and without a scale pyramid."""
+    """Repeatability of detectors with and without a scale pyramid."""
     systems, missing = _systems(options, TABLE_2_SYSTEMS)
-    runs = {
-        mode: _evaluated(
-            options,
-            {row: name for row, name in systems.items() if row.endswith("-TI") == (mode == "ti")},
-            f"table-2-{mode}",
-            mode == "ti",
-            missing,
-        )
-        for mode in ("si", "ti")
-    }
-    splits = dict.fromkeys(split for rows in runs.values() for split in _splits(rows))
+    rows = _evaluated(options, systems, "table-2", missing)
     content: list[dict[str, Any]] = []
     tables = []
-    for split in splits:
+    for split in _splits(rows):
         columns = [
             Column(side, label, digits)
             for _, label, _, digits, _ in TABLE_2_MEASURES
@@ -388,7 +380,6 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
         ]
         lines = []
         for row in systems:
-            rows = runs["ti" if row.endswith("-TI") else "si"]
             assert rows is not None
             theirs = printed(published.TABLE_2, row, split)
             values: list[Cell] = []
@@ -405,7 +396,7 @@ def _table_2(options: ReproduceOptions) -> Reproduced:
 def _table_3(options: ReproduceOptions) -> Reproduced:
     """Matching score of detectors with descriptors."""
     systems, missing = _systems(options, TABLE_3_SYSTEMS)
-    rows = _evaluated(options, systems, "table-3", False, missing)
+    rows = _evaluated(options, systems, "table-3", missing)
     splits = _splits(rows)
     columns = [
         Column(side, f"matching score %, {SPLIT_NAMES.get(split, split)}", 1)
