@@ -11,7 +11,6 @@ import io
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -180,7 +179,7 @@ def _read(path: Path) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError, BadZipFile, OverflowError, MemoryError) as error:
+    except Exception as error:  # NumPy raises various types for damaged files
         if not path.stat().st_size:
             raise DataError(f"{path} is empty; extract the image again") from error
         array = _read_empty(path)
@@ -197,6 +196,6 @@ def _read_empty(path: Path) -> np.ndarray | None:
     try:
         with path.open("rb") as file:
             array = np.load(file, allow_pickle=False) if path.stat().st_size < 2**12 else None
-    except (ValueError, OSError, EOFError, BadZipFile, OverflowError, MemoryError):
+    except Exception:  # NumPy raises various types for damaged files
         return None
     return array if isinstance(array, np.ndarray) and not array.size else None
