@@ -65,6 +65,26 @@ class Drill:
 # ---- commands
 
 
+def commands(num_keypoints: int, *, steps: int, validate_every: int, workers: int = 0) -> dict:
+    """Name -> arguments of the commands that write stores and weights; PHOTOS and LARGE stand for
+    folders of images.
+    """
+    extract = ("extract", "PHOTOS", "--output", "out", "--num-keypoints", num_keypoints)
+    match = ("match", "PHOTOS", "--num-keypoints", num_keypoints)
+    return {
+        "extract npy": extract,
+        "extract h5": (*extract, "--format", "h5"),
+        "extract colmap": (*extract, "--format", "colmap"),
+        "match h5": (*match, "--output", "m.h5"),
+        "match db": (*match, "--output", "m.db"),
+        "train": (
+            *("train", "keynet-tiny", "--images", "LARGE", "--output", "w.safetensors", "--resume"),
+            *("--steps", steps, "--validate-every", validate_every, "--workers", workers),
+            *("--batch-size", 1, "--save-every", 0, "--device", "cpu", "--no-compare"),
+        ),
+    }
+
+
 def _call(arguments: list[str], folder: Path, log: Path, group: bool) -> None:
     from tiepoints.cli import main
 

@@ -16,6 +16,7 @@ from drilling import (
     FULL,
     Command,
     assert_equal_content,
+    commands,
     content,
     number,
     run,
@@ -27,19 +28,7 @@ pytest.importorskip("h5py")
 pytest.importorskip("pycolmap")
 #: Size of the disk; the results of each command are smaller.
 SIZE = 4 << 20
-FEW = ("--num-keypoints", 200)
-COMMANDS = {
-    "extract npy": ("extract", "PHOTOS", "--output", "out", *FEW),
-    "extract h5": ("extract", "PHOTOS", "--output", "out", "--format", "h5", *FEW),
-    "extract colmap": ("extract", "PHOTOS", "--output", "out", "--format", "colmap", *FEW),
-    "match h5": ("match", "PHOTOS", "--output", "m.h5", *FEW),
-    "match db": ("match", "PHOTOS", "--output", "m.db", *FEW),
-    "train": (
-        *("train", "keynet-tiny", "--images", "LARGE", "--output", "w.safetensors", "--resume"),
-        *("--steps", 8, "--batch-size", 1, "--save-every", 0, "--validate-every", 4),
-        *("--device", "cpu", "--workers", 0, "--no-compare"),
-    ),
-}
+COMMANDS = commands(200, steps=8, validate_every=4)
 NAMES = [name for name in COMMANDS if FULL or name in ("extract h5", "extract colmap")]
 
 

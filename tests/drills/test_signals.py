@@ -16,6 +16,7 @@ from drilling import (
     FULL,
     Command,
     assert_equal_content,
+    commands,
     content,
     handles_signals,
     number,
@@ -33,16 +34,7 @@ FEW = ("--num-keypoints", 60)
 
 #: Name -> arguments; PHOTOS, LARGE, SCENE and SEQUENCES are folders of images.
 COMMANDS = {
-    "extract npy": ("extract", "PHOTOS", "--output", "out", *FEW),
-    "extract h5": ("extract", "PHOTOS", "--output", "out", "--format", "h5", *FEW),
-    "extract colmap": ("extract", "PHOTOS", "--output", "out", "--format", "colmap", *FEW),
-    "match h5": ("match", "PHOTOS", "--output", "m.h5", *FEW),
-    "match db": ("match", "PHOTOS", "--output", "m.db", *FEW),
-    "train": (
-        *("train", "keynet-tiny", "--images", "LARGE", "--output", "w.safetensors", "--resume"),
-        *("--steps", 24, "--batch-size", 1, "--save-every", 0, "--validate-every", 12),
-        *("--device", "cpu", "--workers", 1, "--no-compare"),
-    ),
+    **commands(60, steps=24, validate_every=12, workers=1),
     "evaluate": ("evaluate", "SEQUENCES", "--systems", "keynet,sobelnet", "--output", "out"),
     "pairs": ("pairs", "--images", "LARGE", "--output", "p.st", "--count", 12, "--workers", 1),
     "imc": ("imc", "SCENE", "--output", "out", "--label", "x", "--matches", *FEW),

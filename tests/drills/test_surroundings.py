@@ -13,6 +13,7 @@ from drilling import (
     FULL,
     Command,
     assert_equal_content,
+    commands,
     content,
     number,
     run,
@@ -22,18 +23,7 @@ from drilling import (
 
 pytest.importorskip("h5py")
 FEW = ("--num-keypoints", 60)
-TARGETS = {
-    "extract h5": ("extract", "PHOTOS", "--output", "out", "--format", "h5", *FEW),
-    "extract npy": ("extract", "PHOTOS", "--output", "out", *FEW),
-    "extract colmap": ("extract", "PHOTOS", "--output", "out", "--format", "colmap", *FEW),
-    "match h5": ("match", "PHOTOS", "--output", "m.h5", *FEW),
-    "match db": ("match", "PHOTOS", "--output", "m.db", *FEW),
-    "train": (
-        *("train", "keynet-tiny", "--images", "LARGE", "--output", "w.safetensors", "--resume"),
-        *("--steps", 8, "--batch-size", 1, "--save-every", 0, "--validate-every", 8),
-        *("--device", "cpu", "--workers", 0, "--no-compare"),
-    ),
-}
+TARGETS = commands(60, steps=8, validate_every=8)
 
 
 @pytest.mark.parametrize(

@@ -143,18 +143,15 @@ def stored_pairs(
     count: int,
     *,
     seed: int,
-    workers: int = 0,
     preset: str = "",
-    progress: bool = False,
+    **options: Any,
 ) -> Path:
     """Write pairs to ``path`` unless it already contains the same ones; arguments and errors as of
     ``write_pairs``.
     """
     wanted = json.loads(json.dumps(_metadata(photos, settings, count, seed, preset)))
-    if path.is_file() and PairFile(path).info == wanted:
-        return path
-    options = {"workers": workers, "preset": preset, "progress": progress}
-    write_pairs(path, photos, settings, count, seed=seed, **options)  # type: ignore[arg-type]
+    if not path.is_file() or PairFile(path).info != wanted:
+        write_pairs(path, photos, settings, count, seed=seed, preset=preset, **options)
     return path
 
 

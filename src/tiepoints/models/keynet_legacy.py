@@ -267,30 +267,16 @@ class LegacyDetector:
 
     Args:
         net: variant B or C.
-        num_keypoints: maximum number of keypoints per image (published: 1500).
-        up_levels, down_levels: enlarged and reduced levels (published: 1 and 5; the published
-            sample file: 1 and 4).
-        nms_window, border: of each level, in pixels.
-        threshold: scores must be above it.
-        cut_ratio: see ``DetectOptions``.
+        options: the fields ``num_keypoints`` (published: 1500), ``up_levels`` and ``down_levels``
+            (published: 1 and 5; the published sample file: 1 and 4), ``nms_window``, ``border``,
+            ``threshold`` and ``cut_ratio`` of ``DetectOptions``, of which no level is None.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        *,
-        num_keypoints: int,
-        up_levels: int,
-        down_levels: int,
-        nms_window: int,
-        border: int,
-        threshold: float = 0.0,
-        cut_ratio: float | None = None,
-    ):
-        self.net, self.num_keypoints = net, num_keypoints
-        self.up_levels, self.down_levels = up_levels, down_levels
-        self.nms_window, self.border, self.threshold = nms_window, border, max(0.0, threshold)
-        self.cut_ratio = cut_ratio or 0.0
+    def __init__(self, net: nn.Module, options: Any):
+        self.net, self.num_keypoints = net, options.num_keypoints
+        self.up_levels, self.down_levels = options.up_levels, options.down_levels
+        self.nms_window, self.border = options.nms_window, options.border
+        self.threshold, self.cut_ratio = max(0.0, options.threshold), options.cut_ratio or 0.0
 
     @torch.inference_mode()
     def __call__(
@@ -354,18 +340,4 @@ class LegacyDetector:
         return keypoints[order[: self.num_keypoints]]
 
 
-def _official(net: LegacyKeyNet, options: Any) -> LegacyDetector:
-    """The published detector with the fields of ``DetectOptions``, of which no level is None."""
-    return LegacyDetector(
-        net,
-        num_keypoints=options.num_keypoints,
-        up_levels=options.up_levels,
-        down_levels=options.down_levels,
-        nms_window=options.nms_window,
-        border=options.border,
-        threshold=options.threshold,
-        cut_ratio=options.cut_ratio,
-    )
-
-
-LegacyKeyNet.spec = DetectorSpec(official=_official)  # type: ignore[arg-type]
+LegacyKeyNet.spec = DetectorSpec(official=LegacyDetector)

@@ -278,19 +278,8 @@ class REKD(nn.Module):
 
 
 def _official(net: nn.Module, options: Any) -> OfficialREKD:
-    """The published detector with the fields of ``DetectOptions``, of which no level is None."""
-    rekd = cast(REKD, net)
-    return OfficialREKD(
-        rekd.fused(),
-        rekd.group,
-        num_keypoints=options.num_keypoints,
-        up_levels=options.up_levels,
-        down_levels=options.down_levels,
-        nms_window=options.nms_window,
-        border=options.border,
-        threshold=options.threshold,
-        cut_ratio=options.cut_ratio,
-    )
+    """The published detector of an unfused network."""
+    return OfficialREKD(cast(REKD, net).fused(), options)
 
 
 def histogram_angle(histogram: Tensor) -> Tensor:

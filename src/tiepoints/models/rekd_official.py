@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..structs import Keypoints
 from .keynet_legacy import LegacyDetector, divide_by_maximum
@@ -26,14 +26,10 @@ class OfficialREKD(LegacyDetector):
     opposite border for keypoints within half a pixel of the left and upper ones.
 
     Args:
-        net: fused REKD, image (B,1,H,W) -> score and angle maps (B,1,H,W).
-        group: N, number of orientations.
-        options: the other arguments of ``LegacyDetector``.
+        net: fused REKD, image (B,1,H,W) -> score and angle maps (B,1,H,W); its attribute ``group``
+            is the number of orientations.
+        options: see ``LegacyDetector``.
     """
-
-    def __init__(self, net: nn.Module, group: int, **options: Any):
-        super().__init__(net, **options)
-        self.group = group
 
     def _scores(self, level: Tensor) -> Tensor:
         return self.net(level.float())[0]
@@ -47,7 +43,7 @@ class OfficialREKD(LegacyDetector):
         limit = keypoints.xy.new_tensor([width - 1, height - 1])
         xy = torch.minimum(keypoints.xy, limit).clamp(min=0)
         divided = divide_by_maximum(image.double()).float()
-        angle = whole_bins(self.net(divided)[1][0, 0], self.group)
+        angle = whole_bins(self.net(divided)[1][0, 0], cast(int, self.net.group))
         return replace(keypoints, xy=xy, angle=published_angle(angle, xy))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,14 +150,7 @@ def validation_score(net: nn.Module, pairs: Iterable[dict[str, Tensor]]) -> floa
         pairs: items of ``PairDataset``.
     """
     scores = []
-    device = next(net.parameters()).device
-    for pair in pairs:
-        both = torch.stack([pair["image_a"], pair["image_b"]]).to(
-            device, memory_format=torch.channels_last
-        )
-        (xy_a, _), (xy_b, _) = detect_peaks(net(both).float().cpu(), 1000)
-        h, w = pair["image_a"].shape[-2:]
-        size = (int(h), int(w))
+    for pair, xy_a, xy_b, size in _peaks(net, pairs):
         xy_a, xy_b = (
             xy[value_at_points(pair[f"mask_{side}"][0], xy) > 0]
             for side, xy in (("a", xy_a), ("b", xy_b))
@@ -172,6 +165,22 @@ def validation_score(net: nn.Module, pairs: Iterable[dict[str, Tensor]]) -> floa
     return float(np.mean(scores)) if scores else 0.0
 
 
+def _peaks(
+    net: nn.Module, pairs: Iterable[dict[str, Tensor]]
+) -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor, tuple[int, int]]]:
+    """Each pair with the keypoints (N,2) of both views, strongest first, and their (height,
+    width).
+    """
+    device = next(net.parameters()).device
+    for pair in pairs:
+        both = torch.stack([pair["image_a"], pair["image_b"]]).to(
+            device, memory_format=torch.channels_last
+        )
+        (xy_a, _), (xy_b, _) = detect_peaks(net(both).float().cpu(), 1000)
+        h, w = pair["image_a"].shape[-2:]
+        yield pair, xy_a, xy_b, (int(h), int(w))
+
+
 #: Number of keypoints per view in the validation of Key.Net's published code.
 PAPER_KEYPOINTS = 25
 
@@ -183,14 +192,8 @@ def paper_score(net: nn.Module, pairs: Iterable[dict[str, Tensor]]) -> float:
     Arguments as in ``validation_score``.
     """
     scores = []
-    device = next(net.parameters()).device
-    for pair in pairs:
-        both = torch.stack([pair["image_a"], pair["image_b"]]).to(
-            device, memory_format=torch.channels_last
-        )
-        (xy_a, _), (xy_b, _) = detect_peaks(net(both).float().cpu(), 1000)
-        h, w = pair["image_a"].shape[-2:]
-        size, H_ab = (int(h), int(w)), pair["H_ab"].double()
+    for pair, xy_a, xy_b, size in _peaks(net, pairs):
+        H_ab = pair["H_ab"].double()
         a, b = keynet_points(xy_a, xy_b, H_ab, size, size, num_keypoints=PAPER_KEYPOINTS)
         b_in_a = warp_points(xy_b[b].double(), torch.linalg.inv(H_ab))
         ones = torch.ones(max(len(a), len(b)))

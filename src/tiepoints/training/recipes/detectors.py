@@ -365,16 +365,22 @@ def _training_pairs(
     views = _views(recipe)
     if not recipe.num_pairs:
         return None
-    return stored_pairs(
-        companion(job.output, "pairs") / "training.safetensors",
-        photos,
-        views,
-        recipe.num_pairs,
-        seed=seed,
-        workers=job.run.workers,
-        preset=recipe.pairs,
-        progress=job.run.progress,
-    )
+    return _write_once(job, "training", photos, views, recipe.num_pairs, seed, recipe.pairs)
+
+
+def _write_once(
+    job: TrainJob,
+    name: str,
+    photos: list[Path],
+    views: PairSettings,
+    count: int,
+    seed: int,
+    preset: str,
+) -> Path:
+    """File of the pairs ``name`` of a training, next to its output."""
+    path = companion(job.output, "pairs") / f"{name}.safetensors"
+    run = {"workers": job.run.workers, "progress": job.run.progress}
+    return stored_pairs(path, photos, views, count, seed=seed, preset=preset, **run)
 
 
 def _validation_pairs(
@@ -387,15 +393,9 @@ def _validation_pairs(
     views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size, **changes)
     if recipe.check_pairs > MEMORY_PAIRS:
         return PairFile(
-            stored_pairs(
-                companion(job.output, "pairs") / "validation.safetensors",
-                photos,
-                views,
-                recipe.check_pairs,
-                seed=VALIDATION_SEED,
-                workers=job.run.workers,
-                preset=recipe.checks,
-                progress=job.run.progress,
+            _write_once(
+                *(job, "validation", photos, views),
+                *(recipe.check_pairs, VALIDATION_SEED, recipe.checks),
             )
         )
     checks = PairDataset(photos, views, seed=VALIDATION_SEED, length=recipe.check_pairs)
