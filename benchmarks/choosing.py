@@ -25,8 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import machine
-from tiepoints.datasets.synthetic import list_photos, split_photos, usable_photos
+from common import held_out_photos, machine
 from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.systems import SPARE, Options, system
 from tiepoints.filters import gaussian_blur
@@ -154,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    photos = split_photos(usable_photos(list_photos(args.folder))[0])[1][: args.photos]
+    photos = held_out_photos(args.folder)[: args.photos]
     settings = {
         "photos": len(photos),
         **{key: getattr(args, key) for key in ("num_keypoints", "seed", "single_scale")},

@@ -14,6 +14,7 @@ from tiepoints.checkpoints import load_official
 from tiepoints.detect import response_floor
 from tiepoints.image import load_image
 from tiepoints.models.spec import fused
+from tiepoints.training.recipes import TrainData
 from tiepoints.weights import load
 
 SEQUENCES = ("graf", "boat", "bikes", "leuven")
@@ -32,6 +33,11 @@ def load_network(system: str):
 def sequence_images(folder: Path, first: int = 4) -> list[Path]:
     """The first images of each sequence of an Oxford folder."""
     return [folder / s / f"{k}.png" for s in SEQUENCES for k in range(1, first + 1)]
+
+
+def held_out_photos(folder: Path) -> list[Path]:
+    """The photographs of a folder that trainings hold out."""
+    return TrainData(folder).photographs(log=False)[1]
 
 
 def homography(folder: Path, sequence: str, k: int) -> torch.Tensor:

@@ -20,16 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import load_network
+from common import held_out_photos, load_network
 from tiepoints.datasets.candidates import CandidatePairs
 from tiepoints.datasets.patch_pairs import peak_detector
-from tiepoints.datasets.synthetic import (
-    PRESETS,
-    PairDataset,
-    list_photos,
-    split_photos,
-    usable_photos,
-)
+from tiepoints.datasets.synthetic import PRESETS, PairDataset
 from tiepoints.extract import build_descriptor
 from tiepoints.keypoints import detect_peaks
 from tiepoints.metrics.repeatability import mutual_matches
@@ -91,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--detectors", default="sobelnet,keynet,keynet-tiny")
     parser.add_argument("--descriptors", default="desnet,hardnet,rootsift")
     args = parser.parse_args(argv)
-    held_out = split_photos(usable_photos(list_photos(args.photos))[0])[1]
+    held_out = held_out_photos(args.photos)
     if args.detectors:
         views = PairDataset(
             held_out,

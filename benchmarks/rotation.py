@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 
-from common import machine
-from tiepoints.datasets.synthetic import list_photos, split_photos, usable_photos
+from common import held_out_photos, machine
 from tiepoints.evaluation.sweeps import ROTATIONS, sweep
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.metrics.geometry import mean
@@ -85,8 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON; existing systems are not measured again")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    _, held_out = split_photos(usable_photos(list_photos(args.folder))[0])
-    photos = held_out[: args.photos]
+    photos = held_out_photos(args.folder)[: args.photos]
     content: dict[str, Any] = {
         "machine": machine(),
         "photos": len(photos),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import test_tracks  # without pycolmap, this file is skipped as well
+from helpers import texture, write_photos
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -23,12 +24,6 @@ sys.path.insert(0, str(BENCHMARKS))
 world = test_tracks.world
 #: Scripts without a test here: shared functions, and scripts with their own tests.
 ELSEWHERE = {"common", "peers", "foreign_features"}
-
-
-def texture(seed: int, size: tuple[int, int]) -> Image.Image:
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (size[1] // 6, size[0] // 6, 3), dtype=np.uint8))
-    return coarse.resize(size, Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +42,7 @@ def oxford(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    for i in range(4):
-        texture(10 + i, (264, 216)).save(folder / f"{i}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("photos"), size=(264, 216))
 
 
 @pytest.fixture

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
+from helpers import call
 from tiepoints.checkpoints import load_official
-from tiepoints.cli import app
 from tiepoints.evaluation.complexity import num_parameters, seconds_per_image
 from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import read_rows, read_run, stored_features
@@ -51,13 +50,6 @@ def hpatches(data_dir, tmp_path_factory) -> Path:
             to_small[i, [i, 2]] = 1 / sizes[1][i], (1 / sizes[1][i] - 1) / 2
         np.savetxt(folder / "H_1_2", to_small @ H @ to_original)
     return root
-
-
-def call(*arguments) -> tuple[int, str, str]:
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 def table_rows(markdown: str, caption: str) -> dict[str, list[str]]:

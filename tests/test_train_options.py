@@ -9,14 +9,11 @@ import math
 import shutil
 import sys
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from typer.testing import CliRunner
 
+from helpers import call, write_photos
 from tiepoints import load
-from tiepoints.cli import app
 from tiepoints.datasets.pairs import PairFile, write_pairs
 from tiepoints.datasets.synthetic import PairSettings, list_photos
 from tiepoints.errors import WeightsError
@@ -37,12 +34,7 @@ pytest.importorskip("lightning")
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("photos")
-    rng = np.random.default_rng(0)
-    for i in range(4):
-        coarse = Image.fromarray(rng.integers(0, 256, (36, 44, 3), dtype=np.uint8))
-        coarse.resize((330, 270), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
-    return folder
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +52,6 @@ def train(name, photos, checks, out, *, preset="default", pairs=None, **network)
     run = RunOptions("cpu", progress=False, workers=0, **replaced)
     schedule = {"steps": 1, "batch_size": 2, "validate_every": 1}
     return recipes.train(name, data, out, preset=preset, run=run, network=network, **schedule)
-
-
-def call(*arguments) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of a command."""
-    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout, done.stderr
 
 
 # --- variants

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .errors import first_line
 from .names import PRECISIONS
 
 
@@ -22,7 +23,7 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); try auto or cpu"
+            f"device {name!r} cannot be used ({first_line(error)}); try auto or cpu"
         ) from error
 
 

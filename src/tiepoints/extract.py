@@ -309,7 +309,7 @@ class Extractor:
         batch = isinstance(image, Tensor) and image.ndim == 4 and len(image) != 1
         if isinstance(image, str | os.PathLike | Image.Image | np.ndarray | Tensor) and not batch:
             reading = self.read(image)
-            self.notices.add(image if isinstance(image, str | os.PathLike) else "one", reading)
+            self.notices.add(image, reading)
             self.notices.log(rotations=False)
             return self.extract_tensor(reading.pixels, [self.combine(reading, mask)])[0]
         images = list(image)
@@ -384,11 +384,11 @@ def detector_network(detector: str | nn.Module) -> nn.Module:
     """
     if not isinstance(detector, str):
         return detector.eval()
-    return _load_file(detector) if detector not in DETECTORS else load(detector)
+    return load_file(detector) if detector not in DETECTORS else load(detector)
 
 
-def _load_file(path: str) -> nn.Module:
-    """Load a weights file, ours or an official checkpoint."""
+def load_file(path: str) -> nn.Module:
+    """The network of a weights file, ours or an official checkpoint."""
     return load(path) if Path(path).suffix == ".safetensors" else load_official(Path(path))
 
 
@@ -416,7 +416,7 @@ def network_label(name: str | nn.Module | None) -> str:
 
 @lru_cache
 def _network_type(path: str, size: int, mtime_ns: int) -> str:
-    return type(_load_file(path)).__name__.lower().removeprefix("legacy")
+    return type(load_file(path)).__name__.lower().removeprefix("legacy")
 
 
 def _with_cut_ratio(net: nn.Module, ratio: float | None) -> nn.Module:

@@ -68,10 +68,12 @@ def remove_abandoned(folder: Path) -> None:
         return
     _cleaned.add(key)
     pattern = re.compile(rf"\..+\.{re.escape(_host())}-(\d+)\.part(\.\w+)?", re.DOTALL)
-    for path in folder.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found is not None and not _is_running(int(found[1])):
-            path.unlink(missing_ok=True)
+    with suppress(OSError):  # a folder that cannot be listed
+        for path in folder.iterdir():
+            found = pattern.fullmatch(path.name)
+            if found is not None and not _is_running(int(found[1])):
+                with suppress(OSError):  # a file of another user
+                    path.unlink()
 
 
 def _is_running(pid: int) -> bool:

@@ -154,16 +154,17 @@ class Notices:
     orientations: set[int] = field(default_factory=set)
     _logged: set[str] = field(default_factory=set)
 
-    def add(self, name: object, reading: Reading) -> None:
+    def add(self, source: object, reading: Reading) -> None:
         """Note what was read from an image."""
+        name = str(source) if isinstance(source, str | os.PathLike) else "an image in memory"
         self.total += 1
         self.orientations.add(reading.orientation)
         if reading.narrow:
-            self.narrow.append(str(name))
+            self.narrow.append(name)
         if reading.pages > 1:
-            self.paged.append(str(name))
+            self.paged.append(name)
         if reading.orientation != 1:
-            self.rotated.append(str(name))
+            self.rotated.append(name)
 
     def log(self, *, pages: bool = True, rotations: bool = True) -> None:
         """Log the kinds that have not been logged before.

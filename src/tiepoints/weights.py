@@ -158,9 +158,9 @@ def load(name: str | Path) -> nn.Module:
     net.load_state_dict(tensors, strict=True)
     if hasattr(net, "floor"):
         floor = header.get("floor", "null")
-        net.floor = None if floor == "null" else _numbers(path, header, 1)[0]  # type: ignore[assignment]
+        net.floor = None if floor == "null" else _numbers(path, header, "floor", 1)[0]  # type: ignore[assignment]
     if hasattr(net, "offset") and "offset" in header:
-        net.offset = _numbers(path, header, 2)  # type: ignore[assignment]
+        net.offset = _numbers(path, header, "offset", 2)  # type: ignore[assignment]
     return net.eval()
 
 
@@ -267,16 +267,16 @@ def _check_shapes(path: Path, file: Any, net: nn.Module) -> None:
         )
 
 
-def _numbers(path: Path, header: dict[str, str], count: int) -> tuple[float, ...]:
-    """``count`` finite numbers of a header: its floor (1) or offset (2)."""
-    key = "floor" if count == 1 else "offset"
+def _numbers(path: Path, header: dict[str, str], key: str, count: int) -> tuple[float, ...]:
+    """The ``count`` finite numbers that a header has under a key."""
     value = _header_json(path, header, key)
-    values = value if isinstance(value, list) else [value]
-    if len(values) != count or not all(
-        isinstance(v, int | float) and math.isfinite(v) for v in values
-    ):
+    try:
+        numbers = tuple(float(v) for v in (value if isinstance(value, list) else [value]))
+    except (TypeError, ValueError, OverflowError):
+        numbers = ()
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
         raise WeightsError(f"{path}: {key} in its header must be {count} numbers; it is damaged")
-    return tuple(float(v) for v in values)
+    return numbers
 
 
 def _header_json(path: Path, header: dict[str, str], key: str) -> Any:

@@ -203,6 +203,8 @@ def _read(path: Path, folder: str) -> Any:
         lines = path.read_text().replace(folder, "FOLDER").splitlines()
         texts = lines if path.suffix == ".jsonl" else ["\n".join(lines)]
         values = [_without_volatile(json.loads(text)) for text in texts]
+        if path.suffix == ".jsonl" and all("name" in value for value in values):
+            return {value["name"]: value for value in values}  # a log, whose last lines are valid
         return sorted(values, key=json.dumps)
     return path.read_bytes()
 

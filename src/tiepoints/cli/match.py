@@ -211,7 +211,6 @@ def match(
                 features=features,
                 root=root_images,
                 pages=pages,
-                reading=extraction,
             )
     _print_report(report, output, drawn, as_json)
 

@@ -21,16 +21,10 @@ from .common import (
 Preset = Literal["default", "paper", "smoke", "msip", "corners"]
 Handcrafted = Literal["both", "first", "second", "none"]
 MsipForm = Literal["paper", "code"]
-#: Parameters of ``train`` that determine its result; a checkpoint contains them.
-TRAIN_ARGUMENTS = (
-    *("network", "images", "validation", "preset", "init"),
-    *("training_pairs", "validation_pairs", "num_training_data", "patch_size", "max_angle"),
-    *("filters", "blocks", "levels", "kernel", "handcrafted"),
-    *("loss", "windows", "window_weights", "base"),
-    *("group_size", "dims", "orientation_balance"),
-    *("patches", "reconstructions", "validation_reconstructions"),
-    *("detector", "dim", "width"),
-    *("minutes", "steps", "batch_size", "learning_rate", "seed", "precision", "validate_every"),
+#: Parameters of ``train`` that do not determine its result; a checkpoint contains the others.
+RUN_PARAMETERS = (
+    *("output", "workers", "device", "devices", "save_every", "resume", "overwrite"),
+    *("compare", "as_json"),
 )
 
 
@@ -228,9 +222,12 @@ def train(
         fail("give --steps or --minutes, not both")
     if resume and overwrite:
         fail("give --resume or --overwrite, not both")
-    arguments = {key: context.params[key] for key in TRAIN_ARGUMENTS}
     # an option that may be repeated is an empty list if it is not given
-    arguments = {key: value for key, value in arguments.items() if value not in ([], ())}
+    arguments = {
+        key: value
+        for key, value in context.params.items()
+        if key not in RUN_PARAMETERS and value not in ([], ())
+    }
     arguments["windows"] = _numbers("--windows", windows, int)
     arguments["window_weights"] = _numbers("--window-weights", window_weights, float)
     stopped = f"stopped; resume with --resume ({output}.checkpoint)"

@@ -30,13 +30,14 @@ def show_weights(name: str) -> None:
     """Show settings, origin and checksum of embedded weights, a weights file or an official
     checkpoint.
     """
-    from ..checkpoints import load_official
+    from ..extract import load_file
     from ..weights import DATA, file_checksum, load, metadata_of, table
 
     with user_errors():
         known = table()
         ours = name in known or Path(name).suffix == ".safetensors"
-        net = load(name) if ours else load_official(Path(name))
+        # of a name that is no file, ``load`` lists the known ones
+        net = load(name) if ours or not Path(name).exists() else load_file(name)
         path = DATA / known[name]["file"] if name in known else Path(name)
         content = {
             "file": path.name,

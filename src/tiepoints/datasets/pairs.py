@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import DataError
 from ..files import atomic_path
-from ..formats.records import file_stamp, json_digest, with_program
+from ..formats.records import compatible, files_digest, with_program, without_information
 from ..geometry import warp_image
 from ..progress import track
 from .synthetic import Pair, PairDataset, PairSettings, as_tensors
@@ -78,7 +78,7 @@ def _metadata(
             "preset": preset,
             **asdict(settings),
             "photos": len(photos),
-            "data": json_digest(sorted([path.name, file_stamp(path)] for path in photos)),
+            "data": files_digest(photos),
         }
     )
 
@@ -93,6 +93,7 @@ def write_pairs(
     workers: int = 0,
     preset: str = "",
     progress: bool = False,
+    keep: bool = False,
 ) -> None:
     """Draw ``count`` pairs and write them to ``path``; the file is written atomically.
 
@@ -103,14 +104,17 @@ def write_pairs(
         workers: number of worker processes.
         preset: name of the settings, stored in the header.
         progress: show progress.
+        keep: leave a file that already contains these pairs.
 
     Raises:
         DataError: the photographs have no texture.
         OSError: the disk is full or the folder is not writable.
     """
+    metadata = _metadata(photos, settings, count, seed, preset)
+    if keep and _contains(path, metadata):
+        return
     dataset = PairDataset(photos, settings, seed=seed, length=count)
     layout = _layout(count, settings.size)
-    metadata = _metadata(photos, settings, count, seed, preset)
     offsets, size = _offsets(layout)
     text = _header(layout, offsets, metadata)
     with atomic_path(path) as tmp_path:
@@ -136,23 +140,15 @@ def write_pairs(
             array.flush()
 
 
-def stored_pairs(
-    path: Path,
-    photos: list[Path],
-    settings: PairSettings,
-    count: int,
-    *,
-    seed: int,
-    preset: str = "",
-    **options: Any,
-) -> Path:
-    """Write pairs to ``path`` unless it already contains the same ones; arguments and errors as of
-    ``write_pairs``.
-    """
-    wanted = json.loads(json.dumps(_metadata(photos, settings, count, seed, preset)))
-    if not path.is_file() or PairFile(path).info != wanted:
-        write_pairs(path, photos, settings, count, seed=seed, preset=preset, **options)
-    return path
+def _contains(path: Path, metadata: dict[str, Any]) -> bool:
+    """Whether a file has pairs of this description, of this version of the package."""
+    try:
+        info = PairFile(path).info
+    except (FileNotFoundError, DataError):  # missing or damaged
+        return False
+    wanted = json.loads(json.dumps(metadata))
+    same = without_information(info) == without_information(wanted)
+    return same and compatible(info.get("version"))
 
 
 def _reserve(file: Any, size: int) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ..errors import DataError
+from ..errors import DataError, first_line
 from ..files import atomic_path, write_json
 from ..formats.records import file_stamp, read_settings, record_path
 
@@ -483,8 +483,7 @@ def _integers(path: Path, what: str, usecols: int | None = None) -> np.ndarray:
         )
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path}: expected {what} ({str(error).splitlines()[0]}): truncated or damaged. "
-            f"{_REMEDY}"
+            f"{path}: expected {what} ({first_line(error)}): truncated or damaged. {_REMEDY}"
         ) from error
 
 

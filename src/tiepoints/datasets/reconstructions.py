@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..decode import image_size
 from ..errors import DataError, first_line
 from ..files import require
 from ..image import load_image
@@ -222,9 +223,7 @@ def _read(model: Path) -> Any:
     try:
         return pycolmap.Reconstruction(str(model))
     except Exception as error:  # pycolmap raises various types for damaged files
-        raise DataError(
-            f"{model} is not a readable COLMAP model ({str(error).splitlines()[0]})"
-        ) from error
+        raise DataError(f"{model} is not a readable COLMAP model ({first_line(error)})") from error
 
 
 def read_scene(model: Path, images: Path, settings: TrackSettings | None = None) -> TrackScene:
@@ -247,12 +246,11 @@ def read_scene(model: Path, images: Path, settings: TrackSettings | None = None)
         path = images / image.name
         camera = reconstruction.cameras[image.camera_id]
         try:
-            with Image.open(path) as opened:
-                factor = opened.width / camera.width
+            factor = image_size(path)[0] / camera.width
         except FileNotFoundError:
             continue
-        except Exception as error:  # decoders raise various types for damaged files
-            logger.warning("skipped: %s: cannot be read (%s)", path, first_line(error))
+        except (DataError, OSError) as error:
+            logger.warning("skipped: %s", first_line(error))
             continue
         observed = [
             (rows[p.point3D_id], p.xy)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -194,10 +195,13 @@ class _Journal:
             return None
         try:
             content = json.loads(header)
-            complete = isinstance(content["name"], str) and isinstance(content["arrays"], list)
-        except (ValueError, KeyError, TypeError):
+            name, layout, attributes = (content[k] for k in ("name", "arrays", "attributes"))
+            size = sum(np.dtype(kind).itemsize * math.prod(shape) for _, kind, shape in layout)
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        return ({**content, "length": header_length}, data) if complete else None
+        if not isinstance(name, str) or not isinstance(attributes, dict) or size != len(data):
+            return None
+        return {**content, "length": header_length}, data
 
     def append(
         self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]
@@ -550,7 +554,8 @@ class MatchFile(_GroupFile):
     @property
     def foreign(self) -> bool:
         """Whether another program, or an earlier version of this one, wrote the file."""
-        return self._file is not None and self._file.attrs.get("program") != PROGRAM
+        with self._reading():
+            return self._file is not None and self._file.attrs.get("program") != PROGRAM
 
     def clear_matches(self) -> None:
         """Remove all content."""
@@ -564,13 +569,15 @@ class MatchFile(_GroupFile):
         pairs = [key for key in self._pairs() if not keys.isdisjoint(key.split("/"))]
         self._delete(pairs)
 
-    def _pairs(self) -> Iterator[str]:
+    def _pairs(self) -> list[str]:
         """Names of all groups of pairs; also of removed ones."""
-        yield from self._journal.index
-        for first in () if self._file is None else self._file:
-            group = self._file[first]
-            if isinstance(group, self._h5py.Group):
-                yield from (f"{first}/{second}" for second in group)
+        names = list(self._journal.index)
+        with self._reading():
+            for first in () if self._file is None else self._file:
+                group = self._file[first]
+                if isinstance(group, self._h5py.Group):
+                    names += [f"{first}/{second}" for second in group]
+        return names
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
         """Write the matches of the images ``a`` and ``b``.

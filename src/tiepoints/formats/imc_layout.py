@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
-from .hdf5 import require_h5py
+from ..errors import DataError, first_line
+from .hdf5 import HDF5_ERRORS, require_h5py
 
 DATASETS = ("phototourism", "pragueparks", "googleurban")
 TASKS = ("stereo", "multiview")
@@ -92,10 +92,9 @@ def read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray | None]]:
         with h5py.File(path, "r") as file:
             for key, item in file.items():
                 yield key, np.asarray(item[()]) if isinstance(item, h5py.Dataset) else None
-    except (OSError, RuntimeError) as error:
+    except HDF5_ERRORS as error:
         raise DataError(
-            f"{path} is not an HDF5 file or is damaged ({str(error).splitlines()[0]}); "
-            f"{EXPORT_AGAIN}"
+            f"{path} is not an HDF5 file or is damaged ({first_line(error)}); {EXPORT_AGAIN}"
         ) from error
 
 

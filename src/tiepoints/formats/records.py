@@ -89,8 +89,12 @@ def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> li
             else:
                 found += changes(old, new, f"{prefix}{key}.")
         else:
-            found.append(f"{prefix}{key}: {old} before, {new} now")
+            found.append(f"{prefix}{key}: {_shown(old)} before, {_shown(new)} now")
     return found
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else str(value)
 
 
 def _features(settings: dict[str, Any]) -> str:
@@ -136,6 +140,13 @@ def file_stamp(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def files_digest(paths: Iterable[Path]) -> str:
+    """Digest of the names, sizes and modification times of files, not of the folders they are
+    in.
+    """
+    return json_digest(sorted([path.name, file_stamp(path)] for path in paths))
 
 
 class RecordLog:
@@ -210,9 +221,9 @@ class RecordLog:
             if not self._complete:
                 data = b"\n" + data  # after an incomplete line
             self._complete = False
-            written = self._file.write(data)
-            if written < len(data):  # the next attempt reports the error of a full disk
-                self._file.write(data[written:])
+            rest = memoryview(data)
+            while rest:  # a full disk is an error of the next attempt
+                rest = rest[self._file.write(rest) :]
             self._complete = True
 
     def clear(self) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from ..errors import DataError
 from ..files import write_json
 from ..structs import Features, Matches
 from .colmap import ColmapDatabase
-from .hdf5 import FeatureFile, MatchFile
+from .hdf5 import FeatureFile
 from .npy import FeatureFolder
 from .records import (
     RecordLog,
@@ -28,7 +27,6 @@ from .records import (
 FILE_NAMES = {"npy": "", "h5": "features.h5", "colmap": "database.db"}
 
 
-@runtime_checkable
 class FeatureStore(Protocol):
     """Features of many images by name: ``FeatureFolder``, ``FeatureFile`` or ``ColmapDatabase``."""
 
@@ -97,7 +95,7 @@ def open_features(path: Path) -> FeatureStore:
         if next(path.rglob("*.kpt.npy"), None) is not None:
             return FeatureFolder(path)
         names = [name for name in FILE_NAMES.values() if name]
-        inner = [path / name for name in names if _exists(path / name)]
+        inner = [path / name for name in names if exists(path / name)]
         if not inner:
             raise DataError(
                 f"{path} contains no features; create them with: tiepoints extract IMAGES"
@@ -105,19 +103,19 @@ def open_features(path: Path) -> FeatureStore:
         path = inner[0]
     if path.suffix == ".db":
         return ColmapDatabase(path)
-    if not _exists(path):
+    if not exists(path):
         raise FileNotFoundError(
             f"no features at {path}; create them with: tiepoints extract IMAGES --format h5"
         )
     return FeatureFile(path)
 
 
-def _exists(path: Path) -> bool:
-    """Whether a file or its journal exists."""
+def exists(path: Path) -> bool:
+    """Whether a file of results exists, or its journal, which a killed process leaves."""
     return path.is_file() or path.with_name(path.name + ".journal").is_file()
 
 
-def settings_path(store: FeatureStore | MatchFile) -> Path:
+def settings_path(store: FeatureStore) -> Path:
     """Path of the file that records the settings of a store's content."""
     return _record(store, "settings.json")
 
@@ -174,8 +172,9 @@ def check_settings(
     overwrite: bool,
     clear: Callable[[], None],
     results: Path,
-    normalize: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-    has_results: Callable[[], bool] = lambda: True,
+    normalize: Callable[[dict[str, Any]], dict[str, Any]],
+    has_results: Callable[[], bool],
+    usable: bool,
 ) -> None:
     """Write the settings of results to ``path`` (JSON), after a comparison with existing ones.
 
@@ -188,11 +187,15 @@ def check_settings(
         results: path of the results, for the message.
         normalize: converts settings of earlier versions to the current form.
         has_results: whether there are results; called unless the settings agree.
+        usable: whether results without settings can be used as they are, as features can.
 
     Raises:
         DataError: there are results of other settings, or without settings.
     """
-    reason = _disagreement(path, settings, overwrite, results, normalize)
+    if path.is_file():
+        reason = _disagreement(path, settings, overwrite, results, normalize)
+    else:
+        reason = foreign_message(results, f"there is no {path.name}", usable=usable)
     if reason and has_results():
         if not overwrite:
             raise DataError(reason)
@@ -208,13 +211,11 @@ def _disagreement(
     normalize: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> str:
     """Why existing results must not be extended; empty if their settings agree."""
-    if not path.is_file():
-        reason = f"there is no {path.name}"
-        return foreign_message(results, reason, usable="ratio" not in settings)
+    stored = read_settings(path)
     try:
-        stored = json.loads(path.read_text())
+        if stored is None:
+            raise ValueError("no JSON object")
         before = normalize(without_information(stored))
-        version = stored.get("version")
     except (ValueError, TypeError, AttributeError) as error:
         if not overwrite:
             raise DataError(f"{path} is damaged ({error}); use --overwrite") from error
@@ -222,14 +223,13 @@ def _disagreement(
     remedy = "use --overwrite, or another --output for these"
     if changed := changes(before, without_information(settings)):
         return f"{results} holds results of other settings ({', '.join(changed)}); {remedy}"
-    if not compatible(version):
-        return (
-            f"{results} holds results of version {version}, this is {program_version()}; {remedy}"
-        )
+    if not compatible(stored.get("version")):
+        version = stored["version"]
+        return f"{results} holds results of version {version}, not {program_version()}; {remedy}"
     return ""
 
 
-def foreign_message(results: Path, reason: str, *, usable: bool = True) -> str:
+def foreign_message(results: Path, reason: str, *, usable: bool) -> str:
     """The message about results without a valid record; features are ``usable`` by matching."""
     use = f"match them as they are with --features {results}, " if usable else ""
     return (
@@ -242,17 +242,15 @@ def foreign_message(results: Path, reason: str, *, usable: bool = True) -> str:
 SAMPLES = 8
 
 
-def differing_features(
-    store: FeatureStore, log: RecordLog, count: int = SAMPLES
-) -> tuple[list[str], list[str]]:
+def differing_features(store: FeatureStore, log: RecordLog) -> tuple[list[str], list[str]]:
     """Names of images whose stored features differ from their records, and of those whose features
-    are damaged, among ``count`` images.
+    are damaged, among ``SAMPLES`` images.
 
     If the store was replaced by that of another program, all of them differ.
     """
     names = sorted(log.entries)
     differing, damaged = [], []
-    for name in names[:: max(1, len(names) // count)][:count]:
+    for name in names[:: max(1, len(names) // SAMPLES)][:SAMPLES]:
         if not store.done(name, described=False):
             continue
         try:

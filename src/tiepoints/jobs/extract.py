@@ -101,28 +101,16 @@ def check_store(store: FeatureStore, settings: dict[str, Any], overwrite: bool) 
         results=store.path,
         normalize=normalize_settings,
         has_results=lambda: holds_features(store),
+        usable=True,
     )
     with RecordLog(images_path(store)) as log:
         differing, damaged = differing_features(store, log)
         log.forget(damaged)  # extracted again
     if differing and not overwrite:
-        raise DataError(
-            foreign_message(store.path, f"the features of {differing[0]} differ from their record")
-        )
+        reason = f"the features of {differing[0]} differ from their record"
+        raise DataError(foreign_message(store.path, reason, usable=True))
     if differing:
         clear()
-
-
-def normalize_match_settings(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of matches with those of their features as written today; of features of other
-    programs only the path is known.
-    """
-    features = content.get("features")
-    if not isinstance(features, dict):
-        return content
-    if "detector" in features:
-        return {**content, "features": normalize_settings(features)}
-    return {**content, "features": {**features, "foreign": True}}
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -361,15 +349,8 @@ def extract_to_store(
         def load(task: Task) -> _Loaded:
             # before the image is read, so that a replacement during the extraction is noticed
             record = source_record(task, masks)
-            try:
-                mask = None if load_mask is None else load_mask(task)
-                return _Loaded(record, extractor.read(task.source), mask)
-            except (OSError, DataError, ValueError):
-                raise
-            except Exception as error:  # decoders raise various types for damaged files
-                raise DataError(
-                    f"{task.path} cannot be decoded ({type(error).__name__}: {first_line(error)})"
-                ) from error
+            mask = None if load_mask is None else load_mask(task)
+            return _Loaded(record, extractor.read(task.source), mask)
 
         def write(task: Task, features: Features, record: dict[str, Any] | None) -> None:
             digest = store.write(str(task.relative), features, task.path)

@@ -97,7 +97,7 @@ def export_imc(
         check_store(store, extraction.to_json(), overwrite)
         extractor = extraction.build()
         report = ExtractReport()
-        extract_to_store(
+        notices = extract_to_store(
             tasks,
             extractor,
             store,
@@ -107,6 +107,7 @@ def export_imc(
             workers=workers,
             progress=progress,
         )
+        notices.log(pages=False, rotations=False)
         report.ignored = skipped
         result = Submission(len(sequences), report, failed=refused + report.failed)
         names = {sequence: _keys(sequence, paths, store) for sequence, paths in sequences.items()}

@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..errors import DataError, WeightsError
+from ..errors import DataError, WeightsError, first_line
 from ..formats import imc
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile
@@ -20,6 +20,7 @@ from ..formats.records import PROGRAM, RecordLog, read_settings, record_path
 from ..formats.store import (
     FILE_NAMES,
     differing_features,
+    exists,
     images_path,
     own_settings,
     settings_path,
@@ -65,7 +66,10 @@ def describe(path: str | Path) -> Info:
         return _folder(path)
     if not path.is_file() and not journal.is_file():
         raise FileNotFoundError(f"no file or folder at {path}")
-    start = path.open("rb").read(16) if path.is_file() else b""
+    start = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(16)
     if not path.is_file() or start.startswith(b"\x89HDF"):
         return _hdf5(path)
     if start.startswith(b"SQLite format 3"):
@@ -94,7 +98,7 @@ def _folder(path: Path) -> Info:
         return _submission(path)
     stores = [_features(FeatureFolder(path))] if (path / "settings.json").is_file() else []
     stores += [
-        describe(path / name) for name in FILE_NAMES.values() if name and (path / name).is_file()
+        describe(path / name) for name in FILE_NAMES.values() if name and exists(path / name)
     ]
     if len(stores) == 1:
         return stores[0]
@@ -182,8 +186,10 @@ def _safetensors(path: Path) -> Info:
         content = {
             key: json.loads(header[key]) for key in ("settings", "facts", "pairs") if key in header
         }
-    except (SafetensorError, OSError, ValueError) as error:
-        return _unknown(path, f"it is no readable safetensors file ({error})")
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        return _unknown(path, f"it is no readable safetensors file ({first_line(error)})")
+    if not all(isinstance(value, dict) for value in content.values()):
+        return _unknown(path, "its header is damaged")
     if "pairs" in content:
         return Info(str(path), "training pairs", record=content["pairs"])
     if header.get("network") not in NETWORKS:
@@ -213,10 +219,11 @@ def _zip(path: Path) -> Info:
         return _npz(path)
     try:
         state = read_checkpoint(path)
-    except WeightsError:
+        identity = dict(state["identity"])
+    except (WeightsError, KeyError, TypeError, ValueError):
         return _unknown(path, "it is neither features nor a training checkpoint of tiepoints")
     names = ("step", "total", "best", "best_step", "spent")
-    record = {**state["identity"], **{name: state.get(name) for name in names}}
+    record = {**identity, **{name: state.get(name) for name in names}}
     return Info(str(path), "training checkpoint", record=record)
 
 
@@ -231,8 +238,8 @@ def _npz(path: Path) -> Info:
                 record["descriptor_dimension"] = content["descriptors"].shape[1]
             if "inputs" in content:
                 record["inputs"] = str(content["inputs"])
-    except (OSError, ValueError, EOFError, BadZipFile, IndexError) as error:
-        return _unknown(path, f"it is damaged ({error})")
+    except Exception as error:  # NumPy and zipfile raise various types for damaged files
+        return _unknown(path, f"it is damaged ({first_line(error)})")
     return Info(str(path), "features", record=record)
 
 

@@ -63,7 +63,7 @@ from .extract import (
     extract_to_store,
     mask_loader,
     mask_settings,
-    normalize_match_settings,
+    normalize_settings,
     refuse_rotation,
 )
 
@@ -207,7 +207,7 @@ def match_two(
     reorient = options.auto_orientation and can_reorient(extractor)
     notices = Notices()
     for name, reading in ((image_a, read_a), (image_b, read_b)):
-        notices.add(name if isinstance(name, str | Path) else "one in memory", reading)
+        notices.add(name, reading)
     notices.log(rotations=not reorient)
     if reorient:
         oriented = PairMatcher(extractor, matcher)(a, b, pixels_b)
@@ -577,6 +577,8 @@ def match_images(
             storing = _Storing(camera, masks, overwrite, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
+            if masks is not None:
+                raise ValueError("masks apply to the extraction: extract the features with --masks")
             descriptor = None if extraction is None else extraction.descriptor
             source = _stored_source(stack, tasks if images else None, output, features, descriptor)
         source.failed = found.refused + source.failed
@@ -633,6 +635,18 @@ def _choose_pairs(
     return pairs
 
 
+def _normalize_match_settings(content: dict[str, Any]) -> dict[str, Any]:
+    """Settings of matches with those of their features as written today; of features of other
+    programs only the path is known.
+    """
+    features = content.get("features")
+    if not isinstance(features, dict):
+        return content
+    if "detector" in features:
+        return {**content, "features": normalize_settings(features)}
+    return {**content, "features": {**features, "foreign": True}}
+
+
 def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bool) -> None:
     """Record the settings of a store of matches, or compare them with its record.
 
@@ -645,8 +659,9 @@ def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bo
         overwrite=overwrite,
         clear=lambda: clear_all_matches(store),
         results=store.path,
-        normalize=normalize_match_settings,
+        normalize=_normalize_match_settings,
         has_results=store.holds_matches,
+        usable=False,
     )
     with RecordLog(matches_path(store)) as log:
         replaced = bool(log.entries) and isinstance(store, MatchFile) and store.foreign

@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import DataError
 from ..files import collect, natural
 from ..formats.colmap import ColmapDatabase
-from ..formats.hdf5 import MatchFile
-from ..formats.store import open_features
+from ..formats.hdf5 import MatchFile, pair_name
+from ..formats.store import open_features, own_settings
 from ..image import ReadOptions, to_rgb
 from ..plot import draw_matches
 from .extract import counted_pages
@@ -28,16 +28,15 @@ def draw_best_pairs(
     root: Path | None = None,
     count: int = BEST_PAIRS,
     pages: str = "first",
-    reading: ReadOptions | None = None,
 ) -> list[Path]:
-    """Draw the pairs with the most matches of a file that ``match_images`` wrote.
+    """Draw the pairs with the most matches of a file that ``match_images`` wrote, with images read
+    as for their features.
 
     Args:
         matches: ``.h5`` or ``.db``.
         images, root, pages: arguments of ``match_images``.
         output: folder of the image files.
         features: path of the features; by default that of ``match_images``.
-        reading: how the images were read.
 
     Returns:
         the image files, the pair with the most matches first.
@@ -55,6 +54,7 @@ def draw_best_pairs(
         ColmapDatabase(matches) if database else MatchFile(matches) as store,
         store if database else open_features(source) as stored,
     ):
+        reading = ReadOptions.of_record(own_settings(stored) or {})
         names = sorted((name for name in stored.names() if name in files), key=natural)
         matched = [
             (len(store.read_matches(a, b)), a, b)
@@ -66,7 +66,7 @@ def draw_best_pairs(
         for _, a, b in sorted(matched, key=lambda item: -item[0])[:count]:
             pair_matches = store.read_matches(a, b)
             xy_a, xy_b = pair_matches.positions(stored.read(a), stored.read(b))
-            path = output / f"{Path(a).stem}-{Path(b).stem}.jpg"
+            path = output / f"{pair_name(a, b).replace('/', '-')}.jpg"
             caption = f"{a} - {b}: {len(pair_matches)} matches"
             shown = to_rgb(files[a], reading), to_rgb(files[b], reading)
             draw_matches(*shown, xy_a, xy_b, caption=caption, path=path)

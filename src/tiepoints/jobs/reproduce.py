@@ -9,8 +9,6 @@ folder keeps everything, so that an interrupted run resumes.
 from __future__ import annotations
 
 import re
-import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,11 +19,10 @@ import torch
 from PIL import Image
 
 from ..datasets.homography import homography_sequences
-from ..datasets.synthetic import list_photos, split_photos, usable_photos
 from ..detect import score_maps
+from ..evaluation.complexity import TIMED_SIDE, num_parameters, seconds_per_image
 from ..evaluation.results import Rows, read_run
 from ..evaluation.run import RunSettings, evaluate
-from ..evaluation.systems import Options, system
 from ..files import write_json, write_text
 from ..image import load_image
 from ..keypoints import detect_peaks
@@ -33,6 +30,7 @@ from ..models.spec import fused
 from ..plot import draw_keypoints
 from ..report import published
 from ..report.page import Cell, Column, Row, Table
+from ..report.papers import TABLE_2_COLUMNS
 from ..training.loop import RunOptions
 from ..training.losses import WINDOWS
 from ..weights import load
@@ -86,22 +84,12 @@ TABLE_3_SYSTEMS = {
 TABLE_4_NETWORKS = {"Tiny-Key.Net": "keynet-tiny", "Key.Net": "keynet"}
 #: Reduced pyramid levels whose range of scales is the nearest to that of table 2 (docs/papers.md).
 DOWN_LEVELS = 5
-#: Measures of table 2: metric, heading, field of ``published.Detection``, decimals, factor.
-TABLE_2_MEASURES = (
-    ("keynet.rep_SL", "repeatability SL %", "rep_SL", 1, 100.0),
-    ("keynet.rep_L", "repeatability L %", "rep_L", 1, 100.0),
-    ("keynet.err_SL", "overlap error SL", "err_SL", 2, 1.0),
-    ("keynet.err_L", "overlap error L", "err_L", 2, 1.0),
-    ("s_range", "S range", "s_range", 1, 1.0),
-)
 PAPER_SPLITS = ("view", "illum")
 SPLIT_NAMES = {
     **{"view": "viewpoint", "illum": "illumination"},
     **{"other": "other sequences", "all": "all sequences"},
 }
 QUICK_NOTE = "With the quick budget, another seed moves a row by up to 17 points."
-#: Side in pixels and number of repetitions of the timing of table 4.
-TIMED_SIDE, TIMINGS = 600, 5
 #: Keypoints and maximum width in pixels of a picture of figure 3.
 FIGURE_KEYPOINTS, FIGURE_WIDTH = 100, 360
 
@@ -153,6 +141,11 @@ class ReproduceOptions:
                 "layout (data)"
             )
 
+    @property
+    def weights(self) -> str:
+        """Whose weights are measured: the ``shipped`` ones, or those of a training budget."""
+        return "shipped" if self.images is None else self.budget
+
 
 @dataclass(frozen=True)
 class Reproduced:
@@ -176,8 +169,8 @@ class Reproduced:
 
 
 def reproduce(options: ReproduceOptions) -> Reproduced:
-    """Reproduce a table or a figure; writes ``<part>-<budget>.json`` and ``.md`` (figure 3: also
-    ``.png``) into the work folder.
+    """Reproduce a table or a figure; writes ``<part>-<weights>.json`` and ``.md`` (figure 3: also
+    ``.png``) into the work folder, where the weights are ``shipped``, ``quick`` or ``paper``.
 
     Raises:
         ValueError: no row has the name, or an argument is unusable.
@@ -195,7 +188,7 @@ def reproduce(options: ReproduceOptions) -> Reproduced:
         "table 4": lambda: _table_4(options),
     }[options.part]
     result = run()
-    stem = options.work / f"{options.part.replace(' ', '-')}-{options.budget}"
+    stem = options.work / f"{options.part.replace(' ', '-')}-{options.weights}"
     content = {"part": options.part, "budget": options.budget, **result.content}
     content["skipped"] = result.skipped
     json_path, text_path = (stem.with_name(stem.name + suffix) for suffix in (".json", ".md"))
@@ -258,9 +251,11 @@ def _figure_3(options: ReproduceOptions) -> Reproduced:
     nested = [WINDOWS[: count + 1] for count in range(len(WINDOWS))]
     variants = window_variants(nested)
     names = _selected([variant.name for variant in variants], options.only)
+    sequences = None if options.data is None else homography_sequences(options.data)
     trainer = _trainer(options)
     rows = [trainer.row(variant) for variant in variants if variant.name in names]
-    image = load_image(_figure_image(options))
+    # the first photograph for validation, unless there are other data
+    image = load_image(trainer.held_out[0] if sequences is None else sequences.pairs[0].image_a)
     columns = []
     for row in rows:
         net = fused(load(row["weights"]))
@@ -274,14 +269,6 @@ def _figure_3(options: ReproduceOptions) -> Reproduced:
     return Reproduced({"rows": rows, "image": path.name}, [variant_table(options, rows)], [path])
 
 
-def _figure_image(options: ReproduceOptions) -> Path:
-    """The first image of the data, or the first photograph for validation."""
-    if options.data is not None:
-        return homography_sequences(options.data).pairs[0].image_a
-    assert options.images is not None
-    return split_photos(usable_photos(list_photos(options.images))[0])[1][0]
-
-
 def _as_gray(score: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """A score map (1,1,H,W) as RGB (h,w,3) uint8 of ``size`` (w,h), dark where scores are high."""
     values = score[0, 0]
@@ -293,47 +280,34 @@ def _as_gray(score: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 # ---- systems on homography sequences
 
 
-def _networks(options: ReproduceOptions) -> dict[str, str]:
-    """Weights of Key.Net and Tiny-Key.Net: trained on the given images, or shipped."""
-    names = ("keynet", "keynet-tiny")
-    if options.images is None:
-        return {name: name for name in names}
-    trainer = _trainer(options)
-    return {name: trainer.row(Variant("M-SIP, all"), name)["weights"] for name in names}
-
-
-def _systems(options: ReproduceOptions, table: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Systems of the rows of a table, and messages about rows that cannot run."""
+def _systems(options: ReproduceOptions, table: dict[str, str]) -> dict[str, str]:
+    """Systems of the selected rows of a table; networks are trained if photographs are given."""
     given = dict(entry.partition("=")[::2] for entry in options.features)
-    networks = _networks(options)
+    names = _selected(list({**table, **given}), options.only)
     systems = {}
-    for row, name in table.items():
-        base = re.split("[@+]", name)[0]
-        systems[row] = networks.get(base, base) + name.removeprefix(base)
-    systems |= given
-    names = _selected(list(systems), options.only)
-    missing = []
     for row in names:
-        try:
-            system(systems[row], Options(10, device="cpu"))
-        except (ImportError, OSError) as error:
-            missing.append(f"{row}: {error}")
-            del systems[row]
-    return {row: systems[row] for row in names if row in systems}, missing
+        base = re.split("[@+]", table.get(row, ""))[0]
+        network = base if row in given else _network(options, base)
+        systems[row] = given.get(row, network + table.get(row, "").removeprefix(base))
+    return systems
+
+
+def _network(options: ReproduceOptions, name: str) -> str:
+    """A detector; Key.Net and Tiny-Key.Net are trained first on given photographs."""
+    if options.images is None or name not in TABLE_4_NETWORKS.values():
+        return name
+    return _trainer(options).row(Variant("M-SIP, all"), name)["weights"]
 
 
 def _evaluated(
-    options: ReproduceOptions,
-    systems: dict[str, str],
-    folder: str,
-    skipped: list[str],
-) -> Rows | None:
-    """Results of systems, whose names are those of the rows; None without systems. Sequences and
-    pairs without results are added to ``skipped``.
+    options: ReproduceOptions, table: dict[str, str], folder: str
+) -> tuple[Rows, list[str], list[str]]:
+    """Results of the selected rows of a table: the results, the names of the rows that could be
+    run, and messages about rows, sequences and pairs without results.
     """
     assert options.data is not None
-    if not systems:
-        return None
+    dataset = homography_sequences(options.data)  # raises before networks are trained
+    systems = _systems(options, table)
     settings = RunSettings(
         tuple(f"{row}={name}" for row, name in systems.items()),
         num_keypoints=options.num_keypoints,
@@ -341,16 +315,17 @@ def _evaluated(
         device=options.device,
         extraction={"down_levels": DOWN_LEVELS},
     )
-    work = options.work / folder
-    dataset = homography_sequences(options.data)
+    work = options.work / f"{folder}-{options.weights}"
     evaluate(dataset, settings, work, workers=options.workers, progress=options.progress)
     run = read_run(work)
-    skipped += [text for text in map(str, dataset.problems) if text not in skipped]
+    unavailable = run.metadata.get("unavailable", {})
+    skipped = list(map(str, dataset.problems))
+    skipped += [f"{row}: {unavailable[row]}" for row in systems if row in unavailable]
     for row in systems:
         failed = [pair.reason for pair in run.rows if pair.system == row and not pair.ok]
         if failed:
             skipped.append(f"{row}: {len(failed)} pairs failed, such as {failed[0]}")
-    return Rows(run)
+    return Rows(run), [row for row in systems if row not in unavailable], skipped
 
 
 def printed(table: Mapping[str, tuple[T, T]], row: str, split: str) -> T | None:
@@ -360,43 +335,40 @@ def printed(table: Mapping[str, tuple[T, T]], row: str, split: str) -> T | None:
     return table[row][PAPER_SPLITS.index(split)]
 
 
-def _splits(rows: Rows | None) -> list[str]:
+def _splits(rows: Rows) -> list[str]:
     """Viewpoint and illumination, as in the paper; of sequences of neither kind, all."""
-    splits = [] if rows is None else rows.splits
-    return [split for split in splits if split != "all"] or splits
+    return [split for split in rows.splits if split != "all"] or rows.splits
 
 
 def _table_2(options: ReproduceOptions) -> Reproduced:
     """Repeatability of detectors with and without a scale pyramid."""
-    systems, missing = _systems(options, TABLE_2_SYSTEMS)
-    rows = _evaluated(options, systems, "table-2", missing)
+    rows, names, skipped = _evaluated(options, TABLE_2_SYSTEMS, "table-2")
+    columns = [
+        Column(side, label, digits)
+        for _, label, _, digits in TABLE_2_COLUMNS
+        for side in ("ours", "published")
+    ]
     content: list[dict[str, Any]] = []
     tables = []
     for split in _splits(rows):
-        columns = [
-            Column(side, label, digits)
-            for _, label, _, digits, _ in TABLE_2_MEASURES
-            for side in ("ours", "published")
-        ]
         lines = []
-        for row in systems:
-            assert rows is not None
+        for row in names:
             theirs = printed(published.TABLE_2, row, split)
             values: list[Cell] = []
-            for metric, _, name, _, factor in TABLE_2_MEASURES:
+            for metric, _, factor, _ in TABLE_2_COLUMNS:
                 values.append(rows.mean(split, row, metric, factor))
-                values.append(None if theirs is None else getattr(theirs, name))
+                values.append(getattr(theirs, metric.rpartition(".")[2], None))
             lines.append(Row(row, values))
             content.append(_as_json(row, split, columns, values))
         caption = f"Key.Net, table 2, {SPLIT_NAMES.get(split, split)}"
-        tables.append(Table(caption, columns, lines, corner="detector", note=_note(missing)))
-    return Reproduced({"rows": content}, tables, skipped=missing)
+        note = f"Repeatability % and overlap error. {_note(skipped)}"
+        tables.append(Table(caption, columns, lines, corner="detector", note=note))
+    return Reproduced({"rows": content}, tables, skipped=skipped)
 
 
 def _table_3(options: ReproduceOptions) -> Reproduced:
     """Matching score of detectors with descriptors."""
-    systems, missing = _systems(options, TABLE_3_SYSTEMS)
-    rows = _evaluated(options, systems, "table-3", missing)
+    rows, names, skipped = _evaluated(options, TABLE_3_SYSTEMS, "table-3")
     splits = _splits(rows)
     columns = [
         Column(side, f"matching score %, {SPLIT_NAMES.get(split, split)}", 1)
@@ -404,16 +376,15 @@ def _table_3(options: ReproduceOptions) -> Reproduced:
         for side in ("ours", "published")
     ]
     lines, content = [], []
-    for row in systems:
+    for row in names:
         values: list[Cell] = []
         for split in splits:
-            assert rows is not None
             values.append(rows.mean(split, row, "keynet.score@5", 100.0))
             values.append(printed(published.TABLE_3, row, split))
         lines.append(Row(row, values))
         content.append(_as_json(row, None, columns, values))
-    table = Table("Key.Net, table 3", columns, lines, note=_note(missing))
-    return Reproduced({"rows": content}, [table], skipped=missing)
+    table = Table("Key.Net, table 3", columns, lines, note=_note(skipped))
+    return Reproduced({"rows": content}, [table], skipped=skipped)
 
 
 def _as_json(
@@ -435,29 +406,16 @@ def _table_4(options: ReproduceOptions) -> Reproduced:
         *(Column(side, f"ms, {TIMED_SIDE} x {TIMED_SIDE}", 1) for side in ("ours", "published")),
     ]
     names = _selected(list(published.TABLE_4), options.only)
-    networks = _networks(options)
     lines, content = [], []
     for row in names:
         values: list[Cell] = [None, published.TABLE_4[row], None, None]
         if row in TABLE_4_NETWORKS:
-            net = load(networks[TABLE_4_NETWORKS[row]])
-            values[0] = sum(p.numel() for p in net.parameters())
-            values[2] = _milliseconds(fused(net))
+            network = _network(options, TABLE_4_NETWORKS[row])
+            values[0] = num_parameters(network)
+            values[2] = 1000 * seconds_per_image(network, side=TIMED_SIDE)
         if row in published.SECONDS_600:
             values[3] = 1000 * published.SECONDS_600[row]
         lines.append(Row(row, values))
         content.append(_as_json(row, None, columns, values))
     note = "Ours: one image on the CPU of this machine; published: GTX 1080 Ti."
     return Reproduced({"rows": content}, [Table("Key.Net, table 4", columns, lines, note=note)])
-
-
-@torch.inference_mode()
-def _milliseconds(net: torch.nn.Module) -> float:
-    """Median time of the score map of an image of ``TIMED_SIDE`` pixels."""
-    image = torch.rand(1, 1, TIMED_SIDE, TIMED_SIDE, generator=torch.Generator().manual_seed(0))
-    times = []
-    for _ in range(TIMINGS + 1):
-        started = time.perf_counter()
-        net(image)
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[1:])

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ..datasets.pairs import PairFile, stored_pairs
+from ..datasets.pairs import PairFile, write_pairs
 from ..datasets.synthetic import PRESETS
 from ..errors import WeightsError
 from ..files import write_json
+from ..formats.records import read_settings, without_information
 from ..models.spec import fused
 from ..report import published
 from ..training.loop import FitResult, RunOptions
@@ -155,23 +156,22 @@ class VariantTrainer:
         self.images, self.work, self.budget = images, work, budget
         self.run = replace(run, resume=True)
         work.mkdir(parents=True, exist_ok=True)
-        training, held_out = TrainData(images).photographs()
+        training, self.held_out = TrainData(images).photographs()
         views = replace(PRESETS[budget.pairs], size=budget.size)
         sets = {
             "training": (training, budget.training, 0),
-            "validation": (held_out, budget.validation, VALIDATION_SEED),
+            "validation": (self.held_out, budget.validation, VALIDATION_SEED),
         }
-        self.pairs = {
-            name: stored_pairs(
-                work / f"{name}-pairs.safetensors",
-                *(photos, views, count),
+        self.pairs = {name: work / f"{name}-pairs.safetensors" for name in sets}
+        for name, (photos, count, seed) in sets.items():
+            write_pairs(
+                *(self.pairs[name], photos, views, count),
                 seed=seed,
                 workers=run.workers,
                 preset=budget.pairs,
                 progress=run.progress,
+                keep=True,
             )
-            for name, (photos, count, seed) in sets.items()
-        }
 
     def row(self, variant: Variant, network: str = "keynet") -> dict[str, Any]:
         """Train a variant unless its result is in the work folder.
@@ -185,14 +185,17 @@ class VariantTrainer:
         settings = {
             "budget": asdict(self.budget),
             "options": variant.options,
-            "pairs": {name: PairFile(pairs).info for name, pairs in self.pairs.items()},
+            "pairs": {
+                name: without_information(PairFile(path).info) for name, path in self.pairs.items()
+            },
         }
         settings = json.loads(json.dumps(settings))
-        row = json.loads(path.read_text()) if path.is_file() else {}
+        row = read_settings(path) or {}
         if row.get("settings") != settings:
             row = {**self._measured(variant, network), "settings": settings}
             write_json(path, row)
         measured = {key: value for key, value in row.items() if key != "settings"}
+        measured["weights"] = str(self.work / measured["weights"])
         return {"name": variant.name, "published": variant.published, **measured}
 
     def _measured(self, variant: Variant, network: str) -> dict[str, Any]:
@@ -201,7 +204,8 @@ class VariantTrainer:
             logger.info("training %s, %s, seed %d", network, variant.name, seed)
             try:
                 result = self._train(network, variant, output, seed)
-            except WeightsError as error:  # of another budget, or damaged
+            # of another budget, damaged, or weights without a checkpoint
+            except (WeightsError, FileExistsError) as error:
                 logger.warning("%s; this row starts over", error)
                 for path in (output, companion(output, "checkpoint")):
                     path.unlink(missing_ok=True)
@@ -220,7 +224,7 @@ class VariantTrainer:
             "seed": seed,
             "steps": result.steps,
             "seconds": result.rows[-1]["seconds"] if result.rows else None,
-            "weights": str(output),
+            "weights": output.name,
         }
 
     def _train(self, network: str, variant: Variant, output: Path, seed: int) -> FitResult:

@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,7 +35,7 @@ from ..files import (
     require,
     temporary_path,
 )
-from ..image import load_image
+from ..image import load_image, to_rgb
 from ..plot import draw_caption, draw_tracks
 from ..tracking import Tracker
 
@@ -162,8 +160,8 @@ class ImageFrames:
         readable = False
         for path in self.paths:
             try:
-                frame = _read_frame(path)
-            except Exception as error:  # decoders raise various types for damaged files
+                frame = Frame(load_image(path), np.asarray(to_rgb(path))[:, :, ::-1])
+            except (OSError, DataError, ValueError) as error:
                 self.skipped.append((str(path), first_line(error)))
                 continue
             readable = True
@@ -176,16 +174,6 @@ class ImageFrames:
 
     def close(self) -> None:
         """Nothing to close."""
-
-
-def _read_frame(path: Path) -> Frame:
-    image = load_image(path)
-    with Image.open(path) as photo:
-        if photo.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr"):
-            return Frame(image, np.asarray(photo.convert("RGB"))[:, :, ::-1])
-    # 16 bit and float, of which Pillow would clip values above 255
-    gray = image[0, 0].mul(255).round().to(torch.uint8).numpy()
-    return Frame(image, np.repeat(gray[:, :, None], 3, axis=2))
 
 
 class VideoFrames:

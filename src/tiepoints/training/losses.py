@@ -4,14 +4,13 @@ descriptors (triplet, second order, circle).
 M-SIP: Key.Net, section 4 (Barroso-Laguna et al., ICCV 2019); REKD uses it with other window
 weights. Where paper and published code differ (listed in docs/training.md), ``msip_loss`` follows
 the code, because the published weights were trained with it, and ``paper_msip_loss`` the paper. All
-losses return ``(loss, metrics)``: a scalar
-tensor to minimize and a dict of floats to log.
+losses return ``(loss, metrics)``: a scalar tensor to minimize and a dict of floats to log.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +221,38 @@ def _check_windows(score_map: Tensor, windows: Sequence[int], weights: Sequence[
         )
 
 
+def _prepared(
+    score_a: Tensor,
+    score_b: Tensor,
+    H_ab: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    border: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H_ab, H_ba, and both masks without the border, of checked score maps."""
+    _check_score_maps(score_a, score_b)
+    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
+    masks = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
+    return H_ab.to(score_a), H_ba, *masks
+
+
+def _over_windows(
+    loss_of: Callable[[int], Tensor],
+    score_map: Tensor,
+    windows: Sequence[int],
+    weights: Sequence[float],
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted sum of the losses of all windows, and the values to log."""
+    _check_windows(score_map, windows, weights)
+    total = score_map.new_zeros(())
+    metrics: dict[str, float] = {}
+    for window, weight in zip(windows, weights, strict=True):
+        loss = loss_of(window)
+        metrics[f"loss_{window}"] = loss.item()
+        total = total + weight * loss
+    return total, {**metrics, "loss": total.item()}
+
+
 def msip_loss(
     score_a: Tensor,
     score_b: Tensor,
@@ -252,28 +283,21 @@ def msip_loss(
     Raises:
         ValueError: unsuitable shapes, or different numbers of windows and weights.
     """
-    _check_score_maps(score_a, score_b)
-    _check_windows(score_a, windows, weights)
-    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
-    H_ab = H_ab.to(score_a)
-    mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
-    total = score_a.new_zeros(())
-    metrics: dict[str, float] = {}
+    H_ab, H_ba, valid_a, valid_b = _prepared(score_a, score_b, H_ab, mask_a, mask_b, border)
     # As in the published code, maps are cropped to whole windows before they are warped.
     cropped: dict[tuple[int, int], _Views] = {}
-    for window, weight in zip(windows, weights, strict=True):
+
+    def loss_of(window: int) -> Tensor:
         h, w = (side // window * window for side in score_a.shape[-2:])
         if (h, w) not in cropped:
-            a, b, in_a, in_b = (t[..., :h, :w] for t in (score_a, score_b, mask_a, mask_b))
+            a, b, in_a, in_b = (t[..., :h, :w] for t in (score_a, score_b, valid_a, valid_b))
             cropped[h, w] = _warp_views(a, b, in_a, in_b, H_ab, H_ba)
         v = cropped[h, w]
         loss_a = index_proposal_loss(v.a, v.b_in_a, v.visible_a, window, **options)
         loss_b = index_proposal_loss(v.b, v.a_in_b, v.visible_b, window, **options)
-        loss = (loss_a + loss_b) / 2
-        metrics[f"loss_{window}"] = loss.item()
-        total = total + weight * loss
-    metrics["loss"] = total.item()
-    return total, metrics
+        return (loss_a + loss_b) / 2
+
+    return _over_windows(loss_of, score_a, windows, weights)
 
 
 def soft_coordinates(
@@ -335,41 +359,39 @@ def paper_msip_loss(
     Raises:
         ValueError: as ``msip_loss``, or ``base`` is not above 1.
     """
-    _check_score_maps(score_a, score_b)
-    _check_windows(score_a, windows, weights)
     if not base > 1:
         raise ValueError(f"base must be above 1, got {base}")
+    H_ab, H_ba, mask_a, mask_b = _prepared(score_a, score_b, H_ab, mask_a, mask_b, border)
     h, w = score_a.shape[-2:]
-    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
     grid = pixel_grid(h, w, score_a)  # (H*W,2)
+    grids = grid.expand(len(H_ba), -1, -1)
     with torch.no_grad():
-        mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
         common_a = (mask_a * warp_image(mask_b, H_ba) > 0.5).flatten(1)  # (B,H*W)
-        common_b = (mask_b * warp_image(mask_a, H_ab.to(score_a)) > 0.5).flatten(1)
-        b_in_a = warp_points(grid.expand(len(H_ba), -1, -1), H_ba)
-    total = score_a.new_zeros(())
-    metrics: dict[str, float] = {}
-    for window, factor in zip(windows, weights, strict=True):
-        rows, cols = h // window, w // window
+        common_b = (mask_b * warp_image(mask_a, H_ab) > 0.5).flatten(1)
+        b_in_a = warp_points(grids, H_ba)
 
-        def index(xy: Tensor, valid: Tensor, window=window, rows=rows, cols=cols) -> Tensor:
-            cell = ((xy + 0.5) / window).nan_to_num(-1.0, -1.0, -1.0).floor()
-            inside = ((cell >= 0) & (cell < cell.new_tensor([cols, rows]))).all(dim=-1) & valid
-            return torch.where(inside, cell[..., 1] * cols + cell[..., 0], -1).long()
-
-        count = rows * cols
-        index_a = index(grid.expand(len(H_ba), -1, -1), common_a)
+    def loss_of(window: int) -> Tensor:
+        count = (h // window) * (w // window)
+        index_a = _window_index(grids, common_a, window, (h, w))
         xy_a, found_a = soft_coordinates(score_a.flatten(1), grid, index_a, count, base=base)
-        index_b = index(b_in_a, common_b)
+        index_b = _window_index(b_in_a, common_b, window, (h, w))
         xy_b, found_b = soft_coordinates(score_b.flatten(1), grid, index_b, count, base=base)
         with torch.no_grad():
             height = (sample_at(score_a, xy_a) + sample_at(score_b, xy_b))[:, 0]  # (B,W)
         distance = (xy_a - warp_points(xy_b, H_ba)).square().sum(dim=-1)
-        loss = torch.where(found_a & found_b, height * distance, 0.0).sum(dim=1).mean()
-        metrics[f"loss_{window}"] = loss.item()
-        total = total + factor * loss
-    metrics["loss"] = total.item()
-    return total, metrics
+        return torch.where(found_a & found_b, height * distance, 0.0).sum(dim=1).mean()
+
+    return _over_windows(loss_of, score_a, windows, weights)
+
+
+def _window_index(xy: Tensor, valid: Tensor, window: int, size: tuple[int, int]) -> Tensor:
+    """Window of each point (B,P,2) of a map of ``size``, counted row by row: (B,P); -1 for points
+    in none and for those that are not ``valid``.
+    """
+    rows, cols = (side // window for side in size)
+    cell = ((xy + 0.5) / window).nan_to_num(-1.0, -1.0, -1.0).floor()
+    inside = ((cell >= 0) & (cell < cell.new_tensor([cols, rows]))).all(dim=-1) & valid
+    return torch.where(inside, cell[..., 1] * cols + cell[..., 0], -1).long()
 
 
 # Gaussian
@@ -494,14 +516,12 @@ def gaussian_loss(
     Raises:
         ValueError: unsuitable shapes, or an invalid window or sigma.
     """
-    _check_score_maps(score_a, score_b)
     if window < 3 or window % 2 == 0 or not sigma > 0:
         raise ValueError(
             f"window must be odd and at least 3 and sigma above 0, got {window} and {sigma}"
         )
-    mask_a, mask_b = (_without_border(score_a, mask, border) for mask in (mask_a, mask_b))
-    H_ba = torch.linalg.inv(H_ab.to(torch.float64)).to(score_a)
-    v = _warp_views(score_a, score_b, mask_a, mask_b, H_ab.to(score_a), H_ba)
+    H_ab, H_ba, mask_a, mask_b = _prepared(score_a, score_b, H_ab, mask_a, mask_b, border)
+    v = _warp_views(score_a, score_b, mask_a, mask_b, H_ab, H_ba)
     terms_a = _gaussian_terms(v.a, v.b_in_a, v.visible_a, window, sigma, anchor_a, target_a)
     terms_b = _gaussian_terms(v.b, v.a_in_b, v.visible_b, window, sigma, anchor_b, target_b)
     shape, unmatched = ((terms_a[i] + terms_b[i]) / 2 for i in range(2))

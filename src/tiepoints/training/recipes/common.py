@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...datasets.synthetic import damaged_photos, find_photos, split_readable
 from ...errors import DataError, WeightsError
-from ...formats.records import file_stamp, json_digest, with_program
+from ...formats.records import file_stamp, files_digest, json_digest, with_program
 from ...weights import digest, save
 from ..loop import FitResult, FitSettings, RunOptions, Task, Trainer
 
@@ -86,6 +86,12 @@ class TrainData:
         return training, held_out
 
 
+#: Arguments of a training that are data -> field of ``TrainData``.
+DATA_ARGUMENTS = {
+    "training_pairs" if name == "pairs" else name: name for name in TrainData.__dataclass_fields__
+}
+
+
 @dataclass(frozen=True)
 class TrainJob:
     """Arguments of ``train``.
@@ -113,10 +119,7 @@ class TrainJob:
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments that were given, by name, for the checkpoint: JSON values."""
-        data = {
-            "training_pairs" if key == "pairs" else key: getattr(self.data, key)
-            for key in TrainData.__dataclass_fields__
-        }
+        data = {name: getattr(self.data, field) for name, field in DATA_ARGUMENTS.items()}
         given = {"network": self.name, "preset": self.preset, "init": self.init}
         given |= {**data, **self.options, **self.schedule}
         return {key: plain(key, value) for key, value in given.items() if value is not None}
@@ -160,9 +163,8 @@ def data_record(photos: Sequence[Path], *sources: str | Path | None) -> str:
     """Digest of the names, sizes and modification times of photographs and of other files and
     folders of training data; not of the folders they are in, so that the data may be moved.
     """
-    stamps = sorted([path.name, file_stamp(path)] for path in photos)
     others = [_stamps(Path(source)) for source in sources if source is not None]
-    return json_digest([stamps, others])
+    return json_digest([files_digest(photos), others])
 
 
 def _stamps(source: Path) -> list[Any]:
@@ -292,8 +294,9 @@ def fit_and_save(
         job.run,
         companion(job.output, "log"),
     )
-    if trainer.finished and trainer.best_state and not job.output.exists():
-        save_best(trainer.best_state, {"step": trainer.best_step, task.score_name: trainer.best})
+    if trainer.best_state and not job.output.exists():  # deleted since
+        best = {"step": trainer.best_step, task.score_name: trainer.best}
+        trainer.unsaved = trainer.unsaved or best
     return trainer.fit()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...datasets.pairs import PairFile, stored_pairs
+from ...datasets.pairs import PairFile, write_pairs
 from ...datasets.shapes import WithShapes
 from ...datasets.synthetic import PRESETS, PairDataset, PairSettings
 from ...detect import score_maps
@@ -322,7 +322,7 @@ def _data_identity(job: TrainJob, photos: list[Path]) -> dict[str, Any]:
     identity: dict[str, Any] = {
         "photos": len(photos),
         "pairs": Path(data.pairs or "").name,  # only the name, so that the file may be moved
-        "files": data_record(photos, data.pairs),
+        "files": data_record(photos, data.pairs, data.validation_pairs),
     }
     if data.validation_pairs is not None:
         identity["validation_pairs"] = Path(data.validation_pairs).name
@@ -362,13 +362,13 @@ def _training_pairs(
                 f"{changed[0]} does not apply to the training pairs of a file; omit one of both"
             )
         return job.data.pairs
-    views = _views(recipe)
     if not recipe.num_pairs:
         return None
-    return _write_once(job, "training", photos, views, recipe.num_pairs, seed, recipe.pairs)
+    views = _views(recipe)
+    return _written(job, "training", photos, views, recipe.num_pairs, seed, recipe.pairs)
 
 
-def _write_once(
+def _written(
     job: TrainJob,
     name: str,
     photos: list[Path],
@@ -377,10 +377,17 @@ def _write_once(
     seed: int,
     preset: str,
 ) -> Path:
-    """File of the pairs ``name`` of a training, next to its output."""
+    """File of pairs next to the weights, written unless it contains them already."""
     path = companion(job.output, "pairs") / f"{name}.safetensors"
-    run = {"workers": job.run.workers, "progress": job.run.progress}
-    return stored_pairs(path, photos, views, count, seed=seed, preset=preset, **run)
+    write_pairs(
+        *(path, photos, views, count),
+        seed=seed,
+        workers=job.run.workers,
+        preset=preset,
+        progress=job.run.progress,
+        keep=True,
+    )
+    return path
 
 
 def _validation_pairs(
@@ -393,7 +400,7 @@ def _validation_pairs(
     views = dataclasses.replace(PRESETS[recipe.checks], size=recipe.check_size, **changes)
     if recipe.check_pairs > MEMORY_PAIRS:
         return PairFile(
-            _write_once(
+            _written(
                 *(job, "validation", photos, views),
                 *(recipe.check_pairs, VALIDATION_SEED, recipe.checks),
             )

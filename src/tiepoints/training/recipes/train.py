@@ -13,7 +13,7 @@ from ...errors import WeightsError
 from ...files import Lock, require
 from ..loop import FitResult, FitSettings, RunOptions, read_checkpoint
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
-from .common import PATHS, TrainData, TrainJob, check_output, companion, plain
+from .common import DATA_ARGUMENTS, PATHS, TrainData, TrainJob, check_output, companion, plain
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
 from .options import NETWORK_OPTIONS, check_options
@@ -130,7 +130,7 @@ def train_from(arguments: dict[str, Any], output: str | Path, run: RunOptions) -
     ``TrainData`` (``pairs`` as ``training_pairs``), options of the network, and the schedule.
 
     Raises:
-        ValueError: no network or images; others as ``train``.
+        ValueError: no network or images, or an unknown name; others as ``train``.
     """
     given = {key: value for key, value in arguments.items() if value is not None}
     if "network" not in given or "images" not in given:
@@ -142,16 +142,18 @@ def train_from(arguments: dict[str, Any], output: str | Path, run: RunOptions) -
     network = {key: given.pop(key) for key in NETWORK_OPTIONS if key in given}
     main = {key: given.pop(key) for key in _MAIN_ARGUMENTS if key in given}
     data = data_of(given)
-    schedule = {key: value for key, value in given.items() if key in FitSettings.__annotations__}
+    rest = {key: value for key, value in given.items() if key not in DATA_ARGUMENTS}
+    schedule = {key: value for key, value in rest.items() if key in FitSettings.__annotations__}
+    if unknown := rest.keys() - schedule.keys():
+        raise ValueError(f"unknown argument of a training: {min(unknown)}")
     name = main.pop("network")
     return train(name, data, output, run=run, network=network, **main, **schedule)
 
 
 def data_of(arguments: dict[str, Any]) -> TrainData:
     """The data of arguments by name, see ``train_from``."""
-    names = {field.name: field.name for field in dataclasses.fields(TrainData)}
-    names["pairs"] = "training_pairs"
-    return TrainData(**{key: arguments.get(name) for key, name in names.items()})  # type: ignore[arg-type]
+    fields = {field: arguments.get(name) for name, field in DATA_ARGUMENTS.items()}
+    return TrainData(**fields)  # type: ignore[arg-type]
 
 
 def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None:
