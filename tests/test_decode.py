@@ -18,6 +18,7 @@ from PIL import Image
 
 from tiepoints.decode import image_size, no_pixel_limit, page_count, split_page
 from tiepoints.errors import DataError
+from tiepoints.extract import build
 from tiepoints.image import ReadOptions, load_image, read_image, to_rgb
 
 tifffile = pytest.importorskip("tifffile")
@@ -475,3 +476,59 @@ def test_large_images_need_little_memory_and_no_warning(tmp_path):
     with warnings.catch_warnings(), no_pixel_limit():
         warnings.simplefilter("error")
         assert image_size(path) == (10_000, 2_000)
+
+
+def test_previews_of_an_mpo_file_are_no_pages(tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8))
+    photo.save(tmp_path / "p.jpg", "MPO", save_all=True, append_images=[photo])
+    with Image.open(tmp_path / "p.jpg") as opened:
+        assert (opened.format, opened.n_frames) == ("MPO", 2)
+    assert page_count(tmp_path / "p.jpg") == 1
+    assert read_image(tmp_path / "p.jpg").pages == 1
+
+
+@pytest.mark.parametrize("nodata", [0, 255])
+def test_nodata_of_an_inverted_tiff_is_a_stored_value(tmp_path, nodata):
+    tifffile = pytest.importorskip("tifffile")
+    stored = np.random.default_rng(0).integers(50, 200, (60, 80), np.uint8)
+    stored[:, :30] = nodata
+    path = tmp_path / "m.tif"
+    tags = [(42113, "s", 0, str(nodata), True)]
+    tifffile.imwrite(path, stored, photometric="miniswhite", extratags=tags)
+    reading = read_image(path)
+    assert reading.mask is not None
+    assert not bool(reading.mask[:, :30].any())
+    assert bool(reading.mask[:, 45:].all())
+    found = reading.pixels[0, 0, :, 45:].numpy()
+    np.testing.assert_allclose(found, 1 - stored[:, 45:] / 255, atol=1e-6)
+
+
+def test_associated_alpha_after_another_band(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.zeros((40, 50, 5), np.uint8)
+    values[..., :3], values[..., 3], values[..., 4] = 64, 200, 128  # half transparent white
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, values, photometric="rgb", extrasamples=(0, 1), planarconfig="contig")
+    assert float(read_image(path).pixels[0, 0, 20, 25]) == pytest.approx(64 / 128, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["float64", "uint32"])
+def test_official_extraction_reads_what_others_read(tmp_path, kind):
+    tifffile = pytest.importorskip("tifffile")
+    rng = np.random.default_rng(0)
+    unit = np.kron(rng.random((12, 14)), np.ones((12, 12)))
+    high = 1.0 if kind == "float64" else 2.0**32 - 1
+    tifffile.imwrite(tmp_path / "a.tif", (unit * high).astype(kind))
+    found = build("keynet", None, official=True, num_keypoints=30).extract(tmp_path / "a.tif")
+    assert len(found) > 5
+
+
+def test_whole_levels_keep_filled_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    rgba = np.dstack([rng.integers(100, 200, (60, 80, 3)), np.full((60, 80), 255)]).astype(np.uint8)
+    rgba[:, :30] = 0
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    plain = read_image(tmp_path / "a.png").pixels
+    whole = read_image(tmp_path / "a.png", whole_levels=True).pixels
+    assert float(whole[..., :30].min()) > 0.3
+    assert float((plain - whole).abs().max()) < 1 / 255

@@ -13,10 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tiepoints.cli import app
+from tiepoints.errors import DataError
 from tiepoints.extract import ExtractOptions, build
 from tiepoints.files import collect
 from tiepoints.formats.npy import read_features
-from tiepoints.image import Notices, Reading, ReadOptions, read_image
+from tiepoints.image import Notices, Reading, ReadOptions, read_image, read_mask
 from tiepoints.jobs.match import MatchOptions, match_two
 from tiepoints.masks import MARGIN, connected_to_border, exclude, fill, grow
 
@@ -301,3 +302,26 @@ def test_invalid_options_are_refused(tmp_path, option, value):
     assert code == 2
     assert value in err or option in err
     assert not (tmp_path / "x").exists()
+
+
+def test_masks_with_a_nodata_value_are_not_filled(tmp_path):
+    """GDAL marks the zeros of masks as pixels without data."""
+    tifffile = pytest.importorskip("tifffile")
+    allowed = np.zeros((60, 80), np.uint8)
+    allowed[10:40, 20:80] = 255
+    path = tmp_path / "m.tif"
+    tifffile.imwrite(path, allowed, extratags=[(42113, "s", 0, "0", True)])
+    assert torch.equal(read_mask(path), torch.from_numpy(allowed > 0))
+
+
+def test_options_apply_to_arrays_and_pil_images():
+    pixels = np.full((60, 80, 3), (10, 20, 30), np.uint8)
+    pixels[:, :30] = 0  # a surround
+    for source in (pixels, Image.fromarray(pixels)):
+        masked = read_image(source, ReadOptions(mask_value=0)).mask
+        assert masked is not None
+        assert not bool(masked[:, :30].any())
+        one = read_image(source, ReadOptions(bands="3")).pixels
+        assert float(one[0, 0, 30, 60]) == pytest.approx(30 / 255)
+        with pytest.raises(DataError, match="no band 9"):
+            read_image(source, ReadOptions(bands="9"))

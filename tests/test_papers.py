@@ -20,7 +20,7 @@ from tiepoints.evaluation.results import read_rows, read_run, stored_features
 from tiepoints.evaluation.systems import Options, split_modes, system
 from tiepoints.evaluation.systems import scales as scales_of
 from tiepoints.extract import build
-from tiepoints.image import gray_levels, load_image
+from tiepoints.image import read_image
 from tiepoints.matching import filter_by_rotation
 from tiepoints.models.rekd import REKD
 from tiepoints.models.rekd_official import published_angle, whole_bins
@@ -212,9 +212,9 @@ def test_gray_levels_are_those_of_opencv():
     rgb = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
     expected = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     for source in (rgb, Image.fromarray(rgb)):
-        found = gray_levels(source, load_image(source))[0, 0] * 255
+        found = read_image(source, whole_levels=True).pixels[0, 0] * 255
         np.testing.assert_array_equal(found.round().numpy(), expected)
-    gray = gray_levels(expected, load_image(expected))[0, 0] * 255
+    gray = read_image(expected, whole_levels=True).pixels[0, 0] * 255
     np.testing.assert_array_equal(gray.round().numpy(), expected)
 
 

@@ -42,8 +42,9 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-#: Difference in counts from ``mask_value`` that the compression of JPEG causes.
-JPEG_TOLERANCE = 4.0
+#: Difference in counts from ``mask_value`` that lossy compression causes, and the formats.
+LOSSY_TOLERANCE = 4.0
+LOSSY_FORMATS = frozenset(("JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"))
 #: Largest number of pages that are looked for in a file.
 MAX_PAGES = 10_000
 
@@ -129,8 +130,8 @@ def open_raster(
         if (tiff := _tiff_pages(file)) is not None:
             return _open_tiff(file, tiff, page, max_pixels, bands)
         if (netpbm := _open_netpbm(file, max_pixels)) is not None:
-            return _select(netpbm, file, bands)
-        return _select(_open_pillow(file, page, max_pixels), file, bands)
+            return select_bands(netpbm, file, bands)
+        return select_bands(_open_pillow(file, page, max_pixels), file, bands)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -146,7 +147,7 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
 
 
 def page_count(path: str | os.PathLike) -> int:
-    """Number of pages or frames of an image file, previews and masks in a TIFF not included; errors
+    """Number of pages or frames of an image file, previews and masks not included; errors
     as ``open_raster``.
     """
     file = split_page(path)[0]
@@ -154,7 +155,7 @@ def page_count(path: str | os.PathLike) -> int:
         if (tiff := _tiff_pages(file)) is not None:
             return len(tiff)
         with no_pixel_limit(), Image.open(file) as photo:
-            return min(getattr(photo, "n_frames", 1), MAX_PAGES)
+            return _count_pages(photo)
 
 
 @contextmanager
@@ -215,7 +216,7 @@ def _check_size(path: Path, size: tuple[int, int], max_pixels: int | None) -> No
         )
 
 
-def _select(raster: Raster, path: Path, bands: tuple[int, ...] | None) -> Raster:
+def select_bands(raster: Raster, path: object, bands: tuple[int, ...] | None) -> Raster:
     """The raster with only ``bands`` of its channels."""
     if bands is None:
         return raster
@@ -229,7 +230,7 @@ def _select(raster: Raster, path: Path, bands: tuple[int, ...] | None) -> Raster
     return replace(raster, strip=strip)
 
 
-def _band_index(path: Path, bands: tuple[int, ...], count: int) -> list[int]:
+def _band_index(path: object, bands: tuple[int, ...], count: int) -> list[int]:
     if max(bands) > count:
         raise DataError(f"{path} has {count} bands, so there is no band {max(bands)} (--bands)")
     return [band - 1 for band in bands]
@@ -243,7 +244,7 @@ def _open_pillow(path: Path, page: int, max_pixels: int | None) -> Raster:
         _check_size(path, photo.size, max_pixels)
         if photo.format in REFUSED_FORMATS:
             raise DataError(f"{path} is a {photo.format} file; convert it to PNG or TIFF")
-        pages = getattr(photo, "n_frames", 1) if getattr(photo, "is_animated", False) else 1
+        pages = _count_pages(photo)
         if page > pages:
             raise DataError(f"{path} has {pages} pages, so there is no page {page}")
         if page > 1:
@@ -254,9 +255,14 @@ def _open_pillow(path: Path, page: int, max_pixels: int | None) -> Raster:
         return replace(
             raster,
             orientation=orientation if orientation in UPRIGHT else 1,
-            pages=1 if photo.format in PREVIEW_FORMATS else pages,
-            tolerance=JPEG_TOLERANCE if photo.format in ("JPEG", "MPO", "WEBP") else 0.0,
+            pages=pages,
+            tolerance=LOSSY_TOLERANCE if photo.format in LOSSY_FORMATS else 0.0,
         )
+
+
+def _count_pages(photo: Any) -> int:
+    """Number of pages or frames of an open image, previews not included."""
+    return 1 if photo.format in PREVIEW_FORMATS else min(getattr(photo, "n_frames", 1), MAX_PAGES)
 
 
 def pillow_raster(photo: Image.Image) -> Raster:
@@ -438,7 +444,7 @@ def _open_tiff(
         nodata=None if _number(tags, _PHOTOMETRIC, 1) == 3 else _nodata(tags),
         orientation=orientation if orientation in UPRIGHT else 1,
         pages=len(pages),
-        tolerance=JPEG_TOLERANCE if _number(tags, _COMPRESSION, 1) in (6, 7) else 0.0,
+        tolerance=LOSSY_TOLERANCE if _number(tags, _COMPRESSION, 1) in (6, 7) else 0.0,
     )
 
 
@@ -492,7 +498,23 @@ def _open_pillow_tiff(path: Path, index: int, tags: dict[int, Any]) -> Raster:
             raise DataError(f"{path}: the decoded image has {photo.size} pixels")
         raster = pillow_raster(photo)
         bits = _number(tags, _BITS, 1)
+        if bits < 8 and _number(tags, _PHOTOMETRIC, 1) != 3:
+            raster = _with_values(raster, lambda values: values // (255 // (2**bits - 1)))
+            raster = replace(raster, high=2.0**bits - 1)
+        if bits <= 8 and _number(tags, _PHOTOMETRIC, 1) == 0:  # which Pillow has inverted
+            high = int(raster.high)
+            raster = replace(_with_values(raster, lambda values: high - values), inverted=True)
         return replace(raster, high=4095.0) if bits == 12 else raster
+
+
+def _with_values(raster: Raster, function: Callable[[np.ndarray], np.ndarray]) -> Raster:
+    """A raster whose values are changed by a function."""
+
+    def strip(start: int, end: int) -> Strip:
+        values, opaque = raster.strip(start, end)
+        return function(values), opaque
+
+    return replace(raster, strip=strip)
 
 
 def _inverse(orientation: int) -> Image.Transpose:
@@ -568,7 +590,7 @@ def _samples(
     alpha = next((number + i for i, kind in enumerate(extra) if kind in (1, 2)), None)
     alpha = alpha if alpha is not None and alpha < count else None
     if bands is not None:
-        return _band_index(Path(name), bands, count), alpha
+        return _band_index(name, bands, count), alpha
     if number == 1 and count - (alpha is not None) > 1:
         raise DataError(
             f"{name} has {count} bands: select the one to use as gray, such as --bands 1, or three "
@@ -586,7 +608,9 @@ def _tifffile_strip(
 ) -> Callable[[int, int], Strip]:
     """Strips of decoded samples (H,W,S)."""
     high = _type_range(tags)[1]
-    premultiplied = alpha is not None and 1 in _numbers(tags, _EXTRA, ())[:1]
+    extra = _numbers(tags, _EXTRA, ())
+    first = values.shape[2] - len(extra)  # of the extra samples
+    premultiplied = alpha is not None and first <= alpha and extra[alpha - first] == 1
     if colormap is not None and colormap.max() < 256:
         colormap = colormap * np.uint16(257)
 

@@ -170,11 +170,7 @@ class ScoreMapDetector:
         for box in boxes:
             # a maximum is compared with others in its window, each of which has its own window
             region = box.grow(max(2, 2 * (self.options.nms_window // 2)), level.size)
-            if len(boxes) == 1:
-                output = self.net(level.image)
-            else:
-                assert part is not None
-                output = part(level.source, region)
+            output = self.net(level.image) if part is None else part(level.source, region)
             score_map, angle_map = (output, None) if isinstance(output, Tensor) else output
             yield box, region, score_map, angle_map
             if len(boxes) > 1:
@@ -198,7 +194,7 @@ class _Selection:
         self.budgets = level_budgets(
             self.options.num_keypoints, pyramid.original, len(pyramid.levels)
         )
-        self.left = LevelBudget()  # official
+        self.left = LevelBudget()
         #: Candidates of the parts of the current level.
         self.found: list[_Candidates] = []
         self.largest = 0.0
@@ -237,7 +233,7 @@ class _Selection:
         """Maximum number of candidates of a level."""
         budget, budgets = self.budgets[number], self.budgets
         if self.official:
-            return max(0, self.left.total + budget - self.left.selected)
+            return self.left.allowed(budget)
         surplus = SURPLUS if len(budgets) > 1 else 1.0
         return int(surplus * budget) + self.options.num_keypoints - sum(budgets) + 1
 

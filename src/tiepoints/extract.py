@@ -6,7 +6,6 @@ array or tensor, or several of them. ``ExtractOptions`` holds everything that de
 
 from __future__ import annotations
 
-import copy
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +24,7 @@ from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, choose_precision
-from .image import ImageLike, Notices, Reading, ReadOptions, gray_levels, load_image, read_image
+from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
@@ -205,7 +204,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             detect = spec.official(net.to(device), options)
         else:
             detect = ScoreMapDetector(
-                _with_cut_ratio(fused(net), self.cut_ratio).to(device),
+                fused(net).to(device),
                 options,
                 device=device,
                 scale_power=spec.scale_power,
@@ -320,15 +319,13 @@ class Extractor:
 
     def read(self, image: ImageLike) -> Reading:
         """Read an image with its mask by the options of the extractor, with ``official`` by the
-        published conversion to gray (``image.gray_levels``); errors as ``extract``.
+        published conversion to gray (``whole_levels``); errors as ``extract``.
         """
         memory = None if self.options is None else self.options.memory
         if memory is not None and isinstance(image, str | os.PathLike):
             check_image(str(image), image_size(image), memory)
-        reading = read_image(image, self.options)
-        if self.options is None or not self.options.official:
-            return reading
-        return replace(reading, pixels=gray_levels(image, reading.pixels, self.options))
+        official = self.options is not None and self.options.official
+        return read_image(image, self.options, whole_levels=official)
 
     @staticmethod
     def combine(reading: Reading, mask: MaskLike | None) -> Tensor | None:
@@ -365,7 +362,9 @@ def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
     """
     if mask is None:
         return None
-    if isinstance(mask, str | os.PathLike | Image.Image):
+    if isinstance(mask, str | os.PathLike):
+        tensor = read_mask(mask)
+    elif isinstance(mask, Image.Image):
         tensor = load_image(mask)[0, 0]
     else:
         tensor = torch.as_tensor(
@@ -417,15 +416,6 @@ def network_label(name: str | nn.Module | None) -> str:
 @lru_cache
 def _network_type(path: str, size: int, mtime_ns: int) -> str:
     return type(load_file(path)).__name__.lower().removeprefix("legacy")
-
-
-def _with_cut_ratio(net: nn.Module, ratio: float | None) -> nn.Module:
-    """The network with another ``ratio`` (SobelNet), below which it sets scores to zero."""
-    if ratio is None or not hasattr(net, "ratio"):
-        return net
-    net = copy.copy(net)
-    net.ratio = ratio  # type: ignore[assignment]
-    return net
 
 
 def build_descriptor(

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,9 +28,9 @@ from .decode import (
     Raster,
     Strip,
     file_errors,
-    no_pixel_limit,
     open_raster,
     pillow_raster,
+    select_bands,
     split_page,
 )
 from .errors import DataError
@@ -202,12 +202,23 @@ class Notices:
 
 
 def read_image(
-    source: ImageLike, options: ReadOptions | None = None, max_pixels: int = MAX_PIXELS
+    source: ImageLike,
+    options: ReadOptions | None = None,
+    max_pixels: int = MAX_PIXELS,
+    *,
+    whole_levels: bool = False,
 ) -> Reading:
     """Read an image with its mask, from a path, PIL image, array or tensor.
 
     Arrays and tensors have the shapes of ``load_image``. Tensors have been read already: of the
     options, only ``mask_alpha`` applies to them.
+
+    Args:
+        source: the image.
+        options: how to read it.
+        max_pixels: larger files raise an error.
+        whole_levels: 8-bit color becomes whole gray levels, as OpenCV and so the published code
+            converts it; up to half a level from the other gray values.
 
     Raises:
         FileNotFoundError, DataError, ValueError: as ``load_image``.
@@ -216,11 +227,15 @@ def read_image(
     if isinstance(source, str | os.PathLike):
         with file_errors(split_page(source)[0]):
             raster = open_raster(source, max_pixels, options.band_numbers)
-            return _read_raster(raster, source, options)
+            return _read_raster(raster, source, options, whole_levels)
+    bands = options.band_numbers
     if isinstance(source, Image.Image):
-        return _read_raster(pillow_raster(source), "the image", options)
-    if isinstance(source, np.ndarray) and options.value_range != "type":
-        return _read_raster(_array_raster(source), "the array", options)
+        raster = select_bands(pillow_raster(source), "the image", bands)
+        return _read_raster(raster, "the image", options, whole_levels)
+    plain = options.value_range == "type" and options.mask_value is None and bands is None
+    if isinstance(source, np.ndarray) and (whole_levels or not plain):
+        raster = select_bands(_array_raster(source), "the array", bands)
+        return _read_raster(raster, "the array", options, whole_levels)
     pixels = load_image(source)
     opaque = _opaque(source) if options.mask_alpha else None
     if opaque is None or opaque.all() or not opaque.any():
@@ -253,37 +268,14 @@ def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
     )
 
 
-#: Luma weights of OpenCV's conversion to gray in units of 2^-15 (``filters.LUMA``).
-_OPENCV_LUMA = (9798, 19235, 3735)
-#: Pillow's modes of 8-bit color.
-_COLOR_MODES = ("RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
+def read_mask(path: str | os.PathLike) -> Tensor:
+    """A mask (H,W) bool from an image file, true where it is not black; errors as ``load_image``.
 
-
-def gray_levels(source: ImageLike, pixels: Tensor, options: ReadOptions | None = None) -> Tensor:
-    """Whole gray levels of 8-bit color, as OpenCV and so the published code converts it; up to half
-    a level from those of ``read_image``.
-
-    Args:
-        source: the image.
-        pixels: (1,1,H,W), its gray values; the result for images of other types.
-        options: how the image was read.
+    Programs mark the black of masks as pixels without data, which therefore are not filled.
     """
-    if isinstance(source, str | os.PathLike):
-        with no_pixel_limit(), Image.open(split_page(source)[0]) as photo:
-            eight_bit_color = photo.mode in _COLOR_MODES
-    elif isinstance(source, Image.Image):
-        eight_bit_color = source.mode in _COLOR_MODES
-    elif isinstance(source, np.ndarray):
-        eight_bit_color = (
-            source.ndim == 3 and source.shape[2] in (3, 4) and source.dtype == np.uint8
-        )
-    else:
-        eight_bit_color = False
-    if not eight_bit_color:
-        return pixels
-    rgb = np.asarray(to_rgb(source, options)).astype(np.int32)
-    red, green, blue = (rgb[..., i] * weight for i, weight in enumerate(_OPENCV_LUMA))
-    return load_image(((red + green + blue + (1 << 14)) >> 15).astype(np.uint8))
+    with file_errors(split_page(path)[0]):
+        raster = replace(open_raster(path, MAX_PIXELS), nodata=None)
+        return _read_raster(raster, path, ReadOptions(mask_alpha=False)).pixels[0, 0] != 0
 
 
 def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> Tensor:
@@ -342,10 +334,12 @@ def _picture(path: str | os.PathLike, options: ReadOptions) -> Image.Image:
 # ---- from stored values to gray
 
 
-def _read_raster(raster: Raster, name: object, options: ReadOptions) -> Reading:
+def _read_raster(
+    raster: Raster, name: object, options: ReadOptions, whole_levels: bool = False
+) -> Reading:
     if 0 in raster.size:
         raise ValueError("an image must not be empty")
-    gray, invalid = _scaled(raster, name, options)
+    gray, invalid = _scaled(raster, name, options, whole_levels)
     narrow = options.value_range == "type" and _is_narrow(gray, invalid)
     mask = None if invalid is None else torch.from_numpy(exclude(gray, invalid))
     pixels, orientation = _as_tensor(gray), raster.orientation
@@ -368,8 +362,12 @@ def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, height)
 
 
+#: Luma weights of OpenCV's conversion to gray in units of 2^-15 (``filters.LUMA``).
+_OPENCV_LUMA = np.array((9798, 19235, 3735), np.int32)
+
+
 def _scaled(
-    raster: Raster, name: object, options: ReadOptions
+    raster: Raster, name: object, options: ReadOptions, whole_levels: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Gray values (H,W) in [0,1], and (H,W) bool, true where there is no content, or None."""
     width, height = raster.size
@@ -385,6 +383,8 @@ def _scaled(
             if part.any():
                 whole = kinds.setdefault(kind, np.zeros((height, width), bool))
                 whole[start:end] = part
+        if whole_levels and values.dtype == np.uint8 and values.shape[2] == 3:
+            values = ((values @ _OPENCV_LUMA + (1 << 14)) >> 15)[..., None]
         unit = to_gray(_unit(raster, _finite(values, low), low, high))[0, 0].numpy()
         missing = found.get("nodata")
         valid = unit if missing is None else unit[~missing]

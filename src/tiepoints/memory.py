@@ -15,14 +15,16 @@ from .regions import TILE_PIXELS
 
 #: Bytes of the process without an image: Python, torch, the networks.
 BASE = 280 << 20
-#: Bytes per pixel of an image while it is read and while its features are extracted, and per pixel
-#: of a part while it is processed (``benchmarks/memory.py``).
+#: Bytes per pixel of an 8-bit image while it is read and while its features are extracted, and per
+#: pixel of a part while it is processed (``benchmarks/memory.py``). Decoded images of wider types
+#: need more: 28 for float64 RGB.
 IMAGE_BYTES = 9
 TILE_BYTES = 200
 #: Smallest and largest number of pixels of a part: smaller ones would mostly consist of their
 #: margins.
 MIN_TILE_PIXELS = 250_000
-MIN_MEMORY = BASE + TILE_BYTES * MIN_TILE_PIXELS
+#: Smallest limit: for an image of a million pixels.
+MIN_MEMORY = BASE + TILE_BYTES * MIN_TILE_PIXELS + IMAGE_BYTES * 1_000_000
 #: Without a limit, images with together as many pixels as this are in memory at a time.
 AHEAD_PIXELS = 40_000_000
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -41,8 +43,8 @@ def parse_size(text: str) -> int:
 
 
 def tile_pixels(memory: int | None) -> int:
-    """Pixels of the parts in which images are processed, so that a third of the memory beyond the
-    minimum is left to the images.
+    """Pixels of the parts in which images are processed, so that a third of the memory beyond
+    ``BASE`` is left to the images.
 
     Raises:
         ValueError: ``memory`` (bytes) is too little for any image.
@@ -75,8 +77,8 @@ def check_image(name: str, size: tuple[int, int], memory: int | None) -> None:
         return
     needed = BASE + TILE_BYTES * tile_pixels(memory) + IMAGE_BYTES * pixels
     raise DataError(
-        f"{name}: {size[0]} x {size[1]} pixels need about {needed / (1 << 30):.1f} GiB of memory, "
-        f"over the limit of {memory / (1 << 30):.1f} GiB; raise the limit or reduce the image"
+        f"{name}: {size[0]} x {size[1]} pixels need about {needed >> 20} MiB of memory, over the "
+        f"limit of {memory >> 20} MiB; raise the limit or reduce the image"
     )
 
 

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .filters import sobel
+from .memory import release_freed
 from .patches import CHUNK, extract_patches
 from .pyramid import Pyramid
-from .regions import TILE_PIXELS, Box, Source
+from .regions import TILE_PIXELS, Box, Filtered, Source
 from .structs import Keypoints
 
 #: Bins of the histogram of gradient directions, and the number of passes of (1, 1, 1) / 3 that
@@ -71,11 +72,15 @@ class NetOrientation:
         for i, level in enumerate(pyramid.levels):
             rows = (nearest == i).nonzero()[:, 0]
             xy = level.from_original(keypoints.xy[rows])
+            image = Filtered(level.source, lambda pixels: pixels[index : index + 1], 0)
             for box, inside in level.boxes_of(xy, self.tile_pixels):
                 outer = box.grow(1, level.size)
-                angles = self.net.part(level.source, outer)[1][index, 0]
+                angles = self.net.part(image, outer)[1][0, 0]
                 local = xy[inside] - xy.new_tensor([outer.left, outer.top])
                 out[rows[inside]] = angle_at(angles, local).to(out)
+                if box.size != level.size:
+                    del angles
+                    release_freed()
         return out
 
 

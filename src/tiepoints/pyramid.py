@@ -103,6 +103,14 @@ class Pyramid:
         """The images of the level ``original``, (B,1,H,W)."""
         return self.levels[self.original].image
 
+    def in_memory(self) -> Pyramid:
+        """The pyramid without enlarged levels that are computed on demand, for points that are
+        sampled many times.
+        """
+        levels = self.levels
+        kept = [level for level in levels if isinstance(level.source, InMemory)]
+        return Pyramid(kept, self.original - (len(levels) - len(kept)))
+
     @property
     def batch(self) -> int:
         """Number of images."""
@@ -172,10 +180,15 @@ class LevelBudget:
     def __init__(self) -> None:
         self.total = self.selected = 0
 
+    def allowed(self, budget: int) -> int:
+        """How many keypoints the next level may have with its budget."""
+        return max(0, self.total + budget - self.selected)
+
     def add(self, budget: int) -> int:
         """Add the budget of the next level; returns how many keypoints it may have."""
+        allowed = self.allowed(budget)
         self.total += budget
-        return max(0, self.total - self.selected)
+        return allowed
 
     def use(self, count: int) -> None:
         """Count the keypoints selected on the level."""

@@ -227,7 +227,7 @@ def refine_matches(
     Raises:
         ValueError: the size of an image differs from ``image_size`` of its features.
     """
-    pyramids = [build_pyramid(load_image(image)) for image in images]
+    pyramids = [build_pyramid(load_image(image)).in_memory() for image in images]
     for pyramid, features in zip(pyramids, (a, b), strict=True):
         size = (pyramid.image.shape[-1], pyramid.image.shape[-2])
         if size != tuple(features.image_size):
@@ -304,7 +304,8 @@ def refine_tracks(
     pyramids: dict[str, Pyramid] = {}
     for a, b in sorted(pairs):
         pyramids = {
-            name: pyramids.get(name) or build_pyramid(load_image(image(name))) for name in (a, b)
+            name: pyramids.get(name) or build_pyramid(load_image(image(name))).in_memory()
+            for name in (a, b)
         }
         index = torch.tensor(pairs[a, b])
         found = align(pyramids[a], features[a][index[:, 0]], pyramids[b], features[b][index[:, 1]])

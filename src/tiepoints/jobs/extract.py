@@ -28,7 +28,7 @@ from ..formats.store import (
     images_path,
     settings_path,
 )
-from ..image import Notices, Reading, load_image
+from ..image import Notices, Reading, read_mask
 from ..memory import image_pixels
 from ..names import FORMATS
 from ..progress import Progress
@@ -260,7 +260,7 @@ def mask_loader(folder: Path | None) -> MaskLoader | None:
         if path is None:
             names = " or ".join(str(folder / name) for name in _mask_names(task))
             raise DataError(f"no mask {names}")
-        return load_image(path)[0, 0] != 0
+        return read_mask(path)
 
     return load_mask
 

@@ -1,40 +1,36 @@
-"""Computation of maps in tiles of rows, to bound the memory."""
+"""Computation of maps in strips of rows, to bound the memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-
-def tiles(height: int, width: int, pixels: int) -> list[tuple[int, int]]:
-    """Divide the rows of an image into tiles of about ``pixels``: (top, bottom) of each."""
-    count = max(1, round(height * width / pixels))
-    edges = [height * i // count for i in range(count + 1)]
-    return [(top, bottom) for top, bottom in pairwise(edges) if bottom > top]
+from ..regions import Box
 
 
 def apply_tiled(image: Tensor, halo: int, pixels: int, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """``fn(image)``, (B,1,H,W) -> (B,M,H,W) channels-last, computed in tiles of about ``pixels``.
+    """``fn(image)``, (B,1,H,W) -> (B,M,H,W) channels-last, computed in strips of about ``pixels``.
 
-    Each tile is computed with ``halo`` more rows on each side (the radius of the filters of
+    Each strip is computed with ``halo`` more rows on each side (the radius of the filters of
     ``fn``), which are dropped, because the padding at inner edges is incorrect.
     """
-    h, w = image.shape[-2:]
-    rows = tiles(h, w, pixels)
-    if len(rows) == 1:
+    whole = Box.whole((image.shape[-2], image.shape[-1]))
+    strips = whole.split(pixels, min_rows=1)
+    if len(strips) == 1:
         return fn(image)
     out: Tensor | None = None
-    for top, bottom in rows:
-        low, high = max(0, top - halo), min(h, bottom + halo)
-        maps = fn(image[:, :, low:high])
+    for strip in strips:
+        outer = strip.grow(halo, whole.size)
+        maps = fn(outer.crop(image, whole))
         if out is None:
-            shape = (len(image), maps.shape[1], h, w)
             out = torch.empty(
-                shape, dtype=maps.dtype, device=maps.device, memory_format=torch.channels_last
+                (*maps.shape[:2], *whole.size),
+                dtype=maps.dtype,
+                device=maps.device,
+                memory_format=torch.channels_last,
             )
-        out[:, :, top:bottom] = maps[:, :, top - low : bottom - low]
+        strip.crop(out, whole).copy_(strip.crop(maps, outer))
     assert out is not None
     return out
