@@ -574,7 +574,7 @@ def test_match_into_a_colmap_database(views, tmp_path):
         assert len(database.read_inliers("v2.png", "v10.png")) > 30
     code, text = call("match", "--features", output, "--output", output)
     assert code == 2
-    assert "orientation: auto before, None now" in text
+    assert "orientation: auto before, not set now" in text
     code, text = call("match", "--features", output, "--output", output, "--overwrite")
     assert code == 0, text
     assert "3 pairs matched" in text

@@ -154,7 +154,7 @@ def test_match_draws_two_images_and_the_best_pairs_in_color(photos, tmp_path):
     assert np.ptp(np.asarray(Image.open(tmp_path / "m.png")).astype(int), axis=2).max() > 60
     code, out, _ = call("match", photos, "--pictures", tmp_path / "best", *arguments)
     assert code == 0, out
-    assert (tmp_path / "best" / "0-1.jpg").is_file()
+    assert (tmp_path / "best" / "0.png-1.png.jpg").is_file()
     assert "image  " in out
     code, _, err = call("match", *images, "--geometry", "essential")
     assert code == 2

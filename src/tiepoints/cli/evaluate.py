@@ -111,7 +111,7 @@ def evaluate(
     """
     from ..datasets.benchmark import open_dataset
     from ..evaluation.results import read_metadata, read_rows
-    from ..evaluation.run import RunSettings
+    from ..evaluation.run import RunSettings, label
     from ..evaluation.run import evaluate as run
 
     with user_errors():
@@ -142,22 +142,24 @@ def evaluate(
         )
     rows = [row for path in sorted((folder / "rows").glob("*.jsonl")) for row in read_rows(path)]
     failed = sum(not row["ok"] for row in rows)
-    unread, not_run = len(opened.problems), read_metadata(folder)["unavailable"]
+    unread, unavailable = len(opened.problems), read_metadata(folder)["unavailable"]
+    requested = {label(name) for name in settings.systems}
+    not_run = {name: reason for name, reason in unavailable.items() if name in requested}
     if as_json:
         counts = {"rows": len(rows), "failed": failed, "unread": unread}
         print_json({**counts, "not_run": not_run, "output": str(folder)})
     else:
         typer.echo(
-            f"{len(rows)} rows, {failed} of them failed -> {folder}; tables and charts: "
-            f"tiepoints report {folder}"
+            f"{len(rows)} rows, {failed} of them failed, {len(not_run)} systems not run -> "
+            f"{folder}; tables and charts: tiepoints report {folder}"
         )
     if failed or unread or not_run:
         raise typer.Exit(1)
 
 
 def _stored(features: Path) -> str:
-    """The name of stored features as a system: with a slash, it is a path even if missing."""
-    return str(features) if features.exists() else f"{features.parent}/{features.name}"
+    """The name of stored features as a system: with a slash, it is always a path."""
+    return f"{features.parent}/{features.name}"
 
 
 def _versions() -> dict[str, str]:

@@ -147,7 +147,9 @@ def read_run(folder: Path) -> Run:
     names = [str(name) for name in listed] if isinstance(listed, list) else []
     unavailable = metadata.get("unavailable")
     unavailable = unavailable if isinstance(unavailable, dict) else {}
-    notes += [f"{name} was not run: {reason}" for name, reason in unavailable.items()]
+    for name, reason in unavailable.items():
+        if name not in found:  # by an earlier run
+            notes.append(f"{name} was not run: {reason}")
     if missing := [name for name in names if name not in found and name not in unavailable]:
         notes.append(
             f"No rows yet of {', '.join(missing)}: the run was interrupted or is in progress."

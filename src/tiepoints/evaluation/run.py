@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -61,7 +60,9 @@ from .systems import (
     Options,
     System,
     as_features,
+    split_modes,
     system,
+    system_kind,
     system_label,
     system_record,
 )
@@ -262,6 +263,13 @@ class RunSettings:
         _check_names("extra", self.extras, EXTRAS)
         # raises for values out of range, also if no network is among the systems
         ExtractOptions.of(single_scale=self.single_scale, **self.extraction)
+        if self.value_range != "type":
+            stored = [name for name in self.systems if _is_stored(name)]
+            if stored:
+                raise ValueError(
+                    f"the value range is that of their extraction for stored features: omit "
+                    f"value_range, or {stored[0]}"
+                )
         files = [file_name(label(name)) for name in self.systems]
         duplicates = sorted({name for name in files if files.count(name) > 1})
         if duplicates:
@@ -293,6 +301,13 @@ def label(name: str) -> str:
     """The name of system ``LABEL=NAME`` or ``NAME`` in rows; see ``systems.system_label``."""
     explicit, equals, _ = name.partition("=")
     return explicit if equals else system_label(name)
+
+
+def _is_stored(name: str) -> bool:
+    try:
+        return system_kind(split_modes(_spec(name).partition("+")[0])[0]) == "stored"
+    except (ValueError, FileNotFoundError):
+        return False  # ``system`` says why
 
 
 def _make(name: str, settings: RunSettings) -> System:
@@ -405,8 +420,7 @@ def _tasks(dataset: Dataset, settings: RunSettings, folder: Path) -> list[Task]:
     for name in settings.systems:
         record = system_record(_spec(name))
         valid = {(p.sequence, p.name): _pair_inputs(p, record, settings) for p in dataset.pairs}
-        expected = partial(_expected, valid, _pair_key)
-        done = _valid_rows(_rows_path(folder, "rows", name), expected)
+        done = _valid_rows(_rows_path(folder, "rows", name), valid, _pair_key)
         done_pairs = {_pair_key(row) for row in done if row["ok"]}
         images: dict[str, Path] = {}
         for pair in dataset.pairs:
@@ -428,52 +442,47 @@ def _pair_key(row: dict[str, Any]) -> tuple[str, str]:
     return row["sequence"], row["pair"]
 
 
-def _inputs(record: dict[str, Any], settings: RunSettings, *others: Any) -> str:
-    """Digest of what a result is made from: system, version of this package, options, files."""
-    options = [settings.num_keypoints, settings.single_scale, settings.resize]
-    return json_digest([record, compatible_version(), options, *others])
+def _inputs(record: dict[str, Any], *others: Any) -> str:
+    """Digest of what a result is made from: system, version of this package, files. Options of a
+    folder do not change (``_check_same``).
+    """
+    return json_digest([record, compatible_version(), *others])
 
 
 def _pair_inputs(pair: Pair, record: dict[str, Any], settings: RunSettings) -> str:
     """Digest of what the row of a pair is made from."""
-    truth = [
-        value.tolist()
+    truth = [  # also K, T, marked points, rotations
+        value.tolist() if isinstance(value, Tensor) else value
         for value in vars(pair).values()
-        if isinstance(value, Tensor)  # also K, T, marked points
+        if isinstance(value, Tensor | int)
     ]
     stamps = [file_stamp(path) for path in (pair.image_a, pair.image_b)]
-    return _inputs(record, settings, sorted(settings.protocols), truth, stamps)
-
-
-def _expected(
-    valid: dict[Any, Any], key: Callable[[dict[str, Any]], Any], row: dict[str, Any]
-) -> Any:
-    """What ``valid`` has for a row."""
-    return valid.get(key(row))
+    return _inputs(record, sorted(settings.protocols), truth, stamps)
 
 
 def _valid_extras(
     folder: Path, name: str, record: dict[str, Any], images: list[Path], settings: RunSettings
 ) -> set[tuple[str, str]]:
     """(extra, image) of the sweeps and biases that need not be measured again."""
-    valid = {str(image): _inputs(record, settings, file_stamp(image)) for image in images}
+    valid = {str(image): _inputs(record, file_stamp(image)) for image in images}
     found = set()
     for part in {_part(extra) for extra in settings.extras}:
-        expected = partial(_expected, valid, lambda row: row.get("image"))
-        rows = _valid_rows(_rows_path(folder, part, name), expected)
+        rows = _valid_rows(_rows_path(folder, part, name), valid, lambda row: row.get("image"))
         found |= {("bias" if part == "bias" else r["kind"], r["image"]) for r in rows if r["ok"]}
     return found
 
 
-def _valid_rows(path: Path, inputs: Callable[[dict[str, Any]], str | None]) -> list[dict[str, Any]]:
+def _valid_rows(
+    path: Path, inputs: Mapping[Any, str], key: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
     """Rows of a file that were made from the present inputs.
 
     Rows made from others are removed from the file, so that an interrupted run does not leave a
-    mixture. Rows without present ``inputs`` (None) belong to other pairs and are kept.
+    mixture. Rows whose ``key`` has no present ``inputs`` belong to other pairs and are kept.
     """
     kept, valid, outdated = [], [], 0
     for row in read_rows(path):
-        expected = inputs(row)
+        expected = inputs.get(key(row))
         if expected is not None and row.get("inputs") != expected:
             outdated += 1
             continue
@@ -569,12 +578,20 @@ def _check_same(folder: Path, before: dict[str, Any], content: dict[str, Any]) -
 
 def _add_earlier(before: dict[str, Any], content: dict[str, Any]) -> None:
     """Add the systems, extras and sequences of an earlier run to ``content``."""
-    earlier = before.get("unavailable", {}).items()
-    content["unavailable"] |= {k: v for k, v in earlier if k not in content["made_by"]}
-    for key in ("made_by", "records"):
-        content[key] = {**before.get(key, {}), **content[key]}
+    made_by = before.get("made_by", {})
+    requested = set(content["made_by"].values())
+    # a system that could not be run, and that now runs, perhaps under the name of its content
+    resolved = {
+        name
+        for name in before.get("unavailable", {})
+        if name in content["made_by"] or made_by.get(name) in requested
+    }
+    for key in ("made_by", "records", "unavailable"):
+        kept = {k: v for k, v in before.get(key, {}).items() if k not in resolved}
+        content[key] = {**kept, **content[key]}
     for key in ("systems", "extras", "controls"):
-        content[key] = list(dict.fromkeys([*before.get(key, []), *content[key]]))
+        kept_names = [name for name in before.get(key, []) if name not in resolved]
+        content[key] = list(dict.fromkeys([*kept_names, *content[key]]))
     sequences = [*before["dataset"].get("sequences", []), *content["dataset"]["sequences"]]
     content["dataset"]["sequences"] = list(dict.fromkeys(sequences))
 
@@ -707,7 +724,7 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
 
     def get(view: View) -> tuple[Features, float]:
         path = store / f"{view.name}.npz"
-        inputs = _inputs(task.record, settings, file_stamp(view.path), view.rot90)
+        inputs = _inputs(task.record, file_stamp(view.path), view.rot90)
         stored = load_features(path, inputs=inputs)
         if stored is None:
             save_features(path, *view.detect(detect, settings.value_range), inputs)
@@ -723,7 +740,7 @@ def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[R
         row = _row(pair, name, get, settings.num_keypoints, settings.protocols, settings.resize)
         yield task.system, "rows", [{**row, "inputs": inputs}]
     for extra in task.extras:
-        inputs = _inputs(task.record, settings, file_stamp(task.image))
+        inputs = _inputs(task.record, file_stamp(task.image))
         try:
             image = _source(task.image, settings.value_range)
             if extra == "bias":

@@ -26,7 +26,7 @@ from ..errors import DataError, WeightsError
 from ..extract import build, build_descriptor, network_label
 from ..formats.hdf5 import require_h5py
 from ..formats.records import file_stamp, json_digest
-from ..formats.store import open_features
+from ..formats.store import exists, open_features
 from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
 from ..models.classical import RawPatch
@@ -45,8 +45,9 @@ OURS = DETECTORS
 CONTROLS = ("random", "lattice")
 #: Allowed after an @ of a detector of ``OURS``: an extraction mode, or an orientation.
 MODES = ("official", "all", "upright", "ti", *ORIENTATIONS)
-#: Suffixes of weights files and stored features: a name with one is a path.
-FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz", ".h5", ".hdf5", ".db")
+#: Suffixes of files of features, and of these and weights files: a name with one is a path.
+STORE_SUFFIXES = (".h5", ".hdf5", ".db")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz", *STORE_SUFFIXES)
 #: Allowed after the plus sign of a system's name.
 POINT_DESCRIPTORS = (*DESCRIPTORS, "raw")
 SYSTEMS = OURS + OPENCV_SYSTEMS + EXTERNAL_SYSTEMS + CONTROLS
@@ -160,11 +161,12 @@ def system_record(name: str) -> dict[str, Any]:
     elif kind == "external":
         record["libraries"] = library_versions()
     elif kind == "stored" and path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".npy", ".h5"))
+        files = sorted(p for p in path.rglob("*") if p.is_file())
         stamps = [[str(p.relative_to(path)), file_stamp(p)] for p in files]
         record["features"] = json_digest(stamps)
     elif kind == "stored":
-        record["features"] = file_stamp(path)
+        journal = path.with_name(path.name + ".journal")
+        record["features"] = json_digest([file_stamp(path), file_stamp(journal)])
     if descriptor:
         record["descriptor"] = digest(descriptor)
     return {key: value for key, value in record.items() if value is not None}
@@ -182,9 +184,10 @@ def system_kind(base: str) -> str:
         if base in known:
             return kind
     path = Path(base)
-    if path.exists():
-        weights = path.is_file() and path.suffix not in (".h5", ".hdf5", ".db")
-        return "network" if weights else "stored"
+    if path.is_dir() or (path.suffix in STORE_SUFFIXES and exists(path)):
+        return "stored"
+    if path.is_file():
+        return "network"
     if "/" in base or path.suffix in FILE_SUFFIXES:
         raise FileNotFoundError(f"no weights file or stored features at {base}")
     raise ValueError(f"unknown system {base!r}: neither {', '.join(SYSTEMS)}, nor a file or folder")
@@ -214,8 +217,9 @@ def scales(name: str, single_scale: bool) -> str:
     base, modes = split_modes(name.partition("+")[0])
     try:
         kind = system_kind(base)
-    except FileNotFoundError:
-        kind = "stored"
+    except FileNotFoundError:  # moved since
+        stored = Path(base).suffix in ("", *STORE_SUFFIXES)
+        kind = "stored" if stored else "network"
     if kind not in ("network", "control"):
         return ""
     return "TI" if single_scale or "ti" in modes else "SI"
@@ -417,7 +421,7 @@ def _lattice(h: int, w: int, rng: torch.Generator, nodes: int = 1000) -> Tensor:
 
 def from_disk(path: str | Path) -> System:
     """System of stored features: a folder of ``NAME.kpt.npy``/``NAME.dsc.npy`` that mirrors the
-    images' paths, or an hloc HDF5 file (or only its journal).
+    images' paths, an hloc HDF5 file (or only its journal), or a COLMAP database.
 
     An image is looked up by the longest suffix of its path that exists (``graf/1.png`` before
     ``1.png``).
@@ -426,7 +430,7 @@ def from_disk(path: str | Path) -> System:
         DataError: no features are stored for the image, or it was not given as a path.
     """
     path = Path(path)
-    if not path.is_dir():
+    if path.suffix in (".h5", ".hdf5"):
         require_h5py()  # a missing library is reported before the first image
 
     def run(source: ImageLike) -> Features:

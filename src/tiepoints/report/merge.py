@@ -7,7 +7,6 @@ other images are refused.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,11 +26,25 @@ def merge_runs(runs: Sequence[Run]) -> Run:
     Raises:
         DataError: a run measured other images, or images of another size.
     """
+    return _merged(_distinguished(runs))
+
+
+def _distinguished(runs: Sequence[Run], but: str = "") -> list[Run]:
+    """The runs with systems renamed by the settings that differ, except the setting ``but``.
+
+    Raises:
+        DataError: as ``merge_runs``.
+    """
     for other in runs[1:]:
         _check_same_images(runs[0], other)
+    names = _new_names(runs, but)
+    return [_renamed(run, rename) for run, rename in zip(runs, names, strict=True)]
+
+
+def _merged(runs: Sequence[Run]) -> Run:
+    """One run of all rows; systems that differ in spite of equal names get that of their folder."""
     parts: list[Run] = []
-    for run, rename in zip(runs, _new_names(runs), strict=True):
-        part = _renamed(run, rename)
+    for part in runs:
         conflicts = {name for before in parts for name in _conflicts(before, part)}
         if conflicts:
             folder = part.folder.name
@@ -54,9 +67,11 @@ def merge_runs(runs: Sequence[Run]) -> Run:
     controls = set[str]().union(*(part.controls for part in parts))
     systems.sort(key=lambda name: name in controls)
     made_by = {k: v for part in parts for k, v in _made_by(part).items()}
+    modes = {k: v for part in parts for k, v in _modes(part).items()}
+    entries = {"systems": systems, "made_by": made_by, "modes": modes}
     return replace(
         parts[0],
-        metadata={**parts[0].metadata, "systems": systems, "made_by": made_by},
+        metadata={**parts[0].metadata, **entries},
         rows=list(rows.values()),
         sweeps=_extras(parts, lambda part: part.sweeps),
         bias=_extras(parts, lambda part: part.bias),
@@ -69,6 +84,11 @@ def merge_runs(runs: Sequence[Run]) -> Run:
 def _made_by(run: Run) -> dict[str, str]:
     entry = run.metadata.get("made_by")
     return {k: str(v) for k, v in entry.items()} if isinstance(entry, dict) else {}
+
+
+def _modes(run: Run) -> dict[str, str]:
+    """Mode (ti, si) in which each system of a run was measured."""
+    return run.metadata.get("modes") or dict.fromkeys(run.systems, str(run.metadata.get("mode")))
 
 
 def _check_same_images(first: Run, other: Run) -> None:
@@ -98,6 +118,7 @@ def _setting_texts(run: Run) -> dict[str, str]:
         "mode": str(run.metadata.get("mode", "")),
         "extraction": ", ".join(f"{k} {v}" for k, v in sorted(extraction.items())) or "defaults",
         "num_points": f"{run.metadata.get('num_points')} keypoints",
+        "value_range": f"value range {run.metadata.get('value_range', 'type')}",
     }
 
 
@@ -109,14 +130,17 @@ def settings_lines(runs: Sequence[Run]) -> list[str]:
         texts = _setting_texts(run)
         parts = [texts["num_points"], modes.get(texts["mode"], texts["mode"])]
         parts += [texts["extraction"]] * (texts["extraction"] != "defaults")
+        parts += [texts["value_range"]] * (texts["value_range"] != "value range type")
         lines.append(f"{run.folder.name}: {', '.join(part for part in parts if part)}")
     return lines
 
 
-def _new_names(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """For each run, new names of its systems with the settings in which the runs differ."""
+def _new_names(runs: Sequence[Run], but: str) -> list[dict[str, str]]:
+    """For each run, new names of its systems with the settings in which the runs differ, except the
+    setting ``but``.
+    """
     texts = [_setting_texts(run) for run in runs]
-    differ = {key for key in texts[0] if len({text[key] for text in texts}) > 1}
+    differ = {key for key in texts[0] if len({text[key] for text in texts}) > 1} - {but}
     names = []
     for run, text in zip(runs, texts, strict=True):
         made_by, renamed = _made_by(run), dict[str, str]()
@@ -127,7 +151,7 @@ def _new_names(runs: Sequence[Run]) -> list[dict[str, str]]:
                 scale = text["mode"].upper()
             parts = [scale] * ("mode" in differ and bool(scale))
             parts += [text["extraction"]] * ("extraction" in differ and bool(scale))
-            parts += [text["num_points"]] * ("num_points" in differ)
+            parts += [text[key] for key in ("num_points", "value_range") if key in differ]
             if parts:
                 renamed[name] = f"{name} ({', '.join(parts)})"
         names.append(renamed)
@@ -138,9 +162,13 @@ def _renamed(run: Run, names: dict[str, str]) -> Run:
     def new(name: str) -> str:
         return names.get(name, name)
 
+    entries = {
+        "made_by": {new(k): v for k, v in _made_by(run).items()},
+        "modes": {new(k): v for k, v in _modes(run).items()},
+    }
     return replace(
         run,
-        metadata={**run.metadata, "made_by": {new(k): v for k, v in _made_by(run).items()}},
+        metadata={**run.metadata, **entries},
         rows=[replace(row, system=new(row.system)) for row in run.rows],
         sweeps=[replace(row, system=new(row.system)) for row in run.sweeps],
         bias=[replace(row, system=new(row.system)) for row in run.bias],
@@ -175,8 +203,7 @@ def _extras(parts: Sequence[Run], rows_of: Callable[[Run], list[Any]]) -> list[A
 
 def by_number_of_keypoints(runs: Sequence[Run]) -> list[Run]:
     """One merged run for each number of keypoints, in the order of the runs."""
-    counts = Counter(str(run.metadata.get("num_points")) for run in runs)
-    return [
-        merge_runs([run for run in runs if str(run.metadata.get("num_points")) == count])
-        for count in counts
-    ]
+    groups: dict[str, list[Run]] = {}
+    for run in _distinguished(runs, but="num_points"):
+        groups.setdefault(str(run.metadata.get("num_points")), []).append(run)
+    return [_merged(group) for group in groups.values()]

@@ -84,19 +84,18 @@ def row_of_table_3(label: str, spec: str, single_scale: bool) -> str | None:
 
 
 def _systems(run: Run) -> list[tuple[str, str, bool]]:
-    """(label, spec, single scale) of the systems without controls. After a merge, a label may end
-    in the settings that distinguish it, in parentheses.
-    """
+    """(label, spec, single scale) of the systems without controls."""
     made_by = run.metadata.get("made_by")
     made_by = made_by if isinstance(made_by, dict) else {}
-    single = run.metadata.get("mode") == "ti"
-    found = []
-    for label in run.real:
-        distinct = label.rpartition(" (")[2] if label.endswith(")") else ""
-        modes = [part for part in ("TI", "SI") if part in distinct.rstrip(")").split(", ")]
-        ti = modes == ["TI"] if modes else single
-        found.append((label, str(made_by.get(label, label)), ti))
-    return found
+    modes = run.metadata.get("modes", {})  # of a merged run
+    return [
+        (
+            label,
+            str(made_by.get(label, label)),
+            modes.get(label, run.metadata.get("mode")) == "ti",
+        )
+        for label in run.real
+    ]
 
 
 def paper_tables(rows: Rows) -> Section | None:

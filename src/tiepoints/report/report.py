@@ -611,8 +611,9 @@ def _budgets(runs: Sequence[Run]) -> Section | None:
     """
     first = runs[0]
     titles = {"mutual.rep@3": "Within 3 px, mutual", "keynet.rep_SL": "SL", "keynet.rep_L": "L"}
+    systems = list(dict.fromkeys(system for run in runs for system in run.systems))
     series: dict[str, dict[str, dict[float, float]]] = {
-        title: {s: {} for s in first.systems} for title in titles.values()
+        title: {s: {} for s in systems} for title in titles.values()
     }
     measured = [n for run in runs if (n := finite(run.metadata.get("num_points")))]
     for system in first.systems:
@@ -621,7 +622,7 @@ def _budgets(runs: Sequence[Run]) -> Section | None:
     for run in runs:
         rows, n = Rows(run), finite(run.metadata.get("num_points"))
         for metric, title in titles.items():
-            for system in first.systems:
+            for system in systems:
                 if n and (value := rows.mean("all", system, metric, 100)) is not None:
                     series[title][system][n] = value
     curves = {
