@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tiepoints.models.patchnets import (
     FilterResponseNorm,
     HardNet,
+    HardNetLight,
     HyNet,
     SOSNet,
     ThresholdedLinear,
@@ -17,8 +18,10 @@ from tiepoints.models.patchnets import (
     unit,
 )
 
-NETS = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
-PARAMETERS = {"hardnet": 1_334_560, "hynet": 1_336_355, "sosnet": 1_334_560}  # spec 7
+NETS = {"hardnet": HardNet, "hardnet-light": HardNetLight, "hynet": HyNet, "sosnet": SOSNet}
+PARAMETERS = {"hardnet": 1_334_560, "hynet": 1_336_355, "sosnet": 1_334_560}  # published
+# a 5 x 5 filter in place of 3 x 3 in the first layer, and 4 x 4 in place of 8 x 8 in the last one
+PARAMETERS["hardnet-light"] = 1_334_560 + 32 * (25 - 9) - 128 * 128 * (64 - 16)
 
 
 def random_net(cls, seed: int = 0):
@@ -183,6 +186,7 @@ def to_kornia(name, net):
     return other
 
 
+@pytest.mark.parametrize("name", ["hardnet", "hynet", "sosnet"])
 def test_equals_kornia(name):
     net = random_net(NETS[name])
     other = to_kornia(name, net)

@@ -18,14 +18,19 @@ from tiepoints.errors import DataError, WeightsError
 from tiepoints.keypoints import local_maxima
 from tiepoints.models.desnet import DesNet
 from tiepoints.models.keynet import KeyNet
-from tiepoints.models.patchnets import HardNet, HyNet, SOSNet
+from tiepoints.models.patchnets import HardNet, HardNetLight, HyNet, SOSNet
 from tiepoints.models.rekd import REKD
 from tiepoints.models.sobelnet import SobelNet
 from tiepoints.training import loop, recipes
 from tiepoints.training.loop import RunOptions
 from tiepoints.training.recipes import TrainData
 from tiepoints.training.recipes.common import load_partial_state_dict
-from tiepoints.training.recipes.descriptors import candidate_loss, descriptor_loss, open_patches
+from tiepoints.training.recipes.descriptors import (
+    candidate_loss,
+    descriptor_loss,
+    open_patches,
+    taught_loss,
+)
 from tiepoints.training.recipes.detectors import floored_tiny, local_max_weight
 from tiepoints.weights import save
 
@@ -106,7 +111,9 @@ def train(name, photos, out, **options):
     data = TrainData(
         photos, **taken("pairs", "patches", "reconstructions", "validation_reconstructions")
     )
-    network = taken("group_size", "dims", "detector", "dim", "width")
+    network = taken(
+        "group_size", "dims", "detector", "dim", "width", "teacher", "num_training_data"
+    )
     return recipes.train(name, data, out, run=run, network=network, **options)
 
 
@@ -160,9 +167,53 @@ def test_hynet_loss_depends_on_lengths():
     """
     torch.manual_seed(0)
     net = HyNet().train()
-    a, b = torch.rand(6, 1, 32, 32), torch.rand(6, 1, 32, 32)
-    assert "drift" in descriptor_loss("hynet", net, a, b)[1]
-    assert "second" in descriptor_loss("sosnet", SOSNet().train(), a, b)[1]
+    both = torch.rand(12, 1, 32, 32)
+    assert "drift" in descriptor_loss("hynet", net, both)[1]
+    assert "second" in descriptor_loss("sosnet", SOSNet().train(), both)[1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hardnet-light", HardNetLight), ("hynet", HyNet)])
+def test_loss_with_a_teacher(name, kind):
+    """At the teacher's descriptors only the loss of the network remains; elsewhere, the mean
+    squared distance is added.
+    """
+    torch.manual_seed(0)
+    net, both = kind(dropout=0.0).train(), torch.rand(12, 1, 32, 32)
+    alone = descriptor_loss(name, net, both)[0]
+    own = net(both).detach()
+    torch.testing.assert_close(taught_loss(name, net, both, own, 5.0)[0], alone)
+    value, metrics = taught_loss(name, net, both, -own, 5.0)
+    assert metrics["distance"] == pytest.approx(4, abs=1e-4)  # opposite unit vectors
+    torch.testing.assert_close(value, alone + 20, atol=1e-3, rtol=0)
+
+
+def test_training_with_a_teacher_uses_stored_patches(photos, tmp_path, monkeypatch):
+    out = tmp_path / "light.safetensors"
+    options = {"num_training_data": 3, "batch_size": 2, "validate_every": 2}
+    train("hardnet-light", photos, out, steps=4, **options)
+    assert isinstance(load(out), HardNetLight)
+    folder = tmp_path / "light.safetensors.pairs"
+    patches, targets = (np.load(folder / f"{name}.npy") for name in ("patches", "targets"))
+    assert patches.shape == (3, 2, 48, 32, 32)
+    expected = load("hardnet")(torch.from_numpy(patches[1, 1]).float()[:, None] / 255)
+    found = torch.from_numpy(targets[1, 1]).float()
+    assert (found * expected).sum(dim=1).min() > 0.999  # bfloat16 on some processors
+    # a resumed training reads the same files and ends at the same weights
+    broken = tmp_path / "broken.safetensors"
+    with broken_off(monkeypatch, 3):
+        train("hardnet-light", photos, broken, steps=4, save_every=0.0, **options)
+    before = [p.stat().st_mtime_ns for p in (broken.parent / f"{broken.name}.pairs").iterdir()]
+    train("hardnet-light", photos, broken, steps=4, resume=True, **options)
+    after = [p.stat().st_mtime_ns for p in (broken.parent / f"{broken.name}.pairs").iterdir()]
+    assert before == after
+    one, two = load(out).state_dict(), load(broken).state_dict()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(WeightsError, match="teacher was"):
+        train("hardnet-light", photos, broken, steps=4, resume=True, teacher="sosnet", **options)
+    with pytest.raises(ValueError, match="teacher must be a patch descriptor; keynet"):
+        train("hardnet-light", photos, tmp_path / "no.safetensors", teacher="keynet", **options)
+    with pytest.raises(ValueError, match="hardnet-light has no preset paper"):
+        train("hardnet-light", photos, tmp_path / "no.safetensors", preset="paper")
 
 
 def test_initial_weights(tmp_path):

@@ -54,8 +54,9 @@ class ExtractOptions(ReadOptions, DetectOptions):
         detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light``, ``sobelnet`` (embedded
             weights), a weights file (ours, or an official checkpoint), or a network image -> score
             map.
-        descriptor: ``hardnet``, ``hynet``, ``sosnet``, ``desnet`` (embedded weights), ``rootsift``,
-            a weights file, a network patches -> (N,D), a ``DesNet``, or ``none`` / None.
+        descriptor: ``hardnet``, ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` (embedded
+            weights), ``rootsift``, a weights file, a network patches -> (N,D), a ``DesNet``, or
+            ``none`` / None.
         orientation: source of the keypoint angles: ``none``, ``rekd``, ``rekd-light``, ``dominant``
             (gradient); None = the detector if it estimates them (REKD does), else 0.
         upright: describe patches without rotating them by the angles, as in REKD's published

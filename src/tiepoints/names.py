@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
-PATCH_DESCRIPTORS = ("hardnet", "hynet", "sosnet")
+PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
 #: Defaults.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"

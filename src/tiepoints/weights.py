@@ -31,14 +31,18 @@ from .files import LFS_POINTER, atomic_path, is_lfs_pointer
 from .models.desnet import DesNet
 from .models.keynet import KeyNet
 from .models.keynet_legacy import LegacyKeyNet
-from .models.patchnets import HardNet, HyNet, SOSNet
+from .models.patchnets import HardNet, HardNetLight, HyNet, SOSNet
 from .models.rekd import REKD
 from .models.sobelnet import SobelNet
 from .models.spec import DetectorSpec, fused, spec_of
 
 DATA = Path(__file__).parent / "data"
 NETWORKS: dict[str, type[nn.Module]] = {
-    n.__name__: n for n in (KeyNet, LegacyKeyNet, REKD, SobelNet, HardNet, HyNet, SOSNet, DesNet)
+    n.__name__: n
+    for n in (
+        *(KeyNet, LegacyKeyNet, REKD, SobelNet),
+        *(HardNet, HardNetLight, HyNet, SOSNet, DesNet),
+    )
 }
 
 #: Largest header of a weights file in bytes.

@@ -61,7 +61,9 @@ DetectorOption = Annotated[
 ]
 DescriptorOption = Annotated[
     str,
-    typer.Option(help="hardnet, hynet, sosnet, desnet, rootsift, a weights file, or none."),
+    typer.Option(
+        help="hardnet, hardnet-light, hynet, sosnet, desnet, rootsift, a weights file, or none."
+    ),
 ]
 OrientationOption = Annotated[
     Orientation | None,

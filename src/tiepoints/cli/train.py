@@ -58,7 +58,7 @@ def train(
         str | None,
         typer.Argument(
             help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, "
-            "hynet, sosnet, desnet. Not needed with --resume."
+            "hardnet-light, hynet, sosnet, desnet. Not needed with --resume."
         ),
     ] = None,
     images: Annotated[
@@ -105,8 +105,9 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Detectors: number of different training pairs, written to OUTPUT.pairs first "
-            "(paper: 9000; default: new pairs in every step).",
+            help="Number of different training pairs, or for patch descriptors of pairs of views, "
+            "written to OUTPUT.pairs first (paper: 9000; hardnet-light: 3000; default: new pairs "
+            "in every step).",
         ),
     ] = None,
     patch_size: Annotated[
@@ -174,6 +175,13 @@ def train(
     ] = None,
     width: Annotated[
         int | None, typer.Option(help="desnet: factor of the number of channels, 1 (default) to 4.")
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Patch descriptors: trained descriptor to be approached, a name or a weights "
+            "file, or none (hardnet-light: hardnet)."
+        ),
     ] = None,
     init: Annotated[str | None, typer.Option(help="Initial weights, a name or a file.")] = None,
     validation: Annotated[

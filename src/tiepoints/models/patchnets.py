@@ -1,9 +1,10 @@
 """HardNet, HyNet and SOSNet: patch descriptors with the same seven convolutions and different
-normalization.
+normalization; and HardNet's light form.
 
 HardNet (Mishchuk et al., NeurIPS 2017), SOSNet (Tian et al., CVPR 2019), HyNet (Tian et al.,
 NeurIPS 2020). The trunk is L2-Net's: six 3x3 convolutions, two of them of stride 2, and one 8x8
-that reduces the 8x8 map to a vector of dimension 128.
+that reduces the 8x8 map to a vector of dimension 128. ``HardNetLight`` has stride 2 in its first
+convolution already, which leaves a quarter of the arithmetic.
 
 In: patches (N,1,P,P) in [0,1]; any P is resized to 32. Each network scales the values itself.
 Out: (N,128), unit length; for constant patches finite, but meaningless.
@@ -12,6 +13,7 @@ Out: (N,128), unit length; for constant patches finite, but meaningless.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, cast
 
 import torch
@@ -22,7 +24,7 @@ from .spec import PatchSpec
 
 PATCH_SIZE = 32
 DIMENSION = 128
-#: Channels and strides of the six 3x3 convolutions.
+#: Channels and strides of the six convolutions before the last one.
 CHANNELS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 1, 2, 1, 2, 1)
 #: Constants of the published code, added to the deviation (HardNet), the variance (SOSNet)
@@ -42,8 +44,10 @@ class PatchNet(nn.Module):
     """
 
     spec = PatchSpec()
-    #: Whether the six 3x3 convolutions have a bias.
+    #: Whether the six convolutions before the last one have a bias.
     bias = False
+    #: Stride and side of the filters of the first convolution.
+    first_stride, first_kernel = STRIDES[0], 3
 
     def __init__(self, dropout: float = 0.1):
         super().__init__()
@@ -52,11 +56,14 @@ class PatchNet(nn.Module):
         self.settings: dict[str, Any] = {"dropout": dropout}
         self.dropout = nn.Dropout(dropout)
         sources = (1, *CHANNELS[:-1])
+        strides = (self.first_stride, *STRIDES[1:])
+        kernels = (self.first_kernel, *(3 for _ in STRIDES[1:]))
         layers = [
-            nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=self.bias)
-            for c_in, c_out, stride in zip(sources, CHANNELS, STRIDES, strict=True)
+            nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2, bias=self.bias)
+            for c_in, c_out, kernel, stride in zip(sources, CHANNELS, kernels, strides, strict=True)
         ]
-        layers.append(nn.Conv2d(CHANNELS[-1], DIMENSION, PATCH_SIZE // 4, bias=False))
+        side = PATCH_SIZE // math.prod(strides)
+        layers.append(nn.Conv2d(CHANNELS[-1], DIMENSION, side, bias=False))
         self.convolutions = nn.ModuleList(layers)
         for layer in layers:
             nn.init.orthogonal_(layer.weight, gain=INIT_GAIN)
@@ -134,6 +141,14 @@ class HardNet(PatchNet):
             for conv, norm in zip(self.convolutions, self.norms, strict=True)
         )
         self.norms = nn.ModuleList(nn.Identity() for _ in self.norms)
+
+
+class HardNetLight(HardNet):
+    """HardNet with a quarter of its arithmetic: the first convolution, 5x5, has stride 2, so that
+    all others see maps of half the size.
+    """
+
+    first_stride, first_kernel = 2, 5
 
 
 class SOSNet(HardNet):

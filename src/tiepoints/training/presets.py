@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.keynet import KeyNet
-from ..models.patchnets import HardNet, HyNet, PatchNet, SOSNet
+from ..models.patchnets import HardNet, HardNetLight, HyNet, PatchNet, SOSNet
 from ..models.sobelnet import SobelNet
 from .loop import FitSettings
 
@@ -206,15 +206,27 @@ class PatchRecipe:
             each, or whole batches of ``PatchBatches``.
         dropout: of the network, before its last convolution.
         pairs, augment: ``batch`` and ``augment`` of ``PatchBatches``, for published patches.
+        teacher: name or file of a trained network whose descriptors are approached; None: none.
+        teacher_weight: weight of the squared distance to them in the loss.
+        num_views: number of different pairs of views, whose patches are written to a file first;
+            0: new ones in every step.
     """
 
     fit: FitSettings
     dropout: float = 0.1
     pairs: int = 1024
     augment: str = "fliprot"
+    teacher: str | None = None
+    teacher_weight: float = 2.0
+    num_views: int = 0
 
 
-DESCRIPTORS: dict[str, type[PatchNet]] = {"hardnet": HardNet, "hynet": HyNet, "sosnet": SOSNet}
+DESCRIPTORS: dict[str, type[PatchNet]] = {
+    "hardnet": HardNet,
+    "hardnet-light": HardNetLight,
+    "hynet": HyNet,
+    "sosnet": SOSNet,
+}
 #: Eight views of 48 pairs per step: 384 pairs, each with 47 negatives from its own view.
 PATCH_FIT = FitSettings(
     batch_size=8, learning_rate=2e-3, warmup=30, clip=0.0, average=0.99, validate_every=100
@@ -247,11 +259,23 @@ _HYNET = FitSettings(
     average=0.0,
     validate_every=2_000,
 )
+_SMOKE_FIT = dataclasses.replace(PATCH_FIT, steps=100, validate_every=50)
+#: The light network learns HardNet's descriptors and its task together.
+_LIGHT = PatchRecipe(
+    dataclasses.replace(PATCH_FIT, batch_size=12, learning_rate=4e-3, validate_every=250),
+    dropout=0.0,
+    teacher="hardnet",
+    num_views=3_000,
+)
 PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
-    "default": dict.fromkeys(DESCRIPTORS, PatchRecipe(PATCH_FIT)),
-    "smoke": dict.fromkeys(
-        DESCRIPTORS, PatchRecipe(dataclasses.replace(PATCH_FIT, steps=100, validate_every=50))
-    ),
+    "default": {
+        **dict.fromkeys(DESCRIPTORS, PatchRecipe(PATCH_FIT)),
+        "hardnet-light": _LIGHT,
+    },
+    "smoke": {
+        **dict.fromkeys(DESCRIPTORS, PatchRecipe(_SMOKE_FIT)),
+        "hardnet-light": dataclasses.replace(_LIGHT, fit=_SMOKE_FIT, num_views=0),
+    },
     "paper": {
         "hardnet": PatchRecipe(_HARDNET, dropout=0.3),
         "hynet": PatchRecipe(_HYNET, dropout=0.3, pairs=512, augment="turns"),

@@ -16,10 +16,14 @@ from ...datasets.candidates import CandidatePairs
 from ...datasets.patch_pairs import PatchPairs, peak_detector
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from ...datasets.reconstructions import TrackScene, read_scenes
+from ...datasets.stored_patches import TARGETS, StoredPatches, write_patches, write_targets
 from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
+from ...describe import DESCRIBE_CHUNK
 from ...detect import DetectOptions, ScoreMapDetector
+from ...device import choose_precision
 from ...models.desnet import DesNet, sample
+from ...models.patchnets import PatchNet, unit
 from ...models.spec import DetectorSpec, fused, spec_of
 from ...pyramid import build_pyramid
 from ...weights import load, weights_checksum
@@ -43,6 +47,7 @@ from .common import (
     as_folders,
     both_views,
     choose,
+    companion,
     data_record,
     fit_and_save,
     init_record,
@@ -50,6 +55,7 @@ from .common import (
     load_partial_state_dict,
     with_schedule,
 )
+from .options import with_patch_options
 
 logger = logging.getLogger(__name__)
 #: With reconstructions: fraction of the pairs that come from them, and keypoints per image.
@@ -63,17 +69,36 @@ CANDIDATE_WINDOW = 9
 CANDIDATE_POOL = 400
 
 
-def descriptor_loss(
-    name: str, net: nn.Module, anchor: Tensor, positive: Tensor
-) -> tuple[Tensor, dict[str, float]]:
-    """Published loss of a descriptor on patches (N,1,P,P) of N points.
-
-    Both views are passed through the network as one batch.
+def descriptor_loss(name: str, net: nn.Module, both: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Published loss of a descriptor on patches (2N,1,P,P) of N points: the N of one view, then
+    those of the other.
     """
-    both = torch.cat([anchor, positive])
     if name == "hynet":
         return hynet_loss(*net(both, raw=True).float().chunk(2))
     return (sosnet_loss if name == "sosnet" else hardnet_loss)(*net(both).float().chunk(2))
+
+
+def taught_loss(
+    name: str, net: nn.Module, both: Tensor, targets: Tensor, weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Published loss of a descriptor, plus the mean squared distance to the unit descriptors
+    ``targets`` (2N,D) of a teacher, times ``weight``.
+    """
+    raw = net(both, raw=True).float()
+    vectors = unit(raw)
+    if name == "hynet":
+        value, metrics = hynet_loss(*raw.chunk(2))
+    else:
+        value, metrics = (sosnet_loss if name == "sosnet" else hardnet_loss)(*vectors.chunk(2))
+    distance = (vectors - targets).square().sum(dim=1).mean()
+    value = value + weight * distance
+    return value, {**metrics, "loss": value.item(), "distance": distance.item()}
+
+
+@torch.inference_mode()
+def described(net: nn.Module, patches: Tensor) -> Tensor:
+    """Descriptors (N,D) of patches (N,1,P,P), some at a time."""
+    return torch.cat([net(part) for part in patches.split(DESCRIBE_CHUNK)])
 
 
 def open_patches(folder: str | Path) -> list[PatchSet]:
@@ -90,7 +115,7 @@ def open_patches(folder: str | Path) -> list[PatchSet]:
 
 
 def train_patches(name: str, job: TrainJob) -> FitResult:
-    """Train ``hardnet``, ``hynet`` or ``sosnet``; see ``train``.
+    """Train ``hardnet``, ``hardnet-light``, ``hynet`` or ``sosnet``; see ``train``.
 
     The validation score is the fraction of the repeated Key.Net keypoints of held-out pairs that
     mutual nearest neighbors match correctly.
@@ -99,18 +124,26 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     training, held_out = data.photographs()
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["patches-upright" if scenes else "patches"]
+    teacher = None if recipe.teacher is None else _teacher(recipe.teacher)
     make_batches = _patch_batches(data, recipe, training, scenes, views)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
+    if recipe.num_views:
+        made_from = [recipe.fit.seed, _data_identity(data, training)]
+        make_batches = _stored_batches(job, recipe, make_batches, made_from, teacher)
 
     def make_network() -> nn.Module:
         return DESCRIPTORS[name](dropout=recipe.dropout)
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        anchor, positive = (
-            batch[k].flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            for k in ("anchor", "positive")
-        )
-        return descriptor_loss(name, network, anchor, positive)
+        both = torch.cat([batch[key].flatten(0, 1) for key in ("anchor", "positive")])
+        both = both.contiguous(memory_format=torch.channels_last)
+        if teacher is None:
+            return descriptor_loss(name, network, both)
+        if TARGETS[0] in batch:
+            targets = torch.cat([batch[key].flatten(0, 1) for key in TARGETS]).float()
+        else:
+            targets = described(teacher.to(both.device), both)
+        return taught_loss(name, network, both, targets, recipe.teacher_weight)
 
     validate = _patch_validation(data, held_out, views)
     net = initialized(make_network, recipe.fit.seed)
@@ -119,6 +152,8 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         "model": name,
         "preset": job.preset,
         "patches": Path(data.patches or "").name,
+        **({} if teacher is None else {"teacher": weights_checksum(teacher)}),
+        **({"views": recipe.num_views} if recipe.num_views else {}),
         **init_record(job.init),
         **_data_identity(data, [*training, *held_out]),
     }
@@ -132,7 +167,10 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     Raises:
         ValueError: the preset or the data do not fit together.
     """
-    recipe = choose(PATCH_RECIPES, job.preset)[name]
+    recipes = choose(PATCH_RECIPES, job.preset)
+    if name not in recipes:
+        raise ValueError(f"{name} has no preset {job.preset}; it is not in a paper")
+    recipe = recipes[name]
     if job.data.patches is not None and job.data.reconstructions:
         raise ValueError(
             "published patches and reconstructions exclude each other; give --patches or "
@@ -146,7 +184,57 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     fit = recipe.fit
     if job.data.patches is not None and job.preset != "paper":
         fit = dataclasses.replace(fit, batch_size=1)
+    recipe = with_patch_options(recipe, job.options)
+    if recipe.num_views and job.data.patches is not None:
+        recipe = dataclasses.replace(recipe, num_views=0)  # they are in files already
     return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
+
+
+def _teacher(name: str) -> nn.Module:
+    """The network of a patch descriptor, for inference.
+
+    Raises:
+        ValueError: another network.
+    """
+    net = load(name)
+    if not isinstance(net, PatchNet):
+        raise ValueError(
+            f"the teacher must be a patch descriptor; {name} contains a {type(net).__name__}"
+        )
+    return net.requires_grad_(False)
+
+
+def _stored_batches(
+    job: TrainJob,
+    recipe: PatchRecipe,
+    make_batches: Callable[[int], Dataset],
+    made_from: list[Any],
+    teacher: nn.Module | None,
+) -> Callable[[int], Dataset]:
+    """Length -> training data from a file with the patches of ``recipe.num_views`` pairs of views,
+    which is written next to the weights unless it exists.
+    """
+    path = companion(job.output, "pairs") / "patches.npy"
+    write_patches(
+        path,
+        make_batches(recipe.num_views),
+        identity=made_from,
+        workers=job.run.workers,
+        progress=job.run.progress,
+    )
+    targets = None if teacher is None else path.with_name("targets.npy")
+    if teacher is not None and targets is not None:
+        net = teacher.fused(choose_precision("auto", torch.device("cpu")))  # type: ignore[operator]
+        write_targets(
+            *(targets, path, lambda patches: described(net, patches)),
+            identity=[made_from, weights_checksum(teacher)],
+            progress=job.run.progress,
+        )
+
+    def stored(length: int) -> Dataset:
+        return StoredPatches(path, targets, seed=recipe.fit.seed, length=length)
+
+    return stored
 
 
 def _patch_batches(

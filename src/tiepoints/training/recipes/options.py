@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..losses import WINDOW_WEIGHTS, WINDOWS
-from ..presets import CODE_LOSS, MODELS, REKD_SIZES, Recipe
+from ..presets import CODE_LOSS, DESCRIPTORS, MODELS, REKD_SIZES, PatchRecipe, Recipe
 
 DETECTORS = (*MODELS, *REKD_SIZES)
 #: Options of networks, and the networks that have them.
@@ -15,7 +15,9 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("filters", "blocks", "levels", "kernel", "handcrafted"), ("keynet",)),
     "loss": ("keynet", "keynet-tiny"),
     **dict.fromkeys(("windows", "window_weights", "base"), DETECTORS),
-    **dict.fromkeys(("patch_size", "max_angle", "num_training_data"), DETECTORS),
+    **dict.fromkeys(("patch_size", "max_angle"), DETECTORS),
+    "num_training_data": (*DETECTORS, *DESCRIPTORS),
+    "teacher": tuple(DESCRIPTORS),
     **dict.fromkeys(("group_size", "dims", "orientation_balance"), tuple(REKD_SIZES)),
     **dict.fromkeys(("detector", "dim", "width"), ("desnet",)),
 }
@@ -86,6 +88,16 @@ def with_options(recipe: Recipe, preset: str, options: dict[str, Any]) -> Recipe
         views=views,
         num_pairs=options.get("num_training_data", recipe.num_pairs),
         balance=options.get("orientation_balance", recipe.balance),
+    )
+
+
+def with_patch_options(recipe: PatchRecipe, options: dict[str, Any]) -> PatchRecipe:
+    """Change the data and the teacher of the recipe of a patch descriptor."""
+    teacher = options.get("teacher", recipe.teacher)
+    return dataclasses.replace(
+        recipe,
+        teacher=None if teacher == "none" else teacher,
+        num_views=options.get("num_training_data", recipe.num_views),
     )
 
 

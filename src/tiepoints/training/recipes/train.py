@@ -41,7 +41,7 @@ def train(
 
     Args:
         name: ``keynet``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``, ``hardnet``,
-            ``hynet``, ``sosnet`` or ``desnet``.
+            ``hardnet-light``, ``hynet``, ``sosnet`` or ``desnet``.
         data: see ``TrainData``; a path is a folder of images.
         output: weights file to write, with the suffix ``.safetensors``.
         preset: see ``training.presets``.
@@ -174,4 +174,4 @@ def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None
     if data.patches is not None and name not in DESCRIPTORS:
         raise ValueError(f"patches are for descriptors ({', '.join(DESCRIPTORS)})")
     if (data.reconstructions or data.validation_reconstructions) and not is_descriptor:
-        raise ValueError("reconstructions are for descriptors (hardnet, hynet, sosnet, desnet)")
+        raise ValueError(f"reconstructions are for descriptors ({', '.join(DESCRIPTORS)}, desnet)")
