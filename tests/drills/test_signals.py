@@ -133,20 +133,30 @@ def test_signals_during_the_start_of_a_command(photos, tmp_path, drill):
 
 
 def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
-    """Two worker processes: killed with their parent, or stopped by it."""
+    """Two workers, and the process of their queues: killed with their parent, or stopped by it."""
     arguments = [*arguments_of("evaluate", places), "--workers", 2]
     for index in range(number(1, 4)):
         for sent in CODES:
             with drill.run(f"{signal.Signals(sent).name} {index}"):
                 folder = tmp_path / f"{sent}-{index}"
                 command = Command(arguments, folder, group=sent != signal.SIGKILL)
-                command.send(sent, 1.0 + 1.5 * index)
-                children = descendants(command.process.pid)
+                children = wait_for_descendants(command, 3)
+                assert len(children) >= 3, command.output()
+                command.send(sent, 0.5 * index)
                 check_stopped(command, command.wait(), CODES[sent], folder)
                 deadline = time.monotonic() + 20
                 while any(map(is_running, children)) and time.monotonic() < deadline:
                     time.sleep(0.05)
                 assert not [pid for pid in children if is_running(pid)], command.output()
+
+
+def wait_for_descendants(command: Command, count: int) -> list[int]:
+    """The processes below a command, when there are ``count`` or the command has ended."""
+    found: list[int] = []
+    while len(found) < count and is_running(command.process.pid):
+        found = descendants(command.process.pid)
+        time.sleep(0.02)
+    return found
 
 
 def descendants(pid: int) -> list[int]:
