@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +31,15 @@ import torch
 from PIL import Image
 
 from tiepoints.errors import DataError
+from tiepoints.files import list_images
 from tiepoints.formats.npy import FeatureFolder
 from tiepoints.structs import Features, Keypoints
 
-#: Suffixes of images.
-SUFFIXES = (".ppm", ".png", ".jpg", ".jpeg", ".pgm")
+#: What NumPy, SciPy and h5py raise for damaged files and for other versions of their formats.
+UNREADABLE = (
+    *(OSError, DataError, KeyError, ValueError, IndexError, NotImplementedError, EOFError),
+    zipfile.BadZipFile,
+)
 
 
 @dataclass
@@ -60,8 +66,12 @@ class Points:
 
 def _matlab(path: Path, *names: str) -> list[np.ndarray]:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
-    content = loadmat(path)
+    try:
+        content = loadmat(path)
+    except (MatReadError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error})") from error
     missing = [name for name in names if name not in content]
     if missing:
         raise DataError(f"{path} has no variable {missing[0]}")
@@ -135,13 +145,15 @@ def features(points: Points, unit: float, size: tuple[int, int]) -> Features:
     """``Features`` of an image of ``size`` (width, height), strongest first.
 
     Raises:
-        DataError: arrays of different lengths, or keypoints that lie outside the image.
+        DataError: arrays of different lengths, or keypoints that lie outside the image or nowhere.
     """
     xy = np.asarray(points.xy, dtype=np.float32)
     if points.descriptors is not None and len(points.descriptors) != len(xy):
         raise DataError(f"{len(xy)} keypoints but {len(points.descriptors)} descriptors")
-    if len(xy) and (xy.min() < -1 or (xy.max(axis=0) > np.array(size)).any()):
-        raise DataError(f"keypoints up to {xy.max(axis=0)} outside the image of {size}")
+    # a comparison with NaN is false
+    if len(xy) and not (xy.min() >= -1 and (xy.max(axis=0) <= np.array(size)).all()):
+        low, high = xy.min(axis=0).tolist(), xy.max(axis=0).tolist()
+        raise DataError(f"keypoints from {low} to {high}, but the image has {size} pixels")
     order = torch.from_numpy(np.argsort(-points.score, kind="stable").copy())
     values = [
         torch.from_numpy(np.asarray(v, dtype=np.float32))[order]
@@ -158,23 +170,24 @@ def features(points: Points, unit: float, size: tuple[int, int]) -> Features:
 def convert(
     method: str, source: Path, output: Path, images: Path, unit: float | None = None
 ) -> list[str]:
-    """Convert the features of all images below ``images``; returns what failed."""
+    """Convert the features of all images below ``images``; returns what failed, one per line."""
     read, default = METHODS[method]
-    store, failed = FeatureFolder(output), []
-    for path in sorted(p for p in images.rglob("*") if p.suffix.lower() in SUFFIXES):
+    store, listing = FeatureFolder(output), list_images(images)
+    failed = [f"{path}: {reason}" for path, reason in listing.refused]
+    for path in listing.images:
         name = path.relative_to(images)
         try:
             with Image.open(path) as image:
                 size = image.size
             found = features(read(source / name), default if unit is None else unit, size)
-        except (OSError, DataError, KeyError, ValueError, IndexError) as error:
+        except UNREADABLE as error:
             failed.append(f"{name}: {type(error).__name__}: {error}")
             continue
         store.write(name.as_posix(), found)
     return failed
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -183,7 +196,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--unit", type=float, help="size of a keypoint of scale 1")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     failed = convert(args.method, args.source, args.output, args.images, args.unit)
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)

@@ -10,6 +10,7 @@ between registries.
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 #: Packages whose hashes differ between registries.
 EXCLUDED = ("torch==",)
+#: Python, system and machine of CI, whose files have the hashes.
+PLATFORM = ("3.11", "Linux", "x86_64")
 HEAD = """\
 # Written by requirements/hashes.py from constraints.txt: every package but torch, with its hash.
 # pip install --require-hashes --no-deps -r requirements/ci.txt
@@ -43,6 +46,12 @@ def resolve(lines: list[str]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    here = (".".join(map(str, sys.version_info[:2])), platform.system(), platform.machine())
+    if here != PLATFORM:
+        sys.exit(
+            f"error: the hashes are those of the files for Python {' '.join(PLATFORM)}; this is "
+            f"Python {' '.join(here)}, for which pip selects others"
+        )
     wanted = requirements()
     found = {
         item["metadata"]["name"].lower().replace("_", "-"): item["download_info"]["archive_info"]

@@ -668,6 +668,10 @@ def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch)
         ),
         (["match", "--features", "one.h5", "--output", "m.h5"], "two are needed"),
         (
+            ["match", "--features", "f.h5", "--output", "m.h5", "--masks", "empty"],
+            "extract the features with --masks",
+        ),
+        (
             ["match", "--features", "f.h5", "--output", "m.h5", "--descriptor", "none"],
             "--descriptor must not be none",
         ),

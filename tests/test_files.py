@@ -1,6 +1,7 @@
 """Listing of images, atomic writing, optional libraries."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,28 @@ def folder(tmp_path) -> Path:
 def test_only_images_are_listed_and_other_files_are_counted(folder):
     images, skipped, _ = list_images(folder)
     assert [path.relative_to(folder).as_posix() for path in images] == ["a.png", "sub/b.JPG"]
-    assert skipped == 5
+    assert skipped == 4
     assert [path.name for path in list_images(folder, recursive=False)[0]] == ["a.png"]
     with pytest.raises(FileNotFoundError, match="no folder of images"):
         list_images(folder / "none")
+
+
+def test_hidden_folders_are_not_read(folder, monkeypatch):
+    """A repository or a trash may be large, unreadable, or contain broken links."""
+    inside = folder / "sub" / ".trash" / "deep"
+    inside.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(inside / "e.png")
+    (inside / "loop").symlink_to(folder)
+    (folder / ".link").symlink_to(folder / "sub" / ".trash")
+    read, scan = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: read.append(Path(path).name) or scan(path))
+    images, skipped, refused = list_images(folder)
+    assert [path.name for path in images] == ["a.png", "b.JPG"]
+    assert (skipped, refused) == (4, [])
+    assert sorted(read) == ["photos", "sub"]
+    # a hidden folder that is given is read
+    monkeypatch.undo()
+    assert [path.name for path in list_images(inside, recursive=False).images] == ["e.png"]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +69,7 @@ def test_names_of_images(name, expected):
 def test_collect_skips_other_files_of_folders_and_patterns(folder):
     found = collect([folder])
     assert [str(task.relative) for task in found.tasks] == ["photos/a.png", "photos/sub/b.JPG"]
-    assert (found.refused, found.skipped) == ([], 5)
+    assert (found.refused, found.skipped) == ([], 4)
     found = collect([f"{folder}/*"])  # a pattern: files and the folder sub
     assert {task.path.name for task in found.tasks} == {"a.png", "b.JPG"}
     assert found.skipped == 3

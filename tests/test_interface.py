@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 
 import tiepoints
 from tiepoints.cli import app
+from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.formats.npy import read_features
 from tiepoints.jobs.extract import extract_images
+from tiepoints.jobs.pictures import _stems, draw_best_pairs
+from tiepoints.structs import Features, Keypoints, Matches
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,33 @@ def test_match_draws_two_images_and_the_best_pairs_in_color(photos, tmp_path):
     code, _, err = call("match", *images, "--geometry", "essential")
     assert code == 2
     assert "intrinsics" in err
+
+
+def test_pictures_of_pairs_have_distinct_names(tmp_path):
+    """x + y-z and x-y + z are two pairs, as are those of folders; names alike but for / are one."""
+    pytest.importorskip("h5py")
+    names = ("x", "y-z", "x-y", "z", "a/b", "a-b")
+    folder, matches = tmp_path / "photos", tmp_path / "m.h5"
+    (folder / "a").mkdir(parents=True)
+    points = Keypoints(torch.rand(9, 2) * 60, torch.ones(9), torch.zeros(9), torch.ones(9))
+    index = torch.arange(9)[:, None].expand(9, 2)
+    for name in names:
+        Image.new("L", (64, 48), 128).save(folder / name, "PNG")
+    with FeatureFile(tmp_path / "m.features.h5", write=True) as file:
+        for name in names:
+            file.write(name, Features(points, None, (64, 48)))
+    pairs = (("x", "y-z"), ("x-y", "z"), ("a/b", "z"))
+    with MatchFile(matches, write=True) as file:
+        for a, b in pairs:
+            file.write_matches(a, b, Matches(index, torch.ones(9)), 9)
+    given = [str(folder / name) for name in names]
+    written = draw_best_pairs(matches, given, tmp_path / "best", root=folder)
+    assert sorted(path.name for path in written) == ["x-y-z-2.jpg", "x-y-z.jpg"]
+    assert all(path.is_file() for path in written)
+    # COLMAP distinguishes all names
+    assert list(_stems(["a-b/c", "a/b-c", "a-b-c/2", "a-b/c"])) == [
+        *("a-b-c", "a-b-c-2", "a-b-c-2-2", "a-b-c-3")
+    ]
 
 
 def test_compare_reports_the_better_system(tmp_path):

@@ -22,6 +22,7 @@ from tiepoints.evaluation.systems import scales as scales_of
 from tiepoints.extract import build
 from tiepoints.image import read_image
 from tiepoints.matching import filter_by_rotation
+from tiepoints.models.keynet_legacy import LegacyKeyNet
 from tiepoints.models.rekd import REKD
 from tiepoints.models.rekd_official import published_angle, whole_bins
 from tiepoints.pyramid import build_pyramid
@@ -108,6 +109,7 @@ def test_a_missing_file_or_library_fails_its_row_only(hpatches, tmp_path, monkey
     code, out, _ = call("evaluate", hpatches, *arguments, "--json")
     assert code == 1
     assert set(json.loads(out)["not_run"]) == {"superpoint"}
+    assert set(read_run(tmp_path / "run").metadata["unavailable"]) == {"superpoint"}
     assert all(row["ok"] for row in read_rows(tmp_path / "run" / "rows" / "lf-net.jsonl"))
     # no system at all, and a typing error, are errors
     only = ["--systems", "superpoint", "--output", tmp_path / "other"]
@@ -192,6 +194,23 @@ def test_cut_ratio_removes_weak_keypoints(hpatches):
         assert len(cut) == pytest.approx(int((found.score >= limit).sum()), abs=2)
     with pytest.raises(ValueError, match="cut_ratio must lie in"):
         build("sobelnet", None, cut_ratio=1.0)
+
+
+def test_cut_ratio_of_the_tensorflow_extraction():
+    """Of each level, the keypoints from the fraction of its largest score on remain."""
+    torch.manual_seed(0)
+    net = LegacyKeyNet.tensorflow().eval()  # random weights
+    image = torch.rand(1, 1, 160, 200, generator=torch.Generator().manual_seed(1))
+    options = {"official": True, "num_keypoints": 3000, "up_levels": 1, "down_levels": 2}
+    found = build(net, None, device="cpu", **options).extract(image)
+    cut = build(net, None, device="cpu", cut_ratio=0.7, **options).extract(image)
+    scales = found.scale.unique()
+    assert len(scales) == 4
+    for scale in scales:
+        score = found.score[found.scale == scale]
+        kept = score[score >= 0.7 * score.max()]
+        assert 0 < len(kept) < len(score)
+        assert torch.equal(cut.score[cut.scale == scale], kept)
 
 
 def test_parameters_of_any_weights_file(reference_dir):
@@ -455,3 +474,43 @@ def test_features_of_other_methods(hpatches, tmp_path, monkeypatch, method):
         file.unlink()
     failed = foreign_features.convert(method, tmp_path / "theirs", tmp_path / "again", hpatches)
     assert [line.split(":")[0] for line in failed] == ["v_graf/1.ppm", "v_graf/2.ppm"]
+
+
+def test_unusable_features_of_other_methods_are_listed(tmp_path, monkeypatch, capsys):
+    """Damaged files, files of another version, positions that are not numbers or outside."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import foreign_features
+
+    images, theirs = tmp_path / "images", tmp_path / "theirs"
+    (images / ".thumbnails").mkdir(parents=True)
+    Image.new("L", (64, 48)).save(images / ".thumbnails" / "hidden.png")
+    rng = np.random.default_rng(0)
+    reasons = {
+        "empty": "is damaged",
+        "v7.3": "NotImplementedError",
+        "nan": "from [nan, nan] to [nan, nan]",
+        "outside": "from [3.0, 4.0] to [64.5, 8.0], but the image has (64, 48) pixels",
+    }
+    for name in ("good", *reasons):
+        Image.new("L", (64, 48)).save(images / f"{name}.png")
+        xy = np.array([[3.0, 4.0], [{"nan": np.nan, "outside": 64.5}.get(name, 60.0), 8.0]])
+        xy[:, 1] += np.nan if name == "nan" else 0
+        stand_in("tilde", theirs, f"{name}.png", xy, rng)
+    (theirs / "empty.mat").write_bytes(b"")
+    version = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+    (theirs / "v7.3.mat").write_bytes(version + bytes(512))
+    arguments = ["tilde", theirs, tmp_path / "ours", "--images", images]
+    with pytest.raises(SystemExit) as ended:
+        foreign_features.main([str(argument) for argument in arguments])
+    assert ended.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(reasons)
+    for name, reason in reasons.items():
+        assert any(line.startswith(f"failed: {name}.png: ") and reason in line for line in lines)
+    assert len(np.load(tmp_path / "ours" / "good.png.kpt.npy")) == 2
+    # the same for archives of NumPy
+    (theirs / "good.npz").write_bytes(b"")
+    (theirs / "nan.npz").write_bytes(b"PK\x03\x04" + bytes(60))
+    failed = foreign_features.convert("superpoint", theirs, tmp_path / "other", images)
+    assert any(line.startswith("good.png: EOFError") for line in failed)
+    assert any(line.startswith("nan.png: BadZipFile") for line in failed)

@@ -394,14 +394,18 @@ def test_a_run_killed_after_an_image_changed_leaves_no_old_matches(
     assert same(pairs_of(tmp_path / output), pairs_of(tmp_path / "fresh" / output))
 
 
-def test_listed_pairs_of_an_image_that_became_unreadable_are_not_done(images, tmp_path):
+def test_listed_pairs_of_an_image_that_became_unreadable_are_not_done(images, tmp_path, caplog):
     pytest.importorskip("h5py")
     pairs = tmp_path / "pairs.txt"
     pairs.write_text("0.png 1.png\n0.png 2.png\n")
     assert match(images, tmp_path / "m.h5", pairs=pairs).done == 2
     (images / "1.png").write_bytes(b"no image")
-    report = match(images, tmp_path / "m.h5", pairs=pairs)
-    assert (report.done, report.skipped) == (0, 1)
+    with caplog.at_level(logging.INFO):
+        report = match(images, tmp_path / "m.h5", pairs=pairs)
+    # its pair was not matched again
+    assert (report.done, report.skipped, report.changed) == (0, 1, 0)
+    assert "removed the matches of 1 image without features" in caplog.text
+    assert "matched again" not in caplog.text
     assert {Path(name).name for name, _ in report.failed} == {"1.png"}
     assert pairs_of(tmp_path / "m.h5").keys() == {("0.png", "2.png")}
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from tiepoints.errors import DataError
 from tiepoints.evaluation.results import Rows, read_run
+from tiepoints.report.merge import merge_runs
 from tiepoints.report.papers import row_of_table_2, row_of_table_3
 from tiepoints.report.report import repeated_points, write_report
 
@@ -385,6 +386,25 @@ def test_runs_of_one_scale_and_of_many_are_merged(tmp_path: Path) -> None:
     assert paper["Key.Net-TI: keynet (TI)"][:2] == ["30.0", "34.2"]
     assert paper["FAST-TI: fast"][:2] == ["40.0", "30.4"]
     assert paper["LIFT-SI published"][:2] == ["–", "43.4"]
+
+
+def test_merged_runs_keep_the_mode_of_each_system(tmp_path: Path) -> None:
+    folders = []
+    for mode, names in (("si", ("keynet", "sobelnet")), ("ti", ("keynet", "fast", "keynet@ti"))):
+        rows = [row(name, "v_a", "1-2") for name in names]
+        made_by = {name: name for name in names}
+        folders.append(write(tmp_path / mode, rows, made_by=made_by, mode=mode))
+    merged = merge_runs([read_run(folder) for folder in folders])
+    modes = {"keynet (SI)": "si", "sobelnet (SI)": "si"}
+    modes |= {"keynet (TI)": "ti", "fast": "ti", "keynet@ti (TI)": "ti"}
+    assert merged.metadata["modes"] == modes
+    assert merged.systems == list(modes)
+    assert merged.metadata["made_by"]["keynet (TI)"] == "keynet"
+    assert {made.system for made in merged.rows} == set(modes)
+    # merged runs can be merged again
+    third = write(tmp_path / "third", [row("sift", "v_a", "1-2")], made_by={"sift": "sift"})
+    again = merge_runs([merged, read_run(third)])
+    assert again.metadata["modes"] == {**modes, "sift": "si"}
 
 
 def test_other_results_of_the_same_name_keep_their_rows(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from helpers import call, texture, write_photos
 from tiepoints.jobs import variants
-from tiepoints.jobs.reproduce import PARTS, ReproduceOptions, printed, reproduce
+from tiepoints.jobs.reproduce import PARTS, ReproduceOptions, _as_gray, printed, reproduce
 from tiepoints.jobs.variants import (
     BUDGETS,
     Budget,
@@ -20,6 +21,7 @@ from tiepoints.jobs.variants import (
     window_variants,
 )
 from tiepoints.report import published
+from tiepoints.weights import load
 
 pytest.importorskip("lightning")
 
@@ -90,12 +92,31 @@ def test_table_of_trained_variants(photos, tmp_path, tiny):
     assert again.st_mtime_ns == stamp.st_mtime_ns
 
 
-def test_figure_of_windows(photos, tmp_path, tiny):
+def test_figure_of_windows(photos, tmp_path, tiny, monkeypatch):
+    # two steps make maps of zeros: shipped networks are drawn instead of those that were trained
+    shown = iter(("keynet-tiny", "keynet", "sobelnet", "keynet-tiny"))
+    monkeypatch.setattr("tiepoints.jobs.reproduce.load", lambda path: load(next(shown)))
     options = ReproduceOptions("figure 3", tmp_path, images=photos, only="8 16", device="cpu")
     result = reproduce(options)
-    assert result.content["rows"][0]["name"] == "M-SIP 8 16"
-    picture = Image.open(tmp_path / "figure-3-quick.png")
-    assert picture.width > 2 * picture.height / 3 * len(result.content["rows"]) / 2
+    windows = ("8 16", "8 16 24", "8 16 24 32", "8 16 24 32 40")
+    assert [row["name"] for row in result.content["rows"]] == [f"M-SIP {w}" for w in windows]
+    # a column for each: the photograph of 330 x 270 with keypoints, and below it the score map
+    picture = np.asarray(Image.open(tmp_path / "figure-3-quick.png")).astype(int)
+    height, width = picture.shape[0] // 2, picture.shape[1] // 4
+    assert width / height == pytest.approx(330 / 270, rel=0.01)
+    assert picture.shape == (2 * height, 4 * width, 3)
+    columns = [picture[:, i * width : (i + 1) * width] for i in range(4)]
+    for column in columns:
+        assert np.ptp(column[:height], axis=2).max() > 60  # in color
+        assert np.ptp(column[height:], axis=2).max() == 0
+        assert np.ptp(column[height:]) > 100
+    assert not np.array_equal(columns[0], columns[1])
+    assert not np.array_equal(columns[1], columns[2])
+    assert np.array_equal(columns[0], columns[3])
+
+
+def test_a_map_of_zeros_is_white():
+    assert (_as_gray(torch.zeros(1, 1, 6, 8), (4, 3)) == 255).all()
 
 
 def test_table_2_on_a_miniature(hpatches, tmp_path):

@@ -259,6 +259,46 @@ def test_label_belongs_to_one_system(dataset, tmp_path):
     }
 
 
+def test_a_system_that_can_be_run_later_is_not_unavailable(dataset, tmp_path):
+    data, out = homography_sequences(dataset), tmp_path / "out"
+    stored = tmp_path / "stored"
+    wanted = RunSettings(("random", f"own={stored}"), protocols=("mutual",))
+    evaluate(data, wanted, out)
+    before = json.loads((out / "run.json").read_text())
+    assert list(before["unavailable"]) == ["own"]
+    assert list(before["records"]) == ["random"]
+    for path in {path for pair in data.pairs for path in (pair.image_a, pair.image_b)}:
+        table = corners(path)
+        zeros = torch.zeros(len(table))
+        points = Keypoints(table[:, :2].contiguous(), table[:, 2], zeros, table[:, 3])
+        (stored / path.parent.name).mkdir(parents=True, exist_ok=True)
+        write_features(stored / path.parent.name / path.name, Features(points, None, (240, 192)))
+    evaluate(data, wanted, out)
+    after = json.loads((out / "run.json").read_text())
+    assert after["unavailable"] == {}
+    assert set(after["records"]) == set(after["systems"]) == {"random", "own"}
+    assert all(row["ok"] for row in read_rows(out / "rows" / "own.jsonl"))
+    # as before if only others are requested
+    evaluate(data, RunSettings(("lattice",), protocols=("mutual",)), out)
+    assert json.loads((out / "run.json").read_text())["unavailable"] == {}
+
+
+def test_stored_features_have_no_value_range(dataset, tmp_path):
+    stored = tmp_path / "stored"
+    stored.mkdir()
+    for name in (str(stored), f"own={stored}", f"own={stored}@upright+hardnet"):
+        assert RunSettings((name,)).value_range == "type"
+        with pytest.raises(ValueError, match=r"value range is that of their extraction.*stored"):
+            RunSettings(("random", name), value_range="auto")
+    assert RunSettings(("random",), value_range="auto").value_range == "auto"
+    given = ["evaluate", dataset, "--systems", "random", "--features", stored]
+    arguments = [*given, "--value-range", "auto", "--output", tmp_path / "out"]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == 2
+    assert "the value range is that of their extraction" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_systems_with_the_same_file_raise():
     for systems in (
         ("one/net.safetensors", "two/net.safetensors"),

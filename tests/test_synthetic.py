@@ -27,6 +27,7 @@ from tiepoints.datasets.synthetic import (
 from tiepoints.errors import DataError
 from tiepoints.filters import gaussian_blur
 from tiepoints.geometry import warp_image
+from tiepoints.names import PAIR_PRESETS
 
 SIZE = 64
 PLAIN = PairSettings(size=SIZE, scale=(0.7, 1.5), rotation=60, skew=0.3, color=0.0)
@@ -83,6 +84,10 @@ def test_homography_maps_between_the_views(photos, settings):
         for dx, dy in ((0.7, 0), (-0.7, 0), (0, 0.7), (0, -0.7)):
             moved = np.array([[1, 0, dx], [0, 1, dy], [0, 0, 1.0]]) @ pair.H_ab
             assert off_by(pair, moved) > error
+
+
+def test_every_preset_is_named():
+    assert tuple(PRESETS) == PAIR_PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

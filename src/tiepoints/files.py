@@ -302,7 +302,7 @@ class Listing(NamedTuple):
 
     Attributes:
         images: the image files, sorted by path.
-        skipped: number of other files.
+        skipped: number of other files, without those in hidden folders.
         refused: (path, reason) of links and folders that cannot be read.
     """
 
@@ -339,13 +339,12 @@ def list_images(folder: Path, *, recursive: bool = True) -> Listing:
         except OSError as error:
             refused.append((str(current), f"cannot be read ({error.strerror})"))
             continue
-        hidden = any(part.startswith(".") for part in current.relative_to(folder).parts)
         for entry in entries:
             path = current / entry.name
-            if not entry.is_symlink() and entry.is_dir():
-                pending += [path] * recursive
-            elif hidden or entry.name.startswith("."):
+            if entry.name.startswith("."):
                 skipped += not path.is_dir()
+            elif not entry.is_symlink() and entry.is_dir():
+                pending += [path] * recursive
             elif path.is_dir():
                 links += [path] * recursive
             elif not path.is_file() and entry.is_symlink():

@@ -17,6 +17,12 @@ FORMATS = ("npy", "h5", "colmap")
 #: Suffixes of the files with the matches of many pairs: hloc's and COLMAP's.
 MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 
+#: Settings of training pairs (``datasets.synthetic.PRESETS``).
+PAIR_PRESETS = (
+    *("keynet-paper", "keynet-code", "rekd", "default", "layers", "turns"),
+    *("dense", "patches", "dense-upright", "patches-upright"),
+)
+
 #: Maximum number of keypoints per image.
 NUM_KEYPOINTS = 2048
 #: The published default of ``extract`` (PyTorch).

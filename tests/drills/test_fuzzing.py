@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -81,22 +82,41 @@ class Outside(BaseException):
     """A file outside the folder was written."""
 
 
+class Hang(BaseException):
+    """Reading took longer than ``TIME_LIMIT``; not an ``Exception``, which readers may handle."""
+
+
+#: Audit events of changes in the file system -> the arguments that are changed paths.
+CHANGES = {
+    **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"), (0,)),
+    **{"os.rename": (0, 1), "os.link": (1,), "os.symlink": (1,)},
+}
+
+
+def changed_paths(event: str, arguments: tuple[Any, ...]) -> list[str]:
+    """Paths that an audit event creates, changes or removes."""
+    places = CHANGES.get(event, ())
+    if event == "open":
+        mode, flags = arguments[1:3]
+        if isinstance(mode, str):
+            writing = any(letter in mode for letter in "wax+")
+        else:  # os.open
+            writing = bool(flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
+        places = (0,) * writing
+    paths = [arguments[place] for place in places]
+    return [os.fsdecode(path) for path in paths if isinstance(path, str | bytes | os.PathLike)]
+
+
 def _guard(folder: Path) -> None:
     """Forbid writes outside of ``folder``, and bound memory and time."""
     os.chdir(folder)
-    writes = {"os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
-    allowed = (str(folder), "/dev/null")
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            mode = arguments[1] or ""
-            writing = any(letter in mode for letter in "wax+") if isinstance(mode, str) else False
-        else:
-            writing = event in writes
-        name = str(arguments[0])
-        inside = name.startswith(allowed) or not name.startswith("/")
-        if writing and (not inside or ".." in name):
-            raise Outside(f"{event} {arguments[0]}")
+        for path in changed_paths(event, arguments):
+            # relative paths begin at the folder, or at an open folder below it
+            inside = not path.startswith("/") or f"{path}/".startswith(f"{folder}/")
+            if path != os.devnull and (not inside or ".." in path.split("/")):
+                raise Outside(f"{event} {path}")
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -105,7 +125,7 @@ def _guard(folder: Path) -> None:
 
 
 def _timeout(number: int, frame: Any) -> None:
-    raise TimeoutError(f"still reading after {TIME_LIMIT} s")
+    raise Hang(f"still reading after {TIME_LIMIT} s")
 
 
 def _fuzz(kind: str, folder: Path, count: int, pipe: Any) -> None:
@@ -360,7 +380,59 @@ KINDS = {"images": images, "stores": stores, "settings": settings, "weights": we
 COUNTS = {"images": (150, 2000), "stores": (40, 300), "settings": (60, 300), "weights": (60, 400)}
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does")
+LINUX = pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="bounds memory as Linux does"
+)
+
+
+def _forbidden(folder: Path, pipe: Any) -> None:
+    """Sends the names of the writes outside of ``folder`` that the guard does not notice."""
+    outside, inside = folder.with_name(folder.name + "-other"), folder / "a"
+    outside.write_text("")
+    inside.write_text("")
+    _guard(folder)
+    attempts: dict[str, Callable[[], Any]] = {
+        "open": lambda: open(outside, "r+"),  # noqa: SIM115
+        "os.open": lambda: os.open(outside, os.O_WRONLY),
+        "bytes": lambda: os.remove(os.fsencode(outside)),
+        "parent": lambda: open("../x", "w"),  # noqa: SIM115
+        "rename": lambda: os.rename(inside, outside),
+        "replace": lambda: os.replace(outside, inside),
+        "link": lambda: os.link(inside, folder.with_name("link")),
+        "symlink": lambda: os.symlink(inside, folder.with_name("link")),
+        "mkdir": lambda: os.mkdir(folder.with_name("new")),
+    }
+    unnoticed = []
+    for name, attempt in attempts.items():
+        with suppress(Outside):
+            attempt()
+            unnoticed.append(name)
+    os.replace(inside, folder / "b..c")
+    os.close(os.open(folder / "d", os.O_WRONLY | os.O_CREAT))
+    os.close(os.open(outside, os.O_RDONLY))
+    signal.alarm(1)
+    with suppress(Hang):
+        with suppress(Exception):
+            time.sleep(5)
+        unnoticed.append("a hang")
+    pipe.send(unnoticed)
+
+
+@LINUX
+def test_the_guard_notices_writes_and_hangs(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_forbidden, args=(folder, theirs))
+    process.start()
+    theirs.close()
+    assert ours.recv() == []
+    process.join(10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder-other"]
+
+
+@LINUX
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutated(kind, tmp_path, drill):
     drill.runs, drill.failures = fuzz(kind, tmp_path, number(*COUNTS[kind]))

@@ -132,16 +132,18 @@ def test_signals_during_the_start_of_a_command(photos, tmp_path, drill):
             assert not temporary_files(tmp_path)
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as on Linux")
 def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
-    """Two worker processes: killed with their parent, or stopped by it."""
+    """Two workers, and the process of their queues: killed with their parent, or stopped by it."""
     arguments = [*arguments_of("evaluate", places), "--workers", 2]
     for index in range(number(1, 4)):
         for sent in CODES:
             with drill.run(f"{signal.Signals(sent).name} {index}"):
                 folder = tmp_path / f"{sent}-{index}"
                 command = Command(arguments, folder, group=sent != signal.SIGKILL)
-                command.send(sent, 1.0 + 1.5 * index)
+                assert len(wait_for_children(command, 3)) >= 3, command.output()
                 children = descendants(command.process.pid)
+                command.send(sent, 0.5 * index)
                 check_stopped(command, command.wait(), CODES[sent], folder)
                 deadline = time.monotonic() + 20
                 while any(map(is_running, children)) and time.monotonic() < deadline:
@@ -149,9 +151,24 @@ def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
                 assert not [pid for pid in children if is_running(pid)], command.output()
 
 
+def wait_for_children(command: Command, count: int) -> list[int]:
+    """The child processes of a command, when there are ``count`` or the command has ended."""
+    found: list[int] = []
+    while len(found) < count and is_running(command.process.pid):
+        found = children_of(command.process.pid)
+        time.sleep(0.02)
+    return found
+
+
+def children_of(pid: int) -> list[int]:
+    try:
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:  # ended
+        return []
+
+
 def descendants(pid: int) -> list[int]:
-    path = Path(f"/proc/{pid}/task/{pid}/children")
-    own = [int(word) for word in path.read_text().split()] if path.exists() else []
+    own = children_of(pid)
     return own + [inner for child in own for inner in descendants(child)]
 
 

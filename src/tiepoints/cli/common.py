@@ -1,8 +1,8 @@
 """Options, error handling, exit codes and logging of all commands.
 
-Exit codes: 0 = success; 1 = something was skipped or failed; 2 = invalid arguments, reported before
-any work; 130, 143, 129 = stopped by SIGINT (Ctrl-C), SIGTERM, SIGHUP. Commands have many parameters
-because typer declares an option by a parameter.
+Exit codes: 0 = success; 1 = something was skipped or failed; 2 = the command cannot start or go on:
+invalid arguments, unusable files, a full disk; 130, 143, 129 = stopped by SIGINT (Ctrl-C), SIGTERM,
+SIGHUP. Commands have many parameters because typer declares an option by a parameter.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import typer
 
 from ..errors import DataError, WeightsError
 from ..files import printable
-from .signals import STOPPED, exit_code, is_stopped
+from .signals import exit_code, is_stopped
 
 if TYPE_CHECKING:
     from ..extract import ExtractOptions
 
+#: Message of a stopped command; ``train`` has its own.
+STOPPED = "stopped; the same command resumes"
 #: Errors that a user can correct; others are bugs and show a traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsError, OSError)
 
@@ -197,10 +199,12 @@ PagesOption = Annotated[
 ]
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print an error and exit; errors after a signal are a consequence of it."""
+def fail(message: str, code: int = 2, *, stopped: str = STOPPED) -> NoReturn:
+    """Print an error and exit; errors after a signal are a consequence of it, reported as
+    ``stopped``.
+    """
     if is_stopped() and code == 2:
-        message, code = STOPPED, exit_code()
+        message, code = stopped, exit_code()
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
@@ -213,7 +217,7 @@ def user_errors(stopped: str = STOPPED) -> Iterator[None]:
     try:
         yield
     except USER_ERRORS as error:
-        fail(str(error))
+        fail(str(error), stopped=stopped)
     except KeyboardInterrupt:
         fail(stopped, exit_code())
 

@@ -19,8 +19,6 @@ from typing import Any, NoReturn
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 )
-#: Message of a stopped command.
-STOPPED = "stopped; the same command resumes"
 #: Signals that arrive within this number of seconds of the first one are ignored, as programs such
 #: as ``timeout`` signal a process and then its group; later ones end the process at once.
 REPEATED = 1.0
@@ -107,7 +105,7 @@ def release_signals() -> None:
 
 @contextmanager
 def stop_message() -> Iterator[None]:
-    """Print the message of a stopped command and exit."""
+    """Print that the command was stopped, where nothing else has, and exit."""
     try:
         yield
     except Exception:  # Python and libraries convert exceptions, such as within class statements
@@ -119,5 +117,5 @@ def stop_message() -> Iterator[None]:
 
 
 def _exit_stopped() -> NoReturn:
-    print(f"error: {STOPPED}", file=sys.stderr)
+    print("error: stopped", file=sys.stderr)
     sys.exit(exit_code())

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..names import PAIR_PRESETS
 from .common import (
     DeviceOption,
     JsonOption,
@@ -250,7 +251,7 @@ def train(
     except typer.Exit:  # a RuntimeError too
         raise
     except RuntimeError as error:  # the loss is not finite
-        fail(str(error))
+        fail(str(error), stopped=stopped)
     comparison = None
     if compare and output.is_file():
         from ..evaluation.compare import compare_trained
@@ -282,9 +283,7 @@ def pairs(
             "NAME-validation.safetensors.",
         ),
     ] = 0,
-    preset: Annotated[
-        str, typer.Option(help="keynet-paper, keynet-code, rekd, turns, patches, dense or default.")
-    ] = "default",
+    preset: Annotated[str, typer.Option(help=f"{', '.join(PAIR_PRESETS)}.")] = "default",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     size: Annotated[int | None, typer.Option(min=16, help="Side of the images in pixels.")] = None,
     split: Annotated[
@@ -300,8 +299,8 @@ def pairs(
     from ..datasets.pairs import preview as draw
     from ..datasets.synthetic import PRESETS, find_photos, split_readable
 
-    if preset not in PRESETS:
-        fail(f"--preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+    if preset not in PAIR_PRESETS:
+        fail(f"--preset must be one of {', '.join(PAIR_PRESETS)}; got {preset!r}")
     if split not in ("train", "validation", "all"):
         fail(f"--split must be train, validation or all; got {split!r}")
     if validation and split != "train":

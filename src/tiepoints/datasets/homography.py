@@ -154,7 +154,7 @@ def homography_sequences(root: str | Path, split: str | Path = "full") -> Datase
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no folder {root}; `tiepoints data hpatches --to DIR` downloads HPatches"
+            f"no folder {root}; `tiepoints data hpatches --output DIR` downloads HPatches"
         )
     if (root / HPATCHES_FOLDER).is_dir():
         root = root / HPATCHES_FOLDER

@@ -159,6 +159,7 @@ _REALISTIC = replace(
     jpeg_quality=15,
     layers=0.3,
 )
+#: Settings of each name in ``names.PAIR_PRESETS``.
 PRESETS: dict[str, PairSettings] = {
     # Key.Net paper, 5.1
     "keynet-paper": PairSettings(scale=(0.5, 3.5), rotation=60, skew=0.8, max_side=0),

@@ -280,7 +280,9 @@ class ColmapDatabase:
         return _digest(table, None if descriptors is None else descriptors.data)
 
     def digest(self, name: str) -> str:
-        """Digest of the stored features of an image, unchanged by ``move_keypoints``."""
+        """Digest of the stored features of an image; unchanged by ``move_keypoints`` if the image
+        has descriptors.
+        """
         image_id = self._image_id(name)
         descriptors = None
         if self._database.exists_descriptors(image_id):

@@ -382,7 +382,8 @@ def match_to_store(
 
 def _remove_outdated(names: set[str], features: FeatureStore, store: MatchStore) -> int:
     """Remove the matches of images whose features have changed since, or exist no longer, and
-    record the features that the next matches are made from; returns the number of these images.
+    record the features that the next matches are made from; returns the number of images whose
+    features have changed.
 
     Matches are removed before the record is changed, so that a killed process leaves no outdated
     ones.
@@ -404,7 +405,11 @@ def _remove_outdated(names: set[str], features: FeatureStore, store: MatchStore)
         for name, record in now.items():
             if log.get(name) != record:
                 log.put(name, **record)
-    changed = len(gone) + sum(before is not None for before in outdated.values())
+    if gone:
+        logger.info(
+            "removed the matches of %d image%s without features", len(gone), "s" * (len(gone) > 1)
+        )
+    changed = sum(before is not None for before in outdated.values())
     if changed:
         logger.info(
             "the features of %d image%s changed since the last matching; matched again",

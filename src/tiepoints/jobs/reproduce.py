@@ -272,7 +272,8 @@ def _figure_3(options: ReproduceOptions) -> Reproduced:
 def _as_gray(score: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
     """A score map (1,1,H,W) as RGB (h,w,3) uint8 of ``size`` (w,h), dark where scores are high."""
     values = score[0, 0]
-    scaled = (values / values.flatten().kthvalue(int(0.999 * values.numel())).values).clamp(0, 1)
+    high = values.flatten().kthvalue(int(0.999 * values.numel())).values
+    scaled = (values / high.clamp(min=1e-12)).clamp(0, 1)  # an untrained map may hold zeros only
     gray = (255 * (1 - scaled.sqrt())).round().byte().numpy()
     return np.asarray(Image.fromarray(gray).resize(size).convert("RGB"))
 

@@ -258,15 +258,17 @@ def legacy_levels(image: Tensor, up: int, down: int, min_side: int) -> list[tupl
 
 
 class LegacyDetector:
-    """The published TensorFlow extraction: pyramid -> keypoints of every image of the batch (spec
-    2.3-2.5, column TF).
+    """The extraction of the published TensorFlow code: pyramid -> keypoints of every image of the
+    batch.
 
-    Its errors are kept: keypoints are mapped by the nominal factor without the half-pixel offset,
-    and equal scores at the budget of a level are cut in reading order. Only the image of the
-    pyramid is used; the levels are those of ``legacy_levels``.
+    Of each level the strongest local maxima of its score map are kept, half as many as of the level
+    before; what a level leaves of its number is passed on. Errors of that code are kept: keypoints
+    are mapped by the nominal factor without the half-pixel offset, and equal scores at the budget
+    of a level are cut in reading order. Only the image of the pyramid is used; the levels are those
+    of ``legacy_levels``.
 
     Args:
-        net: variant B or C.
+        net: a ``LegacyKeyNet``, or another network with its method ``score``.
         options: the fields ``num_keypoints`` (published: 1500), ``up_levels`` and ``down_levels``
             (published: 1 and 5; the published sample file: 1 and 4), ``nms_window``, ``border``,
             ``threshold`` and ``cut_ratio`` of ``DetectOptions``, of which no level is None.
