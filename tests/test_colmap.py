@@ -44,7 +44,7 @@ def tables(path, query):
 
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_features_round_trip(tmp_path, n):
-    features = some(n)  # signed values, unlike COLMAP's SIFT
+    features = some(n)
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
         database.write("sub/a.png", features)
         assert database.done("sub/a.png", described=True)
@@ -59,8 +59,10 @@ def test_features_round_trip(tmp_path, n):
     assert torch.equal(found.scale, features.scale)
     assert torch.equal(found.angle, features.angle)
     assert found.image_size == (100, 80)
-    if n:
-        assert torch.equal(found.descriptors, features.descriptors)
+    if n:  # signed values, unlike COLMAP's SIFT
+        assert found.descriptors.shape == (n, 128)
+        cosine = (found.descriptors * features.descriptors).sum(dim=1)
+        assert (cosine > (1 - features.descriptors.mean(dim=1).square() * 128).sqrt() - 1e-3).all()
 
 
 def test_file_has_the_half_pixel_offset_and_all_columns(tmp_path):
@@ -149,6 +151,64 @@ def test_colmap_matches_our_rootsift_equally(tmp_path, stereo):
         theirs = {tuple(pair) for pair in database.read_matches("a.png", "b.png").index.tolist()}
         assert len(database.read_inliers("a.png", "b.png")) > 40
     assert len(ours & theirs) > 0.9 * max(len(ours), len(theirs)) > 50
+
+
+def colmap_matches(path):
+    """Matches of the first pair by COLMAP's exhaustive matcher, which may abort its process."""
+    code = "import sys, pycolmap; pycolmap.match_exhaustive(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with ColmapDatabase(path) as database:
+        return {tuple(pair) for pair in database.read_matches(*database.names()).index.tolist()}
+
+
+@pytest.mark.parametrize("dimension", [128, 64])
+def test_colmap_matches_signed_descriptors_as_we_do(tmp_path, dimension):
+    rng = torch.Generator().manual_seed(0)
+    a, b = some(400, dimension), some(401, dimension)
+    noise = torch.randn(300, dimension, generator=rng) * 0.8 / dimension**0.5
+    b.descriptors[:300] = torch.nn.functional.normalize(a.descriptors[:300] + noise, dim=1)
+    path = tmp_path / "d.db"
+    with ColmapDatabase(path, write=True) as database:
+        database.write("a.png", a)
+        database.write("b.png", b)
+        read = [database.read(name) for name in ("a.png", "b.png")]
+    ours = {tuple(pair) for pair in match(a, b, ratio=0.8).index.tolist()}
+    assert len(ours & {(i, i) for i in range(300)}) > 200
+    theirs = colmap_matches(path)
+    assert len(ours & theirs) > 0.95 * len(ours | theirs)
+    again = {tuple(pair) for pair in match(*read, ratio=0.8).index.tolist()}
+    assert len(ours & again) > 0.97 * len(ours | again)
+    for found, features in zip(read, (a, b), strict=True):
+        assert found.descriptors.shape == features.descriptors.shape
+
+
+def test_descriptors_that_colmap_cannot_match_are_kept_with_a_warning(tmp_path, caplog):
+    features = some(7, 256)
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        for name in ("a.png", "b.png"):
+            database.write(name, features)
+        assert torch.equal(database.read("a.png").descriptors, features.descriptors)
+    assert [r.message.count("descriptors of dimension 256") for r in caplog.records] == [1]
+
+
+def test_descriptors_of_earlier_versions_and_sift_are_read(tmp_path):
+    features = some(7)
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        for name in ("float.png", "sift.png"):
+            database.write(name, Features(features.keypoints, None, (100, 80)))
+    stored = pycolmap.FeatureDescriptors()
+    sift = np.random.default_rng(0).exponential(40, (7, 128)).clip(0, 255).astype(np.uint8)
+    with pycolmap.Database.open(tmp_path / "d.db") as database:
+        stored.data = features.descriptors.numpy().view(np.uint8)
+        stored.type = pycolmap.FeatureExtractorType.UNDEFINED
+        database.write_descriptors(1, stored)
+        stored.data, stored.type = sift, pycolmap.FeatureExtractorType.SIFT
+        database.write_descriptors(2, stored)
+    with ColmapDatabase(tmp_path / "d.db") as database:
+        assert torch.equal(database.read("float.png").descriptors, features.descriptors)
+        expected = torch.nn.functional.normalize(torch.from_numpy(sift).float(), dim=1)
+        torch.testing.assert_close(database.read("sift.png").descriptors, expected)
 
 
 def test_matches_in_both_orders_are_verified(tmp_path, stereo):
@@ -243,7 +303,7 @@ def test_files_that_are_not_colmap_databases_raise(tmp_path):
 KILLS = """
 import os, random, signal, sys, time
 import torch
-from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
+from tiepoints.formats.colmap import ColmapDatabase, from_sift, require_pycolmap, to_sift
 from tiepoints.structs import Features, Keypoints, Matches
 
 require_pycolmap()  # its import may take longer than a child lives
@@ -283,7 +343,8 @@ for cycle in range(rounds):
         assert {name for name, _ in finished} <= set(stored), "finished images are lost"
         assert all(database.done(name, described=True) for name in stored), "half an image"
         for name, i in list(finished)[-20:]:
-            assert torch.equal(database.read(name).descriptors, features(int(i)).descriptors), name
+            expected = from_sift(to_sift(features(int(i)).descriptors.numpy()))
+            assert torch.equal(database.read(name).descriptors, torch.from_numpy(expected)), name
 print(len(finished), killed)
 """
 

@@ -179,7 +179,9 @@ def check_call(node: ast.Call, function: Any) -> None:
         function = tiepoints.ExtractOptions
     elif function is tiepoints.train:
         return
-    parameters = inspect.signature(function).parameters
+    parameters = dict(inspect.signature(function).parameters)
+    if function is tiepoints.from_pretrained:
+        parameters |= inspect.signature(tiepoints.ExtractOptions).parameters
     for keyword in node.keywords:
         assert keyword.arg in parameters, f"{ast.unparse(node.func)} takes no {keyword.arg}"
 

@@ -202,6 +202,7 @@ def test_list_of_pairs_with_odd_names(photos, tmp_path):
     output = run("match", photos, *SYSTEM, "--output", tmp_path / "m.h5")
     assert "3 pairs matched" in output
     assert "does not list the pairs of t\\tb.png" in output
+    assert "m.pairs.txt, as p 1.png contain spaces" in output
     assert list(read_pairs(tmp_path / "m.pairs.txt")) == [("#0.png", "p 1.png")]
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import texture
 from tiepoints.errors import DataError
 from tiepoints.formats import interop
 from tiepoints.formats.npy import read_features, write_features
@@ -73,6 +74,40 @@ def test_cv2_round_trip(n):
     again = interop.from_cv2(interop.to_cv2(points))
     for name in ("xy", "scale", "angle", "score"):
         assert torch.allclose(getattr(again, name), getattr(points, name), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ORB", "SIFT", "AKAZE", "KAZE", "BRISK"])
+def test_opencv_describes_converted_keypoints_equally(name):
+    cv2 = pytest.importorskip("cv2")
+    gray = np.asarray(texture(0, (320, 240)).convert("L"))
+    method = getattr(cv2, name + "_create", None) or getattr(cv2.xfeatures2d, name + "_create")
+    method = method()
+    points = method.detect(gray)
+    assert len(points) > 50
+    if name in ("ORB", "SIFT"):
+        assert len({point.octave for point in points}) > 2
+    kept, expected = method.compute(gray, points)
+    features = Features(interop.from_cv2(points), None, (320, 240))
+    again, found = method.compute(gray, interop.to_cv2(features[:].to("cpu").keypoints))
+    assert np.array_equal(found, expected)
+    for name in ("pt", "size", "angle", "response", "octave", "class_id"):
+        assert [getattr(p, name) for p in again] == [getattr(p, name) for p in kept]
+
+
+def test_replaced_angles_and_other_keypoints_are_converted_to_cv2():
+    cv2 = pytest.importorskip("cv2")
+    points = interop.from_cv2([cv2.KeyPoint(1, 2, 5, -1, 0.5, 3, 7), cv2.KeyPoint(2, 3, 5, 250)])
+    assert points.angle.tolist() == pytest.approx([0, math.radians(250)])
+    turned = dataclasses.replace(points, angle=points.angle + torch.tensor([0.0, 0.1]))
+    a, b = interop.to_cv2(turned)
+    assert (a.angle, a.octave, a.class_id) == (-1, 3, 7)
+    assert b.angle == pytest.approx(250 + math.degrees(0.1), abs=1e-4)
+    assert (b.octave, b.class_id) == (0, -1)
+    assert interop.to_cv2(points[1:])[0].angle == 250
+    (c,) = interop.to_cv2(some(1).keypoints)
+    assert (c.octave, c.class_id) == (0, -1)
+    with pytest.raises(ValueError, match="octave"):
+        dataclasses.replace(points, octave=torch.zeros(3))
 
 
 @pytest.mark.parametrize("n", [0, 7])

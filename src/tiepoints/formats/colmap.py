@@ -2,9 +2,12 @@
 
 The origin of COLMAP's image coordinates is the corner of the first pixel, ours is its center: 0.5
 is added to positions on writing and subtracted on reading. Keypoints have four columns: x, y, scale
-(in pixels) and orientation (radians from +x towards +y). RootSIFT is COLMAP's SIFT: (N,128) uint8,
-512 times the value. Other descriptors are stored like COLMAP's float descriptors, their bytes as
-(N,4D) uint8, with type UNDEFINED, which COLMAP's own matchers reject.
+(in pixels) and orientation (radians from +x towards +y).
+
+Descriptors have COLMAP's type SIFT, (N,128) uint8 of norm 512: its matchers of 4.2 end the process
+at any other type. RootSIFT is 512 times the value; signed descriptors are shifted first
+(``to_sift``), and read as they were up to rounding. Earlier versions stored the bytes of their
+float32 values as (N,4D) uint8 with type UNDEFINED, as it is still done for D > 128.
 
 Each image is one transaction of a database with a write-ahead log, so a killed process leaves no
 incomplete images.
@@ -12,6 +15,8 @@ incomplete images.
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import shutil
 import sqlite3
@@ -31,10 +36,20 @@ from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space
 from ..structs import Features, Keypoints, Matches
 from .records import array_digest
 
+logger = logging.getLogger(__name__)
 #: Center of the first pixel in COLMAP's coordinates.
 HALF_PIXEL = 0.5
 #: Scale of COLMAP's uint8 SIFT descriptors.
 SIFT_FACTOR = 512.0
+#: Dimension of SIFT.
+SIFT_DIMENSION = 128
+#: Added to signed descriptors of unit length, so that nearly all of their values are positive.
+#: COLMAP's ratio test does not depend on it, since all distances shrink equally; a smaller shift
+#: cuts off values, a larger one rounds coarsely.
+SIFT_SHIFT = 0.25
+#: Largest relative difference of the sum of a shifted descriptor from that of the shift alone (the
+#: median of an image). SIFT has other sums.
+SHIFT_TOLERANCE = 0.005
 #: Bytes that a transaction needs in addition to its data: pages of indices, and the shared memory
 #: of the write-ahead log.
 TRANSACTION_BYTES = 2**18
@@ -92,6 +107,7 @@ class ColmapDatabase:
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
         self._free_bytes = 0
+        self._warned = False
         self._created = not self.path.exists()
         if not write and not self.path.is_file():
             raise FileNotFoundError(f"no database at {self.path}")
@@ -408,10 +424,19 @@ class ColmapDatabase:
         """Descriptors (N,D) float32 in COLMAP's representation."""
         kinds = self._colmap.FeatureExtractorType
         stored = self._colmap.FeatureDescriptors()
-        if values.shape[1] == 128 and (not len(values) or values.min() >= 0):
-            stored.data = np.clip(np.round(SIFT_FACTOR * values), 0, 255).astype(np.uint8)
-            stored.type = kinds.SIFT
+        dimension = values.shape[1]
+        if dimension <= SIFT_DIMENSION:
+            stored.data, stored.type = to_sift(values), kinds.SIFT
         else:
+            if not self._warned:
+                logger.warning(
+                    "%s: COLMAP's own matchers end the process at descriptors of dimension %d "
+                    "(largest: %d); use tiepoints match",
+                    self.path,
+                    dimension,
+                    SIFT_DIMENSION,
+                )
+            self._warned = True
             stored.data = np.ascontiguousarray(values, dtype=np.float32).view(np.uint8)
             stored.type = kinds.UNDEFINED
         return stored
@@ -482,8 +507,7 @@ class ColmapDatabase:
         kinds = self._colmap.FeatureExtractorType
         data = np.array(stored.data, order="C")  # pycolmap's array is read-only
         if stored.type == kinds.SIFT:
-            values = data.astype(np.float32)
-            return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
+            return from_sift(data)
         if data.shape[1] % 4:
             raise DataError(
                 f"{self.path}: descriptors of {name} are {data.shape[1]} bytes of type "
@@ -601,6 +625,44 @@ class ColmapDatabase:
 
     def _verified(self, a: str, b: str) -> bool:
         return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))
+
+
+def to_sift(values: np.ndarray) -> np.ndarray:
+    """Descriptors (N,D) of unit length as SIFT of COLMAP, (N,128) uint8 of norm 512, between which
+    COLMAP's distances are in the order of the distances of ``values``.
+
+    If some are negative, the mean of each descriptor is subtracted and its length normalized, so
+    that the shift by ``SIFT_SHIFT`` is orthogonal to it and all distances shrink equally. D is at
+    most 128; columns above are 0.
+    """
+    count, dimension = values.shape
+    if count and values.min() < 0:
+        values = values - values.mean(axis=1, keepdims=True)
+        values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
+        values = (values + SIFT_SHIFT) / _shifted_norm(dimension)
+    padded = np.zeros((count, SIFT_DIMENSION), np.uint8)
+    padded[:, :dimension] = np.clip(np.round(SIFT_FACTOR * values), 0, 255)
+    return padded
+
+
+def from_sift(data: np.ndarray) -> np.ndarray:
+    """Descriptors (N,D) float32 of unit length of COLMAP's (N,128) uint8: SIFT, or signed ones
+    given to ``to_sift``, without their mean. Shifted ones are recognized by their sums.
+    """
+    values = data.astype(np.float32)
+    used = np.flatnonzero(data.any(axis=0))
+    if len(used):
+        dimension = int(used[-1]) + 1
+        norm = _shifted_norm(dimension)
+        expected = SIFT_FACTOR * SIFT_SHIFT * dimension / norm
+        if np.median(np.abs(values.sum(axis=1) / expected - 1)) < SHIFT_TOLERANCE:
+            values = values[:, :dimension] * (norm / SIFT_FACTOR) - SIFT_SHIFT
+    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
+
+
+def _shifted_norm(dimension: int) -> float:
+    """Norm of a unit vector plus an orthogonal vector of ``dimension`` values ``SIFT_SHIFT``."""
+    return math.sqrt(1 + dimension * SIFT_SHIFT**2)
 
 
 def _digest(keypoints: np.ndarray, descriptors: np.ndarray | None) -> str:

@@ -3,10 +3,11 @@ completed image.
 
 Features: one group per image, named by its path relative to the image folder, with ``keypoints``
 (N,2), ``descriptors`` (D,N), ``scores`` (N,), ``image_size`` (width, height), and ``scales`` and
-``oris`` (N,), which hloc ignores. Coordinates are the same as ours (center of the first pixel =
-(0, 0)); hloc adds COLMAP's half pixel on import. Matches: one group per pair, ``a-name/b-name``
-with each / in a name replaced by -, with ``matches0`` (N_a,), keypoint of b or -1, and
-``matching_scores0``.
+``oris`` (N,), which hloc's AdaLAM matcher needs. Angles are in degrees from +x towards +y, as those
+of hloc's DoG; the attribute ``unit`` says so, because earlier versions wrote radians without it.
+Coordinates are the same as ours (center of the first pixel = (0, 0)); hloc adds COLMAP's half pixel
+on import. Matches: one group per pair, ``a-name/b-name`` with each / in a name replaced by -, with
+``matches0`` (N_a,), keypoint of b or -1, and ``matching_scores0``.
 
 Appending to HDF5 is not safe: a process killed during a write can destroy images written before
 (docs/formats.md). Completed images are therefore appended to ``FILE.journal``, a plain file in
@@ -51,6 +52,10 @@ from .records import PROGRAM, array_digest
 
 #: Standard deviation of a keypoint in pixels, the default of hloc's extractors.
 UNCERTAINTY = 1.0
+#: Unit of ``oris``, in the attribute ``unit``.
+DEGREES = "degrees"
+#: Largest angle in radians, with room for the rounding of float32.
+ONE_TURN = 2 * math.pi * (1 + 1e-6)
 #: A journal record starts with this, then header length, data length, and checksum of both.
 _MAGIC = b"TPJ1"
 _HEAD = struct.Struct("<4sIQI")
@@ -204,7 +209,7 @@ class _Journal:
         return {**content, "length": header_length}, data
 
     def append(
-        self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, float]]
+        self, name: str, arrays: dict[str, np.ndarray], attributes: dict[str, dict[str, Any]]
     ) -> None:
         """Append a record."""
         arrays = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
@@ -225,7 +230,7 @@ class _Journal:
                 raise
             self.index[name] = offset, frozenset(arrays)
 
-    def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, float]]]:
+    def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
         """Arrays and attributes of the last record ``name``."""
         with self._lock:
             record = self._read_at(self.index[name][0])
@@ -348,22 +353,26 @@ class _GroupFile:
         names -= self._journal.index.keys()
         return sorted(names.union(name for name, (_, keys) in self._journal.index.items() if keys))
 
-    def _get(self, name: str) -> dict[str, np.ndarray]:
-        """Arrays of a group."""
+    def _get(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
+        """Arrays of a group and their attributes."""
         if name in self._journal.index:
-            return self._journal.read(name)[0]
+            return self._journal.read(name)
         with self._reading(name):
-            return {
-                key: np.asarray(item[()])
+            items = {
+                key: item
                 for key, item in self._file[name].items()
                 if isinstance(item, self._h5py.Dataset)
             }
+            return (
+                {key: np.asarray(item[()]) for key, item in items.items()},
+                {key: dict(item.attrs) for key, item in items.items()},
+            )
 
     def _put(
         self,
         name: str,
         arrays: dict[str, np.ndarray],
-        attributes: dict[str, dict[str, float]] | None = None,
+        attributes: dict[str, dict[str, Any]] | None = None,
     ) -> None:
         """Write a group to the journal."""
         if not self.writing:
@@ -454,19 +463,24 @@ class FeatureFile(_GroupFile):
             "keypoints": features.xy.cpu().numpy().astype(np.float32),
             "scores": features.score.cpu().numpy().astype(np.float32),
             "scales": features.scale.cpu().numpy().astype(np.float32),
-            "oris": features.angle.cpu().numpy().astype(np.float32),
+            # in double precision radians are the same after conversion to degrees and back
+            "oris": np.degrees(features.angle.cpu().numpy().astype(np.float64)),
             "image_size": np.array(features.image_size, dtype=np.int64),
         }
         if features.descriptors is not None:
             arrays["descriptors"] = (
                 features.descriptors.cpu().numpy().astype(np.float16 if self.half else np.float32).T
             )
-        self._put(name, arrays, {"keypoints": {"uncertainty": UNCERTAINTY}})
+        attributes: dict[str, dict[str, Any]] = {
+            "keypoints": {"uncertainty": UNCERTAINTY},
+            "oris": {"unit": DEGREES},
+        }
+        self._put(name, arrays, attributes)
         return _group_digest(arrays)
 
     def digest(self, name: str) -> str:
         """Digest of the stored features of an image."""
-        return _group_digest(self._get(name))
+        return _group_digest(self._get(name)[0])
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove the features of images."""
@@ -484,7 +498,7 @@ class FeatureFile(_GroupFile):
         """
         if name not in self:
             raise DataError(f"{self.path} contains no features of {name!r}")
-        group = self._get(name)
+        group, attributes = self._get(name)
         if "keypoints" not in group:
             raise DataError(
                 f"{self.path}: {name} has no dataset 'keypoints'; is this a file of features?"
@@ -514,6 +528,9 @@ class FeatureFile(_GroupFile):
         if image_size is None:
             stored = group.get("image_size", (0, 0))
             image_size = int(stored[0]), int(stored[1])
+        if "oris" in group:
+            unit = attributes.get("oris", {}).get("unit")
+            group = {**group, "oris": _radians(group["oris"], unit)}
         keypoints = Keypoints(
             _tensor(xy[:, :2]), column("scales", 1.0), column("oris", 0.0), column("scores", 1.0)
         )
@@ -522,6 +539,15 @@ class FeatureFile(_GroupFile):
 
 def _group_digest(arrays: dict[str, np.ndarray]) -> str:
     return array_digest(*(arrays[key] for key in sorted(arrays)))
+
+
+def _radians(angles: np.ndarray, unit: str | None) -> np.ndarray:
+    """Angles of an image in radians. Those without a unit are hloc's, in degrees, or those of an
+    earlier version of this package, in radians within one turn.
+    """
+    angles = angles.astype(np.float64)
+    in_degrees = bool((np.abs(angles) > ONE_TURN).any()) if unit is None else unit == DEGREES
+    return np.radians(angles) if in_degrees else angles
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -613,7 +639,7 @@ class MatchFile(_GroupFile):
         if key is None:
             raise DataError(f"{self.path} contains no matches of {a!r} and {b!r}")
         group_name, swapped = key
-        group = self._get(group_name)
+        group, _ = self._get(group_name)
         if "matches0" not in group or group["matches0"].ndim != 1:
             raise DataError(
                 f"{self.path}: {group_name} needs 'matches0' (N,); is this a file of matches?"

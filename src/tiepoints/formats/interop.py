@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -17,34 +19,97 @@ CV2_SIZE = 12.0
 LAF_HALF_SIDE = 22.0
 
 
+@dataclass(frozen=True)
+class CV2Keypoints(Keypoints):
+    """Keypoints of OpenCV with what its descriptors need besides, so that ``to_cv2`` restores them.
+
+    Attributes:
+        diameter: (N,) float32, ``size`` of OpenCV.
+        degrees: (N,) float32, the angles as OpenCV stores them, -1 if undefined.
+        octave, class_id: (N,) int32, see ``cv2.KeyPoint``.
+    """
+
+    diameter: Tensor
+    degrees: Tensor
+    octave: Tensor
+    class_id: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("diameter", "degrees", "octave", "class_id"):
+            if len(getattr(self, name)) != len(self):
+                raise ValueError(f"{name} must have one value per keypoint ({len(self)})")
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> CV2Keypoints:
+        return CV2Keypoints(*(function(getattr(self, field.name)) for field in fields(self)))
+
+    def __getitem__(self, index: Tensor | slice) -> CV2Keypoints:
+        """The keypoints selected by a slice, indices or a mask."""
+        return self._map(lambda column: column[index])
+
+    def to(self, device: str | torch.device) -> CV2Keypoints:
+        """A copy on ``device``."""
+        return self._map(lambda column: column.to(device))
+
+
 def to_cv2(keypoints: Keypoints, size: float = CV2_SIZE) -> list:
     """Convert keypoints to a list of ``cv2.KeyPoint``.
 
     The diameter is ``size * scale``, the angle is in degrees (of the same direction), the response
-    is the score.
+    is the score. Keypoints of ``from_cv2`` keep their octave and class, and their bits of diameter
+    and angle unless these were replaced; those of others have octave 0 and class -1.
     """
     cv2 = _cv2()
+    diameter = size * keypoints.scale.double()
+    degrees = torch.rad2deg(keypoints.angle.double()).remainder(360)
+    octave = torch.zeros(len(keypoints), dtype=torch.int32)
+    class_id = octave - 1
+    if isinstance(keypoints, CV2Keypoints):
+        octave, class_id = keypoints.octave, keypoints.class_id
+        same = _scale(keypoints.diameter, size) == keypoints.scale
+        diameter = torch.where(same, keypoints.diameter.double(), diameter)
+        same = _radians(keypoints.degrees) == keypoints.angle
+        degrees = torch.where(same, keypoints.degrees.double(), degrees)
     rows = zip(
         keypoints.xy.tolist(),
-        keypoints.scale.tolist(),
-        keypoints.angle.tolist(),
+        diameter.tolist(),
+        degrees.tolist(),
         keypoints.score.tolist(),
+        octave.tolist(),
+        class_id.tolist(),
         strict=True,
     )
-    return [
-        cv2.KeyPoint(x, y, size * scale, math.degrees(angle) % 360, score)
-        for (x, y), scale, angle, score in rows
-    ]
+    return [cv2.KeyPoint(x, y, *row) for (x, y), *row in rows]
 
 
-def from_cv2(points: list, size: float = CV2_SIZE) -> Keypoints:
-    """Convert a list of ``cv2.KeyPoint``; an undefined angle (-1) becomes 0."""
-    return Keypoints(
+def from_cv2(points: list, size: float = CV2_SIZE) -> CV2Keypoints:
+    """Convert a list of ``cv2.KeyPoint``; an undefined angle (-1) becomes 0.
+
+    OpenCV describes the keypoints that ``to_cv2`` makes of the result as those given: with octave,
+    class and undefined angles.
+    """
+    diameter = torch.tensor([p.size for p in points], dtype=torch.float32)
+    degrees = torch.tensor([p.angle for p in points], dtype=torch.float32)
+    return CV2Keypoints(
         torch.tensor([p.pt for p in points], dtype=torch.float32).reshape(-1, 2),
-        torch.tensor([p.size / size for p in points], dtype=torch.float32),
-        torch.tensor([math.radians(max(p.angle, 0.0)) for p in points], dtype=torch.float32),
+        _scale(diameter, size),
+        _radians(degrees),
         torch.tensor([p.response for p in points], dtype=torch.float32),
+        diameter,
+        degrees,
+        torch.tensor([p.octave for p in points], dtype=torch.int32),
+        torch.tensor([p.class_id for p in points], dtype=torch.int32),
     )
+
+
+def _scale(diameter: Tensor, size: float) -> Tensor:
+    """Scale in float32 of OpenCV's diameters."""
+    return (diameter.double() / size).float()
+
+
+def _radians(degrees: Tensor) -> Tensor:
+    """Radians in float32 of OpenCV's angles; 0 for undefined ones."""
+    return torch.deg2rad(degrees.double().clamp(min=0)).float()
 
 
 def _cv2() -> Any:

@@ -834,7 +834,9 @@ def _sibling(output: Path, end: str) -> Path:
 
 
 def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
-    """Write a list for ``read_pairs``; names that it cannot contain are logged."""
+    """Write a list for ``read_pairs``; names that it cannot contain, or that hloc cannot read, are
+    logged.
+    """
     unlisted = sorted({n for pair in pairs for n in pair if re.search(r"[\t\n\r]|^\s|\s$", n)})
     if unlisted:
         logger.warning(
@@ -844,8 +846,17 @@ def _write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
             ", ".join(map(printable, unlisted)),
         )
         pairs = [pair for pair in pairs if not set(pair) & set(unlisted)]
-    spaces = any(character.isspace() for pair in pairs for name in pair for character in name)
-    separator = "\t" if spaces else " "
+    spaced = sorted({name for pair in pairs for name in pair if re.search(r"\s", name)})
+    if spaced:
+        more = f" and {len(spaced) - 4} more" if len(spaced) > 4 else ""
+        logger.warning(
+            "hloc cannot read %s, as %s%s contain spaces: names are separated by tabs, for match "
+            "--pairs; for hloc, rename the images and match again",
+            path,
+            ", ".join(map(printable, spaced[:4])),
+            more,
+        )
+    separator = "\t" if spaced else " "
     # a # at the start of a line would begin a comment
     lines = (f"{' ' * a.startswith('#')}{a}{separator}{b}\n" for a, b in pairs)
     write_text(path, "".join(lines))
