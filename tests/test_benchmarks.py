@@ -23,7 +23,7 @@ sys.path.insert(0, str(BENCHMARKS))
 #: Fixture: folder of a COLMAP model with images, and homographies.
 world = test_tracks.world
 #: Scripts without a test here: shared functions, and scripts with their own tests.
-ELSEWHERE = {"common", "peers", "foreign_features"}
+ELSEWHERE = {"common", "speed_page", "peers", "foreign_features"}
 
 
 @pytest.fixture(scope="module")
@@ -191,11 +191,34 @@ def small_image(file):
     return torch.rand(1, 1, 120, 160, generator=torch.Generator().manual_seed(0))
 
 
-def test_speed(script, tmp_path):
+def test_speed(script, oxford, photos, tmp_path, monkeypatch):
     pytest.importorskip("kornia")
-    arguments = ("--repeat", 1, "--out", tmp_path / "s.json")
-    script("speed", *arguments, POINTS=100, vga_image=small_image)
-    assert written(tmp_path / "s.json")["ratio"] > 0
+    module = importlib.import_module("speed")
+    speed_page = importlib.import_module("speed_page")
+    monkeypatch.setattr(module, "child", lambda *_: {"peak_mib": 1.0, "added_mib": 1.0})
+    systems = "sobelnet@ti+desnet,keynet-tiny+rootsift,kornia,orb,missing"
+    page, figure = tmp_path / "s.md", tmp_path / "s.svg"
+    page.write_text(f"before\n{speed_page.BEGIN}\nold\n{speed_page.END}\nafter\n")
+    arguments = ("--systems", systems, "--repeat", 1, "--threads", 1, "--photos", photos)
+    arguments += ("--quality", oxford, "--out", tmp_path / "s.json", "--page", page)
+    rate = {"photos_per_second": lambda *_: 2.0}
+    numbers = {"POINTS": 100, "vga_image": small_image, **rate}
+    script("speed", *arguments, "--figure", figure, **numbers)
+    found = written(tmp_path / "s.json")
+    assert found["ratio"] > 0
+    assert "unavailable" in found["systems"]["missing"]
+    row = found["systems"]["sobelnet@ti+desnet"]
+    assert row["quality"]["graf mma@3"] > 0.8
+    stages = row["milliseconds"]["1"]
+    assert stages["total"] == pytest.approx(
+        sum(stages[key] for key in ("pyramid", "network", "selection", "description"))
+    )
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("| 2.00 |") == 4
+    assert figure.read_text().count("<circle") == 4
 
 
 def test_realtime(script, tmp_path, monkeypatch):

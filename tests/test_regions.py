@@ -299,6 +299,7 @@ def test_few_large_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
     """With a limit of the pixels of two images, a third is read after the first is extracted."""
     from tiepoints.extract import Extractor
     from tiepoints.jobs import extract as job
+    from tiepoints.jobs import images as job_images
 
     for i in range(6):
         Image.fromarray((picture() * 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
@@ -320,11 +321,11 @@ def test_few_large_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Extractor, "read", counted_read)
     monkeypatch.setattr(Extractor, "extract_tensor", counted_extract)
-    monkeypatch.setattr(job, "image_pixels", lambda memory: 2 * HEIGHT * WIDTH)
+    monkeypatch.setattr(job_images, "image_pixels", lambda memory: 2 * HEIGHT * WIDTH)
     options = ExtractOptions(
         detector="sobelnet", descriptor="none", num_keypoints=10, single_scale=True
     )
-    report = job.extract_images([str(tmp_path)], tmp_path / "out", options, workers=4)
+    report = job.extract_images([str(tmp_path)], tmp_path / "out", options)
     assert (report.done, report.failed) == (6, [])
     assert most[0] == 2
 

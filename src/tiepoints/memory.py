@@ -7,7 +7,9 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from .errors import DataError
@@ -80,6 +82,51 @@ def check_image(name: str, size: tuple[int, int], memory: int | None) -> None:
         f"{name}: {size[0]} x {size[1]} pixels need about {needed >> 20} MiB of memory, over the "
         f"limit of {memory >> 20} MiB; raise the limit or reduce the image"
     )
+
+
+def worker_memory(memory: int, workers: int) -> int:
+    """Bytes of each of several worker processes; the process that starts them needs ``BASE``.
+
+    Raises:
+        ValueError: it is too little for any image.
+    """
+    share = (memory - BASE) // workers
+    if share < MIN_MEMORY:
+        fit = max(1, (memory - BASE) // MIN_MEMORY)
+        raise ValueError(
+            f"{memory >> 20} MiB of memory are too little for {workers} workers, of which each "
+            f"needs at least {MIN_MEMORY >> 20} MiB; use --workers {fit}, or raise the limit"
+        )
+    return share
+
+
+def workers_that_fit(memory: int | None, pixels: int) -> int:
+    """Number of worker processes with parts as large as those of a single process, for images of
+    ``pixels``, of which each worker holds two; 0 if none fits.
+
+    Args:
+        memory: bytes that may be used; None = those available now.
+    """
+    free = available_memory() if memory is None else memory
+    tile = TILE_BYTES * tile_pixels(memory)
+    need = BASE + max(3 * tile // 2, tile + 2 * IMAGE_BYTES * pixels)
+    return max(0, (free - BASE) // need)
+
+
+def available_memory() -> int:
+    """Bytes of memory that are free for processes on this computer and in its control group
+    (containers); a large number if the system does not say.
+    """
+    found = [sys.maxsize]
+    with suppress(OSError, AttributeError, ValueError):
+        text = Path("/proc/meminfo").read_text()
+        found.append(int(re.search(r"MemAvailable:\s*(\d+) kB", text)[1]) << 10)  # type: ignore[index]
+    with suppress(OSError, ValueError):  # "max" without a limit
+        limit, used = (
+            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current")
+        )
+        found.append(max(0, limit - used))
+    return min(found)
 
 
 @cache

@@ -151,7 +151,14 @@ MemoryOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Threads for reading and writing.")]
+WorkersOption = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|N",
+        help="Processes that extract images, with one thread each if there are as many as cores; "
+        "auto: one per core, if there are enough images and memory.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 MasksOption = Annotated[
     Path | None,

@@ -111,7 +111,7 @@ def extract(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract images again (colmap: start over).")
     ] = False,
-    workers: WorkersOption = 2,
+    workers: WorkersOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Extract features of images to npy files, an HDF5 file for hloc, or a COLMAP database.
@@ -125,6 +125,7 @@ def extract(
     options = extract_options(context, max_size=MATCH_MAX_SIZE if form == "colmap" else None)
     from ..extract import network_label
     from ..jobs.extract import extract_images
+    from ..jobs.workers import parse_workers
 
     with user_errors():
         if output is None:
@@ -142,7 +143,7 @@ def extract(
             masks=masks,
             pages=pages,
             overwrite=overwrite,
-            workers=workers,
+            workers=parse_workers(workers),
             progress=progress_wanted(),
         )
     if as_json:

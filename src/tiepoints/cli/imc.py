@@ -78,7 +78,7 @@ def imc(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract and match again.")
     ] = False,
-    workers: WorkersOption = 2,
+    workers: WorkersOption = "auto",
 ) -> None:
     """Write a submission to the Image Matching Challenge 2021 and check it (docs/formats.md)."""
     if descriptor == "none":
@@ -87,6 +87,7 @@ def imc(
     import dataclasses
 
     from ..jobs.imc import MATCHING, export_imc
+    from ..jobs.workers import parse_workers
 
     with user_errors():
         options = dataclasses.replace(MATCHING, ratio=ratio, threshold=threshold)
@@ -98,7 +99,7 @@ def imc(
             options,
             matches=matches,
             overwrite=overwrite,
-            workers=workers,
+            workers=parse_workers(workers),
             progress=progress_wanted(),
         )
     matched, extracted = result.matched, result.extracted

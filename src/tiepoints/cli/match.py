@@ -35,6 +35,7 @@ from .common import (
     UprightOption,
     UpsampledLevelsOption,
     ValueRangeOption,
+    WorkersOption,
     extract_options,
     fail,
     finish,
@@ -137,6 +138,7 @@ def match(
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
+    workers: WorkersOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Match two images, or many pairs to one file: mutual nearest neighbors, ratio test, robust
@@ -159,8 +161,10 @@ def match(
         orientation=None if orientation == "auto" else orientation,
     )
     from ..jobs.match import MatchOptions, match_images
+    from ..jobs.workers import parse_workers
 
     with user_errors():
+        num_workers = parse_workers(workers)
         options = MatchOptions(
             ratio=ratio,
             rotation_tolerance=(
@@ -198,6 +202,7 @@ def match(
             masks=masks,
             pages=pages,
             overwrite=overwrite,
+            workers=num_workers,
             progress=progress_wanted(),
         )
         drawn: list[Path] = []
@@ -241,7 +246,7 @@ def _match_two(
     from ..extract import network_label
     from ..files import Task
     from ..image import to_rgb
-    from ..jobs.extract import mask_loader
+    from ..jobs.images import mask_loader
     from ..jobs.match import match_two
     from ..plot import draw_matches
 

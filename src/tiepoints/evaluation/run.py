@@ -14,13 +14,11 @@ import logging
 import multiprocessing
 import os
 import queue
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.managers import SyncManager
 from pathlib import Path
@@ -48,6 +46,7 @@ from ..files import Lock, write_json, write_text
 from ..formats.records import compatible_version, file_stamp, json_digest, with_program
 from ..image import ReadOptions, load_image, read_image
 from ..names import EVALUATION_NUM_KEYPOINTS
+from ..processes import follow_parent, interrupts_blocked
 from ..progress import Progress
 from ..structs import Features
 from .pair import PROTOCOLS, homography_metrics, marked_metrics, pose_metrics
@@ -650,14 +649,14 @@ def _run_tasks(
         return
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
-    with _interrupts_blocked():  # inherited by the processes
-        manager.start(_follow_parent)
+    with interrupts_blocked():  # inherited by the processes
+        manager.start(follow_parent)
     with (
         manager,
         ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool,
     ):
         results, stop = manager.Queue(), manager.Event()
-        with _interrupts_blocked():
+        with interrupts_blocked():
             running = {pool.submit(_send, task, settings, folder, results, stop) for task in tasks}
         try:
             while running:
@@ -683,38 +682,9 @@ def _send(task: Task, settings: RunSettings, folder: Path, results: Any, stop: A
         results.put(item)
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Block SIGINT in this thread and, for good, in the processes it starts: a terminal sends it to
-    all of them, and this process stops the others.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _follow_parent() -> None:
-    """In a worker process: ignore signals, which the parent handles, and end with the parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _start_worker() -> None:
     torch.set_num_threads(1)
-    _follow_parent()
+    follow_parent()
 
 
 def _compute_rows(task: Task, settings: RunSettings, folder: Path) -> Iterator[Result]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..decode import image_size, page_count
-from ..errors import DataError, first_line
+from ..decode import page_count
+from ..errors import DataError
 from ..extract import ExtractOptions, Extractor
 from ..files import Task, collect, is_disk_full
-from ..formats.records import RecordLog, file_stamp
+from ..formats.records import RecordLog
 from ..formats.store import (
     FILE_NAMES,
     FeatureStore,
@@ -28,15 +29,15 @@ from ..formats.store import (
     images_path,
     settings_path,
 )
-from ..image import Notices, Reading, read_mask
-from ..memory import image_pixels
+from ..image import Notices
 from ..names import FORMATS
 from ..progress import Progress
-from ..structs import Features
+from .images import ImageExtractor, Outcome, mask_loader, source_record
+from .workers import check_workers, extract_tasks
 
 logger = logging.getLogger(__name__)
-#: Loads the mask (H,W) of an image, non-zero where keypoints are allowed; or None.
-MaskLoader = Callable[[Task], Any]
+#: Images whose features wait to be written while others are extracted.
+MAX_WRITES = 6
 
 
 @dataclass
@@ -127,7 +128,7 @@ def extract_images(
     masks: Path | None = None,
     pages: str = "first",
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> ExtractReport:
     """Extract images to the folder ``output``; run again, it resumes.
@@ -142,7 +143,9 @@ def extract_images(
             keypoints where they are 0.
         pages: ``first`` page of each file, or ``all``, whose names end in ``#2``, ``#3``, ...
         overwrite: extract images with stored features again.
-        workers: number of threads for reading and writing.
+        workers: number of processes that extract images; None = one for each core, if there are
+            enough images and memory. The features do not depend on it. A script that uses more
+            than one must be protected by ``if __name__ == "__main__"``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
@@ -152,11 +155,12 @@ def extract_images(
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; got {format!r}")
     if format == "colmap":
         refuse_rotation(options)
-    load_mask = mask_loader(masks)
+    mask_loader(masks)  # raises before any work
     found = collect(images, list_file, root, inside=format != "npy", pages=counted_pages(pages))
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
     if found.tasks:
         extractor = options.build()
+        check_workers(workers, extractor)
         settings = options.to_json()
         settings |= mask_settings(masks)
         if half and format == "h5":
@@ -175,7 +179,6 @@ def extract_images(
                 store,
                 report,
                 described=options.described,
-                load_mask=load_mask,
                 masks=masks,
                 overwrite=overwrite,
                 workers=workers,
@@ -189,28 +192,6 @@ def extract_images(
 def mask_settings(masks: Path | None) -> dict[str, Any]:
     """What the record of extracted features says about their masks."""
     return {} if masks is None else {"masks": str(masks)}
-
-
-def _mask_names(task: Task) -> tuple[str, str]:
-    return f"{task.relative}.png", str(task.relative.with_suffix(".png"))
-
-
-def find_mask(task: Task, folder: Path | None) -> Path | None:
-    """The mask file of an image; None if there is none."""
-    if folder is None:
-        return None
-    paths = (folder / name for name in _mask_names(task))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def source_record(task: Task, masks: Path | None) -> dict[str, Any] | None:
-    """Size and modification time of an image file and of its mask; None if the image is missing."""
-    stamp = file_stamp(task.path)
-    if stamp is None:
-        return None
-    record: dict[str, Any] = {"size": stamp[0], "mtime_ns": stamp[1]}
-    mask = find_mask(task, masks)
-    return record if mask is None else {**record, "mask": file_stamp(mask)}
 
 
 def counted_pages(pages: str) -> Callable[[Path], int] | None:
@@ -242,27 +223,6 @@ def refuse_rotation(options: ExtractOptions) -> None:
             "COLMAP reads images as stored, so keypoints must be those of the stored image: use "
             "--exif-orientation ignore for a database; match finds the rotation of each pair"
         )
-
-
-def mask_loader(folder: Path | None) -> MaskLoader | None:
-    """The masks of images in a folder; None without one.
-
-    Raises:
-        FileNotFoundError: no such folder.
-    """
-    if folder is None:
-        return None
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder of masks at {folder}")
-
-    def load_mask(task: Task) -> Any:
-        path = find_mask(task, folder)
-        if path is None:
-            names = " or ".join(str(folder / name) for name in _mask_names(task))
-            raise DataError(f"no mask {names}")
-        return read_mask(path)
-
-    return load_mask
 
 
 def _same_source(record: dict[str, Any], now: dict[str, Any]) -> bool:
@@ -326,74 +286,55 @@ def extract_to_store(
     report: ExtractReport,
     *,
     described: bool,
-    load_mask: MaskLoader | None = None,
     masks: Path | None = None,
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> Notices:
-    """Extract each task to ``store``, with ``workers`` threads for reading and writing.
+    """Extract each task to ``store``; only this process writes to it.
 
     Images with features of the same file are skipped (``images_path``). Images that cannot be read
     or extracted are added to ``report.failed``. Returns what users should know about the others.
 
     Args:
-        masks: folder of the masks that ``load_mask`` reads.
+        masks: folder of masks, see ``extract_images``.
+        workers: number of processes, see ``extract_images``.
+
+    Raises:
+        ValueError: more than one worker is not possible.
+        FileNotFoundError: no folder of masks.
     """
     started = time.monotonic()
+    images = ImageExtractor(extractor, masks)
     with RecordLog(images_path(store)) as log:
         todo = _select_tasks(
             tasks, store, log, report, described=described, masks=masks, overwrite=overwrite
         )
 
-        def load(task: Task) -> _Loaded:
-            # before the image is read, so that a replacement during the extraction is noticed
-            record = source_record(task, masks)
-            mask = None if load_mask is None else load_mask(task)
-            return _Loaded(record, extractor.read(task.source), mask)
+        def write(task: Task, outcome: Outcome) -> None:
+            assert outcome.features is not None
+            digest = store.write(str(task.relative), outcome.features, task.path)
+            log.put(str(task.relative), **(outcome.record or {}), features=digest)
 
-        def write(task: Task, features: Features, record: dict[str, Any] | None) -> None:
-            digest = store.write(str(task.relative), features, task.path)
-            log.put(str(task.relative), **(record or {}), features=digest)
-
-        notices = _extract_tasks(
-            todo, extractor, load, write, report, workers=workers, progress=progress
-        )
+        notices = Notices()
+        total = len(todo)
+        with Progress(total, unit="image", label="extract", enabled=progress) as bar:
+            outcomes = extract_tasks(todo, images, workers)
+            _write_outcomes(outcomes, write, report, notices, bar)
     if any(task.page > 1 for task in tasks):
         notices.paged.clear()  # all pages are used
     report.seconds += time.monotonic() - started
     return notices
 
 
-@dataclass
-class _Loaded:
-    """An image that has been read, with the record of its file and a mask from another file."""
-
-    record: dict[str, Any] | None
-    reading: Reading
-    mask: Any
-
-
-def _count_pixels(task: Task) -> int:
-    """Number of pixels of an image; 0 if it cannot be read, which reading it reports."""
-    try:
-        width, height = image_size(task.source)
-    except (OSError, DataError):
-        return 0
-    return width * height
-
-
-def _extract_tasks(
-    todo: deque[Task],
-    extractor: Extractor,
-    load: Callable[[Task], _Loaded],
-    write: Callable[[Task, Features, dict[str, Any] | None], None],
+def _write_outcomes(
+    outcomes: Generator[tuple[Task, Outcome], None, None],
+    write: Callable[[Task, Outcome], None],
     report: ExtractReport,
-    *,
-    workers: int,
-    progress: bool,
-) -> Notices:
-    """Extract tasks, while threads load images and write features."""
+    notices: Notices,
+    bar: Progress,
+) -> None:
+    """Write features in a thread, while others are extracted."""
     writing: deque[tuple[Task, Future[None]]] = deque()
 
     def finish_writes(limit: int) -> None:
@@ -410,55 +351,17 @@ def _extract_tasks(
                     ) from error
                 report.failed.append((str(task.path), f"results could not be written ({error})"))
 
-    def extract(loaded: _Loaded) -> Features:
-        mask = extractor.combine(loaded.reading, loaded.mask)
-        features = extractor.extract_tensor(loaded.reading.pixels, [mask])[0]
-        notices.add(task.relative, loaded.reading)
-        return features
-
-    notices = Notices()
-    num_ahead = max(1, workers) + 1
-    limit = image_pixels(None if extractor.options is None else extractor.options.memory)
-    bar = Progress(len(todo), unit="image", label="extract", enabled=progress)
-    with ThreadPoolExecutor(max(1, workers)) as pool, bar:
-        for task, reading in _read_ahead(todo, load, pool, num_ahead, limit):
-            try:
-                features = extract(reading.result())
-                record = reading.result().record
-                report.keypoints += len(features)
-                writing.append((task, pool.submit(write, task, features, record)))
-            except (OSError, DataError, ValueError, RuntimeError, MemoryError) as error:
-                reason = first_line(error)
-                report.failed.append((str(task.path), reason))
-                logger.debug("failed: %s: %s", task.path, reason)
-            del reading  # holds the image
-            finish_writes(2 * num_ahead)
+    # one thread: the order of the images in a file does not depend on the time they take
+    with ThreadPoolExecutor(1) as pool, closing(outcomes):
+        for task, outcome in outcomes:
+            if outcome.features is None:
+                report.failed.append((str(task.path), outcome.reason))
+                logger.debug("failed: %s: %s", task.path, outcome.reason)
+            else:
+                report.keypoints += len(outcome.features)
+                assert outcome.reading is not None
+                notices.add(task.relative, outcome.reading)
+                writing.append((task, pool.submit(write, task, outcome)))
+            finish_writes(MAX_WRITES)
             bar.update()
         finish_writes(0)
-    return notices
-
-
-def _read_ahead(
-    todo: deque[Task],
-    load: Callable[[Task], _Loaded],
-    pool: ThreadPoolExecutor,
-    depth: int,
-    limit: int,
-) -> Iterator[tuple[Task, Future[_Loaded]]]:
-    """Read images in threads, at most ``depth`` ahead of their use and, unless it is a single one,
-    with at most ``limit`` pixels in memory.
-    """
-    loading: deque[tuple[Task, int, Future[_Loaded]]] = deque()
-    in_memory = 0
-    while todo or loading:
-        while todo and len(loading) < depth:
-            pixels = _count_pixels(todo[0])
-            if loading and in_memory + pixels > limit:
-                break
-            task = todo.popleft()
-            in_memory += pixels
-            loading.append((task, pixels, pool.submit(load, task)))
-        task, pixels, future = loading.popleft()
-        yield task, future
-        del future  # holds the image
-        in_memory -= pixels

@@ -62,7 +62,7 @@ def export_imc(
     *,
     matches: bool = False,
     overwrite: bool = False,
-    workers: int = 2,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> Submission:
     """Write the submission ``output`` for ``images``/DATASET/SEQUENCE; run again, it resumes.
@@ -74,6 +74,7 @@ def export_imc(
         options: options of custom matches; without them, ``ratio`` and ``threshold`` are those of
             the benchmark's matching and DEGENSAC.
         matches: write custom matches: mutual nearest neighbors verified by a fundamental matrix.
+        workers: see ``extract_images``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files

@@ -61,11 +61,11 @@ from .extract import (
     check_store,
     counted_pages,
     extract_to_store,
-    mask_loader,
     mask_settings,
     normalize_settings,
     refuse_rotation,
 )
+from .images import mask_loader
 
 logger = logging.getLogger(__name__)
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
@@ -539,6 +539,7 @@ def match_images(
     masks: Path | None = None,
     pages: str = "first",
     overwrite: bool = False,
+    workers: int | None = 1,
     progress: bool = True,
 ) -> MatchReport:
     """Match pairs of many images to one file: ``.h5`` (hloc), or ``.db`` (with pairs verified by
@@ -556,7 +557,7 @@ def match_images(
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
-        masks, pages: see ``extract_images``.
+        masks, pages, workers: see ``extract_images``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: no pairs, or invalid arguments or
@@ -579,7 +580,7 @@ def match_images(
                 tasks = [task for task in tasks if str(task.relative) in names]
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
-            storing = _Storing(camera, masks, overwrite, progress)
+            storing = _Storing(camera, masks, overwrite, workers, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             if masks is not None:
@@ -686,6 +687,7 @@ class _Storing:
     camera: str
     masks: Path | None
     overwrite: bool
+    workers: int | None
     progress: bool
 
 
@@ -698,7 +700,7 @@ def _extract_source(
     storing: _Storing,
 ) -> _Source:
     """Features of images, extracted unless they are stored."""
-    load_mask = mask_loader(storing.masks)
+    mask_loader(storing.masks)  # raises before any work
     settings = {**extraction.to_json(), **mask_settings(storing.masks)}
     store: Any
     if output.suffix == ".db":
@@ -719,8 +721,8 @@ def _extract_source(
         store,
         report,
         described=True,
-        load_mask=load_mask,
         masks=storing.masks,
+        workers=storing.workers,
         progress=storing.progress,
     )
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
