@@ -2,7 +2,7 @@
 a batch of equal images, the time of each stage, and the copies to the host in each.
 
 Copies to the host make the GPU wait. They are counted by PyTorch's dispatcher: ``.item()``,
-``bool()``, ``nonzero`` and masks as indices (whose number of results the host needs), and ``.cpu()``.
+``bool()``, ``nonzero`` and masks as indices (whose number of results the host needs), ``.cpu()``.
 
     python benchmarks/gpu.py [--device cuda] [--systems keynet+hardnet,sobelnet+desnet]
         [--batch 1,8] [--size 640x480] [--repeat 5] [--no-cpu] [--out FILE.json]

@@ -48,6 +48,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
-    if name != "auto":
+    if name != "auto":  # what int8 leaves is in float32
         return torch.bfloat16 if name == "bfloat16" else torch.float32
     return torch.bfloat16 if fast_bfloat16(device) else torch.float32

@@ -7,6 +7,7 @@ array or tensor, or several of them. ``ExtractOptions`` holds everything that de
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -19,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .backends import check_names, run_by
 from .checkpoints import load_official
 from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
@@ -27,20 +29,23 @@ from .device import choose_device, choose_precision
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
-from .models.spec import DenseSpec, DetectorSpec, PatchSpec, fused, spec_of
-from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS, PRECISIONS
+from .models.spec import DenseSpec, DetectorSpec, PatchSpec, StackInput, spec_of
+from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS
 from .orientation import DominantOrientation, NetOrientation, upright
+from .patches import PATCH_SIZE
 from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
 from .regions import TILE_PIXELS
 from .structs import Features, Keypoints
-from .weights import digest, load
+from .weights import digest, int8_graph, load, load_graph
 
+logger = logging.getLogger(__name__)
 Detect: TypeAlias = Callable[..., list[Keypoints]]
 Describe: TypeAlias = Callable[[Pyramid, Keypoints, int], Tensor]
 MaskLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
 #: Options in settings files of earlier versions -> their present name and value.
 _RENAMED: dict[str, Callable[[Any], tuple[str, Any]]] = {
     "num_points": lambda value: ("num_keypoints", value),
+    "precision": lambda value: ("precision", "auto" if value == "float" else value),
     "mode": lambda value: ("official", value == "official"),
     "scales": lambda value: ("per_scale", value == "all"),
 }
@@ -62,8 +67,11 @@ class ExtractOptions(ReadOptions, DetectOptions):
         upright: describe patches without rotating them by the angles, as in REKD's published
             evaluation; ``desnet`` never uses angles.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
-        precision: of the descriptor's convolutions: ``float32``, ``bfloat16``, or ``auto``, the
-            faster of the two.
+        precision: ``float32``; ``bfloat16`` for the descriptor's convolutions; ``int8`` for those
+            of all networks of which there is an eight-bit graph; ``auto``: the faster of
+            ``float32`` and ``bfloat16``.
+        backend: what runs the networks: ``torch``, ``onnxruntime``, ``openvino``, or ``auto``, the
+            fastest of those that are installed and need no preparation (``backends.run_by``).
         max_size: images with a longer side are reduced to this many pixels before extraction;
             positions and scales are still those of the original image. None = no limit.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
@@ -82,6 +90,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
     upright: bool = False
     single_scale: bool = False
     precision: str = "auto"
+    backend: str = "auto"
     max_size: int | None = None
     device: str = "auto"
     memory: int | None = None
@@ -99,10 +108,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
                 f"orientation must be one of {', '.join(ORIENTATIONS)}, or None for the detector's "
                 f"own; got {self.orientation!r}"
             )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}"
-            )
+        check_names(self.backend, self.precision)
         if self.max_size is not None and self.max_size < MIN_SIDE:
             raise ValueError(f"max_size must be at least {MIN_SIDE} pixels, got {self.max_size}")
         tile_pixels(self.memory)
@@ -130,8 +136,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
         return cls(**options)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as a JSON object, without ``device`` and ``memory``, which do not affect the
-        result, and with the SHA-256 of the weights files (``digests``).
+        """The options as a JSON object, without ``device``, ``memory`` and ``backend``, which do
+        not affect the result, and with the SHA-256 of the weights files (``digests``).
 
         Raises:
             ValueError: an option is a network in memory, which has no name to write.
@@ -139,8 +145,9 @@ class ExtractOptions(ReadOptions, DetectOptions):
         content = {
             f.name: getattr(self, f.name)
             for f in fields(self)
-            if f.name not in ("device", "memory")
+            if f.name not in ("device", "memory", "backend")
         }
+        content["precision"] = recorded_precision(self.precision)
         for name in ("detector", "descriptor"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
@@ -153,8 +160,42 @@ class ExtractOptions(ReadOptions, DetectOptions):
     def _digests(self) -> dict[str, str]:
         """Role -> SHA-256 of its weights file, for the roles that have one."""
         names = {role: getattr(self, role) for role in ("detector", "descriptor", "orientation")}
-        found = {role: digest(name) for role, name in names.items() if isinstance(name, str)}
+        int8 = self.precision == "int8"
+        found = {
+            role: digest(name, int8=int8) for role, name in names.items() if isinstance(name, str)
+        }
         return {role: value for role, value in found.items() if value is not None}
+
+    def _graph(self, role: str) -> Path | None:
+        """The embedded eight-bit graph of a role, None without ``int8`` or if there is none."""
+        name = getattr(self, role)
+        return int8_graph(name) if self.precision == "int8" and isinstance(name, str) else None
+
+    def _check_int8(self) -> None:
+        """Check that there is an eight-bit graph if one is asked for, and log what has none.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.precision != "int8":
+            return
+        named = {
+            role: value
+            for role in ("detector", "descriptor")
+            if (value := getattr(self, role)) not in (None, "none", "rootsift")
+        }
+        without = [
+            network_label(value)
+            for role, value in named.items()
+            if self._graph(role) is None and Path(str(value)).suffix != ".onnx"
+        ]
+        if len(without) == len(named):
+            raise ValueError(
+                f"precision int8: there is no eight-bit graph of {' or '.join(without)}; make one "
+                "with `tiepoints quantize` and name its file"
+            )
+        for label in without:
+            logger.info("%s has no eight-bit graph and runs in float32", label)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> ExtractOptions:
@@ -185,6 +226,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             WeightsError: a weights file is damaged or of an unknown type.
         """
         device = choose_device(self.device)
+        self._check_int8()
         net = detector_network(self.detector)
         spec = spec_of(net)
         if not isinstance(spec, DetectorSpec | None):
@@ -204,8 +246,15 @@ class ExtractOptions(ReadOptions, DetectOptions):
         if self.official and spec.official is not None:
             detect = spec.official(net.to(device), options)
         else:
+            graph = self._graph("detector")
             detect = ScoreMapDetector(
-                fused(net).to(device),
+                run_by(
+                    net,
+                    self.backend,
+                    "float32" if graph is None else "int8",
+                    device=device,
+                    graph=graph,
+                ),
                 options,
                 device=device,
                 scale_power=spec.scale_power,
@@ -217,12 +266,16 @@ class ExtractOptions(ReadOptions, DetectOptions):
                 self.descriptor,
                 device=device,
                 precision=self.precision,
+                backend=self.backend,
                 # the published evaluation of REKD does not rotate patches
                 upright=self.upright or (self.official and spec.angles),
                 tile_pixels=tile_pixels(self.memory),
             ),
             orient=build_orientation(
-                self.orientation, device, tile_pixels=tile_pixels(self.memory)
+                self.orientation,
+                device,
+                backend=self.backend,
+                tile_pixels=tile_pixels(self.memory),
             ),
             up_levels=up,
             down_levels=down,
@@ -230,6 +283,11 @@ class ExtractOptions(ReadOptions, DetectOptions):
             device=device,
             options=self,
         )
+
+
+def recorded_precision(precision: str) -> str:
+    """The precision in settings: ``int8``, or ``float``, whose features agree up to rounding."""
+    return "int8" if precision == "int8" else "float"
 
 
 class Extractor:
@@ -388,8 +446,13 @@ def detector_network(detector: str | nn.Module) -> nn.Module:
 
 
 def load_file(path: str) -> nn.Module:
-    """The network of a weights file, ours or an official checkpoint."""
-    return load(path) if Path(path).suffix == ".safetensors" else load_official(Path(path))
+    """The network of a weights file, ours, one with an eight-bit graph, or an official
+    checkpoint.
+    """
+    suffix = Path(path).suffix
+    if suffix == ".onnx":
+        return load_graph(Path(path))
+    return load(path) if suffix == ".safetensors" else load_official(Path(path))
 
 
 def network_label(name: str | nn.Module | None) -> str:
@@ -416,7 +479,7 @@ def network_label(name: str | nn.Module | None) -> str:
 
 @lru_cache
 def _network_type(path: str, size: int, mtime_ns: int) -> str:
-    return type(load_file(path)).__name__.lower().removeprefix("legacy")
+    return type(load_file(path)).__name__.lower().removeprefix("legacy").removeprefix("fused")
 
 
 def build_descriptor(
@@ -424,6 +487,7 @@ def build_descriptor(
     *,
     device: torch.device | str = "cpu",
     precision: str = "auto",
+    backend: str = "auto",
     upright: bool = False,
     tile_pixels: int = TILE_PIXELS,
 ) -> PatchDescriptor | DenseDescriptor | None:
@@ -436,22 +500,34 @@ def build_descriptor(
         return None
     if descriptor == "rootsift":
         return PatchDescriptor(RootSIFT().to(device), upright=upright)
-    net = load(descriptor) if isinstance(descriptor, str) else descriptor.eval()
+    graph = None
+    if isinstance(descriptor, str):
+        graph = int8_graph(descriptor) if precision == "int8" else None
+        net = load_file(descriptor) if Path(descriptor).suffix == ".onnx" else load(descriptor)
+    else:
+        net = descriptor.eval()
     spec = spec_of(net)
     if isinstance(spec, DetectorSpec):
         raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the detector")
+    half = dtype == torch.bfloat16 and isinstance(spec, DenseSpec | PatchSpec)
+    run = run_by(
+        net,
+        backend,
+        "int8" if graph is not None else "bfloat16" if half else "float32",
+        device=device,
+        graph=graph,
+        inputs=StackInput(side=None if isinstance(spec, DenseSpec) else PATCH_SIZE),
+    )
     if isinstance(spec, DenseSpec):
-        run = fused(net, dtype).to(device)
         return DenseDescriptor(run, net.dim, tile_pixels=tile_pixels)  # type: ignore[arg-type]
-    if isinstance(spec, PatchSpec):
-        net = fused(net, dtype)
-    return PatchDescriptor(net.to(device), upright=upright)
+    return PatchDescriptor(run, upright=upright)
 
 
 def build_orientation(
     orientation: str | None,
     device: torch.device | str = "cpu",
     *,
+    backend: str = "auto",
     tile_pixels: int = TILE_PIXELS,
 ) -> Describe | None:
     """An orientation estimator by name (``names.ORIENTATIONS``); None keeps the detector's
@@ -463,7 +539,7 @@ def build_orientation(
         return upright
     if orientation == "dominant":
         return DominantOrientation()
-    net = fused(load(orientation)).to(device)
+    net = run_by(load(orientation), backend, device=device)
     return NetOrientation(net, tile_pixels=tile_pixels)  # type: ignore[arg-type]
 
 

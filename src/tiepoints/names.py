@@ -10,7 +10,8 @@ DETECTOR, DESCRIPTOR = "keynet", "hardnet"
 
 #: Sources of keypoint angles; REKD's detectors estimate them themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
-PRECISIONS = ("auto", "float32", "bfloat16")
+BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
+PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 NMS_SHAPES = ("square", "round")
 GEOMETRIES = ("homography", "fundamental", "essential")
 FORMATS = ("npy", "h5", "colmap")

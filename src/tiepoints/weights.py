@@ -18,16 +18,17 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from .backends import METADATA, StoredGraph, input_of
 from .detect import response_floor
 from .errors import WeightsError, first_line
-from .files import LFS_POINTER, atomic_path, is_lfs_pointer
+from .files import LFS_POINTER, atomic_path, is_lfs_pointer, require
 from .models.desnet import DesNet
 from .models.keynet import KeyNet
 from .models.keynet_legacy import LegacyKeyNet
@@ -66,14 +67,22 @@ def file_checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def digest(name: str) -> str | None:
+def int8_graph(name: str) -> Path | None:
+    """The eight-bit graph of an embedded network, None if there is none."""
+    entry = table().get(name, {}).get("int8")
+    return None if entry is None else DATA / entry["file"]
+
+
+def digest(name: str, *, int8: bool = False) -> str | None:
     """SHA-256 of the weights file of a network, given by the name of an embedded one or by path;
     None for what has no weights, such as ``rootsift``.
+
+    With ``int8`` it is that of the eight-bit graph of an embedded network that has one.
 
     Files are read again only if their size or time of modification has changed.
     """
     if entry := table().get(name):
-        return entry["sha256"]
+        return (entry.get("int8", entry) if int8 else entry)["sha256"]
     path = Path(name)
     if not path.is_file():
         return None
@@ -293,6 +302,93 @@ def _header_json(path: Path, header: dict[str, str], key: str) -> Any:
         ) from error
 
 
+def save_graph(
+    net: nn.Module, graph: Path, path: Path, sample: list[float], metadata: dict[str, Any]
+) -> None:
+    """Write the eight-bit graph of a network's costly part, with what ``load_graph`` needs to
+    build the rest (atomically).
+
+    Args:
+        net: not fused.
+        graph: the ONNX file.
+        sample: output of the graph, see ``backends.StoredGraph``.
+
+    Raises:
+        ImportError: onnx is not installed.
+    """
+    onnx = require("onnx", extra="onnx", purpose="eight-bit networks")
+    model = onnx.load(str(graph))
+    rest = {name: net.state_dict()[name].tolist() for name in _outside_stack(net)}
+    content = {
+        "network": type(net).__name__,
+        "settings": net.settings,
+        "offset": getattr(net, "offset", (0.0, 0.0)),
+        "floor": getattr(net, "floor", None),
+        "facts": metadata,
+        "sample": sample,
+        "tensors": rest,
+    }
+    onnx.helper.set_model_props(model, {METADATA: json.dumps(content, default=str)})
+    with atomic_path(path) as tmp_path:
+        onnx.save(model, str(tmp_path))
+
+
+def _outside_stack(net: nn.Module) -> list[str]:
+    """Names of the tensors of a network that are not in its costly part."""
+    if isinstance(net, KeyNet | SobelNet):
+        return [name for name in net.state_dict() if name.startswith(("last.", "first."))]
+    if isinstance(net, REKD):
+        return [name for name in net.state_dict() if name.startswith("score")]
+    return []
+
+
+def read_graph(path: Path) -> dict[str, Any]:
+    """The description that ``save_graph`` wrote with an eight-bit graph.
+
+    Raises:
+        WeightsError: the file is damaged or not one of ours.
+    """
+    if not path.is_file():
+        raise WeightsError(f"no weights file {path}")
+    onnx = require("onnx", extra="onnx", purpose="a weights file .onnx")
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        found = {entry.key: entry.value for entry in model.metadata_props}
+        content = json.loads(found[METADATA])
+        if content["network"] not in NETWORKS:
+            raise ValueError(f"its network is {content['network']!r}")
+        return content
+    except Exception as error:  # protobuf's own types
+        raise WeightsError(
+            f"{path} is no eight-bit network written by `tiepoints quantize` ({first_line(error)})"
+        ) from error
+
+
+def load_graph(path: Path) -> nn.Module:
+    """Load an eight-bit network written by ``save_graph``, in its fast form for inference.
+
+    Raises:
+        WeightsError: the file is damaged or not one of ours.
+    """
+    content = read_graph(path)
+    net = _build(path, content["network"], content["settings"])
+    try:
+        tensors = {name: torch.tensor(value) for name, value in content["tensors"].items()}
+        if tensors.keys() != set(_outside_stack(net)):
+            raise ValueError("its tensors are not those of its network")
+        net.load_state_dict(tensors, strict=False)
+        if hasattr(net, "floor"):
+            net.floor = content["floor"]
+            net.offset = tuple(content["offset"])  # type: ignore[assignment]
+        quick = fused(net.eval())
+        sample = [float(value) for value in content["sample"]]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{path} is damaged ({first_line(error)}); quantize it again") from error
+    stack = cast(nn.Module, quick.stack)
+    quick.stack = StoredGraph(path, input_of(stack), sample)
+    return quick
+
+
 def metadata_of(path: Path) -> dict[str, Any]:
     """The ``metadata`` with which ``save`` wrote a weights file.
 
@@ -321,3 +417,8 @@ def verify(name: str) -> None:
     if file_checksum(path) != entry["sha256"]:
         raise WeightsError(f"{path} differs from its checksum; reinstall the package")
     load(name)
+    if (graph := int8_graph(name)) is not None:
+        if not graph.is_file():
+            raise WeightsError(f"{graph} is missing; reinstall the package")
+        if file_checksum(graph) != entry["int8"]["sha256"]:
+            raise WeightsError(f"{graph} differs from its checksum; reinstall the package")

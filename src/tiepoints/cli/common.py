@@ -35,7 +35,7 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 #: command is the error of an inlier.
 EXTRACT_PARAMETERS = (
     *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
-    *("single_scale", "per_scale", "official", "device"),
+    *("single_scale", "per_scale", "official", "device", "backend", "precision"),
     *("value_range", "exif_orientation", "mask_alpha", "mask_value", "bands"),
 )
 #: Parameters with the names of the published code -> fields of ``ExtractOptions``; None leaves the
@@ -47,6 +47,8 @@ PUBLISHED_PARAMETERS = {
     "nms_size": "nms_window",
 }
 
+Backend = Literal["auto", "torch", "onnxruntime", "openvino"]
+Precision = Literal["auto", "float32", "bfloat16", "int8"]
 Orientation = Literal["none", "rekd", "rekd-light", "dominant"]
 PairOrientation = Literal["auto", "none", "rekd", "rekd-light", "dominant"]
 Format = Literal["npy", "h5", "colmap"]
@@ -151,6 +153,13 @@ MemoryOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+BackendOption = Annotated[
+    Backend, typer.Option(help="What runs the networks (extras onnx, openvino).")
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(help="Of the networks; int8: those that have an eight-bit graph."),
+]
 WorkersOption = Annotated[
     str,
     typer.Option(

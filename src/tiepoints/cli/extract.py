@@ -10,6 +10,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, EXTRACT_NUM_KEYPOINTS, MATCH_MAX_SIZE
 from .common import (
+    BackendOption,
     BandsOption,
     CameraOption,
     CutRatioOption,
@@ -29,6 +30,7 @@ from .common import (
     OrientationOption,
     PagesOption,
     PerScaleOption,
+    PrecisionOption,
     PyramidLevelsOption,
     SingleScaleOption,
     UprightOption,
@@ -108,6 +110,8 @@ def extract(
     max_size: MaxSizeOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract images again (colmap: start over).")
     ] = False,

@@ -9,6 +9,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
 from .common import (
+    BackendOption,
     CutRatioOption,
     DescriptorOption,
     DetectorOption,
@@ -19,6 +20,7 @@ from .common import (
     OfficialOption,
     OrientationOption,
     PerScaleOption,
+    PrecisionOption,
     PyramidLevelsOption,
     SingleScaleOption,
     UprightOption,
@@ -75,6 +77,8 @@ def imc(
     max_size: MaxSizeOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Extract and match again.")
     ] = False,

@@ -11,6 +11,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
+    BackendOption,
     BandsOption,
     CameraOption,
     CutRatioOption,
@@ -30,6 +31,7 @@ from .common import (
     PagesOption,
     PairOrientationOption,
     PerScaleOption,
+    PrecisionOption,
     PyramidLevelsOption,
     SingleScaleOption,
     UprightOption,
@@ -137,6 +139,8 @@ def match(
     max_size: MaxSizeOption = None,
     memory: MemoryOption = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
     workers: WorkersOption = "auto",
     as_json: JsonOption = False,

@@ -11,11 +11,13 @@ import typer
 
 from ..names import VIDEO_NUM_KEYPOINTS
 from .common import (
+    BackendOption,
     DescriptorOption,
     DetectorOption,
     DeviceOption,
     JsonOption,
     OrientationOption,
+    PrecisionOption,
     UprightOption,
     extract_options,
     fail,
@@ -76,6 +78,8 @@ def live(
     every: Annotated[int, typer.Option(min=1, help="Use every N-th frame.")] = 1,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Maximum number of frames.")] = None,
     device: DeviceOption = "auto",
+    backend: BackendOption = "auto",
+    precision: PrecisionOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Track keypoints in a video, an image sequence or the images of a camera; show them in a

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..decode import page_count
 from ..errors import DataError
-from ..extract import ExtractOptions, Extractor
+from ..extract import ExtractOptions, Extractor, recorded_precision
 from ..files import Task, collect, is_disk_full
 from ..formats.records import RecordLog
 from ..formats.store import (
@@ -77,7 +77,9 @@ def normalize_settings(content: dict[str, Any]) -> dict[str, Any]:
     # the weights of then, not those that have their names now
     digests = content.get("digests", {})
     try:
-        return {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
+        found = {**ExtractOptions.from_json(options).to_json(), **store, "digests": digests}
+        # what ``auto`` was then, not what it is here
+        return {**found, "precision": recorded_precision(content.get("precision", "auto"))}
     except ValueError:
         if not digests:
             raise

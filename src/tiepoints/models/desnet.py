@@ -25,7 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import resize
 from ..geometry import resize_points
-from .spec import DenseSpec
+from .spec import DenseSpec, StackInput
 
 #: Image pixels per cell of the map: three layers of stride 2.
 STRIDE = 8
@@ -181,19 +181,28 @@ class FusedDesNet(nn.Module):
         def folded(layers: nn.ModuleList) -> nn.ModuleList:
             return nn.ModuleList(fuse_conv_bn_eval(layer[0], layer[1]) for layer in layers)  # type: ignore[index]
 
-        self.downsample, self.dilated, self.head = (
-            folded(net.downsample),
-            folded(net.dilated),
-            net.head,
-        )
+        self.stack = _DesNetStack(folded(net.downsample), folded(net.dilated), net.head)
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def forward(self, image: Tensor) -> Tensor:
         """Map (B,D,h,w) float32 of a gray image (B,1,H,W) in [0,1]."""
         maps = local_contrast_normalization(pad_to_stride(image)).to(self.dtype)
+        return self.stack(maps).float()
+
+
+class _DesNetStack(nn.Module):
+    """The filters of a fused ``DesNet``: normalized image (B,1,H,W) -> map (B,D,H/8,W/8)."""
+
+    input = StackInput(step=STRIDE)
+
+    def __init__(self, downsample: nn.ModuleList, dilated: nn.ModuleList, head: nn.Module):
+        super().__init__()
+        self.downsample, self.dilated, self.head = downsample, dilated, head
+
+    def forward(self, maps: Tensor) -> Tensor:
         for conv in self.downsample:
             maps = F.relu_(conv(maps.contiguous(memory_format=torch.channels_last)))
         for conv in self.dilated:
             maps = F.relu_(conv(maps)).add_(maps)
-        return self.head(maps).float()
+        return self.head(maps)

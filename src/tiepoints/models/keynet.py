@@ -28,7 +28,7 @@ from ..filters import binomial_blur, corner_strength, resize, sobel
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
 from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
-from .spec import DetectorSpec
+from .spec import ConvStack, DetectorSpec
 
 #: Handcrafted channels of first and second order, in the order of the official PyTorch weights.
 FIRST_ORDER = ("dx", "dy", "dx^2", "dy^2", "dx*dy")
@@ -306,11 +306,11 @@ class FusedKeyNet(nn.Module):
         self.offset, self.floor = net.offset, net.floor
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
-        self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
+        self.stack = ConvStack(conv.to(memory_format=torch.channels_last) for conv in folded)
         side = self.radius = net.settings["kernel_size"] // 2
         self.filters = net.settings["num_filters"]
         # second derivatives have a radius of two pixels
-        self.halo = max(2, side) + side * len(self.blocks)
+        self.halo = max(2, side) + side * len(folded)
         self.merges = net.last is not None
         self.score, self.structure = net.settings["score"], net.settings["structure"]
         if net.last is not None:
@@ -365,6 +365,4 @@ class FusedKeyNet(nn.Module):
         )
         # Directly in channels-last memory, which saves a conversion after concatenation.
         torch.cat(self.reference.first.parts(level), dim=1, out=features)
-        for conv in self.blocks:
-            features = F.relu_(conv(features))
-        return features
+        return self.stack(features)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .spec import PatchSpec
+from .spec import PatchSpec, StackInput
 
 PATCH_SIZE = 32
 DIMENSION = 128
@@ -85,35 +85,27 @@ class PatchNet(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        if (
-            patches.ndim != 4
-            or patches.shape[1] != 1
-            or patches.shape[2] != patches.shape[3]
-            or not patches.shape[2]
-        ):
-            raise ValueError(f"patches must be (N,1,P,P), got {tuple(patches.shape)}")
+        _check_shape(patches)
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
+        vectors = self.vectors(to_side(patches.float(), PATCH_SIZE))
+        return vectors if raw else unit(vectors)
+
+    def vectors(self, patches: Tensor) -> Tensor:
+        """(N,1,32,32) float32 in [0,1], N > 0 -> (N,128) float32, not normalized."""
         dtype = cast(nn.Conv2d, self.convolutions[0]).weight.dtype
-        maps = self.standardize(to_side(patches.float(), PATCH_SIZE)).to(dtype)
+        maps = self.standardize(patches).to(dtype)
         if not self.training:  # a third faster on a CPU
             maps = maps.contiguous(memory_format=torch.channels_last)
         for index, layer in enumerate(self.convolutions):
             if index == len(self.convolutions) - 1:
                 maps = self.dropout(maps)
             maps = self.follow(index, layer(maps))
-        vectors = maps.flatten(1).float()
-        return vectors if raw else unit(vectors)
+        return maps.flatten(1).float()
 
-    def fused(self, dtype: torch.dtype = torch.float32) -> PatchNet:
-        """A copy for inference: the same function, with batch normalization folded into the
-        convolutions.
-
-        ``dtype`` is that of the convolutions; input and output are float32.
-        """
-        net = copy.deepcopy(self).eval()
-        net.fold()
-        return net.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def fused(self, dtype: torch.dtype = torch.float32) -> FusedPatchNet:
+        """The same function for inference, faster: see ``FusedPatchNet``."""
+        return FusedPatchNet(self, dtype)
 
     def fold(self) -> None:
         """Fold normalization into convolutions where possible, in place."""
@@ -244,7 +236,13 @@ class HyNet(PatchNet):
     def _respond(self, index: int, maps: Tensor) -> Tensor:
         norm, limit = self.norms[index], self.activations[index]
         # with mixed precision, the type of the maps is not that of the parameters
-        parameters = (p.to(maps.dtype) for p in (norm.weight, norm.bias, limit.tau))
+        given = (norm.weight, norm.bias, limit.tau)
+        parameters = [cast(Tensor, p).to(maps.dtype) for p in given]
+        if torch.compiler.is_compiling():  # exported without a gradient
+            power = maps.square().mean(dim=(2, 3), keepdim=True)
+            inverse = torch.rsqrt(power + cast(Tensor, norm.eps).abs())
+            weight, bias, tau = parameters
+            return torch.maximum(maps * (weight * inverse) + bias, tau)
         return _ResponseNorm.apply(maps, *parameters, norm.eps)
 
     def fold(self) -> None:
@@ -252,6 +250,57 @@ class HyNet(PatchNet):
             self.convolutions[-1], self.last_norm
         )  # type: ignore[type-var]
         self.last_norm = nn.Identity()  # type: ignore[assignment]
+
+
+class FusedPatchNet(nn.Module):
+    """A trained ``PatchNet`` for inference: (N,1,P,P) in [0,1] -> (N,128) float32 of unit length,
+    with batch normalization folded into the convolutions, which are in ``dtype``.
+
+    Equal to the network in eval mode up to rounding. The weights are copied, so later training of
+    the original has no effect.
+    """
+
+    spec = PatchNet.spec
+
+    def __init__(self, net: PatchNet, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        net = copy.deepcopy(net).eval()
+        net.fold()
+        self.stack = _PatchStack(net.to(dtype).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """(N,1,P,P) -> (N,128).
+
+        Raises:
+            ValueError: another shape.
+        """
+        _check_shape(patches)
+        if not len(patches):
+            return torch.zeros(0, DIMENSION, device=patches.device)
+        return self.stack(to_side(patches.float(), PATCH_SIZE))
+
+
+def _check_shape(patches: Tensor) -> None:
+    if (
+        patches.ndim != 4
+        or patches.shape[1] != 1
+        or patches.shape[2] != patches.shape[3]
+        or not patches.shape[2]
+    ):
+        raise ValueError(f"patches must be (N,1,P,P), got {tuple(patches.shape)}")
+
+
+class _PatchStack(nn.Module):
+    """The layers of a patch network: (N,1,32,32), N > 0 -> unit descriptors (N,128)."""
+
+    input = StackInput(side=PATCH_SIZE)
+
+    def __init__(self, net: PatchNet):
+        super().__init__()
+        self.net = net
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return unit(self.net.vectors(patches))
 
 
 def unit(vectors: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from ..regions import (
 )
 from .equivariant import SMOOTH_RINGS, FieldNorm, GroupConv, LiftingConv, Ring, group_pool
 from .rekd_official import OfficialREKD
-from .spec import DetectorSpec
+from .spec import DetectorSpec, StackInput
 
 #: Published defaults (paper 4.1 and the released options).
 GROUP_SIZE = 36
@@ -338,6 +338,7 @@ class FusedREKD(nn.Module):
             conv.to(memory_format=self.layout)  # type: ignore[call-overload]
         inner = cast(list[nn.Conv2d], list(self.convs[1:])) if wide else []
         self.winograd = [WinogradConv(conv.weight, cast(Tensor, conv.bias)) for conv in inner]
+        self.stack: nn.Module = _REKDStack(self.convs, self.direction, self.group)
         self.halo = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
         norm, score = self.reference.score_norm, self.reference.score
         assert norm.running_var is not None
@@ -418,14 +419,15 @@ class FusedREKD(nn.Module):
         orientation.
         """
         outer = box.grow(self.halo, level.size)
-        maps = F.relu_(self.convs[0](level.read(outer).contiguous(memory_format=self.layout)))
+        image = level.read(outer).contiguous(memory_format=self.layout)
+        fast = self.winograd and isinstance(self.stack, _REKDStack)
+        if not fast or image.device.type != "cpu" or image.dtype != torch.float32:
+            maps, directions = box.crop(self.stack(image), outer).split(
+                [len(weight), self.group], dim=1
+            )
+            return (maps * weight.view(-1, 1, 1)).sum(dim=1, keepdim=True), directions
+        maps = F.relu_(self.convs[0](image))
         mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)
-        if not self.winograd or maps.device.type != "cpu" or maps.dtype != torch.float32:
-            for conv in self.convs[1:]:
-                maps = F.relu_(conv(maps))
-            maps = box.crop(maps, outer)
-            pooled = (group_pool(maps, self.group) * weight.view(-1, 1, 1)).sum(dim=1, keepdim=True)
-            return pooled, self.direction(maps)
         h, w = outer.size
         top = box.top - outer.top
         columns = slice(PAD + box.left - outer.left, PAD + box.right - outer.left)
@@ -453,3 +455,20 @@ class FusedREKD(nn.Module):
         return (maps.unflatten(-1, (-1, self.group)).amax(dim=-1) * weight).sum(
             dim=-1, keepdim=True
         )
+
+
+class _REKDStack(nn.Module):
+    """Trunk of a fused ``REKD``, its maxima over orientations and its orientation layer:
+    normalized level (B,1,H,W) -> (B,fields+N,H,W).
+    """
+
+    input = StackInput()
+
+    def __init__(self, convs: nn.ModuleList, direction: nn.Module, group: int):
+        super().__init__()
+        self.convs, self.direction, self.group = convs, direction, group
+
+    def forward(self, maps: Tensor) -> Tensor:
+        for conv in self.convs:
+            maps = F.relu_(conv(maps))
+        return torch.cat([group_pool(maps, self.group), self.direction(maps)], dim=1)

@@ -29,7 +29,7 @@ from ..filters import binomial_blur, resize, sobel
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
 from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
-from .spec import DetectorSpec
+from .spec import ConvStack, DetectorSpec
 
 #: Size ratio of neighboring scales: 1, 1/sqrt(2), 1/2.
 SCALE_FACTOR = math.sqrt(2.0)
@@ -154,7 +154,7 @@ class FusedSobelNet(nn.Module):
         self.offset, self.floor, self.ratio = net.offset, net.floor, net.ratio
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
-        self.blocks = nn.ModuleList(conv.to(memory_format=torch.channels_last) for conv in folded)
+        self.stack = ConvStack(conv.to(memory_format=torch.channels_last) for conv in folded)
         self.last = SingleChannelConv2d(net.last.weight, net.last.bias)
         self.radius = net.settings["kernel_size"] // 2
         # gradients have a radius of one pixel, their blur of two
@@ -200,6 +200,4 @@ class FusedSobelNet(nn.Module):
             shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last
         )
         torch.cat(gradients(level), dim=1, out=maps)
-        for conv in self.blocks:
-            maps = F.relu_(conv(maps))
-        return maps
+        return self.stack(maps)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,39 @@ class DenseSpec:
 
 
 Spec = DetectorSpec | PatchSpec | DenseSpec
+
+
+@dataclass(frozen=True)
+class StackInput:
+    """Input of the costly part of a network.
+
+    A fused network has that part as its attribute ``stack``, a module from one tensor to one tensor
+    with this as its attribute ``input``; backends replace it (``backends``).
+
+    Attributes:
+        channels: C of the input (B,C,H,W).
+        side: side of patches (N,C,side,side); None = maps of any height and width.
+        step: height and width are multiples of it.
+    """
+
+    channels: int = 1
+    side: int | None = None
+    step: int = 1
+
+
+class ConvStack(nn.ModuleList):
+    """Convolutions, each followed by a ReLU, as the costly part of a fused network."""
+
+    @property
+    def input(self) -> StackInput:
+        """Maps with the channels of the first convolution."""
+        return StackInput(channels=self[0].in_channels)  # type: ignore[arg-type]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,D,H,W)."""
+        for conv in self:
+            maps = F.relu_(conv(maps))
+        return maps
 
 
 def spec_of(net: nn.Module) -> Spec | None:
