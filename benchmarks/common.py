@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import platform
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 from tiepoints.checkpoints import load_official
 from tiepoints.detect import response_floor
 from tiepoints.image import load_image
+from tiepoints.jobs.mapping import MapOptions, ModelStatistics, map_images
 from tiepoints.models.spec import fused
 from tiepoints.training.recipes import TrainData
 from tiepoints.weights import load
@@ -74,3 +77,13 @@ def vga_image(file: Path | None) -> torch.Tensor:
     else:
         image = Image.open(file)
     return load_image(image.convert("L").resize((640, 480), Image.Resampling.LANCZOS))
+
+
+def largest_model(database: Path, work: Path, seed: int) -> dict[str, Any]:
+    """Statistics of the largest model of COLMAP's mapper with one seed and one thread; ``work`` is
+    a temporary folder.
+    """
+    models = map_images(database, work, MapOptions(seed=seed, threads=1))
+    empty = ModelStatistics(0, 0, 0, 0.0, 0.0)
+    content = asdict(ModelStatistics.of(models[0]) if models else empty)
+    return {"models": len(models), "registered": content.pop("images"), **content, "seed": seed}

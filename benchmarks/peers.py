@@ -42,7 +42,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import combinations
@@ -54,7 +54,7 @@ import torch
 from torch import Tensor, nn
 
 import tiepoints
-from common import machine
+from common import largest_model, machine
 from tiepoints.auto_orientation import PairMatcher, can_reorient
 from tiepoints.datasets.benchmark import open_dataset
 from tiepoints.datasets.ground_truth import Dataset, Pair
@@ -75,7 +75,6 @@ from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.interop import from_cv2
 from tiepoints.image import load_image
 from tiepoints.jobs.match import refine_database
-from tiepoints.jobs.reconstruct import reconstruct
 from tiepoints.matching import match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
@@ -458,10 +457,7 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
             if is_ours(bench.name):
                 verified = refine_database(database, pairs, images)
             inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
-        models = [
-            asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1))
-            for seed in SEEDS
-        ]
+        models = [largest_model(path, Path(out) / "map", seed) for seed in SEEDS]
     medians = {
         key: statistics.median(model[key] for model in models)
         for key in ("points", "track_length", "error")

@@ -19,18 +19,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import tiepoints
-from common import machine
+from common import largest_model, machine
 from tiepoints.evaluation.systems import Options, system
 from tiepoints.files import collect, write_json
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.jobs.match import MatchOptions, named_matcher, refine_database
-from tiepoints.jobs.reconstruct import reconstruct
 from tiepoints.structs import Features, Matches
 
 
@@ -63,13 +61,7 @@ def measure(
                 verified = refine_database(database, pairs, images)
             inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
         seconds["verify"], started = time.perf_counter() - started, time.perf_counter()
-        tries = [
-            {
-                **asdict(reconstruct(path, folder, Path(out) / str(seed), seed=seed, threads=1)),
-                "seed": seed,
-            }
-            for seed in range(args.seeds)
-        ]
+        tries = [largest_model(path, Path(out) / "map", seed) for seed in range(args.seeds)]
         seconds["map"] = time.perf_counter() - started
     return {
         "data": folder.name,
@@ -139,9 +131,6 @@ def summary(row: dict) -> dict:
     """Medians over the seeds that registered the most images."""
     most = max(result["registered"] for result in row["tries"])
     best = [result for result in row["tries"] if result["registered"] == most]
-    for result in row["tries"]:
-        result.pop("folder", None)
-    row.pop("folder", None)
     medians = {
         key: statistics.median(result[key] for result in best)
         for key in ("points", "track_length", "error", "observations")

@@ -3,7 +3,6 @@ real photographs.
 """
 
 import os
-import re
 import sqlite3
 import subprocess
 import sys
@@ -363,49 +362,3 @@ def test_finished_writes_survive_kills(tmp_path):
     assert killed == 12
     assert finished > 20
     assert tables(tmp_path / "d.db", "PRAGMA integrity_check") == [("ok",)]
-
-
-def test_photographs_are_reconstructed_as_one_model(data_dir, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "examples" / "to_colmap.py",
-            data_dir / "sacre_coeur",
-            "--output",
-            tmp_path,
-            "--num-keypoints",
-            "1000",
-            "--threads",
-            "1",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    registered, points = (
-        int(number) for number in re.search(r"(\d+) images, (\d+) 3D points", done.stdout).groups()
-    )
-    assert registered >= 8
-    assert points > 200
-    model = pycolmap.Reconstruction(next((tmp_path / "sparse").rglob("images.bin")).parent)
-    assert model.num_reg_images() == registered
-
-
-def test_example_reports_invalid_input(tmp_path):
-    for arguments in (["nothing"], [str(tmp_path)]):
-        done = subprocess.run(
-            [
-                sys.executable,
-                ROOT / "examples" / "to_colmap.py",
-                *arguments,
-                "--output",
-                tmp_path / "o",
-            ],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 1
-        assert "error:" in done.stderr
-        assert "Traceback" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import re
@@ -17,6 +18,7 @@ import typer
 
 import tiepoints
 from tiepoints.cli import app
+from tiepoints.jobs.reconstruct import ReconstructOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 #: The diary and the changelog are records with names that may have changed since.
@@ -177,6 +179,11 @@ def test_python_code_uses_existing_names(page):
 def check_call(node: ast.Call, function: Any) -> None:
     if function is tiepoints.build:  # takes the fields of ExtractOptions
         function = tiepoints.ExtractOptions
+    elif function is tiepoints.reconstruct:
+        fields = dataclasses.fields(ReconstructOptions)
+        known = {*inspect.signature(function).parameters, *(field.name for field in fields)}
+        assert {keyword.arg for keyword in node.keywords} <= known
+        return
     elif function is tiepoints.train:
         return
     parameters = dict(inspect.signature(function).parameters)

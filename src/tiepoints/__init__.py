@@ -26,6 +26,7 @@ _EXPORTS = {
     "load": "weights",
     "match": "matching",
     "match_two": "jobs.match",
+    "reconstruct": "jobs.reconstruct",
     "train": "training.recipes",
 }
 __all__ = ["__version__", *sorted(_EXPORTS)]
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from .extract import build as build
     from .jobs.match import MatchOptions as MatchOptions
     from .jobs.match import match_two as match_two
+    from .jobs.reconstruct import reconstruct as reconstruct
     from .matching import match as match
     from .models.keynet import KeyNet as KeyNet
     from .plot import draw_keypoints as draw_keypoints

@@ -114,6 +114,16 @@ def corner_strength(image: Tensor, sigma: float = 2.0) -> Tensor:
     return (((xx + yy) - ((xx - yy).square() + 4 * xy.square()).sqrt()) / 2).clamp(min=0)
 
 
+def laplacian_variance(image: Tensor) -> float:
+    """Variance of the Laplacian of an image (1,1,H,W): larger for sharper images of one scene."""
+    center = image[..., 1:-1, 1:-1]
+    if not center.numel():
+        return 0.0
+    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1]
+    around = around + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
+    return float((around - 4 * center).var(unbiased=False))
+
+
 def percentile_rank(values: Tensor) -> Tensor:
     """Fraction of an image's other pixels that are smaller, for each pixel: (B,1,H,W) ->
     (B,1,H,W) in [0,1]; ties are ranked in reading order.

@@ -15,6 +15,11 @@ PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 NMS_SHAPES = ("square", "round")
 GEOMETRIES = ("homography", "fundamental", "essential")
 FORMATS = ("npy", "h5", "colmap")
+#: How to choose the pairs of many images to match.
+PAIR_METHODS = ("auto", "exhaustive", "sequential", "retrieval", "gps")
+#: Compromises between time and completeness of a reconstruction, and COLMAP's mappers.
+QUALITIES = ("fast", "default", "best")
+MAPPERS = ("incremental", "global")
 #: Suffixes of the files with the matches of many pairs: hloc's and COLMAP's.
 MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 

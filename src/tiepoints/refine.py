@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .image import ImageLike, load_image
+from .progress import track
 from .pyramid import Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
 
@@ -280,6 +281,8 @@ def refine_tracks(
     features: Mapping[str, Keypoints],
     matches: Mapping[tuple[str, str], Tensor],
     image: Callable[[str], ImageLike],
+    *,
+    progress: bool = False,
 ) -> dict[str, Tensor]:
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
@@ -296,13 +299,13 @@ def refine_tracks(
     """
     positions = {name: keypoints.xy.clone() for name, keypoints in features.items()}
     pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for track in build_tracks(matches):
-        reference = min(track, key=lambda node: (float(features[node[0]].scale[node[1]]), node))
-        for node in track:
+    for nodes in build_tracks(matches):
+        reference = min(nodes, key=lambda node: (float(features[node[0]].scale[node[1]]), node))
+        for node in nodes:
             if node != reference:
                 pairs.setdefault((reference[0], node[0]), []).append((reference[1], node[1]))
     pyramids: dict[str, Pyramid] = {}
-    for a, b in sorted(pairs):
+    for a, b in track(sorted(pairs), unit="pair", label="refine", enabled=progress):
         pyramids = {
             name: pyramids.get(name) or build_pyramid(load_image(image(name))).in_memory()
             for name in (a, b)

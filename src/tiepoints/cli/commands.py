@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, extract, imc, info, match, reproduce, train, video, weights
+from . import evaluate, extract, imc, info, match, reconstruct, reproduce, train, video, weights
 from .common import configure_logging
 from .signals import stop_message
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command("extract")(extract.extract)
 app.command("match")(match.match)
+app.command("reconstruct")(reconstruct.reconstruct)
 app.command("train")(train.train)
 app.command("pairs")(train.pairs)
 app.command("compare")(evaluate.compare)

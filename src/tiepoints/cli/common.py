@@ -83,6 +83,19 @@ PairOrientationOption = Annotated[
         "of the images; others: as --orientation of extract."
     ),
 ]
+PairsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="METHOD|FILE",
+        help="exhaustive; sequential: neighbors by name, and loops; retrieval: similar images; "
+        "gps: neighbors by EXIF; or a list, two names per line (default, auto: all pairs up to 60 "
+        "images, else gps or retrieval).",
+    ),
+]
+NeighborsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Neighbors per image (default: sequential 10, retrieval and gps 20)."),
+]
 UprightOption = Annotated[
     bool,
     typer.Option(

@@ -26,10 +26,12 @@ from .common import (
     MaskValueOption,
     MaxSizeOption,
     MemoryOption,
+    NeighborsOption,
     NmsSizeOption,
     OfficialOption,
     PagesOption,
     PairOrientationOption,
+    PairsOption,
     PerScaleOption,
     PrecisionOption,
     PyramidLevelsOption,
@@ -65,14 +67,8 @@ def match(
     pictures: Annotated[
         Path | None, typer.Option(help="Many images: folder for images of the best pairs.")
     ] = None,
-    pairs: Annotated[
-        Path | None,
-        typer.Option(help="List of image pairs, two names per line (default: all pairs)."),
-    ] = None,
-    sequential: Annotated[
-        int | None,
-        typer.Option(min=1, help="Match each image with the next N in natural order."),
-    ] = None,
+    pairs: PairsOption = None,
+    neighbors: NeighborsOption = None,
     features: Annotated[
         Path | None,
         typer.Option(help="Stored features: folder, .h5 or .db (default: extract them)."),
@@ -151,11 +147,9 @@ def match(
     images = images or []
     if descriptor == "none":
         fail("matching needs descriptors; --descriptor must not be none")
-    if pairs is not None and sequential is not None:
-        fail("give --pairs or --sequential, not both")
     to_file = output is not None and output.suffix in MATCH_SUFFIXES
     many = len(images) != 2 or any(Path(name).is_dir() for name in images)
-    many = many or to_file or any(o is not None for o in (pairs, sequential, features))
+    many = many or to_file or any(o is not None for o in (pairs, neighbors, features))
     if many and not images and features is None:
         fail("no images given; name two images, or folders, or give --features")
     database = output is not None and output.suffix == ".db"
@@ -199,7 +193,7 @@ def match(
             extraction if explicit else None,
             options,
             pairs=pairs,
-            sequential=sequential,
+            neighbors=neighbors,
             features=features,
             root=root_images,
             camera=camera,

@@ -32,7 +32,9 @@ import numpy as np
 import torch
 
 from ..errors import DataError, first_line
+from ..exif import read_position
 from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space
+from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
 from .records import array_digest
 
@@ -284,7 +286,7 @@ class ColmapDatabase:
         with self._transaction(size):
             if image_id is None:
                 camera = self._camera(features.image_size, image, name)
-                image_id = self._add_image(name, camera)
+                image_id = self._add_image(name, camera, image)
             else:
                 camera = self._resized_camera(image_id, features.image_size, image, name)
                 if camera is not None:
@@ -304,6 +306,15 @@ class ColmapDatabase:
         if self._database.exists_descriptors(image_id):
             descriptors = self._database.read_descriptors(image_id).data
         return _digest(self._database.read_keypoints(image_id), descriptors)
+
+    def read_camera(self, name: str) -> Any:
+        """The ``pycolmap.Camera`` of an image."""
+        return self._database.read_camera(self._database.read_image(self._image_id(name)).camera_id)
+
+    def read_positions(self, name: str) -> np.ndarray:
+        """Positions (N,2) float64 of the keypoints of an image, in pixels."""
+        table = np.array(self._database.read_keypoints(self._image_id(name)), np.float64)
+        return table[:, :2] - HALF_PIXEL
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove the features, matches and two-view geometries of images, in one transaction;
@@ -401,8 +412,10 @@ class ColmapDatabase:
             params=[focal, width / 2, height / 2, 0],
         )
 
-    def _add_image(self, name: str, camera: Any) -> int:
-        """Add a camera, an image, and the rig and frame that COLMAP creates for a single image."""
+    def _add_image(self, name: str, camera: Any, file: Path | None) -> int:
+        """Add a camera, an image, the rig and frame that COLMAP creates for a single image, and the
+        GPS position of the file.
+        """
         colmap, database = self._colmap, self._database
         if not database.exists_camera(camera.camera_id):
             camera.camera_id = database.write_camera(camera)
@@ -418,6 +431,14 @@ class ColmapDatabase:
             frame.rig_id = rig.rig_id
             frame.add_data_id(image.data_id)
             database.write_frame(frame)
+        position = None if file is None else read_position(file)
+        if position is not None and all(map(math.isfinite, position)):
+            prior = colmap.PosePrior(
+                corr_data_id=image.data_id,
+                position=np.array(position),
+                coordinate_system=colmap.PosePriorCoordinateSystem.WGS84,
+            )
+            database.write_pose_prior(prior)
         return image.image_id
 
     def _encode(self, values: np.ndarray) -> Any:
@@ -566,7 +587,12 @@ class ColmapDatabase:
         return _as_matches(self._database.read_matches(self._image_id(a), self._image_id(b)))
 
     def verify(
-        self, pairs: Iterable[tuple[str, str]], *, max_error: float = 4.0, seed: int = 0
+        self,
+        pairs: Iterable[tuple[str, str]],
+        *,
+        max_error: float = 4.0,
+        seed: int = 0,
+        progress: bool = False,
     ) -> int:
         """Estimate and store the two-view geometries of the raw matches of ``pairs`` with COLMAP.
 
@@ -598,7 +624,8 @@ class ColmapDatabase:
                 camera_a, xy_a, camera_b, xy_b, index, options
             )
 
-        with quiet_colmap(self._colmap), ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = Progress(len(pending), unit="pair", label="verify", enabled=progress)
+        with quiet_colmap(self._colmap), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             for start in range(0, len(pending), VERIFY_BATCH):
                 ids = [
                     (self._image_id(a), self._image_id(b))
@@ -609,6 +636,7 @@ class ColmapDatabase:
                 with self._transaction(sum(job[2].nbytes for job in jobs)):
                     for (a, b), geometry in zip(ids, geometries, strict=True):
                         self._database.write_two_view_geometry(a, b, geometry)
+                bar.update(len(ids))
         return sum(len(self.read_inliers(a, b)) > 0 for a, b in pairs)
 
     def _view(self, image_id: int) -> tuple[Any, np.ndarray]:
@@ -622,6 +650,13 @@ class ColmapDatabase:
             return _as_matches(np.zeros((0, 2)))
         id_a, id_b = self._image_id(a), self._image_id(b)
         return _as_matches(self._database.read_two_view_geometry(id_a, id_b).inlier_matches)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs with matches, as names in the order in which the images were added."""
+        names = {image_id: name for name, image_id in self._ids.items()}
+        found = self._database.read_num_matches()[0]
+        ids = (self._colmap.pair_id_to_image_pair(pair) for pair in found)
+        return [(names[a], names[b]) for a, b in ids]
 
     def _verified(self, a: str, b: str) -> bool:
         return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))

@@ -21,11 +21,11 @@ from ..files import Task
 from ..formats import imc
 from ..formats.hdf5 import FeatureFile, MatchFile
 from .extract import ExtractReport, check_store, extract_to_store
+from .image_pairs import all_pairs
 from .match import (
     MatchOptions,
     MatchReport,
     check_match_store,
-    choose_pairs,
     match_to_store,
     named_matcher,
 )
@@ -119,7 +119,7 @@ def export_imc(
             settings = {**options.to_json(database=False), "features": extraction.to_json()}
             check_match_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}
-            pairs = chain.from_iterable(choose_pairs(keys) for keys in names.values())
+            pairs = chain.from_iterable(all_pairs(keys) for keys in names.values())
             matcher = named_matcher(extractor, files, options)
             result.matched = match_to_store(
                 pairs,
@@ -171,7 +171,7 @@ def _write_sequence(
     """Write features, and matches if there are any, of one sequence (``keys``: name -> key)."""
     imc.write_sequence(folder, ((key, store.read(name)) for name, key in keys.items()))
     if match_store is not None:
-        done = (pair for pair in choose_pairs(keys) if match_store.has_matches(*pair))
+        done = (pair for pair in all_pairs(keys) if match_store.has_matches(*pair))
         matches = ((keys[a], keys[b], match_store.read_matches(a, b)) for a, b in done)
         imc.write_matches(folder, matches)
 

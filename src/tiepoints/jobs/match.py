@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,7 +24,6 @@ from ..files import (
     Task,
     collect,
     is_disk_full,
-    natural,
     printable,
     write_json,
     write_text,
@@ -52,7 +50,7 @@ from ..formats.store import (
 )
 from ..image import ImageLike, Notices, ReadOptions, read_image
 from ..matching import match
-from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS
+from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
 from ..progress import track
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
@@ -65,6 +63,7 @@ from .extract import (
     normalize_settings,
     refuse_rotation,
 )
+from .image_pairs import Candidates, PairChoice, choose_image_pairs
 from .images import mask_loader
 
 logger = logging.getLogger(__name__)
@@ -237,6 +236,7 @@ class MatchReport:
         verified: number of pairs done with a geometry; None if none was requested.
         failed: (image or pair, reason); the pairs of an image that failed are not listed.
         ignored: number of files in the given folders that are not images.
+        selection: how the pairs were chosen, and why.
     """
 
     done: int = 0
@@ -246,14 +246,7 @@ class MatchReport:
     verified: int | None = None
     failed: list[tuple[str, str]] = field(default_factory=list)
     ignored: int = 0
-
-
-def choose_pairs(names: Iterable[str], sequential: int | None = None) -> list[tuple[str, str]]:
-    """All pairs of ``names``, or each name with the next ``sequential`` ones, in natural order."""
-    ordered = sorted(names, key=natural)
-    if sequential is None:
-        return list(combinations(ordered, 2))
-    return [(a, b) for i, a in enumerate(ordered) for b in ordered[i + 1 : i + 1 + sequential]]
+    selection: str = ""
 
 
 def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
@@ -531,8 +524,8 @@ def match_images(
     extraction: ExtractOptions | None = None,
     options: MatchOptions | None = None,
     *,
-    pairs: Path | None = None,
-    sequential: int | None = None,
+    pairs: str | Path | None = None,
+    neighbors: int | None = None,
     features: Path | None = None,
     root: Path | None = None,
     camera: str = "auto",
@@ -551,9 +544,9 @@ def match_images(
             database. With ``features``, its descriptor must be that of the stored features.
         options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
             subpixel positions (``refine.refine_tracks``).
-        pairs, sequential: a list of pairs (``read_pairs``), or an argument of ``choose_pairs``; by
-            default all pairs. Unless listed, pairs are written to ``NAME.pairs.txt``, which hloc
-            requires.
+        pairs, neighbors: a list of pairs (``read_pairs``), or arguments of
+            ``image_pairs.choose_image_pairs``; by default ``auto``. Unless listed, pairs are
+            written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
@@ -564,7 +557,10 @@ def match_images(
             files; the message names the remedy.
     """
     options = options or MatchOptions()
-    listed = None if pairs is None else list(read_pairs(pairs))
+    method = pairs if isinstance(pairs, str) and pairs in PAIR_METHODS else "auto"
+    listed = None if pairs is None or pairs == method else list(read_pairs(pairs))
+    if listed is not None and neighbors is not None:
+        raise ValueError("a list of pairs has no number of neighbors; give one of the two")
     if listed is not None and not listed:
         raise DataError(f"{pairs} lists no pairs; it needs two names per line")
     found = collect(images, root=root, inside=True, pages=counted_pages(pages))
@@ -588,7 +584,15 @@ def match_images(
             descriptor = None if extraction is None else extraction.descriptor
             source = _stored_source(stack, tasks if images else None, output, features, descriptor)
         source.failed = found.refused + source.failed
-        selected = listed or _choose_pairs(source, sequential, None if database else output)
+        files = {str(task.relative): task.source for task in tasks}
+        choice = (
+            PairChoice(listed, "list", f"the pairs of {pairs}")
+            if listed
+            else _choose_pairs(source, files, method, neighbors, progress)
+        )
+        selected = choice.pairs
+        if not listed and not database:
+            _write_pairs(_sibling(output, "pairs.txt"), selected)
         store: Any = source.store
         if not database:
             store = stack.enter_context(MatchFile(output, write=True, overwrite=overwrite))
@@ -596,7 +600,6 @@ def match_images(
         if features is not None:  # without images, no rotation is estimated
             settings.pop("orientation", None)
         check_match_store(store, settings, overwrite)
-        files = {str(task.relative): task.source for task in tasks}
         refine = database and options.refine
         with _Refinement(output, store, files, source.reading, enabled=refine) as refinement:
             report = match_to_store(
@@ -610,10 +613,13 @@ def match_images(
             )
             if database:
                 matched = [pair for pair in selected if store.has_matches(*pair)]
-                report.verified = refinement.verify(matched, changed=report.done > 0)
+                report.verified = refinement.verify(
+                    matched, changed=report.done > 0, progress=progress
+                )
             _record_source(store, settings)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
+    report.selection = choice.reason
     return report
 
 
@@ -629,16 +635,22 @@ def _record_source(store: MatchStore, settings: dict[str, Any]) -> None:
 
 
 def _choose_pairs(
-    source: _Source, sequential: int | None, output: Path | None
-) -> list[tuple[str, str]]:
-    """Choose pairs and write them next to ``output``."""
-    pairs = choose_pairs(source.names, sequential)
-    if not pairs:
+    source: _Source,
+    files: dict[str, Path],
+    method: str,
+    neighbors: int | None,
+    progress: bool,
+) -> PairChoice:
+    """Choose pairs of the images with features."""
+    weights = source.settings.get("digests", {}).get("descriptor")
+    candidates = Candidates(source.names, source.store, weights, files)
+    choice = choose_image_pairs(candidates, method, neighbors, progress=progress)
+    if not choice.pairs:
         reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
         raise DataError(f"{len(source.names)} images with features, and two are needed{reason}")
-    if output is not None:
-        _write_pairs(_sibling(output, "pairs.txt"), pairs)
-    return pairs
+    if choice.method != "exhaustive":
+        logger.info("%d pairs: %s", len(choice.pairs), choice.reason)
+    return choice
 
 
 def _normalize_match_settings(content: dict[str, Any]) -> dict[str, Any]:
@@ -789,12 +801,12 @@ class _Refinement:
         if kind is None:
             self.marker.unlink(missing_ok=True)
 
-    def verify(self, pairs: list[tuple[str, str]], *, changed: bool) -> int:
+    def verify(self, pairs: list[tuple[str, str]], *, changed: bool, progress: bool) -> int:
         """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
-        verified = self.store.verify(pairs)
+        verified = self.store.verify(pairs, progress=progress)
         complete = all(name in self.images for pair in pairs for name in pair)
         if self.enabled and (changed or self.interrupted) and complete:
-            return refine_database(self.store, pairs, self.images, self.reading)
+            return refine_database(self.store, pairs, self.images, self.reading, progress=progress)
         return verified
 
 
@@ -803,6 +815,8 @@ def refine_database(
     pairs: list[tuple[str, str]],
     images: dict[str, Path],
     reading: ReadOptions | None = None,
+    *,
+    progress: bool = False,
 ) -> int:
     """Refine the keypoints of a database to consistent subpixel positions along the tracks of its
     verified matches, and verify again.
@@ -825,10 +839,10 @@ def refine_database(
     def pixels(name: str) -> Tensor:
         return read_image(images[name], reading).pixels
 
-    for name, xy in refine_tracks(keypoints, inliers, pixels).items():
+    for name, xy in refine_tracks(keypoints, inliers, pixels, progress=progress).items():
         database.move_keypoints(name, xy)
     database.forget_geometry(pairs)
-    return database.verify(pairs)
+    return database.verify(pairs, progress=progress)
 
 
 def _sibling(output: Path, end: str) -> Path:

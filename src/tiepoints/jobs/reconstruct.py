@@ -1,81 +1,641 @@
-"""COLMAP's incremental mapper on a database of verified matches."""
+"""Photographs or a video to a 3D model in one call: extract, choose pairs, match, verify, refine,
+map, color and report.
+
+Every stage is stored in the folder of the results, and the same call resumes.
+docs/how-to/reconstruct.md describes the files.
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+import logging
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ..formats.colmap import quiet_colmap, require_pycolmap
-from ..progress import Progress
+import numpy as np
+
+from ..errors import DataError, first_line
+from ..exif import read_camera
+from ..extract import ExtractOptions
+from ..files import Lock, Task, collect, write_json
+from ..formats.colmap import ColmapDatabase, quiet_colmap, require_pycolmap
+from ..formats.records import array_digest, json_digest, read_settings, record_path
+from ..image import ReadOptions
+from ..names import QUALITIES
+from ..panorama import rotation_share
+from .frames import is_video, save_frames
+from .mapping import (
+    MapOptions,
+    Model,
+    ModelStatistics,
+    color_points,
+    map_images,
+    median_angle,
+    read_model,
+    write_models,
+    write_ply,
+)
+from .match import MatchOptions, MatchReport, match_images
+from .sift import compare_sift
+
+logger = logging.getLogger(__name__)
+#: Verified matches from which a pair shows whether the camera moved, and the share of them that a
+#: rotation explains in a pair without parallax.
+ROTATION_MATCHES, ROTATION_SHARE = 30, 0.85
+#: Share of the verified matches in pairs without parallax from which nothing is reconstructed, and
+#: the number of pairs that are checked.
+ROTATION_SCENE, ROTATION_PAIRS = 0.9, 200
+#: Median displacement of the matches, as a fraction of the longest side, below which two images
+#: show the same view.
+SAME_VIEW = 0.002
+#: Images with fewer keypoints are said to have too few.
+FEW_KEYPOINTS = 50
+#: Median angle between the rays of a point in degrees below which depths are uncertain.
+SMALL_ANGLE = 2.0
 
 
 @dataclass(frozen=True)
-class Reconstruction:
-    """Statistics of the largest model of COLMAP's mapper.
+class Quality:
+    """What ``quality`` chooses.
 
     Attributes:
-        models: number of models.
-        registered: number of images with a pose.
-        points: number of 3D points (seen by at least three images each, COLMAP's default).
-        observations: number of keypoints that belong to a 3D point.
-        track_length: mean number of images per 3D point.
-        error: mean reprojection error in pixels.
-        folder: of the model in COLMAP's binary format; None without a model.
+        detector, descriptor, num_keypoints, max_size: see ``ExtractOptions``.
+        neighbors: of each image if not all pairs are matched.
     """
 
-    models: int
-    registered: int
-    points: int
-    observations: int
-    track_length: float
-    error: float
-    folder: Path | None
+    detector: str
+    descriptor: str
+    num_keypoints: int
+    max_size: int
+    neighbors: int
+
+
+QUALITY = {
+    "fast": Quality("sobelnet", "desnet", 1024, 1024, 10),
+    "default": Quality("keynet", "hardnet", 2048, 1600, 20),
+    "best": Quality("keynet", "hardnet", 4096, 3200, 40),
+}
+assert tuple(QUALITY) == QUALITIES
+
+
+@dataclass(frozen=True)
+class ReconstructOptions:
+    """Options of ``reconstruct``.
+
+    Attributes:
+        quality: ``fast``, ``default`` or ``best``: detector, descriptor, number of keypoints, image
+            size and number of pairs (``QUALITY``).
+        max_size: longest side of the processed images, instead of that of ``quality``; 0 = no
+            limit.
+        pairs: a method of ``names.PAIR_METHODS``, or a file with a list of pairs.
+        neighbors: number of neighbors per image, instead of that of ``quality``.
+        camera: ``auto``: one camera if the EXIF of all photographs names the same and for videos,
+            else one per image; ``single``; or ``MODEL:p1,p2,...`` (``ColmapDatabase``).
+        masks: folder of masks, see ``extract_images``.
+        mapper: ``incremental`` or ``global``.
+        fps: frames per second of a video.
+        undistort: write images without distortion for dense reconstruction.
+        compare: ``sift`` reconstructs the same images with COLMAP's SIFT as well.
+        device: of the networks.
+        seed, threads: see ``MapOptions``.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    quality: str = "default"
+    max_size: int | None = None
+    pairs: str = "auto"
+    neighbors: int | None = None
+    camera: str = "auto"
+    masks: Path | None = None
+    mapper: str = "incremental"
+    fps: float = 2.0
+    undistort: bool = False
+    compare: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    threads: int = -1
+
+    def __post_init__(self) -> None:
+        if self.quality not in QUALITY:
+            raise ValueError(f"quality must be one of {', '.join(QUALITY)}; got {self.quality!r}")
+        if self.compare not in (None, "sift"):
+            raise ValueError(f"compare must be sift or None, got {self.compare!r}")
+        if not self.fps > 0:
+            raise ValueError(f"fps must be positive, got {self.fps}")
+        self.mapping()
+        self.extraction()
+
+    def mapping(self) -> MapOptions:
+        """The options of the mapper."""
+        return MapOptions(self.mapper, self.seed, self.threads)
+
+    def extraction(self) -> ExtractOptions:
+        """The options of the extraction."""
+        chosen = QUALITY[self.quality]
+        largest = chosen.max_size if self.max_size is None else self.max_size
+        return ExtractOptions(
+            detector=chosen.detector,
+            descriptor=chosen.descriptor,
+            num_keypoints=chosen.num_keypoints,
+            max_size=largest or None,
+            device=self.device,
+        )
+
+
+@dataclass
+class Summary:
+    """Result of ``reconstruct``, written to ``summary.json``.
+
+    Attributes:
+        images: number of images with features.
+        registered: number of images in the largest model.
+        models: statistics of each model in ``sparse/0``, ``sparse/1``, ...
+        pairs: how many pairs were chosen, matched and verified, and why these.
+        camera: as ``ReconstructOptions.camera``, after ``auto`` has been decided.
+        unregistered: (image, reason) of images that are not in the largest model.
+        failed: (image or pair, reason) of what could not be used.
+        warnings: what users should know about the model.
+        angle: median angle in degrees between two rays of a point of the largest model.
+        seconds: duration of each stage; of this call only.
+        sift: statistics with COLMAP's SIFT, see ``sift.compare_sift``.
+        files: name -> path of the results.
+    """
+
+    images: int = 0
+    registered: int = 0
+    models: list[ModelStatistics] = field(default_factory=list)
+    pairs: dict[str, Any] = field(default_factory=dict)
+    camera: str = ""
+    unregistered: list[tuple[str, str]] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    angle: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    sift: dict[str, Any] | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all images are in one model."""
+        return not self.unregistered and not self.failed
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as a JSON object."""
+        return asdict(self)
 
 
 def reconstruct(
-    database: str | Path,
-    images: str | Path,
-    out: str | Path,
+    images: str | os.PathLike | Iterable[str | os.PathLike],
+    output: str | os.PathLike,
     *,
-    seed: int = 0,
-    threads: int = -1,
-    verbose: bool = False,
+    overwrite: bool = False,
     progress: bool = False,
-) -> Reconstruction:
-    """Run COLMAP's incremental mapper with its default options on a database of verified matches.
+    **options: Any,
+) -> tuple[Any, Summary]:
+    """Reconstruct photographs: cameras and colored 3D points. Run again, it resumes.
 
     Args:
-        database: ``.db`` file.
-        images: folder to which the names of the images are relative.
-        out: folder for the models, ``0``, ``1``, ...
-        seed: of the random draws; results are reproducible with one thread only.
-        threads: -1: all.
-        verbose: show COLMAP's log.
-        progress: show the number of registered images.
+        images: a folder of photographs, several files, folders and patterns, or one video.
+        output: folder of the results: ``database.db``, ``sparse/0`` (the model of the most images,
+            in COLMAP's binary format), ``model.ply``, ``summary.json``, ``report.html``.
+        overwrite: replace results of other options.
+        progress: show the progress of each stage.
+        options: attributes of ``ReconstructOptions``.
+
+    Returns:
+        the ``pycolmap.Reconstruction`` with the most images, and the summary.
+
+    Raises:
+        DataError: nothing can be reconstructed: one image, no overlap, a camera that only rotated;
+            or files that cannot be used. The message names the reason and the remedy.
+        ValueError, TypeError, FileNotFoundError, ImportError: invalid options or files.
+        OSError: the disk is full; what is done is kept.
     """
-    colmap = require_pycolmap()
-    options = colmap.IncrementalPipelineOptions()
-    options.random_seed = seed
-    options.num_threads = threads
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    bar = Progress(None, unit="image", label="map", enabled=progress)
-    with nullcontext() if verbose else quiet_colmap(colmap), bar:
-        models = colmap.incremental_mapping(
-            Path(database), Path(images), out, options, next_image_callback=bar.update
+    chosen = ReconstructOptions(**options)
+    require_pycolmap()
+    given = [images] if isinstance(images, str | os.PathLike) else list(images)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Lock(folder):
+        return _Reconstruction(folder, chosen, overwrite, progress).run([str(i) for i in given])
+
+
+class _Reconstruction:
+    """The stages of ``reconstruct``; each leaves its files in the folder."""
+
+    def __init__(self, folder: Path, options: ReconstructOptions, overwrite: bool, progress: bool):
+        self.folder, self.options = folder, options
+        self.overwrite, self.progress = overwrite, progress
+        self.database = folder / "database.db"
+        self.summary = Summary()
+        self.files: dict[str, Path] = {}
+        self.root = Path()
+        self.reading = ReadOptions()
+
+    def run(self, given: list[str]) -> tuple[Any, Summary]:
+        summary = self.summary
+        self._collect(given)
+        with self._stage("match"):
+            report = self._match()
+        with self._stage("check"), ColmapDatabase(self.database) as database:
+            graph = read_graph(database, self.files)
+        summary.images = len(graph.keypoints)
+        summary.pairs["verified"] = len(graph.inliers)
+        self._check(graph)
+        with self._stage("map"):
+            models = self._map(graph)
+        with self._stage("color"):
+            arrays, colors, previews = self._color(models)
+        self._summarize(models, arrays, graph)
+        if self.options.undistort:
+            with self._stage("undistort"):
+                self._undistort()
+        if self.options.compare:
+            with self._stage("sift"):
+                summary.sift = compare_sift(
+                    self.folder / "sift",
+                    self.root,
+                    list(graph.keypoints),
+                    graph.pairs,
+                    max_size=self.options.extraction().max_size,
+                    camera=summary.camera,
+                    mapping=self.options.mapping(),
+                    progress=self.progress,
+                )
+        summary.failed = report.failed + summary.failed
+        with self._stage("report"):
+            self._report(arrays, colors, graph, previews)
+        write_json(self.folder / "summary.json", summary.to_json())
+        return models[0], summary
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.summary.seconds[name] = round(time.monotonic() - started, 2)
+
+    # ---- images
+
+    def _collect(self, given: list[str]) -> None:
+        """The images, and the folder to which their names are relative; frames of a video first."""
+        if len(given) == 1 and is_video(given[0]):
+            frames = self.folder / "frames"
+            with self._stage("frames"):
+                self.summary.warnings += save_frames(
+                    Path(given[0]), frames, self.options.fps, progress=self.progress
+                )
+            self.arguments, self.root = [str(frames)], frames
+            if self.options.pairs == "auto":
+                self.options = replace(self.options, pairs="sequential")
+            camera = "single"
+        else:
+            for name in given:
+                if is_video(name):
+                    raise ValueError(f"{name} is not an image; only one video can be given, alone")
+            self.arguments, self.root = given, _common_folder(given, self.folder)
+            camera = "auto"
+        found = collect(self.arguments, root=self.root, inside=True)
+        self.tasks: list[Task] = found.tasks
+        self.files = {str(task.relative): task.source for task in found.tasks}
+        self.camera = self.options.camera
+        if self.camera == "auto":
+            self.camera = "single" if camera == "single" or self._same_camera() else "auto"
+        self.summary.camera = self.camera
+
+    def _same_camera(self) -> bool:
+        """Whether the EXIF of all images names the same camera, size and focal length."""
+        first: Any = None
+        for file in self.files.values():
+            camera = read_camera(file)
+            first = first or camera
+            if camera is None or camera != first:
+                return False
+        return len(self.files) > 1
+
+    # ---- features and matches
+
+    def _match(self) -> MatchReport:
+        options = self.options
+        neighbors = options.neighbors
+        listed = Path(options.pairs).is_file()
+        if neighbors is None and not listed and options.pairs in ("retrieval", "gps"):
+            neighbors = QUALITY[options.quality].neighbors
+        report = match_images(
+            self.arguments,
+            self.database,
+            options.extraction(),
+            MatchOptions(),
+            pairs=options.pairs,
+            neighbors=neighbors,
+            root=self.root,
+            camera=self.camera,
+            masks=options.masks,
+            overwrite=self.overwrite,
+            progress=self.progress,
         )
-    if not models:
-        return Reconstruction(0, 0, 0, 0, 0.0, 0.0, None)
-    index, best = max(
-        models.items(), key=lambda item: (item[1].num_reg_images(), item[1].num_points3D())
+        self.summary.pairs = {
+            "chosen": report.done + report.skipped,
+            "matched": report.done,
+            "reason": report.selection,
+        }
+        return report
+
+    # ---- checks before the mapping
+
+    def _check(self, graph: Graph) -> None:
+        """Raise a ``DataError`` if nothing can be reconstructed."""
+        if not graph.inliers:
+            raise DataError(_no_overlap(graph))
+        if graph.still < ROTATION_SCENE:
+            return
+        if graph.moved < SAME_VIEW:
+            raise DataError(
+                "the photographs show the same view from one position, which has no depth; take "
+                "them from different positions"
+            )
+        raise DataError(
+            f"the camera only rotated: {graph.still:.0%} of the verified matches have no parallax, "
+            "so depths cannot be determined; take photographs from different positions (for a "
+            "panorama, use the matches in database.db)"
+        )
+
+    # ---- models
+
+    def _map(self, graph: Graph) -> list[Any]:
+        """The models, mapped unless those of the same matches and options are stored."""
+        colmap = require_pycolmap()
+        sparse = self.folder / "sparse"
+        settings = record_path(sparse, "settings.json")
+        record = {**asdict(self.options.mapping()), "matches": graph.digest}
+        stored = read_settings(settings) or {}
+        count = stored.pop("models", 0)
+        if stored == record and count and not self.overwrite:
+            try:
+                return [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
+            except (RuntimeError, ValueError):
+                logger.info("%s is damaged; mapped again", sparse)
+        matched = {name for pair in graph.inliers for name in pair}
+        models = map_images(
+            self.database,
+            self.folder / ".mapping",
+            self.options.mapping(),
+            images=len(matched),
+            progress=self.progress,
+        )
+        if not models:
+            raise DataError(
+                f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
+                "two of them have enough common points at different depths; take photographs with "
+                "more overlap from more different positions"
+            )
+        settings.unlink(missing_ok=True)
+        write_models(models, sparse)
+        write_json(settings, {**record, "models": len(models)})
+        return models
+
+    def _color(self, models: list[Any]) -> tuple[Model, np.ndarray, dict[str, Any]]:
+        """Colors of all models; arrays, colors and previews of the first."""
+        from ..report.reconstruction import preview
+
+        previews: dict[str, Any] = {}
+
+        def keep(name: str, photo: Any) -> None:
+            previews[name] = preview(photo)
+
+        changed, first = False, None
+        for model in models:
+            arrays = read_model(model)
+            colors = color_points(
+                arrays,
+                self.files,
+                on_image=keep if first is None else None,
+                progress=self.progress,
+            )
+            for point, color in zip(model.points3D.values(), colors, strict=True):
+                changed = changed or not np.array_equal(point.color, color)
+                point.color = color
+            first = first or (arrays, colors)
+        assert first is not None
+        if changed:
+            write_models(models, self.folder / "sparse")
+        write_ply(self.folder / "model.ply", *first)
+        return (*first, previews)
+
+    def _undistort(self) -> None:
+        """Write ``dense/``: images without distortion, and the model of them."""
+        colmap = require_pycolmap()
+        dense = self.folder / "dense"
+        with quiet_colmap(colmap):
+            try:
+                colmap.undistort_images(dense, self.folder / "sparse" / "0", self.root)
+            except (RuntimeError, ValueError) as error:
+                self.summary.failed.append(
+                    ("undistort", f"COLMAP could not write {dense} ({first_line(error)})")
+                )
+                return
+        self.summary.files["undistorted"] = str(dense)
+
+    # ---- result
+
+    def _summarize(self, models: list[Any], arrays: Model, graph: Graph) -> None:
+        summary, folder = self.summary, self.folder
+        summary.models = [ModelStatistics.of(model) for model in models]
+        summary.registered = summary.models[0].images
+        summary.angle = round(median_angle(arrays), 2)
+        others = {
+            model.image(image).name: index
+            for index, model in reversed(list(enumerate(models)))
+            for image in model.reg_image_ids()
+        }
+        summary.unregistered = [
+            (name, _why_unregistered(name, others.get(name), graph, set(arrays.views)))
+            for name in graph.keypoints
+            if name not in arrays.views
+        ]
+        if len(models) > 1:
+            sizes = ", ".join(str(model.images) for model in summary.models)
+            summary.warnings.append(
+                f"{len(models)} models of {sizes} images: the photographs show {len(models)} "
+                "scenes, or parts of one without enough overlap between them"
+            )
+        if summary.angle < SMALL_ANGLE:
+            summary.warnings.append(
+                f"the rays of a point meet at {summary.angle:.1f} degrees (median), so depths are "
+                "uncertain; take photographs from more different positions"
+            )
+        summary.files |= {
+            "database": str(self.database),
+            "model": str(folder / "sparse" / "0"),
+            "points": str(folder / "model.ply"),
+            "report": str(folder / "report.html"),
+        }
+
+    def _report(
+        self, arrays: Model, colors: np.ndarray, graph: Graph, previews: dict[str, Any]
+    ) -> None:
+        from ..files import write_text
+        from ..report.reconstruction import Scene, render
+
+        scene = Scene(
+            title=self.root.resolve().name or "reconstruction",
+            summary=self.summary.to_json(),
+            model=arrays,
+            colors=colors,
+            keypoints=graph.keypoints,
+            inliers=graph.inliers,
+            previews=previews,
+        )
+        write_text(self.folder / "report.html", render(scene))
+
+
+def _common_folder(given: list[str], output: Path) -> Path:
+    """The folder to which the names of images are relative.
+
+    Raises:
+        ValueError: it contains the results, whose images would be read on the next call.
+    """
+    if len(given) == 1 and Path(given[0]).is_dir():
+        root = Path(given[0])
+    else:
+        tasks = collect(given).tasks
+        parents = [os.path.abspath(task.path.parent) for task in tasks]
+        parents += [os.path.abspath(name) for name in given if Path(name).is_dir()]
+        root = Path(os.path.commonpath(parents)) if parents else Path()
+    inputs = [Path(name) for name in given if Path(name).is_dir()]
+    if any(output.resolve().is_relative_to(folder.resolve()) for folder in inputs):
+        raise ValueError(
+            f"--output {output} is inside the folder of the photographs; choose one outside"
+        )
+    return root
+
+
+# ---- matches
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Verified matches of a database.
+
+    Attributes:
+        keypoints: image -> number of its keypoints.
+        pairs: the pairs that were matched.
+        inliers: pair -> number of its verified matches, if there are some.
+        digest: of keypoints, cameras and verified matches.
+        still: share (0..1) of the verified matches in pairs that show no parallax.
+        moved: median displacement of the verified matches, in units of the longest side.
+    """
+
+    keypoints: dict[str, int]
+    pairs: list[tuple[str, str]]
+    inliers: dict[tuple[str, str], int]
+    digest: str
+    still: float
+    moved: float
+
+    def partners(self, name: str) -> dict[str, int]:
+        """Image -> number of verified matches, of the images that overlap with ``name``."""
+        found = {}
+        for (a, b), count in self.inliers.items():
+            if name in (a, b):
+                found[b if name == a else a] = count
+        return found
+
+    def tried(self, name: str) -> int:
+        """Number of pairs of an image that were matched."""
+        return sum(name in pair for pair in self.pairs)
+
+
+def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
+    """Read the verified matches of the images ``names``."""
+    positions = {
+        name: database.read_positions(name)
+        for name in names
+        if database.done(name, described=False)
+    }
+    cameras = {name: database.read_camera(name) for name in positions}
+    digests: list[Any] = [
+        [name, array_digest(xy), array_digest(np.asarray(cameras[name].params))]
+        for name, xy in positions.items()
+    ]
+    pairs = [pair for pair in database.pairs() if set(pair) <= set(positions)]
+    inliers: dict[tuple[str, str], np.ndarray] = {}
+    for a, b in pairs:
+        index = database.read_inliers(a, b).index.numpy()
+        if len(index):
+            inliers[a, b] = index
+            digests.append([a, b, array_digest(index)])
+    still, moved = _parallax(inliers, positions, cameras)
+    return Graph(
+        {name: len(xy) for name, xy in positions.items()},
+        pairs,
+        {pair: len(index) for pair, index in inliers.items()},
+        json_digest(digests),
+        still,
+        moved,
     )
-    return Reconstruction(
-        models=len(models),
-        registered=best.num_reg_images(),
-        points=best.num_points3D(),
-        observations=best.compute_num_observations(),
-        track_length=best.compute_mean_track_length(),
-        error=best.compute_mean_reprojection_error(),
-        folder=out / str(index),
-    )
+
+
+def _parallax(
+    inliers: dict[tuple[str, str], np.ndarray],
+    positions: dict[str, np.ndarray],
+    cameras: dict[str, Any],
+) -> tuple[float, float]:
+    """``still`` and ``moved`` of ``Graph``, from the pairs with the most verified matches."""
+    largest = sorted(inliers, key=lambda pair: -len(inliers[pair]))
+    # evenly chosen, as neighbors in time have the most matches and the least parallax
+    usable = [pair for pair in largest if len(inliers[pair]) >= ROTATION_MATCHES]
+    chosen = usable[:: max(1, len(usable) // ROTATION_PAIRS)]
+    total = still = 0
+    moved = []
+    for a, b in chosen:
+        index = inliers[a, b]
+        xy_a, xy_b = positions[a][index[:, 0]], positions[b][index[:, 1]]
+        sizes = tuple((cameras[name].width, cameras[name].height) for name in (a, b))
+        focal = None
+        if cameras[a].has_prior_focal_length and cameras[b].has_prior_focal_length:
+            focal = cameras[a].mean_focal_length() / max(sizes[0])
+        share = rotation_share(xy_a, xy_b, (sizes[0], sizes[1]), focal)
+        total += len(index)
+        still += len(index) * (share >= ROTATION_SHARE)
+        moved.append(np.linalg.norm(xy_a - xy_b, axis=1) / max(sizes[0]))
+    if not total:
+        return 0.0, 1.0
+    return still / total, float(np.median(np.concatenate(moved)))
+
+
+def _no_overlap(graph: Graph) -> str:
+    """Why no pair has verified matches."""
+    few = sorted(name for name, count in graph.keypoints.items() if count < FEW_KEYPOINTS)
+    text = f"no overlap: none of {len(graph.pairs)} pairs of {len(graph.keypoints)} images match"
+    if few:
+        text += (
+            f"; {len(few)} images have fewer than {FEW_KEYPOINTS} keypoints, such as {few[0]} "
+            f"({graph.keypoints[few[0]]}): they are uniform or blurred"
+        )
+    return text + "; neighboring photographs should share at least half of their area"
+
+
+def _why_unregistered(
+    name: str, model: int | None, graph: Graph, registered: Collection[str]
+) -> str:
+    """Why an image is not in the largest model."""
+    if model is not None:
+        return f"in another model, sparse/{model}"
+    count = graph.keypoints[name]
+    if count < FEW_KEYPOINTS:
+        return f"{count} keypoints: uniform, blurred or masked"
+    partners = graph.partners(name)
+    if not partners:
+        return f"no overlap with another image was found ({graph.tried(name)} pairs matched)"
+    best = max(partners, key=lambda other: partners[other])
+    inside = [other for other in partners if other in registered]
+    text = f"{partners[best]} verified matches with {best}"
+    if not inside:
+        return f"overlaps only with images that are not in the model ({text})"
+    return f"too few matches with points of the model ({text}, {len(inside)} images in all)"

@@ -1,0 +1,79 @@
+"""GPS positions of photographs from their EXIF."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from .decode import no_pixel_limit, split_page
+
+#: Mean radius of the Earth in meters.
+EARTH_RADIUS = 6_371_000.0
+
+
+class Position(NamedTuple):
+    """WGS84 position: degrees (north and east positive), and meters, nan if unknown."""
+
+    latitude: float
+    longitude: float
+    altitude: float
+
+
+def read_position(path: str | Path) -> Position | None:
+    """The GPS position of a photograph; None if its EXIF has none, or no valid one.
+
+    Positions of 0 degrees latitude and longitude, which cameras without a fix write, are not valid.
+    """
+    try:
+        with no_pixel_limit(), Image.open(split_page(path)[0]) as photo:
+            tags = photo.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+        latitude = _degrees(tags, ExifTags.GPS.GPSLatitude, "S")
+        longitude = _degrees(tags, ExifTags.GPS.GPSLongitude, "W")
+        altitude = float(tags.get(ExifTags.GPS.GPSAltitude, math.nan))
+        if tags.get(ExifTags.GPS.GPSAltitudeRef, 0) in (1, b"\x01"):
+            altitude = -altitude  # below sea level
+    # Pillow raises errors of many types for damaged EXIF; reading the image reports a damaged file
+    except Exception:
+        return None
+    valid = abs(latitude) <= 90 and abs(longitude) <= 180 and (latitude, longitude) != (0, 0)
+    return Position(latitude, longitude, altitude) if valid else None
+
+
+def _degrees(tags: Any, key: int, negative: str) -> float:
+    """Degrees, minutes and seconds of a tag, whose reference is the tag before it."""
+    degrees, minutes, seconds = (float(part) for part in tags[key])
+    reference = tags.get(key - 1, "")
+    value = degrees + minutes / 60 + seconds / 3600
+    return -value if str(reference).upper().startswith(negative) else value
+
+
+def local_meters(positions: Iterable[Position]) -> np.ndarray:
+    """Positions (N,2) east and north of their mean in meters, on a plane that touches the Earth
+    there: exact to about 1 % within 100 km.
+    """
+    degrees = np.array([(p.latitude, p.longitude) for p in positions]).reshape(-1, 2)
+    latitude = degrees[:, 0]
+    # relative to the first, so that longitudes across the date line are neighbors
+    longitude = (degrees[:, 1] - degrees[:1, 1] + 180) % 360 - 180
+    north = np.radians(latitude - latitude.mean()) * EARTH_RADIUS
+    east = np.radians(longitude - longitude.mean()) * EARTH_RADIUS
+    return np.stack([east * np.cos(np.radians(latitude.mean())), north], axis=1)
+
+
+def read_camera(path: str | Path) -> tuple[Any, ...] | None:
+    """What identifies camera and zoom of a photograph: its size, and the make, model and focal
+    length of its EXIF; None if one of them is missing.
+    """
+    try:
+        with no_pixel_limit(), Image.open(split_page(path)[0]) as photo:
+            exif = photo.getexif()
+            focal = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLength]
+            size = photo.size
+        return (*size, exif[ExifTags.Base.Make], exif[ExifTags.Base.Model], round(float(focal), 3))
+    except Exception:  # see read_position
+        return None

@@ -1,0 +1,315 @@
+"""COLMAP's mappers on a database of verified matches, and what their models consist of."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DataError, first_line
+from ..files import atomic_path, require_space
+from ..formats.colmap import HALF_PIXEL, quiet_colmap, require_pycolmap
+from ..image import ReadOptions, to_rgb
+from ..names import MAPPERS
+from ..progress import Progress, track
+
+#: Smallest number of images of a second model.
+MIN_MODEL_SIZE = 3
+#: The mapper starts again with another seed, at most this number of times in all, if its largest
+#: model has fewer than this share of the images.
+TRIES, SUFFICIENT_SHARE = 3, 0.5
+#: Color of the positions of the cameras in ``model.ply``.
+CAMERA_COLOR = (255, 0, 0)
+#: Bytes of a model per 2D and 3D point, at most.
+POINT_BYTES = 200
+
+
+@dataclass(frozen=True)
+class ModelStatistics:
+    """Statistics of a model.
+
+    Attributes:
+        images: number of images with a pose.
+        points: number of 3D points (seen by at least three images each, COLMAP's default).
+        observations: number of keypoints that belong to a 3D point.
+        track_length: mean number of images per 3D point.
+        error: mean reprojection error in pixels.
+    """
+
+    images: int
+    points: int
+    observations: int
+    track_length: float
+    error: float
+
+    @classmethod
+    def of(cls, model: Any) -> ModelStatistics:
+        """Statistics of a ``pycolmap.Reconstruction``."""
+        return cls(
+            images=model.num_reg_images(),
+            points=model.num_points3D(),
+            observations=model.compute_num_observations(),
+            track_length=model.compute_mean_track_length(),
+            error=model.compute_mean_reprojection_error(),
+        )
+
+
+@dataclass(frozen=True)
+class MapOptions:
+    """Options of the mapper.
+
+    Attributes:
+        mapper: ``incremental``, or ``global`` (GLOMAP: faster for many images).
+        seed: of the random draws; results are reproducible with one thread only.
+        threads: -1: all.
+        verbose: show COLMAP's log.
+
+    Raises:
+        ValueError: an unknown mapper.
+    """
+
+    mapper: str = "incremental"
+    seed: int = 0
+    threads: int = -1
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mapper not in MAPPERS:
+            raise ValueError(f"mapper must be one of {', '.join(MAPPERS)}; got {self.mapper!r}")
+
+
+def map_images(
+    database: str | Path,
+    work: Path,
+    options: MapOptions | None = None,
+    *,
+    images: int | None = None,
+    progress: bool = False,
+) -> list[Any]:
+    """Run COLMAP's mapper with its default options on a database of verified matches.
+
+    The incremental mapper draws its first pair at random and sometimes stops early; it starts again
+    if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images.
+
+    Args:
+        database: ``.db`` file.
+        work: folder that is created for COLMAP's files and removed.
+        images: number of images that could be registered; None does not start again.
+        progress: show the number of registered images.
+
+    Returns:
+        ``pycolmap.Reconstruction`` of each model without colors, that of the most images first.
+
+    Raises:
+        DataError: COLMAP fails.
+        OSError: the disk is full.
+    """
+    options = options or MapOptions()
+    best: list[Any] = []
+    tries = TRIES if images is not None and options.mapper == "incremental" else 1
+    for seed in range(options.seed, options.seed + tries):
+        models = _map_once(database, work, options, seed, images, progress)
+        models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+        if not best or (models and models[0].num_reg_images() > best[0].num_reg_images()):
+            best = models
+        if images is None or (
+            best and best[0].num_reg_images() >= SUFFICIENT_SHARE * max(images, 1)
+        ):
+            break
+    return best
+
+
+def _map_once(
+    database: str | Path,
+    work: Path,
+    options: MapOptions,
+    seed: int,
+    images: int | None,
+    progress: bool,
+) -> list[Any]:
+    colmap = require_pycolmap()
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    bar = Progress(images, unit="image", label="map", enabled=progress)
+
+    def advance() -> None:
+        if images is None or bar.count < images:  # an image may be registered in several models
+            bar.update()
+
+    try:
+        with nullcontext() if options.verbose else quiet_colmap(colmap), bar:
+            if options.mapper == "global":
+                settings = colmap.GlobalPipelineOptions()
+                settings.random_seed, settings.num_threads = seed, options.threads
+                models = colmap.global_mapping(Path(database), work, work, settings)
+            else:
+                settings = colmap.IncrementalPipelineOptions()
+                settings.random_seed, settings.num_threads = seed, options.threads
+                settings.min_model_size = MIN_MODEL_SIZE
+                settings.extract_colors = False
+                models = colmap.incremental_mapping(
+                    Path(database), work, work, settings, next_image_callback=advance
+                )
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"COLMAP could not map {database}: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return list(models.values())
+
+
+def write_models(models: list[Any], folder: Path) -> None:
+    """Write models to ``0``, ``1``, ... of a folder, which is replaced.
+
+    Raises:
+        OSError: the disk is full; COLMAP would abort the process.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(model.compute_num_observations() + model.num_points3D() for model in models)
+    require_space(folder.parent, POINT_BYTES * size + 2**20)
+    tmp_path = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(tmp_path, ignore_errors=True)
+    for index, model in enumerate(models):
+        (tmp_path / str(index)).mkdir(parents=True)
+        model.write(tmp_path / str(index))
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp_path.rename(folder)
+
+
+@dataclass(frozen=True)
+class View:
+    """An image of a model.
+
+    Attributes:
+        center: (3,) position of the camera.
+        rotation: (3,3) from the world to the camera.
+        size: (width, height) of the image.
+        focal: focal length in pixels.
+        xy: (N,2) keypoints that belong to a 3D point, in pixels.
+        point: (N,) int64 rows of the points in ``Model``.
+        residual: (N,2) projected point minus keypoint in pixels.
+    """
+
+    center: np.ndarray
+    rotation: np.ndarray
+    size: tuple[int, int]
+    focal: float
+    xy: np.ndarray
+    point: np.ndarray
+    residual: np.ndarray
+
+
+@dataclass(frozen=True)
+class Model:
+    """Arrays of a model.
+
+    Attributes:
+        points: (P,3).
+        length: (P,) number of images per point.
+        views: image name -> its view.
+    """
+
+    points: np.ndarray
+    length: np.ndarray
+    views: dict[str, View]
+
+
+def read_model(model: Any) -> Model:
+    """The arrays of a ``pycolmap.Reconstruction``; points in the order of ``model.points3D``."""
+    ids = list(model.points3D)
+    row = {point: i for i, point in enumerate(ids)}
+    found = list(model.points3D.values())
+    points = np.array([point.xyz for point in found]).reshape(-1, 3)
+    length = np.array([point.track.length() for point in found], dtype=np.int64)
+    views = {}
+    for image_id in sorted(model.reg_image_ids()):
+        image = model.image(image_id)
+        camera = model.camera(image.camera_id)
+        seen = [(row[p.point3D_id], *p.xy) for p in image.points2D if p.has_point3D()]
+        table = np.array(seen, dtype=np.float64).reshape(-1, 3)
+        index, xy = table[:, 0].astype(np.int64), table[:, 1:]
+        pose = image.cam_from_world()
+        rotation = pose.rotation.matrix()
+        projected = camera.img_from_cam(points[index] @ rotation.T + pose.translation)
+        views[image.name] = View(
+            center=-rotation.T @ pose.translation,
+            rotation=rotation,
+            size=(camera.width, camera.height),
+            focal=camera.mean_focal_length(),
+            xy=xy - HALF_PIXEL,
+            point=index,
+            residual=np.asarray(projected).reshape(-1, 2) - xy,
+        )
+    return Model(points, length, views)
+
+
+def color_points(
+    arrays: Model,
+    files: Mapping[str, Path],
+    reading: ReadOptions | None = None,
+    *,
+    on_image: Callable[[str, Any], None] | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Mean colors (P,3) uint8 of the points of a model in their images; black if none can be read.
+
+    Args:
+        files: name -> image.
+        on_image: called with the name and the RGB image of each view.
+    """
+    sums = np.zeros((len(arrays.points), 3))
+    count = np.zeros(len(arrays.points))
+    for name in track(list(arrays.views), unit="image", label="color", enabled=progress):
+        view = arrays.views[name]
+        if name not in files:
+            continue
+        try:
+            photo = to_rgb(files[name], reading)
+        except (OSError, DataError):
+            continue
+        pixels = np.asarray(photo)
+        x, y = (np.rint(view.xy[:, k]).astype(int) for k in (0, 1))
+        x, y = x.clip(0, pixels.shape[1] - 1), y.clip(0, pixels.shape[0] - 1)
+        np.add.at(sums, view.point, pixels[y, x])
+        np.add.at(count, view.point, 1)
+        if on_image is not None:
+            on_image(name, photo)
+    return np.rint(sums / np.maximum(count, 1)[:, None]).astype(np.uint8)
+
+
+def write_ply(path: Path, arrays: Model, colors: np.ndarray) -> None:
+    """Write colored points, and the positions of the cameras in ``CAMERA_COLOR``, as binary PLY."""
+    centers = np.array([view.center for view in arrays.views.values()]).reshape(-1, 3)
+    kind = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertices = np.zeros(len(arrays.points) + len(centers), kind)
+    vertices["xyz"] = np.concatenate([arrays.points, centers])
+    vertices["rgb"][: len(colors)] = colors
+    vertices["rgb"][len(colors) :] = CAMERA_COLOR
+    fields = [f"property float {name}" for name in "xyz"]
+    fields += [f"property uchar {name}" for name in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}"]
+    text = "\n".join([*header, *fields, "end_header", ""])
+    with atomic_path(path) as tmp_path:
+        tmp_path.write_bytes(text.encode() + vertices.tobytes())
+
+
+def median_angle(arrays: Model, limit: int = 2000) -> float:
+    """Median over (at most ``limit``) points of the largest angle in degrees between two of their
+    rays; 0 without points.
+    """
+    rays: dict[int, list[np.ndarray]] = {}
+    chosen = set(range(0, len(arrays.points), max(1, len(arrays.points) // limit)))
+    for view in arrays.views.values():
+        for point in view.point.tolist():
+            if point in chosen:
+                rays.setdefault(point, []).append(view.center - arrays.points[point])
+    angles = []
+    for directions in rays.values():
+        unit = np.array(directions)
+        unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+        angles.append(np.degrees(np.arccos(np.clip(unit @ unit.T, -1, 1).min())))
+    return float(np.median(angles)) if angles else 0.0

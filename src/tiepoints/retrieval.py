@@ -1,0 +1,150 @@
+"""Images that show the same: global descriptors aggregated from local ones, and nearest neighbors.
+
+A vocabulary assigns each local descriptor to the nearest of its words. The global descriptor of an
+image is the sum of the residuals to each word (VLAD, Jegou et al., CVPR 2010), each of unit length
+(Arandjelovic and Zisserman, CVPR 2013) and projected to fewer dimensions. Descriptors of different
+networks need different vocabularies: those of the embedded descriptors are part of the package,
+others are trained on the images themselves. docs/how-to/reconstruct.md has measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import atomic_path
+
+#: File in ``data/`` of the vocabulary of an embedded descriptor.
+VOCABULARIES = Path(__file__).parent / "data"
+#: Number of words, and of dimensions of a local descriptor after the projection.
+WORDS, DIMENSIONS = 64, 64
+#: Iterations of k-means, and local descriptors from which a vocabulary is trained.
+ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
+#: Images compared with all others at a time.
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words of local descriptors.
+
+    Attributes:
+        mean: (D,) of the descriptors.
+        axes: (D,E) principal axes of the descriptors, by decreasing variance.
+        words: (W,E) in the coordinates of the axes.
+    """
+
+    mean: Tensor
+    axes: Tensor
+    words: Tensor
+
+    def describe(self, descriptors: Tensor) -> Tensor:
+        """Global descriptor (W*E,) float32 of unit length from local ones (N,D); zeros if N is 0.
+
+        Raises:
+            ValueError: the descriptors have another dimension.
+        """
+        if descriptors.shape[1] != len(self.mean):
+            raise ValueError(
+                f"the vocabulary is of descriptors of dimension {len(self.mean)}, got "
+                f"{descriptors.shape[1]}"
+            )
+        local = (descriptors.float() - self.mean) @ self.axes
+        word = _nearest(local, self.words)
+        sums = torch.zeros_like(self.words).index_add_(0, word, local - self.words[word])
+        return torch.nn.functional.normalize(_unit(sums).flatten(), dim=0)
+
+    def save(self, path: Path, weights: str) -> None:
+        """Write the vocabulary of the descriptors of a weights file with this SHA-256."""
+        tensors = {name: getattr(self, name).half().contiguous() for name in _TENSORS}
+        with atomic_path(path) as tmp_path:
+            save_file(tensors, tmp_path, {"weights": weights})
+
+
+_TENSORS = ("mean", "axes", "words")
+
+
+def load_vocabulary(weights: str | None) -> Vocabulary | None:
+    """The vocabulary in the package for descriptors of the weights file with this SHA-256; None if
+    there is none.
+    """
+    for path in sorted(VOCABULARIES.glob("*.vocabulary")) if weights else ():
+        with safe_open(path, "pt") as file:
+            if file.metadata().get("weights") == weights:
+                return Vocabulary(*(file.get_tensor(name).float() for name in _TENSORS))
+    return None
+
+
+def train_vocabulary(
+    descriptors: Iterable[Tensor],
+    *,
+    words: int = WORDS,
+    dimensions: int = DIMENSIONS,
+    seed: int = 0,
+) -> Vocabulary:
+    """Train a vocabulary by principal component analysis and k-means.
+
+    Args:
+        descriptors: local descriptors (N,D) of each image; ``TRAINING_DESCRIPTORS`` of them in all
+            are enough.
+
+    Raises:
+        ValueError: no descriptors.
+    """
+    parts = [part.float() for part in descriptors if len(part)]
+    if not parts:
+        raise ValueError("a vocabulary needs images with descriptors")
+    table = torch.cat(parts)
+    generator = torch.Generator().manual_seed(seed)
+    table = table[torch.randperm(len(table), generator=generator)[:TRAINING_DESCRIPTORS]]
+    mean = table.mean(dim=0)
+    centered = table - mean
+    variance, vectors = torch.linalg.eigh(centered.T @ centered / len(table))
+    axes = vectors[:, variance.argsort(descending=True)[:dimensions]]
+    local = centered @ axes
+    centers = local[:words].clone()  # in random order
+    for _ in range(ITERATIONS):
+        word = _nearest(local, centers)
+        count = torch.zeros(len(centers)).index_add_(0, word, torch.ones(len(word)))
+        sums = torch.zeros_like(centers).index_add_(0, word, local)
+        used = count > 0
+        centers[used] = sums[used] / count[used, None]
+    return Vocabulary(mean, axes, centers)
+
+
+def _nearest(points: Tensor, centers: Tensor) -> Tensor:
+    """Index (N,) of the center nearest to each point."""
+    return (points @ centers.T - 0.5 * centers.square().sum(dim=1)).argmax(dim=1)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of unit length; rows of zeros stay zeros."""
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> Tensor:
+    """Indices (N,K) of the rows of ``table`` (M,G) most similar to each query (N,G), K at most
+    ``count``, by exact products in blocks; the most similar one is first.
+
+    Args:
+        excluded: (N,2) int64: of each query, the first and the end row of a range that does not
+            count, such as itself and its neighbors in time; -1 for those that follow if fewer than
+            ``count`` rows remain.
+    """
+    count = min(count, len(table))
+    columns = torch.arange(len(table))
+    found = []
+    for start in range(0, len(queries), BLOCK):
+        rows = slice(start, start + BLOCK)
+        similarity = queries[rows].float() @ table.float().T
+        low, high = excluded[rows, :1], excluded[rows, 1:]
+        similarity[(columns >= low) & (columns < high)] = -torch.inf
+        values, index = similarity.topk(count, dim=1)
+        found.append(torch.where(values.isfinite(), index, -1))
+    return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)

@@ -1,0 +1,276 @@
+"""``tiepoints reconstruct`` on rendered scenes: two textured planes at different depths, seen by a
+camera that moves sideways or only rotates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiepoints
+from helpers import call, texture
+from tiepoints.exif import Position, local_meters, read_position
+from tiepoints.panorama import rotation_share
+
+pytest.importorskip("pycolmap")
+SIZE, FOCAL = (320, 240), 300.0
+FAST = ("--quality", "fast", "--max-size", 320, "--threads", 1)
+
+
+def shifted(folder: Path, count: int, seed: int = 0) -> Path:
+    """Views of a near plane in front of a far one; the camera moves by 0.25 of the near depth."""
+    folder.mkdir(parents=True, exist_ok=True)
+    far, near = (np.asarray(texture(seed + k, (700, 260))) for k in (0, 1))
+    for k in range(count):
+        x_far, x_near = 12 * k, 30 * k
+        picture = far[:240, x_far : x_far + 320].copy()
+        picture[110:] = near[110:240, x_near : x_near + 320]
+        Image.fromarray(picture).save(folder / f"{seed}_{k}.png")
+    return folder
+
+
+def rotated(folder: Path, count: int) -> Path:
+    """Views of one position in different directions."""
+    folder.mkdir()
+    scene = texture(5, (900, 700))
+    K = np.array([[FOCAL, 0, 159.5], [0, FOCAL, 119.5], [0, 0, 1]])
+    center = np.array([[500.0, 0, 449.5], [0, 500.0, 349.5], [0, 0, 1]])
+    for k in range(count):
+        a = math.radians(5 * (k - count / 2))
+        R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
+        H = center @ R @ np.linalg.inv(K)
+        coefficients = (H / H[2, 2]).ravel()[:8].tolist()
+        view = scene.transform(SIZE, Image.Transform.PERSPECTIVE, coefficients, Image.BICUBIC)
+        view.save(folder / f"{k}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Four views, a uniform image and one of something else, reconstructed."""
+    base = tmp_path_factory.mktemp("scene")
+    photos = shifted(base / "photos", 5)
+    Image.new("RGB", SIZE, (128, 128, 128)).save(photos / "gray.png")
+    texture(77, SIZE).save(photos / "other.png")
+    done = call("-q", "reconstruct", photos, "--output", base / "model", *FAST, "--json")
+    return base, *done
+
+
+def test_photographs_become_a_model(result):
+    import pycolmap
+
+    base, code, out, err = result
+    summary = json.loads(out)
+    assert code == 1, err  # two images are not in the model
+    assert (summary["images"], summary["registered"]) == (7, 5)
+    reasons = dict(summary["unregistered"])
+    assert set(reasons) == {"gray.png", "other.png"}
+    assert "keypoints: uniform" in reasons["gray.png"]
+    assert "no overlap with another image" in reasons["other.png"]
+    assert "not in the model: gray.png" in err
+    model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
+    assert model.num_reg_images() == 5
+    assert model.num_points3D() == summary["models"][0]["points"] > 50
+    assert summary["models"][0]["error"] < 1
+    # the camera moves sideways in equal steps: the positions are on a line, equally spaced
+    centers = np.array(
+        [model.find_image_with_name(f"0_{k}.png").projection_center() for k in range(5)]
+    )
+    steps = np.linalg.norm(np.diff(centers, axis=0), axis=1)
+    assert steps.std() < 0.05 * steps.mean()
+    # colors are those of the image
+    view = model.find_image_with_name("0_0.png")
+    pixels = np.asarray(Image.open(base / "photos" / "0_0.png")).astype(float)
+    seen = [(p.xy, model.points3D[p.point3D_id].color) for p in view.points2D if p.has_point3D()]
+    errors = [np.abs(pixels[int(xy[1]), int(xy[0])] - color).mean() for xy, color in seen]
+    assert np.median(errors) < 12
+
+
+def test_points_and_cameras_are_in_the_ply_file(result):
+    base, _, out, _ = result
+    content = (base / "model" / "model.ply").read_bytes()
+    header, _, body = content.partition(b"end_header\n")
+    count = json.loads(out)["models"][0]["points"] + 5
+    assert f"element vertex {count}".encode() in header
+    vertices = np.frombuffer(body, np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)]))
+    assert len(vertices) == count
+    assert (vertices["rgb"][-5:] == (255, 0, 0)).all()
+
+
+def test_the_same_command_resumes(result, monkeypatch):
+    base, *_ = result
+    before = (base / "model" / "sparse" / "0" / "points3D.bin").stat().st_mtime_ns
+
+    def fail(*_, **__):
+        raise AssertionError("mapped again")
+
+    monkeypatch.setattr("tiepoints.jobs.reconstruct.map_images", fail)
+    code, out, _ = call(
+        "-q", "reconstruct", base / "photos", "--output", base / "model", *FAST, "--json"
+    )
+    assert code == 1
+    assert json.loads(out)["pairs"]["matched"] == 0
+    assert (base / "model" / "sparse" / "0" / "points3D.bin").stat().st_mtime_ns == before
+
+
+def test_interrupted_mapping_keeps_the_matches(result, monkeypatch):
+    base, *_ = result
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tiepoints.jobs.reconstruct.map_images", stop)
+    arguments = ("reconstruct", base / "photos", "--output", base / "model", *FAST, "--seed", 3)
+    code, _, err = call("-q", *arguments)
+    assert code == 130
+    assert "the same command resumes" in err
+    monkeypatch.undo()
+    code, out, _ = call("-q", *arguments, "--json")
+    assert json.loads(out)["pairs"]["matched"] == 0
+    assert json.loads(out)["registered"] == 5
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: shifted(folder, 1), "two are needed"),
+        (lambda folder: rotated(folder, 4), "the camera only rotated"),
+    ],
+)
+def test_what_cannot_be_reconstructed(tmp_path, make, message):
+    photos = make(tmp_path / "photos")
+    code, _, err = call("-q", "reconstruct", photos, "--output", tmp_path / "model", *FAST)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "model" / "sparse").exists()
+
+
+def test_copies_and_unrelated_images_are_refused(tmp_path):
+    for name in ("same", "unrelated"):
+        (tmp_path / name).mkdir()
+        for k in range(3):
+            seed = 40 + k if name == "unrelated" else 0
+            texture(seed, SIZE).save(tmp_path / name / f"{k}.png")
+    for name, message in (("same", "the same view"), ("unrelated", "no overlap: none of 3")):
+        with pytest.raises(tiepoints.DataError, match=message):
+            tiepoints.reconstruct(
+                tmp_path / name, tmp_path / f"out-{name}", quality="fast", max_size=320
+            )
+
+
+def test_two_scenes_become_two_models(tmp_path):
+    photos = shifted(tmp_path / "photos", 4)
+    shifted(photos, 4, seed=20)
+    code, out, err = call("-q", "reconstruct", photos, "--output", tmp_path / "m", *FAST, "--json")
+    summary = json.loads(out)
+    assert code == 1
+    assert [model["images"] for model in summary["models"]] == [4, 4]
+    assert "show 2 scenes" in err
+    assert (tmp_path / "m" / "sparse" / "1" / "images.bin").is_file()
+    assert {reason for _, reason in summary["unregistered"]} == {"in another model, sparse/1"}
+
+
+def test_invalid_arguments(tmp_path):
+    photos = shifted(tmp_path / "photos", 2)
+    for arguments, message in (
+        ((photos, "--output", photos / "model"), "is inside the folder of the photographs"),
+        ((tmp_path / "gone", "--output", tmp_path / "o"), "no such file"),
+        ((photos, "--output", tmp_path / "o", "--pairs", "all"), "no list of pairs at all"),
+        ((photos, "--output", tmp_path / "o", "--camera", "x"), "camera must be auto"),
+    ):
+        code, _, err = call("-q", "reconstruct", *arguments)
+        assert code == 2
+        assert message in err, err
+    with pytest.raises(ValueError, match="quality must be one of"):
+        tiepoints.reconstruct(photos, tmp_path / "o", quality="ultra")
+
+
+def test_video(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    frames = sorted(shifted(tmp_path / "frames", 5).iterdir())
+    writer = cv2.VideoWriter(str(tmp_path / "c.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 4, SIZE)
+    for frame in frames:
+        sharp = cv2.imread(str(frame))
+        writer.write(cv2.GaussianBlur(sharp, (0, 0), 3))
+        writer.write(sharp)
+    writer.release()
+    model, summary = tiepoints.reconstruct(
+        tmp_path / "c.avi", tmp_path / "m", quality="fast", max_size=320, fps=2, threads=1
+    )
+    assert model.num_reg_images() == 5
+    names = sorted(path.name for path in (tmp_path / "m" / "frames").iterdir())
+    assert names == [f"c_{k:06d}.jpg" for k in (1, 3, 5, 7, 9)]  # the sharp ones
+    assert summary.camera == "single"
+    assert summary.pairs["reason"].startswith("each image with the next 10")
+
+
+def write_position(path: Path, position: Position) -> None:
+    def dms(value: float) -> tuple[float, float, float]:
+        degrees, rest = divmod(abs(value), 1)
+        minutes, rest = divmod(rest * 60, 1)
+        return degrees, minutes, rest * 60
+
+    exif = Image.Exif()
+    exif[0x8825] = {
+        1: "N" if position.latitude >= 0 else "S",
+        2: dms(position.latitude),
+        3: "E" if position.longitude >= 0 else "W",
+        4: dms(position.longitude),
+        6: position.altitude,
+    }
+    texture(0, (64, 48)).save(path, exif=exif)
+
+
+def test_gps_positions_of_the_exif(tmp_path):
+    place = Position(-33.8568, 151.2153, 12.5)
+    write_position(tmp_path / "a.jpg", place)
+    assert read_position(tmp_path / "a.jpg") == pytest.approx(place, abs=1e-6)
+    texture(0, (64, 48)).save(tmp_path / "b.jpg")
+    assert read_position(tmp_path / "b.jpg") is None
+    assert read_position(tmp_path / "gone.jpg") is None
+    # 0.001 degrees of latitude are 111.2 m; of longitude less, by the cosine; across 180 degrees
+    meters = local_meters(
+        [Position(60, 179.9995, 0), Position(60, -179.9995, 0), Position(60.001, 179.9995, 0)]
+    )
+    assert np.linalg.norm(meters[0] - meters[1]) == pytest.approx(55.6, abs=0.1)
+    assert np.linalg.norm(meters[0] - meters[2]) == pytest.approx(111.2, abs=0.1)
+
+
+def test_positions_become_pose_priors(tmp_path):
+    import pycolmap
+
+    from tiepoints.formats.colmap import ColmapDatabase
+
+    write_position(tmp_path / "a.jpg", Position(48.1, 11.5, 520.0))
+    features = tiepoints.build("sobelnet", "desnet").extract(tmp_path / "a.jpg")
+    with ColmapDatabase(tmp_path / "d.db", write=True) as database:
+        database.write("a.jpg", features, tmp_path / "a.jpg")
+    database = pycolmap.Database.open(tmp_path / "d.db")
+    (prior,) = database.read_all_pose_priors()
+    database.close()
+    assert prior.position.ravel() == pytest.approx([48.1, 11.5, 520.0], abs=1e-6)
+    assert prior.coordinate_system == pycolmap.PosePriorCoordinateSystem.WGS84
+
+
+def test_rotation_and_parallax_are_told_apart():
+    rng = np.random.default_rng(0)
+    points = rng.uniform((-2, -1.5, 4), (2, 1.5, 8), (200, 3))
+    a = math.radians(8)
+    R = np.array([[math.cos(a), 0, math.sin(a)], [0, 1, 0], [-math.sin(a), 0, math.cos(a)]])
+
+    def project(xyz):
+        return FOCAL * xyz[:, :2] / xyz[:, 2:] + (159.5, 119.5)
+
+    sizes = (SIZE, SIZE)
+    noise = rng.normal(0, 0.3, (200, 2))
+    assert rotation_share(project(points), project(points @ R.T) + noise, sizes) > 0.95
+    moved = project(points @ R.T + (0.6, 0, 0))
+    assert rotation_share(project(points), moved + noise, sizes) < 0.6
+    plane = points * (1, 1, 0) + (0, 0, 5)  # a translation in front of a plane is no rotation
+    moved = project(plane @ R.T + (0.6, 0, 0.2))
+    assert rotation_share(project(plane), moved, sizes, focal=FOCAL / 320) < 0.85
