@@ -31,7 +31,7 @@ def show_weights(name: str) -> None:
     checkpoint.
     """
     from ..extract import load_file
-    from ..weights import DATA, file_checksum, load, metadata_of, table
+    from ..weights import DATA, file_checksum, load, metadata_of, read_graph, table
 
     with user_errors():
         known = table()
@@ -47,6 +47,10 @@ def show_weights(name: str) -> None:
             "parameters": sum(p.numel() for p in net.parameters()),
             "facts": metadata_of(path) if ours else {},
         }
+        if path.suffix == ".onnx":
+            stored = read_graph(path)
+            content |= {key: stored[key] for key in ("network", "settings", "facts")}
+            del content["parameters"]
         if name in known:
             content |= {key: known[name][key] for key in ("licence", "recipe")}
     typer.echo(json.dumps(content, indent=1))
