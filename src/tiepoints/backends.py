@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -304,12 +304,37 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) / max(float(expected.abs().max()), 1e-12)
 
 
-def check(stack: GraphStack, net: nn.Module) -> str:
-    """Compare a graph with its network in PyTorch at two sizes: why it must not be used, or an
-    empty text.
+class _Recorder(nn.Module):
+    """A costly part that keeps its last input."""
+
+    def __init__(self, stack: nn.Module):
+        super().__init__()
+        self.stack = stack
+        self.last = torch.empty(0)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        self.last = maps.clone()
+        return self.stack(maps)
+
+
+def natural_input(net: nn.Module) -> Tensor:
+    """The input of the costly part of a fused network for a generated image or patches: an
+    eight-bit graph is right only in the range of values that it was made for.
     """
-    for number in range(len(CHECK_SIZES)):
-        example = example_input(stack.input, number)
+    stack = cast(nn.Module, net.stack)
+    given = input_of(stack)
+    image = example_input(StackInput(side=given.side))
+    recorder = _Recorder(stack)
+    net.stack = recorder
+    with torch.inference_mode():
+        net(nn.functional.avg_pool2d(image, 3, stride=1, padding=1))
+    net.stack = stack
+    return recorder.last
+
+
+def check(stack: GraphStack, net: nn.Module, examples: list[Tensor]) -> str:
+    """Compare a graph with its network in PyTorch: why it must not be used, or an empty text."""
+    for example in examples:
         with torch.inference_mode():
             try:
                 found, expected = stack(example), net(example.clone()).float()
@@ -327,7 +352,14 @@ def check(stack: GraphStack, net: nn.Module) -> str:
 
 #: Class of a fused network -> precision -> backends faster than PyTorch, the fastest first
 #: (docs/how-to/backends.md); others run in PyTorch unless a backend is named.
-FASTER: dict[str, dict[str, tuple[str, ...]]] = {}
+FASTER: dict[str, dict[str, tuple[str, ...]]] = {
+    "FusedPatchNet": {
+        "float32": ("onnxruntime", "openvino"),
+        "bfloat16": ("openvino",),
+        "int8": ("onnxruntime", "openvino"),
+    },
+    "FusedDesNet": {"int8": ("onnxruntime", "openvino")},
+}
 
 
 def candidates(network: str, backend: str, precision: str) -> list[str]:
@@ -378,6 +410,11 @@ def run_by(
     if isinstance(stack, StoredGraph):
         quick.stack = stack.open(backend)
         return quick
+    if precision == "int8" and graph is None:
+        raise ValueError(
+            f"there is no eight-bit graph of this {type(net).__name__}; make one with `tiepoints "
+            "quantize`"
+        )
     names = candidates(type(quick).__name__, backend, precision)
     if not names and precision == "int8":
         require("onnxruntime", extra="onnx", purpose="precision int8")
@@ -388,7 +425,10 @@ def run_by(
                 raise RuntimeError("it computes its maps in parts itself")
             whole = quick if stack is None else stack
             given = inputs if stack is None and inputs is not None else input_of(whole)
-            found = _graph_stack(whole, name, precision, graph, given, named)
+            if precision == "int8":
+                found = _int8_stack(quick, name, graph)  # type: ignore[arg-type]
+            else:
+                found = _float_stack(whole, name, precision, given, export=named)
         except RuntimeError as error:
             if named:
                 raise ValueError(
@@ -418,48 +458,41 @@ class _Whole(nn.Module):
         return self.stack(maps)
 
 
-def _graph_stack(
-    net: nn.Module,
-    backend: str,
-    precision: str,
-    graph: Path | None,
-    inputs: StackInput,
-    named: bool,
+def _int8_stack(net: nn.Module, backend: str, graph: Path) -> GraphStack | None:
+    """The eight-bit graph of a fused network's costly part; errors as ``_float_stack``."""
+    part = cast(nn.Module, net.stack)
+    stack = GraphStack(graph.read_bytes(), input_of(part), backend, "int8")
+    return _checked(stack, part, [natural_input(net)])
+
+
+def _float_stack(
+    net: nn.Module, backend: str, precision: str, inputs: StackInput, *, export: bool
 ) -> GraphStack | None:
-    """A network as a graph, or None if it is not available (not ``named``) or computes something
-    else.
+    """A network as a graph from the cache; exported if it is missing, with ``export``, or damaged;
+    None if it is missing otherwise, or computes something else.
 
     Raises:
         ImportError: the backend is not installed.
         RuntimeError: the network cannot be exported, or the backend cannot read its graph.
     """
-    if precision == "int8":
-        assert graph is not None
-        stack = GraphStack(graph.read_bytes(), inputs, backend, precision)
-        problem = check(stack, net)
-    else:
-        if not named and not cached_graph(net).is_file():
-            return None
-        require(backend, extra=EXTRAS[backend], purpose=f"backend {backend}")
-        stack, problem = _float_stack(net, backend, precision, inputs)
-    if problem:
-        logger.warning(
-            "backend %s is not used for a %s, because %s", backend, type(net).__name__, problem
-        )
-        return None
-    return stack
-
-
-def _float_stack(
-    net: nn.Module, backend: str, precision: str, inputs: StackInput
-) -> tuple[GraphStack, str]:
-    """A network as a graph from the cache, exported if it is missing or damaged, and what
-    ``check`` says.
-    """
+    require(backend, extra=EXTRAS[backend], purpose=f"backend {backend}")
+    examples = [example_input(inputs, number) for number in range(len(CHECK_SIZES))]
     if cached_graph(net).is_file():
         with contextlib.suppress(RuntimeError):
             stack = GraphStack(_exported(net, inputs), inputs, backend, precision)
-            if not check(stack, net):
-                return stack, ""
-    stack = GraphStack(_exported(net, inputs, again=True), inputs, backend, precision)
-    return stack, check(stack, net)
+            if not check(stack, net, examples):
+                return stack
+    elif not export:
+        return None
+    graph = _exported(net, inputs, again=True)
+    return _checked(GraphStack(graph, inputs, backend, precision), net, examples)
+
+
+def _checked(stack: GraphStack, net: nn.Module, examples: list[Tensor]) -> GraphStack | None:
+    """The graph, or None, with a warning, if it computes something else than the network."""
+    problem = check(stack, net, examples)
+    if not problem:
+        return stack
+    kind = type(net).__name__.removeprefix("_")
+    logger.warning("backend %s is not used for a %s: %s", stack.backend, kind, problem)
+    return None

@@ -27,6 +27,15 @@ def choose_device(name: str = "auto") -> torch.device:
         ) from error
 
 
+#: Features of processors that decide how fast networks are.
+FEATURES = ("avx2", "avx512", "vnni", "avx512_bf16", "amx_tile")
+
+
+def processor_features() -> dict[str, bool]:
+    """Feature -> whether the processor has it, as far as PyTorch tells."""
+    return {name: bool(getattr(torch.cpu, f"_is_{name}_supported", bool)()) for name in FEATURES}
+
+
 def fast_bfloat16(device: torch.device) -> bool:
     """Whether ``device`` supports bfloat16 natively: a GPU, or a CPU with AVX-512 BF16 or AMX.
 
@@ -34,9 +43,8 @@ def fast_bfloat16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(
-        getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in ("avx512_bf16", "amx_tile")
-    )
+    features = processor_features()
+    return device.type == "cpu" and (features["avx512_bf16"] or features["amx_tile"])
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .backends import check_names, run_by
+from .backends import candidates, check_names, run_by
 from .checkpoints import load_official
 from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
-from .device import choose_device, choose_precision
+from .device import choose_device, choose_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
@@ -36,7 +36,7 @@ from .patches import PATCH_SIZE
 from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
 from .regions import TILE_PIXELS
 from .structs import Features, Keypoints
-from .weights import digest, int8_graph, load, load_graph
+from .weights import digest, int8_graph, load, load_graph, passed_gate
 
 logger = logging.getLogger(__name__)
 Detect: TypeAlias = Callable[..., list[Keypoints]]
@@ -68,8 +68,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
             evaluation; ``desnet`` never uses angles.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
         precision: ``float32``; ``bfloat16`` for the descriptor's convolutions; ``int8`` for those
-            of all networks of which there is an eight-bit graph; ``auto``: the faster of
-            ``float32`` and ``bfloat16``.
+            of all networks of which there is an eight-bit graph; ``auto``: ``chosen_precision``,
+            else the faster of ``float32`` and ``bfloat16``.
         backend: what runs the networks: ``torch``, ``onnxruntime``, ``openvino``, or ``auto``, the
             fastest of those that are installed and need no preparation (``backends.run_by``).
         max_size: images with a longer side are reduced to this many pixels before extraction;
@@ -147,7 +147,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             for f in fields(self)
             if f.name not in ("device", "memory", "backend")
         }
-        content["precision"] = recorded_precision(self.precision)
+        content["precision"] = recorded_precision(self.chosen_precision)
         for name in ("detector", "descriptor"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
@@ -160,16 +160,31 @@ class ExtractOptions(ReadOptions, DetectOptions):
     def _digests(self) -> dict[str, str]:
         """Role -> SHA-256 of its weights file, for the roles that have one."""
         names = {role: getattr(self, role) for role in ("detector", "descriptor", "orientation")}
-        int8 = self.precision == "int8"
+        int8 = self.chosen_precision == "int8"
         found = {
             role: digest(name, int8=int8) for role, name in names.items() if isinstance(name, str)
         }
         return {role: value for role, value in found.items() if value is not None}
 
+    @property
+    def chosen_precision(self) -> str:
+        """``precision``, where ``auto`` is ``int8`` for a detector and a descriptor whose
+        eight-bit networks passed the quality gate together (``weights.passed_gate``), if a backend
+        for them is installed and the processor has units for them.
+        """
+        names = (self.detector, self.descriptor)
+        if self.precision != "auto" or self.backend == "torch" or self.official:
+            return self.precision
+        if not all(isinstance(name, str) for name in names) or not passed_gate(*names):  # type: ignore[arg-type]
+            return self.precision
+        fast = processor_features()["vnni"] and choose_device(self.device).type == "cpu"
+        return "int8" if fast and candidates("", self.backend, "int8") else self.precision
+
     def _graph(self, role: str) -> Path | None:
         """The embedded eight-bit graph of a role, None without ``int8`` or if there is none."""
         name = getattr(self, role)
-        return int8_graph(name) if self.precision == "int8" and isinstance(name, str) else None
+        int8 = self.chosen_precision == "int8" and isinstance(name, str)
+        return int8_graph(name) if int8 else None
 
     def _check_int8(self) -> None:
         """Check that there is an eight-bit graph if one is asked for, and log what has none.
@@ -265,7 +280,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             build_descriptor(
                 self.descriptor,
                 device=device,
-                precision=self.precision,
+                precision=self.chosen_precision,
                 backend=self.backend,
                 # the published evaluation of REKD does not rotate patches
                 upright=self.upright or (self.official and spec.angles),

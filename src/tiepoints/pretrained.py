@@ -14,7 +14,7 @@ from .extract import Extractor, build, load_file
 from .models.patchnets import DIMENSION, PATCH_SIZE
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, spec_of
 from .names import DESCRIPTORS, DETECTORS
-from .weights import DATA, file_checksum, load, metadata_of, table
+from .weights import DATA, file_checksum, load, metadata_of, read_graph, table
 
 #: OWNER/NAME of a Hugging Face repository.
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -135,6 +135,10 @@ def describe(name: str) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in net.parameters()),
         "facts": metadata_of(path) if ours else {},
     }
+    if path.suffix == ".onnx":
+        stored = read_graph(path)
+        content |= {key: stored[key] for key in ("network", "settings", "facts")}
+        del content["parameters"]
     if name in known:
         content |= {key: known[name][key] for key in ("licence", "recipe")}
     return content

@@ -73,6 +73,13 @@ def int8_graph(name: str) -> Path | None:
     return None if entry is None else DATA / entry["file"]
 
 
+def passed_gate(detector: str, descriptor: str) -> bool:
+    """Whether the eight-bit networks of a detector and a descriptor together lost less than the
+    quality gate allows (``passed`` in the detector's entry; benchmarks/quantized.py).
+    """
+    return descriptor in table().get(detector, {}).get("int8", {}).get("passed", ())
+
+
 def digest(name: str, *, int8: bool = False) -> str | None:
     """SHA-256 of the weights file of a network, given by the name of an embedded one or by path;
     None for what has no weights, such as ``rootsift``.

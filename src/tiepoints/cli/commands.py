@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, extract, imc, info, match, reconstruct, reproduce, train, video, weights
+from . import (
+    backends,
+    evaluate,
+    extract,
+    imc,
+    info,
+    match,
+    reconstruct,
+    reproduce,
+    train,
+    video,
+    weights,
+)
 from .common import configure_logging
 from .signals import stop_message
 
@@ -43,6 +55,8 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
 app.command("imc")(imc.imc)
 app.command("info")(info.info)
+app.command("backends")(backends.backends)
+app.command("quantize")(backends.quantize)
 app.add_typer(weights.app, name="weights")
 app.add_typer(evaluate.data_app, name="data")
 

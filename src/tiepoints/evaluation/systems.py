@@ -33,7 +33,7 @@ from ..models.classical import RawPatch
 from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
 from ..pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
-from ..weights import digest, load
+from ..weights import digest, load, load_graph
 from .baselines.external import EXTERNAL_SYSTEMS, external_system, library_versions
 from .baselines.opencv import OPENCV_SYSTEMS, opencv_detect
 
@@ -254,6 +254,8 @@ def _network(descriptor: str) -> str | nn.Module:
     """The argument of ``build`` for a descriptor of an evaluation: a name, or a network."""
     if descriptor in DESCRIPTORS:
         return descriptor
+    if Path(descriptor).suffix == ".onnx":
+        return load_graph(Path(descriptor))
     return RawPatch() if descriptor == "raw" else load(descriptor)
 
 

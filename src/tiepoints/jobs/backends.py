@@ -1,0 +1,93 @@
+"""What can run the networks on this computer, and how fast."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..backends import EXTRAS, installed, run_by
+from ..device import processor_features
+from ..errors import WeightsError, first_line
+from ..names import BACKENDS, PRECISIONS
+from ..weights import int8_graph, load
+
+#: The network that is timed, on images of this height and width.
+NETWORK, SIZE = "desnet", (240, 320)
+#: Seconds of the whole timing.
+SECONDS = 2.0
+
+
+@dataclass
+class BackendsReport:
+    """Backends of this computer.
+
+    Attributes:
+        backends: name -> version of the installed ones.
+        missing: name -> command that installs it.
+        processor: feature -> whether the processor has it.
+        threads: number of threads of the networks.
+        network, size: what was timed: the network, and height and width of the image.
+        milliseconds: backend and precision, such as ``torch float32`` -> time of the network.
+        failed: backend and precision -> why it cannot run the network.
+    """
+
+    backends: dict[str, str]
+    missing: dict[str, str]
+    processor: dict[str, bool]
+    threads: int
+    network: str = NETWORK
+    size: tuple[int, int] = SIZE
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def describe_backends(seconds: float = SECONDS) -> BackendsReport:
+    """List the installed backends and measure each with each precision for about ``seconds``
+    altogether, in turn; the first measurement also exports the network.
+    """
+    found = installed()
+    report = BackendsReport(
+        backends=found,
+        missing={
+            name: f"pip install 'tiepoints[{extra}]'"
+            for name, extra in EXTRAS.items()
+            if name not in found
+        },
+        processor=processor_features(),
+        threads=torch.get_num_threads(),
+    )
+    networks = {
+        f"{backend} {precision}": _network(backend, precision, report)
+        for backend in BACKENDS
+        for precision in PRECISIONS
+        if backend in found and precision != "auto"
+    }
+    image = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    runs = {name: net for name, net in networks.items() if net is not None}
+    with torch.inference_mode():
+        for net in runs.values():
+            net(image)  # the first call prepares
+        ends = time.monotonic() + seconds
+        while True:
+            for name, net in runs.items():
+                started = time.perf_counter()
+                net(image)
+                spent = 1000 * (time.perf_counter() - started)
+                report.milliseconds[name] = min(spent, report.milliseconds.get(name, spent))
+            if time.monotonic() > ends:
+                return report
+
+
+def _network(backend: str, precision: str, report: BackendsReport) -> nn.Module | None:
+    """The network for a backend and precision; None, with the reason in ``report``, without."""
+    if (backend, precision) in (("torch", "int8"), ("onnxruntime", "bfloat16")):
+        return None
+    graph = int8_graph(NETWORK) if precision == "int8" else None
+    try:
+        return run_by(load(NETWORK), backend, precision, graph=graph)
+    except (ImportError, ValueError, WeightsError, OSError) as error:
+        report.failed[f"{backend} {precision}"] = first_line(error)
+        return None
