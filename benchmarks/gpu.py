@@ -1,13 +1,14 @@
 """Batches through the whole pipeline on a GPU against the CPU, without kornia: images per second of
-a batch of equal images, the time of each stage, and the copies to the host in each.
+a batch of images of the same size, the time of each stage, and the copies to the host in each.
 
-Copies to the host make the GPU wait. They are counted by PyTorch's dispatcher: ``.item()``,
-``bool()``, ``nonzero`` and masks as indices (whose number of results the host needs), ``.cpu()``.
+Copies to the host make the GPU wait. They are counted by PyTorch's dispatcher: ``.cpu()``,
+``.item()``, ``bool()``, ``nonzero`` and masks as indices, whose number of results the host needs.
 
     python benchmarks/gpu.py [--device cuda] [--systems keynet+hardnet,sobelnet+desnet]
         [--batch 1,8] [--size 640x480] [--repeat 5] [--no-cpu] [--out FILE.json]
 
-``--device cpu`` runs everywhere; without a GPU it counts the copies that a GPU would make.
+``--device cpu`` runs everywhere; it counts these operations of all tensors, also of those that are
+on the CPU with a GPU.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ POINTS = 2048
 #: Operations after which the host waits for a GPU.
 WAITS = {
     "aten._local_scalar_dense": "item or bool",
+    "aten.item": "item or bool",
     "aten.nonzero": "nonzero",
     "aten.masked_select": "nonzero",
     "aten.is_nonzero": "item or bool",
@@ -40,23 +42,27 @@ WAITS = {
 
 
 class HostCopies(TorchDispatchMode):
-    """Counts operations that copy to the host."""
+    """Counts operations that copy from ``device`` to the host."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = torch.device(device).type
         self.found: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: Any = (), named: Any = None
     ) -> Any:
         name = str(function.overloadpacket)
+        first = arguments[0] if arguments else None
+        if not isinstance(first, Tensor) or first.device.type != self.device:
+            return function(*arguments, **(named or {}))
         if name in WAITS:
             self.found[WAITS[name]] += 1
         elif name == "aten.index" and any(
             isinstance(i, Tensor) and i.dtype == torch.bool for i in arguments[1]
         ):
             self.found["nonzero"] += 1
-        elif name == "aten._to_copy" and arguments[0].device.type != "cpu":
+        elif name == "aten._to_copy" and self.device != "cpu":
             self.found["copy"] += str((named or {}).get("device", "")) == "cpu"
         return function(*arguments, **(named or {}))
 
@@ -110,7 +116,7 @@ def measure(
     calls = stages(extractor, pixels)
     copies: dict[str, dict[str, int]] = {}
     for name, call in calls.items():  # also the warm-up
-        with HostCopies() as counter:
+        with HostCopies(device) as counter:
             call()
         copies[name] = dict(counter.found)
     times: dict[str, list[float]] = {name: [] for name in calls}

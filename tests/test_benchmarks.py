@@ -221,6 +221,16 @@ def test_speed(script, oxford, photos, tmp_path, monkeypatch):
     assert figure.read_text().count("<circle") == 4
 
 
+def test_gpu(script, tmp_path):
+    arguments = ("--device", "cpu", "--systems", "sobelnet+desnet", "--batch", "1,2")
+    script("gpu", *arguments, "--size", "160x120", "--repeat", 1, "--out", tmp_path / "g.json")
+    rows = written(tmp_path / "g.json")["rows"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    # for each level at most these: pixels above the threshold, plateaus, positions, rows
+    assert rows[0]["copies_to_host"]["detection"]["nonzero"] <= 50
+    assert rows[0]["copies_per_image"] == pytest.approx(rows[1]["copies_per_image"], abs=4)
+
+
 def test_realtime(script, tmp_path, monkeypatch):
     pytest.importorskip("cv2")
     module = importlib.import_module("realtime")

@@ -78,11 +78,12 @@ class DenseDescriptor:
             ((DENSE_SCALE * keypoints.scale).clamp(min=1e-6).log()[:, None] - scales.log())
             .abs()
             .argmin(dim=1)
+            .cpu()  # once, instead of waiting for the rows of each level
         )
         out = torch.zeros(len(keypoints), self.dim, device=keypoints.xy.device)
         with torch.inference_mode():
             for i, level in enumerate(pyramid.levels):
-                rows = (nearest == i).nonzero()[:, 0]
+                rows = (nearest == i).nonzero()[:, 0].to(keypoints.xy.device)
                 xy = level.from_original(keypoints.xy[rows])
                 for box, inside in level.boxes_of(xy, self.tile_pixels):
                     outer = box.grow(HALO, level.size).align(STRIDE, level.size)

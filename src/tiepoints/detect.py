@@ -197,7 +197,8 @@ class _Selection:
         self.left = LevelBudget()
         #: Candidates of the parts of the current level.
         self.found: list[_Candidates] = []
-        self.largest = 0.0
+        #: Largest scores of these parts, on the device.
+        self.maxima: list[Tensor] = []
         self.levels: list[_Candidates] = []
 
     def add(
@@ -205,7 +206,7 @@ class _Selection:
     ) -> None:
         """Add the maps (h,w) of ``region`` of a level; keypoints are selected in ``box``."""
         level, options = self.pyramid.levels[number], self.options
-        self.largest = max(self.largest, float(score_map.max()))
+        self.maxima.append(score_map.max().to(torch.float64))
         self._respond(level, box, region, score_map)
         if self.official:
             score_map = score_map * _inside(region, level.size, options.border).to(score_map)
@@ -289,11 +290,13 @@ class _Selection:
             )
             candidates = candidates[torch.from_numpy(order)[: self._count(number)]]
         # the network's threshold relative to the maximum of the map, which its parts do not have
-        candidates = candidates[candidates.score >= self.detector.ratio * self.largest]
+        if self.detector.ratio:
+            largest = torch.stack(self.maxima).max()
+            candidates = candidates[candidates.score >= self.detector.ratio * largest]
         self.left.add(self.budgets[number])
         self.left.use(len(candidates.score))
         self.levels.append(candidates)
-        self.found, self.largest = [], 0.0
+        self.found, self.maxima = [], []
 
     def keypoints(self) -> Keypoints:
         """The selected keypoints of all levels."""
@@ -315,7 +318,7 @@ class _Selection:
         scales = [level.scale for level in self.pyramid.levels]
         kept = torch.ones(len(keypoints), dtype=torch.bool)
         if not self.options.per_scale:
-            kept = ~_duplicates(keypoints, level_of.to(keypoints.xy.device), scales)
+            kept = ~_duplicates(keypoints, level_of, scales)
         # Without this weight, most keypoints would be on the finest level.
         power = self.detector.scale_power
         weight = torch.tensor([scale**power for scale in scales])[level_of]
@@ -347,6 +350,8 @@ class _Candidates:
     levels_above: Tensor
 
     def __getitem__(self, rows: Tensor) -> _Candidates:
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]  # once: a GPU waits for it
         return _Candidates(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     @classmethod
@@ -367,11 +372,12 @@ def _inside(region: Box, size: tuple[int, int], border: int) -> Tensor:
 
 def _duplicates(keypoints: Keypoints, level_of: Tensor, scales: list[float]) -> Tensor:
     """Keypoints (N,) bool near a stronger one of any other level; ``scales`` of the levels, finest
-    first.
+    first, ``level_of`` (N,) on the CPU.
     """
-    drop = torch.zeros(len(keypoints), dtype=torch.bool, device=keypoints.xy.device)
+    device = keypoints.xy.device
+    drop = torch.zeros(len(keypoints), dtype=torch.bool, device=device)
     for fine, scale in enumerate(scales):
-        a, b = (level_of == fine).nonzero()[:, 0], (level_of > fine).nonzero()[:, 0]
+        a, b = (rows.nonzero()[:, 0].to(device) for rows in (level_of == fine, level_of > fine))
         if not len(a) or not len(b):
             continue
         for part in b.split(BLOCK):  # blocks bound the memory
@@ -379,8 +385,7 @@ def _duplicates(keypoints: Keypoints, level_of: Tensor, scales: list[float]) -> 
                 torch.cdist(keypoints.xy[part], keypoints.xy[a]) < DUPLICATE_DISTANCE * scale
             ).nonzero(as_tuple=True)
             stronger = keypoints.score[part[near_b]] > keypoints.score[a[near_a]]
-            drop[a[near_a[stronger]]] = True
-            drop[part[near_b[~stronger]]] = True
+            drop[torch.where(stronger, a[near_a], part[near_b])] = True
     return drop
 
 

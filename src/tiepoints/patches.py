@@ -73,13 +73,13 @@ def extract_patches(
     step = keypoints.scale * (2 * half_side / size)  # original pixels per sample, (N,)
     scales = torch.tensor([level.scale for level in pyramid.levels], device=step.device)
     # levels are sorted by scale
-    level_of = (step[:, None] >= scales[None, :]).sum(dim=1).sub(1).clamp(min=0)
+    level_of = (step[:, None] >= scales[None, :]).sum(dim=1).sub(1).clamp(min=0).cpu()
     offset = half_side * (
         (2 * torch.arange(size, device=step.device, dtype=torch.float32) + 1) / size - 1
     )
     v, u = torch.meshgrid(offset, offset, indexing="ij")  # (P,P) down, right
     for i, level in enumerate(pyramid.levels):
-        for part in (level_of == i).nonzero()[:, 0].split(CHUNK):
+        for part in (level_of == i).nonzero()[:, 0].to(step.device).split(CHUNK):
             scale = keypoints.scale[part, None, None]
             cos, sin = (f(keypoints.angle[part])[:, None, None] for f in (torch.cos, torch.sin))
             x = keypoints.xy[part, 0, None, None] + scale * (u * cos - v * sin)

@@ -97,6 +97,8 @@ class Box:
         """Indices of the points (N,2) in the box, in an image of ``size``; a point outside the
         image belongs to its nearest pixel.
         """
+        if self == Box.whole(size):
+            return torch.arange(len(xy), device=xy.device)
         x, y = xy[:, 0].clamp(0, size[1] - 1), xy[:, 1].clamp(0, size[0] - 1)
         inside = (y >= self.top) & (y < self.bottom) & (x >= self.left) & (x < self.right)
         return inside.nonzero()[:, 0]
