@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, extract, imc, info, match, reproduce, train, video, weights
+from . import evaluate, extract, imc, info, match, reproduce, serve, train, video, weights
 from .common import configure_logging
 from .signals import stop_message
 
@@ -40,6 +40,7 @@ app.command("evaluate-patches")(evaluate.evaluate_patches)
 app.command("report")(evaluate.report)
 app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
+app.command("serve")(serve.serve)
 app.command("imc")(imc.imc)
 app.command("info")(info.info)
 app.add_typer(weights.app, name="weights")
