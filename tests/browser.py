@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in PROGRAMS if (path := shutil.which(name))), None)
 
 
 class Browser:

@@ -5,6 +5,9 @@ import hashlib
 import io
 import json
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import urllib.error
@@ -165,6 +168,23 @@ def test_used_port_is_named(address, runtime, tmp_path):
     code, _, error = call("serve", "--port", port, *arguments)
     assert code == 2
     assert f"port {port} cannot be used" in error
+
+
+def test_server_ends_by_signal(runtime, tmp_path):
+    (tmp_path / "g.onnx").write_bytes(b"graph")
+    arguments = ["--graph", tmp_path / "g.onnx", "--runtime", runtime, "--port", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiepoints", "serve", *arguments, "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    line = process.stdout.readline()
+    assert line.endswith("(stop with Ctrl-C)\n")
+    assert fetch(f"{line.split()[0]}graphs/g.onnx")[0] == b"graph"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (0, "")
 
 
 def test_runtime_is_downloaded_once_and_checked(tmp_path, monkeypatch):

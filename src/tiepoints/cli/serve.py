@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -48,5 +49,5 @@ def serve(
             import webbrowser
 
             webbrowser.open(address)
-        with server:
+        with server, suppress(KeyboardInterrupt):  # its normal end
             server.serve_forever()

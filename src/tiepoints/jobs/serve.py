@@ -21,10 +21,11 @@ from typing import Any
 
 from ..errors import DataError, first_line
 from ..files import atomic_path
-from ..weights import DATA
 
 logger = logging.getLogger(__name__)
 PAGE = Path(__file__).parents[1] / "web"
+#: ``weights.DATA``, whose module imports torch.
+DATA = Path(__file__).parents[1] / "data"
 #: ONNX Runtime for browsers, of the npm registry (MIT license), and the SHA-512 of its package.
 RUNTIME = "onnxruntime-web-1.30.0"
 RUNTIME_URL = f"https://registry.npmjs.org/onnxruntime-web/-/{RUNTIME}.tgz"

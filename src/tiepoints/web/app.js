@@ -39,7 +39,8 @@ function fail(error) {
 async function setImage(index, blob, name) {
   result = null;
   try {
-    images[index] = { name, bitmap: await createImageBitmap(blob, { premultiplyAlpha: "none", colorSpaceConversion: "none" }) };
+    const options = { premultiplyAlpha: "none", colorSpaceConversion: "none" };
+    images[index] = { name, bitmap: await createImageBitmap(blob, options) };
   } catch {
     images[index] = null;
     drops[index].querySelector("output").textContent = "";
@@ -56,7 +57,7 @@ async function match() {
   const graph = element("graph").value;
   const found = await compute({ url: graph, bitmaps: images.map((i) => i.bitmap), count });
   result = {
-    images: images.map(({ name, bitmap }) => ({ name, width: bitmap.width, height: bitmap.height })),
+    images: images.map(({ name, bitmap: { width, height } }) => ({ name, width, height })),
     network: element("graph").selectedOptions[0].textContent,
     keypoints: found.keypoints.map((xy) => xy.length),
     fundamental_matrix: found.matrix,
@@ -107,7 +108,8 @@ function draw(found) {
   const context = canvas.getContext("2d");
   bitmaps.forEach((bitmap, i) =>
     context.drawImage(bitmap, ...offsets[i], bitmap.width * scale, bitmap.height * scale));
-  const place = (i, [x, y]) => [(x + 0.5) * scale + offsets[i][0], (y + 0.5) * scale + offsets[i][1]];
+  // the center of the first pixel is (0, 0)
+  const place = (i, xy) => xy.map((value, k) => (value + 0.5) * scale + offsets[i][k]);
   if (element("show-keypoints").checked) {
     context.fillStyle = "rgba(255, 220, 0, 0.8)";
     found.keypoints.forEach((points, i) => points.forEach((xy) => {
@@ -129,7 +131,8 @@ function draw(found) {
 
 function download() {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(result, null, 1)], { type: "application/json" }));
+  const content = new Blob([JSON.stringify(result, null, 1)], { type: "application/json" });
+  link.href = URL.createObjectURL(content);
   link.download = "matches.json";
   link.click();
   URL.revokeObjectURL(link.href);

@@ -104,7 +104,9 @@ function unscale(f, { center, factor: s }) {
   for (let i = 0; i < 3; i++) {
     for (let j = 0; j < 3; j++) {
       let sum = 0;
-      for (let k = 0; k < 3; k++) for (let l = 0; l < 3; l++) sum += b[k][i] * f[3 * k + l] * a[l][j];
+      for (let k = 0; k < 3; k++) {
+        for (let l = 0; l < 3; l++) sum += b[k][i] * f[3 * k + l] * a[l][j];
+      }
       out.push(sum);
     }
   }
@@ -147,7 +149,8 @@ function nullSpace(rows) {
     let [row, column] = [i, i];
     for (let r = i; r < 7; r++) {
       for (let c = i; c < 9; c++) {
-        if (Math.abs(rows[r][order[c]]) > Math.abs(rows[row][order[column]])) [row, column] = [r, c];
+        const largest = Math.abs(rows[row][order[column]]);
+        if (Math.abs(rows[r][order[c]]) > largest) [row, column] = [r, c];
       }
     }
     [rows[i], rows[row]] = [rows[row], rows[i]];

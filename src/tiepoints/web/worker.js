@@ -23,7 +23,8 @@ function session(url) {
 // RGB in [0, 1] of a bitmap as a tensor (1,3,h,w), and the number of pixels per pixel of it.
 function pixels(bitmap) {
   const factor = Math.min(1, MAX_SIZE / Math.max(bitmap.width, bitmap.height));
-  const [width, height] = [bitmap.width, bitmap.height].map((n) => Math.max(1, Math.round(n * factor)));
+  const reduced = (length) => Math.max(1, Math.round(length * factor));
+  const [width, height] = [reduced(bitmap.width), reduced(bitmap.height)];
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
