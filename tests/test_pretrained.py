@@ -36,6 +36,7 @@ def test_every_combination_of_embedded_names_is_found():
     for detector in DETECTORS:
         assert options_of(detector, descriptor="none") == (detector, "none")
         assert options_of(f"{detector}-desnet") == (detector, "desnet")
+        assert options_of(f"{detector}+desnet") == (detector, "desnet")
     for descriptor in DESCRIPTORS[:-1]:
         assert options_of(descriptor) == ("keynet", descriptor)
         assert options_of(f"keynet-tiny-{descriptor}") == ("keynet-tiny", descriptor)

@@ -51,16 +51,16 @@ def from_pretrained(
 
 
 def _embedded(name: str) -> dict[str, str]:
-    """Detector and descriptor of ``DETECTOR-DESCRIPTOR``, or of one of these; empty if it is not
-    such a name.
+    """Detector and descriptor of ``DETECTOR-DESCRIPTOR`` (or with +, as systems of an evaluation),
+    or of one of these; empty if it is not such a name.
     """
     described = [descriptor for descriptor in DESCRIPTORS if descriptor != "none"]
     for detector in DETECTORS:
         if name == detector:
             return {"detector": detector}
-        descriptor = name.removeprefix(f"{detector}-")
-        if descriptor != name and descriptor in described:
-            return {"detector": detector, "descriptor": descriptor}
+        rest = name.removeprefix(detector)
+        if rest != name and rest[0] in "-+" and rest[1:] in described:
+            return {"detector": detector, "descriptor": rest[1:]}
     return {"descriptor": name} if name in described else {}
 
 

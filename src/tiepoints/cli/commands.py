@@ -16,6 +16,7 @@ from . import (
     match,
     reconstruct,
     reproduce,
+    serve,
     train,
     video,
     weights,
@@ -53,6 +54,7 @@ app.command("evaluate-patches")(evaluate.evaluate_patches)
 app.command("report")(evaluate.report)
 app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
+app.command("serve")(serve.serve)
 app.command("imc")(imc.imc)
 app.command("info")(info.info)
 app.command("backends")(backends.backends)
