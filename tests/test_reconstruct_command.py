@@ -4,8 +4,10 @@ camera that moves sideways or only rotates.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,9 @@ from PIL import Image
 import tiepoints
 from helpers import call, texture
 from tiepoints.exif import Position, local_meters, read_position
+from tiepoints.jobs.mapping import View
 from tiepoints.panorama import rotation_share
+from tiepoints.report.reconstruction import Scene
 
 pytest.importorskip("pycolmap")
 SIZE, FOCAL = (320, 240), 300.0
@@ -274,3 +278,73 @@ def test_rotation_and_parallax_are_told_apart():
     plane = points * (1, 1, 0) + (0, 0, 5)  # a translation in front of a plane is no rotation
     moved = project(plane @ R.T + (0.6, 0, 0.2))
     assert rotation_share(project(plane), moved, sizes, focal=FOCAL / 320) < 0.85
+
+
+def test_report_contains_everything_without_a_network(result):
+    base, *_ = result
+    page = (base / "model" / "report.html").read_text(encoding="utf-8")
+    for text in ("3D view", "Images that are not in the model", "gray.png", "Reprojection errors"):
+        assert text in page
+    assert not re.search(r"(src|href)=[\"']?https?:", page)
+    assert "script-src 'unsafe-inline'" in page
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', page).group(1))
+    count = json.loads((base / "model" / "summary.json").read_text())["models"][0]["points"]
+    assert len(base64.b64decode(data["colors"])) <= 3 * count
+    assert len(base64.b64decode(data["positions"])) == 2 * len(base64.b64decode(data["colors"]))
+    assert {camera["name"] for camera in data["cameras"]} == {f"0_{k}.png" for k in range(5)}
+
+
+def test_report_quantizes_the_points_to_a_fraction_of_the_extent():
+    from tiepoints.report.reconstruction import _upright, _viewer_data
+
+    rng = np.random.default_rng(0)
+    points = np.concatenate([rng.normal(0, 2, (500, 3)), [[1000, 0, 0]]])
+    views = {
+        f"{k}": View(
+            np.array([k, 0.2 * k, -5.0]), np.eye(3), SIZE, FOCAL, np.zeros((0, 2)),
+            np.zeros(0, np.int64), np.zeros((0, 2)),
+        )
+        for k in range(4)
+    }  # fmt: skip
+    scene = Scene(
+        "<x>", {}, points, np.zeros((501, 3), np.uint8), np.full(501, 3), views, {}, {}, {}
+    )
+    data = _viewer_data(scene)
+    grid = np.frombuffer(base64.b64decode(data["positions"]), "<u2").reshape(-1, 3)
+    low, high = np.array(data["low"]), np.array(data["high"])
+    found = low + (high - low) * grid / 65535
+    assert len(found) == 500  # without the distant one
+    axes = _upright(list(views.values()))
+    np.testing.assert_allclose(axes, [[1, 0, 0], [0, -1, 0], [0, 0, -1]], atol=1e-9)
+    centered = (points - np.median(points, axis=0)) @ axes.T
+    scale = np.quantile(np.linalg.norm(centered, axis=1), 0.9)
+    np.testing.assert_allclose(found, centered[:500] / scale, atol=1e-3)
+
+
+def test_aerial_images_are_shown_from_above():
+    from tiepoints.report.reconstruction import _upright
+
+    north = np.array([[1.0, 0, 0], [0, -1, 0], [0, 0, -1]])  # looks down, top of the image north
+    views = [
+        View(np.array([x, y, 9.0]), north, SIZE, FOCAL, *[np.zeros((0, 2))] * 3)
+        for x in range(3)
+        for y in range(3)
+    ]
+    np.testing.assert_allclose(_upright(views)[1], [0, 0, 1], atol=1e-9)
+
+
+def test_numbers_of_sift_are_compared(result):
+    base, *_ = result
+    out = base / "compared"
+    model, summary = tiepoints.reconstruct(
+        base / "photos",
+        out,
+        quality="fast",
+        max_size=320,
+        threads=1,
+        compare="sift",
+        undistort=True,
+    )
+    assert summary.sift["registered"] >= 4
+    assert "Compared with SIFT" in (out / "report.html").read_text(encoding="utf-8")
+    assert len(list((out / "dense" / "images").iterdir())) == model.num_reg_images()

@@ -55,10 +55,14 @@ class Vocabulary:
                 f"the vocabulary is of descriptors of dimension {len(self.mean)}, got "
                 f"{descriptors.shape[1]}"
             )
-        local = (descriptors.float() - self.mean) @ self.axes
-        word = _nearest(local, self.words)
+        local, word = self.assign(descriptors)
         sums = torch.zeros_like(self.words).index_add_(0, word, local - self.words[word])
         return torch.nn.functional.normalize(_unit(sums).flatten(), dim=0)
+
+    def assign(self, descriptors: Tensor) -> tuple[Tensor, Tensor]:
+        """Local descriptors (N,D) in the coordinates of the axes (N,E), and their words (N,)."""
+        local = (descriptors.float() - self.mean) @ self.axes
+        return local, _nearest(local, self.words)
 
     def save(self, path: Path, weights: str) -> None:
         """Write the vocabulary of the descriptors of a weights file with this SHA-256."""
@@ -116,6 +120,13 @@ def train_vocabulary(
         used = count > 0
         centers[used] = sums[used] / count[used, None]
     return Vocabulary(mean, axes, centers)
+
+
+def center(table: Tensor) -> Tensor:
+    """Global descriptors (N,G) without what all images of the collection have in common, of unit
+    length; a single one is unchanged.
+    """
+    return _unit(table - table.mean(dim=0)) if len(table) > 1 else table
 
 
 def _nearest(points: Tensor, centers: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ..progress import track
 from ..retrieval import (
     TRAINING_DESCRIPTORS,
     Vocabulary,
+    center,
     load_vocabulary,
     most_similar,
     train_vocabulary,
@@ -220,14 +221,9 @@ class _Search:
         if self._table is None:
             read = _reader(self.images.store)
             vocabulary = load_vocabulary(self.images.weights) or _own_vocabulary(self.names, read)
-            self._table = torch.stack(
-                [
-                    vocabulary.describe(read(name)).half()
-                    for name in track(
-                        self.names, unit="image", label="similarity", enabled=self.progress
-                    )
-                ]
-            )
+            names = track(self.names, unit="image", label="similarity", enabled=self.progress)
+            rows = torch.stack([vocabulary.describe(read(name)).half() for name in names])
+            self._table = center(rows.float()).half()
         return self._table
 
 

@@ -485,8 +485,10 @@ class _Reconstruction:
         scene = Scene(
             title=self.root.resolve().name or "reconstruction",
             summary=self.summary.to_json(),
-            model=arrays,
+            points=arrays.points,
             colors=colors,
+            length=arrays.length,
+            views=arrays.views,
             keypoints=graph.keypoints,
             inliers=graph.inliers,
             previews=previews,

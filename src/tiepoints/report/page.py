@@ -361,12 +361,14 @@ class Page:
     Attributes:
         metadata: (name, value) of the header.
         summary: paragraphs of the box at the top.
+        assets: names of further scripts (``NAME.js``) and styles (``NAME.css``) in ``assets``.
     """
 
     title: str
     metadata: list[tuple[str, str]]
     summary: list[str]
     sections: list[Section] = field(default_factory=list)
+    assets: tuple[str, ...] = ()
 
     def html(self) -> str:
         """A self-contained HTML file; its content security policy forbids external resources."""
@@ -383,8 +385,8 @@ class Page:
             metadata=self.metadata,
             summary=self.summary,
             sections=sections,
-            style=_asset("style.css") + _asset("charts.css"),
-            script=_asset("sort.js"),
+            style="".join(_asset(f"{name}.css") for name in ("style", "charts", *self.assets)),
+            script="".join(_asset(f"{name}.js") for name in ("sort", *self.assets)),
         )
 
     def markdown(self) -> str:
