@@ -7,20 +7,34 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import evaluate, extract, imc, info, match, reproduce, train, video, weights
-from .common import configure_logging
+from . import (
+    evaluate,
+    export,
+    extract,
+    imc,
+    info,
+    lite,
+    match,
+    reproduce,
+    train,
+    video,
+    weights,
+)
+from .common import configure_logging, missing_library
 from .signals import stop_message
 
 
 class _Commands(TyperGroup):
-    """Commands that a signal stops also where they handle no errors, such as in their imports."""
+    """Commands that a signal or a missing library stops also where they handle no errors, such as
+    in their imports.
+    """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with stop_message():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with stop_message():
+        with stop_message(), missing_library():
             return super().invoke(ctx)
 
 
@@ -31,6 +45,7 @@ app = typer.Typer(
     help="Find, describe, match and measure tie points, and train the networks that do so.",
 )
 app.command("extract")(extract.extract)
+app.command("lite")(lite.lite)
 app.command("match")(match.match)
 app.command("train")(train.train)
 app.command("pairs")(train.pairs)
@@ -41,6 +56,7 @@ app.command("report")(evaluate.report)
 app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
 app.command("imc")(imc.imc)
+app.command("export")(export.export)
 app.command("info")(info.info)
 app.add_typer(weights.app, name="weights")
 app.add_typer(evaluate.data_app, name="data")
