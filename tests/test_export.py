@@ -1,6 +1,8 @@
 """Exported networks and pipelines: their numbers in ONNX Runtime are those of torch."""
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from tiepoints.graphs import (
     sobelnet_side,
     times,
 )
+from tiepoints.lite import Extractor
 from tiepoints.models.keynet import KeyNet, pyramid_level_size
 from tiepoints.models.sobelnet import SobelNet, level_size
 from tiepoints.pyramid import SCALE_STEP
@@ -134,9 +137,7 @@ def test_export_of_a_network(tmp_path):
     net = SobelNet().eval()
     save(net, tmp_path / "mine.safetensors")
     path = tmp_path / "mine.onnx"
-    code, out, _ = call(
-        "export", tmp_path / "mine.safetensors", "--form", "network", "--output", path, "--json"
-    )
+    code, out, _ = call("export", tmp_path / "mine.safetensors", "--output", path, "--json")
     assert code == 0
     report = json.loads(out)
     assert report["form"] == "network"
@@ -157,22 +158,42 @@ def test_export_of_a_network(tmp_path):
         )
 
 
-def test_a_wrong_export_is_not_written(tmp_path, monkeypatch):
-    pytest.importorskip("onnx")
-    monkeypatch.setattr(export, "MAP_TOLERANCE", 1e-12)
-    save(SobelNet().eval(), tmp_path / "mine.safetensors")
-    with pytest.raises(export.DataError, match="differs from torch"):
-        export.export_network(str(tmp_path / "mine.safetensors"), tmp_path / "x.onnx")
-    assert not (tmp_path / "x.onnx").exists()
+def negation() -> Any:
+    """A model that is no translation of any network."""
+    onnx = pytest.importorskip("onnx")
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["b", 1, "h", "w"])
+        for name in ("image", "scores")
+    ]
+    node = onnx.helper.make_node("Neg", ["image"], ["scores"])
+    graph = onnx.helper.make_graph([node], "negation", ends[:1], ends[1:])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    return onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+
+
+def test_a_wrong_network_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "_translate", lambda *_: negation())
+    code, _, err = call("export", "keynet-tiny", "--output", tmp_path / "x.onnx")
+    assert (code, "differs from torch" in err) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_of_a_pipeline_compares_with_torch():
+    pytest.importorskip("onnxruntime")
+    session = Extractor().session
+    options = ExtractOptions(detector="sobelnet", descriptor="desnet")
+    assert export._check_pipeline(session, options) < 1e-3
+    with pytest.raises(export.DataError, match="it was not written"):
+        export._check_pipeline(session, replace(options, single_scale=True))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--form", "network"], "requires the name of a network"),
-        (["sobelnet"], "use --form network"),
-        (["rekd", "--form", "network"], "cannot be exported"),
-        (["nothing", "--form", "network"], "nothing"),
+        (["sobelnet", "--form", "pipeline"], "takes --detector and --descriptor"),
+        (["rekd"], "cannot be exported"),
+        (["nothing"], "nothing"),
         (["--detector", "rekd"], "cannot be exported"),
         (["--detector", "rekd-light", "--descriptor", "none"], "cannot be exported"),
         (["--descriptor", "rootsift"], "rootsift cannot be exported"),
@@ -188,10 +209,11 @@ def test_wrong_arguments_of_export(tmp_path, arguments, message):
 
 
 def test_the_output_must_be_an_onnx_file(tmp_path):
-    code, _, err = call("export", "sobelnet", "--form", "network", "--output", tmp_path / "x.bin")
+    code, _, err = call("export", "sobelnet", "--output", tmp_path / "x.bin")
     assert (code, "must end in .onnx" in err) == (2, True)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_tracing_a_network_of_several_sizes_is_refused():
     """The trace would be silently wrong for images of other sizes."""
     with pytest.raises(RuntimeError, match="tiepoints export"):

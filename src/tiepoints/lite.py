@@ -29,7 +29,6 @@ from .files import (
     collect,
     is_disk_full,
     is_lfs_pointer,
-    require,
     write_json,
 )
 from .formats.arrays import clear_arrays, feature_paths, write_arrays
@@ -198,7 +197,12 @@ def _read_graph(graph: str | os.PathLike) -> tuple[Path, bytes]:
 
 
 def _session(path: Path, content: bytes, threads: int | None) -> Any:
-    runtime = require("onnxruntime", extra="lite", purpose="extraction without torch")
+    try:
+        import onnxruntime as runtime
+    except ImportError as error:  # the extra would install torch
+        raise ImportError(
+            f"extraction without torch needs onnxruntime: pip install onnxruntime ({error})"
+        ) from error
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = threads or 0

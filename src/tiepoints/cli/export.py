@@ -30,17 +30,15 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.onnx).")],
     name: Annotated[
         str | None,
-        typer.Argument(
-            help="With --form network: keynet, sobelnet, desnet, ... or a weights file."
-        ),
+        typer.Argument(help="For a network alone: keynet, desnet, hardnet, ... or a weights file."),
     ] = None,
     form: Annotated[
-        Literal["network", "pipeline"],
+        Literal["network", "pipeline"] | None,
         typer.Option(
             help="network: a network alone; pipeline: from the image and the number of keypoints "
-            "to positions, scales, scores and descriptors."
+            "to positions, scales, scores and descriptors (default: network if one is named)."
         ),
-    ] = "pipeline",
+    ] = None,
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     single_scale: SingleScaleOption = False,
@@ -59,10 +57,7 @@ def export(
     if form == "network" and name is None:
         fail("--form network requires the name of a network, such as: tiepoints export desnet")
     if form == "pipeline" and name is not None:
-        fail(
-            f"--form pipeline takes --detector and --descriptor, not {name!r}; for a network alone "
-            "use --form network"
-        )
+        fail(f"--form pipeline takes --detector and --descriptor, and not {name!r}")
     options = extract_options(context)
     from ..export import export_network, export_pipeline
 
