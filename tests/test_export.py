@@ -12,6 +12,7 @@ from helpers import call
 from tiepoints.extract import ExtractOptions
 from tiepoints.graphs import (
     LEAST_SIDE,
+    MAX_SIDE,
     DesNetGraph,
     KeyNetGraph,
     PipelineGraph,
@@ -52,10 +53,11 @@ def test_a_scale_factor_that_is_no_small_fraction_is_refused():
 
 
 def test_level_sizes_are_those_of_the_pyramid_and_of_sobelnet():
-    for side in range(1, 20_000):
-        for level in (1, 2, 3):
+    for side in range(1, MAX_SIDE + 1):
+        for level in (1, 2):
             assert enlarged(side, level) == int(side * SCALE_STEP**level)
         assert reduced(side) == max(int(side // SCALE_STEP), LEAST_SIDE)
+    for side in range(1, 2 * MAX_SIDE + 1):
         for level in (1, 2):
             assert sobelnet_side(side, level) == level_size(side, side, level)[0]
 

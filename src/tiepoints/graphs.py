@@ -28,11 +28,12 @@ from .patches import HALF_SIDE, PATCH_SIZE
 from .pyramid import MIN_SIDE, SCALE_STEP
 
 #: Largest side of an image for which the sizes of levels are those of the pyramid.
-MAX_SIDE = 32768
+MAX_SIDE = 16384
 #: Smallest side of an image, and of a level that is computed; smaller levels have no keypoints.
 LEAST_SIDE = 16
-#: sqrt(2) as a fraction that gives the same whole sizes up to ``MAX_SIDE``.
-ROOT_2 = Fraction(14142135623731, 10**13)
+#: sqrt(2) as a fraction: a convergent of its continued fraction, so that whole sizes up to its
+#: denominator are the same; products with sizes fit 32 bits, in which OpenVINO computes.
+ROOT_2 = Fraction(47321, 33461)
 #: Distance in pixels of a level within which duplicates are searched: ``DUPLICATE_DISTANCE``, and
 #: the roundings of two positions.
 DUPLICATE_RADIUS = int(DUPLICATE_DISTANCE) + 1
@@ -61,8 +62,8 @@ def sobelnet_side(length: Any, level: int) -> Any:
     if level % 2 == 0:
         return torch.sym_max(length // 2 ** (level // 2), 1)
     factor = ROOT_2 / 2 ** ((level + 1) // 2)
-    shifted = 2 * length * factor.numerator + factor.denominator
-    return torch.sym_max(shifted // (2 * factor.denominator), 1)
+    numerator, denominator = factor.numerator, factor.denominator
+    return torch.sym_max((length * numerator + denominator // 2) // denominator, 1)
 
 
 def keynet_factor(factor: float) -> Fraction:
@@ -534,9 +535,8 @@ class PipelineGraph(_Filters):
         h, w = scores.shape[-2:]
         border = self.options.border
         found = (scores == self._largest(scores)) & (scores > self.threshold)
-        numbers = torch.arange(h * w, 0, -1).view(1, 1, h, w).double() * found
-        found = found & (numbers == self._largest(numbers))
         rows, columns = torch.arange(h), torch.arange(w)
+        found = found & self._first_of_plateau(found, rows, columns)
         inside = ((rows >= border) & (rows < h - border))[:, None] & (
             (columns >= border) & (columns < w - border)
         )
@@ -551,11 +551,22 @@ class PipelineGraph(_Filters):
         position = level.to_original(refined - self.offset)
         return _Candidates(y * w + x, position, score, own, torch.zeros_like(score))
 
+    def _first_of_plateau(self, found: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Whether no other candidate of the window comes before, in reading order: in its upper
+        rows, or before in the same row. In single precision, which runtimes have for ``MaxPool``.
+        """
+        above = (rows.shape[0] - rows).float()[:, None] * found
+        before = (columns.shape[0] - columns).float() * found
+        return (above == self._largest(above)) & (before == self._largest_of_row(before))
+
     def _largest(self, maps: Tensor) -> Tensor:
         """As ``keypoints.max_filter``."""
         window = self.options.nms_window
-        rows = F.max_pool2d(maps, (1, window), 1, (0, window // 2))
-        return F.max_pool2d(rows, (window, 1), 1, (window // 2, 0))
+        return F.max_pool2d(self._largest_of_row(maps), (window, 1), 1, (window // 2, 0))
+
+    def _largest_of_row(self, maps: Tensor) -> Tensor:
+        window = self.options.nms_window
+        return F.max_pool2d(maps, (1, window), 1, (0, window // 2))
 
     def _response(self, scores: Tensor, xy: Tensor) -> Tensor:
         return (_sample(scores, xy[None])[0, 0] - self.floor).clamp(min=0)
