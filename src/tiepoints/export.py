@@ -135,6 +135,7 @@ def export_pipeline(options: ExtractOptions, output: Path) -> Exported:
         ["image", "max_keypoints"],
         names,
     )
+    name_count(model)
     networks: dict[str, Any] = {"detector": options.detector}
     if options.described:
         networks["descriptor"] = options.descriptor
@@ -171,6 +172,12 @@ def pipeline_graph(options: ExtractOptions) -> PipelineGraph:
     shape = options.nms_shape or spec.nms_shape
     chosen = replace(options, single_scale=False, up_levels=up, down_levels=down, nms_shape=shape)
     return PipelineGraph(net, descriptor, chosen).eval()
+
+
+def name_count(model: Any) -> None:
+    """Name the number of keypoints in the shapes of the outputs of a pipeline."""
+    for output in model.graph.output:
+        output.type.tensor_type.shape.dim[0].dim_param = "count"
 
 
 def describe(
@@ -301,7 +308,8 @@ def _store_half(model: Any) -> None:
         if tensor.data_type != TensorProto.FLOAT:
             continue
         values = numpy_helper.to_array(tensor)
-        half = values.astype(np.float16)
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
         if values.nbytes < HALF_BYTES or not (half.astype(np.float32) == values).all():
             continue
         name = tensor.name
