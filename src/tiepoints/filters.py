@@ -13,19 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gray import luma
+
 # Binomial weights of the 5-tap blur that the official PyTorch Key.Net applies before every
 # reduction.
 BINOMIAL_5 = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-# ITU-R BT.601 luma, what OpenCV and Pillow use.
-LUMA = (0.299, 0.587, 0.114)
 
 
 def to_gray(image: Tensor) -> Tensor:
     """(B,3,H,W) RGB to (B,1,H,W) luma (BT.601); (B,1,H,W) passes through."""
     if image.shape[1] == 1:
         return image
-    r, g, b = image[:, 0:1], image[:, 1:2], image[:, 2:3]
-    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+    return luma(image[:, 0:1], image[:, 1:2], image[:, 2:3])
 
 
 def pad_reflect(image: Tensor, pad: int) -> Tensor:
@@ -134,7 +133,16 @@ def percentile_rank(values: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing to ``size`` = (height, width), half-pixel convention, no anti-aliasing."""
+    """Bilinear resizing to ``size`` = (height, width), half-pixel convention, no anti-aliasing.
+
+    Raises:
+        RuntimeError: while it is traced, which would make the sizes of one image those of all.
+    """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "networks with levels of several sizes cannot be traced: the result would be wrong for "
+            "images of other sizes; use `tiepoints export`"
+        )
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.interpolate(image, size=size, mode="bilinear", align_corners=False)

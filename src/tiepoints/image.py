@@ -1,127 +1,53 @@
 """Load images as gray tensors (1,1,H,W) float32 in [0,1].
 
-Values are scaled to [0,1] by the range of their type, not by their own maximum: unsigned integers
-of b bits from 0 to 2^b - 1, signed ones from -2^(b-1) to 2^(b-1) - 1, and floats must already lie
-in [0,1]. ``ReadOptions`` selects another range. Pixels are read as stored: EXIF orientation is
-ignored, so keypoints are in pixels of the stored image, as in COLMAP, unless
-``exif_orientation="apply"``. Transparent pixels, pixels without data (NaN, the nodata value of
-GDAL) and, if named, a uniform surround are filled from their surroundings and excluded by the mask
-of the ``Reading``.
+Files, PIL images and arrays are read by ``reading``; tensors are converted here. Transparent pixels
+and pixels without data are filled from their surroundings and excluded by the mask of the
+``Reading``.
 """
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .decode import (
-    UPRIGHT,
-    Raster,
-    Strip,
-    file_errors,
-    open_raster,
-    pillow_raster,
-    select_bands,
-    split_page,
-)
-from .errors import DataError
+from .decode import UPRIGHT, file_errors, open_raster, split_page
 from .filters import to_gray
-from .masks import connected_to_border, exclude
+from .masks import exclude
+from .reading import (
+    MAX_PIXELS,
+    GrayImage,
+    Notices,
+    ReadOptions,
+    checked_array,
+    finite,
+    read_gray,
+    read_raster,
+    scale,
+    strips,
+    upright,
+    value_limits,
+)
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "MAX_PIXELS",
+    "ImageLike",
+    "Notices",
+    "ReadOptions",
+    "Reading",
+    "load_image",
+    "read_image",
+    "read_mask",
+    "read_rgb",
+    "to_rgb",
+]
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | Tensor
-
-#: Images with more pixels than this raise a ``DataError``.
-MAX_PIXELS = 300_000_000
-#: Values of ``exif_orientation``.
-EXIF_ORIENTATIONS = ("ignore", "apply")
-#: Percentiles of the valid pixels that ``value_range="auto"`` maps to 0 and 1.
-AUTO_PERCENTILES = (0.5, 99.5)
-#: An image whose middle 98 % of pixels fill less of the range of their type than this is reported.
-NARROW_RANGE = 0.02
-#: Number of pixels of a strip, and of rows and columns of a sample for percentiles.
-STRIP_PIXELS, SAMPLE_SIDE = 1 << 20, 512
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """How the pixels of an image are read.
-
-    Attributes:
-        value_range: the stored values that become 0 and 1: ``type``, the range of the type;
-            ``auto``, the 0.5 and 99.5 percentiles of the valid pixels; or ``LO,HI``. Values outside
-            are clipped.
-        exif_orientation: ``ignore``: coordinates are those of the stored image; ``apply``: those of
-            the image rotated upright.
-        mask_alpha: no keypoints on or near transparent pixels; an image that is transparent
-            everywhere is read as opaque.
-        mask_value: no keypoints on or near a surround of this stored value (in all channels) that
-            is connected to the border of the image; in JPEG files also of similar values.
-        bands: the band to use as gray, or the three to use as RGB, counted from 1, such as ``4`` or
-            ``4,3,2``; None = the colors that the file declares.
-
-    Raises:
-        ValueError: an option is invalid.
-    """
-
-    value_range: str = "type"
-    exif_orientation: str = "ignore"
-    mask_alpha: bool = True
-    mask_value: float | None = None
-    bands: str | None = None
-
-    def __post_init__(self) -> None:
-        _ = self.limits, self.band_numbers  # both raise for invalid text
-        if self.exif_orientation not in EXIF_ORIENTATIONS:
-            raise ValueError(
-                f"exif_orientation must be one of {', '.join(EXIF_ORIENTATIONS)}; got "
-                f"{self.exif_orientation!r}"
-            )
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> ReadOptions:
-        """The options of reading in the record of stored features."""
-        names = {f.name for f in fields(ReadOptions)}
-        return ReadOptions(**{key: value for key, value in record.items() if key in names})
-
-    @property
-    def limits(self) -> tuple[float, float] | None:
-        """The two values of a ``value_range`` ``LO,HI``."""
-        if self.value_range in ("type", "auto"):
-            return None
-        try:
-            low, high = (float(part) for part in self.value_range.split(","))
-        except ValueError:
-            low = high = math.nan
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise ValueError(
-                "value_range must be auto, type or LO,HI with LO below HI, such as 29500,31000; "
-                f"got {self.value_range!r}"
-            )
-        return low, high
-
-    @property
-    def band_numbers(self) -> tuple[int, ...] | None:
-        """``bands`` as numbers."""
-        if self.bands is None:
-            return None
-        parts = self.bands.split(",")
-        if len(parts) not in (1, 3) or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-            raise ValueError(
-                "bands must be one number, or three separated by commas, counted from 1; got "
-                f"{self.bands!r}"
-            )
-        return tuple(int(part) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -141,64 +67,6 @@ class Reading:
     narrow: bool = False
     pages: int = 1
     orientation: int = 1
-
-
-@dataclass
-class Notices:
-    """What users should know about the images that were read, logged once for each kind."""
-
-    total: int = 0
-    narrow: list[str] = field(default_factory=list)
-    paged: list[str] = field(default_factory=list)
-    rotated: list[str] = field(default_factory=list)
-    orientations: set[int] = field(default_factory=set)
-    _logged: set[str] = field(default_factory=set)
-
-    def add(self, source: object, reading: Reading) -> None:
-        """Note what was read from an image."""
-        name = str(source) if isinstance(source, str | os.PathLike) else "an image in memory"
-        self.total += 1
-        self.orientations.add(reading.orientation)
-        if reading.narrow:
-            self.narrow.append(name)
-        if reading.pages > 1:
-            self.paged.append(name)
-        if reading.orientation != 1:
-            self.rotated.append(name)
-
-    def log(self, *, pages: bool = True, rotations: bool = True) -> None:
-        """Log the kinds that have not been logged before.
-
-        Args:
-            pages: whether to mention further pages.
-            rotations: whether to mention different EXIF orientations.
-        """
-        self._log(
-            logging.WARNING,
-            self.narrow,
-            f"the values fill under {NARROW_RANGE * 100:.0f} % of the range of their type, so few "
-            "matches may be found; use --value-range auto",
-        )
-        if pages:
-            self._log(
-                logging.INFO,
-                self.paged,
-                "only the first of several pages or frames is used; use --pages all",
-            )
-        if rotations and len(self.orientations) > 1:
-            self._log(
-                logging.INFO,
-                self.rotated,
-                "stored rotated (EXIF orientation) and read as stored; match with --orientation "
-                "auto, or use --exif-orientation apply",
-            )
-
-    def _log(self, level: int, names: list[str], text: str) -> None:
-        if names and text not in self._logged:
-            self._logged.add(text)
-            logger.log(
-                level, "%d of %d images, such as %s: %s", len(names), self.total, names[0], text
-            )
 
 
 def read_image(
@@ -224,24 +92,23 @@ def read_image(
         FileNotFoundError, DataError, ValueError: as ``load_image``.
     """
     options = options or ReadOptions()
-    if isinstance(source, str | os.PathLike):
-        with file_errors(split_page(source)[0]):
-            raster = open_raster(source, max_pixels, options.band_numbers)
-            return _read_raster(raster, source, options, whole_levels)
-    bands = options.band_numbers
-    if isinstance(source, Image.Image):
-        raster = select_bands(pillow_raster(source), "the image", bands)
-        return _read_raster(raster, "the image", options, whole_levels)
-    plain = options.value_range == "type" and options.mask_value is None and bands is None
-    if isinstance(source, np.ndarray) and (whole_levels or not plain):
-        raster = select_bands(_array_raster(source), "the array", bands)
-        return _read_raster(raster, "the array", options, whole_levels)
+    plain = options.value_range == "type" and options.mask_value is None and options.bands is None
+    array = isinstance(source, np.ndarray) and (whole_levels or not plain)
+    if array or isinstance(source, str | os.PathLike | Image.Image):
+        return _reading(read_gray(source, options, max_pixels, whole_levels=whole_levels))  # type: ignore[arg-type]
     pixels = load_image(source)
     opaque = _opaque(source) if options.mask_alpha else None
     if opaque is None or opaque.all() or not opaque.any():
         return Reading(pixels)
     gray = pixels[0, 0].cpu().numpy().copy()
-    return Reading(_as_tensor(gray), torch.from_numpy(exclude(gray, ~opaque)))
+    mask = exclude(gray, ~opaque)
+    return _reading(GrayImage(gray, mask))
+
+
+def _reading(found: GrayImage) -> Reading:
+    mask = None if found.mask is None else torch.from_numpy(found.mask)
+    pixels = torch.from_numpy(found.pixels)[None, None]
+    return Reading(pixels, mask, found.narrow, found.pages, found.orientation)
 
 
 def load_image(source: ImageLike, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -275,7 +142,9 @@ def read_mask(path: str | os.PathLike) -> Tensor:
     """
     with file_errors(split_page(path)[0]):
         raster = replace(open_raster(path, MAX_PIXELS), nodata=None)
-        return _read_raster(raster, path, ReadOptions(mask_alpha=False)).pixels[0, 0] != 0
+        return torch.from_numpy(
+            read_raster(raster, path, ReadOptions(mask_alpha=False)).pixels != 0
+        )
 
 
 def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> Tensor:
@@ -285,15 +154,16 @@ def read_rgb(source: str | os.PathLike, options: ReadOptions | None = None) -> T
     options = options or ReadOptions()
     with file_errors(split_page(source)[0]):
         raster = open_raster(source, MAX_PIXELS, options.band_numbers)
-        low, high = _limits(raster, options)
+        low, high = value_limits(raster, options)
         width, height = raster.size
         rgb = torch.empty(1, 3, height, width)
-        for start, end in _strips(raster.size):
-            values = _finite(raster.strip(start, end)[0], low)
-            rgb[:, :, start:end] = _unit(raster, values, low, high)  # gray is repeated
+        for start, end in strips(raster.size):
+            values = finite(raster.strip(start, end)[0], low)
+            unit = torch.from_numpy(scale(raster, values, low, high))
+            rgb[:, :, start:end] = unit.permute(2, 0, 1)  # gray is repeated
     rgb.clamp_(0, 1)
     applied = options.exif_orientation == "apply"
-    return _upright(rgb, raster.orientation) if applied else rgb
+    return torch.from_numpy(upright(rgb.numpy(), raster.orientation)) if applied else rgb
 
 
 def to_rgb(source: ImageLike, options: ReadOptions | None = None) -> Image.Image:
@@ -331,170 +201,7 @@ def _picture(path: str | os.PathLike, options: ReadOptions) -> Image.Image:
     return Image.fromarray(_as_bytes(read_rgb(path, options)[0].permute(1, 2, 0)))
 
 
-# ---- from stored values to gray
-
-
-def _read_raster(
-    raster: Raster, name: object, options: ReadOptions, whole_levels: bool = False
-) -> Reading:
-    if 0 in raster.size:
-        raise ValueError("an image must not be empty")
-    gray, invalid = _scaled(raster, name, options, whole_levels)
-    narrow = options.value_range == "type" and _is_narrow(gray, invalid)
-    mask = None if invalid is None else torch.from_numpy(exclude(gray, invalid))
-    pixels, orientation = _as_tensor(gray), raster.orientation
-    if orientation != 1 and options.exif_orientation == "apply":
-        pixels = _upright(pixels, orientation)
-        mask = None if mask is None else _upright(mask, orientation)
-        orientation = 1
-    return Reading(pixels, mask, narrow, raster.pages, orientation)
-
-
-def _as_tensor(gray: np.ndarray) -> Tensor:
-    return torch.from_numpy(gray)[None, None]
-
-
-def _strips(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """(first row, end row) of strips of about ``STRIP_PIXELS``."""
-    width, height = size
-    rows = max(1, STRIP_PIXELS // width)
-    for start in range(0, height, rows):
-        yield start, min(start + rows, height)
-
-
-#: Luma weights of OpenCV's conversion to gray in units of 2^-15 (``filters.LUMA``).
-_OPENCV_LUMA = np.array((9798, 19235, 3735), np.int32)
-
-
-def _scaled(
-    raster: Raster, name: object, options: ReadOptions, whole_levels: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Gray values (H,W) in [0,1], and (H,W) bool, true where there is no content, or None."""
-    width, height = raster.size
-    low, high = _limits(raster, options)
-    gray = np.empty((height, width), np.float32)
-    # (H,W) bool, allocated when the first pixel needs it
-    kinds: dict[str, np.ndarray] = {}
-    least, most = math.inf, -math.inf
-    for start, end in _strips(raster.size):
-        values, opaque = raster.strip(start, end)
-        found = _without_content(values, opaque, raster, options)
-        for kind, part in found.items():
-            if part.any():
-                whole = kinds.setdefault(kind, np.zeros((height, width), bool))
-                whole[start:end] = part
-        if whole_levels and values.dtype == np.uint8 and values.shape[2] == 3:
-            values = ((values @ _OPENCV_LUMA + (1 << 14)) >> 15)[..., None]
-        unit = to_gray(_unit(raster, _finite(values, low), low, high))[0, 0].numpy()
-        missing = found.get("nodata")
-        valid = unit if missing is None else unit[~missing]
-        least, most = min(least, valid.min(initial=least)), max(most, valid.max(initial=most))
-        np.clip(unit, 0, 1, out=gray[start:end])
-    is_float = (raster.low, raster.high) == (0.0, 1.0)
-    if options.value_range == "type" and is_float and (least < -1e-4 or most > 1 + 1e-4):
-        raise DataError(
-            f"{name} holds float values from {least:g} to {most:g}, and not in [0, 1]; use "
-            "--value-range auto, or LO,HI"
-        )
-    return gray, _combined(kinds)
-
-
-def _without_content(
-    values: np.ndarray, opaque: np.ndarray | None, raster: Raster, options: ReadOptions
-) -> dict[str, np.ndarray]:
-    """Kind -> pixels (h,W) bool of a strip: ``nodata``, ``transparent``, and ``surround``, pixels
-    of ``mask_value`` wherever they are.
-    """
-    found = {}
-    if values.dtype.kind == "f":
-        found["nodata"] = ~np.isfinite(values).all(axis=2)
-    if raster.nodata is not None and math.isfinite(raster.nodata):
-        value = np.float64(raster.nodata)
-        if values.dtype.kind == "f":
-            value = value.astype(values.dtype)  # the text may have more digits than the type
-        found["nodata"] = (values == value).all(axis=2) | found.get("nodata", False)
-    if opaque is not None and options.mask_alpha:
-        found["transparent"] = ~opaque
-    if options.mask_value is not None:
-        distance = np.abs(values.astype(np.float64) - options.mask_value)
-        found["surround"] = (distance <= raster.tolerance).all(axis=2)
-    return found
-
-
-def _combined(kinds: dict[str, np.ndarray]) -> np.ndarray | None:
-    """Pixels without content of a whole image, or None."""
-    if "transparent" in kinds and kinds["transparent"].all():
-        del kinds["transparent"]
-    if "surround" in kinds:
-        kinds["surround"] = connected_to_border(kinds["surround"])
-    result = None
-    for mask in kinds.values():
-        if mask.any():
-            result = mask if result is None else result | mask
-    return result
-
-
-def _finite(values: np.ndarray, low: float) -> np.ndarray:
-    if values.dtype.kind != "f":
-        return values
-    return np.where(np.isfinite(values), values, np.asarray(low, values.dtype))
-
-
-def _unit(raster: Raster, values: np.ndarray, low: float, high: float) -> Tensor:
-    """Values (h,W,C) with ``low`` mapped to 0 and ``high`` to 1: (1,C,h,W) float32."""
-    exact = values.dtype.itemsize <= 2 and values.dtype.kind in "uib"
-    numbers: np.ndarray = values.astype(np.float32 if exact else np.float64)
-    if low:
-        numbers = np.subtract(numbers, low, out=numbers)
-    numbers = np.divide(numbers, high - low, out=numbers)
-    if raster.inverted:
-        numbers = 1 - numbers
-    return torch.from_numpy(numbers.astype(np.float32, copy=False)).permute(2, 0, 1)[None]
-
-
-def _limits(raster: Raster, options: ReadOptions) -> tuple[float, float]:
-    """The stored values that become 0 and 1."""
-    if options.value_range == "type":
-        return raster.low, raster.high
-    return options.limits or _percentiles(raster, options)
-
-
-def _percentiles(raster: Raster, options: ReadOptions) -> tuple[float, float]:
-    """``AUTO_PERCENTILES`` of the gray values of a sample of the pixels with content."""
-    width, height = raster.size
-    sample = []
-    for row in range(0, height, max(1, height // SAMPLE_SIDE)):
-        values, opaque = raster.strip(row, row + 1)
-        step = max(1, width // SAMPLE_SIDE)
-        values, opaque = values[:, ::step], None if opaque is None else opaque[:, ::step]
-        valid = np.ones(values.shape[:2], bool)
-        for part in _without_content(values, opaque, raster, options).values():
-            valid &= ~part
-        color = torch.from_numpy(_finite(values, 0).astype(np.float64)).permute(2, 0, 1)
-        sample.append(to_gray(color[None])[0, 0].numpy()[valid])
-    numbers = np.concatenate(sample)
-    if not len(numbers):
-        return raster.low, raster.high
-    low, high = (float(value) for value in np.percentile(numbers, AUTO_PERCENTILES))
-    return low, high if high > low else low + 1
-
-
-def _is_narrow(gray: np.ndarray, invalid: np.ndarray | None) -> bool:
-    """Whether the valid pixels fill a small part of [0,1]; a constant image does not count."""
-    step = tuple(slice(None, None, max(1, side // (SAMPLE_SIDE // 2))) for side in gray.shape)
-    sample = gray[step] if invalid is None else gray[step][~invalid[step]]
-    if not sample.size:
-        return False
-    low, high = np.percentile(sample, (1, 99))
-    return bool(0 < high - low < NARROW_RANGE)
-
-
-def _upright(image: Tensor, orientation: int) -> Tensor:
-    """Rotate or mirror the last two dimensions of a stored image by its EXIF orientation."""
-    if orientation in (5, 6, 7, 8):
-        image = image.transpose(-2, -1)
-    flips = {2: (-1,), 3: (-2, -1), 4: (-2,), 6: (-1,), 7: (-2, -1), 8: (-2,)}.get(orientation, ())
-    return image.flip(flips).contiguous()
+# ---- from arrays and tensors to gray
 
 
 def _opaque(source: ImageLike) -> np.ndarray | None:
@@ -506,37 +213,8 @@ def _opaque(source: ImageLike) -> np.ndarray | None:
     return None
 
 
-def _array_raster(array: np.ndarray) -> Raster:
-    """An array of any numbers as a raster."""
-    array = _checked(array)
-    if array.dtype.kind not in "uifb":
-        raise ValueError(f"an image must hold real numbers; got {array.dtype}")
-    opaque = _opaque(array)
-    low, high = 0.0, 1.0
-    if array.dtype.kind in "ui":
-        low, high = (float(v) for v in (np.iinfo(array.dtype).min, np.iinfo(array.dtype).max))
-
-    def strip(start: int, end: int) -> Strip:
-        values = array[start:end, :, :3]
-        return values, None if opaque is None else opaque[start:end]
-
-    return Raster((array.shape[1], array.shape[0]), strip, low=low, high=high)
-
-
-def _checked(array: np.ndarray) -> np.ndarray:
-    """(H,W,C) of an image array."""
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-        raise ValueError(
-            "an image array must be (H,W), (H,W,1), (H,W,3) or (H,W,4), not empty; got "
-            f"{array.shape}"
-        )
-    return array
-
-
 def _from_array(array: np.ndarray) -> Tensor:
-    array = _native(_checked(array))
+    array = _native(checked_array(array))
     return _from_tensor(
         torch.from_numpy(np.require(array, requirements=["C", "W"])).permute(2, 0, 1)
     )

@@ -8,8 +8,6 @@ filled from their surroundings, so that the edge of the content yields no keypoi
 from __future__ import annotations
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 #: No keypoints this close to pixels without content, in pixels of the image.
 MARGIN = 8
@@ -84,36 +82,47 @@ def fill(pixels: np.ndarray, invalid: np.ndarray) -> None:
         return
     sums, weights = [], []
     for start in range(0, height, ROWS):
-        valid = torch.from_numpy(~invalid[start : start + ROWS]).float()[None, None]
-        values = torch.from_numpy(pixels[start : start + ROWS])[None, None] * valid
+        valid = (~invalid[start : start + ROWS]).astype(np.float32)
+        values = pixels[start : start + ROWS] * valid
         sums.append(_halve(values))
         weights.append(_halve(valid))
-    coarse = _filled(torch.cat(sums, dim=2), torch.cat(weights, dim=2))[0, 0]
+    coarse = _filled(np.concatenate(sums), np.concatenate(weights))
     for start in range(0, height, ROWS):
         end = min(start + ROWS, height)
         part = invalid[start:end]
         if part.any():
             # interpolation needs one more row on each side
             first, last = max(start // 2 - 1, 0), min((end + 1) // 2 + 1, len(coarse))
-            larger = F.interpolate(coarse[None, None, first:last], scale_factor=2, mode="bilinear")[
-                0, 0
-            ].numpy()
+            larger = _double(coarse[first:last])
             offset = start - 2 * first
             pixels[start:end][part] = larger[offset : offset + end - start, :width][part]
 
 
-def _halve(values: torch.Tensor) -> torch.Tensor:
-    """Means of 2 x 2 pixels; an odd last row or column counts as if zeros followed."""
-    height, width = values.shape[-2:]
-    return F.avg_pool2d(F.pad(values, (0, width % 2, 0, height % 2)), 2)
+def _halve(values: np.ndarray) -> np.ndarray:
+    """Means (h,w) of 2 x 2 pixels (H,W); an odd last row or column counts as if zeros followed."""
+    height, width = values.shape
+    even = np.pad(values, ((0, height % 2), (0, width % 2)))
+    upper, lower = even[0::2], even[1::2]
+    return (upper[:, 0::2] + upper[:, 1::2] + lower[:, 0::2] + lower[:, 1::2]) / np.float32(4)
 
 
-def _filled(sums: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted means (1,1,h,w), and where the weights are 0, those of coarser levels."""
-    means = sums / weights.clamp(min=1e-9)
+def _double(values: np.ndarray) -> np.ndarray:
+    """Values (H,W) enlarged twice: (2H,2W), bilinear, half-pixel convention."""
+    for axis in (1, 0):
+        values = np.moveaxis(values, axis, 0)
+        before = np.concatenate([values[:1], values[:-1]])
+        after = np.concatenate([values[1:], values[-1:]])
+        near = np.float32(0.75) * values
+        both = [np.float32(0.25) * before + near, near + np.float32(0.25) * after]
+        values = np.moveaxis(np.stack(both, axis=1).reshape(-1, *values.shape[1:]), 0, axis)
+    return values
+
+
+def _filled(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted means (h,w), and where the weights are 0, those of coarser levels."""
+    means = sums / np.maximum(weights, np.float32(1e-9))
     empty = weights == 0
-    if not bool(empty.any()):
+    if not empty.any():
         return means
-    coarse = _filled(_halve(sums), _halve(weights))
-    larger = F.interpolate(coarse, scale_factor=2, mode="bilinear")
-    return torch.where(empty, larger[..., : means.shape[-2], : means.shape[-1]], means)
+    larger = _double(_filled(_halve(sums), _halve(weights)))
+    return np.where(empty, larger[: means.shape[0], : means.shape[1]], means)

@@ -7,6 +7,8 @@ PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
 #: Defaults.
 DETECTOR, DESCRIPTOR = "keynet", "hardnet"
+#: Embedded pipeline of ``lite``.
+LITE_GRAPH = "sobelnet+desnet"
 
 #: Sources of keypoint angles; REKD's detectors estimate them themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")

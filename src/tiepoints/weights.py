@@ -59,7 +59,8 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
 
 def table() -> dict[str, dict[str, Any]]:
     """Name -> entry of every embedded network in ``data/index.toml``."""
-    return tomllib.loads((DATA / "index.toml").read_text())
+    index = tomllib.loads((DATA / "index.toml").read_text())
+    return {name: entry for name, entry in index.items() if "network" in entry}
 
 
 def file_checksum(path: Path) -> str:

@@ -194,11 +194,14 @@ def test_nothing_is_unpickled(photos, tmp_path, drill):
         assert not marker.exists()
 
 
-def test_only_safetensors_are_shipped():
+def test_only_safetensors_and_graphs_are_shipped():
     """The weights of the package are data, not pickled objects; each is in the index."""
     index = tomllib.loads((DATA / "index.toml").read_text())
+    graphs = {entry["file"] for entry in index.pop("graphs").values()}
     listed = {entry["file"] for entry in index.values()}
-    assert {path.name for path in DATA.iterdir() if path.name != "index.toml"} == listed
+    found = {path.name for path in DATA.iterdir() if path.name != "index.toml"}
+    assert found == listed | graphs
+    assert all(name.endswith(".onnx") for name in graphs)
     for name in listed:
         data = (DATA / name).read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -10,9 +10,11 @@ from typer.core import TyperGroup
 from . import (
     backends,
     evaluate,
+    export,
     extract,
     imc,
     info,
+    lite,
     match,
     reconstruct,
     reproduce,
@@ -21,19 +23,21 @@ from . import (
     video,
     weights,
 )
-from .common import configure_logging
+from .common import configure_logging, missing_library
 from .signals import stop_message
 
 
 class _Commands(TyperGroup):
-    """Commands that a signal stops also where they handle no errors, such as in their imports."""
+    """Commands that a signal or a missing library stops also where they handle no errors, such as
+    in their imports.
+    """
 
     def make_context(self, *args: Any, **options: Any) -> Any:
         with stop_message():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        with stop_message():
+        with stop_message(), missing_library():
             return super().invoke(ctx)
 
 
@@ -44,6 +48,7 @@ app = typer.Typer(
     help="Find, describe, match and measure tie points, and train the networks that do so.",
 )
 app.command("extract")(extract.extract)
+app.command("lite")(lite.lite)
 app.command("match")(match.match)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("train")(train.train)
@@ -56,6 +61,7 @@ app.command("reproduce")(reproduce.reproduce)
 app.command("live")(video.live)
 app.command("serve")(serve.serve)
 app.command("imc")(imc.imc)
+app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("backends")(backends.backends)
 app.command("quantize")(backends.quantize)

@@ -244,11 +244,26 @@ def user_errors(stopped: str = STOPPED) -> Iterator[None]:
     the command into a message and its exit code (``signals.exit_code``).
     """
     try:
-        yield
+        with missing_library():
+            yield
     except USER_ERRORS as error:
         fail(str(error), stopped=stopped)
     except KeyboardInterrupt:
         fail(stopped, exit_code())
+
+
+@contextmanager
+def missing_library() -> Iterator[None]:
+    """Turn the absence of a library, as of torch in an installation for ``lite`` alone, into a
+    message and exit code 2.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in ("", "tiepoints"):
+            raise
+        fail(f"this command needs {library}: pip install {library}")
 
 
 def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = False) -> None:

@@ -7,7 +7,6 @@ published code is also read.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,40 +15,19 @@ import numpy as np
 import torch
 
 from ..errors import DataError, first_line
-from ..files import Lock, atomic_path
+from ..files import Lock
 from ..structs import Features, Keypoints
+from .arrays import clear_arrays, feature_paths, write_arrays
 from .records import array_digest
 
 
-def feature_paths(base: Path) -> tuple[Path, Path]:
-    """Files of keypoints and descriptors for ``base``, the image's path in the results folder."""
-    return base.with_name(base.name + ".kpt.npy"), base.with_name(base.name + ".dsc.npy")
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    content = io.BytesIO()  # NumPy hides the reason for which a file cannot be written
-    np.save(content, array)
-    with atomic_path(path) as tmp_path:
-        tmp_path.write_bytes(content.getbuffer())
-
-
 def write_features(base: Path, features: Features) -> str:
-    """Write both files atomically; the keypoints last, as the mark of a complete image.
-
-    Returns:
-        digest of the arrays.
-    """
-    keypoints, descriptors = feature_paths(base)
-    arrays = []
-    if features.descriptors is not None:
-        arrays.append(features.descriptors.cpu().numpy().astype(np.float32))
-        _save(descriptors, arrays[0])
+    """Write both files; see ``arrays.write_arrays``."""
     columns = [features.xy, features.scale[:, None], features.score[:, None]]
     if bool(features.angle.any()):
         columns.append(torch.rad2deg(-features.angle).remainder(360)[:, None])
-    arrays.append(torch.cat(columns, dim=1).cpu().numpy().astype(np.float32))
-    _save(keypoints, arrays[-1])
-    return array_digest(*arrays)
+    described = None if features.descriptors is None else features.descriptors.cpu().numpy()
+    return write_arrays(base, torch.cat(columns, dim=1).cpu().numpy(), described)
 
 
 def read_features(base: Path, image_size: tuple[int, int] = (0, 0)) -> Features:
@@ -163,12 +141,7 @@ class FeatureFolder:
             DataError: another process is writing to the folder.
         """
         with nullcontext() if self._lock is None else self._lock.exclusive():
-            self._clear()
-
-    def _clear(self) -> None:
-        for kind in ("kpt", "dsc"):
-            for path in self.path.rglob(f"*.{kind}.npy"):
-                path.unlink()
+            clear_arrays(self.path)
 
 
 def _read(path: Path) -> np.ndarray:
