@@ -9,6 +9,8 @@ import logging
 import os
 import pickle
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,7 @@ from tiepoints.backends import GraphStack, cached_graph, run_by
 from tiepoints.device import choose_precision, processor_features
 from tiepoints.errors import WeightsError
 from tiepoints.extract import ExtractOptions, build, network_label
+from tiepoints.jobs.backends import describe_backends
 from tiepoints.jobs.quantize import quantize
 from tiepoints.models.spec import fused
 from tiepoints.regions import Box, InMemory
@@ -304,7 +307,8 @@ def test_files_that_are_no_eight_bit_networks(tmp_path):
 
 
 def test_the_command_lists_backends_and_times(monkeypatch):
-    monkeypatch.setattr("tiepoints.jobs.backends.SECONDS", 0.0)
+    quick = partial(describe_backends, seconds=0.0)
+    monkeypatch.setattr("tiepoints.jobs.backends.describe_backends", quick)
     code, out, _ = call("backends", "--json")
     found = json.loads(out)
     assert code == 0
@@ -312,3 +316,18 @@ def test_the_command_lists_backends_and_times(monkeypatch):
     assert found["processor"] == processor_features()
     assert found["milliseconds"]["torch float32"] > 0
     assert not found["failed"]
+
+
+def test_auto_takes_eight_bits_only_of_systems_that_passed_the_gate(monkeypatch):
+    monkeypatch.setattr("tiepoints.extract.processor_features", lambda: {"vnni": True})
+    passed = {("sobelnet", "desnet")}
+    monkeypatch.setattr("tiepoints.extract.passed_gate", lambda *names: names in passed)
+    options = ExtractOptions(detector="sobelnet", descriptor="desnet", device="cpu")
+    assert options.chosen_precision == "int8"
+    assert options.to_json()["precision"] == "int8"
+    other = replace(options, detector="keynet")
+    assert other.to_json()["precision"] == "float"
+    for change in ({"backend": "torch"}, {"precision": "float32"}, {"official": True}):
+        assert replace(options, **change).chosen_precision != "int8"
+    monkeypatch.setattr("tiepoints.extract.processor_features", lambda: {"vnni": False})
+    assert options.chosen_precision == "auto"

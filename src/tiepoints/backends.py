@@ -176,8 +176,11 @@ def _exported(net: nn.Module, inputs: StackInput, *, again: bool = False) -> byt
 # ---- sessions
 
 
-def open_graph(graph: bytes, backend: str, precision: str) -> Run:
+def open_graph(graph: bytes, backend: str, precision: str, *, reuse: bool = True) -> Run:
     """A graph as a function from array to array, with as many threads as PyTorch has now.
+
+    Args:
+        reuse: keep the memory of a call for the next one; not for maps, which have many sizes.
 
     Raises:
         ImportError: the backend is not installed; the message names the extra.
@@ -187,16 +190,17 @@ def open_graph(graph: bytes, backend: str, precision: str) -> Run:
     threads = torch.get_num_threads()
     try:
         if backend == "onnxruntime":
-            return _onnxruntime(library, graph, threads)
+            return _onnxruntime(library, graph, threads, reuse)
         return _openvino(library, graph, threads, precision)
     except Exception as error:  # the libraries' own types
         raise RuntimeError(f"{backend} cannot read the graph ({first_line(error)})") from error
 
 
-def _onnxruntime(library: Any, graph: bytes, threads: int) -> Run:
+def _onnxruntime(library: Any, graph: bytes, threads: int, reuse: bool) -> Run:
     options = library.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = reuse
     # waiting threads would take the processor from PyTorch's
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = library.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
@@ -223,7 +227,7 @@ class GraphStack(nn.Module):
     def __init__(self, graph: bytes, inputs: StackInput, backend: str, precision: str):
         super().__init__()
         self.graph, self.input, self.backend, self.precision = graph, inputs, backend, precision
-        self.run: Run = open_graph(graph, backend, precision)
+        self.run: Run = open_graph(graph, backend, precision, reuse=inputs.side is not None)
 
     def __reduce__(self) -> tuple[Any, ...]:  # sessions cannot be copied
         return type(self), (self.graph, self.input, self.backend, self.precision)
