@@ -132,9 +132,10 @@ def test_signals_during_the_start_of_a_command(photos, tmp_path, drill):
             assert not temporary_files(tmp_path)
 
 
-def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
+@pytest.mark.parametrize("name", ["evaluate", "extract h5"])
+def test_workers_end_with_their_command(name, places, tmp_path, drill):
     """Two worker processes: killed with their parent, or stopped by it."""
-    arguments = [*arguments_of("evaluate", places), "--workers", 2]
+    arguments = [*arguments_of(name, places), "--workers", 2]
     for index in range(number(1, 4)):
         for sent in CODES:
             with drill.run(f"{signal.Signals(sent).name} {index}"):
