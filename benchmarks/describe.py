@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from common import SEQUENCES, homography, machine
-from tiepoints.describe import DESCRIBE_CHUNK, PatchDescriptor
+from tiepoints.describe import PatchDescriptor, chunk_size
 from tiepoints.extract import build
 from tiepoints.image import load_image
 from tiepoints.matching import match
@@ -111,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     patches = torch.rand(PATCHES, 1, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def chunked(module: torch.nn.Module):
-        return lambda patches: torch.cat([module(part) for part in patches.split(DESCRIBE_CHUNK)])
+        return lambda patches: torch.cat(
+            [module(part) for part in patches.split(chunk_size(patches.device))]
+        )
 
     times = {"kornia float32": milliseconds(kornia_twin(net), patches, args.repeat)}
     times["ours float32"] = milliseconds(chunked(net.fused()), patches, args.repeat)

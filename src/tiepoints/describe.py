@@ -23,8 +23,10 @@ DENSE_SCALE = 0.71
 #: Distance in pixels from which a descriptor depends on others: of its cell and of the next one,
 #: from which it is interpolated.
 HALO = RECEPTIVE_FIELD // 2 + 2 * STRIDE
-#: Patches described at a time: their maps stay in the CPU's cache, and the memory is bounded.
-DESCRIBE_CHUNK = 256
+#: Patches that each thread describes at a time: their maps stay in the CPU's cache.
+DESCRIBE_CHUNK = 96
+#: Patches described at a time on other devices, so that the memory is bounded.
+DEVICE_CHUNK = 2048
 
 
 class PatchDescriptor:
@@ -49,7 +51,12 @@ class PatchDescriptor:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
         with torch.inference_mode():
             patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
-            return torch.cat([self.net(part) for part in patches.split(DESCRIBE_CHUNK)])
+            return torch.cat([self.net(part) for part in patches.split(chunk_size(patches.device))])
+
+
+def chunk_size(device: torch.device) -> int:
+    """Number of patches to describe at a time."""
+    return DESCRIBE_CHUNK * torch.get_num_threads() if device.type == "cpu" else DEVICE_CHUNK
 
 
 class DenseDescriptor:

@@ -133,16 +133,19 @@ def test_signals_during_the_start_of_a_command(photos, tmp_path, drill):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as on Linux")
-def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
-    """Two workers, and the process of their queues: killed with their parent, or stopped by it."""
-    arguments = [*arguments_of("evaluate", places), "--workers", 2]
+@pytest.mark.parametrize(("name", "count"), [("evaluate", 3), ("extract h5", 4)])
+def test_workers_end_with_their_command(name, count, places, tmp_path, drill):
+    """Two worker processes, and one or two that serve them: killed with their parent, or stopped
+    by it.
+    """
+    arguments = [*arguments_of(name, places), "--workers", 2]
     for index in range(number(1, 4)):
         for sent in CODES:
             with drill.run(f"{signal.Signals(sent).name} {index}"):
                 folder = tmp_path / f"{sent}-{index}"
                 command = Command(arguments, folder, group=sent != signal.SIGKILL)
-                assert len(wait_for_children(command, 3)) >= 3, command.output()
-                children = descendants(command.process.pid)
+                children = wait_for_children(command, count)
+                assert len(children) >= count, command.output()
                 command.send(sent, 0.5 * index)
                 check_stopped(command, command.wait(), CODES[sent], folder)
                 deadline = time.monotonic() + 20
@@ -152,23 +155,24 @@ def test_workers_of_an_evaluation_end_with_it(places, tmp_path, drill):
 
 
 def wait_for_children(command: Command, count: int) -> list[int]:
-    """The child processes of a command, when there are ``count`` or the command has ended."""
+    """The processes of a command that have been there twice, when there are ``count`` or the
+    command has ended; others, such as those that read the processor's name, live for moments.
+    """
+    before: list[int] = []
     found: list[int] = []
     while len(found) < count and is_running(command.process.pid):
-        found = children_of(command.process.pid)
-        time.sleep(0.02)
+        now = descendants(command.process.pid)
+        found, before = [pid for pid in now if pid in before], now
+        time.sleep(0.05)
     return found
 
 
-def children_of(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
     except OSError:  # ended
         return []
-
-
-def descendants(pid: int) -> list[int]:
-    own = children_of(pid)
+    own = [int(word) for word in text.split()]
     return own + [inner for child in own for inner in descendants(child)]
 
 
