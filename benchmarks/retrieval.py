@@ -5,7 +5,7 @@
     python benchmarks/retrieval.py --train PHOTO_FOLDER ... --work build/retrieval \\
         --descriptors desnet --save desnet.vocabulary
 
-A model folder contains ``images/`` and ``sparse/``; all folders are one set of images. Two images
+Model folders are those of ``find_models``; all of them are one set of images. Two images
 overlap if they share at least 20 3D points. A pair is proposed if one image is among the k most
 similar ones of the other. Compared with the vocabulary of the package: one trained on the images
 themselves, a bag of words (tf-idf of the same words), and random images.
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from common import machine
+from tiepoints.datasets.reconstructions import find_models
 from tiepoints.extract import ExtractOptions
 from tiepoints.files import write_json
 from tiepoints.formats.colmap import require_pycolmap
@@ -68,7 +69,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def shared_points(folder: Path) -> dict[frozenset[str], int]:
     """Pairs of images of a model -> number of 3D points that they share."""
-    model = require_pycolmap().Reconstruction(folder / "sparse")
+    model = require_pycolmap().Reconstruction(find_models(folder)[0][0])
     shared: Counter[frozenset[int]] = Counter()
     for point in model.points3D.values():
         images = {element.image_id for element in point.track.elements}
@@ -107,7 +108,8 @@ def measure(folders: list[Path], work: Path, descriptor: str) -> list[dict[str, 
     images: list[Tensor] = []
     shared: dict[frozenset[str], int] = {}
     for folder in folders:
-        for name, local in read(extract(folder / "images", work, descriptor)).items():
+        images_folder = find_models(folder)[0][1]
+        for name, local in read(extract(images_folder, work, descriptor)).items():
             names.append(f"{folder.name}/{name}")
             images.append(local)
         shared |= shared_points(folder)
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="*", type=Path, help="folders with images/ and sparse/")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders of models")
     parser.add_argument("--train", nargs="+", type=Path, help="folders of photographs")
     parser.add_argument("--descriptors", default="hardnet,desnet", help="comma-separated")
     parser.add_argument("--work", type=Path, required=True, help="folder of the features")

@@ -166,6 +166,23 @@ def test_reconstruct(script, world, tmp_path):
     assert {row["system"] for row in rows} == {"keynet-rootsift", "sift"}
 
 
+def test_retrieval(script, world, photos, tmp_path, monkeypatch):
+    arguments = ("--descriptors", "rootsift", "--work", tmp_path)
+    script("retrieval", world[0], *arguments, "--out", tmp_path / "r.json", SHARED_POINTS=1)
+    rows = written(tmp_path / "r.json")["rows"]
+    assert {row["method"] for row in rows} == {
+        "VLAD, own vocabulary",
+        "bag of words",
+        "random",
+        "number of shared points",
+    }
+    assert all(row["recall"] == 1 for row in rows if row["k"] == 20)  # all pairs of few images
+    monkeypatch.setattr("tiepoints.retrieval.ITERATIONS", 2)
+    arguments = ("--descriptors", "desnet", "--work", tmp_path)
+    script("retrieval", "--train", photos, *arguments, "--save", tmp_path / "v.vocabulary")
+    assert (tmp_path / "v.vocabulary").stat().st_size > 10_000
+
+
 # --- times: only that they are measured
 
 

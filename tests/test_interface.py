@@ -1,6 +1,7 @@
 """The command line as a whole: consistent names, exit codes, JSON, masks, images."""
 
 import json
+import signal
 
 import click
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiepoints
-from tiepoints.cli import app
+from tiepoints.cli import app, signals
+from tiepoints.cli.common import user_errors
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.formats.npy import read_features
 from tiepoints.jobs.extract import extract_images
@@ -69,6 +71,13 @@ def test_every_command_has_help():
         code, out, _ = call(*name.split(), "--help")
         assert code == 0
         assert "Usage:" in out
+
+
+def test_stopped_commands_print_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(signals._handler, "number", signal.SIGINT)
+    with pytest.raises(typer.Exit), signals.stop_message(), user_errors():
+        raise signals.Stopped
+    assert capsys.readouterr().err == f"error: {signals.STOPPED}\n"
 
 
 def test_version():

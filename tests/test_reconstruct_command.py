@@ -16,6 +16,7 @@ from PIL import Image
 
 import tiepoints
 from helpers import call, texture
+from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_position
 from tiepoints.jobs.mapping import View
 from tiepoints.panorama import rotation_share
@@ -348,3 +349,10 @@ def test_numbers_of_sift_are_compared(result):
     assert summary.sift["registered"] >= 4
     assert "Compared with SIFT" in (out / "report.html").read_text(encoding="utf-8")
     assert len(list((out / "dense" / "images").iterdir())) == model.num_reg_images()
+
+
+def test_models_are_found_for_a_training(result):
+    base, *_ = result
+    expected = [(base / "model" / "sparse" / "0", base / "photos")]
+    for folder in (base / "model", base / "model" / "sparse" / "0"):
+        assert find_models(folder) == expected

@@ -76,6 +76,15 @@ def test_excluded_rows_are_not_found():
     assert found[0, 2:].tolist() == [-1] * 4
 
 
+def test_blocks_find_what_the_whole_table_has(monkeypatch):
+    monkeypatch.setattr("tiepoints.retrieval.BLOCK", 3)
+    table = torch.nn.functional.normalize(torch.randn(50, 6), dim=1)
+    own = torch.arange(50)
+    found = most_similar(table, table, 7, torch.stack([own, own + 1], dim=1))
+    whole = (table @ table.T).fill_diagonal_(-torch.inf).topk(7, dim=1).indices
+    assert found.tolist() == whole.tolist()
+
+
 def test_vocabularies_belong_to_their_weights(vocabulary, tmp_path, monkeypatch):
     for name in ("hardnet", "desnet"):
         found = load_vocabulary(digest(name))

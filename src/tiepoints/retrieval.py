@@ -26,7 +26,7 @@ VOCABULARIES = Path(__file__).parent / "data"
 WORDS, DIMENSIONS = 64, 64
 #: Iterations of k-means, and local descriptors from which a vocabulary is trained.
 ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
-#: Images compared with all others at a time.
+#: Images compared at a time with others, eight times as many.
 BLOCK = 1024
 
 
@@ -149,13 +149,20 @@ def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -
             ``count`` rows remain.
     """
     count = min(count, len(table))
-    columns = torch.arange(len(table))
+    # half precision is compared in single precision, positions in double precision stay exact
+    kind = torch.promote_types(table.dtype, torch.float32)
     found = []
     for start in range(0, len(queries), BLOCK):
         rows = slice(start, start + BLOCK)
-        similarity = queries[rows].float() @ table.float().T
-        low, high = excluded[rows, :1], excluded[rows, 1:]
-        similarity[(columns >= low) & (columns < high)] = -torch.inf
-        values, index = similarity.topk(count, dim=1)
+        block, low, high = queries[rows].to(kind), excluded[rows, :1], excluded[rows, 1:]
+        values, index = block.new_zeros(len(block), 0), low.new_zeros(len(block), 0)
+        for first in range(0, len(table), 8 * BLOCK):
+            part = table[first : first + 8 * BLOCK].to(kind)
+            columns = torch.arange(first, first + len(part)).expand(len(block), -1)
+            similarity = block @ part.T
+            similarity[(columns >= low) & (columns < high)] = -torch.inf
+            values = torch.cat([values, similarity], dim=1)
+            values, chosen = values.topk(min(count, values.shape[1]), dim=1)
+            index = torch.cat([index, columns], dim=1).gather(1, chosen)
         found.append(torch.where(values.isfinite(), index, -1))
     return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)

@@ -108,8 +108,10 @@ def stop_message() -> Iterator[None]:
     """Print that the command was stopped, where nothing else has, and exit."""
     try:
         yield
-    except Exception:  # Python and libraries convert exceptions, such as within class statements
-        if not is_stopped():
+    # Python and libraries convert exceptions, such as within class statements
+    except Exception as error:
+        printed = getattr(error, "exit_code", None) == exit_code()  # typer.Exit after the message
+        if printed or not is_stopped():
             raise
         _exit_stopped()
     except KeyboardInterrupt:

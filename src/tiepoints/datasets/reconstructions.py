@@ -5,6 +5,7 @@ image.
 from __future__ import annotations
 
 import logging
+import os
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: File of a packed reconstruction, and columns and rows of the undistortion table of each camera.
 PACKED = "tracks.npz"
 GRID_NODES = (65, 49)
+#: File that names the folder of the images of the models below it, relative or absolute.
+IMAGE_FOLDER = "image_folder.txt"
 #: Size of the image cache, in pixels of the original images.
 CACHED_PIXELS = 60_000_000
 
@@ -170,7 +173,9 @@ def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
     """Find the COLMAP models below ``folder`` and the image folder of each.
 
     A model is a folder with ``points3D.bin`` or ``points3D.txt``. Its images are in the folder of
-    the model or in one of the three folders above it, or in a subfolder ``images`` of one of them.
+    the model or in one of the three folders above it, in a subfolder ``images`` of one of them, or
+    in the folder that a file ``IMAGE_FOLDER`` in one of them names. Below a folder with such a
+    file, a result of ``reconstruct``, only ``sparse`` is read.
 
     Returns:
         (model, image folder) pairs, sorted.
@@ -182,8 +187,9 @@ def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of reconstructions at {folder}")
+    searched = folder / "sparse" if (folder / IMAGE_FOLDER).is_file() else folder
     models = sorted(
-        {path.parent for suffix in ("bin", "txt") for path in folder.rglob(f"points3D.{suffix}")}
+        {path.parent for suffix in ("bin", "txt") for path in searched.rglob(f"points3D.{suffix}")}
     )
     if not models:
         raise DataError(
@@ -197,7 +203,7 @@ def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
         roots = [
             root
             for parent in parents
-            for root in (parent / "images", parent)
+            for root in (parent / "images", parent, *_named_folder(parent))
             if (root / name).is_file()
         ]
         if not roots:
@@ -207,6 +213,12 @@ def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
             )
         with_images.append((model, roots[0]))
     return with_images
+
+
+def _named_folder(parent: Path) -> list[Path]:
+    """The folder that the file ``IMAGE_FOLDER`` of ``parent`` names, if there is one."""
+    file = parent / IMAGE_FOLDER
+    return [parent / os.fsdecode(file.read_bytes()).strip()] if file.is_file() else []
 
 
 def _first_image(model: Path) -> str:

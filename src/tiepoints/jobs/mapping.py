@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ def map_images(
     work: Path,
     options: MapOptions | None = None,
     *,
-    images: int | None = None,
+    images: Sequence[str] | None = None,
     progress: bool = False,
 ) -> list[Any]:
     """Run COLMAP's mapper with its default options on a database of verified matches.
@@ -99,7 +99,7 @@ def map_images(
     Args:
         database: ``.db`` file.
         work: folder that is created for COLMAP's files and removed.
-        images: number of images that could be registered; None does not start again.
+        images: names of the images to use; None uses all and does not start again.
         progress: show the number of registered images.
 
     Returns:
@@ -117,9 +117,7 @@ def map_images(
         models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
         if not best or (models and models[0].num_reg_images() > best[0].num_reg_images()):
             best = models
-        if images is None or (
-            best and best[0].num_reg_images() >= SUFFICIENT_SHARE * max(images, 1)
-        ):
+        if images is None or (best and best[0].num_reg_images() >= SUFFICIENT_SHARE * len(images)):
             break
     return best
 
@@ -129,26 +127,29 @@ def _map_once(
     work: Path,
     options: MapOptions,
     seed: int,
-    images: int | None,
+    images: Sequence[str] | None,
     progress: bool,
 ) -> list[Any]:
     colmap = require_pycolmap()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    bar = Progress(images, unit="image", label="map", enabled=progress)
+    total = None if images is None else len(images)
+    bar = Progress(total, unit="image", label="map", enabled=progress)
 
     def advance() -> None:
-        if images is None or bar.count < images:  # an image may be registered in several models
+        if total is None or bar.count < total:  # an image may be registered in several models
             bar.update()
 
     try:
         with nullcontext() if options.verbose else quiet_colmap(colmap), bar:
             if options.mapper == "global":
                 settings = colmap.GlobalPipelineOptions()
+                settings.image_names = list(images or ())
                 settings.random_seed, settings.num_threads = seed, options.threads
                 models = colmap.global_mapping(Path(database), work, work, settings)
             else:
                 settings = colmap.IncrementalPipelineOptions()
+                settings.image_names = list(images or ())
                 settings.random_seed, settings.num_threads = seed, options.threads
                 settings.min_model_size = MIN_MODEL_SIZE
                 settings.extract_colors = False

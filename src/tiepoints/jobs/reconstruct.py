@@ -10,18 +10,21 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..datasets.reconstructions import IMAGE_FOLDER
 from ..errors import DataError, first_line
 from ..exif import read_camera
 from ..extract import ExtractOptions
-from ..files import Lock, Task, collect, write_json
+from ..files import Lock, Task, collect, is_disk_full, write_json, write_text
 from ..formats.colmap import ColmapDatabase, quiet_colmap, require_pycolmap
 from ..formats.records import array_digest, json_digest, read_settings, record_path
 from ..image import ReadOptions
@@ -277,7 +280,15 @@ class _Reconstruction:
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.monotonic()
-        yield
+        try:
+            yield
+        except OSError as error:
+            if not is_disk_full(error) or str(error).endswith("resumes"):
+                raise
+            raise OSError(
+                f"the results of the stage {name} could not be written ({error}); free space and "
+                "run again: it resumes"
+            ) from error
         self.summary.seconds[name] = round(time.monotonic() - started, 2)
 
     # ---- images
@@ -385,7 +396,7 @@ class _Reconstruction:
             self.database,
             self.folder / ".mapping",
             self.options.mapping(),
-            images=len(matched),
+            images=sorted(matched),
             progress=self.progress,
         )
         if not models:
@@ -396,6 +407,7 @@ class _Reconstruction:
             )
         settings.unlink(missing_ok=True)
         write_models(models, sparse)
+        write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
         write_json(settings, {**record, "models": len(models)})
         return models
 
@@ -479,7 +491,6 @@ class _Reconstruction:
     def _report(
         self, arrays: Model, colors: np.ndarray, graph: Graph, previews: dict[str, Any]
     ) -> None:
-        from ..files import write_text
         from ..report.reconstruction import Scene, render
 
         scene = Scene(
@@ -540,17 +551,18 @@ class Graph:
     still: float
     moved: float
 
-    def partners(self, name: str) -> dict[str, int]:
-        """Image -> number of verified matches, of the images that overlap with ``name``."""
-        found = {}
+    @cached_property
+    def partners(self) -> dict[str, dict[str, int]]:
+        """Image -> overlapping image -> number of verified matches."""
+        found: dict[str, dict[str, int]] = {name: {} for name in self.keypoints}
         for (a, b), count in self.inliers.items():
-            if name in (a, b):
-                found[b if name == a else a] = count
+            found[a][b] = found[b][a] = count
         return found
 
-    def tried(self, name: str) -> int:
-        """Number of pairs of an image that were matched."""
-        return sum(name in pair for pair in self.pairs)
+    @cached_property
+    def tried(self) -> Counter[str]:
+        """Image -> number of its pairs that were matched."""
+        return Counter(name for pair in self.pairs for name in pair)
 
 
 def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
@@ -632,9 +644,9 @@ def _why_unregistered(
     count = graph.keypoints[name]
     if count < FEW_KEYPOINTS:
         return f"{count} keypoints: uniform, blurred or masked"
-    partners = graph.partners(name)
+    partners = graph.partners[name]
     if not partners:
-        return f"no overlap with another image was found ({graph.tried(name)} pairs matched)"
+        return f"no overlap with another image was found ({graph.tried[name]} pairs matched)"
     best = max(partners, key=lambda other: partners[other])
     inside = [other for other in partners if other in registered]
     text = f"{partners[best]} verified matches with {best}"

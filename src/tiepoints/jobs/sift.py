@@ -112,5 +112,5 @@ def _reconstruct(
             colmap.match_image_pairs(database, matching, chosen)
         bar.update()
     return map_images(
-        database, database.with_name(".mapping"), mapping, images=len(names), progress=progress
+        database, database.with_name(".mapping"), mapping, images=names, progress=progress
     )
