@@ -292,6 +292,8 @@ def test_quantized_weights_are_a_weights_file(tmp_path, backend):
     assert code == 0
     assert shown["network"] == "SobelNet"
     assert shown["facts"]["photographs"] == 3
+    code, out, _ = call("info", output, "--json")
+    assert (code, json.loads(out)["record"]["network"]) == (0, "SobelNet")
     with pytest.raises(ValueError, match="no precision int8"):
         build(str(output), None, backend="torch")
 

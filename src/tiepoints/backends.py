@@ -360,10 +360,10 @@ FASTER: dict[str, dict[str, tuple[str, ...]]] = {
     "FusedPatchNet": {
         "float32": ("onnxruntime", "openvino"),
         "bfloat16": ("openvino",),
-        "int8": ("onnxruntime", "openvino"),
     },
-    "FusedDesNet": {"int8": ("onnxruntime", "openvino")},
 }
+#: Backends of eight-bit networks, the fastest first.
+INT8_BACKENDS = ("openvino", "onnxruntime")
 
 
 def candidates(network: str, backend: str, precision: str) -> list[str]:
@@ -372,9 +372,7 @@ def candidates(network: str, backend: str, precision: str) -> list[str]:
     """
     if backend != "auto":
         return [] if backend == "torch" else [backend]
-    order = FASTER.get(network, {}).get(precision, ())
-    if precision == "int8":  # PyTorch does not run it
-        order = (*order, *(name for name in ("openvino", "onnxruntime") if name not in order))
+    order = INT8_BACKENDS if precision == "int8" else FASTER.get(network, {}).get(precision, ())
     return [name for name in order if importlib.util.find_spec(name) is not None]
 
 
