@@ -210,6 +210,16 @@ def test_a_graph_that_computes_something_else_is_not_used(monkeypatch, caplog):
     assert "differs from PyTorch's by 1.0e-02" in caplog.text
 
 
+def test_an_eight_bit_graph_that_computes_something_else_is_an_error(monkeypatch):
+    run = GraphStack.forward
+    monkeypatch.setattr(GraphStack, "forward", lambda self, maps: -run(self, maps))
+    graph = int8_graph("sobelnet")
+    with pytest.raises(WeightsError, match=r"cannot be used with onnxruntime: .*cosine -"):
+        run_by(load("sobelnet"), "auto", "int8", graph=graph)
+    with pytest.raises(WeightsError, match=r"with openvino, its output has the cosine -"):
+        build(str(graph), None)
+
+
 def test_without_a_cache_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -292,6 +302,8 @@ def test_quantized_weights_are_a_weights_file(tmp_path, backend):
     assert code == 0
     assert shown["network"] == "SobelNet"
     assert shown["facts"]["photographs"] == 3
+    code, out, _ = call("info", output, "--json")
+    assert (code, json.loads(out)["record"]["network"]) == (0, "SobelNet")
     with pytest.raises(ValueError, match="no precision int8"):
         build(str(output), None, backend="torch")
 

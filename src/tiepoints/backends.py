@@ -9,6 +9,7 @@ PyTorch on generated inputs of two sizes before it is used.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import importlib.util
 import io
@@ -360,10 +361,10 @@ FASTER: dict[str, dict[str, tuple[str, ...]]] = {
     "FusedPatchNet": {
         "float32": ("onnxruntime", "openvino"),
         "bfloat16": ("openvino",),
-        "int8": ("onnxruntime", "openvino"),
     },
-    "FusedDesNet": {"int8": ("onnxruntime", "openvino")},
 }
+#: Backends of eight-bit networks, the fastest first.
+INT8_BACKENDS = ("openvino", "onnxruntime")
 
 
 def candidates(network: str, backend: str, precision: str) -> list[str]:
@@ -372,9 +373,7 @@ def candidates(network: str, backend: str, precision: str) -> list[str]:
     """
     if backend != "auto":
         return [] if backend == "torch" else [backend]
-    order = FASTER.get(network, {}).get(precision, ())
-    if precision == "int8":  # PyTorch does not run it
-        order = (*order, *(name for name in ("openvino", "onnxruntime") if name not in order))
+    order = INT8_BACKENDS if precision == "int8" else FASTER.get(network, {}).get(precision, ())
     return [name for name in order if importlib.util.find_spec(name) is not None]
 
 
@@ -400,51 +399,71 @@ def run_by(
 
     Raises:
         ImportError: the named backend, or with ``int8`` any, is not installed.
-        ValueError: the named backend cannot run the network, or not on this device.
+        ValueError: the named backend cannot run the network, or not on this device; there is no
+            eight-bit graph.
+        WeightsError: no backend computes the eight-bit graph right.
     """
     half = [torch.bfloat16] if precision == "bfloat16" else []
+    quick = fused(net)
+    stack = getattr(quick, "stack", None)
+    stored = isinstance(stack, StoredGraph)
     if torch.device(device).type != "cpu":
-        if backend not in ("auto", "torch") or precision == "int8":
+        if backend not in ("auto", "torch") or precision == "int8" or stored:
             raise ValueError(
                 f"backends other than torch, and precision int8, need device cpu; got {device}"
             )
         return fused(net, *half).to(device)
-    quick = fused(net)
-    stack = getattr(quick, "stack", None)
-    if isinstance(stack, StoredGraph):
-        quick.stack = stack.open(backend)
+    if isinstance(stack, GraphStack):
         return quick
-    if precision == "int8" and graph is None:
+    if isinstance(stack, StoredGraph):
+        opened = copy.deepcopy(quick)
+        opened.stack = stack.open(backend)
+        return opened
+    if precision == "int8":
+        return _int8(quick, backend, graph)
+    if stack is None and hasattr(quick, "part") and backend in EXTRAS:
         raise ValueError(
-            f"there is no eight-bit graph of this {type(net).__name__}; make one with `tiepoints "
-            "quantize`"
+            f"backend {backend} cannot run a {type(net).__name__}: it computes parts itself"
         )
-    names = candidates(type(quick).__name__, backend, precision)
-    if not names and precision == "int8":
-        require("onnxruntime", extra="onnx", purpose="precision int8")
-    named = backend != "auto"
-    for name in names:
+    whole = quick if stack is None else stack
+    given = inputs if stack is None and inputs is not None else input_of(whole)
+    for name in candidates(type(quick).__name__, backend, precision):
         try:
-            if stack is None and hasattr(quick, "part"):
-                raise RuntimeError("it computes its maps in parts itself")
-            whole = quick if stack is None else stack
-            given = inputs if stack is None and inputs is not None else input_of(whole)
-            if precision == "int8":
-                found = _int8_stack(quick, name, graph)  # type: ignore[arg-type]
-            else:
-                found = _float_stack(whole, name, precision, given, export=named)
+            found = _float_stack(whole, name, precision, given, export=backend != "auto")
         except RuntimeError as error:
-            if named:
-                raise ValueError(
-                    f"backend {name} cannot run a {type(net).__name__}: {error}"
-                ) from error
-            logger.debug("backend %s cannot run a %s: %s", name, type(net).__name__, error)
+            message = f"backend {name} cannot run a {type(net).__name__}: {error}"
+            if backend != "auto":
+                raise ValueError(message) from error
+            logger.debug("%s", message)
             continue
         if found is not None:
             target = _Whole(quick) if stack is None else quick
             target.stack = found
             return target
     return fused(net, *half) if half else quick
+
+
+def _int8(net: nn.Module, backend: str, graph: Path | None) -> nn.Module:
+    """A fused network with its eight-bit graph; arguments and errors as ``run_by``."""
+    if graph is None:
+        raise ValueError(
+            f"there is no eight-bit graph of a {type(net).__name__.removeprefix('Fused')}; make "
+            "one with `tiepoints quantize`"
+        )
+    names = candidates("", backend, "int8")
+    if not names:
+        require("onnxruntime", extra="onnx", purpose="precision int8")
+    part, problem = cast(nn.Module, net.stack), ""
+    for name in names:
+        try:
+            stack = GraphStack(graph.read_bytes(), input_of(part), name, "int8")
+            problem = check(stack, part, [natural_input(net)])
+        except RuntimeError as error:
+            problem = str(error)
+        if not problem:
+            net.stack = stack
+            return net
+    raise WeightsError(f"{graph} cannot be used with {names[-1]}: {problem}")
 
 
 class _Whole(nn.Module):
@@ -460,13 +479,6 @@ class _Whole(nn.Module):
     def forward(self, maps: Tensor) -> Tensor:
         """The output of the network."""
         return self.stack(maps)
-
-
-def _int8_stack(net: nn.Module, backend: str, graph: Path) -> GraphStack | None:
-    """The eight-bit graph of a fused network's costly part; errors as ``_float_stack``."""
-    part = cast(nn.Module, net.stack)
-    stack = GraphStack(graph.read_bytes(), input_of(part), backend, "int8")
-    return _checked(stack, part, [natural_input(net)])
 
 
 def _float_stack(
@@ -489,14 +501,9 @@ def _float_stack(
     elif not export:
         return None
     graph = _exported(net, inputs, again=True)
-    return _checked(GraphStack(graph, inputs, backend, precision), net, examples)
-
-
-def _checked(stack: GraphStack, net: nn.Module, examples: list[Tensor]) -> GraphStack | None:
-    """The graph, or None, with a warning, if it computes something else than the network."""
-    problem = check(stack, net, examples)
-    if not problem:
+    stack = GraphStack(graph, inputs, backend, precision)
+    if not (problem := check(stack, net, examples)):
         return stack
     kind = type(net).__name__.removeprefix("_")
-    logger.warning("backend %s is not used for a %s: %s", stack.backend, kind, problem)
+    logger.warning("backend %s is not used for a %s: %s", backend, kind, problem)
     return None

@@ -26,7 +26,7 @@ from ..formats.store import (
     settings_path,
 )
 from ..training.loop import read_checkpoint
-from ..weights import NETWORKS, file_checksum, table
+from ..weights import NETWORKS, file_checksum, read_graph, table
 
 #: Arrays of ``Features.save``; the features of an evaluation have more.
 NPZ_ARRAYS = {"xy", "scale", "angle", "score", "image_size"}
@@ -80,6 +80,8 @@ def describe(path: str | Path) -> Info:
         return _npy(path)
     if start[8:9] == b"{":
         return _safetensors(path)
+    if path.suffix == ".onnx":
+        return _graph(path)
     if path.suffix == ".json":
         return _json(path)
     return _unknown(path)
@@ -175,6 +177,17 @@ def _npy(path: Path) -> Info:
             return Info(str(path), "features", False, reason)
         return Info(str(path), "features", record={**settings, "image": {"name": name, **entry}})
     return Info(str(path), "features", False, "no folder above it has settings.json, the record")
+
+
+def _graph(path: Path) -> Info:
+    """An eight-bit network."""
+    try:
+        found = read_graph(path)
+    except WeightsError as error:
+        return _unknown(path, first_line(error))
+    checksum = file_checksum(path)
+    record = {"network": found["network"], "settings": found["settings"], "sha256": checksum}
+    return Info(str(path), "weights", record={**record, "quantization": found["facts"]})
 
 
 def _safetensors(path: Path) -> Info:
