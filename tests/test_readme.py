@@ -72,7 +72,7 @@ def test_readme_commands_run(folder, monkeypatch):
     smoke = dataclasses.replace(presets.RECIPES["smoke"], check_pairs=2, check_size=128)
     monkeypatch.setitem(presets.RECIPES, "smoke", smoke)
     monkeypatch.chdir(folder)
-    section = README.partition("## Five commands")[2]
+    section = README.partition("## Six commands")[2]
     lines = re.search(r"```sh\n(.*?)```", section, flags=re.S).group(1).splitlines()
     assert len(lines) == 5
     for line in lines:
