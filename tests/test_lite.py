@@ -15,6 +15,7 @@ from tiepoints.formats.npy import read_features
 from tiepoints.image import load_image
 from tiepoints.lite import DATA, Extractor, graphs
 from tiepoints.reading import ReadOptions, read_gray
+from tiepoints.weights import table
 
 pytest.importorskip("onnxruntime")
 
@@ -198,4 +199,15 @@ def test_metadata_of_the_embedded_graph(extractor):
     assert extractor.metadata["detector"] == "sobelnet"
     assert extractor.metadata["descriptor_licence"] == entry["licence"]
     digests = json.loads(extractor.metadata["options"])["digests"]
-    assert digests["detector"] == tiepoints.weights.table()["sobelnet"]["sha256"]
+    assert digests["detector"] == table()["sobelnet"]["sha256"]
+
+
+def test_the_graph_takes_color(extractor):
+    """RGB is converted to gray by the weights of the readers."""
+    color = np.asarray(texture(4, (120, 100)))
+    expected = extractor.extract(color)
+    image = np.ascontiguousarray(color.transpose(2, 0, 1)[None], np.float32) / np.float32(255)
+    feeds = {"image": image, "max_keypoints": np.array([300])}
+    found = extractor.session.run(None, feeds)
+    np.testing.assert_allclose(found[0], expected.keypoints, atol=2e-3)
+    np.testing.assert_allclose(found[3], expected.descriptors, atol=1e-3)
