@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
-from tiepoints.exif import Position, local_meters, read_position
+from tiepoints.exif import Position, local_meters, read_camera, read_position
 from tiepoints.jobs.mapping import View
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
@@ -61,7 +61,7 @@ def result(tmp_path_factory):
     base = tmp_path_factory.mktemp("scene")
     photos = shifted(base / "photos", 5)
     Image.new("RGB", SIZE, (128, 128, 128)).save(photos / "gray.png")
-    texture(77, SIZE).save(photos / "other.png")
+    texture(77, SIZE).filter(ImageFilter.GaussianBlur(3)).save(photos / "other.png")
     done = call("-q", "reconstruct", photos, "--output", base / "model", *FAST, "--json")
     return base, *done
 
@@ -77,6 +77,7 @@ def test_photographs_become_a_model(result):
     assert set(reasons) == {"gray.png", "other.png"}
     assert "keypoints: uniform" in reasons["gray.png"]
     assert "no overlap with another image" in reasons["other.png"]
+    assert "blurred" in reasons["other.png"].partition(";")[2]
     assert "not in the model: gray.png" in err
     model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
     assert model.num_reg_images() == 5
@@ -244,6 +245,23 @@ def test_gps_positions_of_the_exif(tmp_path):
     )
     assert np.linalg.norm(meters[0] - meters[1]) == pytest.approx(55.6, abs=0.1)
     assert np.linalg.norm(meters[0] - meters[2]) == pytest.approx(111.2, abs=0.1)
+
+
+def test_cameras_are_known_by_their_exif(tmp_path):
+    def photo(name: str, model: str, focal: float, size: tuple[int, int] = (64, 48)) -> Path:
+        exif = Image.Exif()
+        exif[0x010F], exif[0x0110] = "Maker", model
+        exif.get_ifd(0x8769)[0x920A] = focal
+        texture(0, size).save(tmp_path / name, exif=exif)
+        return tmp_path / name
+
+    first = read_camera(photo("a.jpg", "M", 4.25))
+    assert first == (64, 48, "Maker", "M", 4.25)
+    assert read_camera(photo("b.jpg", "M", 4.25)) == first
+    others = [("c.jpg", "N", 4.25), ("d.jpg", "M", 5.0), ("e.jpg", "M", 4.25, (48, 64))]
+    assert all(read_camera(photo(*other)) != first for other in others)
+    texture(0, (64, 48)).save(tmp_path / "f.jpg")
+    assert read_camera(tmp_path / "f.jpg") is None
 
 
 def test_positions_become_pose_priors(tmp_path):

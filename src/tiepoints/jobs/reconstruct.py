@@ -25,9 +25,10 @@ from ..errors import DataError, first_line
 from ..exif import read_camera
 from ..extract import ExtractOptions
 from ..files import Lock, Task, collect, is_disk_full, write_json, write_text
+from ..filters import fitting_size, laplacian_variance, reduce
 from ..formats.colmap import ColmapDatabase, quiet_colmap, require_pycolmap
 from ..formats.records import array_digest, json_digest, read_settings, record_path
-from ..image import ReadOptions
+from ..image import load_image
 from ..names import QUALITIES
 from ..panorama import rotation_share
 from .frames import is_video, save_frames
@@ -57,6 +58,9 @@ ROTATION_SCENE, ROTATION_PAIRS = 0.9, 200
 SAME_VIEW = 0.002
 #: Images with fewer keypoints are said to have too few.
 FEW_KEYPOINTS = 50
+#: Images whose variance of the Laplacian, at this longest side, is less than this fraction of the
+#: median of the registered ones (of at most this number) are said to be blurred.
+SHARPNESS_SIZE, BLURRED, SHARPNESS_IMAGES = 800, 0.2, 20
 #: Median angle between the rays of a point in degrees below which depths are uncertain.
 SMALL_ANGLE = 2.0
 
@@ -165,7 +169,7 @@ class Summary:
         failed: (image or pair, reason) of what could not be used.
         warnings: what users should know about the model.
         angle: median angle in degrees between two rays of a point of the largest model.
-        seconds: duration of each stage; of this call only.
+        seconds: duration of each stage; of an earlier call if its results were complete.
         sift: statistics with COLMAP's SIFT, see ``sift.compare_sift``.
         files: name -> path of the results.
     """
@@ -239,7 +243,7 @@ class _Reconstruction:
         self.summary = Summary()
         self.files: dict[str, Path] = {}
         self.root = Path()
-        self.reading = ReadOptions()
+        self.mapped_before = False
 
     def run(self, given: list[str]) -> tuple[Any, Summary]:
         summary = self.summary
@@ -272,6 +276,7 @@ class _Reconstruction:
                     progress=self.progress,
                 )
         summary.failed = report.failed + summary.failed
+        self._keep_seconds(report)
         with self._stage("report"):
             self._report(arrays, colors, graph, previews)
         write_json(self.folder / "summary.json", summary.to_json())
@@ -290,6 +295,17 @@ class _Reconstruction:
                 "run again: it resumes"
             ) from error
         self.summary.seconds[name] = round(time.monotonic() - started, 2)
+
+    def _keep_seconds(self, report: MatchReport) -> None:
+        """Take the durations of stages whose results were stored from the earlier call."""
+        summary = self.summary
+        before = (read_settings(self.folder / "summary.json") or {}).get("seconds", {})
+        stored = {"match": report.done == 0, "map": self.mapped_before, "frames": True}
+        for name, is_stored in stored.items():
+            if is_stored and name in summary.seconds:
+                summary.seconds[name] = max(summary.seconds[name], before.get(name, 0.0))
+        if summary.sift is not None:
+            summary.seconds["sift"] = max(summary.seconds["sift"], summary.sift["seconds"])
 
     # ---- images
 
@@ -388,7 +404,9 @@ class _Reconstruction:
         count = stored.pop("models", 0)
         if stored == record and count and not self.overwrite:
             try:
-                return [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
+                models = [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
+                self.mapped_before = True
+                return models
             except (RuntimeError, ValueError):
                 logger.info("%s is damaged; mapped again", sparse)
         matched = {name for pair in graph.inliers for name in pair}
@@ -465,11 +483,13 @@ class _Reconstruction:
             for index, model in reversed(list(enumerate(models)))
             for image in model.reg_image_ids()
         }
-        summary.unregistered = [
-            (name, _why_unregistered(name, others.get(name), graph, set(arrays.views)))
-            for name in graph.keypoints
-            if name not in arrays.views
-        ]
+        missing = [name for name in graph.keypoints if name not in arrays.views]
+        sharpness = self._sharpness(missing, list(arrays.views))
+        for name in missing:
+            reason = _why_unregistered(name, others.get(name), graph, set(arrays.views))
+            if graph.keypoints[name] and sharpness.get(name, 1.0) < BLURRED:
+                reason += f"; blurred: {sharpness[name]:.0%} of the usual sharpness"
+            summary.unregistered.append((name, reason))
         if len(models) > 1:
             sizes = ", ".join(str(model.images) for model in summary.models)
             summary.warnings.append(
@@ -487,6 +507,24 @@ class _Reconstruction:
             "points": str(folder / "model.ply"),
             "report": str(folder / "report.html"),
         }
+
+    def _sharpness(self, missing: list[str], registered: list[str]) -> dict[str, float]:
+        """Sharpness of the missing images, as a fraction of the median of registered ones."""
+        if not missing:
+            return {}
+        chosen = registered[:: max(1, len(registered) // SHARPNESS_IMAGES)]
+        measured: dict[str, float] = {}
+        for name in [*chosen, *missing]:
+            try:
+                image = load_image(self.files[name])
+            except (OSError, DataError, ValueError):
+                continue
+            size = fitting_size((image.shape[-2], image.shape[-1]), SHARPNESS_SIZE)
+            measured[name] = laplacian_variance(reduce(image, size))
+        usual = float(np.median([measured[name] for name in chosen if name in measured] or [0.0]))
+        if not usual > 0:
+            return {}
+        return {name: measured[name] / usual for name in missing if name in measured}
 
     def _report(
         self, arrays: Model, colors: np.ndarray, graph: Graph, previews: dict[str, Any]

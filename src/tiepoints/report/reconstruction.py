@@ -330,7 +330,7 @@ def _sift_table(summary: dict[str, Any]) -> Block:
     sift = summary["sift"]
     if not sift["models"]:
         return Text(f"SIFT: {sift.get('error', 'no model')}")
-    resumed = summary["pairs"]["matched"] < summary["pairs"]["chosen"]
+    resumed = 0 < summary["pairs"]["matched"] < summary["pairs"]["chosen"]
     stages = ("match", "check", "map")
     ours = None if resumed else sum(summary["seconds"].get(name, 0.0) for name in stages)
     rows = [
