@@ -19,7 +19,7 @@ parser.add_argument("--num-keypoints", type=int, default=2048)
 args = parser.parse_args()
 
 options = tiepoints.ExtractOptions(
-    detector="keynet", descriptor="hardnet", num_keypoints=args.num_keypoints
+    detector="keynet", descriptor="hardnet-light", num_keypoints=args.num_keypoints
 )
 report = extract_images([args.images], args.output, options, format="h5")
 print(f"{report.done} extracted, {report.skipped} done before")

@@ -15,7 +15,7 @@ parser.add_argument("--num-keypoints", type=int, default=2048)
 args = parser.parse_args()
 
 best = None
-for detector, descriptor in (("keynet", "hardnet"), ("sobelnet", "desnet")):
+for detector, descriptor in (("keynet", "hardnet-light"), ("sobelnet", "desnet")):
     extraction = tiepoints.ExtractOptions(
         detector=detector, descriptor=descriptor, num_keypoints=args.num_keypoints
     )

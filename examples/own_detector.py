@@ -31,7 +31,7 @@ parser.add_argument("--num-keypoints", type=int, default=1000)
 args = parser.parse_args()
 
 for detector in (Harris(), "keynet"):
-    extractor = tiepoints.build(detector, "hardnet", num_keypoints=args.num_keypoints)
+    extractor = tiepoints.build(detector, "hardnet-light", num_keypoints=args.num_keypoints)
     result = tiepoints.match_two(args.image_a, args.image_b, extractor)
     inliers = int(result.estimate.inliers.sum())
     print(f"{extractor}: {inliers} inliers of {len(result.matches)} matches")

@@ -1,6 +1,6 @@
 """Feature extraction: a detector and a descriptor that share one pyramid.
 
-``build("keynet", "hardnet")`` returns an ``Extractor``; its ``extract`` takes a path, PIL image,
+``build("keynet", "hardnet-light")`` returns an ``Extractor``; its ``extract`` takes a path, PIL image,
 array or tensor, or several of them. ``ExtractOptions`` holds everything that determines the result.
 """
 
@@ -563,7 +563,7 @@ def build(
     descriptor: str | nn.Module | None = DESCRIPTOR,
     **options: Any,
 ) -> Extractor:
-    """Build an extractor by names: ``build("keynet", "hardnet", num_keypoints=2000)``.
+    """Build an extractor by names: ``build("keynet", "hardnet-light", num_keypoints=2000)``.
 
     Args:
         detector, descriptor, options: see ``ExtractOptions``.

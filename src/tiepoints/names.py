@@ -6,7 +6,7 @@ DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
 PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
 #: Defaults.
-DETECTOR, DESCRIPTOR = "keynet", "hardnet"
+DETECTOR, DESCRIPTOR = "keynet", "hardnet-light"
 #: Embedded pipeline of ``lite``.
 LITE_GRAPH = "sobelnet+desnet"
 
@@ -40,5 +40,7 @@ EXTRACT_NUM_KEYPOINTS = 5000
 MATCH_MAX_SIZE = 1600
 #: Number of keypoints in the evaluation protocols of the papers.
 EVALUATION_NUM_KEYPOINTS = 1000
+#: Descriptor of our detectors in evaluations by these protocols, as in the papers.
+EVALUATION_DESCRIPTOR = "hardnet"
 #: Number of keypoints of a video frame, limited by the time per frame and by readability.
 VIDEO_NUM_KEYPOINTS = 500

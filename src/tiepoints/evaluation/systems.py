@@ -30,7 +30,7 @@ from ..formats.store import exists, open_features
 from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
 from ..models.classical import RawPatch
-from ..names import DESCRIPTOR, DESCRIPTORS, DETECTORS, ORIENTATIONS
+from ..names import DESCRIPTORS, DETECTORS, EVALUATION_DESCRIPTOR, ORIENTATIONS
 from ..pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
 from ..weights import digest, load, load_graph
@@ -102,7 +102,7 @@ def system(name: str, options: Options | None = None) -> System:
     base, modes = split_modes(detector)
     kind = system_kind(base)
     if kind == "network":
-        return _ours(base, modes, descriptor or DESCRIPTOR, options)
+        return _ours(base, modes, descriptor or EVALUATION_DESCRIPTOR, options)
     allowed = ("ti",) if kind == "control" else ("upright",)
     if not set(modes) <= set(allowed) or (modes == ("upright",) and descriptor in ("", "none")):
         raise ValueError(
@@ -155,7 +155,7 @@ def system_record(name: str) -> dict[str, Any]:
     if kind == "network":
         record["detector"] = digest(base)
         record["orientation"] = next((digest(m) for m in modes if m in ORIENTATIONS), None)
-        descriptor = descriptor or DESCRIPTOR
+        descriptor = descriptor or EVALUATION_DESCRIPTOR
     elif kind == "opencv":
         record["opencv"] = import_module("cv2").__version__
     elif kind == "external":

@@ -83,8 +83,8 @@ class Quality:
 
 QUALITY = {
     "fast": Quality("sobelnet", "desnet", 1024, 1024, 10),
-    "default": Quality("keynet", "hardnet", 2048, 1600, 20),
-    "best": Quality("keynet", "hardnet", 4096, 3200, 40),
+    "default": Quality("keynet", "hardnet-light", 2048, 1600, 20),
+    "best": Quality("keynet", "hardnet-light", 4096, 3200, 40),
 }
 assert tuple(QUALITY) == QUALITIES
 

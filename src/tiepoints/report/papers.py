@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..evaluation.results import Rows, Run
 from ..evaluation.systems import OPENCV_SYSTEMS, scales, split_modes
-from ..names import DESCRIPTOR, ORIENTATIONS
+from ..names import EVALUATION_DESCRIPTOR, ORIENTATIONS
 from . import published
 from .page import Block, Cell, Column, Row, Section, Table
 
@@ -73,7 +73,7 @@ def row_of_table_3(label: str, spec: str, single_scale: bool) -> str | None:
     if method is None or (scales(spec, single_scale) == "TI" and method.endswith("Key.Net")):
         return None
     if method.endswith("Key.Net"):
-        descriptor = descriptor or DESCRIPTOR
+        descriptor = descriptor or EVALUATION_DESCRIPTOR
         upright = not set(modes) & set(ORIENTATIONS) - {"none"}
     else:
         upright = "upright" in modes or not descriptor or base == "superpoint"
