@@ -65,7 +65,7 @@ def reconstruct(
         int, typer.Option(min=-1, help="Threads of the mapper; 1 repeats exactly (default: all).")
     ] = -1,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace results of other options.")
+        bool, typer.Option("--overwrite", help="Match and map again, also with other options.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:

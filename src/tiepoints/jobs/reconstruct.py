@@ -119,7 +119,7 @@ class ReconstructOptions:
     pairs: str = "auto"
     neighbors: int | None = None
     camera: str = "auto"
-    masks: Path | None = None
+    masks: str | Path | None = None
     mapper: str = "incremental"
     fps: float = 2.0
     undistort: bool = False
@@ -211,7 +211,7 @@ def reconstruct(
         images: a folder of photographs, several files, folders and patterns, or one video.
         output: folder of the results: ``database.db``, ``sparse/0`` (the model of the most images,
             in COLMAP's binary format), ``model.ply``, ``summary.json``, ``report.html``.
-        overwrite: replace results of other options.
+        overwrite: match and map again, also with other options.
         progress: show the progress of each stage.
         options: attributes of ``ReconstructOptions``.
 
@@ -362,7 +362,7 @@ class _Reconstruction:
             neighbors=neighbors,
             root=self.root,
             camera=self.camera,
-            masks=options.masks,
+            masks=None if options.masks is None else Path(options.masks),
             overwrite=self.overwrite,
             progress=self.progress,
         )
