@@ -46,7 +46,8 @@ def oxford(extractor: Extractor, folder: Path, sequences: Sequence[str]) -> dict
     rows: list[dict[str, Any]] = []
     for sequence in sequences:
         first = extractor.extract(folder / sequence / "1.png")
-        for k in range(2, 7):
+        numbers = sorted(int(path.stem) for path in (folder / sequence).glob("[2-9].png"))
+        for k in numbers:
             other = extractor.extract(folder / sequence / f"{k}.png")
             H = homography(folder, sequence, k)
             found = homography_metrics(

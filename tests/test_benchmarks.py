@@ -72,6 +72,19 @@ def test_every_script_is_run():
     ]
 
 
+def test_quantized(script, oxford, tmp_path):
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "oxford").symlink_to(oxford)
+    arguments = ["--data", tmp_path, "--systems", "sobelnet+desnet", "--sequences", "boat"]
+    arguments += ["--photos", 0, "--out", tmp_path / "q.json"]
+    script("quantized", *arguments, NUM_KEYPOINTS=100)
+    found = written(tmp_path / "q.json")["systems"]["sobelnet+desnet"]
+    assert not found["passed"]  # without photographs of one place
+    assert 0 < found["float32"]["mma@3"] <= 1
+    assert all(0.5 < ratio < 1.5 for ratio in found["ratios"].values())
+    assert found["int8"]["mma@3"] != found["float32"]["mma@3"]
+
+
 def test_oxford(script, oxford, tmp_path):
     systems = ("--work", tmp_path / "w", "--systems", "keynet-tiny,random")
     script("oxford", oxford, *systems, "--out", tmp_path / "o.json", "--table", tmp_path / "o.md")

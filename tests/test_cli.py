@@ -712,8 +712,8 @@ def test_train_and_evaluate_patches_reject_incompatible_arguments(photos, tmp_pa
     for arguments, message in (
         (
             ("softnet",),
-            "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, hynet, "
-            "sosnet, desnet",
+            "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, "
+            "hardnet-light, hynet, sosnet, desnet",
         ),
         (("hardnet", "--training-pairs", "p"), "training pairs are for detectors"),
         (("desnet", "--training-pairs", "p"), "training pairs are for detectors"),

@@ -47,11 +47,6 @@ def test_level_sizes_of_keynet_are_those_of_the_network(factor):
     )
 
 
-def test_a_scale_factor_that_is_no_small_fraction_is_refused():
-    with pytest.raises(ValueError, match="cannot be exported"):
-        keynet_factor(2**0.5)
-
-
 def test_level_sizes_are_those_of_the_pyramid_and_of_sobelnet():
     for side in range(1, MAX_SIDE + 1):
         for level in (1, 2):

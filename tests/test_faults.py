@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from typer.testing import CliRunner
 
-from tiepoints import image
+from tiepoints import reading
 from tiepoints.checkpoints import load_official
 from tiepoints.cli import app
 from tiepoints.datasets import synthetic
@@ -351,8 +351,8 @@ def test_whatever_a_decoder_raises_is_listed(photos, tmp_path, monkeypatch):
             raise TypeError("integer argument expected")
         return original(path, *options)
 
-    original = image.open_raster
-    monkeypatch.setattr(image, "open_raster", open_raster)
+    original = reading.open_raster
+    monkeypatch.setattr(reading, "open_raster", open_raster)
     output = run("extract", photos, *SYSTEM, "--output", tmp_path / "o", code=1)
     assert "2 extracted" in output
     assert "p1.png cannot be read as an image (integer argument expected)" in output

@@ -805,7 +805,7 @@ def test_our_untrained_descriptors_run_in_kornia(kind) -> None:
 
 
 def test_fused_descriptors_have_no_official_names() -> None:
-    with pytest.raises(ValueError, match="fused or changed"):
+    with pytest.raises(ValueError, match="got a FusedPatchNet, which has no official"):
         to_official_state_dict(HardNet().fused())
 
 

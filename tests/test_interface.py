@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import tiepoints
 from tiepoints.cli import app, signals
-from tiepoints.cli.common import user_errors
+from tiepoints.cli.common import STOPPED, user_errors
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.formats.npy import read_features
 from tiepoints.jobs.extract import extract_images
@@ -77,7 +77,7 @@ def test_stopped_commands_print_one_message(monkeypatch, capsys):
     monkeypatch.setattr(signals._handler, "number", signal.SIGINT)
     with pytest.raises(typer.Exit), signals.stop_message(), user_errors():
         raise signals.Stopped
-    assert capsys.readouterr().err == f"error: {signals.STOPPED}\n"
+    assert capsys.readouterr().err == f"error: {STOPPED}\n"
 
 
 def test_version():

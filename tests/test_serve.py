@@ -178,6 +178,8 @@ def test_server_ends_by_signal(runtime, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # a job in the background of a shell ignores SIGINT, and so do its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     line = process.stdout.readline()
     assert line.endswith("(stop with Ctrl-C)\n")

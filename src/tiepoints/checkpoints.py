@@ -42,7 +42,7 @@ from .files import LFS_POINTER, is_lfs_pointer
 from .models.equivariant import GroupConv, LiftingConv, polar_basis
 from .models.keynet import DEFAULT_SCALE_FACTOR, KeyNet
 from .models.keynet_legacy import NUM_BLOCKS, LegacyKeyNet
-from .models.patchnets import HardNet, HyNet, SOSNet
+from .models.patchnets import HardNet, HardNetLight, HyNet, SOSNet
 from .models.rekd import KERNEL_SIZE, REKD
 
 HWIO_TO_OIHW = (3, 2, 0, 1)  # TensorFlow kernels (kh, kw, in, out) to PyTorch (out, in, kh, kw)
@@ -483,17 +483,17 @@ def to_official_state_dict(net: nn.Module) -> dict[str, Tensor]:
         ValueError: ``net`` is none of these, is fused, or is a ``KeyNet`` with settings that the
             official code does not have.
     """
-    if isinstance(net, HardNet | HyNet):
+    if isinstance(net, HardNet | HyNet) and not isinstance(net, HardNetLight):
         names, state = _descriptor_names(net), net.state_dict()
         if set(names.values()) != set(state):
             raise ValueError(
-                f"this {type(net).__name__} is fused or changed; use the network as it was trained"
+                f"this {type(net).__name__} is changed; use the network as it was trained"
             )
         return {theirs: state[ours].detach().cpu().clone() for theirs, ours in names.items()}
     if not isinstance(net, KeyNet):
         raise ValueError(
-            f"expected a KeyNet, HardNet, SOSNet or HyNet, got {type(net).__name__}; only variant "
-            "A of Key.Net has official PyTorch names"
+            f"expected a KeyNet, HardNet, SOSNet or HyNet as it was trained, got a "
+            f"{type(net).__name__}, which has no official PyTorch names"
         )
     for name, parameter in inspect.signature(KeyNet).parameters.items():
         default, value = parameter.default, net.settings[name]

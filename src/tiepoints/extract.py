@@ -1,7 +1,8 @@
 """Feature extraction: a detector and a descriptor that share one pyramid.
 
-``build("keynet", "hardnet-light")`` returns an ``Extractor``; its ``extract`` takes a path, PIL image,
-array or tensor, or several of them. ``ExtractOptions`` holds everything that determines the result.
+``build("keynet", "hardnet-light")`` returns an ``Extractor``; its ``extract`` takes a path, PIL
+image, array or tensor, or several of them. ``ExtractOptions`` holds everything that determines the
+result.
 """
 
 from __future__ import annotations

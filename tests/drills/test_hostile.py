@@ -198,14 +198,16 @@ def test_only_safetensors_and_graphs_are_shipped():
     """The weights of the package are data, not pickled objects; each is in the index."""
     index = tomllib.loads((DATA / "index.toml").read_text())
     graphs = {entry["file"] for entry in index.pop("graphs").values()}
+    graphs |= {entry["int8"]["file"] for entry in index.values() if "int8" in entry}
     listed = {entry["file"] for entry in index.values()}
+    vocabularies = {path.name for path in DATA.glob("*.vocabulary")}
     found = {path.name for path in DATA.iterdir() if path.name != "index.toml"}
-    assert found == listed | graphs
+    assert found == listed | graphs | vocabularies
     assert all(name.endswith(".onnx") for name in graphs)
-    for name in listed:
+    assert all(name.endswith(".safetensors") for name in listed)
+    for name in listed | vocabularies:  # both are in the safetensors format
         data = (DATA / name).read_bytes()
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        assert name.endswith(".safetensors")
         assert all("dtype" in entry for key, entry in header.items() if key != "__metadata__")
 
 

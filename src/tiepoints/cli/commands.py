@@ -65,7 +65,6 @@ app.command("export")(export.export)
 app.command("info")(info.info)
 app.command("backends")(backends.backends)
 app.command("quantize")(backends.quantize)
-app.command("quantise", hidden=True)(backends.quantize)
 app.add_typer(weights.app, name="weights")
 app.add_typer(evaluate.data_app, name="data")
 
