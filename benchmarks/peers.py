@@ -68,7 +68,7 @@ from tiepoints.evaluation.pair import (
 )
 from tiepoints.evaluation.results import features_name, load_features, save_features
 from tiepoints.evaluation.run import file_name, label
-from tiepoints.evaluation.systems import DESCRIPTOR, OPENCV_SYSTEMS, Options, System, system
+from tiepoints.evaluation.systems import OPENCV_SYSTEMS, Options, System, system
 from tiepoints.extract import build
 from tiepoints.files import collect, write_text
 from tiepoints.formats.colmap import ColmapDatabase
@@ -78,7 +78,7 @@ from tiepoints.jobs.match import refine_database
 from tiepoints.matching import match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
-from tiepoints.names import DETECTORS
+from tiepoints.names import DESCRIPTOR, DETECTORS
 from tiepoints.refine import refine_matches
 from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features, Keypoints, Matches

@@ -80,8 +80,8 @@ def test_extract_mirrors_folders_skips_done_images_and_reports_failures(photos, 
         assert word in done.stdout + done.stderr
     (photos / "broken.png").unlink()
     (photos / "empty.jpg").unlink()
-    points = np.load(tmp_path / "keynet-hardnet" / "photos" / "sub" / "p1.png.kpt.npy")
-    descriptors = np.load(tmp_path / "keynet-hardnet" / "photos" / "sub" / "p1.png.dsc.npy")
+    points = np.load(tmp_path / "keynet-hardnet-light" / "photos" / "sub" / "p1.png.kpt.npy")
+    descriptors = np.load(tmp_path / "keynet-hardnet-light" / "photos" / "sub" / "p1.png.dsc.npy")
     assert points.dtype == descriptors.dtype == np.float32
     assert points.shape[1] == 4
     assert descriptors.shape == (len(points), 128)
@@ -761,8 +761,8 @@ def test_keypoint_angles_in_every_format(photos, tmp_path):
         "--single-scale",
     ]
     for arguments, name, has_angles in (
-        (["--detector", "rekd-light"], "rekd-light-hardnet", True),
-        (["--orientation", "dominant"], "keynet-hardnet", True),
+        (["--detector", "rekd-light"], "rekd-light-hardnet-light", True),
+        (["--orientation", "dominant"], "keynet-hardnet-light", True),
         (
             ["--detector", "rekd-light", "--orientation", "none", "--method-name", "level"],
             "level",
