@@ -57,8 +57,11 @@ from tiepoints.weights import load
 
 POINTS = 2048
 OURS = (
-    *("keynet+hardnet", "keynet+desnet", "keynet+rootsift", "sobelnet@ti+desnet"),
-    *("sobelnet+desnet", "keynet-tiny+hynet", "rekd-light+hardnet"),
+    *("keynet+hardnet-light", "keynet+hardnet-light:torch:float32"),
+    *("keynet+hardnet-light:openvino:int8", "keynet+hardnet", "keynet+hardnet:torch:float32"),
+    *("keynet+hardnet:openvino:int8", "keynet+desnet", "sobelnet+desnet"),
+    *("sobelnet+desnet:openvino:int8", "sobelnet@ti+desnet", "sobelnet@ti+desnet:openvino:int8"),
+    *("keynet-tiny+hardnet-light", "rekd-light+hardnet-light"),
 )
 OTHERS = ("kornia", "xfeat", "aliked-n16", "sift", "akaze", "orb", "colmap-sift")
 SYSTEMS = ",".join((*OURS, *OTHERS))
@@ -373,7 +376,11 @@ def quality(name: str, oxford: Path, sequence: str) -> dict[str, float]:
 
 
 def stored_quality(name: str) -> dict[str, float]:
-    """Results of ``peers.py`` for a system: all of Oxford, and COLMAP on photographs."""
+    """Results of ``peers.py`` for a system: all of Oxford, and COLMAP on photographs; none in eight
+    bits, which have other features.
+    """
+    if name.endswith(":int8"):
+        return {}
     sections = json.loads(PEERS.read_text())["sections"]
     base = name.partition(":")[0]
     found: dict[str, float] = {}
