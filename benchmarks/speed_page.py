@@ -24,7 +24,9 @@ LABELS = {
 STAGES = ("pyramid", "network", "selection", "description")
 #: Qualities of the figure; the first that most systems have is used.
 QUALITIES = ("oxford correct@3", "graf correct@3", "colmap sacre_coeur inliers")
-WIDTH, HEIGHT, LEFT, RIGHT, ABOVE, BELOW = 760, 420, 64, 150, 20, 48
+WIDTH, HEIGHT, LEFT, RIGHT, ABOVE, BELOW = 900, 520, 64, 210, 20, 48
+#: Height of a line of text, and about the width of a character.
+LINE, CHARACTER = 13, 6.4
 
 
 def label(name: str) -> str:
@@ -111,14 +113,15 @@ def _svg(key: str, found: dict[str, tuple[float, float]]) -> Iterator[str]:
         return
     times = [time for time, _ in found.values()]
     low, high = math.floor(math.log10(min(times))), math.ceil(math.log10(max(times)) + 1e-9)
-    top = 1.1 * max(value for _, value in found.values()) or 1.0
+    values = [value for _, value in found.values()]
+    base, top = 0.8 * min(values), 1.05 * max(values) or 1.0
     right, bottom = WIDTH - RIGHT, HEIGHT - BELOW
 
     def x(time: float) -> float:
         return LEFT + (math.log10(time) - low) / (high - low) * (right - LEFT)
 
     def y(value: float) -> float:
-        return bottom - value / top * (bottom - ABOVE)
+        return bottom - (value - base) / (top - base) * (bottom - ABOVE)
 
     yield f'<path d="M{LEFT} {ABOVE}V{bottom}H{right}" fill="none" stroke="black"/>'
     for power in range(low, high + 1):
@@ -126,8 +129,8 @@ def _svg(key: str, found: dict[str, tuple[float, float]]) -> Iterator[str]:
             f'<text x="{x(10**power):.0f}" y="{bottom + 16}" text-anchor="middle">{10**power:g}'
             "</text>"
         )
-    for fraction in (0.25, 0.5, 0.75, 1.0):
-        value = fraction * top
+    for fraction in (0.0, 0.25, 0.5, 0.75, 1.0):
+        value = base + fraction * (top - base)
         yield (
             f'<path d="M{LEFT} {y(value):.0f}H{right}" stroke="#ddd"/>'
             f'<text x="{LEFT - 6}" y="{y(value) + 4:.0f}" text-anchor="end">{value:.0f}</text>'
@@ -138,10 +141,31 @@ def _svg(key: str, found: dict[str, tuple[float, float]]) -> Iterator[str]:
         f'<text transform="translate(14 {HEIGHT // 2}) rotate(-90)" text-anchor="middle">'
         f"{html.escape(key)}</text>"
     )
-    for name, (time, value) in found.items():
+    at = {name: (x(time), y(value)) for name, (time, value) in found.items()}
+    for name, (label_x, label_y) in _labels(at).items():
         color = "#777" if name in LABELS else "#0072b2"
+        (cx, cy) = at[name]
         yield (
-            f'<circle cx="{x(time):.1f}" cy="{y(value):.1f}" r="5" fill="{color}"/>'
-            f'<text x="{x(time) + 8:.1f}" y="{y(value) + 4:.1f}">{html.escape(name)}</text>'
+            f'<path d="M{cx:.1f} {cy:.1f}L{label_x - 2:.1f} {label_y - 4:.1f}" stroke="#bbb"/>'
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{color}"/>'
+            f'<text x="{label_x:.1f}" y="{label_y:.1f}">{html.escape(name)}</text>'
         )
     yield "</svg>\n"
+
+
+def _labels(at: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+    """Positions of labels to the right of their points, moved up or down so that none overlap."""
+    placed: dict[str, tuple[float, float]] = {}
+    for name, (x, y) in sorted(at.items(), key=lambda item: (item[1][1], item[1][0])):
+        steps = (sign * k for k in range(40) for sign in (1, -1))
+        for step in steps:
+            left, base = x + 9 + 4 * min(abs(step), 6), y + 4 + LINE * step
+            if not any(
+                abs(base - other_y) < LINE
+                and left < other_x + CHARACTER * len(other)
+                and other_x < left + CHARACTER * len(name)
+                for other, (other_x, other_y) in placed.items()
+            ):
+                break
+        placed[name] = left, base
+    return placed
