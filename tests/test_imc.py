@@ -142,7 +142,7 @@ def test_benchmark_reads_our_submission(images, tmp_path):
     assert method["config_common"] == {
         "json_label": "ours",
         "keypoint": "keynet",
-        "descriptor": "hardnet",
+        "descriptor": "hardnet-light",
         "num_keypoints": 2048,
     }
     assert set(method) == {

@@ -109,8 +109,8 @@ def test_new_weights_are_measured_again(tmp_path):
 
 
 def test_digest_of_our_systems_includes_embedded_weights(tmp_path, monkeypatch):
-    for name in ("keynet", "hardnet"):
-        before = peers.digest("keynet")  # described by hardnet by default
+    for name in ("keynet", "hardnet-light"):
+        before = peers.digest("keynet")  # described by hardnet-light by default
         copy = tmp_path / table()[name]["file"]
         copy.write_bytes((DATA / copy.name).read_bytes() + b"x")
         entries = table()

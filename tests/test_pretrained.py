@@ -57,7 +57,7 @@ def test_files_and_folders_have_the_roles_of_their_networks(folder):
     detector, descriptor = (
         str(folder / f"my-{name}.safetensors") for name in ("sobelnet", "desnet")
     )
-    assert options_of(detector) == (detector, "hardnet")
+    assert options_of(detector) == (detector, "hardnet-light")
     assert options_of(detector, descriptor="none") == (detector, "none")
     assert options_of(Path(descriptor), detector="sobelnet") == ("sobelnet", descriptor)
     assert options_of(folder) == (detector, descriptor)
