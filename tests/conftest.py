@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ SHARED = Path(__file__).parents[1].parent / "shared"
 def pytest_configure(config: pytest.Config) -> None:
     if "s" not in config.option.reportchars:  # print why tests were skipped
         config.option.reportchars += "s"
+
+
+def pytest_runtest_teardown() -> None:
+    """Without the handler of SIGCHLD that torch's loaders install: a library that runs in the same
+    process replaces the stack of signal handlers, and the next child that ends would crash it.
+    """
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _folder(name: str, holds: str) -> Path:
