@@ -2,7 +2,8 @@
 and rotated cameras.
 
     python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
-        [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--out FILE.json]
+        [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--upsampled-levels N] [--nms-size N]
+        [--out FILE.json]
 
 SCENES: folders with COLMAP models and their images (docs/training.md). A system is
 DETECTOR+DESCRIPTOR, each a name or a weights file. A match is correct within 2 px of the epipolar
@@ -48,11 +49,11 @@ SMALL_DISTANCES = (0.5, 1.0)
 SEED = 11
 
 
-def extractor(system: str, num_keypoints: int) -> Extractor:
-    """An extractor with the defaults of ``tiepoints match``, except for the number of keypoints."""
+def extractor(system: str, **options: Any) -> Extractor:
+    """An extractor with the defaults of ``tiepoints match``, except for ``options``."""
     detector, _, descriptor = system.partition("+")
     described_by = descriptor if descriptor == "rootsift" else load(descriptor)
-    return build(load(detector), described_by, num_keypoints=num_keypoints, device="cpu")
+    return build(load(detector), described_by, device="cpu", **options)
 
 
 def rotated(image: Tensor, degrees: float) -> tuple[Tensor, Tensor]:
@@ -81,9 +82,8 @@ def count_correct(
 
 
 def measure(
-    system: str, pairs: list[ReconstructionPair], rotations: list[float], num_keypoints: int
+    extract: Extractor, pairs: list[ReconstructionPair], rotations: list[float]
 ) -> dict[str, Any]:
-    extract = extractor(system, num_keypoints)
     images = {
         path: load_image(path)
         for path in dict.fromkeys(path for pair in pairs for path in pair.images)
@@ -160,17 +160,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--rotations", default="0,30,60,90,180")
     parser.add_argument("--num-keypoints", type=int, default=1000)
+    parser.add_argument("--upsampled-levels", type=int, help="enlarged levels of the pyramid")
+    parser.add_argument("--nms-size", type=int, help="side of the suppression window in pixels")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     pairs = reconstruction_pairs(read_scenes(args.scenes), args.pairs, SEED)
+    options = {"num_keypoints": args.num_keypoints, "up_levels": args.upsampled_levels}
+    if args.nms_size is not None:
+        options["nms_window"] = args.nms_size
     rotations = [float(part) for part in args.rotations.split(",") if part]
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):
-        rows[name] = measure(name, pairs, rotations, args.num_keypoints)
+        rows[name] = measure(extractor(name, **options), pairs, rotations)
         if args.out:  # after each system, so that an interrupted run keeps its results
             content = {
                 "machine": machine(),
+                "options": options,
                 "scenes": [path.name for path in args.scenes],
                 "pairs": len(pairs),
                 "systems": rows,

@@ -16,8 +16,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_runtest_teardown() -> None:
-    """Without the handler of SIGCHLD that torch's loaders install: a library that runs in the same
-    process replaces the stack of signal handlers, and the next child that ends would crash it.
+    """Remove the handler of SIGCHLD that torch's loaders install: in runs of all tests, a process
+    with it has crashed (SIGSEGV) at the delivery of that signal, for a reason that is not known.
     """
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

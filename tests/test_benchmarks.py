@@ -170,6 +170,10 @@ def test_views(script, world, tmp_path):
     out = tmp_path / "v.json"
     script("views", world[0], *arguments, "--num-keypoints", 100, "--out", out)
     assert written(out)["systems"]["keynet-tiny+rootsift"]["right %"] >= 0
+    assert written(out)["options"] == {"num_keypoints": 100, "up_levels": None}
+    changed = ("--upsampled-levels", 0, "--nms-size", 9)
+    script("views", world[0], *arguments, *changed, "--num-keypoints", 100, "--out", out)
+    assert written(out)["options"]["nms_window"] == 9
 
 
 def test_reconstruct(script, world, tmp_path):

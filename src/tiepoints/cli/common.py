@@ -7,6 +7,7 @@ SIGHUP. Commands have many parameters because typer declares an option by a para
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -275,6 +276,23 @@ def finish(failed: Iterable[tuple[str, str]], ignored: int = 0, *, bad: bool = F
         typer.echo(line, err=True)
     if lines or bad:
         raise typer.Exit(1)
+
+
+def print_extraction(report: Any, as_json: bool) -> None:
+    """Print the result of an extraction, and exit with 1 if images failed.
+
+    Args:
+        report: ``jobs.extract.ExtractReport`` or ``lite.LiteReport``.
+        as_json: print all of it as JSON instead of one line.
+    """
+    if as_json:
+        print_json(dataclasses.asdict(report))
+    else:
+        typer.echo(
+            f"{report.done} extracted ({report.keypoints} keypoints, {report.seconds:.1f} s), "
+            f"{report.skipped} done before, {len(report.failed)} failed -> {report.output}"
+        )
+    finish(report.failed, report.ignored)
 
 
 def print_json(content: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -39,8 +38,7 @@ from .common import (
     WorkersOption,
     extract_options,
     fail,
-    finish,
-    print_json,
+    print_extraction,
     progress_wanted,
     user_errors,
 )
@@ -150,11 +148,4 @@ def extract(
             workers=parse_workers(workers),
             progress=progress_wanted(),
         )
-    if as_json:
-        print_json(dataclasses.asdict(report))
-    else:
-        typer.echo(
-            f"{report.done} extracted ({report.keypoints} keypoints, {report.seconds:.1f} s), "
-            f"{report.skipped} done before, {len(report.failed)} failed -> {report.output}"
-        )
-    finish(report.failed, report.ignored)
+    print_extraction(report, as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -16,8 +15,7 @@ from .common import (
     MaskAlphaOption,
     MaskValueOption,
     ValueRangeOption,
-    finish,
-    print_json,
+    print_extraction,
     progress_wanted,
     user_errors,
 )
@@ -77,11 +75,4 @@ def lite(
         report = extract_files(
             images, output, extractor, overwrite=overwrite, progress=progress_wanted()
         )
-    if as_json:
-        print_json(dataclasses.asdict(report))
-    else:
-        typer.echo(
-            f"{report.done} extracted ({report.keypoints} keypoints, {report.seconds:.1f} s), "
-            f"{report.skipped} done before, {len(report.failed)} failed -> {report.output}"
-        )
-    finish(report.failed, report.ignored)
+    print_extraction(report, as_json)

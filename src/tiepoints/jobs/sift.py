@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import DataError, first_line
 from ..files import write_json, write_text
 from ..formats.colmap import quiet_colmap, require_pycolmap
-from ..formats.records import read_settings
+from ..formats.records import files_digest, json_digest, read_settings
 from ..progress import Progress
 from .mapping import MapOptions, ModelStatistics, map_images, write_models
 
@@ -42,7 +42,8 @@ def compare_sift(
     """
     record = {
         "names": names,
-        "pairs": len(pairs),
+        "files": files_digest(root / name for name in names),
+        "pairs": json_digest(pairs),
         "max_size": max_size,
         "camera": camera,
         **asdict(mapping),
