@@ -1,6 +1,6 @@
-"""Quality of eight-bit networks against float32: the gate for their choice by ``auto``.
+"""Quality of networks in int8 and bfloat16 against float32: the gate for their choice by ``auto``.
 
-Each system extracts 2048 keypoints per image with its own defaults, in float32 and in int8, and
+Each system extracts 2048 keypoints per image with its own defaults in each precision, and
 features are matched by mutual nearest neighbors. Measured are, on the Oxford sequences, mutual
 repeatability at 3 px and MMA at 1 and 3 px (means over pairs), and, on photographs of one place,
 verified matches (inliers of a fundamental matrix, summed over pairs). A system passes if none is
@@ -8,7 +8,8 @@ lower than 99.5 % of float32's. These images are used for nothing else: calibrat
 held-out training photographs (``tiepoints quantize``).
 
     python benchmarks/quantized.py --data DATA [--systems keynet+hardnet,sobelnet+desnet] \\
-        [--sequences graf,boat,bikes,leuven] [--photos 10] --out FILE.json
+        [--precisions int8,bfloat16] [--sequences graf,boat,bikes,leuven] [--photos 10] \\
+        --out FILE.json
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from tiepoints.metrics.geometry import mean
 from tiepoints.structs import Features
 
 NUM_KEYPOINTS = 2048
-SYSTEMS = "keynet+hardnet,keynet+desnet,sobelnet+hardnet,sobelnet+desnet"
-#: Smallest ratio of a measure in int8 to float32's.
+SYSTEMS = "keynet+hardnet-light,keynet+hardnet,keynet+desnet,sobelnet+desnet"
+PRECISIONS = "int8,bfloat16"
+#: Smallest ratio of a measure to float32's.
 GATE = 0.995
 MEASURES = ("repeatability@3", "mma@1", "mma@3", "inliers")
 #: Longest side in pixels of the photographs of one place.
@@ -92,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--systems", default=SYSTEMS, help="comma-separated DETECTOR+DESCRIPTOR")
     parser.add_argument("--sequences", default="graf,boat,bikes,leuven")
     parser.add_argument("--photos", type=int, default=10, help="photographs of one place; 0: none")
-    parser.add_argument("--backend", default="auto", help="backend of int8")
+    parser.add_argument("--precisions", default=PRECISIONS, help="compared with float32")
+    parser.add_argument("--backend", default="auto", help="backend of the precisions")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; other systems are kept")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -103,20 +106,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.systems.split(","):
         where = (args.data, args.sequences.split(","), args.photos)
         exact = measure(name, *where, backend="torch", precision="float32")
-        quick = measure(name, *where, backend=args.backend, precision="int8")
-        ratios = {key: quick[key] / exact[key] for key in MEASURES if key in exact}
-        passed = min(ratios.values()) >= GATE and len(ratios) == len(MEASURES)
-        content["systems"][name] = {
-            "sequences": where[1],
-            "photos": args.photos,
-            "float32": exact,
-            "int8": quick,
-            "ratios": ratios,
-            "passed": passed,
-        }
-        write_json(args.out, content)
-        shown = ", ".join(f"{key} {ratio:.4f}" for key, ratio in ratios.items())
-        print(f"{name}: {'passed' if passed else 'not passed'}: {shown}", flush=True)
+        entry: dict[str, Any] = {"sequences": where[1], "photos": args.photos, "float32": exact}
+        content["systems"][name] = entry
+        for precision in args.precisions.split(","):
+            quick = measure(name, *where, backend=args.backend, precision=precision)
+            ratios = {key: quick[key] / exact[key] for key in MEASURES if key in exact}
+            passed = min(ratios.values()) >= GATE and len(ratios) == len(MEASURES)
+            entry[precision] = {**quick, "ratios": ratios, "passed": passed}
+            write_json(args.out, content)
+            shown = ", ".join(f"{key} {ratio:.4f}" for key, ratio in ratios.items())
+            verdict = "passed" if passed else "not passed"
+            print(f"{name}, {precision}: {verdict}: {shown}", flush=True)
 
 
 if __name__ == "__main__":

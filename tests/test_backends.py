@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from helpers import call, texture, write_photos
 from tiepoints import backends
 from tiepoints.backends import GraphStack, cached_graph, run_by
-from tiepoints.device import choose_precision, processor_features
+from tiepoints.device import float_precision, processor_features
 from tiepoints.errors import WeightsError
 from tiepoints.extract import ExtractOptions, build, network_label
 from tiepoints.jobs.backends import describe_backends
@@ -151,10 +151,25 @@ def test_auto_never_exports(empty_cache, monkeypatch):
 def test_auto_takes_bfloat16_where_processors_compute_it():
     features = processor_features()
     native = features["avx512_bf16"] or features["amx_tile"]
+    assert float_precision("auto", torch.device("cpu")) == ("bfloat16" if native else "float32")
     expected = torch.bfloat16 if native else torch.float32
-    assert choose_precision("auto", torch.device("cpu")) == expected
-    net = build("keynet-tiny", "desnet", backend="torch").describe.net
-    assert net.dtype == expected
+    extractor = build("keynet-tiny", "desnet", backend="torch")
+    assert extractor.describe.net.dtype == expected
+    assert extractor.detect.net.plain[0].weight.dtype == expected
+    official = build("keynet", "desnet", official=True, backend="torch")
+    assert official.detect.net.plain[0].weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("detector", ["keynet", "keynet-tiny", "sobelnet", "rekd-light"])
+@pytest.mark.parametrize("backend", ["torch", "openvino"])
+def test_detectors_in_bfloat16_find_the_same_keypoints(detector, backend):
+    options = {"num_keypoints": 60, "single_scale": True, "device": "cpu"}
+    gray = image((93, 127))[0, 0].numpy()
+    exact = build(detector, None, precision="float32", backend="torch", **options).extract(gray)
+    half = build(detector, None, precision="bfloat16", backend=backend, **options).extract(gray)
+    near = (torch.cdist(half.xy, exact.xy) < 0.5).any(dim=1).float().mean()
+    assert near > 0.95
+    assert not torch.equal(half.xy, exact.xy)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino")])

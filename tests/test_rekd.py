@@ -97,7 +97,7 @@ def test_angle_is_exact_to_a_fraction_of_a_bin():
 @pytest.mark.parametrize("pixels", [10**6, 900])
 @pytest.mark.parametrize("quick", [1, 1000])
 def test_fused_equals_unfused_for_any_number_of_tiles(variant, size, pixels, quick, monkeypatch):
-    monkeypatch.setattr(module, "TILE_PIXELS", pixels)
+    monkeypatch.setattr(module, "TILE_VALUES", 24 * pixels)
     monkeypatch.setattr(module, "WINOGRAD_CHANNELS", quick)
     # a small range avoids saturated histograms, in which the softmax loses differences of the
     # logits

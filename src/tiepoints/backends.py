@@ -403,7 +403,7 @@ def run_by(
             eight-bit graph.
         WeightsError: no backend computes the eight-bit graph right.
     """
-    half = [torch.bfloat16] if precision == "bfloat16" else []
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     quick = fused(net)
     stack = getattr(quick, "stack", None)
     stored = isinstance(stack, StoredGraph)
@@ -412,7 +412,7 @@ def run_by(
             raise ValueError(
                 f"backends other than torch, and precision int8, need device cpu; got {device}"
             )
-        return fused(net, *half).to(device)
+        return fused(net, dtype).to(device)
     if isinstance(stack, GraphStack):
         return quick
     if isinstance(stack, StoredGraph):
@@ -440,7 +440,7 @@ def run_by(
             target = _Whole(quick) if stack is None else quick
             target.stack = found
             return target
-    return fused(net, *half) if half else quick
+    return quick if dtype == torch.float32 else fused(net, dtype)
 
 
 def _int8(net: nn.Module, backend: str, graph: Path | None) -> nn.Module:

@@ -47,15 +47,15 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and (features["avx512_bf16"] or features["amx_tile"])
 
 
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The data type of a precision: ``auto`` is bfloat16 if the device supports it natively
-    (``fast_bfloat16``), else float32.
+def float_precision(name: str, device: torch.device) -> str:
+    """The precision of networks that have no eight-bit graph: ``bfloat16`` or ``float32``.
+
+    ``auto`` is bfloat16 if the device supports it natively (``fast_bfloat16``).
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {name!r}")
-    if name != "auto":  # what int8 leaves is in float32
-        return torch.bfloat16 if name == "bfloat16" else torch.float32
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    half = fast_bfloat16(device) if name == "auto" else name == "bfloat16"
+    return "bfloat16" if half else "float32"  # also of what int8 leaves

@@ -26,7 +26,7 @@ from .checkpoints import load_official
 from .decode import image_size
 from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
-from .device import choose_device, choose_precision, processor_features
+from .device import choose_device, float_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
@@ -68,7 +68,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
         upright: describe patches without rotating them by the angles, as in REKD's published
             evaluation; ``desnet`` never uses angles.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
-        precision: ``float32``; ``bfloat16`` for the descriptor's convolutions; ``int8`` for those
+        precision: ``float32``; ``bfloat16`` for the convolutions of networks; ``int8`` for those
             of all networks of which there is an eight-bit graph; ``auto``: ``chosen_precision``,
             else the faster of ``float32`` and ``bfloat16``.
         backend: what runs the networks: ``torch``, ``onnxruntime``, ``openvino``, or ``auto``, the
@@ -263,11 +263,13 @@ class ExtractOptions(ReadOptions, DetectOptions):
             detect = spec.official(net.to(device), options)
         else:
             graph = self._graph("detector")
+            half = isinstance(spec_of(net), DetectorSpec) and not self.official
+            precision = float_precision(self.chosen_precision, device) if half else "float32"
             detect = ScoreMapDetector(
                 run_by(
                     net,
                     self.backend,
-                    "float32" if graph is None else "int8",
+                    precision if graph is None else "int8",
                     device=device,
                     graph=graph,
                 ),
@@ -290,6 +292,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             orient=build_orientation(
                 self.orientation,
                 device,
+                precision=float_precision(self.chosen_precision, device),
                 backend=self.backend,
                 tile_pixels=tile_pixels(self.memory),
             ),
@@ -511,7 +514,7 @@ def build_descriptor(
     ``DenseDescriptor``.
     """
     device = torch.device(device)
-    dtype = choose_precision(precision, device)
+    chosen = float_precision(precision, device)
     if descriptor is None or descriptor == "none":
         return None
     if descriptor == "rootsift":
@@ -525,11 +528,12 @@ def build_descriptor(
     spec = spec_of(net)
     if isinstance(spec, DetectorSpec):
         raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the detector")
-    half = dtype == torch.bfloat16 and isinstance(spec, DenseSpec | PatchSpec)
+    if not isinstance(spec, DenseSpec | PatchSpec):  # a network of the user
+        chosen = "float32"
     run = run_by(
         net,
         backend,
-        "int8" if graph is not None else "bfloat16" if half else "float32",
+        chosen if graph is None else "int8",
         device=device,
         graph=graph,
         inputs=StackInput(side=None if isinstance(spec, DenseSpec) else PATCH_SIZE),
@@ -543,6 +547,7 @@ def build_orientation(
     orientation: str | None,
     device: torch.device | str = "cpu",
     *,
+    precision: str = "float32",
     backend: str = "auto",
     tile_pixels: int = TILE_PIXELS,
 ) -> Describe | None:
@@ -555,7 +560,7 @@ def build_orientation(
         return upright
     if orientation == "dominant":
         return DominantOrientation()
-    net = run_by(load(orientation), backend, device=device)
+    net = run_by(load(orientation), backend, precision, device=device)
     return NetOrientation(net, tile_pixels=tile_pixels)  # type: ignore[arg-type]
 
 

@@ -342,9 +342,9 @@ def save_graph(
 
 
 def _outside_stack(net: nn.Module) -> list[str]:
-    """Names of the tensors of a network that are not in its costly part."""
-    if isinstance(net, KeyNet | SobelNet):
-        return [name for name in net.state_dict() if name.startswith(("last.", "first."))]
+    """Names of the tensors of a network that are used outside its costly part."""
+    if isinstance(net, KeyNet | SobelNet):  # all: the last columns of odd widths are computed there
+        return list(net.state_dict())
     if isinstance(net, REKD):
         return [name for name in net.state_dict() if name.startswith("score")]
     return []

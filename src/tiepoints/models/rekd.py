@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..device import processor_features
 from ..filters import (
     CONTRAST_RADIUS,
     binomial_blur,
@@ -59,8 +60,8 @@ VARIANTS = ("default", "published")
 #: Constant added to the deviation in gray levels (of 255) in contrast normalization. The published
 #: code has 1, which amplifies the noise of a smooth sky to the contrast of a corner.
 CONTRAST_FLOOR = 15.0
-#: Pixels of a tile, to bound the memory of the maps of all orientations.
-TILE_PIXELS = 150_000
+#: Values of the maps of all orientations of a tile, to bound the memory.
+TILE_VALUES = 10_800_000
 #: Tiles are strips of whole rows unless these would have fewer rows (``regions.Box.split``).
 MIN_ROWS = 64
 #: Number of channels from which on Winograd's convolution is used on a CPU: it is twice as fast as
@@ -272,9 +273,9 @@ class REKD(nn.Module):
         net.offset = self.offset
         return net.train(self.training)
 
-    def fused(self) -> FusedREKD:
+    def fused(self, dtype: torch.dtype = torch.float32) -> FusedREKD:
         """The same function for inference, faster and with bounded memory: see ``FusedREKD``."""
-        return FusedREKD(self)
+        return FusedREKD(self, dtype)
 
 
 def _official(net: nn.Module, options: Any) -> OfficialREKD:
@@ -320,7 +321,7 @@ class FusedREKD(nn.Module):
 
     spec = REKD.spec
 
-    def __init__(self, net: REKD):
+    def __init__(self, net: REKD, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.offset, self.floor, self.group = net.offset, net.floor, net.group
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
@@ -331,14 +332,16 @@ class FusedREKD(nn.Module):
         )
         self.direction = self.reference.orientation.frozen()
         channels = min(conv.weight.shape[1] for conv in self.convs[1:])  # type: ignore[index]
-        wide = channels >= WINOGRAD_CHANNELS
-        # the Winograd layers have the channels last; the library is faster with contiguous maps
-        self.layout = torch.channels_last if wide else torch.contiguous_format
+        wide = channels >= WINOGRAD_CHANNELS and dtype == torch.float32
+        # The Winograd layers have the channels last. With few channels, the library is faster with
+        # contiguous maps on processors without AVX-512.
+        last = wide or dtype != torch.float32 or processor_features()["avx512"]
+        self.layout = torch.channels_last if last else torch.contiguous_format
         for conv in self.convs:
             conv.to(memory_format=self.layout)  # type: ignore[call-overload]
         inner = cast(list[nn.Conv2d], list(self.convs[1:])) if wide else []
         self.winograd = [WinogradConv(conv.weight, cast(Tensor, conv.bias)) for conv in inner]
-        self.stack: nn.Module = _REKDStack(self.convs, self.direction, self.group)
+        self.stack: nn.Module = _REKDStack(self.convs, self.direction, self.group).to(dtype)
         self.halo = sum(conv.kernel_size[0] // 2 for conv in self.convs)  # type: ignore[index, misc]
         norm, score = self.reference.score_norm, self.reference.score
         assert norm.running_var is not None
@@ -362,7 +365,8 @@ class FusedREKD(nn.Module):
         levels = self._levels(source, box)
         batch = len(levels[0].pixels)
         score, angle = (levels[0].pixels.new_empty(batch, 1, *box.size) for _ in range(2))
-        for tile in box.split(max(1, TILE_PIXELS // batch), MIN_ROWS):
+        channels = batch * len(self.convs[0].weight)  # type: ignore[index, arg-type]
+        for tile in box.split(max(1, TILE_VALUES // channels), MIN_ROWS):
             parts = self._tile(levels, source.size, tile)
             for maps, part in zip((score, angle), parts, strict=True):
                 tile.crop(maps, box).copy_(part)
@@ -422,9 +426,9 @@ class FusedREKD(nn.Module):
         image = level.read(outer).contiguous(memory_format=self.layout)
         fast = self.winograd and isinstance(self.stack, _REKDStack)
         if not fast or image.device.type != "cpu" or image.dtype != torch.float32:
-            maps, directions = box.crop(self.stack(image), outer).split(
-                [len(weight), self.group], dim=1
-            )
+            dtype = self.direction.weight.dtype
+            both = self.stack(image.to(dtype)).to(image.dtype)
+            maps, directions = box.crop(both, outer).split([len(weight), self.group], dim=1)
             return (maps * weight.view(-1, 1, 1)).sum(dim=1, keepdim=True), directions
         maps = F.relu_(self.convs[0](image))
         mixed = self.direction.weight[:, :, 0, 0].T  # (fields*N,N)

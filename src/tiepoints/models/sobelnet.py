@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..filters import binomial_blur, resize, sobel
+from ..kernels.column_pairs import apply_paired, paired
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
 from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
@@ -125,9 +126,9 @@ class SobelNet(nn.Module):
         score = F.softplus(self.last(total))
         return score if self.training else cut(score, self.ratio)
 
-    def fused(self) -> FusedSobelNet:
+    def fused(self, dtype: torch.dtype = torch.float32) -> FusedSobelNet:
         """The same function for inference, faster: see ``FusedSobelNet``."""
-        return FusedSobelNet(self)
+        return FusedSobelNet(self, dtype)
 
 
 def cut(score: Tensor, ratio: float) -> Tensor:
@@ -140,8 +141,8 @@ def cut(score: Tensor, ratio: float) -> Tensor:
 
 
 class FusedSobelNet(nn.Module):
-    """A trained ``SobelNet`` for inference: batch normalization folded into the filters,
-    channels-last memory, computed in tiles of rows.
+    """A trained ``SobelNet`` for inference: batch normalization folded into the filters, which are
+    applied to pairs of columns in channels-last memory in ``dtype``, in tiles of rows.
 
     Equal to the network in eval mode up to rounding. The weights are copied, so later training of
     the original has no effect.
@@ -149,12 +150,13 @@ class FusedSobelNet(nn.Module):
 
     spec = SobelNet.spec
 
-    def __init__(self, net: SobelNet):
+    def __init__(self, net: SobelNet, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.offset, self.floor, self.ratio = net.offset, net.floor, net.ratio
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
-        self.stack = ConvStack(conv.to(memory_format=torch.channels_last) for conv in folded)
+        self.plain = ConvStack(folded).to(dtype)
+        self.stack: nn.Module = ConvStack(map(paired, folded)).to(dtype)
         self.last = SingleChannelConv2d(net.last.weight, net.last.bias)
         self.radius = net.settings["kernel_size"] // 2
         # gradients have a radius of one pixel, their blur of two
@@ -195,9 +197,4 @@ class FusedSobelNet(nn.Module):
         return maps
 
     def _features(self, level: Tensor) -> Tensor:
-        shape = (len(level), len(GRADIENTS), *level.shape[-2:])
-        maps = torch.empty(
-            shape, dtype=level.dtype, device=level.device, memory_format=torch.channels_last
-        )
-        torch.cat(gradients(level), dim=1, out=maps)
-        return self.stack(maps)
+        return apply_paired(gradients(level), self.stack, self.plain, self.plain.radii)

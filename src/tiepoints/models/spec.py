@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -64,12 +65,20 @@ class StackInput:
 
 
 class ConvStack(nn.ModuleList):
-    """Convolutions, each followed by a ReLU, as the costly part of a fused network."""
+    """Convolutions that keep the size, each followed by a ReLU, in channels-last memory."""
+
+    def __init__(self, convs: Iterable[nn.Conv2d]):
+        super().__init__(conv.to(memory_format=torch.channels_last) for conv in convs)  # type: ignore[call-overload]
 
     @property
     def input(self) -> StackInput:
         """Maps with the channels of the first convolution."""
         return StackInput(channels=self[0].in_channels)  # type: ignore[arg-type]
+
+    @property
+    def radii(self) -> list[int]:
+        """Radius of the filters of each convolution."""
+        return [conv.kernel_size[0] // 2 for conv in self]  # type: ignore[index, misc]
 
     def forward(self, maps: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,D,H,W)."""
@@ -83,7 +92,11 @@ def spec_of(net: nn.Module) -> Spec | None:
     return getattr(net, "spec", None)
 
 
-def fused(net: nn.Module, *args: Any) -> nn.Module:
-    """The fast copy of a network for inference, or the network itself if it has none."""
+def fused(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The fast copy of a network for inference, its convolutions in ``dtype``, or the network
+    itself if it has none.
+    """
     make = getattr(net, "fused", None)
-    return net if make is None else make(*args)
+    if make is None:
+        return net
+    return make() if dtype == torch.float32 else make(dtype)

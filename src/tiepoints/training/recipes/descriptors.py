@@ -21,7 +21,7 @@ from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
 from ...describe import DESCRIBE_CHUNK
 from ...detect import DetectOptions, ScoreMapDetector
-from ...device import choose_precision
+from ...device import fast_bfloat16
 from ...models.desnet import DesNet, sample
 from ...models.patchnets import PatchNet, unit
 from ...models.spec import DetectorSpec, fused, spec_of
@@ -224,7 +224,8 @@ def _stored_batches(
     )
     targets = None if teacher is None else path.with_name("targets.npy")
     if teacher is not None and targets is not None:
-        net = teacher.fused(choose_precision("auto", torch.device("cpu")))  # type: ignore[operator]
+        half = fast_bfloat16(torch.device("cpu"))
+        net = teacher.fused(torch.bfloat16 if half else torch.float32)  # type: ignore[operator]
         write_targets(
             *(targets, path, lambda patches: described(net, patches)),
             identity=[made_from, weights_checksum(teacher)],
