@@ -113,7 +113,9 @@ def evaluate(
     from ..evaluation.results import read_metadata, read_rows
     from ..evaluation.run import RunSettings, label
     from ..evaluation.run import evaluate as run
+    from ..memory import keep_freed
 
+    keep_freed()
     with user_errors():
         opened = open_dataset(dataset, split)
         if resize is not None and not all(p.isdigit() and int(p) > 0 for p in resize.split(",")):

@@ -128,7 +128,9 @@ def extract(
     from ..extract import network_label
     from ..jobs.extract import extract_images
     from ..jobs.workers import parse_workers
+    from ..memory import keep_freed
 
+    keep_freed()
     with user_errors():
         if output is None:
             labels = f"{network_label(detector)}-{network_label(descriptor)}"

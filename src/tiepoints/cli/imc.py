@@ -92,7 +92,9 @@ def imc(
 
     from ..jobs.imc import MATCHING, export_imc
     from ..jobs.workers import parse_workers
+    from ..memory import keep_freed
 
+    keep_freed()
     with user_errors():
         options = dataclasses.replace(MATCHING, ratio=ratio, threshold=threshold)
         result = export_imc(

@@ -160,7 +160,9 @@ def match(
     )
     from ..jobs.match import MatchOptions, match_images
     from ..jobs.workers import parse_workers
+    from ..memory import keep_freed
 
+    keep_freed()
     with user_errors():
         num_workers = parse_workers(workers)
         options = MatchOptions(

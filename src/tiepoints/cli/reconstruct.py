@@ -74,7 +74,9 @@ def reconstruct(
     Exit code 0: all images are in one model; 1: some are not; 2: nothing could be reconstructed.
     """
     from ..jobs.reconstruct import reconstruct as run
+    from ..memory import keep_freed
 
+    keep_freed()
     with user_errors():
         summary = run(
             photos,

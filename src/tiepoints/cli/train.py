@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,19 +26,6 @@ RUN_PARAMETERS = (
     *("output", "workers", "device", "devices", "save_every", "resume", "overwrite"),
     *("compare", "as_json"),
 )
-
-
-def disable_malloc_trim() -> None:
-    """Disable trimming of freed memory in glibc, which takes a third of the training time for
-    returning and zeroing memory in each step.
-    """
-    import ctypes
-
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):  # glibc's malloc.h: M_MMAP_MAX -4, M_TRIM_THRESHOLD -1
-            libc.mallopt(-4, 0)
-            libc.mallopt(-1, 2**31 - 1)
 
 
 def _numbers(option: str, text: str | None, kind: type) -> tuple[Any, ...] | None:
@@ -223,10 +209,11 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train a detector or a descriptor on a folder of images, without labels."""
+    from ..memory import keep_freed
     from ..training.loop import RunOptions
     from ..training.recipes.train import data_of, resumed_arguments, train_from
 
-    disable_malloc_trim()
+    keep_freed(large_blocks=True)
     if steps is not None and minutes is not None:
         fail("give --steps or --minutes, not both")
     if resume and overwrite:

@@ -98,8 +98,10 @@ def live(
     options = extract_options(context)
     from ..jobs.video import VideoFile, VideoFrames, Window, open_source
     from ..jobs.video import live as run
+    from ..memory import keep_freed
     from ..tracking import Tracker
 
+    keep_freed()
     with user_errors("stopped before the first frame"):
         tracker = Tracker(
             ratio=None if ratio >= 1 else ratio,

@@ -72,7 +72,9 @@ def apply_paired(
     torch.cat([channel.to(dtype) for channel in channels], dim=1, out=maps[..., :w])
     if odd:
         maps[..., w:] = 0
-    out = split_columns(stack(pair_columns(maps)).to(first.dtype))[..., :w]
+    out = split_columns(stack(pair_columns(maps)))[..., :w]
+    # without gaps between the rows, with which later steps are slow
+    out = out.to(first.dtype).contiguous(memory_format=torch.channels_last)
     # the second layer is the first whose padding the extension replaces
     if odd and (wrong := sum(radii[1:])):
         start = max(0, w - wrong - sum(radii))

@@ -365,7 +365,7 @@ class FusedREKD(nn.Module):
         levels = self._levels(source, box)
         batch = len(levels[0].pixels)
         score, angle = (levels[0].pixels.new_empty(batch, 1, *box.size) for _ in range(2))
-        channels = batch * len(self.convs[0].weight)  # type: ignore[index, arg-type]
+        channels = batch * len(self.convs[0].weight)  # type: ignore[arg-type]
         for tile in box.split(max(1, TILE_VALUES // channels), MIN_ROWS):
             parts = self._tile(levels, source.size, tile)
             for maps, part in zip((score, angle), parts, strict=True):
