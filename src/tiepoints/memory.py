@@ -16,7 +16,7 @@ from .errors import DataError
 from .regions import TILE_PIXELS
 
 #: Bytes of the process without an image: Python, torch, the networks.
-BASE = 280 << 20
+BASE = 340 << 20
 #: Bytes per pixel of an 8-bit image while it is read and while its features are extracted, and per
 #: pixel of a part while it is processed (``benchmarks/memory.py``). Decoded images of wider types
 #: need more: 28 for float64 RGB.
