@@ -131,8 +131,11 @@ def _insert_int8(model: Any) -> None:
             continue
         path = node.attribute[0].s.decode()
         if path not in loaded:
-            loaded[path] = onnx.load(path).graph
-            for tensor in loaded[path].initializer:
+            graph = loaded[path] = onnx.load(path).graph
+            used = {name for part in graph.node for name in part.input}
+            for tensor in graph.initializer:
+                if tensor.name not in used:
+                    continue
                 added = model.graph.initializer.add()
                 added.CopyFrom(tensor)
                 added.name = _shared_name(path, tensor.name)
