@@ -38,7 +38,8 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The documentation site: build/docs/index.html. Warnings are errors; nothing is downloaded.
+# The documentation site: build/docs/index.html. Warnings are errors; nothing is downloaded. It embeds
+# the page that matches two photographs if `tiepoints serve` has downloaded what that needs.
 docs: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
 

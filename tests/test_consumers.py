@@ -91,7 +91,7 @@ def test_openvino_runs_a_pipeline():
         a, b = np.c_[expected.keypoints, expected.scales], np.c_[xy, scales]
         distance = np.abs(a[:, None] - b[None]).max(axis=2)
         common = distance.min(axis=1) < 1e-2
-        assert len(a) == 150
+        assert len(a) > 80
         assert common.mean() > 0.97
         near = distance.argmin(axis=1)[common]
         cosines = (descriptors[near] * expected.descriptors[common]).sum(axis=1)
