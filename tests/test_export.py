@@ -205,7 +205,7 @@ def test_the_check_of_a_pipeline_compares_with_torch():
         (["--nms-size", 4], "nms_window must be odd"),
         (["--form", "tensorrt"], "'tensorrt' is not one of"),
         (["sobelnet", "--form", "colmap"], "--form colmap takes --detector and --descriptor"),
-        (["--form", "colmap", "--descriptor", "none"], "--form colmap needs a descriptor"),
+        (["--form", "colmap", "--descriptor", "none"], "the form colmap needs a descriptor"),
         (["sobelnet", "--opset", 17], "opset 17 is too old"),
         (["sobelnet", "--opset", 40], "opset must be 18 to 21"),
         (["hynet", "--int8"], "no eight-bit graph of hynet; make one with `tiepoints quantize`"),
@@ -224,6 +224,16 @@ def test_wrong_arguments_of_export(tmp_path, arguments, message):
 def test_the_output_must_be_an_onnx_file(tmp_path):
     code, _, err = call("export", "sobelnet", "--output", tmp_path / "x.bin")
     assert (code, "must end in .onnx" in err) == (2, True)
+
+
+def test_an_unknown_form_and_an_older_torch(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    options = ExtractOptions(detector="sobelnet", descriptor="desnet", precision="int8")
+    with pytest.raises(ValueError, match="form must be one of pipeline, colmap; got 'network'"):
+        export.export_pipeline(options, tmp_path / "x.onnx", form="network")
+    monkeypatch.delattr(torch.onnx, "ops")
+    with pytest.raises(ImportError, match=r"need torch 2\.8"):
+        export.export_pipeline(options, tmp_path / "x.onnx")
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .backends import run_by
+from .detect import response_floor
 from .errors import DataError
 from .export_checks import (
     CHECKS,
@@ -100,7 +101,7 @@ def export_network(
             name of the file.
         WeightsError, ImportError, DataError: as ``export_pipeline``.
     """
-    _check_output(output, opset)
+    _check_output(output, opset, int8=int8)
     part = _part(name, int8=int8)
     if int8 and part.int8 is None:
         raise ValueError(_no_int8(name))
@@ -151,7 +152,9 @@ def export_pipeline(
         ImportError: the extra ``onnx`` is missing.
         DataError: the exported file does not compute what torch computes.
     """
-    _check_output(output, opset)
+    _check_output(output, opset, int8=options.precision == "int8")
+    if form not in FORMS[1:]:
+        raise ValueError(f"form must be one of {', '.join(FORMS[1:])}; got {form!r}")
     if options.precision != "int8":  # the automatic precision may be int8
         options = replace(options, precision="float32")
     pipeline, parts = _pipeline(options)
@@ -159,7 +162,7 @@ def export_pipeline(
     dim = torch.export.Dim
     if form == "colmap":
         if not options.described:
-            raise ValueError("--form colmap needs a descriptor")
+            raise ValueError("the form colmap needs a descriptor")
         model = translate(
             ColmapGraph(pipeline).eval(),
             (torch.rand(1, 3, 96, 128), torch.tensor(20), torch.tensor(MIN_SCORE)),
@@ -323,7 +326,10 @@ def _part(name: Any, *, int8: bool) -> _Part:
     if _is_graph_file(name):
         if not int8:
             raise ValueError(f"{name} has weights of eight bits; export it with --int8")
-        return _Part(name, load_beside_graph(Path(name)), Path(name))
+        net = load_beside_graph(Path(name))
+        if isinstance(spec_of(net), DetectorSpec) and net.floor is None:
+            net.floor = response_floor(load_graph(Path(name)))
+        return _Part(name, net, Path(name))
     net = load(name) if name in (*DETECTORS, *DESCRIPTORS) else load_file(name)
     return _Part(name, net, int8_graph(name) if int8 else None)
 
@@ -335,7 +341,7 @@ def _no_int8(name: str) -> str:
     )
 
 
-def _check_output(output: Path, opset: int) -> None:
+def _check_output(output: Path, opset: int, *, int8: bool) -> None:
     if output.suffix != ".onnx":
         raise ValueError(f"the output must end in .onnx, got {output}")
     first, last = OPSETS
@@ -346,6 +352,10 @@ def _check_output(output: Path, opset: int) -> None:
         )
     if opset > last:
         raise ValueError(f"opset must be {first} to {last}, got {opset}")
+    if int8 and not hasattr(torch.onnx, "ops"):
+        raise ImportError(
+            "the export with eight bits needs torch 2.8 or later: pip install -U torch"
+        )
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx", purpose="the export")
 
