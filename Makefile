@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-.PHONY: demo test drills lint docs bench clean
+.PHONY: demo test drills lint docs export bench clean
 
 # torch comes first and pinned: the registry's newest one would bring gigabytes of CUDA.
 # HASHES=1 (Linux, x86-64, Python 3.11) accepts only files with the hashes of requirements/ci.txt,
@@ -38,9 +38,14 @@ lint: .venv/ready
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The documentation site: build/docs/index.html. Warnings are errors; nothing is downloaded.
+# The documentation site: build/docs/index.html. Warnings are errors; nothing is downloaded. It embeds
+# the page that matches two photographs if `tiepoints serve` has downloaded what that needs.
 docs: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs
+
+# The ONNX files of a release (docs/how-to/export.md) with their sizes and checksums.
+export: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/export_files.py --output build/export
 
 # OXFORD: a folder with the sequences graf, boat, bikes and leuven (PNG images 1..6 and H_1_k)
 OXFORD ?= ../shared/data/oxford

@@ -7,6 +7,8 @@ import sys
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
+from tiepoints.jobs import serve
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 project = "tiepoints"
@@ -57,6 +59,10 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 html_sidebars = {"diary": [], "index": []}
+
+#: ONNX Runtime for browsers: the site has the page that matches photographs only where it has been
+#: downloaded before, by `tiepoints serve`.
+MATCH_RUNTIME = serve.cache_folder() / serve.RUNTIME
 
 #: What is left alone in docstrings: literals, references and words in bold.
 _MARKUP = re.compile(r"``.*?``|`[^`]+`_?|(?<![\w*])\*\*(?=\S)[^*\n]+\*\*", flags=re.S)
@@ -117,8 +123,18 @@ def insert_commands(app, docname, source) -> None:
         source[0] = source[0].replace("<!-- commands -->", commands_as_markdown())
 
 
+def write_match_page(app, error) -> None:
+    """Write the page that matches two photographs next to the pages of the site."""
+    if error is None and app.builder.format == "html":
+        contents = serve.site(serve.embedded_graphs(), MATCH_RUNTIME)
+        serve.export_site(contents, Path(app.outdir) / "match")
+
+
 def setup(app) -> None:
     """Register the hooks; napoleon's docstring hook runs after the escaping."""
     app.connect("autodoc-skip-member", skip_constants)
     app.connect("autodoc-process-docstring", plain_docstring, priority=400)
     app.connect("source-read", insert_commands)
+    if not serve.missing_files(MATCH_RUNTIME):
+        app.tags.add("match")
+        app.connect("build-finished", write_match_page)

@@ -115,6 +115,20 @@ class Browser:
         node = self._send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self._send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
+    def press(self, key: str) -> None:
+        """Press a key and release it: ``Tab``, ``Enter``, ``ArrowRight``."""
+        code = {"Tab": 9, "Enter": 13, "ArrowRight": 39}[key]
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self._send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=code,
+                **(text if kind == "keyDown" else {}),
+            )
+
     def screenshot(self, path: Path) -> None:
         """Save what the window shows as PNG."""
         data = self._send("Page.captureScreenshot", captureBeyondViewport=True)["data"]

@@ -1,6 +1,7 @@
 """Exported networks and pipelines: their numbers in ONNX Runtime are those of torch."""
 
 import json
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import call
+import tiepoints
+from helpers import call, texture
+from tiepoints import export_checks
+from tiepoints.backends import cosine
 from tiepoints.extract import ExtractOptions
 from tiepoints.graphs import (
     LEAST_SIDE,
@@ -28,13 +32,17 @@ from tiepoints.lite import Extractor
 from tiepoints.models.keynet import KeyNet, pyramid_level_size
 from tiepoints.models.sobelnet import SobelNet, level_size
 from tiepoints.pyramid import SCALE_STEP
-from tiepoints.weights import load, save, weights_checksum
+from tiepoints.weights import DATA, int8_graph, load, save, weights_checksum
 
 export = pytest.importorskip("tiepoints.export")
 
 
+#: A file as `tiepoints quantize` writes it.
+INT8_FILE = int8_graph("desnet")
+
+
 def picture(size: tuple[int, int]) -> torch.Tensor:
-    return export._picture(size)
+    return export.picture(size)
 
 
 @pytest.mark.parametrize("factor", [1.1, 1.2, 1.3, 1.5, 2.0])
@@ -79,9 +87,9 @@ def test_modules_for_export_compute_the_maps_of_their_networks(net, kind):
             )
 
 
-@pytest.mark.parametrize("name", ["hardnet", "sosnet", "hynet"])
+@pytest.mark.parametrize("name", ["hardnet", "hardnet-light", "sosnet", "hynet"])
 def test_modules_for_export_describe_patches_as_their_networks(name):
-    net, patches = load(name), export._patches(5)
+    net, patches = load(name), export.patches(5)
     with torch.inference_mode():
         torch.testing.assert_close(
             network_graph(net).eval()(patches), net(patches), atol=1e-5, rtol=0
@@ -169,7 +177,7 @@ def negation() -> Any:
 
 
 def test_a_wrong_network_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "_translate", lambda *_: negation())
+    monkeypatch.setattr(export, "translate", lambda *_, **__: negation())
     code, _, err = call("export", "keynet-tiny", "--output", tmp_path / "x.onnx")
     assert (code, "differs from torch" in err) == (2, True)
     assert not list(tmp_path.iterdir())
@@ -177,11 +185,11 @@ def test_a_wrong_network_is_not_written(tmp_path, monkeypatch):
 
 def test_the_check_of_a_pipeline_compares_with_torch():
     pytest.importorskip("onnxruntime")
-    session = Extractor().session
-    options = ExtractOptions(detector="sobelnet", descriptor="desnet")
-    assert export._check_pipeline(session, options) < 1e-3
+    run = export.Runner(Extractor().session, "pipeline")
+    options = ExtractOptions(detector="sobelnet", descriptor="desnet", precision="float32")
+    assert export.check_pipeline(run, options) < 1e-3
     with pytest.raises(export.DataError, match="it was not written"):
-        export._check_pipeline(session, replace(options, single_scale=True))
+        export.check_pipeline(run, replace(options, single_scale=True))
 
 
 @pytest.mark.parametrize(
@@ -195,6 +203,14 @@ def test_the_check_of_a_pipeline_compares_with_torch():
         (["--detector", "rekd-light", "--descriptor", "none"], "cannot be exported"),
         (["--descriptor", "rootsift"], "rootsift cannot be exported"),
         (["--nms-size", 4], "nms_window must be odd"),
+        (["--form", "tensorrt"], "'tensorrt' is not one of"),
+        (["sobelnet", "--form", "colmap"], "--form colmap takes --detector and --descriptor"),
+        (["--form", "colmap", "--descriptor", "none"], "the form colmap needs a descriptor"),
+        (["sobelnet", "--opset", 17], "opset 17 is too old"),
+        (["sobelnet", "--opset", 40], "opset must be 18 to 21"),
+        (["hynet", "--int8"], "no eight-bit graph of hynet; make one with `tiepoints quantize`"),
+        (["--detector", "keynet-tiny", "--descriptor", "hynet", "--int8"], "keynet-tiny or hynet"),
+        ([INT8_FILE], "has weights of eight bits; export it with --int8"),
     ],
 )
 def test_wrong_arguments_of_export(tmp_path, arguments, message):
@@ -208,6 +224,133 @@ def test_wrong_arguments_of_export(tmp_path, arguments, message):
 def test_the_output_must_be_an_onnx_file(tmp_path):
     code, _, err = call("export", "sobelnet", "--output", tmp_path / "x.bin")
     assert (code, "must end in .onnx" in err) == (2, True)
+
+
+def test_an_unknown_form_and_an_older_torch(tmp_path, monkeypatch):
+    pytest.importorskip("onnx")
+    options = ExtractOptions(detector="sobelnet", descriptor="desnet", precision="int8")
+    with pytest.raises(ValueError, match="form must be one of pipeline, colmap; got 'network'"):
+        export.export_pipeline(options, tmp_path / "x.onnx", form="network")
+    monkeypatch.delattr(torch.onnx, "ops")
+    with pytest.raises(ImportError, match=r"need torch 2\.8"):
+        export.export_pipeline(options, tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    code, _, err = call("export", "sobelnet", "--output", tmp_path / "x.onnx")
+    assert (code, f"needs {module}: pip install 'tiepoints[onnx]'" in err) == (2, True)
+
+
+# ---- COLMAP
+
+
+def as_colmap(session: Any, pixels: np.ndarray, count: int, min_score: float = 0.2) -> Any:
+    """Positions and descriptors of an image (H,W,3) uint8 as COLMAP takes them from a file for its
+    ALIKED extractor; its pixels have their corners at whole numbers.
+    """
+    h, w = pixels.shape[:2]
+    image = (pixels / np.float32(255)).transpose(2, 0, 1)
+    image = np.pad(image, ((0, 0), (0, -h % 32), (0, -w % 32)), mode="edge")[None]
+    feeds = {
+        "image": image,
+        "max_keypoints": np.array(count),
+        "min_score": np.array(min_score, np.float32),
+    }
+    keypoints, descriptors, scores = session.run(None, feeds)
+    assert keypoints.shape == (1, scores.shape[1], 2)
+    assert descriptors.shape == (1, scores.shape[1], 128)
+    assert ((scores >= min_score) & (scores <= 1)).all()
+    assert (np.diff(scores) <= 0).all()
+    xy = (keypoints[0] + 1) * [0.5 * (image.shape[3] - 1), 0.5 * (image.shape[2] - 1)] + 0.5
+    inside = ((xy >= 0) & (xy < [w, h])).all(axis=1)
+    return xy[inside], descriptors[0][inside]
+
+
+def test_a_file_for_colmap_gives_the_features_of_extract(tmp_path):
+    """In eight bits, so that one export shows both."""
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "colmap.onnx"
+    options = ["--detector", "sobelnet", "--descriptor", "desnet", "--single-scale", "--int8"]
+    code, out, _ = call("export", "--form", "colmap", *options, "--output", path, "--json")
+    report = json.loads(out)
+    assert (code, report["form"]) == (0, "colmap")
+    assert report["fidelity"]["keypoints"] > 0.95
+    assert report["fidelity"]["cosine"] > 0.99
+    assert path.stat().st_size < 0.7e6 < (DATA / "desnet.safetensors").stat().st_size
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # what COLMAP compares: names, order, ranks and fixed sizes
+    shapes = {one.name: one.shape for one in (*session.get_inputs(), *session.get_outputs())}
+    assert list(shapes) == [
+        *("image", "max_keypoints", "min_score"),
+        *("keypoints", "descriptors", "scores"),
+    ]
+    assert shapes["image"][1] == 3
+    assert shapes["max_keypoints"] == shapes["min_score"] == []
+    assert [shapes["keypoints"][i] for i in (0, 2)] == [1, 2]
+    assert [shapes["descriptors"][i] for i in (0, 2)] == [1, 128]
+    types = [one.type for one in session.get_inputs()]
+    assert types == ["tensor(float)", "tensor(int64)", "tensor(float)"]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["tiepoints.coordinates"].endswith("are at -1 and 1")
+    assert "multiples of 32" in metadata["tiepoints.preprocessing"]
+    assert metadata["tiepoints.detector_bits"] == metadata["tiepoints.descriptor_bits"] == "8"
+    assert json.loads(metadata["tiepoints.options"])["precision"] == "int8"
+    chosen = {"single_scale": True, "precision": "int8", "backend": "onnxruntime"}
+    extractor = tiepoints.build("sobelnet", "desnet", num_keypoints=200, **chosen)
+    for size, least in (((256, 320), 0.99), ((250, 301), 0.85)):
+        image = texture(0, (size[1], size[0])).convert("RGB")
+        expected = extractor.extract(image)
+        xy, descriptors = as_colmap(session, np.asarray(image), 200)
+        distance = np.abs(expected.keypoints.xy.numpy()[:, None] + 0.5 - xy[None]).max(axis=2)
+        common = distance.min(axis=1) < 1e-2
+        assert len(expected) > 100
+        assert common.mean() >= least, size
+        if least < 0.99:  # the repeated border changes the map near it
+            continue
+        found = descriptors[distance.argmin(axis=1)][common]
+        wanted = expected.descriptors.numpy()[common]
+        assert (found * wanted).sum(axis=1).min() > 0.999
+    assert len(as_colmap(session, np.zeros((40, 70, 3), np.uint8), 50)[0]) == 0
+
+
+# ---- eight bits
+
+
+def test_an_eight_bit_network_of_a_file(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "desnet.onnx"
+    code, out, _ = call("export", INT8_FILE, "--int8", "--output", path)
+    assert code == 0
+    assert out.startswith("network, 0.65 MB")
+    model = onnx.load(path)
+    assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+    assert all(node.domain == "" for node in model.graph.node)
+    used = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= used
+    onnx.checker.check_model(model)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    image = picture((70, 91))
+    with torch.inference_mode():
+        expected = load("desnet")(image)
+    found = torch.from_numpy(session.run(None, {"image": image.numpy()})[0])
+    assert cosine(found, expected) > 0.99
+
+
+def test_networks_that_eight_bits_spoil_are_refused():
+    fidelity = {"keypoints": 0.95, "cosine": 0.99}
+    assert export_checks.checked(fidelity) == fidelity
+    with pytest.raises(export.DataError, match=r"keypoints 0\.850, .*export without --int8"):
+        export_checks.checked(fidelity | {"keypoints": 0.85})
+
+
+def test_a_later_operator_set(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "x.onnx"
+    assert call("export", "hardnet-light", "--opset", 21, "--output", path)[0] == 0
+    assert [entry.version for entry in onnx.load(path).opset_import] == [21]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -206,6 +206,17 @@ def test_list_of_pairs_with_odd_names(photos, tmp_path):
     assert list(read_pairs(tmp_path / "m.pairs.txt")) == [("#0.png", "p 1.png")]
 
 
+def test_names_with_spaces_in_a_colmap_database(photos, tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    for name, path in zip(("a b.png", "c d.png", "e.png"), sorted(photos.iterdir()), strict=True):
+        path.rename(photos / name)
+    assert "3 pairs matched" in run("match", photos, *SYSTEM, "--output", tmp_path / "m.db")
+    database = pycolmap.Database.open(tmp_path / "m.db")
+    assert [image.name for image in database.read_all_images()] == ["a b.png", "c d.png", "e.png"]
+    assert database.num_verified_image_pairs() == 3
+    database.close()
+
+
 def test_listed_name_that_is_not_utf8(photos, tmp_path):
     (photos / "p0.png").rename(photos / NOT_UTF8)
     (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9.png\r\np1.png\r\n")

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -324,13 +323,46 @@ def test_matching_and_geometry_agree_with_ours(address, tmp_path):
 
 
 @needs_chromium
-def test_stereo_pair_as_in_python(tmp_path):
-    """With ONNX Runtime and an exported pipeline, if they are on this computer."""
+def test_page_works_with_the_keyboard_and_offline(runtime, tmp_path):
+    """After the first visit, without the server; keys only."""
+    (tmp_path / "one.onnx").write_bytes(b"one")
+    server = serve.make_server(serve.site([tmp_path / "one.onnx"], runtime), 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Browser(tmp_path / "profile", (400, 800)) as browser:
+        browser.open(f"http://127.0.0.1:{server.server_address[1]}/")
+        browser.wait(f"{STATE} == 'ready'")
+        browser.run("navigator.serviceWorker.ready.then(() => true)")
+        server.shutdown()
+        server.server_close()
+        browser.run("location.reload()")
+        browser.wait(f"{STATE} == 'ready'")
+        focused = "document.activeElement.id || document.activeElement.type"
+        reached = []
+        for _ in range(12):
+            browser.press("Tab")
+            reached.append(browser.run(focused))
+            if reached[-1] == "count":
+                browser.press("ArrowRight")
+            if reached[-1] == "example":
+                break
+        # the button to match is disabled without images
+        assert reached == ["file", "file", "graph", "count", "show-keypoints", "example"]
+        browser.press("Enter")
+        browser.wait(FINISHED)
+        assert browser.run(STATE) == "done", browser.run(STATUS)
+        assert browser.run("document.getElementById('count-shown').textContent") == "1280"
+        assert downloaded(browser)["keypoints"] == [1280, 1280]
+        # nothing is wider than a phone
+        assert browser.run("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@needs_chromium
+@pytest.mark.parametrize("path", serve.embedded_graphs(), ids=lambda path: path.stem)
+def test_stereo_pair_as_in_python(tmp_path, path):
+    """With ONNX Runtime for browsers, if it is on this computer."""
     runtime = serve.cache_folder() / serve.RUNTIME
-    graphs = [Path(os.environ["TIEPOINTS_GRAPH"])] if "TIEPOINTS_GRAPH" in os.environ else []
-    graphs = graphs or serve.embedded_graphs()
-    if not graphs or not (runtime / serve.RUNTIME_FILES[0]).is_file():
-        pytest.skip("needs an exported pipeline, and ONNX Runtime for browsers in the cache")
+    if serve.missing_files(runtime):
+        pytest.skip("needs ONNX Runtime for browsers in the cache: run `tiepoints serve` once")
     data = pytest.importorskip("skimage.data")
     from PIL import Image
 
@@ -348,19 +380,23 @@ def test_stereo_pair_as_in_python(tmp_path):
         difference = np.hypot(a[:, 0] - b[:, 0] - true, a[:, 1] - b[:, 1])
         return float((difference[known] <= 2).mean())
 
+    int8 = {"single_scale": True, "precision": "int8"} if "int8" in path.stem else {}
     options = tiepoints.ExtractOptions.of(
-        detector="sobelnet", descriptor="desnet", num_keypoints=1024, device="cpu"
+        detector=path.stem.split("-")[0],
+        descriptor="desnet",
+        num_keypoints=1024,
+        device="cpu",
+        **int8,
     )
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]
     ours = tiepoints.match_two(*names, options, tiepoints.MatchOptions(refine=False))
     expected = share(ours.xy_a[ours.estimate.inliers], ours.xy_b[ours.estimate.inliers])
-    for address in running(graphs[:1], runtime):
+    for address in running([path], runtime):
         with Browser(tmp_path / "profile") as browser:
             browser.open(address)
             browser.wait(f"{STATE} == 'ready'")
-            for index in (0, 1):
-                path = tmp_path / ("a.png", "b.png")[index]
-                browser.choose_file(f"[data-index='{index}'] input", path)
+            for index, name in enumerate(names):
+                browser.choose_file(f"[data-index='{index}'] input", Path(name))
             browser.wait("!document.getElementById('run').disabled")
             browser.run("document.getElementById('run').click()")
             browser.wait(FINISHED, 120)

@@ -1,52 +1,65 @@
 """Export of networks and of whole pipelines as ONNX files for images of any size.
 
 A file is written only if ONNX Runtime computes with it what torch computes, for images of three
-sizes. Needs the extra ``onnx``.
+sizes (``export_checks``). Needs the extra ``onnx``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from .backends import run_by
+from .detect import response_floor
 from .errors import DataError
-from .extract import ExtractOptions, detector_network, load_file
+from .export_checks import (
+    CHECKS,
+    COLMAP_STEP,
+    INT8_LIMITS,
+    LIMITS,
+    MIN_SCORE,
+    PATCH_CHECKS,
+    Runner,
+    check_pipeline,
+    checked,
+    fidelity_of,
+    map_cosine,
+    map_difference,
+    patches,
+    picture,
+    session_of,
+)
+from .extract import ExtractOptions, load_file
 from .files import atomic_path, require
 from .formats.records import program_version
-from .graphs import LEAST_SIDE, MAX_SIDE, PipelineGraph, network_graph
+from .graphs import LEAST_SIDE, MAX_SIDE, ColmapGraph, PipelineGraph, network_graph
 from .models.patchnets import PATCH_SIZE
 from .models.spec import DetectorSpec, PatchSpec, spec_of
 from .names import DESCRIPTORS, DETECTORS
-from .weights import load, table, weights_checksum
+from .translation import OPSETS, translate
+from .weights import (
+    file_checksum,
+    int8_graph,
+    load,
+    load_beside_graph,
+    load_graph,
+    table,
+    weights_checksum,
+)
 
-FORMS = ("network", "pipeline")
-OPSET = 18
-#: Sizes (height, width) of the images with which an exported file is checked, and the number of
-#: keypoints asked for: of an odd size, a small one, and more keypoints than there are.
-CHECKS = (((97, 131), 20), ((48, 50), 50), ((160, 224), 5000))
-#: Numbers of patches with which a patch network is checked.
-PATCH_CHECKS = (1, 2, 65)
-#: Largest differences: of the maps and descriptors of a network, relative to the largest value; of
-#: most positions in pixels; of any position; of descriptors; and the fraction of keypoints that
-#: must be found by both.
-MAP_TOLERANCE = 1e-4
-POSITION_TOLERANCE, POSITION_LIMIT = 1e-3, 2e-2
-DESCRIPTOR_TOLERANCE = 1e-3
-COMMON = 0.99
-#: Tensors of at least this many bytes are stored in half precision if that is exact.
-HALF_BYTES = 4096
-
+logger = logging.getLogger(__name__)
+FORMS = ("network", "pipeline", "colmap")
+#: ``coordinates`` in the metadata.
 COORDINATES = "x right, y down, in pixels of the image; the center of the top left pixel is (0, 0)"
+COLMAP_COORDINATES = (
+    "x right, y down; the centers of the outermost pixels of the image are at -1 and 1"
+)
 
 
 @dataclass(frozen=True)
@@ -57,66 +70,81 @@ class Exported:
         path: the file.
         form: of ``FORMS``.
         size: in bytes.
-        difference: largest difference of a map, or in pixels of a position, from torch.
+        difference: largest difference from torch of a map, relative to its largest value, or of a
+            position in pixels; with eight-bit networks from theirs in the package.
+        fidelity: with eight-bit networks of the package, how near the results are to those in
+            float32: of a network ``cosine``, of a pipeline ``keypoints``, the fraction of those in
+            float32 that are found within a pixel, and the mean ``cosine`` of their descriptors.
     """
 
     path: str
     form: str
     size: int
     difference: float
+    fidelity: dict[str, float] | None = None
 
 
-def export_network(name: str, output: Path) -> Exported:
+def export_network(
+    name: str, output: Path, *, int8: bool = False, opset: int = OPSETS[0]
+) -> Exported:
     """Export a network: an image network (B,1,H,W) -> map, or a patch network (N,1,32,32) ->
     (N,128).
 
     Args:
         name: of an embedded network, or a weights file.
         output: the file to write.
+        int8: with the eight-bit graph of its costly part; B is 1 then.
+        opset: version of the ONNX operator set, in ``OPSETS``.
 
     Raises:
-        ValueError: a network of this type cannot be exported, or the name of the file.
+        ValueError: a network of this type cannot be exported, it has no eight-bit graph, or the
+            name of the file.
         WeightsError, ImportError, DataError: as ``export_pipeline``.
     """
-    _check_output(output)
-    net = _network(name)
-    graph = network_graph(net).eval()
-    patches = isinstance(spec_of(net), PatchSpec)
+    _check_output(output, opset, int8=int8)
+    part = _part(name, int8=int8)
+    if int8 and part.int8 is None:
+        raise ValueError(_no_int8(name))
+    graph = network_graph(part.net, part.int8).eval()
     dim = torch.export.Dim
-    if patches:
+    if isinstance(spec_of(part.net), PatchSpec):
         example, shapes = torch.rand(2, 1, PATCH_SIZE, PATCH_SIZE), {0: dim("n", min=1)}
-        names, images = ("patches", "descriptors"), [_patches(count) for count in PATCH_CHECKS]
+        names, images = ("patches", "descriptors"), [patches(count) for count in PATCH_CHECKS]
     else:
-        example = torch.rand(2, 1, 97, 131)
-        shapes = {0: dim("b", min=1), **_sides()}
-        output_name = "scores" if isinstance(spec_of(net), DetectorSpec) else "descriptor_map"
-        names, images = ("image", output_name), [_picture(size) for size, _ in CHECKS]
-    model = _translate(graph, (example,), [shapes], [names[0]], [names[1]])
-    describe(model, form="network", networks={"network": (name, net)}, input=names[0])
-    session = _session(model)
-    difference = 0.0
-    with torch.inference_mode():
-        for image in images:
-            expected = net(image).numpy()
-            found = session.run(None, {names[0]: image.numpy()})[0]
-            scale = max(float(np.abs(expected).max()), 1e-9)
-            difference = max(difference, float(np.abs(found - expected).max()) / scale)
-    if not difference <= MAP_TOLERANCE:
+        example = torch.rand(1 if int8 else 2, 1, 97, 131)
+        shapes = _sides() if int8 else {0: dim("b", min=1), **_sides()}
+        output_name = "scores" if isinstance(spec_of(part.net), DetectorSpec) else "descriptor_map"
+        names, images = ("image", output_name), [picture(size) for size, _ in CHECKS]
+    model = translate(graph, (example,), [shapes], [names[0]], [names[1]], opset=opset)
+    describe(model, form="network", parts={"network": part}, input=names[0])
+    session = session_of(model)
+    found = [session.run(None, {names[0]: image.numpy()})[0] for image in images]
+    difference = map_difference(part.reference(), images, found)
+    limits = INT8_LIMITS if int8 else LIMITS
+    if not difference <= limits.maps:
         raise DataError(
-            f"{name}: the exported network differs from torch by {difference:.2g} of its largest "
-            "value, so it was not written"
+            f"{name}: the exported network differs from {limits.reference} by {difference:.2g} of "
+            "its largest value, so it was not written"
         )
-    return _write(model, output, "network", difference)
+    fidelity = None
+    if part.exact is not None:
+        fidelity = checked({"cosine": map_cosine(part.exact, images, found)})
+    return _write(model, output, "network", difference, fidelity)
 
 
-def export_pipeline(options: ExtractOptions, output: Path) -> Exported:
-    """Export a detector and descriptor with pyramid, selection and sub-pixel positions as one file
-    (``graphs.PipelineGraph``).
+def export_pipeline(
+    options: ExtractOptions, output: Path, *, form: str = "pipeline", opset: int = OPSETS[0]
+) -> Exported:
+    """Export a detector and descriptor with pyramid, selection and sub-pixel positions as one
+    file.
 
     Args:
         options: detector, descriptor, levels and detector options of the pipeline; the number of
-            keypoints is an input of the file.
+            keypoints is an input of the file. With the precision ``int8``, the networks that have
+            an eight-bit graph compute with it.
         output: the file to write.
+        form: ``pipeline`` (``graphs.PipelineGraph``), or ``colmap`` (``graphs.ColmapGraph``).
+        opset: version of the ONNX operator set, in ``OPSETS``.
 
     Raises:
         ValueError: an option that cannot be exported, or the name of the file.
@@ -124,25 +152,41 @@ def export_pipeline(options: ExtractOptions, output: Path) -> Exported:
         ImportError: the extra ``onnx`` is missing.
         DataError: the exported file does not compute what torch computes.
     """
-    _check_output(output)
-    graph = pipeline_graph(options)
+    _check_output(output, opset, int8=options.precision == "int8")
+    if form not in FORMS[1:]:
+        raise ValueError(f"form must be one of {', '.join(FORMS[1:])}; got {form!r}")
+    if options.precision != "int8":  # the automatic precision may be int8
+        options = replace(options, precision="float32")
+    pipeline, parts = _pipeline(options)
     names = ["keypoints", "scales", "scores", "descriptors"][: 4 if options.described else 3]
     dim = torch.export.Dim
-    model = _translate(
-        graph,
-        (torch.rand(1, 3, 97, 131), torch.tensor([20])),
-        [{1: dim("channels", min=2, max=3), **_sides()}, {}],
-        ["image", "max_keypoints"],
-        names,
-    )
-    name_count(model)
-    networks: dict[str, Any] = {"detector": options.detector}
-    if options.described:
-        networks["descriptor"] = options.descriptor
-    found = {role: (str(name), _network(name)) for role, name in networks.items()}
-    describe(model, form="pipeline", networks=found, input="image", options=options)
-    difference = _check_pipeline(_session(model), options)
-    return _write(model, output, "pipeline", difference)
+    if form == "colmap":
+        if not options.described:
+            raise ValueError("the form colmap needs a descriptor")
+        model = translate(
+            ColmapGraph(pipeline).eval(),
+            (torch.rand(1, 3, 96, 128), torch.tensor(20), torch.tensor(MIN_SCORE)),
+            [_sides(), {}, {}],
+            ["image", "max_keypoints", "min_score"],
+            ["keypoints", "descriptors", "scores"],
+            opset=opset,
+        )
+    else:
+        model = translate(
+            pipeline,
+            (torch.rand(1, 3, 97, 131), torch.tensor([20])),
+            [{1: dim("channels", min=2, max=3), **_sides()}, {}],
+            ["image", "max_keypoints"],
+            names,
+            opset=opset,
+        )
+    name_count(model, axis=int(form == "colmap"))
+    describe(model, form=form, parts=parts, input="image", options=options)
+    run = Runner(session_of(model), form)
+    difference = check_pipeline(run, options)
+    files = [part.name for part in parts.values() if _is_graph_file(part.name)]
+    fidelity = fidelity_of(run, options) if options.precision == "int8" and not files else None
+    return _write(model, output, form, difference, fidelity)
 
 
 def pipeline_graph(options: ExtractOptions) -> PipelineGraph:
@@ -151,63 +195,82 @@ def pipeline_graph(options: ExtractOptions) -> PipelineGraph:
     Raises:
         ValueError: an option that cannot be exported.
     """
+    return _pipeline(options)[0]
+
+
+def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]:
+    """The module of a pipeline, and its networks by role."""
     if options.orientation not in (None, "none"):
         raise ValueError("orientations cannot be exported; keypoints are upright in the graph")
     if options.max_size is not None:
         raise ValueError("max_size cannot be exported; reduce the image before")
-    net = detector_network(options.detector)
-    spec = spec_of(net)
+    int8 = options.precision == "int8"
+    parts = {"detector": _part(options.detector, int8=int8)}
+    spec = spec_of(parts["detector"].net)
     if not isinstance(spec, DetectorSpec):
         raise ValueError(f"{options.detector} detects no keypoints; use it as the descriptor")
-    descriptor: nn.Module | None = None
     if options.described:
         if options.descriptor == "rootsift":
             raise ValueError("rootsift cannot be exported; use the descriptor of a network")
-        descriptor = _network(options.descriptor)
-        if isinstance(spec_of(descriptor), DetectorSpec):
+        parts["descriptor"] = _part(options.descriptor, int8=int8)
+        if isinstance(spec_of(parts["descriptor"].net), DetectorSpec):
             raise ValueError(f"{options.descriptor} has no descriptors; use it as the detector")
+    without = [part.name for part in parts.values() if part.int8 is None]
+    if int8 and len(without) == len(parts):
+        raise ValueError(_no_int8(" or ".join(without)))
+    for name in without if int8 else ():
+        logger.warning("%s has no eight-bit graph and stays in float32", name)
     levels = (0, 0) if options.single_scale else (options.up_levels, options.down_levels)
     defaults = spec.up_levels, spec.down_levels
     up, down = (d if n is None else n for n, d in zip(levels, defaults, strict=True))
     shape = options.nms_shape or spec.nms_shape
     chosen = replace(options, single_scale=False, up_levels=up, down_levels=down, nms_shape=shape)
-    return PipelineGraph(net, descriptor, chosen).eval()
+    descriptor = parts.get("descriptor")
+    graph = PipelineGraph(
+        parts["detector"].net,
+        None if descriptor is None else descriptor.net,
+        chosen,
+        (parts["detector"].int8, None if descriptor is None else descriptor.int8),
+    )
+    return graph.eval(), parts
 
 
-def name_count(model: Any) -> None:
+def name_count(model: Any, axis: int = 0) -> None:
     """Name the number of keypoints in the shapes of the outputs of a pipeline."""
     for output in model.graph.output:
-        output.type.tensor_type.shape.dim[0].dim_param = "count"
+        output.type.tensor_type.shape.dim[axis].dim_param = "count"
 
 
 def describe(
     model: Any,
     *,
     form: str,
-    networks: dict[str, tuple[str, nn.Module]],
+    parts: dict[str, _Part],
     input: str,
     options: ExtractOptions | None = None,
 ) -> None:
     """Add what users and programs must know of a model to its metadata."""
-
     known = table()
     entries: dict[str, Any] = {
         "form": form,
-        "coordinates": COORDINATES,
+        "coordinates": COLMAP_COORDINATES if form == "colmap" else COORDINATES,
         "version": program_version(),
     }
+    image = "gray (1,1,H,W) by BT.601 weights, or in pipelines RGB (1,3,H,W)"
+    if form == "colmap":
+        image = f"RGB (1,3,H,W), sides multiples of {COLMAP_STEP}"
     entries["preprocessing"] = {
-        "image": "float32 in [0,1], gray (1,1,H,W) by BT.601 weights, or in pipelines RGB "
-        "(1,3,H,W); no normalization",
+        "image": f"float32 in [0,1], {image}; no normalization",
         "patches": f"float32 gray in [0,1], {PATCH_SIZE} x {PATCH_SIZE} samples",
     }[input]
     if input == "image":
         entries["sides"] = f"{LEAST_SIDE} to {MAX_SIDE} pixels"
-    for role, (name, net) in networks.items():
-        entry = known.get(name, {})
-        entries[role] = name if entry else Path(name).name
+    for role, part in parts.items():
+        entry = known.get(part.name, {})
+        entries[role] = part.name if entry else Path(part.name).name
         entries[f"{role}_licence"] = entry.get("licence", "that of the weights file")
-        entries[f"{role}_weights"] = weights_checksum(net)
+        entries[f"{role}_weights"] = part.checksum
+        entries[f"{role}_bits"] = 32 if part.int8 is None else 8
     if options is not None:
         content = options.to_json()
         content.pop("num_keypoints")
@@ -217,20 +280,84 @@ def describe(
         model.metadata_props.add(key=f"tiepoints.{key}", value=str(value))
 
 
-# ---- translation
+# ---- parts
 
 
-def _check_output(output: Path) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """A network of an exported file.
+
+    Attributes:
+        name: of an embedded network, or its file.
+        net: not fused; of an eight-bit file without the weights of its costly part.
+        int8: the eight-bit graph that replaces its costly part.
+    """
+
+    name: str
+    net: nn.Module
+    int8: Path | None
+
+    def reference(self) -> nn.Module:
+        """What the exported network must compute."""
+        if self.int8 is None:
+            return self.net
+        net = load_graph(self.int8) if _is_graph_file(self.name) else self.net
+        return run_by(net, "onnxruntime", "int8", graph=self.int8)
+
+    @property
+    def exact(self) -> nn.Module | None:
+        """The network in float32 of an eight-bit one, None for others."""
+        return None if self.int8 is None or _is_graph_file(self.name) else self.net
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the tensors, or of the file of the eight-bit graph."""
+        return weights_checksum(self.net) if self.int8 is None else file_checksum(self.int8)
+
+
+def _is_graph_file(name: str) -> bool:
+    """Whether a name is that of a file with an eight-bit graph."""
+    return Path(name).suffix == ".onnx"
+
+
+def _part(name: Any, *, int8: bool) -> _Part:
+    if isinstance(name, nn.Module):
+        return _Part(type(name).__name__, name.eval(), None)
+    if _is_graph_file(name):
+        if not int8:
+            raise ValueError(f"{name} has weights of eight bits; export it with --int8")
+        net = load_beside_graph(Path(name))
+        if isinstance(spec_of(net), DetectorSpec) and net.floor is None:
+            net.floor = response_floor(load_graph(Path(name)))
+        return _Part(name, net, Path(name))
+    net = load(name) if name in (*DETECTORS, *DESCRIPTORS) else load_file(name)
+    return _Part(name, net, int8_graph(name) if int8 else None)
+
+
+def _no_int8(name: str) -> str:
+    return (
+        f"there is no eight-bit graph of {name}; make one with `tiepoints quantize`, and name its "
+        "file with --int8"
+    )
+
+
+def _check_output(output: Path, opset: int, *, int8: bool) -> None:
     if output.suffix != ".onnx":
         raise ValueError(f"the output must end in .onnx, got {output}")
+    first, last = OPSETS
+    if opset < first:
+        raise ValueError(
+            f"opset {opset} is too old: the graphs need operators of {first}; use --opset {first} "
+            f"to {last}"
+        )
+    if opset > last:
+        raise ValueError(f"opset must be {first} to {last}, got {opset}")
+    if int8 and not hasattr(torch.onnx, "ops"):
+        raise ImportError(
+            "the export with eight bits needs torch 2.8 or later: pip install -U torch"
+        )
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, extra="onnx", purpose="the export")
-
-
-def _network(name: Any) -> nn.Module:
-    if isinstance(name, nn.Module):
-        return name.eval()
-    return load(name) if name in (*DETECTORS, *DESCRIPTORS) else load_file(name)
 
 
 def _sides() -> dict[int, Any]:
@@ -238,158 +365,17 @@ def _sides() -> dict[int, Any]:
     return {i: dim(name, min=LEAST_SIDE, max=MAX_SIDE) for i, name in ((2, "h"), (3, "w"))}
 
 
-@contextmanager
-def _without_messages() -> Iterator[None]:
-    """Context manager without the messages of the exporter, which concern its developers."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _translate(
-    module: nn.Module,
-    example: tuple[Tensor, ...],
-    shapes: list[dict[int, Any]],
-    inputs: list[str],
-    outputs: list[str],
-) -> Any:
-    """The model (``onnx.ModelProto``) of a module."""
-    from onnxscript import opset18 as op
-
-    def sort(self, stable: bool = True, dim: int = -1, descending: bool = False):
-        # ``TopK`` of all keeps the order of equal values
-        count: Any = op.Reshape(op.Size(self), op.Constant(value_ints=[1]))  # type: ignore[arg-type]
-        return op.TopK(self, count, axis=dim, largest=int(descending), sorted=1)
-
-    with _without_messages(), torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            example,
-            dynamo=True,
-            dynamic_shapes=tuple(shapes),
-            input_names=inputs,
-            output_names=outputs,
-            opset_version=OPSET,
-            custom_translation_table={torch.ops.aten.sort.stable: sort},
-            verbose=False,
-        )
-    assert program is not None
-    model = program.model_proto
-    _remove_descriptions(model)
-    _store_half(model)
-    return model
-
-
-def _remove_descriptions(model: Any) -> None:
-    """Remove what the exporter writes about the source code of each node."""
-    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
-    for item in (*model.graph.node, *model.graph.input, *model.graph.output):
-        item.doc_string = ""
-        del item.metadata_props[:]
-    for item in model.graph.initializer:
-        item.doc_string = ""
-        del item.metadata_props[:]
-
-
-def _store_half(model: Any) -> None:
-    """Store large tensors in half precision where that is exact, as the weights files are."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            continue
-        values = numpy_helper.to_array(tensor)
-        with np.errstate(over="ignore"):
-            half = values.astype(np.float16)
-        if values.nbytes < HALF_BYTES or not (half.astype(np.float32) == values).all():
-            continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
-        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-
-
-# ---- checks
-
-
-def _session(model: Any) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def _picture(size: tuple[int, int]) -> Tensor:
-    """A smooth random image (1,1,H,W) with corners."""
-    rng = np.random.default_rng(size[0])
-    coarse = torch.from_numpy(rng.random((1, 1, size[0] // 6, size[1] // 6), dtype=np.float32))
-    smooth = nn.functional.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
-    blocks = nn.functional.interpolate(coarse.flip(-1), size=size, mode="nearest")
-    return (0.6 * smooth + 0.4 * blocks).clamp(0, 1)
-
-
-def _patches(count: int) -> Tensor:
-    pictures = [_picture((PATCH_SIZE + i, PATCH_SIZE + 3)) for i in range(count)]
-    return torch.cat([picture[..., :PATCH_SIZE, :PATCH_SIZE] for picture in pictures])
-
-
-def _check_pipeline(session: Any, options: ExtractOptions) -> float:
-    """Largest difference in pixels of a position from torch.
-
-    Raises:
-        DataError: the features differ.
-    """
-    largest = 0.0
-    for size, count in CHECKS:
-        image = _picture(size)
-        exact = replace(options, num_keypoints=count, device="cpu", precision="float32")
-        expected = exact.build().extract_tensor(image)[0]
-        feeds = {"image": image.numpy(), "max_keypoints": np.array([count])}
-        xy, scale, _, *descriptors = session.run(None, feeds)
-        if not len(expected):
-            if len(xy):
-                raise DataError(f"the exported pipeline finds {len(xy)} keypoints, torch none")
-            continue
-        a = np.c_[expected.xy.numpy(), expected.scale.numpy()]
-        b = np.c_[xy, scale]
-        nearest = np.abs(a[:, None] - b[None]).max(axis=2) if len(b) else np.full((len(a), 1), 9.0)
-        index, distance = nearest.argmin(axis=1), nearest.min(axis=1)
-        common = distance < POSITION_LIMIT
-        exact_share = (distance < POSITION_TOLERANCE).mean()
-        if len(a) != len(b) or min(common.mean(), exact_share) < COMMON:
-            raise DataError(
-                f"the exported pipeline finds {len(b)} keypoints in an image of {size[1]} x "
-                f"{size[0]} pixels, {common.mean():.1%} of the {len(a)} of torch; it was not "
-                "written"
-            )
-        largest = max(largest, float(distance[common].max()))
-        if descriptors and expected.descriptors is not None:
-            wanted = expected.descriptors.numpy()[common]
-            off = float(np.abs(wanted - descriptors[0][index[common]]).max())
-            if not off <= DESCRIPTOR_TOLERANCE:
-                raise DataError(
-                    f"the descriptors of the exported pipeline differ by {off:.2g} from those of "
-                    "torch; it was not written"
-                )
-    return largest
-
-
-def _write(model: Any, output: Path, form: str, difference: float) -> Exported:
+def _write(
+    model: Any,
+    output: Path,
+    form: str,
+    difference: float,
+    fidelity: dict[str, float] | None,
+) -> Exported:
+    if fidelity is not None:
+        rounded = {key: round(value, 4) for key, value in fidelity.items()}
+        model.metadata_props.add(key="tiepoints.int8_fidelity", value=json.dumps(rounded))
     content = model.SerializeToString()
     with atomic_path(output) as tmp_path:
         tmp_path.write_bytes(content)
-    return Exported(str(output), form, len(content), difference)
+    return Exported(str(output), form, len(content), difference, fidelity)

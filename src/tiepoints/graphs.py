@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ LEAST_SIDE = 16
 #: sqrt(2) as a fraction: a convergent of its continued fraction, so that whole sizes up to its
 #: denominator are the same; products with sizes fit 32 bits, in which OpenVINO computes.
 ROOT_2 = Fraction(47321, 33461)
+#: Domain of the nodes that eight-bit graphs replace.
+INT8_DOMAIN = "tiepoints"
 #: Distance in pixels of a level within which duplicates are searched: ``DUPLICATE_DISTANCE``, and
 #: the roundings of two positions.
 DUPLICATE_RADIUS = int(DUPLICATE_DISTANCE) + 1
@@ -130,9 +133,17 @@ class _Filters(nn.Module):
         return _filter(image, self.derivatives, "replicate")
 
 
-def _folded(blocks: Any) -> nn.ModuleList:
-    """Convolutions with the batch normalization of their blocks."""
-    return nn.ModuleList(fuse_conv_bn_eval(block[0], block[1]) for block in blocks)
+class _Blocks(nn.ModuleList):
+    """Convolutions with the batch normalization of their blocks, each followed by a ReLU."""
+
+    def __init__(self, blocks: Any):
+        super().__init__(fuse_conv_bn_eval(block[0], block[1]) for block in blocks)
+        self.dim: int = self[-1].out_channels  # type: ignore[assignment]
+
+    def forward(self, maps: Tensor) -> Tensor:
+        for conv in self:
+            maps = F.relu(conv(maps))
+        return maps
 
 
 class _Conv(nn.Module):
@@ -178,17 +189,42 @@ class _Conv(nn.Module):
         )
 
 
+class Int8Part(nn.Module):
+    """The place of the costly part of a network, which ``export`` fills with its eight-bit graph.
+
+    Args:
+        graph: the eight-bit graph (``weights.int8_graph``).
+        dim: channels of the output (B,dim,H/step,W/step), or with ``patches`` of (N,dim).
+    """
+
+    def __init__(self, graph: Path, dim: int, *, step: int = 1, patches: bool = False):
+        super().__init__()
+        self.graph, self.dim, self.step, self.patches = graph, dim, step, patches
+
+    def forward(self, maps: Tensor) -> Tensor:
+        count, _, h, w = maps.shape
+        shape = (count, self.dim, h // self.step, w // self.step)
+        return torch.onnx.ops.symbolic(
+            f"{INT8_DOMAIN}::Int8",
+            (maps,),
+            {"graph": str(self.graph)},
+            dtype=torch.float32,
+            shape=shape[:2] if self.patches else shape,
+            version=1,
+        )
+
+
 # ---- networks
 
 
 class SobelNetGraph(_Filters):
     """``sobelnet.SobelNet``; with ``ratio`` 0 without the threshold relative to the maximum."""
 
-    def __init__(self, net: sobelnet.SobelNet):
+    def __init__(self, net: sobelnet.SobelNet, int8: Path | None = None):
         super().__init__()
         net = copy.deepcopy(net).eval()
         self.ratio = net.ratio
-        self.blocks, self.last = _folded(net.blocks), net.last
+        self.blocks, self.last = _blocks(net.blocks, int8), net.last
 
     def forward(self, image: Tensor) -> Tensor:
         """Score map (B,1,H,W) of a gray image (B,1,H,W)."""
@@ -202,8 +238,7 @@ class SobelNetGraph(_Filters):
             gradient = self.sobel(self.blur(level))
             magnitude = (gradient.square().sum(dim=1, keepdim=True) + sobelnet._EPS).sqrt()
             maps = torch.cat([gradient, magnitude], dim=1)
-            for conv in self.blocks:
-                maps = F.relu(conv(maps))
+            maps = self.blocks(maps)
             if total is not None:
                 maps = maps + _resize(total, (level.shape[-2], level.shape[-1]))
             total = maps
@@ -214,11 +249,11 @@ class SobelNetGraph(_Filters):
 class KeyNetGraph(_Filters):
     """``keynet.KeyNet``."""
 
-    def __init__(self, net: keynet.KeyNet):
+    def __init__(self, net: keynet.KeyNet, int8: Path | None = None):
         super().__init__()
         net = copy.deepcopy(net).eval()
         self.names, self.learned = net.first.names, net.first.learned
-        self.blocks, self.last = _folded(net.blocks), net.last
+        self.blocks, self.last = _blocks(net.blocks, int8), net.last
         self.num_levels = net.num_levels
         self.factor = keynet_factor(net.scale_factor)
         self.score, self.structure = net.settings["score"], net.settings["structure"]
@@ -257,10 +292,7 @@ class KeyNetGraph(_Filters):
                     channels.append(found[name])
         if self.learned is not None:
             channels.append(self.learned(image))
-        maps = torch.cat(channels, dim=1)
-        for conv in self.blocks:
-            maps = F.relu(conv(maps))
-        return maps
+        return self.blocks(torch.cat(channels, dim=1))
 
     def _corner_factor(self, image: Tensor) -> Tensor:
         """As ``keynet.structure_factor``."""
@@ -276,10 +308,11 @@ class KeyNetGraph(_Filters):
 class DesNetGraph(nn.Module):
     """``desnet.DesNet``."""
 
-    def __init__(self, net: desnet.DesNet):
+    def __init__(self, net: desnet.DesNet, int8: Path | None = None):
         super().__init__()
         net = copy.deepcopy(net).eval()
         self.dim = net.dim
+        self.int8 = None if int8 is None else Int8Part(int8, net.dim, step=desnet.STRIDE)
         self.downsample, self.dilated = (
             nn.ModuleList(_Conv(layer[0], layer[1]) for layer in layers)  # type: ignore[index]
             for layers in (net.downsample, net.dilated)
@@ -288,6 +321,8 @@ class DesNetGraph(nn.Module):
 
     def filters(self) -> list[Tensor]:
         """The filters of all layers, to be computed once for several images."""
+        if self.int8 is not None:
+            return []
         layers = [*self.downsample, *self.dilated, self.head]
         return [layer.filters() for layer in layers]
 
@@ -298,6 +333,8 @@ class DesNetGraph(nn.Module):
         step = desnet.STRIDE
         below, right = (h + step - 1) // step * step - h, (w + step - 1) // step * step - w
         maps = self._normalized(F.pad(image, (0, right, 0, below), mode="replicate"))
+        if self.int8 is not None:
+            return self.int8(maps)
         for conv in self.downsample:
             maps = F.relu(conv(maps, next(rest)))
         for conv in self.dilated:
@@ -319,8 +356,10 @@ class DesNetGraph(nn.Module):
 class PatchNetGraph(nn.Module):
     """A ``patchnets.PatchNet`` for patches of its own size."""
 
-    def __init__(self, net: patchnets.PatchNet):
+    def __init__(self, net: patchnets.PatchNet, int8: Path | None = None):
         super().__init__()
+        dim = patchnets.DIMENSION
+        self.int8 = None if int8 is None else Int8Part(int8, dim, patches=True)
         self.net = net = copy.deepcopy(net).eval()
         norms: list[Any] = [None] * len(net.convolutions)
         if isinstance(net, patchnets.HardNet):
@@ -333,6 +372,8 @@ class PatchNetGraph(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Unit descriptors (N,128) of patches (N,1,32,32)."""
+        if self.int8 is not None:
+            return self.int8(patches)
         maps = self.net.standardize(patches)
         for index, layer in enumerate(self.layers):
             maps = self.net.follow(index, layer(maps, layer.filters()))  # type: ignore[operator]
@@ -345,13 +386,23 @@ NETWORKS: dict[type[nn.Module], Any] = {
     keynet.KeyNet: KeyNetGraph,
     desnet.DesNet: DesNetGraph,
     patchnets.HardNet: PatchNetGraph,
+    patchnets.HardNetLight: PatchNetGraph,
     patchnets.SOSNet: PatchNetGraph,
     patchnets.HyNet: PatchNetGraph,
 }
 
 
-def network_graph(net: nn.Module) -> nn.Module:
+def _blocks(blocks: Any, int8: Path | None) -> nn.Module:
+    found = _Blocks(blocks)
+    return found if int8 is None else Int8Part(int8, found.dim)
+
+
+def network_graph(net: nn.Module, int8: Path | None = None) -> nn.Module:
     """The module for export of a network.
+
+    Args:
+        net: not fused.
+        int8: the eight-bit graph that replaces its costly part.
 
     Raises:
         ValueError: there is none for a network of its type.
@@ -360,7 +411,7 @@ def network_graph(net: nn.Module) -> nn.Module:
     if make is None:
         names = ", ".join(sorted(kind.__name__ for kind in NETWORKS))
         raise ValueError(f"a {type(net).__name__} cannot be exported; use one of {names}")
-    return make(net)
+    return make(net, int8)
 
 
 # ---- pipeline
@@ -439,12 +490,19 @@ class PipelineGraph(_Filters):
         detector: network image -> score map, with a ``spec``.
         descriptor: patch network, ``DesNet``, or None.
         options: options of the detector; ``up_levels``, ``down_levels`` and ``nms_shape`` given.
+        int8: eight-bit graphs of the two networks (``network_graph``).
 
     Raises:
         ValueError: an option or network that cannot be exported.
     """
 
-    def __init__(self, detector: nn.Module, descriptor: nn.Module | None, options: DetectOptions):
+    def __init__(
+        self,
+        detector: nn.Module,
+        descriptor: nn.Module | None,
+        options: DetectOptions,
+        int8: tuple[Path | None, Path | None] = (None, None),
+    ):
         super().__init__()
         if options.official or options.nms_shape == "round":
             raise ValueError("the published extraction and round windows cannot be exported")
@@ -461,10 +519,10 @@ class PipelineGraph(_Filters):
         self.threshold = max(options.threshold, self.floor * (1 + 1e-3) + 1e-6)
         ratio = getattr(detector, "ratio", 0.0)
         self.ratio = float(ratio if options.cut_ratio is None else options.cut_ratio)
-        self.scores = network_graph(detector)
+        self.scores = network_graph(detector, int8[0])
         if isinstance(self.scores, SobelNetGraph):
             self.scores.ratio = 0.0  # applied to the candidates
-        self.describe = None if descriptor is None else network_graph(descriptor)
+        self.describe = None if descriptor is None else network_graph(descriptor, int8[1])
 
     luma: Tensor
     offset: Tensor
@@ -669,6 +727,36 @@ class PipelineGraph(_Filters):
             )
         assert self.describe is not None
         return self.describe(patches.view(-1, 1, PATCH_SIZE, PATCH_SIZE))
+
+
+class ColmapGraph(nn.Module):
+    """A pipeline with the inputs and outputs of the ALIKED networks that COLMAP runs.
+
+    Positions are relative to the image, the centers of its outermost pixels at -1 and 1. Scores are
+    mapped into [``min_score``, 1], because that limit is one for the scores of ALIKED.
+    """
+
+    def __init__(self, pipeline: PipelineGraph):
+        super().__init__()
+        self.pipeline = pipeline
+
+    def forward(
+        self, image: Tensor, max_keypoints: Tensor, min_score: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of an image.
+
+        Args:
+            image: (1,3,H,W) RGB in [0,1].
+            max_keypoints: () int64, at least 1.
+            min_score: () in [0,1].
+
+        Returns:
+            keypoints (1,K,2), descriptors (1,K,D), scores (1,K), strongest first.
+        """
+        xy, _, scores, descriptors = self.pipeline(image, max_keypoints.reshape(1))
+        size = _lengths(image.shape[-1], image.shape[-2], dtype=torch.float32)
+        scores = min_score + (1 - min_score) * scores / (1 + scores)
+        return (xy * (2 / (size - 1)) - 1)[None], descriptors[None], scores[None]
 
 
 def _refine(scores: Tensor, x: Tensor, y: Tensor, width: Any) -> Tensor:

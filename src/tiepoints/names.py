@@ -42,5 +42,7 @@ MATCH_MAX_SIZE = 1600
 EVALUATION_NUM_KEYPOINTS = 1000
 #: Descriptor of our detectors in evaluations by these protocols, as in the papers.
 EVALUATION_DESCRIPTOR = "hardnet"
+#: Version of the ONNX operator set of exported files: the first that can resize maps as needed.
+EXPORT_OPSET = 18
 #: Number of keypoints of a video frame, limited by the time per frame and by readability.
 VIDEO_NUM_KEYPOINTS = 500

@@ -378,6 +378,25 @@ def load_graph(path: Path) -> nn.Module:
     Raises:
         WeightsError: the file is damaged or not one of ours.
     """
+    net, sample = _beside_stack(path)
+    quick = fused(net)
+    stack = cast(nn.Module, quick.stack)
+    quick.stack = StoredGraph(path, input_of(stack), sample)
+    return quick
+
+
+def load_beside_graph(path: Path) -> nn.Module:
+    """The network of a file written by ``save_graph`` without the weights of its costly part, for
+    what computes that part with the graph of the file.
+
+    Raises:
+        WeightsError: the file is damaged or not one of ours.
+    """
+    return _beside_stack(path)[0]
+
+
+def _beside_stack(path: Path) -> tuple[nn.Module, list[float]]:
+    """The network of ``load_beside_graph``, and a sample of the graph's output."""
     content = read_graph(path)
     net = _build(path, content["network"], content["settings"])
     try:
@@ -388,13 +407,9 @@ def load_graph(path: Path) -> nn.Module:
         if hasattr(net, "floor"):
             net.floor = content["floor"]
             net.offset = tuple(content["offset"])  # type: ignore[assignment]
-        quick = fused(net.eval())
-        sample = [float(value) for value in content["sample"]]
+        return net.eval(), [float(value) for value in content["sample"]]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{path} is damaged ({first_line(error)}); quantize it again") from error
-    stack = cast(nn.Module, quick.stack)
-    quick.stack = StoredGraph(path, input_of(stack), sample)
-    return quick
 
 
 def metadata_of(path: Path) -> dict[str, Any]:

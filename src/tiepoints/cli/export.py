@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from ..names import DESCRIPTOR, DETECTOR
+from ..names import DESCRIPTOR, DETECTOR, EXPORT_OPSET
 from .common import (
     DescriptorOption,
     DetectorOption,
@@ -24,21 +24,39 @@ from .common import (
     user_errors,
 )
 
+#: Measure of ``export.Exported.fidelity`` -> how it is printed.
+FIDELITY = {
+    "keypoints": "fraction of the keypoints of float32 found with eight bits",
+    "cosine": "cosine of descriptors or maps to those of float32",
+}
+
 
 def export(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="File to write (.onnx).")],
     name: Annotated[
         str | None,
-        typer.Argument(help="For a network alone: keynet, desnet, hardnet, ... or a weights file."),
-    ] = None,
-    form: Annotated[
-        Literal["network", "pipeline"] | None,
-        typer.Option(
-            help="network: a network alone; pipeline: from the image and the number of keypoints "
-            "to positions, scales, scores and descriptors (default: network if one is named)."
+        typer.Argument(
+            help="For a network alone: keynet, sobelnet, desnet, hardnet, ... or a weights file."
         ),
     ] = None,
+    form: Annotated[
+        Literal["network", "pipeline", "colmap"] | None,
+        typer.Option(
+            help="network: a network alone; pipeline: from the image and the number of keypoints "
+            "to positions, scales, scores and descriptors; colmap: a pipeline that COLMAP runs in "
+            "place of ALIKED (default: network if one is named, else pipeline)."
+        ),
+    ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8", help="With the eight-bit networks of the package, or of tiepoints quantize."
+        ),
+    ] = False,
+    opset: Annotated[
+        int, typer.Option(help="Version of the ONNX operator set, 18 to 21.")
+    ] = EXPORT_OPSET,
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     single_scale: SingleScaleOption = False,
@@ -51,22 +69,25 @@ def export(
     """Export a network, or a detector and descriptor with all steps between, as one ONNX file for
     images of any size.
 
-    The file is written only if ONNX Runtime computes with it what torch computes. Other networks
-    than REKD, and upright keypoints only.
+    The file is written only if ONNX Runtime computes with it what torch computes. REKD cannot be
+    exported, and the keypoints of a pipeline are upright (no orientations).
     """
     if form == "network" and name is None:
         fail("--form network requires the name of a network, such as: tiepoints export desnet")
-    if form == "pipeline" and name is not None:
-        fail(f"--form pipeline takes --detector and --descriptor, and not {name!r}")
-    options = extract_options(context)
+    if form in ("pipeline", "colmap") and name is not None:
+        fail(f"--form {form} takes --detector and --descriptor, and not {name!r}")
+    options = extract_options(context, precision="int8" if int8 else "float32")
     from ..export import export_network, export_pipeline
 
     with user_errors():
         if name is not None:
-            result = export_network(name, output)
+            result = export_network(name, output, int8=int8, opset=opset)
         else:
-            result = export_pipeline(options, output)
+            result = export_pipeline(options, output, form=form or "pipeline", opset=opset)
     if as_json:
         print_json(dataclasses.asdict(result))
-    else:
-        typer.echo(f"{result.form}, {result.size / 1e6:.2f} MB -> {result.path}")
+        return
+    for measure, value in (result.fidelity or {}).items():
+        what = FIDELITY[measure]
+        typer.echo(f"{what}: {value:.4f}")
+    typer.echo(f"{result.form}, {result.size / 1e6:.2f} MB -> {result.path}")

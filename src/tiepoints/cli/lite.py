@@ -25,7 +25,11 @@ def lite(
     images: Annotated[list[str], typer.Argument(help="Images, folders or patterns.")],
     output: Annotated[Path, typer.Option(help="Results folder.")] = Path("extracted_features/lite"),
     graph: Annotated[
-        str, typer.Option(help="sobelnet+desnet, or a file written by: tiepoints export.")
+        str,
+        typer.Option(
+            help="sobelnet+desnet; sobelnet+desnet-int8 or keynet+desnet-int8, of one scale; or a "
+            "file written by: tiepoints export."
+        ),
     ] = LITE_GRAPH,
     num_keypoints: Annotated[
         int, typer.Option(min=1, help="Maximum number of keypoints per image.")

@@ -68,6 +68,11 @@ def cache_folder() -> Path:
     return Path(base) / "tiepoints"
 
 
+def missing_files(folder: Path) -> list[str]:
+    """Names of ONNX Runtime's files that a folder does not have."""
+    return [name for name in RUNTIME_FILES if not (folder / name).is_file()]
+
+
 def find_runtime(folder: Path | None = None, *, url: str = RUNTIME_URL) -> Path:
     """The folder with ONNX Runtime's files; without ``folder`` they are downloaded once (33 MB).
 
@@ -76,7 +81,7 @@ def find_runtime(folder: Path | None = None, *, url: str = RUNTIME_URL) -> Path:
             explains how to get them.
     """
     target = folder or cache_folder() / RUNTIME
-    missing = [name for name in RUNTIME_FILES if not (target / name).is_file()]
+    missing = missing_files(target)
     if not missing:
         return target
     if folder is not None:
@@ -106,10 +111,14 @@ def find_runtime(folder: Path | None = None, *, url: str = RUNTIME_URL) -> Path:
     return target
 
 
+def _entries() -> list[dict[str, str]]:
+    """Entries of the embedded pipelines."""
+    return list(tomllib.loads((DATA / "index.toml").read_text()).get("graphs", {}).values())
+
+
 def embedded_graphs() -> list[Path]:
     """Exported pipelines that are part of the package."""
-    entries = tomllib.loads((DATA / "index.toml").read_text()).get("graphs", {})
-    return [DATA / entry["file"] for entry in entries.values()]
+    return [DATA / entry["file"] for entry in _entries()]
 
 
 def site(graphs: Iterable[Path], runtime: Path) -> dict[str, _Content]:
@@ -124,6 +133,7 @@ def site(graphs: Iterable[Path], runtime: Path) -> dict[str, _Content]:
     """
     files = {f"/{path.relative_to(PAGE).as_posix()}": path for path in PAGE.rglob("*.*")}
     files |= {f"/runtime/{name}": runtime / name for name in RUNTIME_FILES}
+    labels = {entry["file"]: entry["label"] for entry in _entries()}
     listed = []
     for path in graphs:
         address = f"/graphs/{path.name}"
@@ -132,7 +142,7 @@ def site(graphs: Iterable[Path], runtime: Path) -> dict[str, _Content]:
         if address in files:
             raise DataError(f"two graphs are named {path.name}; rename one")
         files[address] = path
-        listed.append({"name": path.stem, "path": address.removeprefix("/")})
+        listed.append({"name": labels.get(path.name, path.stem), "path": address[1:]})
     if not listed:
         raise DataError("no graph to serve; give an exported pipeline with --graph FILE.onnx")
     found = {address: _Content(path, TYPES[path.suffix]) for address, path in files.items()}
