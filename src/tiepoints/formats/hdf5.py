@@ -635,6 +635,10 @@ class MatchFile(_GroupFile):
         Raises:
             DataError: no such pair, or arrays of other shapes.
         """
+        return self.read_with_count(a, b)[0]
+
+    def read_with_count(self, a: str, b: str) -> tuple[Matches, int]:
+        """``read_matches``, and the number of keypoints of the first image of the stored pair."""
         key = self._key(a, b)
         if key is None:
             raise DataError(f"{self.path} contains no matches of {a!r} and {b!r}")
@@ -651,7 +655,7 @@ class MatchFile(_GroupFile):
         if swapped:
             order = np.argsort(index[:, 1], kind="stable")
             index, score = index[order][:, ::-1], score[order]
-        return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score))
+        return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score)), len(partner)
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:
