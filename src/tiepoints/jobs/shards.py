@@ -239,28 +239,34 @@ class MatchShards(_Shards[MatchFile]):
         self._last = 0
         self._read: set[tuple[Path, str]] = set()
 
-    def read(self, a: str, b: str, now: RecordLog) -> tuple[Matches, int] | None:
-        """Matches of a pair, and the number of keypoints of ``a``; None if no shard has them, or of
-        other features.
+    def find(self, a: str, b: str, now: RecordLog) -> Path | None:
+        """The shard with the matches of a pair of the present features; None if there is none.
 
         Args:
             now: digest of the features of each image.
         """
         digests = [(now.get(name) or {}).get("features") for name in (a, b)]
+        if None in digests:
+            return None
         # consecutive pairs are in the same shard, or the next one
         for step in range(len(self.paths)):
             index = (self._last + step) % len(self.paths)
-            path = self.paths[index]
-            known = self._digests[path]
-            if None in digests or [known.get(a), known.get(b)] != digests:
-                continue
-            key = pair_name(a, b)
-            if (path, key) not in self._read and key in self.opened(path):
+            known = self._digests[self.paths[index]]
+            if [known.get(a), known.get(b)] == digests and pair_name(a, b) in self.opened(
+                self.paths[index]
+            ):
                 self._last = index
-                self._read.add((path, key))  # two pairs may have the same name
-                self.taken += 1
-                return self.opened(path).read_with_count(a, b)
+                return self.paths[index]
         return None
+
+    def read(self, a: str, b: str, now: RecordLog) -> tuple[Matches, int] | None:
+        """Matches of a pair, and the number of keypoints of ``a``; None if no shard has them."""
+        path, key = self.find(a, b, now), pair_name(a, b)
+        if path is None or (path, key) in self._read:  # two pairs may have the same name
+            return None
+        self._read.add((path, key))
+        self.taken += 1
+        return self.opened(path).read_with_count(a, b)
 
 
 def remove_shard(path: Path) -> None:
