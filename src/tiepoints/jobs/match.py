@@ -340,17 +340,19 @@ def match_to_store(
     report = MatchReport(verified=None if options.geometry is None else 0)
     cache = _FeatureCache(features)
     stored_as: dict[str, tuple[str, str]] = {}
-    todo: dict[frozenset[str], tuple[str, str]] = {}
-    for a, b in pairs:
+    todo: dict[tuple[str, str], tuple[str, str]] = {}
+    for pair in pairs:
+        a, b = pair
         if a == b:
             report.failed.append((f"{a} {b}", "an image is not matched with itself"))
         else:
-            todo.setdefault(frozenset((a, b)), (a, b))
-    report.changed = _remove_outdated({name for pair in todo for name in pair}, features, store)
+            todo.setdefault(pair if a < b else (b, a), pair)
+    names = {name for pair in todo for name in pair}
+    ambiguous = _ambiguous(names)
+    report.changed = _remove_outdated(names, features, store)
     now = RecordLog(matches_path(store))
     for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
-        if isinstance(store, MatchFile):
-            # hloc replaces / by -, so that two pairs may have the same name
+        if isinstance(store, MatchFile) and not ambiguous.isdisjoint((a, b)):
             other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
             if other != (a, b):
                 reason = (
@@ -377,6 +379,14 @@ def match_to_store(
             report.failed.append((f"{a} {b}", str(error)))
     report.failed += cache.failures()
     return report
+
+
+def _ambiguous(names: Iterable[str]) -> set[str]:
+    """Names that are the same for hloc, which replaces / by -, so that two pairs may be."""
+    same: dict[str, list[str]] = {}
+    for name in names:
+        same.setdefault(name.replace("/", "-"), []).append(name)
+    return {name for group in same.values() if len(group) > 1 for name in group}
 
 
 def _take_over(
