@@ -172,6 +172,14 @@ class Notices:
         if reading.orientation != 1:
             self.rotated.append(name)
 
+    def merge(self, others: Notices) -> None:
+        """Add what another process noted."""
+        self.total += others.total
+        self.narrow += others.narrow
+        self.paged += others.paged
+        self.rotated += others.rotated
+        self.orientations |= others.orientations
+
     def log(self, *, pages: bool = True, rotations: bool = True) -> None:
         """Log the kinds that have not been logged before.
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,6 +250,61 @@ def refine_matches(
 # ---- tracks
 
 
+@dataclass(frozen=True)
+class _Tracks:
+    """Keypoints of tracks as arrays (M,), sorted by track, image and index.
+
+    Attributes:
+        names: of the images, sorted.
+        track: number of the track, increasing.
+        image: index of the image among ``names``.
+        index: of the keypoint.
+    """
+
+    names: list[str]
+    track: np.ndarray
+    image: np.ndarray
+    index: np.ndarray
+
+
+def _tracks(matches: Mapping[tuple[str, str], Tensor]) -> _Tracks:
+    """Tracks of matched keypoints, see ``build_tracks``; a few dozen bytes for each match."""
+    names = sorted({name for pair in matches for name in pair})
+    number = {name: i for i, name in enumerate(names)}
+    counts = np.zeros(len(names) + 1, np.int64)
+    for pair, index in matches.items():
+        if len(index):
+            for name, largest in zip(pair, index.max(dim=0).values.tolist(), strict=True):
+                counts[number[name] + 1] = max(counts[number[name] + 1], largest + 1)
+    first = counts.cumsum()  # number of the first keypoint of each image
+    edges = [
+        index.numpy() + first[[number[name] for name in pair]] for pair, index in matches.items()
+    ]
+    a, b = np.concatenate([np.zeros((0, 2), np.int64), *edges]).T
+    used = np.zeros(first[-1], bool)
+    used[a] = used[b] = True
+    nodes = np.flatnonzero(used)
+    root = _components(a, b, int(first[-1]))[nodes]
+    nodes = nodes[np.argsort(root, kind="stable")]
+    root = np.sort(root)
+    image = np.searchsorted(first, nodes, side="right") - 1
+    twice = (root[1:] == root[:-1]) & (image[1:] == image[:-1])
+    kept = ~np.isin(root, root[1:][twice])
+    return _Tracks(names, root[kept], image[kept], (nodes - first[image])[kept])
+
+
+def _components(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
+    """Smallest node (``count``,) of the connected component of each node, for edges a-b (E,)."""
+    parent = np.arange(count)
+    while len(a):
+        a, b = parent[a], parent[b]
+        a, b = (values[a != b] for values in (a, b))
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(above := parent[parent], parent):
+            parent = above
+    return parent
+
+
 def build_tracks(matches: Mapping[tuple[str, str], Tensor]) -> list[list[tuple[str, int]]]:
     """Tracks of matched keypoints: connected keypoints of different images, each as (image, index),
     sorted.
@@ -257,24 +314,13 @@ def build_tracks(matches: Mapping[tuple[str, str], Tensor]) -> list[list[tuple[s
     Args:
         matches: (image a, image b) -> (K,2) indices, such as the verified ones.
     """
-    parent: dict[tuple[str, int], tuple[str, int]] = {}
-
-    def root(node: tuple[str, int]) -> tuple[str, int]:
-        while parent.setdefault(node, node) != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    for (a, b), index in matches.items():
-        for i, j in index.tolist():
-            one, two = root((a, i)), root((b, j))
-            if one != two:
-                parent[max(one, two)] = min(one, two)
-    groups: dict[tuple[str, int], list[tuple[str, int]]] = {}
-    for node in parent:
-        groups.setdefault(root(node), []).append(node)
-    tracks = [sorted(group) for group in groups.values()]
-    return sorted(track for track in tracks if len({image for image, _ in track}) == len(track))
+    found = _tracks(matches)
+    starts = np.flatnonzero(np.diff(found.track, prepend=-1))
+    nodes = [
+        (found.names[i], j) for i, j in zip(found.image.tolist(), found.index.tolist(), strict=True)
+    ]
+    bounds = [*starts.tolist(), len(nodes)]
+    return [nodes[start:end] for start, end in pairwise(bounds)]
 
 
 def refine_tracks(
@@ -298,22 +344,46 @@ def refine_tracks(
         name -> (N,2) float32 positions of all its keypoints, unchanged for those without a track.
     """
     positions = {name: keypoints.xy.clone() for name, keypoints in features.items()}
-    pairs: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for nodes in build_tracks(matches):
-        reference = min(nodes, key=lambda node: (float(features[node[0]].scale[node[1]]), node))
-        for node in nodes:
-            if node != reference:
-                pairs.setdefault((reference[0], node[0]), []).append((reference[1], node[1]))
     pyramids: dict[str, Pyramid] = {}
-    for a, b in track(sorted(pairs), unit="pair", label="refine", enabled=progress):
+    aligned = _reference_pairs(_tracks(matches), features)
+    for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
         pyramids = {
             name: pyramids.get(name) or build_pyramid(load_image(image(name))).in_memory()
             for name in (a, b)
         }
-        index = torch.tensor(pairs[a, b])
         found = align(pyramids[a], features[a][index[:, 0]], pyramids[b], features[b][index[:, 1]])
         positions[b][index[:, 1]] = found.xy
     return positions
+
+
+def _reference_pairs(
+    tracks: _Tracks, features: Mapping[str, Keypoints]
+) -> list[tuple[tuple[str, str], Tensor]]:
+    """Pairs of images, sorted, each with the keypoints (K,2) of references in the first one, and of
+    the same tracks in the second one.
+    """
+    scale = np.zeros(len(tracks.track), np.float32)
+    by_image = np.argsort(tracks.image, kind="stable")
+    bounds = np.searchsorted(tracks.image[by_image], np.arange(len(tracks.names) + 1))
+    for name, start, end in zip(tracks.names, bounds[:-1], bounds[1:], strict=True):
+        rows = by_image[start:end]
+        scale[rows] = features[name].scale.numpy()[tracks.index[rows]]
+    # the first of each track is its reference, the first of the smallest ones
+    order = np.lexsort((scale, tracks.track))
+    is_first = np.diff(tracks.track, prepend=-1) > 0
+    reference = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
+    rest = np.flatnonzero(np.arange(len(order)) != reference)
+    reference = reference[rest]
+    number = tracks.image[reference] * len(tracks.names) + tracks.image[rest]
+    order = np.argsort(number, kind="stable")
+    index = torch.from_numpy(np.stack([tracks.index[reference], tracks.index[rest]], axis=1)[order])
+    numbers, starts = np.unique(number[order], return_index=True)
+    parts = index.tensor_split(torch.from_numpy(starts[1:])) if len(numbers) else ()
+    pairs = (divmod(int(i), len(tracks.names)) for i in numbers)
+    return [
+        ((tracks.names[a], tracks.names[b]), part)
+        for (a, b), part in zip(pairs, parts, strict=True)
+    ]
 
 
 def matched_pairs(

@@ -26,8 +26,8 @@ VOCABULARIES = Path(__file__).parent / "data"
 WORDS, DIMENSIONS = 64, 64
 #: Iterations of k-means, and local descriptors from which a vocabulary is trained.
 ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
-#: Images compared at a time with others, eight times as many.
-BLOCK = 1024
+#: Images compared at a time with others, four times as many.
+BLOCK, PARTS = 1024, 4
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,15 @@ def train_vocabulary(
 
 def center(table: Tensor) -> Tensor:
     """Global descriptors (N,G) without what all images of the collection have in common, of unit
-    length; a single one is unchanged.
+    length and the same type; a single one is unchanged.
     """
-    return _unit(table - table.mean(dim=0)) if len(table) > 1 else table
+    if len(table) < 2:
+        return table
+    total = sum((part.float().sum(dim=0) for part in table.split(BLOCK)), torch.zeros(()))
+    centered = torch.empty_like(table)
+    for part, found in zip(table.split(BLOCK), centered.split(BLOCK), strict=True):
+        found.copy_(_unit(part.float() - total / len(table)))
+    return centered
 
 
 def _nearest(points: Tensor, centers: Tensor) -> Tensor:
@@ -156,13 +162,15 @@ def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -
         rows = slice(start, start + BLOCK)
         block, low, high = queries[rows].to(kind), excluded[rows, :1], excluded[rows, 1:]
         values, index = block.new_zeros(len(block), 0), low.new_zeros(len(block), 0)
-        for first in range(0, len(table), 8 * BLOCK):
-            part = table[first : first + 8 * BLOCK].to(kind)
-            columns = torch.arange(first, first + len(part)).expand(len(block), -1)
+        for first in range(0, len(table), PARTS * BLOCK):
+            part = table[first : first + PARTS * BLOCK].to(kind)
+            columns = torch.arange(first, first + len(part))
             similarity = block @ part.T
             similarity[(columns >= low) & (columns < high)] = -torch.inf
-            values = torch.cat([values, similarity], dim=1)
+            best, chosen = similarity.topk(min(count, len(part)), dim=1)
+            values = torch.cat([values, best], dim=1)
+            index = torch.cat([index, chosen + first], dim=1)
             values, chosen = values.topk(min(count, values.shape[1]), dim=1)
-            index = torch.cat([index, columns], dim=1).gather(1, chosen)
+            index = index.gather(1, chosen)
         found.append(torch.where(values.isfinite(), index, -1))
     return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)

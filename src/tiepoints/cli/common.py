@@ -182,6 +182,22 @@ WorkersOption = Annotated[
         "auto: one per core, if there are enough images and memory.",
     ),
 ]
+ShardOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Only part I of N, as one of N jobs (SLURM); afterwards the command without --shard "
+        "merges them.",
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="auto|ADDRESS",
+        help="Work on a Ray cluster (extra ray); auto: the one that runs here, else a new one of "
+        "the cores of this computer.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 MasksOption = Annotated[
     Path | None,

@@ -31,6 +31,8 @@ from .common import (
     PerScaleOption,
     PrecisionOption,
     PyramidLevelsOption,
+    RayOption,
+    ShardOption,
     SingleScaleOption,
     UprightOption,
     UpsampledLevelsOption,
@@ -114,6 +116,8 @@ def extract(
         bool, typer.Option("--overwrite", help="Extract images again (colmap: start over).")
     ] = False,
     workers: WorkersOption = "auto",
+    shard: ShardOption = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Extract features of images to npy files, an HDF5 file for hloc, or a COLMAP database.
@@ -127,6 +131,7 @@ def extract(
     options = extract_options(context, max_size=MATCH_MAX_SIZE if form == "colmap" else None)
     from ..extract import network_label
     from ..jobs.extract import extract_images
+    from ..jobs.shards import Shard
     from ..jobs.workers import parse_workers
     from ..memory import keep_freed
 
@@ -148,6 +153,8 @@ def extract(
             pages=pages,
             overwrite=overwrite,
             workers=parse_workers(workers),
+            shard=None if shard is None else Shard.parse(shard),
+            ray=ray,
             progress=progress_wanted(),
         )
     print_extraction(report, as_json)

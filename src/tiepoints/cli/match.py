@@ -35,6 +35,8 @@ from .common import (
     PerScaleOption,
     PrecisionOption,
     PyramidLevelsOption,
+    RayOption,
+    ShardOption,
     SingleScaleOption,
     UprightOption,
     UpsampledLevelsOption,
@@ -139,6 +141,8 @@ def match(
     precision: PrecisionOption = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Match pairs again.")] = False,
     workers: WorkersOption = "auto",
+    shard: ShardOption = None,
+    ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Match two images, or many pairs to one file: mutual nearest neighbors, ratio test, robust
@@ -149,7 +153,8 @@ def match(
         fail("matching needs descriptors; --descriptor must not be none")
     to_file = output is not None and output.suffix in MATCH_SUFFIXES
     many = len(images) != 2 or any(Path(name).is_dir() for name in images)
-    many = many or to_file or any(o is not None for o in (pairs, neighbors, features))
+    many = many or to_file
+    many = many or any(o is not None for o in (pairs, neighbors, features, shard, ray))
     if many and not images and features is None:
         fail("no images given; name two images, or folders, or give --features")
     database = output is not None and output.suffix == ".db"
@@ -159,12 +164,14 @@ def match(
         orientation=None if orientation == "auto" else orientation,
     )
     from ..jobs.match import MatchOptions, match_images
+    from ..jobs.shards import Shard
     from ..jobs.workers import parse_workers
     from ..memory import keep_freed
 
     keep_freed()
     with user_errors():
         num_workers = parse_workers(workers)
+        part = None if shard is None else Shard.parse(shard)
         options = MatchOptions(
             ratio=ratio,
             rotation_tolerance=(
@@ -203,6 +210,8 @@ def match(
             pages=pages,
             overwrite=overwrite,
             workers=num_workers,
+            shard=part,
+            ray=ray,
             progress=progress_wanted(),
         )
         drawn: list[Path] = []

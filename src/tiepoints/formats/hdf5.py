@@ -135,6 +135,7 @@ class _Journal:
         self.path, self.writing = path, write
         # name -> offset of its record, keys of its arrays
         self.index: dict[str, tuple[int, frozenset[str]]] = {}
+        self._keys: dict[frozenset[str], frozenset[str]] = {}  # one object for equal sets
         self._lock = threading.Lock()
         if not write and not path.is_file():
             self._file = None
@@ -180,9 +181,16 @@ class _Journal:
             header, data = record
             # earlier versions wrote names that an HDF5 file cannot contain
             if is_text(header["name"]):
-                self.index[header["name"]] = end, frozenset(key for key, _, _ in header["arrays"])
+                self.index[header["name"]] = (
+                    end,
+                    self._shared(key for key, _, _ in header["arrays"]),
+                )
             end += _HEAD.size + header["length"] + len(data)
         return end
+
+    def _shared(self, keys: Iterable[str]) -> frozenset[str]:
+        found = frozenset(keys)
+        return self._keys.setdefault(found, found)
 
     def _read_at(self, offset: int) -> tuple[dict, bytes] | None:
         """Header and data of the record at ``offset``; None if it is incomplete or damaged."""
@@ -228,7 +236,7 @@ class _Journal:
                 # on a full disk, later records must not follow an incomplete one
                 self._file.truncate(offset)
                 raise
-            self.index[name] = offset, frozenset(arrays)
+            self.index[name] = offset, self._shared(arrays)
 
     def read(self, name: str) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
         """Arrays and attributes of the last record ``name``."""
@@ -343,13 +351,14 @@ class _GroupFile:
         """Names of the groups that contain arrays, sorted."""
         names: set[str] = set()
 
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, self._h5py.Dataset):
-                names.add(name.rpartition("/")[0])
+        def visit(name: bytes, info: Any) -> None:
+            if info.type == self._h5py.h5o.TYPE_DATASET:
+                names.add(name.decode().rpartition("/")[0])
 
         if self._file is not None:
             with self._reading():
-                self._file.visititems(visit)
+                # six times as fast as visititems, which opens each object
+                self._h5py.h5o.visit(self._file.id, visit, info=True)
         names -= self._journal.index.keys()
         return sorted(names.union(name for name, (_, keys) in self._journal.index.items() if keys))
 
@@ -394,6 +403,7 @@ class _GroupFile:
                 self._merge()
                 self._journal.close(remove=True)
             self._journal.close(remove=self.writing and not self._journal.index)
+            self.writing = False
         finally:
             self._journal.close()
             if self._file is not None:
@@ -635,6 +645,10 @@ class MatchFile(_GroupFile):
         Raises:
             DataError: no such pair, or arrays of other shapes.
         """
+        return self.read_with_count(a, b)[0]
+
+    def read_with_count(self, a: str, b: str) -> tuple[Matches, int]:
+        """``read_matches``, and the number of keypoints of the first image of the stored pair."""
         key = self._key(a, b)
         if key is None:
             raise DataError(f"{self.path} contains no matches of {a!r} and {b!r}")
@@ -651,7 +665,7 @@ class MatchFile(_GroupFile):
         if swapped:
             order = np.argsort(index[:, 1], kind="stable")
             index, score = index[order][:, ::-1], score[order]
-        return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score))
+        return Matches(torch.from_numpy(index.copy()), torch.from_numpy(score)), len(partner)
 
 
 def read_pairs(path: str | Path) -> Iterator[tuple[str, str]]:

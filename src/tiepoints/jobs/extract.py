@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ from ..decode import page_count
 from ..errors import DataError
 from ..extract import ExtractOptions, Extractor, recorded_precision
 from ..files import Task, collect, is_disk_full
+from ..formats.colmap import ColmapDatabase
+from ..formats.hdf5 import FeatureFile
+from ..formats.npy import FeatureFolder
 from ..formats.records import RecordLog
 from ..formats.store import (
     FILE_NAMES,
@@ -33,7 +36,8 @@ from ..image import Notices
 from ..names import FORMATS
 from ..progress import Progress
 from .images import ImageExtractor, Outcome, mask_loader, source_record
-from .workers import check_workers, extract_tasks
+from .shards import FeatureShards, Shard, blocks
+from .workers import check_workers, extract_tasks, has_named_networks
 
 logger = logging.getLogger(__name__)
 #: Images whose features wait to be written while others are extracted.
@@ -131,6 +135,8 @@ def extract_images(
     pages: str = "first",
     overwrite: bool = False,
     workers: int | None = 1,
+    shard: Shard | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> ExtractReport:
     """Extract images to the folder ``output``; run again, it resumes.
@@ -148,6 +154,10 @@ def extract_images(
         workers: number of processes that extract images; None = one for each core, if there are
             enough images and memory. The features do not depend on it. A script that uses more
             than one must be protected by ``if __name__ == "__main__"``.
+        shard: extract only this part of the images, as one of several jobs, to a file of its own
+            (``shards``). The extraction without a shard then merges them.
+        ray: extract on a Ray cluster: its address, or ``auto`` (``cluster.connect``); ``workers``
+            is then the number of its workers.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError, OSError: invalid arguments, or files
@@ -160,23 +170,42 @@ def extract_images(
     mask_loader(masks)  # raises before any work
     found = collect(images, list_file, root, inside=format != "npy", pages=counted_pages(pages))
     report = ExtractReport(ignored=found.skipped, output=str(output / FILE_NAMES[format]))
-    if found.tasks:
+    if shard is not None and ray is not None:
+        raise ValueError("a shard is one of several jobs, and Ray has its own; give one of the two")
+    tasks = found.tasks if shard is None else shard.of(found.tasks)
+    if tasks:
         extractor = options.build()
-        check_workers(workers, extractor)
+        if ray is None:
+            check_workers(workers, extractor)
         settings = options.to_json()
         settings |= mask_settings(masks)
         if half and format == "h5":
             settings["half"] = True
         if format == "colmap":
             settings["camera"] = camera
-        with create_features(
-            format, output, camera=camera, half=half, overwrite=overwrite
-        ) as store:
+        results = output / FILE_NAMES[format]
+        merging = shard is None and format != "npy"
+        shards = None
+        with ExitStack() as stack:
+            store: FeatureStore
+            if shard is None or format == "npy":
+                store = create_features(
+                    format, output, camera=camera, half=half, overwrite=overwrite
+                )
+            else:
+                path = shard.path(results)
+                store = FeatureFile(path, write=True, half=half, overwrite=overwrite)
+                report.output = str(path)
+            stack.enter_context(store)
             check_store(store, settings, overwrite)
-            if overwrite and format == "colmap":
+            if overwrite and isinstance(store, ColmapDatabase):
                 clear_features(store)
+            if merging:
+                shards = stack.enter_context(
+                    FeatureShards(results, settings, normalize_settings, overwrite=overwrite)
+                )
             notices = extract_to_store(
-                found.tasks,
+                tasks,
                 extractor,
                 store,
                 report,
@@ -184,9 +213,13 @@ def extract_images(
                 masks=masks,
                 overwrite=overwrite,
                 workers=workers,
+                shards=shards,
+                ray=ray,
                 progress=progress,
             )
             notices.log()
+        if shards is not None and shards.paths:
+            shards.remove({str(task.relative) for task in tasks})
     report.failed = found.refused + report.failed
     return report
 
@@ -291,6 +324,8 @@ def extract_to_store(
     masks: Path | None = None,
     overwrite: bool = False,
     workers: int | None = 1,
+    shards: FeatureShards | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> Notices:
     """Extract each task to ``store``; only this process writes to it.
@@ -300,14 +335,14 @@ def extract_to_store(
 
     Args:
         masks: folder of masks, see ``extract_images``.
-        workers: number of processes, see ``extract_images``.
+        workers, ray: see ``extract_images``.
+        shards: features that are written instead of extracting the images.
 
     Raises:
         ValueError: more than one worker is not possible.
         FileNotFoundError: no folder of masks.
     """
     started = time.monotonic()
-    images = ImageExtractor(extractor, masks)
     with RecordLog(images_path(store)) as log:
         todo = _select_tasks(
             tasks, store, log, report, described=described, masks=masks, overwrite=overwrite
@@ -319,14 +354,144 @@ def extract_to_store(
             log.put(str(task.relative), **(outcome.record or {}), features=digest)
 
         notices = Notices()
-        total = len(todo)
-        with Progress(total, unit="image", label="extract", enabled=progress) as bar:
-            outcomes = extract_tasks(todo, images, workers)
-            _write_outcomes(outcomes, write, report, notices, bar)
+        if shards is not None:
+            todo = _take_over(todo, shards, store, log, report, masks)
+        with Progress(len(todo), unit="image", label="extract", enabled=progress) as bar:
+            if ray is None:
+                outcomes = extract_tasks(todo, ImageExtractor(extractor, masks), workers)
+                _write_outcomes(outcomes, write, report, notices, bar)
+            elif todo:
+                work = _RayExtraction(extractor, store, described, masks, workers, ray, shards)
+                ended = _extract_on_ray(todo, work, report, notices, bar)
+                if shards is not None:
+                    shards.scan()
+                    todo = _take_over(todo, shards, store, log, report, masks)
+                _add_lost(todo, store, report, ended)
     if any(task.page > 1 for task in tasks):
         notices.paged.clear()  # all pages are used
     report.seconds += time.monotonic() - started
     return notices
+
+
+def _take_over(
+    todo: deque[Task],
+    shards: FeatureShards,
+    store: FeatureStore,
+    log: RecordLog,
+    report: ExtractReport,
+    masks: Path | None,
+) -> deque[Task]:
+    """Write the features of shards to the store; returns the tasks without."""
+    rest: deque[Task] = deque()
+    for task in todo:
+        name = str(task.relative)
+        found = shards.read(name, source_record(task, masks))
+        if found is None:
+            rest.append(task)
+            continue
+        features, record = found
+        digest = store.write(name, features, task.path)
+        log.put(name, **record, features=digest)
+        report.done += 1
+        report.keypoints += len(features)
+    return rest
+
+
+@dataclass(frozen=True)
+class _RayExtraction:
+    """What extracts tasks on a Ray cluster; fields as the parameters of ``extract_to_store``."""
+
+    extractor: Extractor
+    store: FeatureStore
+    described: bool
+    masks: Path | None
+    workers: int | None
+    address: str
+    shards: FeatureShards | None
+
+
+def _extract_on_ray(
+    todo: deque[Task],
+    work: _RayExtraction,
+    report: ExtractReport,
+    notices: Notices,
+    bar: Progress,
+) -> str:
+    """Extract tasks to shards, or to the files of a folder, on a Ray cluster; returns why workers
+    have ended that could not complete their shard, empty if there were none.
+
+    Raises:
+        ValueError: networks in memory.
+    """
+    from .cluster import MAX_IMAGES, Lost, connect
+
+    if not has_named_networks(work.extractor):
+        raise ValueError("a network in memory is used by one process; save it to a file for Ray")
+    options = work.extractor.options
+    assert options is not None
+    tasks = list(todo)
+    with connect(work.address, device=options.device, workers=work.workers) as cluster:
+        results = work.store.path if work.shards is None else work.shards.results
+        jobs = [
+            (results if work.shards is None else shard.path(results), part)
+            for shard, part in blocks(tasks, cluster.shard_size(len(tasks), MAX_IMAGES))
+        ]
+        settings = None if work.shards is None else work.shards.settings
+        arguments = cluster.worker_options(options), work.masks, work.described, settings
+        lost = ""
+        for found in cluster.run(_shard_extractor, arguments, jobs):
+            if isinstance(found, Lost):
+                lost = found.reason
+                continue
+            done, noted = found
+            report.failed += done.failed
+            notices.merge(noted)
+            bar.update(done.done + done.skipped + len(done.failed))
+            if work.shards is None:  # else counted when they are taken over
+                report.done += done.done + done.skipped
+                report.keypoints += done.keypoints
+    return lost
+
+
+def _add_lost(todo: deque[Task], store: FeatureStore, report: ExtractReport, ended: str) -> None:
+    """Add the tasks to ``report.failed`` that were neither extracted nor failed."""
+    failed = {path for path, _ in report.failed}
+    reason = (
+        f"the Ray workers that extracted it, or others of its shard, ended ({ended}); run again, "
+        "without --ray to find the image that ends them"
+    )
+    report.failed += [
+        (str(task.path), reason)
+        for task in todo
+        if str(task.path) not in failed and not store.done(str(task.relative), described=False)
+    ]
+
+
+def _shard_extractor(
+    options: ExtractOptions, masks: Path | None, described: bool, settings: dict[str, Any] | None
+) -> Callable[[tuple[Path, list[Task]]], tuple[ExtractReport, Notices]]:
+    """The work of a Ray worker: it extracts tasks to the file of a shard, or without ``settings``
+    to a folder, and resumes what an ended worker has begun.
+    """
+    extractor = options.build()
+
+    def extract(job: tuple[Path, list[Task]]) -> tuple[ExtractReport, Notices]:
+        path, tasks = job
+        report = ExtractReport()
+        store: FeatureStore
+        if settings is None:
+            store = FeatureFolder(path, write=True)
+        else:
+            store = FeatureFile(path, write=True, half=settings.get("half", False))
+        with store:
+            if settings is not None:
+                check_store(store, settings, overwrite=False)
+            notices = extract_to_store(
+                tasks, extractor, store, report, described=described, masks=masks, progress=False
+            )
+        return report, notices
+
+    return extract
 
 
 def _write_outcomes(

@@ -208,7 +208,7 @@ class _Search:
         index = {name: i for i, name in enumerate(self.names)}
         rows = torch.tensor([index[name] for name in queries or self.names])
         excluded = torch.stack([rows - window, rows + window + 1], dim=1)
-        found = most_similar(table[rows], table, count, excluded)
+        found = most_similar(table if queries is None else table[rows], table, count, excluded)
         return {
             _ordered(self.names[row], self.names[j])
             for row, others in zip(rows.tolist(), found.tolist(), strict=True)
@@ -222,8 +222,10 @@ class _Search:
             read = _reader(self.images.store)
             vocabulary = load_vocabulary(self.images.weights) or _own_vocabulary(self.names, read)
             names = track(self.names, unit="image", label="similarity", enabled=self.progress)
-            rows = torch.stack([vocabulary.describe(read(name)).half() for name in names])
-            self._table = center(rows.float()).half()
+            table = torch.empty(len(self.names), vocabulary.words.numel(), dtype=torch.float16)
+            for row, name in zip(table, names, strict=True):
+                row.copy_(vocabulary.describe(read(name)))
+            self._table = center(table)
         return self._table
 
 

@@ -51,7 +51,7 @@ from ..formats.store import (
 from ..image import ImageLike, Notices, ReadOptions, read_image
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
-from ..progress import track
+from ..progress import Progress, track
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
 from .extract import (
@@ -65,6 +65,7 @@ from .extract import (
 )
 from .image_pairs import Candidates, PairChoice, choose_image_pairs
 from .images import mask_loader
+from .shards import FeatureShards, MatchShards, Shard, blocks
 
 logger = logging.getLogger(__name__)
 NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
@@ -324,6 +325,7 @@ def match_to_store(
     *,
     matcher: NamedMatcher | None = None,
     overwrite: bool = False,
+    shards: MatchShards | None = None,
     progress: bool = True,
 ) -> MatchReport:
     """Match pairs of names and store the matches; with ``options.geometry`` only its inliers.
@@ -333,20 +335,24 @@ def match_to_store(
 
     Args:
         matcher: matches the features of two named images, instead of ``options.matcher()``.
+        shards: matches that are written instead of matching the pairs.
     """
     report = MatchReport(verified=None if options.geometry is None else 0)
     cache = _FeatureCache(features)
     stored_as: dict[str, tuple[str, str]] = {}
-    todo: dict[frozenset[str], tuple[str, str]] = {}
-    for a, b in pairs:
+    todo: dict[tuple[str, str], tuple[str, str]] = {}
+    for pair in pairs:
+        a, b = pair
         if a == b:
             report.failed.append((f"{a} {b}", "an image is not matched with itself"))
         else:
-            todo.setdefault(frozenset((a, b)), (a, b))
-    report.changed = _remove_outdated({name for pair in todo for name in pair}, features, store)
+            todo.setdefault(pair if a < b else (b, a), pair)
+    names = {name for pair in todo for name in pair}
+    ambiguous = _ambiguous(names)
+    report.changed = _remove_outdated(names, features, store)
+    now = RecordLog(matches_path(store))
     for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
-        if isinstance(store, MatchFile):
-            # hloc replaces / by -, so that two pairs may have the same name
+        if isinstance(store, MatchFile) and not ambiguous.isdisjoint((a, b)):
             other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
             if other != (a, b):
                 reason = (
@@ -356,6 +362,8 @@ def match_to_store(
                 continue
         if not overwrite and store.has_matches(a, b):
             report.skipped += 1
+            continue
+        if shards is not None and _take_over((a, b), shards, now, store, report):
             continue
         features_a, features_b = cache.get(a), cache.get(b)
         if features_a is None or features_b is None:
@@ -371,6 +379,34 @@ def match_to_store(
             report.failed.append((f"{a} {b}", str(error)))
     report.failed += cache.failures()
     return report
+
+
+def _ambiguous(names: Iterable[str]) -> set[str]:
+    """Names that are the same for hloc, which replaces / by -, so that two pairs may be."""
+    same: dict[str, list[str]] = {}
+    for name in names:
+        same.setdefault(name.replace("/", "-"), []).append(name)
+    return {name for group in same.values() if len(group) > 1 for name in group}
+
+
+def _take_over(
+    pair: tuple[str, str],
+    shards: MatchShards,
+    now: RecordLog,
+    store: MatchStore,
+    report: MatchReport,
+) -> bool:
+    """Write the matches of a pair in a shard to the store; returns whether there are any."""
+    found = shards.read(*pair, now)
+    if found is None:
+        return False
+    matches, count = found
+    store.write_matches(*pair, matches, count)
+    report.done += 1
+    report.matches += len(matches)
+    if report.verified is not None:
+        report.verified += len(matches) > 0
+    return True
 
 
 def _remove_outdated(names: set[str], features: FeatureStore, store: MatchStore) -> int:
@@ -507,6 +543,7 @@ class _Source:
         failed: images without features, with a reason.
         matcher: see ``match_to_store``.
         reading: how the images were read.
+        extraction: options of the extractor of ``matcher``.
     """
 
     store: Any
@@ -515,6 +552,7 @@ class _Source:
     failed: list[tuple[str, str]]
     matcher: NamedMatcher | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
+    extraction: ExtractOptions | None = None
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -533,6 +571,8 @@ def match_images(
     pages: str = "first",
     overwrite: bool = False,
     workers: int | None = 1,
+    shard: Shard | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> MatchReport:
     """Match pairs of many images to one file: ``.h5`` (hloc), or ``.db`` (with pairs verified by
@@ -551,6 +591,9 @@ def match_images(
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
         masks, pages, workers: see ``extract_images``.
+        shard: match only this part of the pairs of stored ``features``, as one of several jobs, to
+            a file of its own (``shards``). Matching without a shard then merges them.
+        ray: extract and match on a Ray cluster, see ``extract_images``.
 
     Raises:
         ValueError, FileNotFoundError, DataError, ImportError: no pairs, or invalid arguments or
@@ -569,6 +612,7 @@ def match_images(
         raise DataError(f"no images: {path}: {reason}")
     tasks = found.tasks
     database = output.suffix == ".db"
+    _check_shard(shard, ray, features)
     with ExitStack() as stack:
         if features is None:
             if listed is not None:
@@ -576,13 +620,15 @@ def match_images(
                 tasks = [task for task in tasks if str(task.relative) in names]
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
-            storing = _Storing(camera, masks, overwrite, workers, progress)
+            storing = _Storing(camera, masks, overwrite, workers, ray, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             if masks is not None:
                 raise ValueError("masks apply to the extraction: extract the features with --masks")
             descriptor = None if extraction is None else extraction.descriptor
-            source = _stored_source(stack, tasks if images else None, output, features, descriptor)
+            chosen = tasks if images else None
+            stored = output if shard is None else None
+            source = _stored_source(stack, chosen, stored, features, descriptor)
         source.failed = found.refused + source.failed
         files = {str(task.relative): task.source for task in tasks}
         choice = (
@@ -590,37 +636,182 @@ def match_images(
             if listed
             else _choose_pairs(source, files, method, neighbors, progress)
         )
-        selected = choice.pairs
-        if not listed and not database:
-            _write_pairs(_sibling(output, "pairs.txt"), selected)
-        store: Any = source.store
-        if not database:
-            store = stack.enter_context(MatchFile(output, write=True, overwrite=overwrite))
         settings = {**options.to_json(database=database), "features": source.settings}
         if features is not None:  # without images, no rotation is estimated
             settings.pop("orientation", None)
-        check_match_store(store, settings, overwrite)
-        refine = database and options.refine
-        with _Refinement(output, store, files, source.reading, enabled=refine) as refinement:
-            report = match_to_store(
-                selected,
-                source.store,
-                store,
-                options,
-                matcher=source.matcher,
-                overwrite=overwrite,
-                progress=progress,
-            )
-            if database:
-                matched = [pair for pair in selected if store.has_matches(*pair)]
-                report.verified = refinement.verify(
-                    matched, changed=report.done > 0, progress=progress
-                )
-            _record_source(store, settings)
+        job = _Matching(source, output, settings, options, overwrite, progress)
+        if shard is not None:
+            report = job.match_shard(shard, choice.pairs)
+        else:
+            if not listed and not database:
+                _write_pairs(_sibling(output, "pairs.txt"), choice.pairs)
+            report = job.match(stack, choice.pairs, files, ray, workers)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
     report.selection = choice.reason
     return report
+
+
+@dataclass(frozen=True)
+class _Matching:
+    """Matching of chosen pairs; fields as the parameters of ``match_images``.
+
+    Attributes:
+        source: the features.
+        settings: the settings stored with the matches.
+    """
+
+    source: _Source
+    output: Path
+    settings: dict[str, Any]
+    options: MatchOptions
+    overwrite: bool
+    progress: bool
+
+    def match_shard(self, shard: Shard, pairs: list[tuple[str, str]]) -> MatchReport:
+        """Match a part of the pairs to the file of a shard."""
+        path = shard.path(self.output)
+        with MatchFile(path, write=True, overwrite=self.overwrite) as store:
+            check_match_store(store, self.settings, self.overwrite)
+            return match_to_store(
+                shard.of(pairs),
+                self.source.store,
+                store,
+                self.options,
+                overwrite=self.overwrite,
+                progress=self.progress,
+            )
+
+    def match(
+        self,
+        stack: ExitStack,
+        pairs: list[tuple[str, str]],
+        files: dict[str, Path],
+        ray: str | None,
+        workers: int | None,
+    ) -> MatchReport:
+        """Match the pairs, except those of shards, and verify those of a database.
+
+        Args:
+            stack: closes the files.
+            files: image -> file.
+            ray, workers: see ``match_images``.
+        """
+        source, options, progress = self.source, self.options, self.progress
+        database = self.output.suffix == ".db"
+        store: Any = source.store
+        if not database:
+            store = MatchFile(self.output, write=True, overwrite=self.overwrite)
+            stack.enter_context(store)
+        check_match_store(store, self.settings, self.overwrite)
+        shards = stack.enter_context(
+            MatchShards(
+                self.output, self.settings, _normalize_match_settings, overwrite=self.overwrite
+            )
+        )
+        refine = database and options.refine
+        with _Refinement(self.output, store, files, source.reading, enabled=refine) as refinement:
+            if ray is not None:
+                self._match_on_ray(pairs, files, store, shards, ray, workers)
+            report = match_to_store(
+                pairs,
+                source.store,
+                store,
+                options,
+                matcher=source.matcher,
+                overwrite=self.overwrite,
+                shards=shards,
+                progress=progress,
+            )
+            if database:
+                matched = [pair for pair in pairs if store.has_matches(*pair)]
+                report.verified = refinement.verify(
+                    matched, changed=report.done > 0, progress=progress
+                )
+            _record_source(store, self.settings)
+        if shards.paths:
+            shards.remove({name for a, b in pairs for name in (pair_name(a, b), pair_name(b, a))})
+        return report
+
+    def _match_on_ray(
+        self,
+        pairs: list[tuple[str, str]],
+        files: dict[str, Path],
+        store: MatchStore,
+        shards: MatchShards,
+        ray: str,
+        workers: int | None,
+    ) -> None:
+        """Match the pairs that are neither in the store nor in shards to shards, on a Ray cluster;
+        parameters as of ``match``.
+        """
+        from .cluster import MAX_PAIRS, Lost, connect
+
+        source = self.source
+        _remove_outdated({name for pair in pairs for name in pair}, source.store, store)
+        now = RecordLog(matches_path(store))
+        todo = [
+            pair
+            for pair in pairs
+            if pair[0] != pair[1]
+            and (self.overwrite or not store.has_matches(*pair))
+            and shards.find(*pair, now) is None
+        ]
+        if not todo:
+            return
+        extraction = None if source.matcher is None else source.extraction
+        device = "cpu" if extraction is None else extraction.device
+        bar = Progress(len(todo), unit="pair", label="match", enabled=self.progress)
+        with connect(ray, device=device, workers=workers) as cluster, bar:
+            if extraction is not None:
+                extraction = cluster.worker_options(extraction)
+            arguments = source.store.path, extraction, files, self.options, self.settings
+            size = cluster.shard_size(len(todo), MAX_PAIRS)
+            jobs = [(shard.path(self.output), part) for shard, part in blocks(todo, size)]
+            for found in cluster.run(_shard_matcher, arguments, jobs):
+                if isinstance(found, Lost):
+                    logger.warning("a Ray worker ended (%s); this process does its pairs", found)
+                else:
+                    bar.update(found.done + found.skipped + len(found.failed))
+        shards.scan()
+
+
+def _shard_matcher(
+    features: Path,
+    extraction: ExtractOptions | None,
+    files: dict[str, Path],
+    options: MatchOptions,
+    settings: dict[str, Any],
+) -> Callable[[tuple[Path, list[tuple[str, str]]]], MatchReport]:
+    """The work of a Ray worker: it matches pairs to the file of a shard, and resumes what an ended
+    worker has begun.
+
+    Args:
+        features: see ``open_features``.
+        extraction: of the features, to estimate the rotation of each pair (``named_matcher``).
+        files: image -> file.
+    """
+    store = open_features(features)
+    matcher = None
+    if extraction is not None:
+        matcher = named_matcher(extraction.build(), files, options)
+
+    def match_part(job: tuple[Path, list[tuple[str, str]]]) -> MatchReport:
+        path, pairs = job
+        with MatchFile(path, write=True) as matches:
+            check_match_store(matches, settings, overwrite=False)
+            return match_to_store(pairs, store, matches, options, matcher=matcher, progress=False)
+
+    return match_part
+
+
+def _check_shard(shard: Shard | None, ray: str | None, features: Path | None) -> None:
+    if shard is not None and ray is not None:
+        raise ValueError("a shard is one of several jobs, and Ray has its own; give one of the two")
+    if shard is not None and features is None:
+        raise ValueError(
+            "shards match stored features: extract the images first and give --features"
+        )
 
 
 def _record_source(store: MatchStore, settings: dict[str, Any]) -> None:
@@ -700,6 +891,7 @@ class _Storing:
     masks: Path | None
     overwrite: bool
     workers: int | None
+    ray: str | None
     progress: bool
 
 
@@ -727,6 +919,9 @@ def _extract_source(
     check_store(store, settings, storing.overwrite)
     extractor = extraction.build()
     report = ExtractReport()
+    shards = stack.enter_context(
+        FeatureShards(store.path, settings, normalize_settings, overwrite=storing.overwrite)
+    )
     notices = extract_to_store(
         tasks,
         extractor,
@@ -735,30 +930,41 @@ def _extract_source(
         described=True,
         masks=storing.masks,
         workers=storing.workers,
+        shards=shards,
+        ray=storing.ray,
         progress=storing.progress,
     )
+    if shards.paths:
+        shards.remove({str(task.relative) for task in tasks})
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
     files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]
     matcher = named_matcher(extractor, files, options)
-    return _Source(store, names, settings, report.failed, matcher, extraction)
+    if storing.ray is not None and isinstance(store, FeatureFile):
+        store.close()  # complete, before other machines read it
+        store = stack.enter_context(FeatureFile(store.path))
+    return _Source(store, names, settings, report.failed, matcher, extraction, extraction)
 
 
 def _stored_source(
     stack: ExitStack,
     tasks: list[Task] | None,
-    output: Path,
+    output: Path | None,
     features: Path,
     descriptor: Any,
 ) -> _Source:
-    """Stored features of ``tasks``; None selects all."""
-    same_file = features.resolve() == output.resolve()
-    if output.suffix == ".db" and not same_file:
+    """Stored features of ``tasks``; None selects all.
+
+    Args:
+        output: of the matches; None for a shard, which is no database.
+    """
+    same_file = output is not None and features.resolve() == output.resolve()
+    if output is not None and output.suffix == ".db" and not same_file:
         raise ValueError(
             f"a database stores matches of its own features: use --features {output}, or omit "
             "--features"
         )
-    store: Any = ColmapDatabase(output, write=True) if same_file else open_features(features)
+    store: Any = ColmapDatabase(features, write=True) if same_file else open_features(features)
     stack.enter_context(store)
     names, missing = (store.names(), []) if tasks is None else stored_names(tasks, store)
     settings = own_settings(store)

@@ -43,11 +43,17 @@ def _one_process(extractor: Extractor) -> str:
     """Why an extractor cannot be used by several processes; empty if it can."""
     if extractor.device.type != "cpu":
         return f"{extractor.device.type} is used by one process; use --device cpu"
+    if has_named_networks(extractor):
+        return ""
+    return "a network in memory is used by one process; save it to a file"
+
+
+def has_named_networks(extractor: Extractor) -> bool:
+    """Whether another process can build the same extractor."""
     options = extractor.options
-    named = options is not None and all(
+    return options is not None and all(
         name is None or isinstance(name, str) for name in (options.detector, options.descriptor)
     )
-    return "" if named else "a network in memory is used by one process; save it to a file"
 
 
 def check_workers(workers: int | None, extractor: Extractor) -> None:
