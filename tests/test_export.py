@@ -126,7 +126,9 @@ def test_plateaus_and_color():
     """One keypoint per plateau; RGB is converted to gray by the weights of the readers."""
     image = torch.zeros(1, 1, 90, 90)
     image[..., 40:44, 40:44] = 1
-    chosen = ExtractOptions(detector="sobelnet", descriptor="none", device="cpu")
+    chosen = ExtractOptions(
+        detector="sobelnet", descriptor="none", device="cpu", precision="float32"
+    )
     expected = chosen.build().extract_tensor(image)[0]
     graph: PipelineGraph = export.pipeline_graph(chosen)
     with torch.inference_mode():
@@ -232,7 +234,7 @@ def test_an_unknown_form_and_an_older_torch(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="form must be one of pipeline, colmap; got 'network'"):
         export.export_pipeline(options, tmp_path / "x.onnx", form="network")
     monkeypatch.delattr(torch.onnx, "ops")
-    with pytest.raises(ImportError, match=r"need torch 2\.8"):
+    with pytest.raises(ImportError, match=r"needs torch 2\.8"):
         export.export_pipeline(options, tmp_path / "x.onnx")
 
 
@@ -278,7 +280,7 @@ def test_a_file_for_colmap_gives_the_features_of_extract(tmp_path):
     assert (code, report["form"]) == (0, "colmap")
     assert report["fidelity"]["keypoints"] > 0.95
     assert report["fidelity"]["cosine"] > 0.99
-    assert path.stat().st_size < 0.7e6 < (DATA / "desnet.safetensors").stat().st_size
+    assert path.stat().st_size < 0.72e6 < (DATA / "desnet.safetensors").stat().st_size
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     # what COLMAP compares: names, order, ranks and fixed sizes
     shapes = {one.name: one.shape for one in (*session.get_inputs(), *session.get_outputs())}

@@ -392,9 +392,28 @@ NETWORKS: dict[type[nn.Module], Any] = {
 }
 
 
+class _PairedInt8(nn.Module):
+    """The eight-bit blocks of a detector, which are those of pairs of columns
+    (``kernels.column_pairs``). With an odd width, the last columns differ slightly; they lie in the
+    border without keypoints.
+    """
+
+    def __init__(self, graph: Path, dim: int):
+        super().__init__()
+        self.dim, self.part = dim, Int8Part(graph, 2 * dim)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        _, c, h, w = maps.shape
+        half = (w + 1) // 2
+        pairs = F.pad(maps, (0, 2 * half - w)).reshape(1, c, h, half, 2)
+        out = self.part(pairs.permute(0, 4, 1, 2, 3).reshape(1, 2 * c, h, half))
+        out = out.reshape(1, 2, self.dim, h, half).permute(0, 2, 3, 4, 1)
+        return out.reshape(1, self.dim, h, 2 * half)[..., :w]
+
+
 def _blocks(blocks: Any, int8: Path | None) -> nn.Module:
     found = _Blocks(blocks)
-    return found if int8 is None else Int8Part(int8, found.dim)
+    return found if int8 is None else _PairedInt8(int8, found.dim)
 
 
 def network_graph(net: nn.Module, int8: Path | None = None) -> nn.Module:
