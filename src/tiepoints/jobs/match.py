@@ -344,7 +344,11 @@ def match_to_store(
         else:
             todo.setdefault(frozenset((a, b)), (a, b))
     report.changed = _remove_outdated({name for pair in todo for name in pair}, features, store)
-    for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
+    ordered = list(todo.values())
+    if matcher is not None:  # which caches what it computes of the second image
+        first = {b: i for i, (_, b) in reversed(list(enumerate(ordered)))}
+        ordered.sort(key=lambda pair: first[pair[1]])
+    for a, b in track(ordered, unit="pair", label="match", enabled=progress):
         if isinstance(store, MatchFile):
             # hloc replaces / by -, so that two pairs may have the same name
             other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
