@@ -1,98 +1,187 @@
-"""Reconstruction of photographs by COLMAP: our features compared with SIFT, with the same number of
-keypoints, matcher, verification and mapper.
+"""Photographs to a model: `tiepoints reconstruct` beside COLMAP's SIFT and the features of others.
 
-The mapper selects its initial pair at random and sometimes stops at two images with any features;
-so it runs with several seeds, and the table has the median of those that registered the most
-images.
+    python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--systems default,fast,sift-1600,xfeat] \\
+        --out FILE.json
 
-    python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--descriptors hardnet,rootsift] \\
-        [--points 2048] [--seeds 5] --out FILE.json
+Systems: a quality of `tiepoints reconstruct`; ``sift-N``, COLMAP's SIFT with its defaults and at
+most N pixels per side; ``xfeat`` and ``aliked-n16`` (``peers.py``) with mutual nearest neighbors.
+All use COLMAP's verification and incremental mapper, once, on all cores that the process may use.
+Each runs in a process of its own. The time of processor is that of all its threads and processes
+without the imports, so that, unlike the elapsed time, it hardly depends on what else runs.
 
-Other rows of FILE.json are kept.
+The cameras of Strecha's scenes are surveyed: the model is aligned with them by a similarity, and
+the distances between camera centers are reported in meters. Other rows of FILE.json are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import resource
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 import tiepoints
-from common import largest_model, machine
-from tiepoints.evaluation.systems import Options, system
+from common import machine
+from tiepoints.datasets.posed import STRECHA_CAMERAS, surveyed_cameras
+from tiepoints.errors import DataError
 from tiepoints.files import collect, write_json
-from tiepoints.formats.colmap import ColmapDatabase
-from tiepoints.jobs.match import MatchOptions, named_matcher, refine_database
-from tiepoints.structs import Features, Matches
+from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
+from tiepoints.jobs.mapping import MapOptions, ModelStatistics, map_images
+from tiepoints.jobs.sift import compare_sift
+from tiepoints.matching import match
+from tiepoints.names import QUALITIES
+from tiepoints.structs import Matches
+
+SYSTEMS = "default,fast,sift-1600"
+#: Longest side of the images that SIFT and our systems process, if a system names none.
+MAX_SIZE = 1600
 
 
-def measure(
-    name: str, descriptor: str, folder: Path, camera: str, ratio: float, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Reconstruct photographs with one system and several seeds."""
-    images = {
-        str(task.relative): task.path for task in collect([folder], root=folder, inside=True).tasks
-    }
-    pairs = list(combinations(sorted(images), 2))
-    extract, matcher = _system(name, descriptor, images, MatchOptions(ratio=ratio), args.points)
-    seconds, started = {}, time.perf_counter()
-    features = {image: extract(path) for image, path in images.items()}
-    seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
-    with tempfile.TemporaryDirectory() as out:
-        path = Path(out) / "database.db"
-        with ColmapDatabase(path, camera=camera, write=True) as database:
-            for image, file in images.items():
-                database.write(image, features[image], file)
-            count = 0
-            for a, b in pairs:
-                matches = matcher(a, b, features[a], features[b])
-                database.write_matches(a, b, matches)
-                count += len(matches)
-            seconds["match"], started = time.perf_counter() - started, time.perf_counter()
-            verified = database.verify(pairs)
-            # SIFT's keypoints have subpixel positions, and SIFT is compared without changes
-            if name != "sift":
-                verified = refine_database(database, pairs, images)
-            inliers = sum(len(database.read_inliers(a, b)) for a, b in pairs)
-        seconds["verify"], started = time.perf_counter() - started, time.perf_counter()
-        tries = [largest_model(path, Path(out) / "map", seed) for seed in range(args.seeds)]
-        seconds["map"] = time.perf_counter() - started
+def measure(system: str, folder: Path, camera: str) -> dict[str, Any]:
+    """Reconstruct the photographs of a folder with one system."""
+    found = collect([folder], root=folder, inside=True)
+    images = {str(task.relative): task.path for task in found.tasks}
+    run: Callable[..., tuple[Any, dict[str, Any]]]
+    if system in QUALITIES:
+        run = _ours
+    elif system.startswith("sift-"):
+        run = _sift
+    else:
+        run = _peer(system)
+    started, before = time.perf_counter(), _processor_seconds()
+    with tempfile.TemporaryDirectory() as work:
+        model, seconds = run(system, folder, images, camera, Path(work))
+        elapsed, used = time.perf_counter() - started, _processor_seconds() - before
+    statistics = asdict(ModelStatistics.of(model)) if model is not None else {"images": 0}
     return {
-        "data": folder.name,
-        "ratio": ratio,
-        "system": name,
-        "images": len(images),
-        "points_an_image": sum(map(len, features.values())) / len(images),
-        "pairs": len(pairs),
-        "verified_pairs": verified,
-        "matches": count,
-        "inliers": inliers,
-        "tries": tries,
-        "seconds": seconds,
+        "data": folder.parent.name if folder.name == "images" else folder.name,
+        "system": system,
         "camera": camera,
+        "images": len(images),
+        "registered": statistics.pop("images"),
+        **statistics,
+        **_camera_errors(model, folder),
+        "elapsed_s": round(elapsed, 1),
+        "processor_s": round(used, 1),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
         "machine": machine(),
     }
 
 
-def _system(
-    name: str, descriptor: str, images: dict[str, Path], options: MatchOptions, num_keypoints: int
-) -> tuple[Any, Any]:
-    """Functions that extract an image and match two named images."""
-    plain = options.matcher()
+def _processor_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
-    def match(name_a: str, name_b: str, a: Features, b: Features) -> Matches:
-        return plain(a, b)
 
-    if name == "sift":
-        return system("sift", Options(num_keypoints=num_keypoints)), match
-    extractor = tiepoints.build("keynet", descriptor, num_keypoints=num_keypoints)
-    return extractor.extract, named_matcher(extractor, images, options) or match
+# ---- systems: each returns the largest model, and seconds by stage
+
+
+def _ours(
+    system: str, folder: Path, images: dict[str, Path], camera: str, work: Path
+) -> tuple[Any, dict[str, Any]]:
+    try:
+        model, summary = tiepoints.reconstruct(
+            folder, work, quality=system, max_size=MAX_SIZE, camera=camera
+        )
+    except DataError as error:
+        print(f"{folder}: {error}", file=sys.stderr)
+        return None, {}
+    return model, summary.seconds
+
+
+def _sift(
+    system: str, folder: Path, images: dict[str, Path], camera: str, work: Path
+) -> tuple[Any, dict[str, Any]]:
+    found = compare_sift(
+        work,
+        folder,
+        sorted(images),
+        list(combinations(sorted(images), 2)),
+        max_size=int(system.removeprefix("sift-")),
+        camera=camera,
+        mapping=MapOptions(),
+    )
+    if not found["models"]:
+        return None, {}
+    return require_pycolmap().Reconstruction(work / "sparse" / "0"), {}
+
+
+def _peer(name: str) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """The features of another system, loaded before the time is measured."""
+    import peers
+
+    extract = peers.make(name)
+
+    def run(
+        system: str, folder: Path, images: dict[str, Path], camera: str, work: Path
+    ) -> tuple[Any, dict[str, Any]]:
+        seconds, started = {}, time.perf_counter()
+        features = {image: extract(path) for image, path in images.items()}
+        seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
+        pairs = list(combinations(sorted(images), 2))
+        path = work / "database.db"
+        with ColmapDatabase(path, camera=camera, write=True) as database:
+            for image, file in images.items():
+                database.write(image, replace(features[image], descriptors=None), file)
+            for a, b in pairs:
+                index = match(features[a], features[b]).index
+                database.write_matches(a, b, Matches(index, torch.ones(len(index))))
+            database.verify(pairs)
+        seconds["match"], started = time.perf_counter() - started, time.perf_counter()
+        models = map_images(path, work / "map", images=sorted(images))
+        seconds["map"] = time.perf_counter() - started
+        return (models[0] if models else None), seconds
+
+    return run
+
+
+# ---- surveyed cameras
+
+
+def _camera_errors(model: Any, folder: Path) -> dict[str, float]:
+    """Distances in meters between registered and surveyed camera centers after an alignment; empty
+    if the cameras were not surveyed, or fewer than three are registered.
+    """
+    scene = folder.parent
+    if model is None or not (scene / STRECHA_CAMERAS).is_dir():
+        return {}
+    truth = {
+        image.name: (-T[:3, :3].T @ T[:3, 3]).numpy()
+        for image, (_, T) in surveyed_cameras(scene)[0].items()
+    }
+    registered = [model.image(image) for image in model.reg_image_ids()]
+    common = [image for image in registered if image.name in truth]
+    if len(common) < 3:
+        return {}
+    found = np.array([image.projection_center() for image in common])
+    errors = aligned_distances(found, np.array([truth[image.name] for image in common]))
+    return {"camera_error_m": float(errors.mean()), "camera_error_max_m": float(errors.max())}
+
+
+def aligned_distances(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Distances (N,) between points (N,3) and true ones after the similarity that minimizes their
+    squares (Umeyama, PAMI 1991).
+    """
+    a, b = points - points.mean(axis=0), truth - truth.mean(axis=0)
+    U, S, V = np.linalg.svd(b.T @ a)
+    sign = np.array([1.0, 1.0, np.sign(np.linalg.det(U @ V))])
+    scale = (S * sign).sum() / np.square(a).sum()
+    return np.linalg.norm(scale * a @ (U @ np.diag(sign) @ V).T - b, axis=1)
+
+
+# ---- results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -104,55 +193,46 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs="+",
         help="folders of photographs; :single for a shared camera, see docs/formats.md",
     )
-    parser.add_argument("--descriptors", default="hardnet,rootsift", help="comma-separated")
-    parser.add_argument("--points", type=int, default=2048)
-    parser.add_argument("--ratios", default="0.95,0.8", help="of the ratio test, comma-separated")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--systems", default=SYSTEMS, help="comma-separated")
+    parser.add_argument("--out", type=Path, help="results; without, one row is printed as JSON")
     args = parser.parse_args(argv)
+    if args.out is None:
+        folder, _, camera = args.folders[0].partition(":")
+        print(json.dumps(measure(args.systems, Path(folder), camera or "auto")))
+        return
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
-        folder, _, camera = given.partition(":")
-        for ratio in map(float, args.ratios.split(",")):
-            descriptors = args.descriptors.split(",")
-            for name, descriptor in [(f"keynet-{d}", d) for d in descriptors] + [("sift", "")]:
-                row = measure(name, descriptor, Path(folder), camera or "auto", ratio, args)
-                row.update(summary(row))
-                rows = [other for other in rows if _key(other) != _key(row)] + [row]
-                write_json(args.out, {"rows": sorted(rows, key=_key)})
+        for system in args.systems.split(","):
+            # a process of its own: memory, and the processor's time
+            command = [sys.executable, __file__, given, "--systems", system]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows = [other for other in rows if _key(other) != _key(row)] + [row]
+            write_json(args.out, {"rows": sorted(rows, key=_key)})
     print(table(sorted(rows, key=_key)))
 
 
-def _key(row: dict) -> tuple:
-    return row["data"], row["camera"], row["ratio"], row["system"]
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return row["data"], row["camera"], row["system"]
 
 
-def summary(row: dict) -> dict:
-    """Medians over the seeds that registered the most images."""
-    most = max(result["registered"] for result in row["tries"])
-    best = [result for result in row["tries"] if result["registered"] == most]
-    medians = {
-        key: statistics.median(result[key] for result in best)
-        for key in ("points", "track_length", "error", "observations")
-    }
-    return {"registered": most, "seeds_with_most": len(best), **medians}
-
-
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the rows."""
     lines = [
-        "| photographs | ratio | system | images (seeds) | 3D points | track length | error px | "
-        "verified pairs | verified matches |",
-        "|---|---|---|---|---:|---:|---:|---:|---:|",
+        "| photographs | system | images | points | track length | reprojection error px | "
+        "camera error cm | minutes of processor | minutes |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for r in rows:
-        lines.append(
-            f"| {r['data']} | {r['ratio']} | {r['system']} | {r['registered']}/{r['images']} "
-            f"({r['seeds_with_most']} of {len(r['tries'])}) "
-            f"| {r['points']:.0f} | {r['track_length']:.2f} | {r['error']:.2f} | "
-            f"{r['verified_pairs']}/{r['pairs']} "
-            f"| {r['inliers']} of {r['matches']} |"
-        )
+    for row in rows:
+        cells = [row["data"], row["system"], f"{row['registered']} of {row['images']}"]
+        if row["registered"]:
+            cells += [f"{row['points']:,}", f"{row['track_length']:.2f}", f"{row['error']:.2f}"]
+        else:
+            cells += ["", "", ""]
+        error = row.get("camera_error_m")
+        cells.append("" if error is None else f"{100 * error:.1f}")
+        cells += [f"{row['processor_s'] / 60:.2f}", f"{row['elapsed_s'] / 60:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

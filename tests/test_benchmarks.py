@@ -176,11 +176,20 @@ def test_views(script, world, tmp_path):
     assert written(out)["options"]["nms_window"] == 9
 
 
-def test_reconstruct(script, world, tmp_path):
-    arguments = ("--descriptors", "rootsift", "--points", 200, "--ratios", "0.95", "--seeds", 1)
-    script("reconstruct", world[0] / "images", *arguments, "--out", tmp_path / "r.json")
-    rows = written(tmp_path / "r.json")["rows"]
-    assert {row["system"] for row in rows} == {"keynet-rootsift", "sift"}
+def test_reconstruct(script, world, tmp_path, capsys):
+    script("reconstruct", world[0] / "images", "--systems", "sift-320")
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row["system"] == "sift-320"
+    assert row["images"] == 4
+    assert row["processor_s"] > 0
+    module = importlib.import_module("reconstruct")
+    assert f"0 of {row['images']}" in module.table([{**row, "registered": 0}])
+    # a similarity is removed, and an error of one point is found
+    points = np.random.default_rng(0).normal(size=(9, 3))
+    turned = 3 * points @ np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]) + 5
+    assert module.aligned_distances(points, turned).max() < 1e-9
+    turned[0, 0] += 1
+    assert 0.3 < module.aligned_distances(points, turned)[0] < 1
 
 
 def test_retrieval(script, world, photos, tmp_path, monkeypatch):

@@ -4,11 +4,12 @@ keypoint.
 Upright patches are the most distinctive, but they only match if both cameras had about the same
 orientation. So a pair is first matched upright and verified. If too few matches agree beyond
 chance, the strongest keypoints of b are described at several rotations, and the one with most
-verified matches is selected. Then, and if the verified upright matches are rotated, the exact
-rotation is computed from the matches and all keypoints of b are described again with patches
-rotated by it. The result with more verified matches is kept. Positions never change, so match
-indices stay valid for stored keypoints. Most pairs of a folder have nothing in common and need the
-search, so its descriptors are cached for the next pairs of that image.
+verified matches is selected. Then, and if the verified upright matches are rotated, the rotation is
+computed from the matches and all keypoints of b are described again with patches rotated by its
+nearest multiple of ``ROTATION_STEP``. The result with more verified matches is kept. Positions
+never change, so match indices stay valid for stored keypoints. Most pairs of a folder have nothing
+in common and need the search, and the images of a flight or a turntable are rotated to many others,
+so both kinds of descriptors are cached for the next pairs of that image.
 """
 
 from __future__ import annotations
@@ -31,18 +32,25 @@ from .structs import Features, Matches
 
 #: Number of verified matches from which on a pair needs no search.
 MIN_SUPPORT = 15
+#: Number of matches verified by the first geometry from which the second is not estimated.
+ENOUGH_SUPPORT = 30
 #: Number of keypoints of b in the search (the strongest), and of rotations of the full circle,
 #: including 0.
 SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
-#: Smallest rotation in radians at which keypoints are described again.
-MIN_ROTATION = math.radians(10)
+#: Number of rotations of the search, those with most matches, whose matches are verified.
+VERIFIED_STEPS = 2
+#: Smallest rotation in radians at which keypoints are described again, and the step to which
+#: rotations are rounded: patches match at rotations that differ by less than half of it, and pairs
+#: of an image share its descriptors.
+MIN_ROTATION, ROTATION_STEP = math.radians(10), math.radians(15)
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
 #: Number of images whose pyramids, and whose search descriptors (half precision, about 0.5 MiB
-#: each), are cached.
-PYRAMIDS, SEARCHES = 2, 256
+#: each), are cached; number of rotated descriptions of all keypoints (half precision, 0.5 MiB for
+#: 2048 keypoints) that are cached.
+PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 256, 128
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
@@ -97,6 +105,7 @@ class PairMatcher:
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[str, list[Features]] = OrderedDict()
+        self._descriptions: OrderedDict[tuple[str, int], Features] = OrderedDict()
 
     def __call__(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
@@ -117,16 +126,29 @@ class PairMatcher:
             if search_support > support:
                 rotation = search_rotation
         for _ in range(2):  # the rotation is more exact after describing again
-            if abs(rotation - best.rotation) < MIN_ROTATION:
+            if _difference(rotation, best.rotation) < MIN_ROTATION:
                 break
-            rotated_b = self._describe(b, image_b, key, rotation)
-            rotated = Oriented(self.matcher(a, rotated_b), rotated_b, rotation)
+            rotated = self._match_rotated(a, b, image_b, key, round(rotation / ROTATION_STEP))
             # the support is 0 if chance explains the matches, so nothing is replaced then
             rotated_support, rotation = _support(a, rotated)
             if rotated_support <= support:
                 break
             best, support = rotated, rotated_support
         return best
+
+    def _match_rotated(
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None, step: int
+    ) -> Oriented:
+        """Match with b described at a multiple of ``ROTATION_STEP``."""
+        rotation = step * ROTATION_STEP
+        cached = None if key is None else self._descriptions.get((key, step))
+        if cached is None or len(cached) != len(b):
+            described = self._describe(b, image_b, key, rotation)
+            assert described.descriptors is not None
+            cached = replace(described, descriptors=described.descriptors.half())
+        if key is not None:
+            _cache(self._descriptions, (key, step), cached, DESCRIPTIONS)
+        return Oriented(self.matcher(a, cached), cached, rotation)
 
     def _search(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None
@@ -138,7 +160,9 @@ class PairMatcher:
             Oriented(self.matcher(a, rotated), rotated)
             for rotated in self._rotated(b, image_b, key)
         ]
-        return max((_support(a, oriented) for oriented in candidates), default=(0, 0.0))
+        candidates.sort(key=lambda oriented: len(oriented.matches), reverse=True)
+        verified = candidates[:VERIFIED_STEPS]
+        return max((_support(a, oriented) for oriented in verified), default=(0, 0.0))
 
     def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
         """The strongest keypoints of b, described at each rotation of the search except 0."""
@@ -174,12 +198,17 @@ class PairMatcher:
         return pyramid
 
 
-def _cache(cache: OrderedDict, key: str, value: object, size: int) -> None:
+def _cache(cache: OrderedDict, key: object, value: object, size: int) -> None:
     """Store a value and drop the least recently used ones beyond ``size``."""
     cache[key] = value
     cache.move_to_end(key)
     while len(cache) > size:
         cache.popitem(last=False)
+
+
+def _difference(a: float, b: float) -> float:
+    """Angle between two rotations in radians, 0..pi."""
+    return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
 
 
 def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
@@ -196,6 +225,8 @@ def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
         ).inliers
         if int(inliers.sum()) > best[0]:
             best = int(inliers.sum()), similarity_angle(xy_a[inliers], xy_b[inliers])
+        if best[0] >= ENOUGH_SUPPORT:
+            break
     return best
 
 

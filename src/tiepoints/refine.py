@@ -11,6 +11,7 @@ be the same surface point.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -21,13 +22,14 @@ from torch import Tensor
 
 from .image import ImageLike, load_image
 from .progress import track
-from .pyramid import Pyramid, build_pyramid
+from .pyramid import Level, Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
 
 #: Samples along a side of the square window, and half its side in pixels of the keypoint's scale
 #: (chosen on held-out pairs, docs/diary.md).
 SAMPLES = 15
 RADIUS = 8.0
+SAMPLE_STEP = 2 * RADIUS / (SAMPLES - 1)
 ITERATIONS = 9
 #: An alignment is accepted if the normalized cross-correlation rises by more than ``MIN_GAIN``, to
 #: more than ``MIN_CORRELATION``, and the keypoint moves by less than ``MAX_SHIFT`` pixels of its
@@ -37,6 +39,8 @@ MIN_CORRELATION = 0.6
 MAX_SHIFT = 3.0
 #: Matches aligned at a time, to bound the memory.
 CHUNK = 4096
+#: Bytes of the pyramids that are kept for the next pairs of images.
+CACHE_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -136,9 +140,8 @@ def _linearize(pyramid: Pyramid, keypoints: Keypoints, step: float) -> _Template
 def _align(
     pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
 ) -> Alignment:
-    step = 2 * RADIUS / (SAMPLES - 1)
-    template = _linearize(pyramid_a, a, step)
-    sample_b = _sampler(pyramid_b, b, step)
+    template = _linearize(pyramid_a, a, SAMPLE_STEP)
+    sample_b = _sampler(pyramid_b, b, SAMPLE_STEP)
     warp = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
 
     def warped_b() -> Tensor:
@@ -185,8 +188,7 @@ def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[T
     Each keypoint is sampled on the coarsest level whose pixels are no larger than the sampling
     step.
     """
-    scales = torch.tensor([level.scale for level in pyramid.levels], device=keypoints.scale.device)
-    chosen = (1.05 * step * keypoints.scale[:, None] >= scales[None]).sum(dim=1).sub(1).clamp(min=0)
+    chosen = _level_index(pyramid.levels, keypoints.scale, step)
     groups = [(level, (chosen == i).nonzero()[:, 0]) for i, level in enumerate(pyramid.levels)]
     groups = [(level, rows) for level, rows in groups if len(rows)]
 
@@ -198,6 +200,14 @@ def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[T
         return out
 
     return sample
+
+
+def _level_index(levels: list[Level], scale: Tensor, step: float) -> Tensor:
+    """Index (K,) of the coarsest level whose pixels are no larger than the sampling step of
+    keypoints of these scales (K,); 0 if there is none.
+    """
+    scales = torch.tensor([level.scale for level in levels], device=scale.device)
+    return (1.05 * step * scale[:, None] >= scales[None]).sum(dim=1).sub(1).clamp(min=0)
 
 
 def _normalized(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,7 +343,8 @@ def refine_tracks(
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
     The reference of a track is its keypoint with the smallest scale, which has the most detail; the
-    others are aligned with it. Only two images are in memory at a time.
+    others are aligned with it. The pyramids of at most ``CACHE_BYTES``, and of two images, are in
+    memory at a time.
 
     Args:
         features: keypoints of each image.
@@ -344,15 +355,12 @@ def refine_tracks(
         name -> (N,2) float32 positions of all its keypoints, unchanged for those without a track.
     """
     positions = {name: keypoints.xy.clone() for name, keypoints in features.items()}
-    pyramids: dict[str, Pyramid] = {}
+    pyramids = _Pyramids(features, image)
     aligned = _reference_pairs(_tracks(matches), features)
+    aligned.sort(key=lambda entry: (sorted(entry[0]), entry[0]))  # both directions together
     for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
-        pyramids = {
-            name: pyramids.get(name) or build_pyramid(load_image(image(name))).in_memory()
-            for name in (a, b)
-        }
-        found = align(pyramids[a], features[a][index[:, 0]], pyramids[b], features[b][index[:, 1]])
-        positions[b][index[:, 1]] = found.xy
+        chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
+        positions[b][index[:, 1]] = align(pyramids(a), chosen_a, pyramids(b), chosen_b).xy
     return positions
 
 
@@ -384,6 +392,32 @@ def _reference_pairs(
         ((tracks.names[a], tracks.names[b]), part)
         for (a, b), part in zip(pairs, parts, strict=True)
     ]
+
+
+class _Pyramids:
+    """The pyramids of images, the last used ones kept; without the levels that are finer than
+    needed for the keypoints, as those of a large image that was reduced to extract it.
+    """
+
+    def __init__(self, features: Mapping[str, Keypoints], image: Callable[[str], ImageLike]):
+        self.features, self.image = features, image
+        self.kept: OrderedDict[str, Pyramid] = OrderedDict()
+
+    def __call__(self, name: str) -> Pyramid:
+        if name not in self.kept:
+            levels = build_pyramid(load_image(self.image(name))).in_memory().levels
+            smallest = float(self.features[name].scale.min())
+            finest = int(_level_index(levels, torch.tensor([smallest]), SAMPLE_STEP))
+            self.kept[name] = Pyramid(levels[finest:], 0)
+        self.kept.move_to_end(name)
+        while len(self.kept) > 2 and sum(map(_size, self.kept.values())) > CACHE_BYTES:
+            self.kept.popitem(last=False)
+        return self.kept[name]
+
+
+def _size(pyramid: Pyramid) -> int:
+    """Bytes of the levels."""
+    return sum(4 * level.size[0] * level.size[1] for level in pyramid.levels)
 
 
 def matched_pairs(

@@ -120,13 +120,8 @@ def strecha(root: str | Path) -> Dataset:
     pairs: list[PosePair] = []
     problems = []
     for scene in strecha_scenes(root):
-        cameras: dict[Path, tuple[Tensor, Tensor]] = {}
-        for file in sorted((scene / STRECHA_CAMERAS).glob("*.camera")):
-            try:
-                image = _image_of(scene, file.name.removesuffix(".camera"))
-                cameras[image] = _read_camera(file, image)
-            except DataError as error:
-                problems.append(str(error))
+        cameras, damaged = surveyed_cameras(scene)
+        problems += damaged
         for a, b in combinations(cameras, 2):
             (K_a, T_a), (K_b, T_b) = cameras[a], cameras[b]
             T_ab = T_b @ torch.linalg.inv(T_a)
@@ -146,6 +141,20 @@ def strecha(root: str | Path) -> Dataset:
         )
         raise DataError(f"no usable pair of surveyed cameras in {root}: {detail}")
     return Dataset(root.resolve().name, "strecha", root, pairs, problems)
+
+
+def surveyed_cameras(scene: Path) -> tuple[dict[Path, tuple[Tensor, Tensor]], list[str]]:
+    """Image -> intrinsics (3,3) and pose (4,4), world to camera, of one of Strecha's scenes; and
+    why other cameras cannot be used.
+    """
+    cameras, problems = {}, []
+    for file in sorted((scene / STRECHA_CAMERAS).glob("*.camera")):
+        try:
+            image = _image_of(scene, file.name.removesuffix(".camera"))
+            cameras[image] = _read_camera(file, image)
+        except DataError as error:
+            problems.append(str(error))
+    return cameras, problems
 
 
 def strecha_scenes(root: Path) -> list[Path]:

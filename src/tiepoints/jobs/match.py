@@ -351,7 +351,11 @@ def match_to_store(
     ambiguous = _ambiguous(names)
     report.changed = _remove_outdated(names, features, store)
     now = RecordLog(matches_path(store))
-    for a, b in track(todo.values(), unit="pair", label="match", enabled=progress):
+    ordered = list(todo.values())
+    if matcher is not None:  # which caches what it computes of the second image
+        first = {b: i for i, (_, b) in reversed(list(enumerate(ordered)))}
+        ordered.sort(key=lambda pair: first[pair[1]])
+    for a, b in track(ordered, unit="pair", label="match", enabled=progress):
         if isinstance(store, MatchFile) and not ambiguous.isdisjoint((a, b)):
             other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
             if other != (a, b):
