@@ -97,6 +97,22 @@ def test_oxford(script, oxford, tmp_path):
     script("metrics_speed", tmp_path / "w" / "ti", "--system", "keynet-tiny", "--repeat", 1)
 
 
+def test_scale(script, photos, tmp_path):
+    arguments = ["--work", tmp_path, "--stages", "extract,pairs", "--out", tmp_path / "s.json"]
+    script("scale", photos, *arguments, "--counts", 6, NEIGHBORS=3)
+    (row,) = written(tmp_path / "s.json")["rows"]
+    assert row["images"] == 6
+    assert 9 <= row["matched pairs"] <= 15
+    assert row["extract"]["memory MB"] > 100
+    assert row["extract"]["storage MB"] > 0.05
+    from scale import exponents
+
+    rows = [
+        {"images": n, "extract": {"seconds": 2 + n**1.5, "storage MB": n}} for n in (1, 100, 400)
+    ]
+    assert exponents(rows) == {"extract": {"seconds": pytest.approx(1.5, abs=0.01), "storage MB": 1}}
+
+
 def test_descriptors(script, oxford, tmp_path):
     arguments = ("--work", tmp_path / "w", "--systems", "keynet-tiny+rootsift")
     script("descriptors", oxford, *arguments, "--out", tmp_path / "d.json", NUM_POINTS=100)

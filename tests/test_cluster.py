@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from helpers import write_photos
 from test_shards import OPTIONS, content
+from tiepoints.errors import DataError
+from tiepoints.formats.hdf5 import FeatureFile
 from tiepoints.jobs import cluster
+from tiepoints.jobs.extract import _shard_extractor as shard_extractor
 from tiepoints.jobs.extract import extract_images
 from tiepoints.jobs.match import match_images
-from tiepoints.jobs.shards import shards_folder
 
 ray = pytest.importorskip("ray", reason="extra ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def two_workers():
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # of the workers
     ray.init(
         address="local",
         num_cpus=2,
@@ -33,6 +36,7 @@ def two_workers():
     )
     yield
     ray.shutdown()
+    patch.undo()
 
 
 @pytest.fixture(scope="module")
@@ -40,46 +44,36 @@ def photos(tmp_path_factory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"), 12, (640, 480))
 
 
-def writers(folder: Path) -> dict[int, int]:
-    """Process -> bytes of the journal of a shard that it has open."""
-    found = {}
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            target = Path(os.readlink(link))
-            if target.parent == folder and target.suffix == ".journal":
-                found[int(link.parts[2])] = target.stat().st_size
-        except OSError:  # a process that has ended
-            continue
-    return found
+def killed_once(marker: Path, *arguments):
+    """``_shard_extractor`` whose process is killed when it has written three images, but only the
+    first that creates ``marker``.
+    """
+    written = []
+
+    def write(store, *values):
+        written.append(plain(store, *values))
+        if len(written) == 3:
+            try:
+                marker.touch(exist_ok=False)
+            except FileExistsError:
+                return written[-1]
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written[-1]
+
+    plain, FeatureFile.write = FeatureFile.write, write
+    return shard_extractor(*arguments)
 
 
-class Killer(threading.Thread):
-    """Kills the first process that has written to the journal of a shard."""
-
-    def __init__(self, folder: Path):
-        super().__init__(daemon=True)
-        self.folder, self.killed, self.written = folder, 0, 0
-
-    def run(self) -> None:
-        end = time.monotonic() + 60
-        while not self.killed and time.monotonic() < end:
-            for pid, written in writers(self.folder).items():
-                if written and pid != os.getpid():
-                    os.kill(pid, signal.SIGKILL)
-                    self.killed, self.written = pid, written
-                    return
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
-def test_results_are_those_of_one_process_although_a_worker_is_killed(photos, tmp_path):
+def test_results_are_those_of_one_process_although_a_worker_is_killed(
+    photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cluster, "SHARDS_PER_WORKER", 1)
+    killing = partial(killed_once, tmp_path / "killed")
+    monkeypatch.setattr("tiepoints.jobs.extract._shard_extractor", killing)
     one, many = tmp_path / "one", tmp_path / "many"
     extract_images([str(photos)], one, OPTIONS, format="h5", progress=False)
-    killer = Killer(shards_folder(many / "features.h5"))
-    killer.start()
     report = extract_images([str(photos)], many, OPTIONS, format="h5", ray="auto", progress=False)
-    killer.join()
-    assert killer.killed
-    assert killer.written > 0
+    assert (tmp_path / "killed").exists()
     assert (report.done, report.failed) == (12, [])
     assert content(many / "features.h5") == content(one / "features.h5")
     for folder in (one, many):
@@ -100,33 +94,35 @@ def test_matching_extracts_on_the_cluster(photos, tmp_path):
     assert content(tmp_path / "many.features.h5") == content(tmp_path / "one.features.h5")
 
 
-def always_ending():
-    """The work of a worker that ends at job 1."""
+def of_any_kind():
+    """The work of a worker that ends at job 1 and fails at job 2."""
 
     def work(job: int) -> int:
         if job == 1:
             os._exit(1)
+        if job == 2:
+            raise OSError(28, "No space left on device")
         return 10 * job
 
     return work
 
 
-def failing():
-    def work(job: int) -> int:
-        raise OSError(28, "No space left on device")
-
-    return work
+def not_starting():
+    raise ImportError("no such library")
 
 
 def test_jobs_that_end_their_workers_are_lost(monkeypatch):
+    monkeypatch.setattr(cluster, "TRIES", 1)
     with cluster.connect("auto") as connected:
         assert (connected.actors, connected.needs["num_cpus"]) == (2, 1)
-        found = list(connected.run(always_ending, (), [0, 1, 2, 3]))
+        found = list(connected.run(of_any_kind, (), [0, 1, 3, 4]))
         lost = [result for result in found if isinstance(result, cluster.Lost)]
-        assert sorted(result for result in found if result not in lost) == [0, 20, 30]
         assert len(lost) == 1
+        assert sorted(result for result in found if result not in lost) == [0, 30, 40]
         with pytest.raises(OSError, match="No space left"):
-            list(connected.run(failing, (), [0]))
+            list(connected.run(of_any_kind, (), [2]))
+        with pytest.raises(DataError, match=r"could not start \(.*no such library"):
+            list(connected.run(not_starting, (), [0]))
 
 
 def test_workers_and_sizes_of_shards():

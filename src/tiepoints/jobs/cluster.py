@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import first_line
+from ..errors import DataError, first_line
 from ..extract import ExtractOptions
 from ..files import require
 from ..memory import worker_memory
@@ -77,6 +77,7 @@ class Cluster:
         """Results of jobs, or ``Lost``, in the order in which they end.
 
         Raises:
+            DataError: the workers cannot start.
             Exception: what the work on a job raised.
         """
         from ray.exceptions import RayError, RayTaskError
@@ -84,9 +85,14 @@ class Cluster:
 
         actor = self.ray.remote(max_restarts=-1, max_task_retries=TRIES - 1, **self.needs)(_Worker)
         count = min(self.actors, len(jobs))
-        pool = ActorPool(
-            [actor.remote(os.getcwd(), self.needs, setup, arguments) for _ in range(count)]
-        )
+        workers = [actor.remote(os.getcwd(), self.needs, setup, arguments) for _ in range(count)]
+        started, _ = self.ray.wait([worker.started.remote() for worker in workers])
+        try:
+            self.ray.get(started)
+        except RayError as error:
+            last = str(error).strip().rpartition("\n")[2]
+            raise DataError(f"the Ray workers could not start ({last})") from error
+        pool = ActorPool(workers)
         for job in jobs:
             pool.submit(lambda worker, job: worker.work.remote(job), job)
         while pool.has_next():
@@ -109,7 +115,11 @@ class _Worker:
         torch.set_num_threads(max(1, needs["num_cpus"]))
         self._work = setup(*arguments)
 
+    def started(self) -> None:
+        """Return once the worker is ready."""
+
     def work(self, job: Any) -> Any:
+        """Result of a job."""
         return self._work(job)
 
 

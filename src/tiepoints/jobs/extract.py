@@ -218,7 +218,7 @@ def extract_images(
                 progress=progress,
             )
             notices.log()
-        if shards is not None and shards.paths:
+        if shards is not None:
             shards.remove({str(task.relative) for task in tasks})
     report.failed = found.refused + report.failed
     return report

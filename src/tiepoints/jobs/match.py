@@ -733,7 +733,7 @@ class _Matching:
                     matched, changed=report.done > 0, progress=progress
                 )
             _record_source(store, self.settings)
-        if shards.paths:
+        if shards.folder.is_dir():
             shards.remove({name for a, b in pairs for name in (pair_name(a, b), pair_name(b, a))})
         return report
 
@@ -938,8 +938,7 @@ def _extract_source(
         ray=storing.ray,
         progress=storing.progress,
     )
-    if shards.paths:
-        shards.remove({str(task.relative) for task in tasks})
+    shards.remove({str(task.relative) for task in tasks})
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
     files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]

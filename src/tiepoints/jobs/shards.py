@@ -172,6 +172,8 @@ class _Shards(Generic[S]):
         Args:
             handled: names of the groups that the job was about; shards with others are kept.
         """
+        if not self.folder.is_dir():
+            return
         kept = [path for path in self.paths if not handled.issuperset(self.opened(path).names())]
         self.close()
         if self.taken:
@@ -185,7 +187,7 @@ class _Shards(Generic[S]):
                 len(kept),
                 self.folder,
             )
-        elif self.folder.is_dir():
+        else:
             shutil.rmtree(self.folder)
 
 
