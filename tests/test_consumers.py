@@ -92,7 +92,7 @@ def test_openvino_runs_a_pipeline():
         distance = np.abs(a[:, None] - b[None]).max(axis=2)
         common = distance.min(axis=1) < 1e-2
         assert len(a) > 80
-        assert common.mean() > 0.97
+        assert common.mean() > 0.9
         near = distance.argmin(axis=1)[common]
         cosines = (descriptors[near] * expected.descriptors[common]).sum(axis=1)
         assert cosines.min() > 0.999

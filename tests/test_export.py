@@ -301,15 +301,15 @@ def test_a_file_for_colmap_gives_the_features_of_extract(tmp_path):
     assert json.loads(metadata["tiepoints.options"])["precision"] == "int8"
     chosen = {"single_scale": True, "precision": "int8", "backend": "onnxruntime"}
     extractor = tiepoints.build("sobelnet", "desnet", num_keypoints=200, **chosen)
-    for size, least in (((256, 320), 0.99), ((250, 301), 0.85)):
+    for size, limit in (((256, 320), 1e-2), ((250, 301), 0.5)):
         image = texture(0, (size[1], size[0])).convert("RGB")
         expected = extractor.extract(image)
         xy, descriptors = as_colmap(session, np.asarray(image), 200)
         distance = np.abs(expected.keypoints.xy.numpy()[:, None] + 0.5 - xy[None]).max(axis=2)
-        common = distance.min(axis=1) < 1e-2
+        common = distance.min(axis=1) < limit
         assert len(expected) > 100
-        assert common.mean() >= least, size
-        if least < 0.99:  # the repeated border changes the map near it
+        assert common.mean() >= 0.95, size
+        if limit > 1e-2:  # with the repeated border, levels inside the network have other sizes
             continue
         found = descriptors[distance.argmin(axis=1)][common]
         wanted = expected.descriptors.numpy()[common]
