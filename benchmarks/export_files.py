@@ -42,11 +42,11 @@ def row(result: Exported) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "path": path.name, "sha256": digest}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the files")
     parser.add_argument("--only", nargs="*", choices=variants(), help="these files, without suffix")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, (options, form) in variants().items():

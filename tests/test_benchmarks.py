@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 import test_tracks  # without pycolmap, this file is skipped as well
 from helpers import texture, write_photos
+from tiepoints.export import Exported
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -316,3 +318,26 @@ def test_memory(script, tmp_path):
     arguments = ("--systems", "keynet-tiny+none", "--sizes", "160x120")
     script("memory", *arguments, "--work", tmp_path, "--out", tmp_path / "m.json")
     assert written(tmp_path / "m.json")["rows"][0]["MiB"] > 10
+
+
+def test_export_files(script, tmp_path):
+    """With a stand-in for the export, which takes long and has its own tests."""
+    calls = []
+
+    def write(options, path, *, form):
+        calls.append((options.detector, options.single_scale, options.precision, form))
+        path.write_bytes(path.stem.encode())
+        return Exported(str(path), form, 7, 0.001)
+
+    script("export_files", "--output", tmp_path / "files", export_pipeline=write)
+    assert len(set(calls)) == 10
+    assert ("keynet", True, "int8", "pipeline") in calls
+    assert ("sobelnet", False, "float32", "colmap") in calls
+    rows = written(tmp_path / "files" / "files.json")
+    assert [row["path"] for row in rows][:2] == [
+        "sobelnet-desnet.onnx",
+        "sobelnet-desnet-int8.onnx",
+    ]
+    lines = (tmp_path / "files" / "SHA256SUMS").read_text().splitlines()
+    assert lines[0] == f"{sha256(b'sobelnet-desnet').hexdigest()}  sobelnet-desnet.onnx"
+    assert len(lines) == len(rows) == 10

@@ -28,7 +28,7 @@ PAGES = sorted(
 )
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```", flags=re.S | re.M)
 #: Programs in the documentation that are not checked.
-OTHERS = {"colmap", "mkdir", "cd", "git"}
+OTHERS = {"colmap", "mkdir", "cd", "git", "cmake", "extract"}
 
 
 def name(page: Path) -> str:
@@ -152,7 +152,7 @@ def known_options() -> set[str]:
 def test_options_in_the_text_exist(page):
     text = BLOCK.sub("", page.read_text(encoding="utf-8"))
     spans = re.findall(r"`([^`\n]+)`", text)
-    options = {o for span in spans for o in re.findall(r"(?<!\S)--[a-z][a-z_-]*", span)}
+    options = {o for span in spans for o in re.findall(r"(?<!\S)--[a-z][a-z0-9_-]*", span)}
     assert not options - known_options()
 
 
