@@ -112,7 +112,9 @@ def test_scale(script, photos, tmp_path):
     rows = [
         {"images": n, "extract": {"seconds": 2 + n**1.5, "storage MB": n}} for n in (1, 100, 400)
     ]
-    assert exponents(rows) == {"extract": {"seconds": pytest.approx(1.5, abs=0.01), "storage MB": 1}}
+    assert exponents(rows) == {
+        "extract": {"seconds": pytest.approx(1.5, abs=0.01), "storage MB": 1}
+    }
 
 
 def test_descriptors(script, oxford, tmp_path):

@@ -112,7 +112,7 @@ def not_starting():
 
 
 def test_jobs_that_end_their_workers_are_lost(monkeypatch):
-    monkeypatch.setattr(cluster, "TRIES", 1)
+    monkeypatch.setattr(cluster, "TRIES", 2)  # the fewest: Ray waits for restarts
     with cluster.connect("auto") as connected:
         assert (connected.actors, connected.needs["num_cpus"]) == (2, 1)
         found = list(connected.run(of_any_kind, (), [0, 1, 3, 4]))
@@ -123,6 +123,13 @@ def test_jobs_that_end_their_workers_are_lost(monkeypatch):
             list(connected.run(of_any_kind, (), [2]))
         with pytest.raises(DataError, match=r"could not start \(.*no such library"):
             list(connected.run(not_starting, (), [0]))
+
+
+def test_addresses_without_a_cluster():
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        cluster._check_address("somewhere")
+    with pytest.raises(ConnectionError, match="no Ray cluster at localhost:1 "):
+        cluster._check_address("localhost:1")
 
 
 def test_workers_and_sizes_of_shards():

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -135,6 +136,7 @@ def connect(address: str, *, device: str = "cpu", workers: int | None = None) ->
 
     Raises:
         ImportError: Ray is missing.
+        ValueError: no address.
         ConnectionError: no cluster at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no reports about users
@@ -159,11 +161,13 @@ def connect(address: str, *, device: str = "cpu", workers: int | None = None) ->
 def _start(ray: Any, address: str) -> None:
     # output of workers must not mix with that of this process
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
+    if address != "auto":
+        _check_address(address)
         ray.init(address=address, **quiet)
-    except ConnectionError as error:
-        if address != "auto":
-            raise ConnectionError(f"no Ray cluster at {address} ({first_line(error)})") from error
+        return
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
         ray.init(
             address="local",
             num_cpus=usable_cores(),
@@ -171,6 +175,26 @@ def _start(ray: Any, address: str) -> None:
             object_store_memory=SHARED_MEMORY,
             **quiet,
         )
+
+
+def _check_address(address: str) -> None:
+    """Check that something listens at an address, for which Ray would wait for minutes.
+
+    Raises:
+        ValueError: no address.
+        ConnectionError: nothing listens.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(
+            f"a Ray cluster is auto or HOST:PORT, such as 10.0.0.1:6379; got {address!r}"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"no Ray cluster at {address} ({error}); start one with: ray start --head"
+        ) from error
 
 
 @contextmanager
