@@ -18,6 +18,8 @@ from tiepoints.retrieval import (
     center,
     load_vocabulary,
     most_similar,
+    order_by_matches,
+    strongest,
     train_vocabulary,
 )
 from tiepoints.structs import Features, Keypoints
@@ -198,3 +200,16 @@ def test_photographs_of_one_scene_are_similar(tmp_path):
     own = torch.arange(9)
     found = most_similar(table, table, 2, torch.stack([own, own + 1], dim=1))
     assert all({j // 3 for j in row} == {i // 3} for i, row in enumerate(found.tolist()))
+
+
+def test_candidates_are_ordered_by_matches():
+    # candidate 1 shares 40 of 60 local descriptors with the query, 2 shares 10, 3 none
+    query = described(0)
+    images = [query]
+    for k, shared in ((1, 40), (2, 10), (3, 0)):
+        images.append(torch.cat([query[:shared], described(k, 10 + k)[shared:]]))
+    local = torch.stack([strongest(image) for image in images])
+    assert local.shape == (4, 128, DIMENSION)
+    assert (local[:, 60:] == 0).all()
+    found = order_by_matches(torch.tensor([[3, -1, 2, 1]]), torch.tensor([0]), local)
+    assert found.tolist() == [[1, 2, 3, -1]]

@@ -2,7 +2,8 @@
 
 A vocabulary assigns each local descriptor to the nearest of its words. The global descriptor of an
 image is the sum of the residuals to each word (VLAD, Jegou et al., CVPR 2010), each of unit length
-(Arandjelovic and Zisserman, CVPR 2013) and projected to fewer dimensions. Descriptors of different
+(Arandjelovic and Zisserman, CVPR 2013) and projected to fewer dimensions. The most similar images
+are then ordered by the number of matches of their strongest keypoints. Descriptors of different
 networks need different vocabularies: those of the embedded descriptors are part of the package,
 others are trained on the images themselves. docs/how-to/reconstruct.md has measurements.
 """
@@ -28,6 +29,9 @@ WORDS, DIMENSIONS = 64, 64
 ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
 #: Images compared at a time with others, eight times as many.
 BLOCK = 1024
+#: Most similar images of each that are ordered by the matches of their strongest keypoints, the
+#: number of these, and the ratio test of the matches (chosen on training scenes, docs/diary.md).
+CANDIDATES, STRONGEST, RATIO = 60, 128, 0.8
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,14 @@ def train_vocabulary(
     return Vocabulary(mean, axes, centers)
 
 
+def strongest(descriptors: Tensor) -> Tensor:
+    """The first ``STRONGEST`` of local descriptors (N,D), those of the strongest keypoints, as
+    (STRONGEST,D) float16 of unit length; zeros if there are fewer.
+    """
+    local = _unit(descriptors[:STRONGEST].float())
+    return torch.nn.functional.pad(local, (0, 0, 0, STRONGEST - len(local))).half()
+
+
 def center(table: Tensor) -> Tensor:
     """Global descriptors (N,G) without what all images of the collection have in common, of unit
     length; a single one is unchanged.
@@ -166,3 +178,29 @@ def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -
             index = torch.cat([index, columns], dim=1).gather(1, chosen)
         found.append(torch.where(values.isfinite(), index, -1))
     return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)
+
+
+def order_by_matches(found: Tensor, rows: Tensor, local: Tensor) -> Tensor:
+    """Order candidates by the number of matches of their strongest keypoints: mutual nearest
+    neighbors that pass a ratio test. Equal ones keep their order.
+
+    Args:
+        found: (N,K) int64 candidates of each query, rows of ``local``; -1 = none.
+        rows: (N,) int64 rows of the queries.
+        local: (M,P,D) of all images (``strongest``).
+
+    Returns:
+        (N,K) int64.
+    """
+    ordered = torch.empty_like(found)
+    own = torch.arange(local.shape[1])
+    for i, row in enumerate(rows.tolist()):
+        cosine = local[row].float() @ local[found[i].clamp(min=0)].float().transpose(1, 2)
+        best = cosine.topk(2, dim=2)  # (K,P,2)
+        distance = (2 - 2 * best.values).clamp(min=0)
+        distinct = distance[..., 0] <= RATIO**2 * distance[..., 1]
+        back = cosine.argmax(dim=1).gather(1, best.indices[..., 0])
+        matches = (distinct & (back == own)).sum(dim=1)
+        matches[found[i] < 0] = -1
+        ordered[i] = found[i][matches.argsort(descending=True, stable=True)]
+    return ordered

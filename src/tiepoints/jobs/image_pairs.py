@@ -19,11 +19,14 @@ from ..formats.store import FeatureStore
 from ..names import PAIR_METHODS
 from ..progress import track
 from ..retrieval import (
+    CANDIDATES,
     TRAINING_DESCRIPTORS,
     Vocabulary,
     center,
     load_vocabulary,
     most_similar,
+    order_by_matches,
+    strongest,
     train_vocabulary,
 )
 
@@ -189,7 +192,7 @@ class _Search:
 
     def __init__(self, images: Candidates, names: list[str], progress: bool):
         self.images, self.names, self.progress = images, names, progress
-        self._table: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     def following(self, count: int) -> set[Pair]:
         """Each image with the next ``count``."""
@@ -204,11 +207,12 @@ class _Search:
         """
         if len(self.names) <= window + 1:
             return set()
-        table = self.table()
+        table, local = self.tables()
         index = {name: i for i, name in enumerate(self.names)}
         rows = torch.tensor([index[name] for name in queries or self.names])
         excluded = torch.stack([rows - window, rows + window + 1], dim=1)
-        found = most_similar(table[rows], table, count, excluded)
+        found = most_similar(table[rows], table, max(count, CANDIDATES), excluded)
+        found = order_by_matches(found, rows, local)[:, :count]
         return {
             _ordered(self.names[row], self.names[j])
             for row, others in zip(rows.tolist(), found.tolist(), strict=True)
@@ -216,15 +220,20 @@ class _Search:
             if j >= 0
         }
 
-    def table(self) -> Tensor:
-        """Global descriptors (N,G) float16 of all images; zeros for those without features."""
-        if self._table is None:
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Global descriptors (N,G) float16 of all images, zeros for those without features; and
+        the local ones of their strongest keypoints (``retrieval.strongest``).
+        """
+        if self._tables is None:
             read = _reader(self.images.store)
             vocabulary = load_vocabulary(self.images.weights) or _own_vocabulary(self.names, read)
-            names = track(self.names, unit="image", label="similarity", enabled=self.progress)
-            rows = torch.stack([vocabulary.describe(read(name)).half() for name in names])
-            self._table = center(rows.float()).half()
-        return self._table
+            rows, parts = [], []
+            for name in track(self.names, unit="image", label="similarity", enabled=self.progress):
+                local = read(name)
+                rows.append(vocabulary.describe(local).half())
+                parts.append(strongest(local))
+            self._tables = center(torch.stack(rows).float()).half(), torch.stack(parts)
+        return self._tables
 
 
 def _reader(store: FeatureStore) -> Callable[[str], Tensor]:
