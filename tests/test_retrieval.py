@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import combinations
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tiepoints.retrieval import (
     load_vocabulary,
     most_similar,
     order_by_matches,
+    similar_images,
     strongest,
     train_vocabulary,
 )
@@ -213,3 +215,18 @@ def test_candidates_are_ordered_by_matches():
     assert (local[:, 60:] == 0).all()
     found = order_by_matches(torch.tensor([[3, -1, 2, 1]]), torch.tensor([0]), local)
     assert found.tolist() == [[1, 2, 3, -1]]
+
+
+def test_many_images_are_searched_with_faiss_if_installed(monkeypatch, caplog):
+    table = torch.nn.functional.normalize(torch.randn(60, 8), dim=1).half()
+    rows = torch.arange(60)
+    excluded = torch.stack([rows - 2, rows + 3], dim=1)
+    exact = most_similar(table, table, 5, excluded)
+    monkeypatch.setattr("tiepoints.retrieval.EXACT_LIMIT", 50)
+    monkeypatch.setattr("tiepoints.retrieval.PROBES", 100)  # all cells
+    if importlib.util.find_spec("faiss") is None:
+        caplog.set_level("INFO")
+        assert torch.equal(similar_images(table, table, 5, excluded), exact)
+        assert "tiepoints[faiss]" in caplog.text
+    else:
+        assert torch.equal(similar_images(table, table, 5, excluded), exact)

@@ -10,6 +10,9 @@ others are trained on the images themselves. docs/how-to/reconstruct.md has meas
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +24,17 @@ from torch import Tensor
 
 from .files import atomic_path
 
+logger = logging.getLogger(__name__)
+
 #: File in ``data/`` of the vocabulary of an embedded descriptor.
 VOCABULARIES = Path(__file__).parent / "data"
 #: Number of words, and of dimensions of a local descriptor after the projection.
 WORDS, DIMENSIONS = 64, 64
 #: Iterations of k-means, and local descriptors from which a vocabulary is trained.
 ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
+#: Images above which ``similar_images`` searches with Faiss, if it is installed: an inverted file
+#: of ``CELLS`` times the root of their number of cells, of which a ``PROBES``-th are searched.
+EXACT_LIMIT, CELLS, PROBES = 20_000, 4, 16
 #: Images compared at a time with others, eight times as many.
 BLOCK = 1024
 #: Most similar images of each that are ordered by the matches of their strongest keypoints, the
@@ -178,6 +186,39 @@ def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -
             index = torch.cat([index, columns], dim=1).gather(1, chosen)
         found.append(torch.where(values.isfinite(), index, -1))
     return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)
+
+
+def similar_images(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> Tensor:
+    """``most_similar`` for global descriptors: above ``EXACT_LIMIT`` images approximate, with Faiss
+    (extra ``faiss``), if that is installed.
+    """
+    if len(table) <= EXACT_LIMIT:
+        return most_similar(queries, table, count, excluded)
+    if importlib.util.find_spec("faiss") is None:
+        logger.info("%d images: pip install 'tiepoints[faiss]' searches faster", len(table))
+        return most_similar(queries, table, count, excluded)
+    return _by_faiss(queries, table, count, excluded)
+
+
+def _by_faiss(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> Tensor:
+    import faiss
+
+    count = min(count, len(table))
+    cells = max(1, int(CELLS * math.sqrt(len(table))))
+    index = faiss.index_factory(table.shape[1], f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = max(PROBES, cells // PROBES)
+    index.train(table[:: max(1, len(table) // (64 * cells))].float().numpy())
+    for block in table.split(8 * BLOCK):
+        index.add(block.float().numpy())
+    wanted = min(len(table), count + int((excluded[:, 1] - excluded[:, 0]).max()))
+    found = []
+    for block, limits in zip(queries.split(BLOCK), excluded.split(BLOCK), strict=True):
+        near = torch.from_numpy(index.search(block.float().numpy(), wanted)[1])
+        skipped = ((near >= limits[:, :1]) & (near < limits[:, 1:])) | (near < 0)
+        near[skipped] = -1
+        order = skipped.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        found.append(near.gather(1, order))
+    return torch.cat(found)
 
 
 def order_by_matches(found: Tensor, rows: Tensor, local: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..retrieval import (
     load_vocabulary,
     most_similar,
     order_by_matches,
+    similar_images,
     strongest,
     train_vocabulary,
 )
@@ -211,7 +212,7 @@ class _Search:
         index = {name: i for i, name in enumerate(self.names)}
         rows = torch.tensor([index[name] for name in queries or self.names])
         excluded = torch.stack([rows - window, rows + window + 1], dim=1)
-        found = most_similar(table[rows], table, max(count, CANDIDATES), excluded)
+        found = similar_images(table[rows], table, max(count, CANDIDATES), excluded)
         found = order_by_matches(found, rows, local)[:, :count]
         return {
             _ordered(self.names[row], self.names[j])
