@@ -7,15 +7,18 @@
 
 Model folders are those of ``find_models``; all of them are one set of images. Two images
 overlap if they share at least 20 3D points. A pair is proposed if one image is among the k most
-similar ones of the other. Compared with the vocabulary of the package: one trained on the images
-themselves, a bag of words (tf-idf of the same words), and random images.
+similar ones of the other; ``recall`` is the share of the overlapping pairs that are proposed. As
+images may overlap with more than k others, ``bounded`` is the mean over the images of the number of
+overlapping ones among the k most similar, divided by the largest number possible. Compared with the
+vocabulary of the package and the order by matches: without this order, a vocabulary trained on the
+images themselves, a bag of words (tf-idf of the same words), and random images.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -31,10 +34,13 @@ from tiepoints.formats.colmap import require_pycolmap
 from tiepoints.formats.hdf5 import FeatureFile
 from tiepoints.jobs.extract import extract_images
 from tiepoints.retrieval import (
+    CANDIDATES,
     Vocabulary,
     center,
     load_vocabulary,
     most_similar,
+    order_by_matches,
+    strongest,
     train_vocabulary,
 )
 from tiepoints.weights import digest
@@ -95,11 +101,13 @@ def _table(vocabulary: Vocabulary, images: list[Tensor]) -> Tensor:
     return center(torch.stack([vocabulary.describe(image) for image in images]))
 
 
-def proposed(table: Tensor, count: int) -> set[frozenset[int]]:
-    """Pairs of which one is among the ``count`` most similar ones of the other."""
+def nearest(table: Tensor, images: list[Tensor] | None = None) -> Tensor:
+    """Most similar images (N,K) of each, ordered by matches if their descriptors are given."""
     own = torch.arange(len(table))
-    found = most_similar(table, table, count, torch.stack([own, own + 1], dim=1))
-    return {frozenset((i, j)) for i, row in enumerate(found.tolist()) for j in row if j >= 0}
+    found = most_similar(table, table, CANDIDATES, torch.stack([own, own + 1], dim=1))
+    if images is None:
+        return found
+    return order_by_matches(found, own, torch.stack([strongest(image) for image in images]))
 
 
 def measure(folders: list[Path], work: Path, descriptor: str) -> list[dict[str, Any]]:
@@ -117,48 +125,62 @@ def measure(folders: list[Path], work: Path, descriptor: str) -> list[dict[str, 
     packaged = load_vocabulary(digest(descriptor))
     own = train_vocabulary(images)
     generator = torch.Generator().manual_seed(0)
-    tables: dict[str, Callable[[], Tensor]] = {
-        "VLAD, own vocabulary": lambda: _table(own, images),
-        "bag of words": lambda: bag_of_words(packaged or own, images),
-        "random": lambda: torch.randn(len(images), 64, generator=generator),
+    words = packaged or own
+    index = {name: i for i, name in enumerate(names)}
+    partners: dict[int, set[int]] = {}
+    for pair in true:
+        i, j = (index[name] for name in pair)
+        partners.setdefault(i, set()).add(j)
+        partners.setdefault(j, set()).add(i)
+    table = _table(words, images)
+    kind = "VLAD" if packaged else "VLAD, own vocabulary"
+    rankings = {
+        f"{kind}, by matches": nearest(table, images),
+        kind: nearest(table),
+        "bag of words": nearest(bag_of_words(words, images)),
+        "random": nearest(torch.randn(len(images), 64, generator=generator)),
+        "number of shared points": _by_shared_points(names, shared),
     }
-    if packaged is not None:
-        tables["VLAD"] = lambda: _table(packaged, images)
-    rows = []
-    for method, table in {**tables, "number of shared points": None}.items():
-        similarity = _by_shared_points(names, shared) if table is None else None
-        computed = None if table is None else table()
-        for count in COUNTS:
-            found = _best(similarity, count) if computed is None else proposed(computed, count)
-            pairs = {frozenset(names[i] for i in pair) for pair in found}
-            rows.append(
-                {
-                    "descriptor": descriptor,
-                    "method": method,
-                    "k": count,
-                    "images": len(images),
-                    "overlapping": len(true),
-                    "proposed": len(pairs),
-                    "recall": len(pairs & true) / len(true),
-                }
-            )
-    return rows
+    if packaged:
+        rankings["VLAD, own vocabulary"] = nearest(_table(own, images))
+    return [
+        {
+            "descriptor": descriptor,
+            "method": method,
+            "k": count,
+            "images": len(images),
+            "overlapping": len(true),
+            **recalls(found[:, :count].tolist(), partners, len(true), count),
+        }
+        for method, found in rankings.items()
+        for count in COUNTS
+    ]
+
+
+def recalls(
+    found: list[list[int]], partners: dict[int, set[int]], overlapping: int, count: int
+) -> dict[str, float]:
+    """Number of proposed pairs, ``recall`` and ``bounded``."""
+    proposed = {frozenset((i, j)) for i, row in enumerate(found) for j in row if j >= 0}
+    correct = sum(j in partners.get(i, ()) for i, j in map(sorted, proposed))
+    bounded = [
+        len(others & set(found[i])) / min(count, len(others)) for i, others in partners.items()
+    ]
+    return {
+        "proposed": len(proposed),
+        "recall": correct / overlapping,
+        "bounded": sum(bounded) / len(bounded),
+    }
 
 
 def _by_shared_points(names: list[str], shared: dict[frozenset[str], int]) -> Tensor:
-    """Similarity (N,N) of a ranking that knows the models."""
+    """Images (N,N-1) ordered by the number of shared points, which the models know."""
     index = {name: i for i, name in enumerate(names)}
     similarity = torch.zeros(len(names), len(names))
     for pair, count in shared.items():
         i, j = (index[name] for name in pair)
         similarity[i, j] = similarity[j, i] = count
-    return similarity
-
-
-def _best(similarity: Tensor | None, count: int) -> set[frozenset[int]]:
-    assert similarity is not None
-    best = similarity.fill_diagonal_(-1).topk(min(count, len(similarity) - 1), dim=1).indices
-    return {frozenset((i, j)) for i, row in enumerate(best.tolist()) for j in row}
+    return similarity.fill_diagonal_(-1).argsort(dim=1, descending=True)[:, :-1]
 
 
 def train(folders: list[Path], work: Path, descriptor: str, path: Path) -> None:
@@ -189,7 +211,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows = [row for name in descriptors for row in measure(args.folders, args.work, name)]
     for row in rows:
-        print(f"{row['descriptor']:8} {row['method']:22} k {row['k']:3} recall {row['recall']:.3f}")
+        print(
+            f"{row['descriptor']:8} {row['method']:22} k {row['k']:3} recall {row['recall']:.3f} "
+            f"bounded {row['bounded']:.3f}"
+        )
     folders = [folder.name for folder in args.folders]
     write_json(args.out, {"folders": folders, "rows": rows, "machine": machine()})
 

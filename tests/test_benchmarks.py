@@ -218,12 +218,18 @@ def test_retrieval(script, world, photos, tmp_path, monkeypatch):
     script("retrieval", world[0], *arguments, "--out", tmp_path / "r.json", SHARED_POINTS=1)
     rows = written(tmp_path / "r.json")["rows"]
     assert {row["method"] for row in rows} == {
+        "VLAD, own vocabulary, by matches",
         "VLAD, own vocabulary",
         "bag of words",
         "random",
         "number of shared points",
     }
-    assert all(row["recall"] == 1 for row in rows if row["k"] == 20)  # all pairs of few images
+    # all pairs of few images
+    assert all(row["recall"] == row["bounded"] == 1 for row in rows if row["k"] == 20)
+    module = importlib.import_module("retrieval")
+    partners = {0: {1, 2}, 1: {0}, 2: {0}}
+    found = module.recalls([[1], [2], [-1]], partners, 2, 1)
+    assert found == {"proposed": 2, "recall": 0.5, "bounded": pytest.approx(1 / 3)}
     monkeypatch.setattr("tiepoints.retrieval.ITERATIONS", 2)
     arguments = ("--descriptors", "desnet", "--work", tmp_path)
     script("retrieval", "--train", photos, *arguments, "--save", tmp_path / "v.vocabulary")

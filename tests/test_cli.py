@@ -640,7 +640,7 @@ def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch)
         (["match", "gone", "--output", "m.h5"], "no such file"),
         (
             ["match", views / "v2.png", "--output", "m.h5"],
-            "1 images with features, and two are needed",
+            "1 image with features, and at least two are needed",
         ),
         (
             ["match", views, "--pairs", "gone.txt", "--output", "m.h5"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from itertools import combinations
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from tiepoints.retrieval import (
     center,
     load_vocabulary,
     most_similar,
+    order_by_matches,
+    similar_images,
+    strongest,
     train_vocabulary,
 )
 from tiepoints.structs import Features, Keypoints
@@ -198,3 +202,31 @@ def test_photographs_of_one_scene_are_similar(tmp_path):
     own = torch.arange(9)
     found = most_similar(table, table, 2, torch.stack([own, own + 1], dim=1))
     assert all({j // 3 for j in row} == {i // 3} for i, row in enumerate(found.tolist()))
+
+
+def test_candidates_are_ordered_by_matches():
+    # candidate 1 shares 40 of 60 local descriptors with the query, 2 shares 10, 3 none
+    query = described(0)
+    images = [query]
+    for k, shared in ((1, 40), (2, 10), (3, 0)):
+        images.append(torch.cat([query[:shared], described(k, 10 + k)[shared:]]))
+    local = torch.stack([strongest(image) for image in images])
+    assert local.shape == (4, 128, DIMENSION)
+    assert (local[:, 60:] == 0).all()
+    found = order_by_matches(torch.tensor([[3, -1, 2, 1]]), torch.tensor([0]), local)
+    assert found.tolist() == [[1, 2, 3, -1]]
+
+
+def test_many_images_are_searched_with_faiss_if_installed(monkeypatch, caplog):
+    table = torch.nn.functional.normalize(torch.randn(60, 8), dim=1).half()
+    rows = torch.arange(60)
+    excluded = torch.stack([rows - 2, rows + 3], dim=1)
+    exact = most_similar(table, table, 5, excluded)
+    monkeypatch.setattr("tiepoints.retrieval.EXACT_LIMIT", 50)
+    monkeypatch.setattr("tiepoints.retrieval.PROBES", 100)  # all cells
+    if importlib.util.find_spec("faiss") is None:
+        caplog.set_level("INFO")
+        assert torch.equal(similar_images(table, table, 5, excluded), exact)
+        assert "tiepoints[faiss]" in caplog.text
+    else:
+        assert torch.equal(similar_images(table, table, 5, excluded), exact)

@@ -2,13 +2,17 @@
 
 A vocabulary assigns each local descriptor to the nearest of its words. The global descriptor of an
 image is the sum of the residuals to each word (VLAD, Jegou et al., CVPR 2010), each of unit length
-(Arandjelovic and Zisserman, CVPR 2013) and projected to fewer dimensions. Descriptors of different
+(Arandjelovic and Zisserman, CVPR 2013) and projected to fewer dimensions. The most similar images
+are then ordered by the number of matches of their strongest keypoints. Descriptors of different
 networks need different vocabularies: those of the embedded descriptors are part of the package,
 others are trained on the images themselves. docs/how-to/reconstruct.md has measurements.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +24,22 @@ from torch import Tensor
 
 from .files import atomic_path
 
+logger = logging.getLogger(__name__)
+
 #: File in ``data/`` of the vocabulary of an embedded descriptor.
 VOCABULARIES = Path(__file__).parent / "data"
 #: Number of words, and of dimensions of a local descriptor after the projection.
 WORDS, DIMENSIONS = 64, 64
 #: Iterations of k-means, and local descriptors from which a vocabulary is trained.
 ITERATIONS, TRAINING_DESCRIPTORS = 20, 60_000
+#: Images above which ``similar_images`` searches with Faiss, if it is installed: an inverted file
+#: of ``CELLS`` times the root of their number of cells, of which a ``PROBES``-th are searched.
+EXACT_LIMIT, CELLS, PROBES = 20_000, 4, 16
 #: Images compared at a time with others, four times as many.
 BLOCK, PARTS = 1024, 4
+#: Most similar images of each that are ordered by the matches of their strongest keypoints, the
+#: number of these, and the ratio test of the matches (chosen on training scenes, docs/diary.md).
+CANDIDATES, STRONGEST, RATIO = 60, 128, 0.8
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,14 @@ def train_vocabulary(
     return Vocabulary(mean, axes, centers)
 
 
+def strongest(descriptors: Tensor) -> Tensor:
+    """The first ``STRONGEST`` of local descriptors (N,D), those of the strongest keypoints, as
+    (STRONGEST,D) float16 of unit length; zeros if there are fewer.
+    """
+    local = _unit(descriptors[:STRONGEST].float())
+    return torch.nn.functional.pad(local, (0, 0, 0, STRONGEST - len(local))).half()
+
+
 def center(table: Tensor) -> Tensor:
     """Global descriptors (N,G) without what all images of the collection have in common, of unit
     length and the same type; a single one is unchanged.
@@ -174,3 +194,62 @@ def most_similar(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -
             index = index.gather(1, chosen)
         found.append(torch.where(values.isfinite(), index, -1))
     return torch.cat(found) if found else torch.zeros(0, count, dtype=torch.int64)
+
+
+def similar_images(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> Tensor:
+    """``most_similar`` for global descriptors: above ``EXACT_LIMIT`` images approximate, with Faiss
+    (extra ``faiss``), if that is installed.
+    """
+    if len(table) <= EXACT_LIMIT:
+        return most_similar(queries, table, count, excluded)
+    if importlib.util.find_spec("faiss") is None:
+        logger.info("%d images: pip install 'tiepoints[faiss]' searches faster", len(table))
+        return most_similar(queries, table, count, excluded)
+    return _by_faiss(queries, table, count, excluded)
+
+
+def _by_faiss(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> Tensor:
+    import faiss
+
+    count = min(count, len(table))
+    cells = max(1, int(CELLS * math.sqrt(len(table))))
+    index = faiss.index_factory(table.shape[1], f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = max(PROBES, cells // PROBES)
+    index.train(table[:: max(1, len(table) // (64 * cells))].float().numpy())
+    for block in table.split(8 * BLOCK):
+        index.add(block.float().numpy())
+    wanted = min(len(table), count + int((excluded[:, 1] - excluded[:, 0]).max()))
+    found = []
+    for block, limits in zip(queries.split(BLOCK), excluded.split(BLOCK), strict=True):
+        near = torch.from_numpy(index.search(block.float().numpy(), wanted)[1])
+        skipped = ((near >= limits[:, :1]) & (near < limits[:, 1:])) | (near < 0)
+        near[skipped] = -1
+        order = skipped.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
+        found.append(near.gather(1, order))
+    return torch.cat(found)
+
+
+def order_by_matches(found: Tensor, rows: Tensor, local: Tensor) -> Tensor:
+    """Order candidates by the number of matches of their strongest keypoints: mutual nearest
+    neighbors that pass a ratio test. Equal ones keep their order.
+
+    Args:
+        found: (N,K) int64 candidates of each query, rows of ``local``; -1 = none.
+        rows: (N,) int64 rows of the queries.
+        local: (M,P,D) of all images (``strongest``).
+
+    Returns:
+        (N,K) int64.
+    """
+    ordered = torch.empty_like(found)
+    own = torch.arange(local.shape[1])
+    for i, row in enumerate(rows.tolist()):
+        cosine = local[row].float() @ local[found[i].clamp(min=0)].float().transpose(1, 2)
+        best = cosine.topk(2, dim=2)  # (K,P,2)
+        distance = (2 - 2 * best.values).clamp(min=0)
+        distinct = distance[..., 0] <= RATIO**2 * distance[..., 1]
+        back = cosine.argmax(dim=1).gather(1, best.indices[..., 0])
+        matches = (distinct & (back == own)).sum(dim=1)
+        matches[found[i] < 0] = -1
+        ordered[i] = found[i][matches.argsort(descending=True, stable=True)]
+    return ordered

@@ -15,6 +15,7 @@ from .common import (
     MaxSizeOption,
     NeighborsOption,
     PairsOption,
+    WorkersOption,
     finish,
     print_json,
     progress_wanted,
@@ -60,6 +61,7 @@ def reconstruct(
         typer.Option(help="sift: reconstruct with COLMAP's SIFT as well, and compare."),
     ] = None,
     device: DeviceOption = "auto",
+    workers: WorkersOption = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Seed of the mapper.")] = 0,
     threads: Annotated[
         int, typer.Option(min=-1, help="Threads of the mapper; 1 repeats exactly (default: all).")
@@ -74,6 +76,7 @@ def reconstruct(
     Exit code 0: all images are in one model; 1: some are not; 2: nothing could be reconstructed.
     """
     from ..jobs.reconstruct import reconstruct as run
+    from ..jobs.workers import parse_workers
     from ..memory import keep_freed
 
     keep_freed()
@@ -94,6 +97,7 @@ def reconstruct(
             undistort=undistort,
             compare=compare,
             device=device,
+            workers=parse_workers(workers),
             seed=seed,
             threads=threads,
         )[1]

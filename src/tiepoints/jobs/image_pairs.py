@@ -19,11 +19,15 @@ from ..formats.store import FeatureStore
 from ..names import PAIR_METHODS
 from ..progress import track
 from ..retrieval import (
+    CANDIDATES,
     TRAINING_DESCRIPTORS,
     Vocabulary,
     center,
     load_vocabulary,
     most_similar,
+    order_by_matches,
+    similar_images,
+    strongest,
     train_vocabulary,
 )
 
@@ -189,7 +193,7 @@ class _Search:
 
     def __init__(self, images: Candidates, names: list[str], progress: bool):
         self.images, self.names, self.progress = images, names, progress
-        self._table: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     def following(self, count: int) -> set[Pair]:
         """Each image with the next ``count``."""
@@ -204,11 +208,13 @@ class _Search:
         """
         if len(self.names) <= window + 1:
             return set()
-        table = self.table()
+        table, local = self.tables()
         index = {name: i for i, name in enumerate(self.names)}
         rows = torch.tensor([index[name] for name in queries or self.names])
         excluded = torch.stack([rows - window, rows + window + 1], dim=1)
-        found = most_similar(table if queries is None else table[rows], table, count, excluded)
+        given = table if queries is None else table[rows]
+        found = similar_images(given, table, max(count, CANDIDATES), excluded)
+        found = order_by_matches(found, rows, local)[:, :count]
         return {
             _ordered(self.names[row], self.names[j])
             for row, others in zip(rows.tolist(), found.tolist(), strict=True)
@@ -216,17 +222,26 @@ class _Search:
             if j >= 0
         }
 
-    def table(self) -> Tensor:
-        """Global descriptors (N,G) float16 of all images; zeros for those without features."""
-        if self._table is None:
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Global descriptors (N,G) float16 of all images, zeros for those without features; and
+        the local ones of their strongest keypoints (``retrieval.strongest``).
+        """
+        if self._tables is None:
             read = _reader(self.images.store)
             vocabulary = load_vocabulary(self.images.weights) or _own_vocabulary(self.names, read)
             names = track(self.names, unit="image", label="similarity", enabled=self.progress)
             table = torch.empty(len(self.names), vocabulary.words.numel(), dtype=torch.float16)
-            for row, name in zip(table, names, strict=True):
-                row.copy_(vocabulary.describe(read(name)))
-            self._table = center(table)
-        return self._table
+            local: Tensor | None = None
+            for i, name in enumerate(names):
+                descriptors = read(name)
+                table[i] = vocabulary.describe(descriptors)
+                best = strongest(descriptors)
+                if local is None:
+                    local = best.new_empty(len(self.names), *best.shape)
+                local[i] = best
+            assert local is not None
+            self._tables = center(table), local
+        return self._tables
 
 
 def _reader(store: FeatureStore) -> Callable[[str], Tensor]:

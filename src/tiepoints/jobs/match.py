@@ -842,7 +842,8 @@ def _choose_pairs(
     choice = choose_image_pairs(candidates, method, neighbors, progress=progress)
     if not choice.pairs:
         reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
-        raise DataError(f"{len(source.names)} images with features, and two are needed{reason}")
+        count = f"{len(source.names)} image{'s' * (len(source.names) != 1)}"
+        raise DataError(f"{count} with features, and at least two are needed{reason}")
     if choice.method != "exhaustive":
         logger.info("%d pairs: %s", len(choice.pairs), choice.reason)
     return choice

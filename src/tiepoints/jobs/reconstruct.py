@@ -108,6 +108,8 @@ class ReconstructOptions:
         undistort: write images without distortion for dense reconstruction.
         compare: ``sift`` reconstructs the same images with COLMAP's SIFT as well.
         device: of the networks.
+        workers: number of processes that extract images, see ``extract_images``; None = one for
+            each core, from a script only if it is protected by ``if __name__ == "__main__"``.
         seed, threads: see ``MapOptions``.
 
     Raises:
@@ -125,6 +127,7 @@ class ReconstructOptions:
     undistort: bool = False
     compare: str | None = None
     device: str = "auto"
+    workers: int | None = 1
     seed: int = 0
     threads: int = -1
 
@@ -364,6 +367,7 @@ class _Reconstruction:
             camera=self.camera,
             masks=None if options.masks is None else Path(options.masks),
             overwrite=self.overwrite,
+            workers=options.workers,
             progress=self.progress,
         )
         self.summary.pairs = {
