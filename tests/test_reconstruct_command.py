@@ -9,6 +9,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position
-from tiepoints.jobs.mapping import View
+from tiepoints.jobs.mapping import View, not_contained
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
 
@@ -374,3 +375,18 @@ def test_models_are_found_for_a_training(result):
     expected = [(base / "model" / "sparse" / "0", base / "photos")]
     for folder in (base / "model", base / "model" / "sparse" / "0"):
         assert find_models(folder) == expected
+
+
+def test_models_contained_in_a_larger_one_are_dropped():
+    class Named:
+        def __init__(self, *names):
+            self.names = names
+
+        def reg_image_ids(self):
+            return list(range(len(self.names)))
+
+        def image(self, index):
+            return SimpleNamespace(name=self.names[index])
+
+    whole, part, other = Named("a", "b", "c", "d"), Named("b", "c", "d"), Named("d", "e", "f")
+    assert not_contained([whole, part, other]) == [whole, other]

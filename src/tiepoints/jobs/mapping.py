@@ -103,7 +103,8 @@ def map_images(
         progress: show the number of registered images.
 
     Returns:
-        ``pycolmap.Reconstruction`` of each model without colors, that of the most images first.
+        ``pycolmap.Reconstruction`` of each model without colors, that of the most images first;
+        without those whose images are all in larger ones.
 
     Raises:
         DataError: COLMAP fails.
@@ -116,10 +117,24 @@ def map_images(
         models = _map_once(database, work, options, seed, images, progress)
         models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
         if not best or (models and models[0].num_reg_images() > best[0].num_reg_images()):
-            best = models
+            best = not_contained(models)
         if images is None or (best and best[0].num_reg_images() >= SUFFICIENT_SHARE * len(images)):
             break
     return best
+
+
+def not_contained(models: list[Any]) -> list[Any]:
+    """The models that have an image which those before them do not have: the mapper tries again
+    from another pair, also of images that are in a model.
+    """
+    kept: list[Any] = []
+    seen: set[str] = set()
+    for model in models:
+        names = {model.image(image).name for image in model.reg_image_ids()}
+        if not names <= seen:
+            kept.append(model)
+        seen |= names
+    return kept
 
 
 def _map_once(
