@@ -37,9 +37,10 @@ class DetectOptions:
     Attributes:
         num_keypoints: maximum number of keypoints per image.
         official: the published extraction, including its errors (docs/models.md).
-        per_scale: keep a keypoint on every level where it is detected, with the level's scale, for
-            matching across large scale changes; False keeps one keypoint per location, on the level
-            with the strongest response, with a continuous scale. ``official`` always keeps all.
+        per_scale: keep a keypoint on every level where it is detected, with the level's scale;
+            False keeps one keypoint per location, on the level with the strongest response, with a
+            continuous scale; None = the network's (``DetectorSpec``). ``official`` always keeps
+            all.
         up_levels, down_levels: enlarged and reduced pyramid levels; None = as published for the
             network (``DetectorSpec``).
         nms_window: odd side of the suppression window in pixels of the level.
@@ -56,7 +57,7 @@ class DetectOptions:
 
     num_keypoints: int = EXTRACT_NUM_KEYPOINTS
     official: bool = False
-    per_scale: bool = False
+    per_scale: bool | None = None
     up_levels: int | None = None
     down_levels: int | None = None
     nms_window: int = NMS_WINDOW

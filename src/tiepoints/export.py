@@ -224,7 +224,14 @@ def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]
     defaults = spec.up_levels, spec.down_levels
     up, down = (d if n is None else n for n, d in zip(levels, defaults, strict=True))
     shape = options.nms_shape or spec.nms_shape
-    chosen = replace(options, single_scale=False, up_levels=up, down_levels=down, nms_shape=shape)
+    chosen = replace(
+        options,
+        single_scale=False,
+        up_levels=up,
+        down_levels=down,
+        nms_shape=shape,
+        per_scale=options.keeps_scales,
+    )
     descriptor = parts.get("descriptor")
     graph = PipelineGraph(
         parts["detector"].net,

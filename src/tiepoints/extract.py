@@ -37,7 +37,7 @@ from .patches import PATCH_SIZE
 from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
 from .regions import TILE_PIXELS
 from .structs import Features, Keypoints
-from .weights import digest, int8_graph, load, load_graph, passed_gate
+from .weights import NETWORKS, digest, int8_graph, load, load_graph, passed_gate, table
 
 logger = logging.getLogger(__name__)
 Detect: TypeAlias = Callable[..., list[Keypoints]]
@@ -149,6 +149,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             if f.name not in ("device", "memory", "backend")
         }
         content["precision"] = recorded_precision(self.chosen_precision)
+        content["per_scale"] = self.keeps_scales
         for name in ("detector", "descriptor"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
@@ -166,6 +167,14 @@ class ExtractOptions(ReadOptions, DetectOptions):
             role: digest(name, int8=int8) for role, name in names.items() if isinstance(name, str)
         }
         return {role: value for role, value in found.items() if value is not None}
+
+    @property
+    def keeps_scales(self) -> bool:
+        """``per_scale``, where None is the choice of the network."""
+        if self.per_scale is not None:
+            return self.per_scale
+        spec = detector_spec(self.detector)
+        return spec is not None and spec.per_scale
 
     @property
     def chosen_precision(self) -> str:
@@ -257,7 +266,14 @@ class ExtractOptions(ReadOptions, DetectOptions):
         )
         # the published extraction has a square suppression window
         shape = self.nms_shape or ("square" if self.official else spec.nms_shape)
-        options = replace(self, single_scale=False, up_levels=up, down_levels=down, nms_shape=shape)
+        options = replace(
+            self,
+            single_scale=False,
+            up_levels=up,
+            down_levels=down,
+            nms_shape=shape,
+            per_scale=self.keeps_scales,
+        )
         detect: Detect
         if self.official and spec.official is not None:
             detect = spec.official(net.to(device), options)
@@ -464,6 +480,23 @@ def detector_network(detector: str | nn.Module) -> nn.Module:
     return load_file(detector) if detector not in DETECTORS else load(detector)
 
 
+def detector_spec(detector: str | nn.Module) -> DetectorSpec | None:
+    """The spec of a detector, None for a network without one.
+
+    Raises:
+        WeightsError, FileNotFoundError: the file cannot be read.
+    """
+    kind: Any = detector
+    if isinstance(detector, str):
+        if detector in DETECTORS:
+            kind = NETWORKS[table()[detector]["network"]]
+        else:
+            status = Path(detector).stat()
+            kind = _network_class(detector, status.st_size, status.st_mtime_ns)
+    spec = spec_of(kind)
+    return spec if isinstance(spec, DetectorSpec) else None
+
+
 def load_file(path: str) -> nn.Module:
     """The network of a weights file, ours, one with an eight-bit graph, or an official
     checkpoint.
@@ -497,8 +530,13 @@ def network_label(name: str | nn.Module | None) -> str:
 
 
 @lru_cache
+def _network_class(path: str, size: int, mtime_ns: int) -> type[nn.Module]:
+    return type(load_file(path))
+
+
 def _network_type(path: str, size: int, mtime_ns: int) -> str:
-    return type(load_file(path)).__name__.lower().removeprefix("legacy").removeprefix("fused")
+    name = _network_class(path, size, mtime_ns).__name__
+    return name.lower().removeprefix("legacy").removeprefix("fused")
 
 
 def build_descriptor(

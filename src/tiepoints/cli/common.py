@@ -138,8 +138,12 @@ CutRatioOption = Annotated[
     ),
 ]
 PerScaleOption = Annotated[
-    bool,
-    typer.Option("--per-scale", help="Keep one keypoint per scale, instead of one per location."),
+    bool | None,
+    typer.Option(
+        "--per-scale/--per-location",
+        help="Keep keypoints of one location at several scales, or one of them (default: per scale "
+        "for Key.Net, else per location).",
+    ),
 ]
 CameraOption = Annotated[
     str,

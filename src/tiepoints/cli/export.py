@@ -60,7 +60,7 @@ def export(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     single_scale: SingleScaleOption = False,
-    per_scale: PerScaleOption = False,
+    per_scale: PerScaleOption = None,
     pyramid_levels: PyramidLevelsOption = None,
     upsampled_levels: UpsampledLevelsOption = None,
     nms_size: NmsSizeOption = None,

@@ -55,7 +55,7 @@ def imc(
     orientation: OrientationOption = None,
     upright: UprightOption = False,
     single_scale: SingleScaleOption = False,
-    per_scale: PerScaleOption = False,
+    per_scale: PerScaleOption = None,
     official: OfficialOption = False,
     pyramid_levels: PyramidLevelsOption = None,
     upsampled_levels: UpsampledLevelsOption = None,

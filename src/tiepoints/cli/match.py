@@ -110,7 +110,7 @@ def match(
         float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 2.0,
     single_scale: SingleScaleOption = False,
-    per_scale: PerScaleOption = False,
+    per_scale: PerScaleOption = None,
     official: OfficialOption = False,
     pyramid_levels: PyramidLevelsOption = None,
     upsampled_levels: UpsampledLevelsOption = None,

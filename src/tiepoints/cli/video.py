@@ -95,7 +95,8 @@ def live(
         and output.samefile(source[0])
     ):
         fail(f"--output {output} is the source; use another file")
-    options = extract_options(context)
+    # a keypoint at every scale of a location would be a track of its own
+    options = dataclasses.replace(extract_options(context), per_scale=False)
     from ..jobs.video import VideoFile, VideoFrames, Window, open_source
     from ..jobs.video import live as run
     from ..memory import keep_freed

@@ -232,7 +232,7 @@ def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Optio
         "upright": {"upright": True},
         "ti": {"single_scale": True},
     }
-    choice: dict[str, Any] = {"single_scale": options.single_scale}
+    choice: dict[str, Any] = {"single_scale": options.single_scale, "per_scale": False}
     for mode in modes:
         choice |= choices.get(mode, {"orientation": mode})
     extraction = dict(options.extraction)

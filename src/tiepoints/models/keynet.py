@@ -186,7 +186,9 @@ class KeyNet(nn.Module):
         ValueError: an argument is outside these limits.
     """
 
-    spec = DetectorSpec()
+    #: A patch descriptor needs the scale of its keypoint, and that of the strongest response is
+    #: often another one in the other image (docs/scales.md).
+    spec = DetectorSpec(per_scale=True)
 
     # Flat keywords, because weights files store them as the settings of the network.
     def __init__(

@@ -18,6 +18,7 @@ class DetectorSpec:
     Attributes:
         up_levels, down_levels: enlarged and reduced pyramid levels of the published extraction.
         nms_shape: shape of the suppression window, ``square`` or ``round``.
+        per_scale: whether extraction keeps keypoints of one location on several levels by default.
         scale_power: scores are multiplied by the scale of their level to this power before levels
             are compared.
         angles: whether the network also estimates the orientation of keypoints.
@@ -28,6 +29,7 @@ class DetectorSpec:
     up_levels: int = 1
     down_levels: int = 4
     nms_shape: str = "square"
+    per_scale: bool = False
     scale_power: float = 2.0
     angles: bool = False
     official: Callable[[nn.Module, Any], Callable[..., Any]] | None = None

@@ -251,7 +251,14 @@ class PosedCheck:
 
     def __init__(self, scenes: list[TrackScene], detector: str | nn.Module = "keynet"):
         self.pairs = reconstruction_pairs(scenes, POSED_PAIRS, VALIDATION_SEED)
-        extractor = build(detector, None, num_keypoints=POSED_KEYPOINTS, up_levels=0, device="cpu")
+        extractor = build(
+            detector,
+            None,
+            num_keypoints=POSED_KEYPOINTS,
+            up_levels=0,
+            per_scale=False,
+            device="cpu",
+        )
         self.images: dict[Path, Tensor] = {}
         for path in dict.fromkeys(path for pair in self.pairs for path in pair.images):
             try:
