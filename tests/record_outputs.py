@@ -17,7 +17,7 @@ from tiepoints import build
 FILE = Path(__file__).parent / "data" / "outputs.npz"
 #: Name -> detector, descriptor, options.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "keynet_hardnet": ("keynet", "hardnet", {}),
+    "keynet_hardnet": ("keynet", "hardnet", {"per_scale": False}),
     "tiny_hynet_single": ("keynet-tiny", "hynet", {"single_scale": True}),
     "sobelnet_desnet": ("sobelnet", "desnet", {}),
     "rekd_light_sosnet": ("rekd-light", "sosnet", {}),

@@ -34,7 +34,7 @@ def photo() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def extractor():
-    return build("keynet", "rootsift", num_keypoints=400, device="cpu")
+    return build("keynet", "rootsift", num_keypoints=400, precision="float32", device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -201,10 +201,10 @@ def test_single_scale_and_multiple_levels(photo):
 
 
 def test_duplicates_across_scales_are_removed(photo):
-    f = build("keynet", None, num_keypoints=2000, device="cpu").extract(photo)
+    f = build("keynet", None, num_keypoints=2000, per_scale=False, device="cpu").extract(photo)
     distance = torch.cdist(f.xy, f.xy) + torch.eye(len(f)) * 100
     assert distance.min() > 1.5
-    every = build("keynet", None, num_keypoints=2000, per_scale=True, device="cpu").extract(photo)
+    every = build("keynet", None, num_keypoints=2000, device="cpu").extract(photo)
     distance = torch.cdist(every.xy, every.xy) + torch.eye(len(every)) * 100
     assert (distance.min(dim=1).values < 1.5).float().mean() > 0.3
     levels = torch.log2(every.scale) * 2

@@ -336,7 +336,7 @@ def test_page_works_with_the_keyboard_and_offline(runtime, tmp_path):
         server.server_close()
         browser.run("location.reload()")
         browser.wait(f"{STATE} == 'ready'")
-        focused = "document.activeElement.id || document.activeElement.type"
+        focused = "document.activeElement?.id || document.activeElement?.type"
         reached = []
         for _ in range(12):
             browser.press("Tab")

@@ -418,7 +418,7 @@ def run_by(
     if isinstance(stack, StoredGraph):
         opened = copy.deepcopy(quick)
         opened.stack = stack.open(backend)
-        return opened
+        return _without_floor(opened)
     if precision == "int8":
         return _int8(quick, backend, graph)
     if stack is None and hasattr(quick, "part") and backend in EXTRAS:
@@ -462,8 +462,17 @@ def _int8(net: nn.Module, backend: str, graph: Path | None) -> nn.Module:
             problem = str(error)
         if not problem:
             net.stack = stack
-            return net
+            return _without_floor(net)
     raise WeightsError(f"{graph} cannot be used with {names[-1]}: {problem}")
+
+
+def _without_floor(net: nn.Module) -> nn.Module:
+    """The network without its stored response to a constant image, which is another one in eight
+    bits, so that the detector measures it.
+    """
+    if hasattr(net, "floor"):
+        net.floor = None  # type: ignore[assignment]
+    return net
 
 
 class _Whole(nn.Module):

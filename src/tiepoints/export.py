@@ -220,6 +220,8 @@ def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]
         raise ValueError(_no_int8(" or ".join(without)))
     for name in without if int8 else ():
         logger.warning("%s has no eight-bit graph and stays in float32", name)
+    if parts["detector"].int8 is not None:  # another one than in float32
+        parts["detector"].net.floor = response_floor(parts["detector"].reference())  # type: ignore[assignment]
     levels = (0, 0) if options.single_scale else (options.up_levels, options.down_levels)
     defaults = spec.up_levels, spec.down_levels
     up, down = (d if n is None else n for n, d in zip(levels, defaults, strict=True))
@@ -334,8 +336,6 @@ def _part(name: Any, *, int8: bool) -> _Part:
         if not int8:
             raise ValueError(f"{name} has weights of eight bits; export it with --int8")
         net = load_beside_graph(Path(name))
-        if isinstance(spec_of(net), DetectorSpec) and net.floor is None:
-            net.floor = response_floor(load_graph(Path(name)))
         return _Part(name, net, Path(name))
     net = load(name) if name in (*DETECTORS, *DESCRIPTORS) else load_file(name)
     return _Part(name, net, int8_graph(name) if int8 else None)

@@ -306,7 +306,9 @@ class FusedKeyNet(nn.Module):
 
     def __init__(self, net: KeyNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.offset, self.floor = net.offset, net.floor
+        self.offset = net.offset
+        # the response to a constant image is another one in another precision: measured when needed
+        self.floor = net.floor if dtype == torch.float32 else None
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.plain = ConvStack(folded).to(dtype)

@@ -323,7 +323,9 @@ class FusedREKD(nn.Module):
 
     def __init__(self, net: REKD, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.offset, self.floor, self.group = net.offset, net.floor, net.group
+        self.offset, self.group = net.offset, net.group
+        # the response to a constant image is another one in another precision: measured when needed
+        self.floor = net.floor if dtype == torch.float32 else None
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         trunk = self.reference.trunk
         self.convs = nn.ModuleList(

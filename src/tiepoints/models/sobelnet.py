@@ -152,7 +152,9 @@ class FusedSobelNet(nn.Module):
 
     def __init__(self, net: SobelNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.offset, self.floor, self.ratio = net.offset, net.floor, net.ratio
+        self.offset, self.ratio = net.offset, net.ratio
+        # the response to a constant image is another one in another precision: measured when needed
+        self.floor = net.floor if dtype == torch.float32 else None
         self.reference = copy.deepcopy(net).eval().requires_grad_(False)
         folded = [fuse_conv_bn_eval(block[0], block[1]) for block in self.reference.blocks]  # type: ignore[index]
         self.plain = ConvStack(folded).to(dtype)
