@@ -19,7 +19,7 @@ import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position
-from tiepoints.jobs.mapping import View, not_contained
+from tiepoints.jobs.mapping import View, not_contained, write_models
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
 
@@ -368,6 +368,14 @@ def test_numbers_of_sift_are_compared(result):
     assert summary.sift["registered"] >= 4
     assert "Compared with SIFT" in (out / "report.html").read_text(encoding="utf-8")
     assert len(list((out / "dense" / "images").iterdir())) == model.num_reg_images()
+
+
+def test_no_model_is_an_empty_folder(tmp_path):
+    """As of SIFT on photographs that it cannot match."""
+    (tmp_path / "sparse" / "0").mkdir(parents=True)
+    write_models([], tmp_path / "sparse")
+    assert [path.name for path in tmp_path.iterdir()] == ["sparse"]
+    assert not list((tmp_path / "sparse").iterdir())
 
 
 def test_models_are_found_for_a_training(result):

@@ -189,6 +189,7 @@ def write_models(models: list[Any], folder: Path) -> None:
     require_space(folder.parent, POINT_BYTES * size + 2**20)
     tmp_path = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(tmp_path, ignore_errors=True)
+    tmp_path.mkdir()  # of no model, an empty folder
     for index, model in enumerate(models):
         (tmp_path / str(index)).mkdir(parents=True)
         model.write(tmp_path / str(index))
