@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,8 @@ class Command:
             time.sleep(0.001)
         self.process.join(after)
         if self.process.exitcode is None:
-            (os.killpg if self.group else os.kill)(self.process.pid, number)
+            with suppress(ProcessLookupError):  # it has ended since
+                (os.killpg if self.group else os.kill)(self.process.pid, number)
 
 
 def handles_signals(pid: int) -> bool:
