@@ -82,17 +82,18 @@ def test_openvino_runs_a_pipeline():
     core = openvino.Core()
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     model = core.compile_model(core.read_model(PIPELINE), "CPU", settings)
-    extractor = Extractor(PIPELINE, num_keypoints=150)
+    # the weakest of more keypoints have scores of 1e-5 of the largest: rounding moves them
+    extractor = Extractor(PIPELINE, num_keypoints=60)
     for size in ((200, 150), (161, 183)):
         image = np.asarray(texture(1, size).convert("L"), np.float32) / 255
-        result = model({"image": image[None, None], "max_keypoints": np.array([150])})
+        result = model({"image": image[None, None], "max_keypoints": np.array([60])})
         xy, scales, _, descriptors = (result[output] for output in model.outputs)
         expected = extractor.extract_gray(image)
         a, b = np.c_[expected.keypoints, expected.scales], np.c_[xy, scales]
         distance = np.abs(a[:, None] - b[None]).max(axis=2)
         common = distance.min(axis=1) < 1e-2
-        assert len(a) > 80
-        assert common.mean() > 0.9
+        assert len(a) == len(b) == 60
+        assert common.mean() > 0.97
         near = distance.argmin(axis=1)[common]
         cosines = (descriptors[near] * expected.descriptors[common]).sum(axis=1)
         assert cosines.min() > 0.999

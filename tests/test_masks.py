@@ -172,7 +172,8 @@ def test_thermal_images_match_with_automatic_range(tmp_path, caplog):
     tifffile.imwrite(tmp_path / "b.tif", (warped + noise).astype(np.uint16))
     correct = {}
     for value_range in ("type", "auto"):
-        extraction = ExtractOptions(num_keypoints=500, value_range=value_range)
+        # per location, because repeated ones are counted more often
+        extraction = ExtractOptions(num_keypoints=500, per_scale=False, value_range=value_range)
         with caplog.at_level(logging.WARNING, "tiepoints"):
             caplog.clear()
             options = MatchOptions(geometry="homography")
@@ -183,7 +184,7 @@ def test_thermal_images_match_with_automatic_range(tmp_path, caplog):
         error = projected[:, :2] / projected[:, 2:] - result.xy_b.numpy()
         correct[value_range] = int((np.linalg.norm(error, axis=1) < 3).sum())
     assert correct["auto"] >= 200
-    assert correct["auto"] > correct["type"]
+    assert correct["auto"] > 1.2 * correct["type"]
 
 
 def test_rotated_photos_match_the_landscape(tmp_path):

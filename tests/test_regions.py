@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -287,6 +290,31 @@ def test_parts_and_images_follow_from_the_memory():
         ExtractOptions(memory=BASE)
     with pytest.raises(ValueError, match="max_size"):
         ExtractOptions(max_size=3)
+
+
+def test_freed_memory_is_kept():
+    """Maps that are computed again and again do not ask the system for new pages."""
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("glibc only")
+    script = (
+        "import resource, sys, numpy as np\n"
+        "from tiepoints.memory import keep_freed\n"
+        "if sys.argv[1:]: keep_freed(large_blocks=sys.argv[1] == 'large')\n"
+        "for size in (2_000_000, 12_000_000):\n"
+        "    np.ones(size)\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(8): np.ones(size), np.ones(size)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {}
+    for kept in ("", "small", "large"):
+        command = [sys.executable, "-c", script, *([kept] if kept else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        faults[kept] = [int(line) for line in done.stdout.split()]
+    # blocks of 16 MB, then of 96 MB
+    assert faults["small"][0] < faults[""][0] / 2
+    assert faults["small"][1] > faults[""][1] / 2
+    assert max(faults["large"]) < min(faults[""]) / 2
 
 
 def test_memory_does_not_change_the_settings_of_results():

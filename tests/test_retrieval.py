@@ -218,7 +218,8 @@ def test_candidates_are_ordered_by_matches():
 
 
 def test_many_images_are_searched_with_faiss_if_installed(monkeypatch, caplog):
-    table = torch.nn.functional.normalize(torch.randn(60, 8), dim=1).half()
+    generator = torch.Generator().manual_seed(0)
+    table = torch.nn.functional.normalize(torch.randn(60, 8, generator=generator), dim=1).half()
     rows = torch.arange(60)
     excluded = torch.stack([rows - 2, rows + 3], dim=1)
     exact = most_similar(table, table, 5, excluded)
@@ -229,4 +230,10 @@ def test_many_images_are_searched_with_faiss_if_installed(monkeypatch, caplog):
         assert torch.equal(similar_images(table, table, 5, excluded), exact)
         assert "tiepoints[faiss]" in caplog.text
     else:
-        assert torch.equal(similar_images(table, table, 5, excluded), exact)
+        found = similar_images(table, table, 5, excluded)
+        assert found.shape == exact.shape
+        assert (found == exact).float().mean() > 0.97  # equal ones are ordered by rounding
+        similarity = table.float() @ table.float().T
+        torch.testing.assert_close(
+            similarity.gather(1, found), similarity.gather(1, exact), atol=1e-3, rtol=0
+        )

@@ -42,7 +42,7 @@ from .graphs import LEAST_SIDE, MAX_SIDE, ColmapGraph, PipelineGraph, network_gr
 from .models.patchnets import PATCH_SIZE
 from .models.spec import DetectorSpec, PatchSpec, spec_of
 from .names import DESCRIPTORS, DETECTORS
-from .translation import OPSETS, translate
+from .onnx_conversion import OPSETS, convert
 from .weights import (
     file_checksum,
     int8_graph,
@@ -115,7 +115,7 @@ def export_network(
         shapes = _sides() if int8 else {0: dim("b", min=1), **_sides()}
         output_name = "scores" if isinstance(spec_of(part.net), DetectorSpec) else "descriptor_map"
         names, images = ("image", output_name), [picture(size) for size, _ in CHECKS]
-    model = translate(graph, (example,), [shapes], [names[0]], [names[1]], opset=opset)
+    model = convert(graph, (example,), [shapes], [names[0]], [names[1]], opset=opset)
     describe(model, form="network", parts={"network": part}, input=names[0])
     session = session_of(model)
     found = [session.run(None, {names[0]: image.numpy()})[0] for image in images]
@@ -163,7 +163,7 @@ def export_pipeline(
     if form == "colmap":
         if not options.described:
             raise ValueError("the form colmap needs a descriptor")
-        model = translate(
+        model = convert(
             ColmapGraph(pipeline).eval(),
             (torch.rand(1, 3, 96, 128), torch.tensor(20), torch.tensor(MIN_SCORE)),
             [_sides(), {}, {}],
@@ -172,7 +172,7 @@ def export_pipeline(
             opset=opset,
         )
     else:
-        model = translate(
+        model = convert(
             pipeline,
             (torch.rand(1, 3, 97, 131), torch.tensor([20])),
             [{1: dim("channels", min=2, max=3), **_sides()}, {}],
@@ -222,23 +222,11 @@ def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]
         logger.warning("%s has no eight-bit graph and stays in float32", name)
     if parts["detector"].int8 is not None:  # another one than in float32
         parts["detector"].net.floor = response_floor(parts["detector"].reference())  # type: ignore[assignment]
-    levels = (0, 0) if options.single_scale else (options.up_levels, options.down_levels)
-    defaults = spec.up_levels, spec.down_levels
-    up, down = (d if n is None else n for n, d in zip(levels, defaults, strict=True))
-    shape = options.nms_shape or spec.nms_shape
-    chosen = replace(
-        options,
-        single_scale=False,
-        up_levels=up,
-        down_levels=down,
-        nms_shape=shape,
-        per_scale=options.keeps_scales,
-    )
     descriptor = parts.get("descriptor")
     graph = PipelineGraph(
         parts["detector"].net,
         None if descriptor is None else descriptor.net,
-        chosen,
+        options.resolved(spec),
         (parts["detector"].int8, None if descriptor is None else descriptor.int8),
     )
     return graph.eval(), parts

@@ -49,13 +49,12 @@ class _Limits:
 LIMITS = _Limits("torch", 1e-4, 1e-3, 2e-2, 1e-3, 0.99)
 #: Values near the limit between two steps of eight bits are rounded to either.
 INT8_LIMITS = _Limits("the eight-bit network of the package", 5e-2, 5e-2, 1.0, 0.1, 0.95)
-
-
 #: Least fidelity of an eight-bit file (``checked``).
 LEAST_FIDELITY = 0.9
 
 
 def session_of(model: Any) -> Any:
+    """ONNX Runtime's session of a model, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -75,6 +74,7 @@ def picture(size: tuple[int, int]) -> Tensor:
 
 
 def patches(count: int) -> Tensor:
+    """Parts (N,1,32,32) of different pictures."""
     pictures = [picture((PATCH_SIZE + i, PATCH_SIZE + 3)) for i in range(count)]
     return torch.cat([picture[..., :PATCH_SIZE, :PATCH_SIZE] for picture in pictures])
 

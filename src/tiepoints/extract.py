@@ -243,6 +243,26 @@ class ExtractOptions(ReadOptions, DetectOptions):
         """Whether the features have descriptors."""
         return self.descriptor not in (None, "none")
 
+    def resolved(self, spec: DetectorSpec) -> ExtractOptions:
+        """The options with those of a detector's spec where they are None: levels, 0 with
+        ``single_scale``, suppression window and ``per_scale``.
+        """
+        levels = (0, 0) if self.single_scale else (self.up_levels, self.down_levels)
+        up, down = (
+            default if level is None else level
+            for level, default in zip(levels, (spec.up_levels, spec.down_levels), strict=True)
+        )
+        # the published extraction has a square suppression window
+        shape = self.nms_shape or ("square" if self.official else spec.nms_shape)
+        return replace(
+            self,
+            single_scale=False,
+            up_levels=up,
+            down_levels=down,
+            nms_shape=shape,
+            per_scale=spec.per_scale if self.per_scale is None else self.per_scale,
+        )
+
     def build(self) -> Extractor:
         """Build the extractor.
 
@@ -258,34 +278,22 @@ class ExtractOptions(ReadOptions, DetectOptions):
             raise ValueError(
                 f"a {type(net).__name__} detects no keypoints; use it as the descriptor"
             )
-        spec = spec or DetectorSpec()
-        levels = (0, 0) if self.single_scale else (self.up_levels, self.down_levels)
-        up, down = (
-            default if level is None else level
-            for level, default in zip(levels, (spec.up_levels, spec.down_levels), strict=True)
-        )
-        # the published extraction has a square suppression window
-        shape = self.nms_shape or ("square" if self.official else spec.nms_shape)
-        options = replace(
-            self,
-            single_scale=False,
-            up_levels=up,
-            down_levels=down,
-            nms_shape=shape,
-            per_scale=self.keeps_scales,
-        )
+        known, spec = spec is not None, spec or DetectorSpec()
+        options = self.resolved(spec)
+        assert options.up_levels is not None
+        assert options.down_levels is not None
+        precision = "float32" if self.official else float_precision(self.chosen_precision, device)
         detect: Detect
         if self.official and spec.official is not None:
             detect = spec.official(net.to(device), options)
         else:
             graph = self._graph("detector")
-            half = isinstance(spec_of(net), DetectorSpec) and not self.official
-            precision = float_precision(self.chosen_precision, device) if half else "float32"
+            own = precision if known else "float32"  # of a network of the user
             detect = ScoreMapDetector(
                 run_by(
                     net,
                     self.backend,
-                    precision if graph is None else "int8",
+                    own if graph is None else "int8",
                     device=device,
                     graph=graph,
                 ),
@@ -308,12 +316,12 @@ class ExtractOptions(ReadOptions, DetectOptions):
             orient=build_orientation(
                 self.orientation,
                 device,
-                precision=float_precision(self.chosen_precision, device),
+                precision=precision,
                 backend=self.backend,
                 tile_pixels=tile_pixels(self.memory),
             ),
-            up_levels=up,
-            down_levels=down,
+            up_levels=options.up_levels,
+            down_levels=options.down_levels,
             max_size=self.max_size,
             device=device,
             options=self,

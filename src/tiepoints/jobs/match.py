@@ -774,7 +774,9 @@ class _Matching:
             jobs = [(shard.path(self.output), part) for shard, part in blocks(todo, size)]
             for found in cluster.run(_shard_matcher, arguments, jobs):
                 if isinstance(found, Lost):
-                    logger.warning("a Ray worker ended (%s); this process does its pairs", found)
+                    logger.warning(
+                        "a Ray worker ended (%s); this process does its pairs", found.reason
+                    )
                 else:
                     bar.update(found.done + found.skipped + len(found.failed))
         shards.scan()

@@ -1,4 +1,4 @@
-"""Translation of the modules of ``graphs`` into ONNX models."""
+"""Conversion of the modules of ``graphs`` to ONNX models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _without_messages() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def translate(
+def convert(
     module: nn.Module,
     example: tuple[Tensor, ...],
     shapes: list[dict[int, Any]],
@@ -56,7 +56,6 @@ def translate(
         shapes: of each input, dimension -> ``torch.export.Dim`` of those of any size.
         inputs, outputs: their names.
         opset: version of the operator set, in ``OPSETS``.
-
     """
     from onnxscript import opset18 as op
 
