@@ -1,15 +1,18 @@
-"""Matching of views of reconstructions with known cameras: correct matches, subpixel refinement,
-and rotated cameras.
+"""Matching of views of reconstructions with known cameras: correct matches, poses, subpixel
+refinement, and rotated cameras.
 
     python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
         [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--upsampled-levels N] [--nms-size N]
-        [--out FILE.json]
+        [--max-size N] [--per-scale | --no-per-scale] [--out FILE.json]
 
 SCENES: folders with COLMAP models and their images (docs/training.md). A system is
 DETECTOR+DESCRIPTOR, each a name or a weights file. A match is correct within 2 px of the epipolar
 lines in both images. Columns:
 
     right %      correct matches divided by the smaller number of keypoints, without refinement
+    correct      mean number of correct matches, without refinement
+    cells        mean number of squares of 8 px of the first image with a correct match
+    AUC@5        area under the recall curve of the relative pose up to 5 degrees, after refinement
     0.5, 1 px    fraction of matches within this distance of the epipolar lines, before (detected)
                  and after refinement
     time         processor time of refinement divided by that of matching (without extraction)
@@ -35,10 +38,12 @@ from common import machine
 from tiepoints.auto_orientation import PairMatcher, can_reorient
 from tiepoints.datasets.reconstructions import read_scenes
 from tiepoints.datasets.tracks import ReconstructionPair, reconstruction_pairs
+from tiepoints.estimation import relative_pose
 from tiepoints.extract import Extractor, build
 from tiepoints.geometry import sample_at, warp_points
 from tiepoints.image import load_image
 from tiepoints.matching import match
+from tiepoints.metrics.geometry import error_auc, pose_error
 from tiepoints.refine import refine_matches
 from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features
@@ -46,6 +51,8 @@ from tiepoints.weights import load
 
 MAX_DISTANCE = 2.0
 SMALL_DISTANCES = (0.5, 1.0)
+#: Side in pixels of the squares that are counted, and largest error in pixels of the relative pose.
+CELL, POSE_THRESHOLD = 8, 1.0
 SEED = 11
 
 
@@ -81,6 +88,19 @@ def count_correct(
     return int((pair.errors(xy_a.numpy(), xy_b.numpy()) <= threshold).sum()) if len(xy_a) else 0
 
 
+def pose_error_of(pair: ReconstructionPair, xy_a: Tensor, xy_b: Tensor) -> float:
+    """Error in degrees of the relative pose estimated from matches (K,2); 180 without one."""
+    sides = []
+    for camera, focal, xy in zip(pair.cameras, pair.focal, (xy_a, xy_b), strict=True):
+        K = torch.diag(torch.tensor([focal, focal, 1.0], dtype=torch.float64))
+        sides.append((torch.from_numpy(focal * camera(xy.double().numpy())), K))
+    (a, K_a), (b, K_b) = sides
+    pose = relative_pose(a, b, K_a, K_b, threshold=POSE_THRESHOLD, verify=False).model
+    if pose is None:
+        return 180.0
+    return pose_error(pose[:, :3], pose[:, 3], torch.from_numpy(pair.T_ab))
+
+
 def measure(
     extract: Extractor, pairs: list[ReconstructionPair], rotations: list[float]
 ) -> dict[str, Any]:
@@ -92,6 +112,7 @@ def measure(
         path: extract.extract(image) for path, image in images.items()
     }
     rates, matches = [], 0
+    counts, cells, errors = [], [], []
     within = {(kind, t): 0 for kind in ("detected", "refined") for t in SMALL_DISTANCES}
     spent = {"match": 0.0, "refine": 0.0}
     for pair in pairs:
@@ -102,12 +123,22 @@ def measure(
         refined = refine_matches(a, b, found, (images[pair.images[0]], images[pair.images[1]]))
         spent["match"] += between - started
         spent["refine"] += time.process_time() - between
-        rates.append(count_correct(pair, *found.positions(a, b)) / max(1, min(len(a), len(b))))
+        xy_a, xy_b = found.positions(a, b)
+        right = torch.from_numpy(pair.errors(xy_a.numpy(), xy_b.numpy()) <= MAX_DISTANCE)
+        counts.append(int(right.sum()))
+        cells.append(len((xy_a[right] / CELL).floor().unique(dim=0)))
+        errors.append(pose_error_of(pair, *refined.positions(a, b)))
+        rates.append(counts[-1] / max(1, min(len(a), len(b))))
         matches += len(found)
         for kind, kind_matches in (("detected", found), ("refined", refined)):
             for t in SMALL_DISTANCES:
                 within[kind, t] += count_correct(pair, *kind_matches.positions(a, b), t)
-    result: dict[str, Any] = {"right %": 100 * float(np.mean(rates))}
+    result: dict[str, Any] = {
+        "right %": 100 * float(np.mean(rates)),
+        "correct": float(np.mean(counts)),
+        "cells": float(np.mean(cells)),
+        "AUC@5": 100 * error_auc(errors, [5])[0],
+    }
     for (kind, t), count in within.items():
         result[f"{t:g} px, {kind} %"] = 100 * count / max(1, matches)
     result["time"] = spent["refine"] / max(spent["match"], 1e-9)
@@ -162,13 +193,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-keypoints", type=int, default=1000)
     parser.add_argument("--upsampled-levels", type=int, help="enlarged levels of the pyramid")
     parser.add_argument("--nms-size", type=int, help="side of the suppression window in pixels")
+    parser.add_argument("--max-size", type=int, help="longest side of the images in pixels")
+    parser.add_argument("--per-scale", action=argparse.BooleanOptionalAction)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     pairs = reconstruction_pairs(read_scenes(args.scenes), args.pairs, SEED)
     options = {"num_keypoints": args.num_keypoints, "up_levels": args.upsampled_levels}
-    if args.nms_size is not None:
-        options["nms_window"] = args.nms_size
+    given = {"nms_window": args.nms_size, "max_size": args.max_size, "per_scale": args.per_scale}
+    options |= {name: value for name, value in given.items() if value is not None}
     rotations = [float(part) for part in args.rotations.split(",") if part]
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):

@@ -343,6 +343,14 @@ def test_the_command_lists_backends_and_times(monkeypatch):
     assert found["processor"] == processor_features()
     assert found["milliseconds"]["torch float32"] > 0
     assert not found["failed"]
+    assert (found["network"], found["input"]) == ("desnet", [1, 1, 480, 640])
+    monkeypatch.setattr("tiepoints.jobs.backends.PATCHES", 3)
+    code, out, _ = call("backends", "--network", "hardnet-light")
+    assert code == 0
+    assert "hardnet-light, 3 patches of 32 x 32 pixels" in out
+    code, _, err = call("backends", "--network", "hardest")
+    assert code == 2
+    assert "network must be one of keynet" in err
 
 
 def test_auto_takes_eight_bits_only_of_systems_that_passed_the_gate(monkeypatch):

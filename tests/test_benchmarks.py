@@ -192,9 +192,13 @@ def test_views(script, world, tmp_path):
     script("views", world[0], *arguments, "--num-keypoints", 100, "--out", out)
     assert written(out)["systems"]["keynet-tiny+rootsift"]["right %"] >= 0
     assert written(out)["options"] == {"num_keypoints": 100, "up_levels": None}
-    changed = ("--upsampled-levels", 0, "--nms-size", 9)
+    row = written(out)["systems"]["keynet-tiny+rootsift"]
+    assert 0 <= row["cells"] <= row["correct"] <= 100
+    assert 0 <= row["AUC@5"] <= 100
+    changed = ("--upsampled-levels", 0, "--nms-size", 9, "--max-size", 200, "--per-scale")
     script("views", world[0], *arguments, *changed, "--num-keypoints", 100, "--out", out)
-    assert written(out)["options"]["nms_window"] == 9
+    options = written(out)["options"]
+    assert (options["nms_window"], options["max_size"], options["per_scale"]) == (9, 200, True)
 
 
 def test_reconstruct(script, world, tmp_path, capsys):

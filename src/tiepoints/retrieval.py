@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -213,7 +214,8 @@ def _by_faiss(queries: Tensor, table: Tensor, count: int, excluded: Tensor) -> T
 
     count = min(count, len(table))
     cells = max(1, int(CELLS * math.sqrt(len(table))))
-    index = faiss.index_factory(table.shape[1], f"IVF{cells},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    kind = f"IVF{cells},SQfp16"
+    index: Any = faiss.index_factory(table.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.nprobe = max(PROBES, cells // PROBES)
     index.train(table[:: max(1, len(table) // (64 * cells))].float().numpy())
     for block in table.split(8 * BLOCK):

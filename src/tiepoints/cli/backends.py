@@ -13,14 +13,19 @@ from .common import JsonOption, print_json, progress_wanted, user_errors
 Calibration = Literal["percentile", "minmax", "entropy"]
 
 
-def backends(as_json: JsonOption = False) -> None:
+def backends(
+    network: Annotated[
+        str, typer.Option(help="Network to time: keynet, sobelnet, hardnet, ...")
+    ] = "desnet",
+    as_json: JsonOption = False,
+) -> None:
     """List what can run the networks on this computer, and time each backend and precision on a
-    small network.
+    network.
     """
     from ..jobs.backends import describe_backends
 
     with user_errors():
-        found = describe_backends()
+        found = describe_backends(network)
     if as_json:
         print_json(dataclasses.asdict(found))
         return
@@ -30,8 +35,9 @@ def backends(as_json: JsonOption = False) -> None:
         typer.echo(f"{name:12s} not installed: {command}")
     features = [name for name, there in found.processor.items() if there]
     typer.echo(f"processor    {', '.join(features) or 'none of the known features'}")
-    height, width = found.size
-    typer.echo(f"{found.network}, {width} x {height} pixels, {found.threads} threads:")
+    count, _, height, width = found.input
+    images = f"{count} patches" if count > 1 else "an image"
+    typer.echo(f"{found.network}, {images} of {width} x {height} pixels, {found.threads} threads:")
     for name, value in sorted(found.milliseconds.items(), key=lambda item: item[1]):
         typer.echo(f"  {name:22s} {value:7.1f} ms")
     for name, reason in found.failed.items():

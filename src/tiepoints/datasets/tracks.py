@@ -423,12 +423,14 @@ class ReconstructionPair:
 
     Attributes:
         images: paths of the images.
+        T_ab: (3,4) float64 [R | t], from coordinates of the first camera to those of the second.
         essential: (3,3), ``x_b^T E x_a = 0`` in normalized coordinates.
         focal: focal lengths of both cameras in pixels.
         cameras: see ``TrackScene``.
     """
 
     images: tuple[Path, Path]
+    T_ab: np.ndarray
     essential: np.ndarray
     focal: tuple[float, float]
     cameras: tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]
@@ -462,11 +464,13 @@ def reconstruction_pairs(
             if order and len(pairs) < count:
                 a, b = scene.pairs[order.pop()]
                 rotation = scene.rotation[b] @ scene.rotation[a].T
-                x, y, z = scene.translation[b] - rotation @ scene.translation[a]
+                translation = scene.translation[b] - rotation @ scene.translation[a]
+                x, y, z = translation
                 essential = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ rotation
                 pairs.append(
                     ReconstructionPair(
                         (scene.images[a], scene.images[b]),
+                        np.c_[rotation, translation],
                         essential,
                         (float(scene.focal[a]), float(scene.focal[b])),
                         (scene.cameras[a], scene.cameras[b]),

@@ -11,11 +11,15 @@ from torch import nn
 from ..backends import EXTRAS, installed, run_by
 from ..device import processor_features
 from ..errors import WeightsError, first_line
+from ..models.patchnets import PATCH_SIZE
+from ..models.spec import PatchSpec, spec_of
 from ..names import BACKENDS, PRECISIONS
-from ..weights import int8_graph, load
+from ..weights import int8_graph, load, table
 
-#: The network that is timed, on images of this height and width.
-NETWORK, SIZE = "desnet", (240, 320)
+#: The network that is timed by default.
+NETWORK = "desnet"
+#: Height and width of the image, and number of patches, on which networks are timed.
+SIZE, PATCHES = (480, 640), 256
 #: Seconds of the whole timing.
 SECONDS = 2.0
 
@@ -29,7 +33,7 @@ class BackendsReport:
         missing: name -> command that installs it.
         processor: feature -> whether the processor has it.
         threads: number of threads of the networks.
-        network, size: what was timed: the network, and height and width of the image.
+        network, input: what was timed: the network, and the shape of its input.
         milliseconds: backend and precision, such as ``torch float32`` -> time of the network.
         failed: backend and precision -> why it cannot run the network.
     """
@@ -38,17 +42,28 @@ class BackendsReport:
     missing: dict[str, str]
     processor: dict[str, bool]
     threads: int
-    network: str = NETWORK
-    size: tuple[int, int] = SIZE
+    network: str
+    input: tuple[int, ...]
     milliseconds: dict[str, float] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def describe_backends(seconds: float = SECONDS) -> BackendsReport:
+def describe_backends(network: str = NETWORK, seconds: float = SECONDS) -> BackendsReport:
     """List the installed backends and measure each with each precision for about ``seconds``
     altogether, in turn; the first measurement also exports the network.
+
+    Args:
+        network: name of an embedded network.
+
+    Raises:
+        ValueError: there is no such network.
+        WeightsError: its file is missing or damaged.
     """
+    if network not in table():
+        raise ValueError(f"network must be one of {', '.join(table())}; got {network!r}")
     found = installed()
+    patches = isinstance(spec_of(load(network)), PatchSpec)
+    shape = (PATCHES, 1, PATCH_SIZE, PATCH_SIZE) if patches else (1, 1, *SIZE)
     report = BackendsReport(
         backends=found,
         missing={
@@ -58,36 +73,38 @@ def describe_backends(seconds: float = SECONDS) -> BackendsReport:
         },
         processor=processor_features(),
         threads=torch.get_num_threads(),
+        network=network,
+        input=shape,
     )
     networks = {
-        f"{backend} {precision}": _network(backend, precision, report)
+        f"{backend} {precision}": _by_backend(backend, precision, report)
         for backend in BACKENDS
         for precision in PRECISIONS
         if backend in found and precision != "auto"
     }
-    image = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
+    given = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     runs = {name: net for name, net in networks.items() if net is not None}
     with torch.inference_mode():
         for net in runs.values():
-            net(image)  # the first call prepares
+            net(given)  # the first call prepares
         ends = time.monotonic() + seconds
         while True:
             for name, net in runs.items():
                 started = time.perf_counter()
-                net(image)
+                net(given)
                 spent = 1000 * (time.perf_counter() - started)
                 report.milliseconds[name] = min(spent, report.milliseconds.get(name, spent))
             if time.monotonic() > ends:
                 return report
 
 
-def _network(backend: str, precision: str, report: BackendsReport) -> nn.Module | None:
+def _by_backend(backend: str, precision: str, report: BackendsReport) -> nn.Module | None:
     """The network for a backend and precision; None, with the reason in ``report``, without."""
     if (backend, precision) in (("torch", "int8"), ("onnxruntime", "bfloat16")):
         return None
-    graph = int8_graph(NETWORK) if precision == "int8" else None
+    graph = int8_graph(report.network) if precision == "int8" else None
     try:
-        return run_by(load(NETWORK), backend, precision, graph=graph)
+        return run_by(load(report.network), backend, precision, graph=graph)
     except (ImportError, ValueError, WeightsError, OSError) as error:
         report.failed[f"{backend} {precision}"] = first_line(error)
         return None
