@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from tiepoints.datasets.patch_pairs import PatchSettings
+from tiepoints.datasets.patch_sampler import PatchSampler
 from tiepoints.datasets.reconstructions import (
     ImageCache,
     TrackSettings,
@@ -315,6 +316,27 @@ def test_text_models_equal_binary_ones(world, tmp_path):
     for one, two in ((text.shared(0, 1), binary.shared(0, 1)),):
         np.testing.assert_allclose(one.xy_a, two.xy_a, atol=1e-4)
         np.testing.assert_allclose(one.scale, two.scale, rtol=1e-6)
+
+
+def test_patches_sampled_on_the_device_are_those_of_the_tracks(world, scene):
+    settings = PatchSettings(
+        per_view=24, position_sigma=0.0, scale_sigma=0.0, symmetric=0.0, scale=(0.75, 1.2)
+    )
+    sampler = PatchSampler(
+        [scene.images[0]],
+        [scene],
+        grid,
+        torch.device("cpu"),
+        views=4,
+        share=1.0,
+        settings=settings,
+        length=4,
+    )
+    for item in sampler:
+        a, b = (item[key].flatten(1) for key in ("anchor", "positive"))
+        a, b = ((x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True) for x in (a, b))
+        assert (a * b).mean(dim=1).median() > 0.9
+        assert (a * b.roll(1, 0)).mean(dim=1).median() < 0.4
 
 
 def test_packed_reconstruction_equals_the_model(world, scene, tmp_path, monkeypatch):

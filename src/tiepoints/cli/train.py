@@ -170,6 +170,14 @@ def train(
             "file, or none (hardnet-light: hardnet)."
         ),
     ] = None,
+    on_device: Annotated[
+        bool | None,
+        typer.Option(
+            "--on-device",
+            help="Patch descriptors: keep all images in the memory of the device and draw the "
+            "patches there; far faster on a GPU.",
+        ),
+    ] = None,
     init: Annotated[str | None, typer.Option(help="Initial weights, a name or a file.")] = None,
     validation: Annotated[
         list[Path] | None,

@@ -35,6 +35,8 @@ CROP_BORDER = 8.0
 CROP_ZOOM = (-0.2, 0.8)
 #: Maximum distance of a keypoint that replaces a track's position, in pixels of the crop.
 SNAP_DISTANCE = 2.0
+#: Maximum distance of the keypoint of the second image from the mapped one of the first, in pixels.
+REPEATED_DISTANCE = 3.0
 #: Shared points drawn per requested patch pair.
 POINTS_PER_PATCH = 4
 #: Pairs of images tried per item before an error is raised.
@@ -352,6 +354,58 @@ def _separated(xy: np.ndarray, distance: float) -> np.ndarray:
     return kept
 
 
+@dataclass(frozen=True)
+class TrackPoints:
+    """Shared points of two images and the keypoints detected near them.
+
+    Attributes:
+        xy_a, xy_b, scale, angle: see ``reconstructions.Shared``.
+        shift_a, shift_b: (N,2) from the points to keypoints. In a to the nearest keypoint, in b to
+            the keypoint detected at the same location, or to the mapped position if there is none.
+        near: (N,) bool, whether the keypoint of a is near enough; the shifts are 0 elsewhere.
+    """
+
+    xy_a: np.ndarray
+    xy_b: np.ndarray
+    scale: np.ndarray
+    angle: np.ndarray
+    shift_a: np.ndarray
+    shift_b: np.ndarray
+    near: np.ndarray
+
+
+def _nearest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance and index (N,) of the nearest of ``others`` (M,2) to each of ``points`` (N,2)."""
+    a, b = (torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)) for v in (points, others))
+    # exact also far from the origin
+    found, nearest = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    return found.numpy(), nearest.numpy()
+
+
+def track_points(
+    shared: Shared, detected_a: np.ndarray, detected_b: np.ndarray, distance: float
+) -> TrackPoints:
+    """Find the keypoints (N,2), (M,2) of both images near shared points, in a at most ``distance``
+    pixels away.
+    """
+    n = len(shared)
+    shift_a, near = np.zeros((n, 2)), np.zeros(n, dtype=bool)
+    if len(detected_a) and n:
+        found, nearest = _nearest(shared.xy_a, detected_a)
+        near = found <= distance
+        shift_a[near] = detected_a[nearest[near]] - shared.xy_a[near]
+    cos, sin = np.cos(shared.angle) * shared.scale, np.sin(shared.angle) * shared.scale
+    dx, dy = shift_a[:, 0], shift_a[:, 1]
+    shift_b = np.stack([cos * dx - sin * dy, sin * dx + cos * dy], axis=1)
+    if len(detected_b) and n:
+        found, nearest = _nearest(shared.xy_b + shift_b, detected_b)
+        repeated = near & (found <= REPEATED_DISTANCE)
+        shift_b[repeated] = detected_b[nearest[repeated]] - shared.xy_b[repeated]
+    return TrackPoints(
+        *(shared.xy_a, shared.xy_b, shared.scale, shared.angle, shift_a, shift_b, near)
+    )
+
+
 def onto_keypoints(
     shared: Shared,
     detected_a: np.ndarray,
@@ -359,30 +413,13 @@ def onto_keypoints(
     settings: TrackSettings,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Shifts (N,2) of shared points in a and b to detected keypoints near them.
-
-    In a random subset of the points (``settings.detected``), the shift in a leads to the nearest
-    keypoint of a; in b, to the keypoint detected at the same location, or to the mapped position if
-    there is none.
+    """Shifts (N,2) of a random subset of the shared points (``settings.detected``) in a and b to
+    detected keypoints near them, see ``TrackPoints``; 0 for the others.
     """
-    shift_a, shift_b = np.zeros((len(shared), 2)), np.zeros((len(shared), 2))
     selected = rng.random(len(shared)) < settings.detected
-    if not len(detected_a) or not selected.any():
-        return shift_a, shift_b
-    distance = np.linalg.norm(shared.xy_a[:, None] - detected_a[None], axis=2)
-    nearest = distance.argmin(axis=1)
-    selected &= distance[np.arange(len(shared)), nearest] <= settings.near
-    shift_a[selected] = detected_a[nearest[selected]] - shared.xy_a[selected]
-    cos, sin = np.cos(shared.angle) * shared.scale, np.sin(shared.angle) * shared.scale
-    dx, dy = shift_a[:, 0], shift_a[:, 1]
-    shift_b = np.stack([cos * dx - sin * dy, sin * dx + cos * dy], axis=1)
-    if len(detected_b):
-        expected = shared.xy_b + shift_b
-        distance = np.linalg.norm(expected[:, None] - detected_b[None], axis=2)
-        nearest = distance.argmin(axis=1)
-        repeated = selected & (distance[np.arange(len(shared)), nearest] <= 3.0)
-        shift_b[repeated] = detected_b[nearest[repeated]] - shared.xy_b[repeated]
-    return shift_a, shift_b
+    points = track_points(shared, detected_a, detected_b, settings.near)
+    selected &= points.near
+    return points.shift_a * selected[:, None], points.shift_b * selected[:, None]
 
 
 def _photometric(patches: Tensor, rng: np.random.Generator, settings: PairSettings) -> Tensor:

@@ -210,6 +210,7 @@ class PatchRecipe:
         teacher_weight: weight of the squared distance to them in the loss.
         num_views: number of different pairs of views, whose patches are written to a file first;
             0: new ones in every step.
+        on_device: draw the patches on the training device (``patch_sampler``).
     """
 
     fit: FitSettings
@@ -219,6 +220,7 @@ class PatchRecipe:
     teacher: str | None = None
     teacher_weight: float = 2.0
     num_views: int = 0
+    on_device: bool = False
 
 
 DESCRIPTORS: dict[str, type[PatchNet]] = {

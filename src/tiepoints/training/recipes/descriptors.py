@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from ...datasets.candidates import CandidatePairs
 from ...datasets.patch_pairs import PatchPairs, peak_detector
+from ...datasets.patch_sampler import PatchSampler
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from ...datasets.reconstructions import TrackScene, read_scenes
 from ...datasets.stored_patches import TARGETS, StoredPatches, write_patches, write_targets
@@ -21,7 +22,7 @@ from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
 from ...describe import DESCRIBE_CHUNK
 from ...detect import DetectOptions, ScoreMapDetector
-from ...device import fast_bfloat16
+from ...device import choose_device, fast_bfloat16
 from ...models.desnet import DesNet, sample
 from ...models.patchnets import PatchNet, unit
 from ...models.spec import DetectorSpec, fused, spec_of
@@ -125,7 +126,14 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["patches-upright" if scenes else "patches"]
     teacher = None if recipe.teacher is None else _teacher(recipe.teacher)
-    make_batches = _patch_batches(data, recipe, training, scenes, views)
+    fit, run = recipe.fit, job.run
+    if recipe.on_device:
+        make_batches = _device_batches(job, recipe, training, scenes, views)
+        # an item is a whole batch, on the device
+        fit = dataclasses.replace(fit, batch_size=1)
+        job = dataclasses.replace(job, run=dataclasses.replace(run, workers=0))
+    else:
+        make_batches = _patch_batches(data, recipe, training, scenes, views)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
         made_from = [recipe.fit.seed, _data_identity(data, training)]
@@ -154,11 +162,12 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         "patches": Path(data.patches or "").name,
         **({} if teacher is None else {"teacher": weights_checksum(teacher)}),
         **({"views": recipe.num_views} if recipe.num_views else {}),
+        **({"views_per_batch": recipe.fit.batch_size} if recipe.on_device else {}),
         **init_record(job.init),
         **_data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, loss, validate, "matching", identity)
-    return fit_and_save(net, task, recipe.fit, job, make_network=make_network, half=True)
+    return fit_and_save(net, task, fit, job, make_network=make_network, half=True)
 
 
 def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
@@ -185,6 +194,8 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     if job.data.patches is not None and job.preset != "paper":
         fit = dataclasses.replace(fit, batch_size=1)
     recipe = with_patch_options(recipe, job.options)
+    if recipe.on_device and job.data.patches is not None:
+        raise ValueError("on_device draws patches of photographs; give it or --patches, not both")
     if recipe.num_views and job.data.patches is not None:
         recipe = dataclasses.replace(recipe, num_views=0)  # they are in files already
     return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
@@ -263,6 +274,30 @@ def _patch_batches(
         return Mixture(warps, tracks, TRACK_SHARE, seed=seed)
 
     return make_batches
+
+
+def _device_batches(
+    job: TrainJob,
+    recipe: PatchRecipe,
+    photos: list[Path],
+    scenes: list[TrackScene],
+    views: PairSettings,
+) -> Callable[[int], Dataset]:
+    """Length -> batches of patches that are drawn on the training device."""
+    device = choose_device(job.run.device)
+    net = load("keynet-tiny").to(device)
+    sampler = PatchSampler(
+        photos,
+        scenes,
+        peak_detector(net, TRACK_KEYPOINTS),
+        device,
+        views=recipe.fit.batch_size,
+        share=TRACK_SHARE,
+        warps=views,
+        seed=recipe.fit.seed,
+        threads=max(1, job.run.workers),
+    )
+    return sampler.with_length
 
 
 def _patch_validation(

@@ -17,7 +17,7 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("windows", "window_weights", "base"), DETECTORS),
     **dict.fromkeys(("patch_size", "max_angle"), DETECTORS),
     "num_training_data": (*DETECTORS, *DESCRIPTORS),
-    "teacher": tuple(DESCRIPTORS),
+    **dict.fromkeys(("teacher", "on_device"), tuple(DESCRIPTORS)),
     **dict.fromkeys(("group_size", "dims", "orientation_balance"), tuple(REKD_SIZES)),
     **dict.fromkeys(("detector", "dim", "width"), ("desnet",)),
 }
@@ -92,12 +92,22 @@ def with_options(recipe: Recipe, preset: str, options: dict[str, Any]) -> Recipe
 
 
 def with_patch_options(recipe: PatchRecipe, options: dict[str, Any]) -> PatchRecipe:
-    """Change the data and the teacher of the recipe of a patch descriptor."""
+    """Change the data and the teacher of the recipe of a patch descriptor.
+
+    Raises:
+        ValueError: options that exclude each other.
+    """
+    on_device = bool(options.get("on_device", recipe.on_device))
+    if on_device and "num_training_data" in options:
+        raise ValueError(
+            "on_device draws new patches in every step; give it or num_training_data, not both"
+        )
     teacher = options.get("teacher", recipe.teacher)
     return dataclasses.replace(
         recipe,
         teacher=None if teacher == "none" else teacher,
-        num_views=options.get("num_training_data", recipe.num_views),
+        num_views=options.get("num_training_data", 0 if on_device else recipe.num_views),
+        on_device=on_device,
     )
 
 
