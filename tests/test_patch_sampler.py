@@ -85,7 +85,7 @@ def test_warped_patches_show_the_same_location(photos):
     sampler = PatchSampler(photos, [], grid, CPU, settings=EXACT, warps=warps, views=3, length=5)
     for item in sampler:
         same, other = correlations(item)
-        assert same.median() > 0.8
+        assert same.median() > 0.7
         assert other.median() < 0.3
         assert item["anchor"].min() >= 0
         assert item["positive"].max() <= 1
