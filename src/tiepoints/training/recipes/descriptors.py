@@ -124,11 +124,11 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     training, held_out = data.photographs()
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["patches-upright" if scenes else "patches"]
-    teacher = None if recipe.teacher is None else _teacher(recipe.teacher)
+    teacher = None if recipe.teacher is None else patch_descriptor(recipe.teacher, "teacher")
     make_batches = _patch_batches(data, recipe, training, scenes, views)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
-        made_from = [recipe.fit.seed, _data_identity(data, training)]
+        made_from = [recipe.fit.seed, data_identity(data, training)]
         make_batches = _stored_batches(job, recipe, make_batches, made_from, teacher)
 
     def make_network() -> nn.Module:
@@ -147,7 +147,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
 
     validate = _patch_validation(data, held_out, views)
     net = initialized(make_network, recipe.fit.seed)
-    _load_init(net, job.init)
+    load_init(net, job.init)
     identity = {
         "model": name,
         "preset": job.preset,
@@ -155,7 +155,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         **({} if teacher is None else {"teacher": weights_checksum(teacher)}),
         **({"views": recipe.num_views} if recipe.num_views else {}),
         **init_record(job.init),
-        **_data_identity(data, [*training, *held_out]),
+        **data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, loss, validate, "matching", identity)
     return fit_and_save(net, task, recipe.fit, job, make_network=make_network, half=True)
@@ -190,8 +190,12 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
 
 
-def _teacher(name: str) -> nn.Module:
+def patch_descriptor(name: str, role: str) -> nn.Module:
     """The network of a patch descriptor, for inference.
+
+    Args:
+        name: of embedded weights or a file.
+        role: what it is used as, for the message.
 
     Raises:
         ValueError: another network.
@@ -199,7 +203,7 @@ def _teacher(name: str) -> nn.Module:
     net = load(name)
     if not isinstance(net, PatchNet):
         raise ValueError(
-            f"the teacher must be a patch descriptor; {name} contains a {type(net).__name__}"
+            f"the {role} must be a patch descriptor; {name} contains a {type(net).__name__}"
         )
     return net.requires_grad_(False)
 
@@ -279,7 +283,7 @@ def _patch_validation(
         seed=VALIDATION_SEED,
         count=min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out)),
     )
-    posed = _posed_check(data)
+    posed = posed_check(data)
 
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device
@@ -294,20 +298,21 @@ def _patch_validation(
     return validate
 
 
-def _posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedCheck | None:
+def posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedCheck | None:
+    """Validation on the reconstructions of the data, None without any."""
     if not data.validation_reconstructions:
         return None
     return PosedCheck(read_scenes(data.validation_reconstructions), detector)
 
 
-def _load_init(net: nn.Module, init: str | Path | None) -> None:
+def load_init(net: nn.Module, init: str | Path | None) -> None:
     """Initialize a network with the matching layers of other weights."""
     if init is not None:
         count = load_partial_state_dict(net, load(init), str(init))
         logger.info("%d tensors loaded from %s", count, init)
 
 
-def _data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
+def data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
     """Identity of the data in the checkpoint: names of folders, so that they may be moved."""
     sources = [data.patches, *as_folders(data.reconstructions)]
     sources += as_folders(data.validation_reconstructions)
@@ -395,7 +400,7 @@ def train_dense(
 
     validate = _dense_validation(data, held_out, views, candidate_net, dim)
     net = initialized(make_network, settings.seed)
-    _load_init(net, job.init)
+    load_init(net, job.init)
     identity = {
         "model": "desnet",
         "preset": job.preset,
@@ -404,7 +409,7 @@ def train_dense(
         "dim": dim,
         "width": width,
         **init_record(job.init),
-        **_data_identity(data, [*training, *held_out]),
+        **data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, candidate_loss, validate, "matching", identity)
     return fit_and_save(net, task, settings, job, make_network=make_network, half=True)
@@ -424,7 +429,7 @@ def _dense_validation(
         count=MATCHING_KEYPOINTS,
     )
     pairs = [{**candidates[i], "H_ab": candidates.homography(i)} for i in range(count)]
-    posed = _posed_check(data, detector)
+    posed = posed_check(data, detector)
 
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device

@@ -20,6 +20,7 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
     "teacher": tuple(DESCRIPTORS),
     **dict.fromkeys(("group_size", "dims", "orientation_balance"), tuple(REKD_SIZES)),
     **dict.fromkeys(("detector", "dim", "width"), ("desnet",)),
+    "descriptor": ("affnet",),
 }
 #: Option -> argument of ``KeyNet``.
 KEYNET_ARGUMENTS = {
