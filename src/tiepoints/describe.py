@@ -34,6 +34,13 @@ class PatchDescriptor:
 
     Patches are rotated by the angles of the keypoints; with ``upright`` they are not, as in REKD's
     published evaluation.
+
+    Args:
+        net: the network.
+        half_side: see ``extract_patches``.
+        upright: do not rotate patches.
+        shape_net: a network (N,1,P,P) -> affine shapes (N,2,2), in whose frames the patches are
+            sampled again; None = the patches are squares.
     """
 
     def __init__(
@@ -42,8 +49,10 @@ class PatchDescriptor:
         half_side: float = HALF_SIDE,
         *,
         upright: bool = False,
+        shape_net: Callable[[Tensor], Tensor] | None = None,
     ):
         self.net, self.half_side, self.upright = net, half_side, upright
+        self.shape_net = shape_net
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
         """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
@@ -51,7 +60,20 @@ class PatchDescriptor:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
         with torch.inference_mode():
             patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
-            return torch.cat([self.net(part) for part in patches.split(chunk_size(patches.device))])
+            if self.shape_net is not None:
+                patches = extract_patches(
+                    pyramid,
+                    keypoints,
+                    index=index,
+                    half_side=self.half_side,
+                    shapes=_in_parts(self.shape_net, patches),
+                )
+            return _in_parts(self.net, patches)
+
+
+def _in_parts(net: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
+    """The output of a network for patches (N,1,P,P), some at a time."""
+    return torch.cat([net(part) for part in patches.split(chunk_size(patches.device))])
 
 
 def chunk_size(device: torch.device) -> int:

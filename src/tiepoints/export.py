@@ -40,7 +40,7 @@ from .files import atomic_path, require
 from .formats.records import program_version
 from .graphs import LEAST_SIDE, MAX_SIDE, ColmapGraph, PipelineGraph, network_graph
 from .models.patchnets import PATCH_SIZE
-from .models.spec import DetectorSpec, PatchSpec, spec_of
+from .models.spec import DetectorSpec, PatchSpec, ShapeSpec, spec_of
 from .names import DESCRIPTORS, DETECTORS
 from .onnx_conversion import OPSETS, convert
 from .weights import (
@@ -103,6 +103,8 @@ def export_network(
     """
     _check_output(output, opset, int8=int8)
     part = _part(name, int8=int8)
+    if isinstance(spec_of(part.net), ShapeSpec):
+        raise ValueError(f"{name}: affine shapes cannot be exported")
     if int8 and part.int8 is None:
         raise ValueError(_no_int8(name))
     graph = network_graph(part.net, part.int8).eval()
@@ -202,6 +204,8 @@ def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]
     """The module of a pipeline, and its networks by role."""
     if options.orientation not in (None, "none"):
         raise ValueError("orientations cannot be exported; keypoints are upright in the graph")
+    if options.affine != "none":
+        raise ValueError("affine shapes cannot be exported; use affine none")
     if options.max_size is not None:
         raise ValueError("max_size cannot be exported; reduce the image before")
     int8 = options.precision == "int8"
@@ -213,8 +217,10 @@ def _pipeline(options: ExtractOptions) -> tuple[PipelineGraph, dict[str, _Part]]
         if options.descriptor == "rootsift":
             raise ValueError("rootsift cannot be exported; use the descriptor of a network")
         parts["descriptor"] = _part(options.descriptor, int8=int8)
-        if isinstance(spec_of(parts["descriptor"].net), DetectorSpec):
-            raise ValueError(f"{options.descriptor} has no descriptors; use it as the detector")
+        described_by = spec_of(parts["descriptor"].net)
+        if isinstance(described_by, DetectorSpec | ShapeSpec):
+            role = "detector" if isinstance(described_by, DetectorSpec) else "affine"
+            raise ValueError(f"{options.descriptor} has no descriptors; use it as the {role}")
     without = [part.name for part in parts.values() if part.int8 is None]
     if int8 and len(without) == len(parts):
         raise ValueError(_no_int8(" or ".join(without)))

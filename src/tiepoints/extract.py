@@ -30,8 +30,16 @@ from .device import choose_device, float_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
 from .memory import check_image, tile_pixels
 from .models.classical import RootSIFT
-from .models.spec import DenseSpec, DetectorSpec, PatchSpec, StackInput, spec_of
-from .names import DESCRIPTOR, DESCRIPTORS, DETECTOR, DETECTORS, ORIENTATIONS
+from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, StackInput, spec_of
+from .names import (
+    AFFINE_SHAPES,
+    DESCRIPTOR,
+    DESCRIPTORS,
+    DETECTOR,
+    DETECTORS,
+    ORIENTATIONS,
+    PATCH_DESCRIPTORS,
+)
 from .orientation import DominantOrientation, NetOrientation, upright
 from .patches import PATCH_SIZE
 from .pyramid import DOWN_LEVELS, MIN_SIDE, UP_LEVELS, Pyramid, build_pyramid
@@ -65,6 +73,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
             ``none`` / None.
         orientation: source of the keypoint angles: ``none``, ``rekd``, ``rekd-light``, ``dominant``
             (gradient); None = the detector if it estimates them (REKD does), else 0.
+        affine: network that estimates the affine shapes in which patches are sampled: a name of
+            ``names.AFFINE_SHAPES``, a weights file or an ``AffNet``; ``none`` = squares.
         upright: describe patches without rotating them by the angles, as in REKD's published
             evaluation; ``desnet`` never uses angles.
         single_scale: no pyramid (the papers' TI mode) instead of the default levels (SI).
@@ -88,6 +98,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
     detector: str | nn.Module = DETECTOR
     descriptor: str | nn.Module | None = DESCRIPTOR
     orientation: str | None = None
+    affine: str | nn.Module = "none"
     upright: bool = False
     single_scale: bool = False
     precision: str = "auto"
@@ -113,7 +124,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
         if self.max_size is not None and self.max_size < MIN_SIDE:
             raise ValueError(f"max_size must be at least {MIN_SIDE} pixels, got {self.max_size}")
         tile_pixels(self.memory)
-        for name, known in (("detector", DETECTORS), ("descriptor", DESCRIPTORS)):
+        roles = {"detector": DETECTORS, "descriptor": DESCRIPTORS, "affine": AFFINE_SHAPES}
+        for name, known in roles.items():
             value = getattr(self, name)
             if isinstance(value, str) and value not in known and not Path(value).is_file():
                 raise ValueError(
@@ -150,7 +162,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
         }
         content["precision"] = recorded_precision(self.chosen_precision)
         content["per_scale"] = self.keeps_scales
-        for name in ("detector", "descriptor"):
+        for name in ("detector", "descriptor", "affine"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
                     f"the {name} is a network in memory; save it with tiepoints.weights.save and "
@@ -161,7 +173,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
 
     def _digests(self) -> dict[str, str]:
         """Role -> SHA-256 of its weights file, for the roles that have one."""
-        names = {role: getattr(self, role) for role in ("detector", "descriptor", "orientation")}
+        roles = ("detector", "descriptor", "orientation", "affine")
+        names = {role: getattr(self, role) for role in roles}
         int8 = self.chosen_precision == "int8"
         found = {
             role: digest(name, int8=int8) for role, name in names.items() if isinstance(name, str)
@@ -275,9 +288,8 @@ class ExtractOptions(ReadOptions, DetectOptions):
         net = detector_network(self.detector)
         spec = spec_of(net)
         if not isinstance(spec, DetectorSpec | None):
-            raise ValueError(
-                f"a {type(net).__name__} detects no keypoints; use it as the descriptor"
-            )
+            role = "affine" if isinstance(spec, ShapeSpec) else "descriptor"
+            raise ValueError(f"a {type(net).__name__} detects no keypoints; use it as the {role}")
         known, spec = spec is not None, spec or DetectorSpec()
         options = self.resolved(spec)
         assert options.up_levels is not None
@@ -309,6 +321,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
                 device=device,
                 precision=self.chosen_precision,
                 backend=self.backend,
+                affine=self.affine,
                 # the published evaluation of REKD does not rotate patches
                 upright=self.upright or (self.official and spec.angles),
                 tile_pixels=tile_pixels(self.memory),
@@ -553,18 +566,25 @@ def build_descriptor(
     device: torch.device | str = "cpu",
     precision: str = "auto",
     backend: str = "auto",
+    affine: str | nn.Module = "none",
     upright: bool = False,
     tile_pixels: int = TILE_PIXELS,
 ) -> PatchDescriptor | DenseDescriptor | None:
     """A descriptor by name or from a network; arguments as in ``ExtractOptions`` and
     ``DenseDescriptor``.
+
+    Raises:
+        ValueError: a network does not fit its role, or affine shapes without a patch descriptor.
+        WeightsError: a weights file is damaged or of an unknown type.
     """
     device = torch.device(device)
     chosen = float_precision(precision, device)
     if descriptor is None or descriptor == "none":
+        _check_patches(affine, "without a descriptor there are none")
         return None
+    shape_net = build_shapes(affine, device, precision=chosen, backend=backend)
     if descriptor == "rootsift":
-        return PatchDescriptor(RootSIFT().to(device), upright=upright)
+        return PatchDescriptor(RootSIFT().to(device), upright=upright, shape_net=shape_net)
     graph = None
     if isinstance(descriptor, str):
         graph = int8_graph(descriptor) if precision == "int8" else None
@@ -572,8 +592,11 @@ def build_descriptor(
     else:
         net = descriptor.eval()
     spec = spec_of(net)
-    if isinstance(spec, DetectorSpec):
-        raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the detector")
+    if isinstance(spec, DetectorSpec | ShapeSpec):
+        role = "detector" if isinstance(spec, DetectorSpec) else "affine"
+        raise ValueError(f"a {type(net).__name__} has no descriptors; use it as the {role}")
+    if isinstance(spec, DenseSpec):
+        _check_patches(affine, f"a {type(net).__name__} describes the whole image")
     if not isinstance(spec, DenseSpec | PatchSpec):  # a network of the user
         chosen = "float32"
     run = run_by(
@@ -586,7 +609,42 @@ def build_descriptor(
     )
     if isinstance(spec, DenseSpec):
         return DenseDescriptor(run, net.dim, tile_pixels=tile_pixels)  # type: ignore[arg-type]
-    return PatchDescriptor(run, upright=upright)
+    return PatchDescriptor(run, upright=upright, shape_net=shape_net)
+
+
+def _check_patches(affine: str | nn.Module, reason: str) -> None:
+    """Refuse affine shapes.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if affine != "none":
+        raise ValueError(
+            f"affine shapes are those of patches, and {reason}; use a patch descriptor "
+            f"({', '.join(PATCH_DESCRIPTORS)}, rootsift), or affine none"
+        )
+
+
+def build_shapes(
+    affine: str | nn.Module,
+    device: torch.device | str = "cpu",
+    *,
+    precision: str = "float32",
+    backend: str = "auto",
+) -> nn.Module | None:
+    """A network patches (N,1,P,P) -> affine shapes (N,2,2) by name, from a weights file, or as it
+    is; None for ``none``.
+
+    Raises:
+        ValueError: another network.
+        WeightsError: the file is damaged.
+    """
+    if affine == "none":
+        return None
+    net = load(affine) if isinstance(affine, str) else affine.eval()
+    if not isinstance(spec_of(net), ShapeSpec):
+        raise ValueError(f"a {type(net).__name__} estimates no affine shapes; give an AffNet")
+    return run_by(net, backend, precision, device=device)
 
 
 def build_orientation(

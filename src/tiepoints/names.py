@@ -12,6 +12,8 @@ LITE_GRAPH = "sobelnet+desnet"
 
 #: Sources of keypoint angles; REKD's detectors estimate them themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
+#: Estimators of the affine shapes of patches.
+AFFINE_SHAPES = ("none",)
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 NMS_SHAPES = ("square", "round")
@@ -28,7 +30,7 @@ MATCH_SUFFIXES = (".h5", ".hdf5", ".db")
 #: Settings of training pairs (``datasets.synthetic.PRESETS``).
 PAIR_PRESETS = (
     *("keynet-paper", "keynet-code", "rekd", "default", "layers", "turns"),
-    *("dense", "patches", "dense-upright", "patches-upright"),
+    *("dense", "patches", "dense-upright", "patches-upright", "tilted"),
 )
 
 #: Maximum number of keypoints per image.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .pyramid import Pyramid
@@ -27,6 +28,7 @@ def extract_patches(
     index: int = 0,
     size: int = PATCH_SIZE,
     half_side: float = HALF_SIDE,
+    shapes: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -41,7 +43,13 @@ def extract_patches(
 
 
 def extract_patches(
-    pyramid, keypoints, *, index: int = 0, size: int = PATCH_SIZE, half_side: float = HALF_SIDE
+    pyramid,
+    keypoints,
+    *,
+    index: int = 0,
+    size: int = PATCH_SIZE,
+    half_side: float = HALF_SIDE,
+    shapes: Tensor | None = None,
 ):
     """Extract patches (N,1,size,size) around the keypoints of image ``index`` of the batch, or a
     list of them for the keypoints of each image.
@@ -51,8 +59,17 @@ def extract_patches(
     samples are the centers of equal cells and the patch is centered on the keypoint. Bilinear;
     outside the image the border pixel is repeated. Patches are sampled from the coarsest level in
     which samples are at least a pixel apart, to avoid aliasing. Differentiable with respect to the
-    image and, except for the choice of the level, to positions, scales and angles. Memory: the
-    result and the samples of ``CHUNK`` patches.
+    image and, except for the choice of the level, to positions, scales, angles and shapes. Memory:
+    the result and the samples of ``CHUNK`` patches.
+
+    Args:
+        pyramid: of the images.
+        keypoints: of one image, or of each.
+        index: the image of ``keypoints`` of one image.
+        size: samples along a side.
+        half_side: half the side of a patch in units of the keypoint's scale.
+        shapes: (N,2,2) with determinant 1, for keypoints of one image: the sample at u of the patch
+            is at ``shape @ u`` in the keypoint's frame (``models.affnet``); None = squares.
 
     Raises:
         ValueError: the number of sets of keypoints is not that of the images of the batch.
@@ -80,10 +97,33 @@ def extract_patches(
     v, u = torch.meshgrid(offset, offset, indexing="ij")  # (P,P) down, right
     for i, level in enumerate(pyramid.levels):
         for part in (level_of == i).nonzero()[:, 0].to(step.device).split(CHUNK):
+            p, q = (u, v) if shapes is None else _deformed(u, v, shapes[part])
             scale = keypoints.scale[part, None, None]
             cos, sin = (f(keypoints.angle[part])[:, None, None] for f in (torch.cos, torch.sin))
-            x = keypoints.xy[part, 0, None, None] + scale * (u * cos - v * sin)
-            y = keypoints.xy[part, 1, None, None] + scale * (u * sin + v * cos)
+            x = keypoints.xy[part, 0, None, None] + scale * (p * cos - q * sin)
+            y = keypoints.xy[part, 1, None, None] + scale * (p * sin + q * cos)
             values = level.sample(torch.stack([x, y], dim=-1).reshape(-1, 2), index)  # (n*P*P,)
             out[part] = values.reshape(len(part), 1, size, size)
     return out
+
+
+def _deformed(u: Tensor, v: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets (P,P) right and down, mapped by shapes (N,2,2): (N,P,P) each."""
+    rows = shapes[..., None, None]
+    return rows[:, 0, 0] * u + rows[:, 0, 1] * v, rows[:, 1, 0] * u + rows[:, 1, 1] * v
+
+
+def crop_patches(patches: Tensor, size: int, shapes: Tensor | None = None) -> Tensor:
+    """The central part of patches (N,1,S,S) at their sampling step: (N,1,size,size).
+
+    With ``shapes`` (N,2,2), it is sampled in the frames of these, as by ``extract_patches``;
+    differentiable with respect to them. Outside of the patches their border is repeated.
+    """
+    side = patches.shape[-1]
+    if shapes is None:
+        first = (side - size) // 2
+        return patches[..., first : first + size, first : first + size]
+    axis = (2 * torch.arange(size, device=patches.device, dtype=patches.dtype) + 1 - size) / side
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    grid = torch.stack(_deformed(u, v, shapes), dim=-1)
+    return F.grid_sample(patches, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -12,12 +12,18 @@ from typing import Any
 from .errors import WeightsError, first_line
 from .extract import Extractor, build, load_file
 from .models.patchnets import DIMENSION, PATCH_SIZE
-from .models.spec import DenseSpec, DetectorSpec, PatchSpec, spec_of
+from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, spec_of
 from .names import DESCRIPTORS, DETECTORS
 from .weights import DATA, file_checksum, load, metadata_of, read_graph, table
 
 #: OWNER/NAME of a Hugging Face repository.
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: Option of a network -> what it is.
+_KINDS = {
+    "detector": "a detector of keypoints",
+    "descriptor": "a descriptor",
+    "affine": "an estimator of affine shapes",
+}
 
 
 def from_pretrained(
@@ -75,8 +81,7 @@ def _of_files(files: list[Path], source: Path) -> dict[str, str]:
     """Role -> path of weights files, by the networks in them."""
     networks: dict[str, str] = {}
     for path in files:
-        spec = spec_of(load_file(str(path)))
-        role = "detector" if isinstance(spec, DetectorSpec) else "descriptor"
+        role = _role(spec_of(load_file(str(path))))
         if role in networks:
             raise WeightsError(
                 f"{source} contains several {role}s, {Path(networks[role]).name} and {path.name}; "
@@ -84,6 +89,12 @@ def _of_files(files: list[Path], source: Path) -> dict[str, str]:
             )
         networks[role] = str(path)
     return networks
+
+
+def _role(spec: Any) -> str:
+    """The option of ``ExtractOptions`` that takes a network with this spec."""
+    known = {DetectorSpec: "detector", ShapeSpec: "affine"}
+    return known.get(type(spec), "descriptor")
 
 
 def _downloaded(name: str, revision: str | None) -> Path:
@@ -158,9 +169,9 @@ def card(name: str) -> str:
     embedded = name in table()
     title = name if embedded else Path(name).stem
     spec = spec_of(load_file(name) if not embedded else load(name))
-    detector = isinstance(spec, DetectorSpec)
+    role = _role(spec)
     header = ["library_name: tiepoints", "tags: [image-matching, local-features]"]
-    if detector:
+    if role == "detector":
         header.append("pipeline_tag: keypoint-detection")
     if embedded:
         header.insert(0, f"license: {content['licence'].lower()}")
@@ -174,14 +185,14 @@ def card(name: str) -> str:
     parts = [
         "---\n" + "\n".join(header) + "\n---",
         f"# {title}",
-        f"{content['network']}, a {'detector of keypoints' if detector else 'descriptor'} of "
-        f"the Python package `tiepoints`. {_interface(spec, content)}",
+        f"{content['network']}, {_KINDS[role]} of the Python package `tiepoints`. "
+        f"{_interface(spec, content)}",
         f'```python\nimport tiepoints\n\nextractor = tiepoints.from_pretrained("{source}")\n'
         'features = extractor.extract("photo.jpg")\n```',
         "Positions are in pixels of the image, the center of its first pixel at (0, 0). A "
         + (
             "descriptor of the package describes the keypoints."
-            if detector
+            if role == "detector"
             else "detector of the package finds the keypoints."
         ),
         _table(rows),
@@ -201,6 +212,9 @@ def _interface(spec: Any, content: dict[str, Any]) -> str:
     if isinstance(spec, PatchSpec):
         size = f"{PATCH_SIZE} x {PATCH_SIZE}"
         return f"Gray patches of {size} px to unit descriptors of dimension {DIMENSION}."
+    if isinstance(spec, ShapeSpec):
+        size = f"{PATCH_SIZE} x {PATCH_SIZE}"
+        return f"Gray patches of {size} px to affine shapes, matrices (2,2) of determinant 1."
     if isinstance(spec, DenseSpec):
         dim = content["settings"]["dim"]
         return f"Gray image in [0, 1] to a map of unit descriptors of dimension {dim}."

@@ -29,6 +29,7 @@ from .backends import METADATA, StoredGraph, input_of
 from .detect import response_floor
 from .errors import WeightsError, first_line
 from .files import LFS_POINTER, atomic_path, is_lfs_pointer, require
+from .models.affnet import AffNet
 from .models.desnet import DesNet
 from .models.keynet import KeyNet
 from .models.keynet_legacy import LegacyKeyNet
@@ -42,7 +43,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     n.__name__: n
     for n in (
         *(KeyNet, LegacyKeyNet, REKD, SobelNet),
-        *(HardNet, HardNetLight, HyNet, SOSNet, DesNet),
+        *(HardNet, HardNetLight, HyNet, SOSNet, DesNet, AffNet),
     )
 }
 

@@ -35,7 +35,7 @@ USER_ERRORS = (ValueError, FileNotFoundError, ImportError, DataError, WeightsErr
 #: Parameters of commands that are fields of ``ExtractOptions``. Not every field: ``threshold`` of a
 #: command is the error of an inlier.
 EXTRACT_PARAMETERS = (
-    *("detector", "descriptor", "num_keypoints", "orientation", "upright"),
+    *("detector", "descriptor", "num_keypoints", "orientation", "affine", "upright"),
     *("single_scale", "per_scale", "official", "device", "backend", "precision"),
     *("value_range", "exif_orientation", "mask_alpha", "mask_value", "bands"),
 )
@@ -75,6 +75,13 @@ OrientationOption = Annotated[
     typer.Option(
         help="Keypoint angles: from a network, or from the dominant gradient (default: rekd and "
         "rekd-light estimate them, others have none)."
+    ),
+]
+AffineOption = Annotated[
+    str,
+    typer.Option(
+        help="Affine shapes of patches, for patch descriptors: a weights file of `train affnet`, "
+        "or none."
     ),
 ]
 PairOrientationOption = Annotated[

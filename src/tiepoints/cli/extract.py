@@ -9,6 +9,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, EXTRACT_NUM_KEYPOINTS, MATCH_MAX_SIZE
 from .common import (
+    AffineOption,
     BackendOption,
     BandsOption,
     CameraOption,
@@ -90,6 +91,7 @@ def extract(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     orientation: OrientationOption = None,
+    affine: AffineOption = "none",
     upright: UprightOption = False,
     single_scale: SingleScaleOption = False,
     per_scale: PerScaleOption = None,

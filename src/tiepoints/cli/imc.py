@@ -9,6 +9,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, NUM_KEYPOINTS
 from .common import (
+    AffineOption,
     BackendOption,
     CutRatioOption,
     DescriptorOption,
@@ -53,6 +54,7 @@ def imc(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     orientation: OrientationOption = None,
+    affine: AffineOption = "none",
     upright: UprightOption = False,
     single_scale: SingleScaleOption = False,
     per_scale: PerScaleOption = None,

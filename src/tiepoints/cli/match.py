@@ -11,6 +11,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
+    AffineOption,
     BackendOption,
     BandsOption,
     CameraOption,
@@ -84,6 +85,7 @@ def match(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     orientation: PairOrientationOption = "auto",
+    affine: AffineOption = "none",
     upright: UprightOption = False,
     rotation_tolerance: Annotated[
         float | None,

@@ -45,7 +45,7 @@ def train(
         str | None,
         typer.Argument(
             help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, "
-            "hardnet-light, hynet, sosnet, desnet. Not needed with --resume."
+            "hardnet-light, hynet, sosnet, desnet; affine shapes affnet. Not needed with --resume."
         ),
     ] = None,
     images: Annotated[
@@ -147,15 +147,26 @@ def train(
     ] = None,
     reconstructions: Annotated[
         list[Path] | None,
-        typer.Option(help="Descriptors: folder of COLMAP models with their images; repeatable."),
+        typer.Option(
+            help="Descriptors, affnet: folder of COLMAP models with their images; repeatable."
+        ),
     ] = None,
     validation_reconstructions: Annotated[
         list[Path] | None,
-        typer.Option(help="Descriptors: folder of COLMAP models for validation; repeatable."),
+        typer.Option(
+            help="Descriptors, affnet: folder of COLMAP models for validation; repeatable."
+        ),
     ] = None,
     detector: Annotated[
         str | None,
         typer.Option(help="desnet: detector of its training keypoints, a name or a weights file."),
+    ] = None,
+    descriptor: Annotated[
+        str | None,
+        typer.Option(
+            help="affnet: trained patch descriptor of its loss, a name or a weights file "
+            "(hardnet-light)."
+        ),
     ] = None,
     dim: Annotated[
         int | None, typer.Option(help="desnet: descriptor dimension, 128 (default) or 64.")

@@ -11,6 +11,7 @@ import typer
 
 from ..names import VIDEO_NUM_KEYPOINTS
 from .common import (
+    AffineOption,
     BackendOption,
     DescriptorOption,
     DetectorOption,
@@ -48,6 +49,7 @@ def live(
     detector: DetectorOption = "sobelnet",
     descriptor: DescriptorOption = "desnet",
     orientation: OrientationOption = None,
+    affine: AffineOption = "none",
     upright: UprightOption = False,
     single_scale: Annotated[
         bool,

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from ..errors import DataError
 from ..geometry import warp_points
 from ..keypoints import NMS_WINDOW, detect_peaks
-from ..patches import extract_patches
-from ..pyramid import build_pyramid
+from ..patches import HALF_SIDE, PATCH_SIZE, crop_patches, extract_patches
+from ..pyramid import Pyramid, build_pyramid
 from ..structs import Keypoints
 from .synthetic import PRESETS, Pair, PairDataset, PairSettings
 
@@ -48,7 +48,10 @@ class PatchSettings:
         scale_sigma: standard deviation of the natural logarithm of the second scale.
         symmetric: probability that both patches are rotated by the same multiple of 90 degrees, and
             probability that both are mirrored.
-        min_contrast: minimum standard deviation of a patch; patches below it are skipped.
+        min_contrast: minimum standard deviation of the central ``PATCH_SIZE`` x ``PATCH_SIZE``
+            samples of a patch; patches below it are skipped.
+        size: samples along a side of a patch.
+        half_side: half the side of a patch in units of its scale.
     """
 
     per_view: int = 48
@@ -60,12 +63,25 @@ class PatchSettings:
     scale_sigma: float = 0.17
     symmetric: float = 0.5
     min_contrast: float = 0.012
+    size: int = PATCH_SIZE
+    half_side: float = HALF_SIDE
+
+    def extract(self, pyramid: Pyramid, xy: Tensor, scale: Tensor, angle: Tensor) -> Tensor:
+        """Patches (N,1,size,size) at positions (N,2) with scales and angles (N,)."""
+        keypoints = Keypoints(xy, scale, angle, torch.zeros(len(xy)))
+        return extract_patches(pyramid, keypoints, size=self.size, half_side=self.half_side)
+
+    def have_contrast(self, views: Sequence[Tensor]) -> Tensor:
+        """Whether patches have enough contrast in all views (N,1,size,size): (N,) bool."""
+        centers = [crop_patches(patches, PATCH_SIZE) for patches in views]
+        contrast = torch.stack([p.flatten(1).std(dim=1) for p in centers]).amin(dim=0)
+        return contrast >= self.min_contrast
 
 
 class PatchPairs(Dataset):
     """Patch pairs generated from photographs; each item holds the patches of one pair of views.
 
-    Items: ``anchor, positive`` (per_view,1,32,32) float32 in [0,1].
+    Items: ``anchor, positive`` (per_view,1,size,size) float32 in [0,1].
 
     Args:
         photos: image files.
@@ -131,11 +147,10 @@ class PatchPairs(Dataset):
         inside = ((exact >= 0) & (exact <= size - 1)).all(dim=1)
         zeros = torch.zeros(len(xy))
         patches = [
-            extract_patches(build_pyramid(view), Keypoints(position, scale, zeros, zeros))
+            s.extract(build_pyramid(view), position, scale, zeros)
             for view, position, scale in ((view_a, xy, scale_a), (view_b, xy_b, scale_b))
         ]
-        contrast = torch.stack([p.flatten(1).std(dim=1) for p in patches]).amin(dim=0)
-        kept = (inside & (contrast >= s.min_contrast)).nonzero()[: s.per_view, 0]
+        kept = (inside & s.have_contrast(patches)).nonzero()[: s.per_view, 0]
         if len(kept) < s.per_view:
             return None
         anchor, positive = (p[kept] for p in patches)

@@ -26,13 +26,12 @@ from torch.utils.data import Dataset
 
 from ..errors import DataError
 from ..filters import to_gray
-from ..patches import HALF_SIDE, PATCH_SIZE
 from ..progress import track
 from .image_store import ImageStore
 from .patch_changes import change_patches, mixed_gray, normal, occlude, uniform
 from .patch_pairs import PatchSettings
 from .reconstructions import TrackScene
-from .synthetic import PRESETS, PairSettings, read_photo, unreadable_log
+from .synthetic import PRESETS, PairSettings, draw_tilt, read_photo, unreadable_log
 from .tracks import TrackPoints, track_points
 
 #: Locations drawn per requested patch pair; near duplicates and flat patches are dropped.
@@ -87,7 +86,6 @@ class PatchSampler(Dataset):
         share: fraction of the pairs that come from reconstructions, if there are any.
         settings: scales, errors and symmetry of the patches.
         warps: view changes of the warped pairs.
-        size, half_side: see ``patches.extract_patches``.
         seed: item ``i`` depends only on ``seed``, ``i``, the images and the device.
         length: number of batches.
         threads: threads that decode the images.
@@ -107,8 +105,6 @@ class PatchSampler(Dataset):
         share: float = 0.5,
         settings: PatchSettings | None = None,
         warps: PairSettings | None = None,
-        size: int = PATCH_SIZE,
-        half_side: float = HALF_SIDE,
         seed: int = 0,
         length: int = 1,
         threads: int = 1,
@@ -116,7 +112,7 @@ class PatchSampler(Dataset):
         self.settings = settings or PatchSettings()
         self.warps = warps or PRESETS["patches-upright"]
         self.views, self.share, self.seed, self.length = views, share, seed, length
-        self.size, self.half_side, self.device = size, half_side, device
+        self.device = device
         scene_images = [path for scene in scenes for path in scene.images]
         read = _read_all([*photos, *scene_images], len(photos), self.warps.max_side, threads)
         keypoints: list[Tensor] = []
@@ -159,8 +155,9 @@ class PatchSampler(Dataset):
         rng = np.random.default_rng([self.seed, index, 6])
         generator = torch.Generator(self.device).manual_seed(self.seed * 10**9 + index)
         from_tracks = rng.random(self.views) < (self.share if self.tables else 0.0)
-        draws = [self._warped(int((~from_tracks).sum()), generator)] if not all(from_tracks) else []
-        changes = [[self.warps] * int((~from_tracks).sum())]
+        num_warps = int((~from_tracks).sum())
+        draws = [self._warped(num_warps, rng, generator)] if num_warps else []
+        changes = [[self.warps] * num_warps]
         for _ in range(int(from_tracks.sum())):
             weight = np.sqrt([table.num_pairs for table in self.tables])
             table = self.tables[rng.choice(len(self.tables), p=weight / weight.sum())]
@@ -175,7 +172,7 @@ class PatchSampler(Dataset):
 
     # ---- warps
 
-    def _warped(self, groups: int, generator: torch.Generator) -> _Draw:
+    def _warped(self, groups: int, rng: np.random.Generator, generator: torch.Generator) -> _Draw:
         """Locations of photographs and their random affine maps."""
         s, w, count, device = self.settings, self.warps, self.drawn, self.device
         n = groups * count
@@ -204,6 +201,9 @@ class PatchSampler(Dataset):
         shear = torch.eye(2, device=device).repeat(groups, 1, 1)
         shear[:, 0, 1] = skew
         view = _rotation(axis) @ shear @ _rotation(angle - axis)
+        if w.tilt > 1:
+            tilts = np.stack([draw_tilt(rng, w.tilt) for _ in range(groups)])
+            view = torch.from_numpy(tilts).float().to(device) @ view
         jitter = torch.eye(2, device=device) + uniform((n, 2, 2), -1, 1, generator) * AFFINE_JITTER
         jitter = jitter / torch.linalg.det(jitter).sqrt()[:, None, None]
         maps = torch.stack([torch.eye(2, device=device).expand(n, 2, 2), view[group] @ jitter])
@@ -216,7 +216,7 @@ class PatchSampler(Dataset):
             group,
             torch.stack([image, image]),
             torch.stack([xy, xy_b]),
-            maps * scales * self.half_side,
+            maps * scales * s.half_side,
             curvature,
             resolution[:, group],
         )
@@ -255,7 +255,7 @@ class PatchSampler(Dataset):
         s, groups = self.settings, len(changes)
         n = len(draw.group)
         symmetry = _symmetries(n, s.symmetric, generator)
-        axis = (2 * torch.arange(self.size, device=self.device) + 1) / self.size - 1
+        axis = (2 * torch.arange(s.size, device=self.device) + 1) / s.size - 1
         v, u = torch.meshgrid(axis, axis, indexing="ij")
         grid = torch.einsum("nab,bpq->npqa", symmetry, torch.stack([u, v]))
         x, y = grid.unbind(-1)
@@ -266,7 +266,7 @@ class PatchSampler(Dataset):
             xy = draw.xy[side][:, None, None] + torch.einsum(
                 "nab,npqb->npqa", draw.matrix[side], bent
             )
-            step = torch.linalg.det(draw.matrix[side]).abs().sqrt() * 2 / self.size
+            step = torch.linalg.det(draw.matrix[side]).abs().sqrt() * 2 / s.size
             fine = torch.maximum(step, draw.resolution[side])
             colors.append(self.store.sample(draw.image[side], xy, fine))
             steps.append(step / draw.resolution[side])
@@ -281,8 +281,7 @@ class PatchSampler(Dataset):
             change_patches(gray, draw.group, step, changes, generator)
             for gray, step in zip(grays, steps, strict=True)
         ]
-        contrast = torch.stack([p.flatten(1).std(dim=1) for p in patches]).amin(dim=0)
-        kept = (contrast >= s.min_contrast) & self._inside(draw)
+        kept = s.have_contrast([p[:, None] for p in patches]) & self._inside(draw)
         kept &= _apart(draw, s.min_distance, kept)
         kept &= _rank(draw.group, kept, groups) <= s.per_view
         swapped = (uniform((groups,), 0, 1, generator) < 0.5)[draw.group][:, None, None]
@@ -361,7 +360,7 @@ class _TrackTable:
             torch.zeros(n, dtype=torch.long, device=device),
             image,
             torch.stack([xy_a, xy_b + jitter[:, None] * noise[:, :2]]),
-            maps * scales * sampler.half_side,
+            maps * scales * s.half_side,
             torch.zeros(2, n, 2, 3, device=device),
             torch.ones(2, n, device=device),
         )

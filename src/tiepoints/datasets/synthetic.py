@@ -74,6 +74,9 @@ class PairSettings:
         rotation: largest rotation to either side; ``rotation_power`` > 1 makes small ones more
             frequent.
         skew: largest skew to either side; ``skew_power`` > 1 makes small ones more frequent.
+        tilt: largest ratio of the stretch along a random direction to that across it, drawn
+            log-uniformly, as by a level camera that looks obliquely at a plane: vertical lines stay
+            vertical; 1 = none.
         perspective: largest relative change of scale between window center and edge.
         jitter: largest shift of the window center of b.
         mirror: probability of mirroring b horizontally, and vertically; half of it is the
@@ -96,6 +99,7 @@ class PairSettings:
     skew: float = 0.8
     skew_power: float = 1.0
     rotation_power: float = 1.0
+    tilt: float = 1.0
     perspective: float = 0.0
     jitter: float = 0.0
     mirror: float = 0.0
@@ -192,6 +196,19 @@ PRESETS: dict[str, PairSettings] = {
     "dense-upright": replace(_REALISTIC, size=320, rotation=40, rotation_power=2),
     # as "patches", for pairs whose rotation is estimated before description
     "patches-upright": replace(_REALISTIC, rotation=25, rotation_power=1.5),
+    # for affine shapes: oblique views by cameras that are nearly level
+    "tilted": replace(
+        _REALISTIC,
+        size=320,
+        rotation=15,
+        rotation_power=1.5,
+        scale=(0.6, 1.6),
+        skew=0.3,
+        tilt=4.0,
+        perspective=0.5,
+        tone=0.1,
+        layers=0.15,
+    ),
 }
 
 
@@ -466,6 +483,9 @@ def draw_transform(rng: np.random.Generator, settings: PairSettings) -> np.ndarr
     rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     matrix = np.eye(3)
     matrix[:2, :2] = np.array([[1, skew], [0, 1]]) @ (scale * rotate)
+    # see ``degrade`` about random numbers
+    if settings.tilt > 1:
+        matrix[:2, :2] = draw_tilt(rng, settings.tilt) @ matrix[:2, :2]
     flips = rng.random(3)
     if flips[0] < settings.mirror:
         matrix = np.diag([-1.0, 1.0, 1.0]) @ matrix
@@ -476,6 +496,19 @@ def draw_transform(rng: np.random.Generator, settings: PairSettings) -> np.ndarr
     tilt = np.eye(3)
     tilt[2, :2] = rng.uniform(-1, 1, 2) * settings.perspective / settings.size
     return tilt @ matrix
+
+
+def draw_tilt(rng: np.random.Generator, largest: float) -> np.ndarray:
+    """Draw a stretch (2,2) of determinant 1 along a random direction, rotated so that vertical
+    lines stay vertical: lower triangular. The ratio of its singular values is at most ``largest``.
+    """
+    root = math.exp(0.5 * rng.uniform(0, math.log(largest)))
+    direction = rng.uniform(0, math.pi)
+    cos, sin = math.cos(direction), math.sin(direction)
+    rotate = np.array([[cos, -sin], [sin, cos]])
+    stretch = rotate @ np.diag([root, 1 / root]) @ rotate.T
+    x, y = stretch[:, 1] / np.linalg.norm(stretch[:, 1])  # where the vertical goes
+    return np.array([[y, -x], [x, y]]) @ stretch
 
 
 def _translation(x: float, y: float) -> np.ndarray:

@@ -19,9 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..patches import extract_patches
 from ..pyramid import Pyramid
-from ..structs import Keypoints
 from .candidates import CANDIDATES, NEGATIVE_DISTANCE, POSITIVE_DISTANCE
 from .patch_pairs import PatchSettings, rotate_pair
 from .reconstructions import ImageCache, Shared, TrackScene, TrackSettings, UnreadableImage
@@ -77,7 +75,7 @@ def _draw_item(
 class TrackPatches(Dataset):
     """Patch pairs of tracks; each item holds patches of two images of one reconstruction.
 
-    Items: ``anchor, positive`` (per_view,1,32,32) float32 in [0,1], as in ``PatchPairs``.
+    Items: ``anchor, positive`` (per_view,1,size,size) float32 in [0,1], as in ``PatchPairs``.
 
     Args:
         scenes: reconstructions; the probability of each is proportional to the square root of its
@@ -161,10 +159,8 @@ class TrackPatches(Dataset):
             positions, scales, angles = (
                 torch.from_numpy(np.ascontiguousarray(v[order])).float() for v in (xy, size, angle)
             )
-            keypoints = Keypoints(positions, scales, angles, torch.zeros(len(order)))
-            patches.append(extract_patches(pyramid, keypoints))
-        contrast = torch.stack([p.flatten(1).std(dim=1) for p in patches]).amin(dim=0)
-        kept = (contrast >= s.min_contrast).nonzero()[: s.per_view, 0]
+            patches.append(s.extract(pyramid, positions, scales, angles))
+        kept = s.have_contrast(patches).nonzero()[: s.per_view, 0]
         if len(kept) < s.per_view:
             return None
         anchor, positive = (_photometric(p[kept], rng, t.photometric) for p in patches)

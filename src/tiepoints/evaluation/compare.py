@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..geometry import warp_points
 from ..matching import match
 from ..metrics.repeatability import localization
-from ..models.spec import DetectorSpec, spec_of
+from ..models.spec import DetectorSpec, ShapeSpec, spec_of
 from ..names import PATCH_DESCRIPTORS
 from ..progress import track
 from ..weights import load
@@ -202,11 +202,13 @@ def compare_trained(
     name: str, weights: Path, images: Sequence[Path], *, progress: bool = False
 ) -> Comparison | None:
     """Compare newly trained weights of a network with the shipped weights of the same name on
-    held-out images; None if there are too few images.
+    held-out images; None if there are too few images, or for affine shapes, whose training already
+    measured the matches without them.
     """
-    if len(images) < 2:
+    spec = spec_of(load(weights))
+    if len(images) < 2 or isinstance(spec, ShapeSpec):
         return None
-    detects = isinstance(spec_of(load(weights)), DetectorSpec)
+    detects = isinstance(spec, DetectorSpec)
     detector = "keynet" if name in PATCH_DESCRIPTORS else "sobelnet"
     names = (name, str(weights)) if detects else (f"{detector}+{name}", f"{detector}+{weights}")
     settings = CompareSettings(photos=20, size=320)

@@ -12,7 +12,7 @@ from ..backends import EXTRAS, installed, run_by
 from ..device import processor_features
 from ..errors import WeightsError, first_line
 from ..models.patchnets import PATCH_SIZE
-from ..models.spec import PatchSpec, spec_of
+from ..models.spec import PatchSpec, ShapeSpec, spec_of
 from ..names import BACKENDS, PRECISIONS
 from ..weights import int8_graph, load, table
 
@@ -62,7 +62,7 @@ def describe_backends(network: str = NETWORK, seconds: float = SECONDS) -> Backe
     if network not in table():
         raise ValueError(f"network must be one of {', '.join(table())}; got {network!r}")
     found = installed()
-    patches = isinstance(spec_of(load(network)), PatchSpec)
+    patches = isinstance(spec_of(load(network)), PatchSpec | ShapeSpec)
     shape = (PATCHES, 1, PATCH_SIZE, PATCH_SIZE) if patches else (1, 1, *SIZE)
     report = BackendsReport(
         backends=found,

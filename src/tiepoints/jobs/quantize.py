@@ -24,7 +24,7 @@ from ..errors import DataError
 from ..extract import Extractor, build, load_file
 from ..files import require
 from ..image import load_image
-from ..models.spec import DetectorSpec, StackInput, fused, spec_of
+from ..models.spec import DetectorSpec, ShapeSpec, StackInput, fused, spec_of
 from ..names import NUM_KEYPOINTS
 from ..progress import track
 from ..weights import load, save_graph, table, weights_checksum
@@ -180,9 +180,10 @@ def quantize(
 
 def _extractor(net: nn.Module | str, network: nn.Module, num_keypoints: int) -> Extractor:
     """An extractor with a network as its detector or its descriptor, whichever it is."""
-    roles: tuple[Any, Any] = (net, None)
-    if not isinstance(spec_of(network), DetectorSpec):
-        roles = ("keynet", net)
+    spec = spec_of(network)
+    if isinstance(spec, ShapeSpec):
+        raise ValueError(f"a {type(network).__name__} has no eight-bit graph; it runs in float32")
+    roles: tuple[Any, Any] = (net, None) if isinstance(spec, DetectorSpec) else ("keynet", net)
     backend = "auto" if isinstance(net, str) else "torch"
     return build(
         *roles,

@@ -85,7 +85,7 @@ class PatchNet(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        _check_shape(patches)
+        check_shape(patches)
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         vectors = self.vectors(to_side(patches.float(), PATCH_SIZE))
@@ -274,13 +274,18 @@ class FusedPatchNet(nn.Module):
         Raises:
             ValueError: another shape.
         """
-        _check_shape(patches)
+        check_shape(patches)
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         return self.stack(to_side(patches.float(), PATCH_SIZE))
 
 
-def _check_shape(patches: Tensor) -> None:
+def check_shape(patches: Tensor) -> None:
+    """Check that patches are (N,1,P,P).
+
+    Raises:
+        ValueError: they are not.
+    """
     if (
         patches.ndim != 4
         or patches.shape[1] != 1

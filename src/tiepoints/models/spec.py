@@ -45,7 +45,12 @@ class DenseSpec:
     """A network image (B,1,H,W) -> descriptor map (B,D,h,w); D is its attribute ``dim``."""
 
 
-Spec = DetectorSpec | PatchSpec | DenseSpec
+@dataclass(frozen=True)
+class ShapeSpec:
+    """A network patches (N,1,P,P) -> affine shapes (N,2,2) of keypoints, with determinant 1."""
+
+
+Spec = DetectorSpec | PatchSpec | DenseSpec | ShapeSpec
 
 
 @dataclass(frozen=True)

@@ -704,6 +704,24 @@ def hardnet_loss(
     }
 
 
+def hard_negative_constant_loss(
+    anchor: Tensor, positive: Tensor, *, margin: float = 1.0
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss HardNegC of AffNet (Mishkin et al. 2018): the value of ``hardnet_loss``, but the
+    distances to the negatives are constants, so that only the distances of the pairs are reduced.
+
+    Arguments, results and errors as ``hardnet_loss``.
+    """
+    _check_pairs(anchor, positive)
+    near, far = hardest_negatives(anchor, positive)
+    loss = (margin + near - far.detach()).clamp(min=0).mean()
+    return loss, {
+        "loss": loss.item(),
+        "positive": near.mean().item(),
+        "negative": far.mean().item(),
+    }
+
+
 def nearest_neighbors(distances: Tensor, k: int) -> Tensor:
     """Mask (N,N) bool of the ``k`` nearest neighbors of each row, without the diagonal."""
     blocked = distances.detach() + FAR * torch.eye(len(distances), device=distances.device)

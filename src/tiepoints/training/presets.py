@@ -285,6 +285,30 @@ PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
     },
 }
 
+
+@dataclass(frozen=True)
+class ShapeRecipe:
+    """Training of affine shapes.
+
+    Attributes:
+        fit: schedule; ``batch_size`` counts items, as in ``PatchRecipe``.
+        descriptor: name or file of the trained patch descriptor that describes the patches.
+        penalty: weight of the mean elongation of the shapes.
+    """
+
+    fit: FitSettings
+    descriptor: str = "hardnet-light"
+    penalty: float = 0.01
+
+
+_SHAPE_FIT = FitSettings(
+    batch_size=8, learning_rate=3e-3, warmup=30, average=0.99, validate_every=100
+)
+SHAPE_RECIPES: dict[str, ShapeRecipe] = {
+    "default": ShapeRecipe(_SHAPE_FIT),
+    "smoke": ShapeRecipe(dataclasses.replace(_SHAPE_FIT, steps=100, validate_every=50)),
+}
+
 #: Presets of ``train_dense``; the paper gives no schedule.
 DESNET_RECIPES: dict[str, FitSettings] = {
     "default": FitSettings(

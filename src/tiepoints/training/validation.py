@@ -30,7 +30,7 @@ from ..metrics.repeatability import (
 )
 from ..models.rekd import histogram_angle
 from ..orientation import angle_at
-from ..patches import extract_patches
+from ..patches import HALF_SIDE, PATCH_SIZE, extract_patches
 from ..pyramid import build_pyramid
 from ..structs import Features, Keypoints
 
@@ -41,7 +41,7 @@ class MatchingCheck:
 
     Attributes:
         xy_a, xy_b: (N,2), (M,2) keypoints.
-        patches_a, patches_b: (N,1,32,32), (M,1,32,32).
+        patches_a, patches_b: (N,1,P,P), (M,1,P,P).
         H_ab: (3,3) float64.
     """
 
@@ -65,6 +65,8 @@ def matching_checks(
     views: PairSettings,
     seed: int,
     count: int,
+    patch_size: int = PATCH_SIZE,
+    half_side: float = HALF_SIDE,
 ) -> list[MatchingCheck]:
     """Draw ``count`` pairs of views and detect keypoints in each.
 
@@ -72,6 +74,7 @@ def matching_checks(
         photos, views, seed: see ``PairDataset``.
         detect: image (1,1,S,S) -> keypoints.
         count: number of pairs.
+        patch_size, half_side: of the patches, see ``extract_patches``.
     """
     pairs = PairDataset(photos, views, seed=seed, length=count)
     checks = []
@@ -82,7 +85,10 @@ def matching_checks(
             image = torch.from_numpy(view.copy()).float()[None, None] / 255
             keypoints = detect(image)
             xy.append(keypoints.xy)
-            patches.append(extract_patches(build_pyramid(image), keypoints))
+            pyramid = build_pyramid(image)
+            patches.append(
+                extract_patches(pyramid, keypoints, size=patch_size, half_side=half_side)
+            )
         H_ab = torch.from_numpy(pair.H_ab)
         checks.append(MatchingCheck(xy[0], xy[1], patches[0], patches[1], H_ab))
     return checks
@@ -272,12 +278,22 @@ class PosedCheck:
             path: extractor.extract(image).keypoints for path, image in self.images.items()
         }
 
-    def patches(self, describe: Callable[[Tensor], Tensor]) -> float:
-        """Mean of ``tracks.correct_share`` for a descriptor of patches."""
-        described = {
-            path: describe(extract_patches(build_pyramid(image), self.keypoints[path]))
-            for path, image in self.images.items()
-        }
+    def patches(
+        self,
+        describe: Callable[[Tensor], Tensor],
+        *,
+        patch_size: int = PATCH_SIZE,
+        half_side: float = HALF_SIDE,
+    ) -> float:
+        """Mean of ``tracks.correct_share`` for a descriptor of patches; arguments as
+        ``matching_checks``.
+        """
+        described = {}
+        for path, image in self.images.items():
+            patches = extract_patches(
+                *(build_pyramid(image), self.keypoints[path]), size=patch_size, half_side=half_side
+            )
+            described[path] = describe(patches)
         return self._score(described)
 
     def dense(self, describe: Callable[[Tensor], Tensor], dim: int) -> float:

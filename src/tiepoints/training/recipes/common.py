@@ -134,7 +134,7 @@ def plain(key: str, value: Any) -> Any:
     """An argument of ``train`` as a JSON value; paths are absolute."""
     if key in _FOLDERS:
         return [os.path.abspath(folder) for folder in as_folders(value)]
-    if key in PATHS or (key in ("init", "detector") and Path(value).is_file()):
+    if key in PATHS or (key in ("init", "detector", "descriptor") and Path(value).is_file()):
         return os.path.abspath(value)
     if isinstance(value, tuple | list):
         return [plain("", part) for part in value]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...datasets.candidates import CandidatePairs
-from ...datasets.patch_pairs import PatchPairs, peak_detector
+from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
 from ...datasets.patch_sampler import PatchSampler
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
 from ...datasets.reconstructions import TrackScene, read_scenes
@@ -28,7 +28,7 @@ from ...models.patchnets import PatchNet, unit
 from ...models.spec import DetectorSpec, fused, spec_of
 from ...pyramid import build_pyramid
 from ...weights import load, weights_checksum
-from ..loop import FitResult, Task
+from ..loop import FitResult, FitSettings, Task
 from ..losses import circle_loss, hardnet_loss, hynet_loss, sosnet_loss
 from ..presets import DESCRIPTORS, DESNET_RECIPES, PATCH_RECIPES, PatchRecipe
 from ..validation import (
@@ -125,18 +125,16 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     training, held_out = data.photographs()
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["patches-upright" if scenes else "patches"]
-    teacher = None if recipe.teacher is None else _teacher(recipe.teacher)
-    fit, run = recipe.fit, job.run
+    teacher = None if recipe.teacher is None else patch_descriptor(recipe.teacher, "teacher")
+    fit = recipe.fit
     if recipe.on_device:
-        make_batches = _device_batches(job, recipe, training, scenes, views)
-        # an item is a whole batch, on the device
-        fit = dataclasses.replace(fit, batch_size=1)
-        job = dataclasses.replace(job, run=dataclasses.replace(run, workers=0))
+        make_batches = device_batches(job, fit, training, scenes, views)
+        fit, job = with_whole_batches(fit, job)
     else:
         make_batches = _patch_batches(data, recipe, training, scenes, views)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
-        made_from = [recipe.fit.seed, _data_identity(data, training)]
+        made_from = [recipe.fit.seed, data_identity(data, training)]
         make_batches = _stored_batches(job, recipe, make_batches, made_from, teacher)
 
     def make_network() -> nn.Module:
@@ -155,7 +153,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
 
     validate = _patch_validation(data, held_out, views)
     net = initialized(make_network, recipe.fit.seed)
-    _load_init(net, job.init)
+    load_init(net, job.init)
     identity = {
         "model": name,
         "preset": job.preset,
@@ -164,7 +162,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         **({"views": recipe.num_views} if recipe.num_views else {}),
         **({"views_per_batch": recipe.fit.batch_size} if recipe.on_device else {}),
         **init_record(job.init),
-        **_data_identity(data, [*training, *held_out]),
+        **data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, loss, validate, "matching", identity)
     return fit_and_save(net, task, fit, job, make_network=make_network, half=True)
@@ -201,8 +199,12 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
 
 
-def _teacher(name: str) -> nn.Module:
+def patch_descriptor(name: str, role: str) -> nn.Module:
     """The network of a patch descriptor, for inference.
+
+    Args:
+        name: of embedded weights or a file.
+        role: what it is used as, for the message.
 
     Raises:
         ValueError: another network.
@@ -210,7 +212,7 @@ def _teacher(name: str) -> nn.Module:
     net = load(name)
     if not isinstance(net, PatchNet):
         raise ValueError(
-            f"the teacher must be a patch descriptor; {name} contains a {type(net).__name__}"
+            f"the {role} must be a patch descriptor; {name} contains a {type(net).__name__}"
         )
     return net.requires_grad_(False)
 
@@ -276,14 +278,17 @@ def _patch_batches(
     return make_batches
 
 
-def _device_batches(
+def device_batches(
     job: TrainJob,
-    recipe: PatchRecipe,
+    fit: FitSettings,
     photos: list[Path],
     scenes: list[TrackScene],
     views: PairSettings,
+    patches: PatchSettings | None = None,
 ) -> Callable[[int], Dataset]:
-    """Length -> batches of patches that are drawn on the training device."""
+    """Length -> batches of patches of ``fit.batch_size`` pairs of views that are drawn on the
+    training device.
+    """
     device = choose_device(job.run.device)
     net = load("keynet-tiny").to(device)
     sampler = PatchSampler(
@@ -291,13 +296,20 @@ def _device_batches(
         scenes,
         peak_detector(net, TRACK_KEYPOINTS),
         device,
-        views=recipe.fit.batch_size,
+        views=fit.batch_size,
         share=TRACK_SHARE,
+        settings=patches,
         warps=views,
-        seed=recipe.fit.seed,
+        seed=fit.seed,
         threads=max(1, job.run.workers),
     )
     return sampler.with_length
+
+
+def with_whole_batches(fit: FitSettings, job: TrainJob) -> tuple[FitSettings, TrainJob]:
+    """Schedule and job for ``device_batches``, of which an item is a whole batch on the device."""
+    run = dataclasses.replace(job.run, workers=0)
+    return dataclasses.replace(fit, batch_size=1), dataclasses.replace(job, run=run)
 
 
 def _patch_validation(
@@ -314,7 +326,7 @@ def _patch_validation(
         seed=VALIDATION_SEED,
         count=min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out)),
     )
-    posed = _posed_check(data)
+    posed = posed_check(data)
 
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device
@@ -329,20 +341,21 @@ def _patch_validation(
     return validate
 
 
-def _posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedCheck | None:
+def posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedCheck | None:
+    """Validation on the reconstructions of the data, None without any."""
     if not data.validation_reconstructions:
         return None
     return PosedCheck(read_scenes(data.validation_reconstructions), detector)
 
 
-def _load_init(net: nn.Module, init: str | Path | None) -> None:
+def load_init(net: nn.Module, init: str | Path | None) -> None:
     """Initialize a network with the matching layers of other weights."""
     if init is not None:
         count = load_partial_state_dict(net, load(init), str(init))
         logger.info("%d tensors loaded from %s", count, init)
 
 
-def _data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
+def data_identity(data: TrainData, photos: list[Path]) -> dict[str, Any]:
     """Identity of the data in the checkpoint: names of folders, so that they may be moved."""
     sources = [data.patches, *as_folders(data.reconstructions)]
     sources += as_folders(data.validation_reconstructions)
@@ -430,7 +443,7 @@ def train_dense(
 
     validate = _dense_validation(data, held_out, views, candidate_net, dim)
     net = initialized(make_network, settings.seed)
-    _load_init(net, job.init)
+    load_init(net, job.init)
     identity = {
         "model": "desnet",
         "preset": job.preset,
@@ -439,7 +452,7 @@ def train_dense(
         "dim": dim,
         "width": width,
         **init_record(job.init),
-        **_data_identity(data, [*training, *held_out]),
+        **data_identity(data, [*training, *held_out]),
     }
     task = Task(make_batches, candidate_loss, validate, "matching", identity)
     return fit_and_save(net, task, settings, job, make_network=make_network, half=True)
@@ -459,7 +472,7 @@ def _dense_validation(
         count=MATCHING_KEYPOINTS,
     )
     pairs = [{**candidates[i], "H_ab": candidates.homography(i)} for i in range(count)]
-    posed = _posed_check(data, detector)
+    posed = posed_check(data, detector)
 
     def validate(network: nn.Module) -> float:
         device = next(network.parameters()).device

@@ -17,9 +17,11 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("windows", "window_weights", "base"), DETECTORS),
     **dict.fromkeys(("patch_size", "max_angle"), DETECTORS),
     "num_training_data": (*DETECTORS, *DESCRIPTORS),
-    **dict.fromkeys(("teacher", "on_device"), tuple(DESCRIPTORS)),
+    "teacher": tuple(DESCRIPTORS),
+    "on_device": (*DESCRIPTORS, "affnet"),
     **dict.fromkeys(("group_size", "dims", "orientation_balance"), tuple(REKD_SIZES)),
     **dict.fromkeys(("detector", "dim", "width"), ("desnet",)),
+    "descriptor": ("affnet",),
 }
 #: Option -> argument of ``KeyNet``.
 KEYNET_ARGUMENTS = {

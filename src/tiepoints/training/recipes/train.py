@@ -13,12 +13,13 @@ from ...errors import WeightsError
 from ...files import Lock, require
 from ..loop import FitResult, FitSettings, RunOptions, read_checkpoint
 from ..presets import DESCRIPTORS, MODELS, REKD_SIZES
+from .affine import train_shapes
 from .common import DATA_ARGUMENTS, PATHS, TrainData, TrainJob, check_output, companion, plain
 from .descriptors import train_dense, train_patches
 from .detectors import train_oriented, train_score_map
 from .options import NETWORK_OPTIONS, check_options
 
-NETWORKS = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet")
+NETWORKS = (*MODELS, *REKD_SIZES, *DESCRIPTORS, "desnet", "affnet")
 #: Arguments of ``train`` other than data, options and schedule.
 _MAIN_ARGUMENTS = ("network", "preset", "init")
 
@@ -41,7 +42,7 @@ def train(
 
     Args:
         name: ``keynet``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``, ``hardnet``,
-            ``hardnet-light``, ``hynet``, ``sosnet`` or ``desnet``.
+            ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` or ``affnet``.
         data: see ``TrainData``; a path is a folder of images.
         output: weights file to write, with the suffix ``.safetensors``.
         preset: see ``training.presets``.
@@ -90,6 +91,8 @@ def _train(name: str, job: TrainJob) -> FitResult:
         return train_oriented(name, job)
     if name in DESCRIPTORS:
         return train_patches(name, job)
+    if name == "affnet":
+        return train_shapes(job)
     return train_dense(job, **job.options)
 
 
@@ -165,13 +168,15 @@ def check_arguments(name: str, data: TrainData, network: dict[str, Any]) -> None
     if name not in NETWORKS:
         raise ValueError(f"the network must be one of {', '.join(NETWORKS)}; got {name!r}")
     check_options(name, network)
-    is_descriptor = name in DESCRIPTORS or name == "desnet"
-    if is_descriptor and (data.pairs is not None or data.validation_pairs is not None):
+    is_detector = name in (*MODELS, *REKD_SIZES)
+    if not is_detector and (data.pairs is not None or data.validation_pairs is not None):
         raise ValueError(
-            "training pairs are for detectors; a descriptor trains on images"
+            f"training pairs are for detectors; {name} trains on images"
             + ", or on patches" * (name in DESCRIPTORS)
         )
     if data.patches is not None and name not in DESCRIPTORS:
         raise ValueError(f"patches are for descriptors ({', '.join(DESCRIPTORS)})")
-    if (data.reconstructions or data.validation_reconstructions) and not is_descriptor:
-        raise ValueError(f"reconstructions are for descriptors ({', '.join(DESCRIPTORS)}, desnet)")
+    if (data.reconstructions or data.validation_reconstructions) and is_detector:
+        raise ValueError(
+            f"reconstructions are for {', '.join(DESCRIPTORS)}, desnet and affnet, not for {name}"
+        )
