@@ -30,7 +30,13 @@ from ..formats.store import exists, open_features
 from ..image import ImageLike, load_image
 from ..keypoints import detect_peaks
 from ..models.classical import RawPatch
-from ..names import DESCRIPTORS, DETECTORS, EVALUATION_DESCRIPTOR, ORIENTATIONS
+from ..names import (
+    AFFINE_SHAPES,
+    DESCRIPTORS,
+    DETECTORS,
+    EVALUATION_DESCRIPTOR,
+    ORIENTATIONS,
+)
 from ..pyramid import DOWN_LEVELS, SCALE_STEP, UP_LEVELS, build_pyramid, level_budgets
 from ..structs import Features, Keypoints
 from ..weights import digest, load, load_graph
@@ -43,8 +49,10 @@ OURS = DETECTORS
 #: Content-free controls: their keypoints do not depend on the image content, so their results are
 #: the chance level of a metric.
 CONTROLS = ("random", "lattice")
-#: Allowed after an @ of a detector of ``OURS``: an extraction mode, or an orientation.
-MODES = ("official", "all", "upright", "ti", *ORIENTATIONS)
+#: Networks of affine shapes.
+AFFINE_NETWORKS = tuple(name for name in AFFINE_SHAPES if name != "none")
+#: Allowed after an @ of a detector of ``OURS``: an extraction mode, orientation or affine shapes.
+MODES = ("official", "all", "upright", "ti", *ORIENTATIONS, *AFFINE_NETWORKS)
 #: Suffixes of files of features, and of these and weights files: a name with one is a path.
 STORE_SUFFIXES = (".h5", ".hdf5", ".db")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".npz", *STORE_SUFFIXES)
@@ -83,7 +91,8 @@ def system(name: str, options: Options | None = None) -> System:
     or an hloc ``.h5`` file. Networks take modes: ``NAME@official`` for the published extraction,
     ``NAME@all`` for several keypoints per location (one per scale), ``NAME@ti`` for a single scale,
     ``NAME@upright`` for patches that are not rotated, ``NAME@dominant`` and the other
-    ``names.ORIENTATIONS`` for other angles; several as ``NAME@official@ti``. Controls take ``@ti``.
+    ``names.ORIENTATIONS`` for other angles, ``NAME@affnet`` and the other ``names.AFFINE_SHAPES``
+    for affine shapes of patches; several as ``NAME@official@ti``. Controls take ``@ti``.
     Other detectors take ``@upright`` if a DESCRIPTOR follows: it gets the keypoints without their
     angles, those of one location and scale once.
 
@@ -155,6 +164,7 @@ def system_record(name: str) -> dict[str, Any]:
     if kind == "network":
         record["detector"] = digest(base)
         record["orientation"] = next((digest(m) for m in modes if m in ORIENTATIONS), None)
+        record["affine"] = next((digest(m) for m in modes if m in AFFINE_NETWORKS), None)
         descriptor = descriptor or EVALUATION_DESCRIPTOR
     elif kind == "opencv":
         record["opencv"] = import_module("cv2").__version__
@@ -234,7 +244,8 @@ def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Optio
     }
     choice: dict[str, Any] = {"single_scale": options.single_scale, "per_scale": False}
     for mode in modes:
-        choice |= choices.get(mode, {"orientation": mode})
+        kind = "affine" if mode in AFFINE_NETWORKS else "orientation"
+        choice |= choices.get(mode, {kind: mode})
     extraction = dict(options.extraction)
     if choice["single_scale"]:
         extraction = {k: v for k, v in extraction.items() if not k.endswith("_levels")}
