@@ -30,7 +30,7 @@ from ..progress import track
 from .image_store import ImageStore
 from .patch_changes import change_patches, mixed_gray, normal, occlude, uniform
 from .patch_pairs import PatchSettings
-from .reconstructions import TrackScene
+from .reconstructions import TrackScene, TrackSettings
 from .synthetic import PRESETS, PairSettings, draw_tilt, read_photo, unreadable_log
 from .tracks import TrackPoints, track_points
 
@@ -79,7 +79,8 @@ class PatchSampler(Dataset):
 
     Args:
         photos: image files of warped pairs.
-        scenes: reconstructions of pairs of different images; may be empty.
+        scenes: reconstructions of pairs of different images, all with the same settings; may be
+            empty.
         detect: gray image (1,1,H,W) in [0,1], on the device -> keypoints (N,2), strongest first.
         device: of the images and the patches.
         views: number of pairs of views of a batch.
@@ -135,9 +136,7 @@ class PatchSampler(Dataset):
         self.keypoints = torch.cat(keypoints[: self.num_photos])  # of all photographs
         self.keypoint_count = counts
         self.keypoint_start = counts.cumsum(0) - counts
-        arrays = [k.cpu().numpy() for k in keypoints]
-        tables = (self._table(scene, arrays) for scene in scenes)
-        self.tables = [table for table in tables if table is not None]
+        self.tracks = self._track_table(scenes, [k.cpu().numpy() for k in keypoints])
 
     def with_length(self, length: int) -> PatchSampler:
         """The same with another number of batches; the images are shared."""
@@ -154,16 +153,16 @@ class PatchSampler(Dataset):
             raise IndexError(f"batch {index} of {self.length}")
         rng = np.random.default_rng([self.seed, index, 6])
         generator = torch.Generator(self.device).manual_seed(self.seed * 10**9 + index)
-        from_tracks = rng.random(self.views) < (self.share if self.tables else 0.0)
-        num_warps = int((~from_tracks).sum())
-        draws = [self._warped(num_warps, rng, generator)] if num_warps else []
-        changes = [[self.warps] * num_warps]
-        for _ in range(int(from_tracks.sum())):
-            weight = np.sqrt([table.num_pairs for table in self.tables])
-            table = self.tables[rng.choice(len(self.tables), p=weight / weight.sum())]
-            draws.append(table.draw(int(rng.integers(table.num_pairs)), self, generator))
-            changes.append([table.photometric])
-        return self._sampled(_joined(draws), [s for part in changes for s in part], generator)
+        share = 0.0 if self.tracks is None else self.share
+        num_tracks = int((rng.random(self.views) < share).sum())
+        draws, changes = [], []
+        if num_tracks < self.views:
+            draws.append(self._warped(self.views - num_tracks, rng, generator))
+            changes += [self.warps] * (self.views - num_tracks)
+        if num_tracks and self.tracks is not None:
+            draws.append(self._tracked(num_tracks, self.tracks, rng, generator))
+            changes += [self.tracks.photometric] * num_tracks
+        return self._sampled(_joined(draws), changes, generator)
 
     @property
     def drawn(self) -> int:
@@ -229,22 +228,67 @@ class PatchSampler(Dataset):
 
     # ---- tracks
 
-    def _table(self, scene: TrackScene, keypoints: list[np.ndarray]) -> _TrackTable | None:
-        """The shared points of random pairs of images of a scene; None without a readable pair."""
+    def _track_table(
+        self, scenes: Sequence[TrackScene], keypoints: list[np.ndarray]
+    ) -> _TrackTable | None:
+        """The shared points of random pairs of images of each scene; None without a readable
+        pair.
+        """
         rng = np.random.default_rng([self.seed, 8])
-        pairs = [p for p in scene.pairs if all(scene.images[i] in self.index for i in p)]
-        if not pairs:
+        images, points, weights = [], [], []
+        for scene in scenes:
+            pairs = [p for p in scene.pairs if all(scene.images[i] in self.index for i in p)]
+            chosen = rng.permutation(len(pairs))[:SCENE_PAIRS].tolist()
+            # in all, a scene is drawn with the square root of its number of pairs
+            weights += [math.sqrt(len(pairs)) / len(chosen)] * len(chosen)
+            for a, b in (pairs[i] for i in chosen):
+                own = [self.index[scene.images[i]] for i in (a, b)]
+                shared = scene.shared(a, b)
+                shared = shared.take(rng.permutation(len(shared))[:PAIR_POINTS])
+                detected_a, detected_b = (keypoints[k] for k in own)
+                points.append(track_points(shared, detected_a, detected_b, scene.settings.near))
+                images.append(own)
+        if not images:
             return None
-        chosen = rng.permutation(len(pairs))[:SCENE_PAIRS]
-        images, points = [], []
-        for i in chosen.tolist():
-            own = [self.index[scene.images[k]] for k in pairs[i]]
-            shared = scene.shared(*pairs[i])
-            shared = shared.take(rng.permutation(len(shared))[:PAIR_POINTS])
-            detected_a, detected_b = (keypoints[k] for k in own)
-            points.append(track_points(shared, detected_a, detected_b, scene.settings.near))
-            images.append(own)
-        return _TrackTable(scene, images, points, self.device)
+        return _TrackTable(scenes[0].settings, images, points, weights, self.device)
+
+    def _tracked(
+        self,
+        groups: int,
+        table: _TrackTable,
+        rng: np.random.Generator,
+        generator: torch.Generator,
+    ) -> _Draw:
+        """Locations of shared points, see ``tracks.TrackPatches``."""
+        s, t, count, device = self.settings, table.settings, self.drawn, self.device
+        n = groups * count
+        group = torch.arange(groups, device=device).repeat_interleave(count)
+        drawn = rng.choice(len(table.weights), groups, p=table.weights)
+        pair = torch.from_numpy(drawn).to(device)[group]
+        # a point that is drawn twice is dropped as a neighbor of itself
+        number = (uniform((n,), 0, 1, generator) * table.count[pair]).long()
+        row = {key: value[table.start[pair] + number] for key, value in table.rows.items()}
+        snapped = row["near"] & (uniform((n,), 0, 1, generator) < t.detected)
+        xy_a, xy_b = (
+            row[f"xy_{side}"] + row[f"shift_{side}"] * snapped[:, None] for side in ("a", "b")
+        )
+        ratio = row["scale"]
+        scale_a = self._scales(n, generator) * (1 / ratio).clamp(min=1)
+        noise = normal((n, 3), generator)
+        scale_b = scale_a * ratio * torch.exp(s.scale_sigma * noise[:, 2])
+        jitter = torch.where(snapped, SNAPPED_JITTER, 1.0) * s.position_sigma * scale_b
+        u = uniform((n,), -1, 1, generator)
+        error = math.radians(t.rotation) * torch.sign(u) * u.abs() ** 1.5
+        maps = torch.stack([_rotation(angle) for angle in (0 * error, row["angle"] + error)])
+        scales = torch.stack([scale_a, scale_b])[..., None, None]
+        return _Draw(
+            group,
+            table.images[pair].T,
+            torch.stack([xy_a, xy_b + jitter[:, None] * noise[:, :2]]),
+            maps * scales * s.half_side,
+            torch.zeros(2, n, 2, 3, device=device),
+            torch.ones(2, n, device=device),
+        )
 
     # ---- patches
 
@@ -304,66 +348,28 @@ class PatchSampler(Dataset):
 
 
 class _TrackTable:
-    """The shared points of the pairs of one reconstruction, on the device."""
+    """The shared points of pairs of images of reconstructions, on the device."""
 
     def __init__(
         self,
-        scene: TrackScene,
+        settings: TrackSettings,
         images: list[list[int]],
         points: list[TrackPoints],
+        weights: list[float],
         device: torch.device,
     ):
+        self.settings = settings
         # nothing is mixed or occluded here: the images differ in light and occlusion already
-        self.photometric = dataclasses.replace(scene.settings.photometric, color=0.0, layers=0.0)
-        self.settings = scene.settings
-        self.images = images
-        self.ends = np.cumsum([len(p.scale) for p in points])
-        rows = {
-            f.name: np.concatenate([getattr(p, f.name) for p in points])
-            for f in dataclasses.fields(TrackPoints)
-        }
-        self.rows = {
-            key: torch.from_numpy(value.astype(np.float32) if value.dtype != bool else value).to(
-                device
-            )
-            for key, value in rows.items()
-        }
-
-    @property
-    def num_pairs(self) -> int:
-        return len(self.images)
-
-    def draw(self, pair: int, sampler: PatchSampler, generator: torch.Generator) -> _Draw:
-        """Locations of one pair of images, see ``tracks.TrackPatches``."""
-        s, t, count, device = sampler.settings, self.settings, sampler.drawn, sampler.device
-        start, end = (0 if pair == 0 else int(self.ends[pair - 1])), int(self.ends[pair])
-        order = torch.randperm(end - start, generator=generator, device=device)[:count]
-        row = {key: value[start + order] for key, value in self.rows.items()}
-        n = len(order)
-        snapped = row["near"] & (uniform((n,), 0, 1, generator) < t.detected)
-        xy_a, xy_b = (
-            row[f"xy_{side}"] + row[f"shift_{side}"] * snapped[:, None] for side in ("a", "b")
-        )
-        ratio = row["scale"]
-        scale_a = sampler._scales(n, generator) * torch.maximum(torch.ones_like(ratio), 1 / ratio)
-        noise = normal((n, 3), generator)
-        scale_b = scale_a * ratio * torch.exp(s.scale_sigma * noise[:, 2])
-        jitter = torch.where(snapped, SNAPPED_JITTER, 1.0) * s.position_sigma * scale_b
-        u = uniform((n,), -1, 1, generator)
-        error = math.radians(t.rotation) * torch.sign(u) * u.abs() ** 1.5
-        maps = torch.stack(
-            [_rotation(torch.zeros(n, device=device)), _rotation(row["angle"] + error)]
-        )
-        scales = torch.stack([scale_a, scale_b])[..., None, None]
-        image = torch.tensor(self.images[pair], device=device)[:, None].expand(2, n)
-        return _Draw(
-            torch.zeros(n, dtype=torch.long, device=device),
-            image,
-            torch.stack([xy_a, xy_b + jitter[:, None] * noise[:, :2]]),
-            maps * scales * s.half_side,
-            torch.zeros(2, n, 2, 3, device=device),
-            torch.ones(2, n, device=device),
-        )
+        self.photometric = dataclasses.replace(settings.photometric, color=0.0, layers=0.0)
+        self.images = torch.tensor(images, device=device)  # (pairs,2)
+        self.weights = np.array(weights) / sum(weights)
+        self.count = torch.tensor([len(p.scale) for p in points], device=device)
+        self.start = self.count.cumsum(0) - self.count
+        self.rows: dict[str, Tensor] = {}
+        for f in dataclasses.fields(TrackPoints):
+            values = torch.from_numpy(np.concatenate([getattr(p, f.name) for p in points]))
+            values = values if values.dtype == torch.bool else values.float()
+            self.rows[f.name] = values.to(device)
 
 
 def _read_all(
