@@ -207,7 +207,7 @@ def test_trained_file_is_used_by_extraction_and_refused_elsewhere(photos, tmp_pa
     refused = {
         ("--affine", weights, "--descriptor", "desnet"): "describes the whole image",
         ("--affine", weights, "--descriptor", "none"): "use a patch descriptor",
-        ("--affine", "shapes"): "affine must be one of none",
+        ("--affine", "shapes"): "affine must be one of none, affnet",
         ("--descriptor", weights): "use it as the affine",
         ("--detector", weights): "use it as the affine",
     }

@@ -13,7 +13,7 @@ LITE_GRAPH = "sobelnet+desnet"
 #: Sources of keypoint angles; REKD's detectors estimate them themselves.
 ORIENTATIONS = ("none", "rekd", "rekd-light", "dominant")
 #: Estimators of the affine shapes of patches.
-AFFINE_SHAPES = ("none",)
+AFFINE_SHAPES = ("none", "affnet")
 BACKENDS = ("auto", "torch", "onnxruntime", "openvino")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 NMS_SHAPES = ("square", "round")

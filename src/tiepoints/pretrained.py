@@ -13,7 +13,7 @@ from .errors import WeightsError, first_line
 from .extract import Extractor, build, load_file
 from .models.patchnets import DIMENSION, PATCH_SIZE
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, spec_of
-from .names import DESCRIPTORS, DETECTORS
+from .names import AFFINE_SHAPES, DESCRIPTORS, DETECTORS
 from .weights import DATA, file_checksum, load, metadata_of, read_graph, table
 
 #: OWNER/NAME of a Hugging Face repository.
@@ -22,7 +22,7 @@ REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _KINDS = {
     "detector": "a detector of keypoints",
     "descriptor": "a descriptor",
-    "affine": "an estimator of affine shapes",
+    "affine": "a network of affine shapes",
 }
 
 
@@ -32,10 +32,10 @@ def from_pretrained(
     """Build an extractor from trained weights.
 
     Args:
-        source: ``keynet-hardnet`` or one of its names alone (``names.DETECTORS`` and
-            ``names.DESCRIPTORS``); a weights file; a folder with a weights file of a detector, of a
-            descriptor, or one of each; or such a repository of Hugging Face, ``OWNER/NAME``, which
-            is downloaded once.
+        source: ``keynet-hardnet`` or one of its names alone (``names.DETECTORS``,
+            ``names.DESCRIPTORS`` and ``names.AFFINE_SHAPES``); a weights file; a folder with a
+            weights file of a detector, of a descriptor, of affine shapes, or one of each; or such a
+            repository of Hugging Face, ``OWNER/NAME``, which is downloaded once.
         revision: branch, tag or commit of the repository.
         options: see ``ExtractOptions``. A detector or descriptor that ``source`` does not have is
             the default one, or that of the option.
@@ -58,8 +58,10 @@ def from_pretrained(
 
 def _embedded(name: str) -> dict[str, str]:
     """Detector and descriptor of ``DETECTOR-DESCRIPTOR`` (or with +, as systems of an evaluation),
-    or of one of these; empty if it is not such a name.
+    or one of these, or a network of affine shapes; empty if it is not such a name.
     """
+    if name in AFFINE_SHAPES and name != "none":
+        return {"affine": name}
     described = [descriptor for descriptor in DESCRIPTORS if descriptor != "none"]
     for detector in DETECTORS:
         if name == detector:

@@ -80,8 +80,8 @@ OrientationOption = Annotated[
 AffineOption = Annotated[
     str,
     typer.Option(
-        help="Affine shapes of patches, for patch descriptors: a weights file of `train affnet`, "
-        "or none."
+        help="Affine shapes of patches, for views from very different directions and patch "
+        "descriptors: affnet, a weights file, or none."
     ),
 ]
 PairOrientationOption = Annotated[
