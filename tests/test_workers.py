@@ -81,7 +81,7 @@ def test_only_the_task_that_ends_its_worker_fails():
 
 
 def test_workers_that_cannot_start_are_an_error():
-    with pytest.raises(DataError, match=r"before its first image \(exit code 1\); use --workers 1"):
+    with pytest.raises(DataError, match=r"its first result \(exit code 1\); use --workers 1"):
         run_pool([1, 2], worker_tasks.never_ready)
 
 
@@ -223,7 +223,7 @@ def test_invalid_number_of_workers(text):
 
 def test_memory_is_divided_among_workers(photos, tmp_path, forked):
     extractor = replace(OPTIONS, memory=3 << 30).build()
-    assert workers._worker_options(extractor, 2).memory == ((3 << 30) - BASE) // 2
+    assert workers.worker_options(extractor, 2).memory == ((3 << 30) - BASE) // 2
     limited = replace(OPTIONS, memory=MIN_MEMORY + BASE)
     with pytest.raises(ValueError, match="use --workers 1"):
         extract_images([str(photos)], tmp_path / "out", limited, workers=2)

@@ -9,7 +9,8 @@ computed from the matches and all keypoints of b are described again with patche
 nearest multiple of ``ROTATION_STEP``. The result with more verified matches is kept. Positions
 never change, so match indices stay valid for stored keypoints. Most pairs of a folder have nothing
 in common and need the search, and the images of a flight or a turntable are rotated to many others,
-so both kinds of descriptors are cached for the next pairs of that image.
+so both kinds of descriptors are cached for the next pairs of that image. The search is omitted if
+other pairs show that both images are upright (``KnownRotations``).
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
 #: each), are cached; number of rotated descriptions of all keypoints (half precision, 0.5 MiB for
 #: 2048 keypoints) that are cached.
 PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 256, 128
+#: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
+#: and of images among which it is searched.
+MAX_CHAIN, MAX_REACHED = 8, 1000
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
@@ -63,24 +67,33 @@ class Oriented:
         matches: indices into the given keypoints.
         b: features of the second image, with other angles and descriptors if described again.
         rotation: of the patches of b in radians, from +x towards +y; 0 = as given.
+        support: number of matches that agree with one geometry beyond chance.
+        measured: the rotation from a to b of these matches in radians; 0 without any.
     """
 
     matches: Matches
     b: Features
     rotation: float = 0.0
+    support: int = 0
+    measured: float = 0.0
 
 
-def can_reorient(extractor: Extractor) -> bool:
+def can_reorient(extractor: Extractor | None) -> bool:
     """Whether an extractor describes upright patches; only these can be described at another
     rotation.
     """
-    if not isinstance(extractor, Extractor):  # a user's callable
+    if not isinstance(extractor, Extractor):  # none, or a user's callable
         return False
     return (
         isinstance(extractor.describe, PatchDescriptor)
         and not extractor.describe.upright
         and extractor.orient is None
     )
+
+
+def has_angles(*features: Features) -> bool:
+    """Whether any keypoint has an angle, so that its patch is not upright."""
+    return any(bool(one.angle.any()) for one in features)
 
 
 class PairMatcher:
@@ -117,24 +130,44 @@ class PairMatcher:
             image_b: the image of ``b``, read only if needed.
             key: cache key of the image for the next pairs; None = no caching.
         """
-        best = Oriented(self.matcher(a, b), b)
-        if bool(a.angle.any()) or bool(b.angle.any()):
-            return best  # the features have angles
-        support, rotation = _support(a, best)
-        if support < MIN_SUPPORT:
-            search_support, search_rotation = self._search(a, b, image_b, key)
-            if search_support > support:
-                rotation = search_rotation
+        best = self.match_near(a, b, image_b, key)
+        if best.support >= MIN_SUPPORT or has_angles(a, b):
+            return best
+        found = self._search(a, b, image_b, key)
+        if found.support <= best.support:
+            return best
+        return self._improved(best, found.measured, a, image_b, key)
+
+    def match_near(
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
+    ) -> Oriented:
+        """The same without the search: ``b`` is only described at another rotation if the matches
+        as given show it; parameters as above.
+        """
+        if has_angles(a, b):
+            return Oriented(self.matcher(a, b), b)
+        best = self._verified(a, b, 0.0)
+        return self._improved(best, best.measured, a, image_b, key)
+
+    def _improved(
+        self, best: Oriented, rotation: float, a: Features, image_b: ImageLike, key: str | None
+    ) -> Oriented:
+        """Match with b described at a rotation, if that verifies more matches than ``best``."""
         for _ in range(2):  # the rotation is more exact after describing again
             if _difference(rotation, best.rotation) < MIN_ROTATION:
                 break
-            rotated = self._match_rotated(a, b, image_b, key, round(rotation / ROTATION_STEP))
+            step = round(rotation / ROTATION_STEP)
+            rotated = self._match_rotated(a, best.b, image_b, key, step)
             # the support is 0 if chance explains the matches, so nothing is replaced then
-            rotated_support, rotation = _support(a, rotated)
-            if rotated_support <= support:
+            if rotated.support <= best.support:
                 break
-            best, support = rotated, rotated_support
+            best, rotation = rotated, rotated.measured
         return best
+
+    def _verified(self, a: Features, b: Features, rotation: float) -> Oriented:
+        """Match with b, whose patches have this rotation, and verify the matches."""
+        matches = self.matcher(a, b)
+        return Oriented(matches, b, rotation, *_support(a, b, matches))
 
     def _match_rotated(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, step: int
@@ -148,21 +181,21 @@ class PairMatcher:
             cached = replace(described, descriptors=described.descriptors.half())
         if key is not None:
             _cache(self._descriptions, (key, step), cached, DESCRIPTIONS)
-        return Oriented(self.matcher(a, cached), cached, rotation)
+        return self._verified(a, cached, rotation)
 
-    def _search(
-        self, a: Features, b: Features, image_b: ImageLike, key: str | None
-    ) -> tuple[int, float]:
-        """Largest number of verified matches of the strongest keypoints of b over the rotations,
-        and the rotation computed from these matches.
-        """
+    def _search(self, a: Features, b: Features, image_b: ImageLike, key: str | None) -> Oriented:
+        """Matches of the strongest keypoints of b, at the rotation with most verified ones."""
         candidates = [
             Oriented(self.matcher(a, rotated), rotated)
             for rotated in self._rotated(b, image_b, key)
         ]
         candidates.sort(key=lambda oriented: len(oriented.matches), reverse=True)
-        verified = candidates[:VERIFIED_STEPS]
-        return max((_support(a, oriented) for oriented in verified), default=(0, 0.0))
+        verified = [
+            replace(oriented, support=support, measured=measured)
+            for oriented in candidates[:VERIFIED_STEPS]
+            for support, measured in [_support(a, oriented.b, oriented.matches)]
+        ]
+        return max(verified, key=lambda oriented: (oriented.support, oriented.measured))
 
     def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
         """The strongest keypoints of b, described at each rotation of the search except 0."""
@@ -211,11 +244,11 @@ def _difference(a: float, b: float) -> float:
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
 
 
-def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
+def _support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:
     """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
     rotation from a to b of these matches in radians.
     """
-    xy_a, xy_b = oriented.matches.positions(a, oriented.b)
+    xy_a, xy_b = matches.positions(a, b)
     best = (0, 0.0)
     for geometry, threshold in GEOMETRIES.items():
         # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
@@ -234,3 +267,46 @@ def similarity_angle(xy_a: Tensor, xy_b: Tensor) -> float:
     """Rotation in radians, -pi..pi, of the least-squares similarity from points (N,2) to (N,2)."""
     a, b = (xy.double() - xy.double().mean(dim=0) for xy in (xy_a, xy_b))
     return math.atan2(float((a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()), float((a * b).sum()))
+
+
+class KnownRotations:
+    """Rotations between images, of the pairs matched before.
+
+    The rotation of a pair is about the sum of those along a chain of pairs that connects its
+    images. Matching keypoints as they are finds it if it is small, and then a search finds nothing
+    else: most pairs of a folder that need one do not overlap.
+    """
+
+    def __init__(self) -> None:
+        self._rotations: dict[str, dict[str, float]] = {}
+
+    def add(self, a: str, b: str, rotation: float, support: int) -> None:
+        """Add the rotation of a pair (``Oriented.measured``) with enough verified matches."""
+        if support >= ENOUGH_SUPPORT:
+            self._rotations.setdefault(a, {})[b] = rotation
+            self._rotations.setdefault(b, {})[a] = -rotation
+
+    def predict(self, a: str, b: str) -> float | None:
+        """The rotation from a to b in radians by a shortest chain of at most ``MAX_CHAIN`` pairs;
+        None if there is none.
+        """
+        reached = {a: 0.0}
+        ends = [a]
+        for _ in range(MAX_CHAIN):
+            following = []
+            for name in ends:
+                for other, rotation in self._rotations.get(name, {}).items():
+                    if other not in reached:
+                        reached[other] = reached[name] + rotation
+                        following.append(other)
+            if b in reached:
+                return reached[b]
+            if len(reached) > MAX_REACHED:
+                break
+            ends = following
+        return None
+
+    def upright(self, a: str, b: str) -> bool:
+        """Whether the rotation of a pair is known, and smaller than half a step of the search."""
+        rotation = self.predict(a, b)
+        return rotation is not None and _difference(rotation, 0.0) < math.pi / SEARCH_STEPS
