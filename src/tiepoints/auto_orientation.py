@@ -144,9 +144,9 @@ class PairMatcher:
         """The same without the search: ``b`` is only described at another rotation if the matches
         as given show it; parameters as above.
         """
-        if has_angles(a, b):
-            return Oriented(self.matcher(a, b), b)
         best = self._verified(a, b, 0.0)
+        if has_angles(a, b):
+            return best
         return self._improved(best, best.measured, a, image_b, key)
 
     def _improved(
@@ -167,7 +167,7 @@ class PairMatcher:
     def _verified(self, a: Features, b: Features, rotation: float) -> Oriented:
         """Match with b, whose patches have this rotation, and verify the matches."""
         matches = self.matcher(a, b)
-        return Oriented(matches, b, rotation, *_support(a, b, matches))
+        return Oriented(matches, b, rotation, *geometric_support(a, b, matches))
 
     def _match_rotated(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, step: int
@@ -193,7 +193,7 @@ class PairMatcher:
         verified = [
             replace(oriented, support=support, measured=measured)
             for oriented in candidates[:VERIFIED_STEPS]
-            for support, measured in [_support(a, oriented.b, oriented.matches)]
+            for support, measured in [geometric_support(a, oriented.b, oriented.matches)]
         ]
         return max(verified, key=lambda oriented: (oriented.support, oriented.measured))
 
@@ -244,7 +244,7 @@ def _difference(a: float, b: float) -> float:
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
 
 
-def _support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:
+def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:
     """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
     rotation from a to b of these matches in radians.
     """

@@ -20,6 +20,7 @@ from ..auto_orientation import (
     Oriented,
     PairMatcher,
     can_reorient,
+    geometric_support,
     has_angles,
 )
 from ..errors import DataError
@@ -112,6 +113,8 @@ class PairWork:
             _check_dimensions(a, b)
             found, weak = self._oriented(pair[1], a, b, block.search)
             matches, verified = found.matches, False
+            if self.options.reject_chance and not found.support:
+                matches = matches[torch.zeros(0, dtype=torch.int64)]
             if self.options.geometry is not None:
                 xy_a, xy_b = a.xy[matches.index[:, 0]], b.xy[matches.index[:, 1]]
                 result = estimate(
@@ -125,7 +128,9 @@ class PairWork:
     def _oriented(self, name: str, a: Features, b: Features, search: bool) -> tuple[Oriented, bool]:
         """Matches with the image ``name``, and whether a search may find more."""
         if self.oriented is None or name not in self.images:
-            return Oriented(self.matcher(a, b), b), False
+            matches = self.matcher(a, b)
+            support = geometric_support(a, b, matches) if self.options.reject_chance else ()
+            return Oriented(matches, b, 0.0, *support), False
         if search:
             return self.oriented(a, b, self.images[name], name), False
         found = self.oriented.match_near(a, b, self.images[name], name)
