@@ -17,7 +17,13 @@ from PIL import Image
 
 from helpers import texture
 from tiepoints import ExtractOptions, processes
-from tiepoints.auto_orientation import ENOUGH_SUPPORT, KnownRotations, PairMatcher
+from tiepoints.auto_orientation import (
+    ENOUGH_SUPPORT,
+    KnownRotations,
+    PairMatcher,
+    _steps_near,
+    is_upright,
+)
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.jobs import pair_workers
@@ -177,13 +183,13 @@ class Weak(PairWork):
 
     def __init__(self, supported):
         super().__init__(MatchOptions())
-        self.supported, self.searched = supported, []
+        self.supported, self.searched = supported, {}
 
     def match(self, pair, block):
-        if block.search:
-            self.searched.append(pair)
+        if pair in block.search:
+            self.searched[pair] = block.search[pair]
         support = ENOUGH_SUPPORT if pair in self.supported else 0
-        weak = not block.search and not support
+        weak = pair not in block.search and not support
         rotation = math.radians(int(pair[1]) - int(pair[0]))
         matches = Matches(torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0))
         return PairOutcome(matches, 0, support=support, rotation=rotation, weak=weak)
@@ -197,7 +203,9 @@ def test_only_pairs_with_an_unknown_or_large_rotation_are_searched():
         found = [pair for pair, _ in runner.run(pairs)]
     assert sorted(found) == sorted(pairs)
     upright = [pair for pair in pairs if pair in work.supported or pair == ("0", "20")]
-    assert sorted(work.searched) == sorted(set(pairs) - set(upright))
+    assert set(work.searched) == set(pairs) - set(upright)
+    assert work.searched["0", "90"] == pytest.approx(math.radians(90))  # a sum along a chain
+    assert work.searched["0", "5"] is None
 
 
 def test_known_rotations_are_summed_along_the_shortest_chain():
@@ -208,10 +216,25 @@ def test_known_rotations_are_summed_along_the_shortest_chain():
     assert known.predict("a", "c") == pytest.approx(-0.2)
     assert known.predict("c", "a") == pytest.approx(0.2)
     assert known.predict("a", "d") is None
-    assert known.upright("a", "b")
-    assert not known.upright("b", "c")
     chain = KnownRotations()
     for i in range(20):
         chain.add(str(i), str(i + 1), 0.0, ENOUGH_SUPPORT)
-    assert chain.upright("0", "8")
-    assert not chain.upright("0", "9")
+    assert chain.predict("0", "8") == 0
+    assert chain.predict("0", "9") is None
+
+
+@pytest.mark.parametrize(
+    ("degrees", "upright", "steps"),
+    [
+        (None, False, [1, 2, 3, 4, 5, 6, 7]),
+        (20, True, [1]),
+        (-25, False, [7]),
+        (100, False, [2, 3]),
+        (-100, False, [5, 6]),
+        (380, True, [1]),
+    ],
+)
+def test_rotations_that_are_searched(degrees, upright, steps):
+    rotation = None if degrees is None else math.radians(degrees)
+    assert is_upright(rotation) == upright
+    assert _steps_near(rotation) == steps

@@ -39,6 +39,7 @@ ENOUGH_SUPPORT = 30
 #: including 0.
 SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
+SEARCH_STEP = 2 * math.pi / SEARCH_STEPS
 #: Number of rotations of the search, those with most matches, whose matches are verified.
 VERIFIED_STEPS = 2
 #: Smallest rotation in radians at which keypoints are described again, and the step to which
@@ -48,10 +49,9 @@ MIN_ROTATION, ROTATION_STEP = math.radians(10), math.radians(15)
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
-#: Number of images whose pyramids, and whose search descriptors (half precision, about 0.5 MiB
-#: each), are cached; number of rotated descriptions of all keypoints (half precision, 0.5 MiB for
-#: 2048 keypoints) that are cached.
-PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 256, 128
+#: Number of images whose pyramids are cached; number of rotated descriptions (half precision) of
+#: the strongest keypoints (75 KiB each), and of all of them (0.5 MiB for 2048 keypoints).
+PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
 #: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
 #: and of images among which it is searched.
 MAX_CHAIN, MAX_REACHED = 8, 1000
@@ -117,11 +117,16 @@ class PairMatcher:
             )
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
-        self._searches: OrderedDict[str, list[Features]] = OrderedDict()
+        self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
         self._descriptions: OrderedDict[tuple[str, int], Features] = OrderedDict()
 
     def __call__(
-        self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
+        self,
+        a: Features,
+        b: Features,
+        image_b: ImageLike,
+        key: str | None = None,
+        predicted: float | None = None,
     ) -> Oriented:
         """Match ``a`` with ``b``, which is described at another rotation if that verifies more
         matches.
@@ -129,12 +134,14 @@ class PairMatcher:
         Args:
             image_b: the image of ``b``, read only if needed.
             key: cache key of the image for the next pairs; None = no caching.
+            predicted: about the rotation from a to b in radians, if known: only the rotations next
+                to it are searched.
         """
         best = self.match_near(a, b, image_b, key)
         if best.support >= MIN_SUPPORT or has_angles(a, b):
             return best
-        found = self._search(a, b, image_b, key)
-        if found.support <= best.support:
+        found = self._search(a, b, image_b, key, _steps_near(predicted))
+        if found is None or found.support <= best.support:
             return best
         return self._improved(best, found.measured, a, image_b, key)
 
@@ -183,34 +190,31 @@ class PairMatcher:
             _cache(self._descriptions, (key, step), cached, DESCRIPTIONS)
         return self._verified(a, cached, rotation)
 
-    def _search(self, a: Features, b: Features, image_b: ImageLike, key: str | None) -> Oriented:
+    def _search(
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None, steps: list[int]
+    ) -> Oriented | None:
         """Matches of the strongest keypoints of b, at the rotation with most verified ones."""
-        candidates = [
-            Oriented(self.matcher(a, rotated), rotated)
-            for rotated in self._rotated(b, image_b, key)
-        ]
+        rotated = [self._rotated(b, image_b, key, step) for step in steps]
+        candidates = [Oriented(self.matcher(a, features), features) for features in rotated]
         candidates.sort(key=lambda oriented: len(oriented.matches), reverse=True)
         verified = [
             replace(oriented, support=support, measured=measured)
             for oriented in candidates[:VERIFIED_STEPS]
             for support, measured in [geometric_support(a, oriented.b, oriented.matches)]
         ]
-        return max(verified, key=lambda oriented: (oriented.support, oriented.measured))
+        return max(verified, key=lambda found: (found.support, found.measured), default=None)
 
-    def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
-        """The strongest keypoints of b, described at each rotation of the search except 0."""
-        results = None if key is None else self._searches.get(key)
-        if results is None:
+    def _rotated(self, b: Features, image_b: ImageLike, key: str | None, step: int) -> Features:
+        """The strongest keypoints of b, described at a rotation of the search."""
+        result = None if key is None else self._searches.get((key, step))
+        if result is None:
             strongest = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
-            results = []
-            for step in range(1, SEARCH_STEPS):
-                rotation = 2 * math.pi * step / SEARCH_STEPS
-                rotated = self._describe(strongest, image_b, key, rotation)
-                assert rotated.descriptors is not None
-                results.append(replace(rotated, descriptors=rotated.descriptors.half()))
+            described = self._describe(strongest, image_b, key, step * SEARCH_STEP)
+            assert described.descriptors is not None
+            result = replace(described, descriptors=described.descriptors.half())
         if key is not None:
-            _cache(self._searches, key, results, SEARCHES)
-        return results
+            _cache(self._searches, (key, step), result, SEARCHES)
+        return result
 
     def _describe(
         self, features: Features, image: ImageLike, key: str | None, rotation: float
@@ -273,8 +277,9 @@ class KnownRotations:
     """Rotations between images, of the pairs matched before.
 
     The rotation of a pair is about the sum of those along a chain of pairs that connects its
-    images. Matching keypoints as they are finds it if it is small, and then a search finds nothing
-    else: most pairs of a folder that need one do not overlap.
+    images. Where it is small, matching keypoints as they are would have found it, so that no search
+    is needed; elsewhere only the rotations next to it are searched. Most pairs of a folder that are
+    searched do not overlap.
     """
 
     def __init__(self) -> None:
@@ -306,7 +311,15 @@ class KnownRotations:
             ends = following
         return None
 
-    def upright(self, a: str, b: str) -> bool:
-        """Whether the rotation of a pair is known, and smaller than half a step of the search."""
-        rotation = self.predict(a, b)
-        return rotation is not None and _difference(rotation, 0.0) < math.pi / SEARCH_STEPS
+
+def is_upright(rotation: float | None) -> bool:
+    """Whether a rotation is known, and smaller than half a step of the search."""
+    return rotation is not None and _difference(rotation, 0.0) < SEARCH_STEP / 2
+
+
+def _steps_near(rotation: float | None) -> list[int]:
+    """Steps of the search next to a rotation, without 0; all if it is not known."""
+    if rotation is None:
+        return list(range(1, SEARCH_STEPS))
+    lower = math.floor(rotation / SEARCH_STEP)
+    return [step % SEARCH_STEPS for step in (lower, lower + 1) if step % SEARCH_STEPS]

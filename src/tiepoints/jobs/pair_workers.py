@@ -22,6 +22,7 @@ from ..auto_orientation import (
     can_reorient,
     geometric_support,
     has_angles,
+    is_upright,
 )
 from ..errors import DataError
 from ..estimation import estimate
@@ -74,11 +75,12 @@ class _Block:
     """Pairs of images for a worker, with the features of these images.
 
     Attributes:
-        search: search for the rotations of the pairs.
+        search: pair -> its predicted rotation, None if unknown, to search for the rotations of the
+            pairs; empty without a search.
     """
 
     pairs: list[Pair]
-    search: bool
+    search: dict[Pair, float | None]
     features: dict[str, Features] = field(default_factory=dict)
 
 
@@ -111,7 +113,7 @@ class PairWork:
         a, b = (block.features[name] for name in pair)
         try:
             _check_dimensions(a, b)
-            found, weak = self._oriented(pair[1], a, b, block.search)
+            found, weak = self._oriented(pair, a, b, block)
             matches, verified = found.matches, False
             if self.options.reject_chance and not found.support:
                 matches = matches[torch.zeros(0, dtype=torch.int64)]
@@ -125,14 +127,17 @@ class PairWork:
             return PairOutcome(reason=str(error))
         return PairOutcome(matches, len(a), verified, found.support, found.measured, weak)
 
-    def _oriented(self, name: str, a: Features, b: Features, search: bool) -> tuple[Oriented, bool]:
-        """Matches with the image ``name``, and whether a search may find more."""
+    def _oriented(
+        self, pair: Pair, a: Features, b: Features, block: _Block
+    ) -> tuple[Oriented, bool]:
+        """Matches of a pair, and whether a search may find more."""
+        name = pair[1]
         if self.oriented is None or name not in self.images:
             matches = self.matcher(a, b)
             support = geometric_support(a, b, matches) if self.options.reject_chance else ()
             return Oriented(matches, b, 0.0, *support), False
-        if search:
-            return self.oriented(a, b, self.images[name], name), False
+        if pair in block.search:
+            return self.oriented(a, b, self.images[name], name, block.search[pair]), False
         found = self.oriented.match_near(a, b, self.images[name], name)
         return found, found.support < MIN_SUPPORT and not has_angles(a, b)
 
@@ -185,21 +190,22 @@ class PairRunner:
         pairs, known = iter(pairs), KnownRotations()
         while batch := list(islice(pairs, BATCH)):
             weak: dict[Pair, PairOutcome] = {}
-            for pair, outcome in self._results(batch, search=False):
+            for pair, outcome in self._results(batch, {}):
                 if outcome.weak:
                     weak[pair] = outcome
                     continue
                 known.add(*pair, outcome.rotation, outcome.support)
                 yield pair, outcome
-            searched = [pair for pair in weak if not known.upright(*pair)]
-            for pair in searched:
-                del weak[pair]
-            yield from weak.items()
-            for pair, outcome in self._results(searched, search=True):
+            predicted = {pair: known.predict(*pair) for pair in weak}
+            searched = {pair: angle for pair, angle in predicted.items() if not is_upright(angle)}
+            yield from ((pair, weak[pair]) for pair in weak if pair not in searched)
+            for pair, outcome in self._results(list(searched), searched):
                 known.add(*pair, outcome.rotation, outcome.support)
                 yield pair, outcome
 
-    def _results(self, pairs: list[Pair], *, search: bool) -> Iterator[tuple[Pair, PairOutcome]]:
+    def _results(
+        self, pairs: list[Pair], search: dict[Pair, float | None]
+    ) -> Iterator[tuple[Pair, PairOutcome]]:
         blocks = _blocks(pairs, search)
         if self._pool is None and not self.at_once:
             yield from self._in_process(blocks)
@@ -238,15 +244,13 @@ class PairRunner:
             threads = max(1, min(torch.get_num_threads(), usable_cores() // count))
             arguments = options, extraction, self.work.images, threads
             self._pool = self._stack.enter_context(WorkerPool(count, _work, arguments))
-        lost: list[Pair] = []
-        search = blocks[0].search
+        lost: list[_Block] = []
         for block, outcomes in self._pool.results(_Loaded(blocks, self._load)):
             if isinstance(outcomes, Ended):
-                lost += block.pairs
+                lost += [_Block([pair], block.search) for pair in block.pairs]
             else:
                 yield from zip(block.pairs, outcomes, strict=True)
-        alone = deque(_Block([pair], search) for pair in lost)
-        for block, outcomes in self._pool.results(_Loaded(alone, self._load)):
+        for block, outcomes in self._pool.results(_Loaded(lost, self._load)):
             if isinstance(outcomes, Ended):
                 reason = f"the process that matched it ended ({outcomes.reason}), possibly for lack"
                 outcomes = [PairOutcome(reason=f"{reason} of memory")] * len(block.pairs)
@@ -274,17 +278,17 @@ class _Loaded(deque):
         return self.load(super().popleft())
 
 
-def _blocks(pairs: list[Pair], search: bool) -> deque[_Block]:
+def _blocks(pairs: list[Pair], search: dict[Pair, float | None]) -> deque[_Block]:
     """Consecutive pairs in blocks; those of one second image together, if there are few."""
     blocks: deque[_Block] = deque()
     for _, group in groupby(pairs, key=itemgetter(1)):
         chosen = list(group)
         for start in range(0, len(chosen), BLOCK):
             part = chosen[start : start + BLOCK]
-            if blocks and len(blocks[-1].pairs) + len(part) <= SMALL_BLOCK:
-                blocks[-1].pairs.extend(part)
-            else:
-                blocks.append(_Block(part, search))
+            if not blocks or len(blocks[-1].pairs) + len(part) > SMALL_BLOCK:
+                blocks.append(_Block([], {}))
+            blocks[-1].pairs += part
+            blocks[-1].search |= {pair: search[pair] for pair in part if pair in search}
     return blocks
 
 
