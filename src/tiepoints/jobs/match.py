@@ -580,7 +580,8 @@ def match_images(
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
-        masks, pages, workers: see ``extract_images``.
+        masks, pages: see ``extract_images``.
+        workers: see ``extract_images`` and, of the pairs, ``pair_workers.PairRunner``.
         shard: match only this part of the pairs of stored ``features``, as one of several jobs, to
             a file of its own (``shards``). Matching without a shard then merges them.
         ray: extract and match on a Ray cluster, see ``extract_images``.

@@ -111,8 +111,9 @@ class ReconstructOptions:
         undistort: write images without distortion for dense reconstruction.
         compare: ``sift`` reconstructs the same images with COLMAP's SIFT as well.
         device: of the networks.
-        workers: number of processes that extract images, see ``extract_images``; None = one for
-            each core, from a script only if it is protected by ``if __name__ == "__main__"``.
+        workers: number of processes that extract images and match pairs, see ``match_images``;
+            None = one for each core, from a script only if it is protected by
+            ``if __name__ == "__main__"``.
         seed, threads: see ``MapOptions``.
 
     Raises:
