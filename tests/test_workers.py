@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -78,6 +79,18 @@ def test_only_the_task_that_ends_its_worker_fails():
     assert found.pop("kill") == Ended("SIGKILL")
     assert found.pop("exit") == Ended("exit code 3")
     assert found == {1: 2, 2: 4, 3: 6, 4: 8, 5: 10}
+
+
+def test_tensors_are_sent_as_arrays():
+    with torch.inference_mode():
+        made = torch.arange(6).view(2, 3).T
+    tensors = [made, torch.zeros(0, 2), torch.ones(3).bfloat16(), torch.ones(2, requires_grad=True)]
+    received = pickle.loads(processes._pickled(tensors))
+    assert all(map(torch.equal, tensors, received))
+    assert [t.dtype for t in received] == [t.dtype for t in tensors]
+    assert received[3].requires_grad
+    received[0] += 1  # it can be written to
+    assert b"_to_tensor" in processes._pickled(made)
 
 
 def test_workers_that_cannot_start_are_an_error():
