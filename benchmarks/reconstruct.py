@@ -93,7 +93,7 @@ def _ours(
 ) -> tuple[Any, dict[str, Any]]:
     try:
         model, summary = tiepoints.reconstruct(
-            folder, work, quality=system, max_size=MAX_SIZE, camera=camera
+            folder, work, quality=system, max_size=MAX_SIZE, camera=camera, workers=None
         )
     except DataError as error:
         print(f"{folder}: {error}", file=sys.stderr)

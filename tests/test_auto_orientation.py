@@ -184,7 +184,7 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     assert once > 0
     assert calls_of(others[0], b, "b") == 0
     monkeypatch.setattr(
-        "tiepoints.auto_orientation.SEARCHES", 1
+        "tiepoints.auto_orientation.SEARCHES", 7
     )  # the least recently used is removed
     assert calls_of(others[1], c, "c") == once
     assert calls_of(others[1], c, "c") == 0

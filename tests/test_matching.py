@@ -527,3 +527,16 @@ def test_lightglue_rejects_invalid_arguments(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kornia", None)
     with pytest.raises(ImportError, match=r"tiepoints\[interop\]"):
         LightGlueMatcher("disk")
+
+
+@pytest.mark.parametrize("dimension", [3, 4])
+def test_rows_that_are_equal_have_equal_hashes(dimension):
+    rows = torch.randn(50, dimension, generator=torch.Generator().manual_seed(0))
+    rows[:, 1] = 0.0
+    rows[20] = rows[3]
+    rows[20, 1] = -0.0
+    assert len(matching._hashes(rows).unique()) == 49
+    unique, first, index = matching._unique_rows(rows)
+    assert first.tolist() == [i for i in range(50) if i != 20]
+    assert torch.equal(unique[index], rows)
+    assert torch.equal(matching._unique_rows(rows[:20])[2], torch.arange(20))

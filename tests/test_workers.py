@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -80,8 +81,20 @@ def test_only_the_task_that_ends_its_worker_fails():
     assert found == {1: 2, 2: 4, 3: 6, 4: 8, 5: 10}
 
 
+def test_tensors_are_sent_as_arrays():
+    with torch.inference_mode():
+        made = torch.arange(6).view(2, 3).T
+    tensors = [made, torch.zeros(0, 2), torch.ones(3).bfloat16(), torch.ones(2, requires_grad=True)]
+    received = pickle.loads(processes._pickled(tensors))
+    assert all(map(torch.equal, tensors, received))
+    assert [t.dtype for t in received] == [t.dtype for t in tensors]
+    assert received[3].requires_grad
+    received[0] += 1  # it can be written to
+    assert b"_to_tensor" in processes._pickled(made)
+
+
 def test_workers_that_cannot_start_are_an_error():
-    with pytest.raises(DataError, match=r"before its first image \(exit code 1\); use --workers 1"):
+    with pytest.raises(DataError, match=r"its first result \(exit code 1\); use --workers 1"):
         run_pool([1, 2], worker_tasks.never_ready)
 
 
@@ -223,7 +236,7 @@ def test_invalid_number_of_workers(text):
 
 def test_memory_is_divided_among_workers(photos, tmp_path, forked):
     extractor = replace(OPTIONS, memory=3 << 30).build()
-    assert workers._worker_options(extractor, 2).memory == ((3 << 30) - BASE) // 2
+    assert workers.worker_options(extractor, 2).memory == ((3 << 30) - BASE) // 2
     limited = replace(OPTIONS, memory=MIN_MEMORY + BASE)
     with pytest.raises(ValueError, match="use --workers 1"):
         extract_images([str(photos)], tmp_path / "out", limited, workers=2)

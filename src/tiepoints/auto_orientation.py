@@ -9,7 +9,8 @@ computed from the matches and all keypoints of b are described again with patche
 nearest multiple of ``ROTATION_STEP``. The result with more verified matches is kept. Positions
 never change, so match indices stay valid for stored keypoints. Most pairs of a folder have nothing
 in common and need the search, and the images of a flight or a turntable are rotated to many others,
-so both kinds of descriptors are cached for the next pairs of that image.
+so both kinds of descriptors are cached for the next pairs of that image. The search is omitted if
+other pairs show that both images are upright (``KnownRotations``).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ ENOUGH_SUPPORT = 30
 #: including 0.
 SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
+SEARCH_STEP = 2 * math.pi / SEARCH_STEPS
 #: Number of rotations of the search, those with most matches, whose matches are verified.
 VERIFIED_STEPS = 2
 #: Smallest rotation in radians at which keypoints are described again, and the step to which
@@ -47,10 +49,12 @@ MIN_ROTATION, ROTATION_STEP = math.radians(10), math.radians(15)
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
-#: Number of images whose pyramids, and whose search descriptors (half precision, about 0.5 MiB
-#: each), are cached; number of rotated descriptions of all keypoints (half precision, 0.5 MiB for
-#: 2048 keypoints) that are cached.
-PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 256, 128
+#: Number of images whose pyramids are cached; number of rotated descriptions (half precision) of
+#: the strongest keypoints (75 KiB each), and of all of them (0.5 MiB for 2048 keypoints).
+PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
+#: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
+#: and of images among which it is searched.
+MAX_CHAIN, MAX_REACHED = 8, 1000
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
@@ -63,24 +67,33 @@ class Oriented:
         matches: indices into the given keypoints.
         b: features of the second image, with other angles and descriptors if described again.
         rotation: of the patches of b in radians, from +x towards +y; 0 = as given.
+        support: number of matches that agree with one geometry beyond chance.
+        measured: the rotation from a to b of these matches in radians; 0 without any.
     """
 
     matches: Matches
     b: Features
     rotation: float = 0.0
+    support: int = 0
+    measured: float = 0.0
 
 
-def can_reorient(extractor: Extractor) -> bool:
+def can_reorient(extractor: Extractor | None) -> bool:
     """Whether an extractor describes upright patches; only these can be described at another
     rotation.
     """
-    if not isinstance(extractor, Extractor):  # a user's callable
+    if not isinstance(extractor, Extractor):  # none, or a user's callable
         return False
     return (
         isinstance(extractor.describe, PatchDescriptor)
         and not extractor.describe.upright
         and extractor.orient is None
     )
+
+
+def has_angles(*features: Features) -> bool:
+    """Whether any keypoint has an angle, so that its patch is not upright."""
+    return any(bool(one.angle.any()) for one in features)
 
 
 class PairMatcher:
@@ -104,11 +117,16 @@ class PairMatcher:
             )
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
-        self._searches: OrderedDict[str, list[Features]] = OrderedDict()
+        self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
         self._descriptions: OrderedDict[tuple[str, int], Features] = OrderedDict()
 
     def __call__(
-        self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
+        self,
+        a: Features,
+        b: Features,
+        image_b: ImageLike,
+        key: str | None = None,
+        predicted: float | None = None,
     ) -> Oriented:
         """Match ``a`` with ``b``, which is described at another rotation if that verifies more
         matches.
@@ -116,25 +134,47 @@ class PairMatcher:
         Args:
             image_b: the image of ``b``, read only if needed.
             key: cache key of the image for the next pairs; None = no caching.
+            predicted: about the rotation from a to b in radians, if known: only the rotations next
+                to it are searched.
         """
-        best = Oriented(self.matcher(a, b), b)
-        if bool(a.angle.any()) or bool(b.angle.any()):
-            return best  # the features have angles
-        support, rotation = _support(a, best)
-        if support < MIN_SUPPORT:
-            search_support, search_rotation = self._search(a, b, image_b, key)
-            if search_support > support:
-                rotation = search_rotation
+        best = self.match_near(a, b, image_b, key)
+        if best.support >= MIN_SUPPORT or has_angles(a, b):
+            return best
+        found = self._search(a, b, image_b, key, _steps_near(predicted))
+        if found is None or found.support <= best.support:
+            return best
+        return self._improved(best, found.measured, a, image_b, key)
+
+    def match_near(
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
+    ) -> Oriented:
+        """The same without the search: ``b`` is only described at another rotation if the matches
+        as given show it; parameters as above.
+        """
+        best = self._verified(a, b, 0.0)
+        if has_angles(a, b):
+            return best
+        return self._improved(best, best.measured, a, image_b, key)
+
+    def _improved(
+        self, best: Oriented, rotation: float, a: Features, image_b: ImageLike, key: str | None
+    ) -> Oriented:
+        """Match with b described at a rotation, if that verifies more matches than ``best``."""
         for _ in range(2):  # the rotation is more exact after describing again
             if _difference(rotation, best.rotation) < MIN_ROTATION:
                 break
-            rotated = self._match_rotated(a, b, image_b, key, round(rotation / ROTATION_STEP))
+            step = round(rotation / ROTATION_STEP)
+            rotated = self._match_rotated(a, best.b, image_b, key, step)
             # the support is 0 if chance explains the matches, so nothing is replaced then
-            rotated_support, rotation = _support(a, rotated)
-            if rotated_support <= support:
+            if rotated.support <= best.support:
                 break
-            best, support = rotated, rotated_support
+            best, rotation = rotated, rotated.measured
         return best
+
+    def _verified(self, a: Features, b: Features, rotation: float) -> Oriented:
+        """Match with b, whose patches have this rotation, and verify the matches."""
+        matches = self.matcher(a, b)
+        return Oriented(matches, b, rotation, *geometric_support(a, b, matches))
 
     def _match_rotated(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, step: int
@@ -148,36 +188,33 @@ class PairMatcher:
             cached = replace(described, descriptors=described.descriptors.half())
         if key is not None:
             _cache(self._descriptions, (key, step), cached, DESCRIPTIONS)
-        return Oriented(self.matcher(a, cached), cached, rotation)
+        return self._verified(a, cached, rotation)
 
     def _search(
-        self, a: Features, b: Features, image_b: ImageLike, key: str | None
-    ) -> tuple[int, float]:
-        """Largest number of verified matches of the strongest keypoints of b over the rotations,
-        and the rotation computed from these matches.
-        """
-        candidates = [
-            Oriented(self.matcher(a, rotated), rotated)
-            for rotated in self._rotated(b, image_b, key)
-        ]
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None, steps: list[int]
+    ) -> Oriented | None:
+        """Matches of the strongest keypoints of b, at the rotation with most verified ones."""
+        rotated = [self._rotated(b, image_b, key, step) for step in steps]
+        candidates = [Oriented(self.matcher(a, features), features) for features in rotated]
         candidates.sort(key=lambda oriented: len(oriented.matches), reverse=True)
-        verified = candidates[:VERIFIED_STEPS]
-        return max((_support(a, oriented) for oriented in verified), default=(0, 0.0))
+        verified = [
+            replace(oriented, support=support, measured=measured)
+            for oriented in candidates[:VERIFIED_STEPS]
+            for support, measured in [geometric_support(a, oriented.b, oriented.matches)]
+        ]
+        return max(verified, key=lambda found: (found.support, found.measured), default=None)
 
-    def _rotated(self, b: Features, image_b: ImageLike, key: str | None) -> list[Features]:
-        """The strongest keypoints of b, described at each rotation of the search except 0."""
-        results = None if key is None else self._searches.get(key)
-        if results is None:
+    def _rotated(self, b: Features, image_b: ImageLike, key: str | None, step: int) -> Features:
+        """The strongest keypoints of b, described at a rotation of the search."""
+        result = None if key is None else self._searches.get((key, step))
+        if result is None:
             strongest = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
-            results = []
-            for step in range(1, SEARCH_STEPS):
-                rotation = 2 * math.pi * step / SEARCH_STEPS
-                rotated = self._describe(strongest, image_b, key, rotation)
-                assert rotated.descriptors is not None
-                results.append(replace(rotated, descriptors=rotated.descriptors.half()))
+            described = self._describe(strongest, image_b, key, step * SEARCH_STEP)
+            assert described.descriptors is not None
+            result = replace(described, descriptors=described.descriptors.half())
         if key is not None:
-            _cache(self._searches, key, results, SEARCHES)
-        return results
+            _cache(self._searches, (key, step), result, SEARCHES)
+        return result
 
     def _describe(
         self, features: Features, image: ImageLike, key: str | None, rotation: float
@@ -211,11 +248,11 @@ def _difference(a: float, b: float) -> float:
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
 
 
-def _support(a: Features, oriented: Oriented) -> tuple[int, float]:
+def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:
     """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
     rotation from a to b of these matches in radians.
     """
-    xy_a, xy_b = oriented.matches.positions(a, oriented.b)
+    xy_a, xy_b = matches.positions(a, b)
     best = (0, 0.0)
     for geometry, threshold in GEOMETRIES.items():
         # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
@@ -234,3 +271,55 @@ def similarity_angle(xy_a: Tensor, xy_b: Tensor) -> float:
     """Rotation in radians, -pi..pi, of the least-squares similarity from points (N,2) to (N,2)."""
     a, b = (xy.double() - xy.double().mean(dim=0) for xy in (xy_a, xy_b))
     return math.atan2(float((a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()), float((a * b).sum()))
+
+
+class KnownRotations:
+    """Rotations between images, of the pairs matched before.
+
+    The rotation of a pair is about the sum of those along a chain of pairs that connects its
+    images. Where it is small, matching keypoints as they are would have found it, so that no search
+    is needed; elsewhere only the rotations next to it are searched. Most pairs of a folder that are
+    searched do not overlap.
+    """
+
+    def __init__(self) -> None:
+        self._rotations: dict[str, dict[str, float]] = {}
+
+    def add(self, a: str, b: str, rotation: float, support: int) -> None:
+        """Add the rotation of a pair (``Oriented.measured``) with enough verified matches."""
+        if support >= ENOUGH_SUPPORT:
+            self._rotations.setdefault(a, {})[b] = rotation
+            self._rotations.setdefault(b, {})[a] = -rotation
+
+    def predict(self, a: str, b: str) -> float | None:
+        """The rotation from a to b in radians by a shortest chain of at most ``MAX_CHAIN`` pairs;
+        None if there is none.
+        """
+        reached = {a: 0.0}
+        ends = [a]
+        for _ in range(MAX_CHAIN):
+            following = []
+            for name in ends:
+                for other, rotation in self._rotations.get(name, {}).items():
+                    if other not in reached:
+                        reached[other] = reached[name] + rotation
+                        following.append(other)
+            if b in reached:
+                return reached[b]
+            if len(reached) > MAX_REACHED:
+                break
+            ends = following
+        return None
+
+
+def is_upright(rotation: float | None) -> bool:
+    """Whether a rotation is known, and smaller than half a step of the search."""
+    return rotation is not None and _difference(rotation, 0.0) < SEARCH_STEP / 2
+
+
+def _steps_near(rotation: float | None) -> list[int]:
+    """Steps of the search next to a rotation, without 0; all if it is not known."""
+    if rotation is None:
+        return list(range(1, SEARCH_STEPS))
+    lower = math.floor(rotation / SEARCH_STEP)
+    return [step % SEARCH_STEPS for step in (lower, lower + 1) if step % SEARCH_STEPS]

@@ -428,8 +428,10 @@ def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Duplicate rows must be compared only once: a matrix product may round their cosines differently,
     and then the first of them would not be taken.
     """
-    _, group = rows.unique(dim=0, return_inverse=True)
     index = torch.arange(len(rows), device=rows.device)
+    if len(_hashes(rows).unique()) == len(rows):  # a tenth of the time of comparing the rows
+        return rows, index, index
+    _, group = rows.unique(dim=0, return_inverse=True)
     first = index.new_full((int(group.max()) + 1,), len(rows))
     first = first.scatter_reduce_(0, group, index, "amin")
     order = first.argsort()
@@ -437,6 +439,15 @@ def _unique_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rank[order] = torch.arange(len(order), device=rows.device)
     first = first[order]
     return rows if len(first) == len(rows) else rows[first], first, rank[group]
+
+
+def _hashes(rows: Tensor) -> Tensor:
+    """Hashes (N,) int64 of rows (N,D) float32; equal rows have equal ones."""
+    # + 0 turns -0 to 0; two numbers at a time
+    bits = torch.nn.functional.pad(rows + 0.0, (0, rows.shape[1] % 2)).view(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randint(-(2**62), 2**62, (bits.shape[1],), generator=generator)
+    return (bits * (2 * weights + 1).to(bits.device)).sum(dim=1)
 
 
 def _has_duplicate(unique_index: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ def test_signals_during_the_start_of_a_command(photos, tmp_path, drill):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as on Linux")
-@pytest.mark.parametrize(("name", "count"), [("evaluate", 3), ("extract h5", 2)])
+@pytest.mark.parametrize(("name", "count"), [("evaluate", 3), ("extract h5", 2), ("match db", 2)])
 def test_workers_end_with_their_command(name, count, places, tmp_path, drill):
     """Two worker processes, and those that serve them: killed with their parent, or stopped
     by it.

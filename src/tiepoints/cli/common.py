@@ -189,8 +189,8 @@ WorkersOption = Annotated[
     str,
     typer.Option(
         metavar="auto|N",
-        help="Processes that extract images, with one thread each if there are as many as cores; "
-        "auto: one per core, if there are enough images and memory.",
+        help="Processes that extract images and match pairs, with one thread each if there are as "
+        "many as cores; auto: one per core, if there is enough work and memory.",
     ),
 ]
 ShardOption = Annotated[

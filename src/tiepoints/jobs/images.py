@@ -71,10 +71,10 @@ def source_record(task: Task, masks: Path | None) -> dict[str, Any] | None:
     return record if mask is None else {**record, "mask": file_stamp(mask)}
 
 
-def count_pixels(task: Task) -> int:
+def count_pixels(file: Path) -> int:
     """Number of pixels of an image; 0 if it cannot be read, which reading it reports."""
     try:
-        width, height = image_size(task.source)
+        width, height = image_size(file)
     except (OSError, DataError):
         return 0
     return width * height
@@ -163,7 +163,7 @@ class ImageExtractor:
                 task = held or next_task(not loading)
                 if task is None:
                     break
-                pixels = count_pixels(task)
+                pixels = count_pixels(task.source)
                 held = task if loading and in_memory + pixels > self.max_pixels else None
                 if held is not None:
                     break

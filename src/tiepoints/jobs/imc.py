@@ -27,8 +27,8 @@ from .match import (
     MatchReport,
     check_match_store,
     match_to_store,
-    named_matcher,
 )
+from .pair_workers import PairWork
 
 #: Custom matches are verified by a fundamental matrix, as the challenge applies no RANSAC to them.
 MATCHING = MatchOptions(geometry="fundamental", threshold=0.5, refine=False)
@@ -120,13 +120,12 @@ def export_imc(
             check_match_store(match_store, settings, overwrite)
             files = {str(task.relative): task.path for task in tasks}
             pairs = chain.from_iterable(all_pairs(keys) for keys in names.values())
-            matcher = named_matcher(extractor, files, options)
             result.matched = match_to_store(
                 pairs,
                 store,
                 match_store,
-                options,
-                matcher=matcher,
+                PairWork(options, extractor, files),
+                workers=workers,
                 overwrite=overwrite,
                 progress=progress,
             )

@@ -7,12 +7,12 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ from ..formats.store import (
 from ..image import ImageLike, Notices, ReadOptions, read_image
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
-from ..progress import Progress, track
+from ..progress import Progress
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
 from .extract import (
@@ -65,10 +65,10 @@ from .extract import (
 )
 from .image_pairs import Candidates, PairChoice, choose_image_pairs
 from .images import mask_loader
+from .pair_workers import PairOutcome, PairRunner, PairWork
 from .shards import FeatureShards, MatchShards, Shard, blocks
 
 logger = logging.getLogger(__name__)
-NamedMatcher: TypeAlias = Callable[[str, str, Features, Features], Matches]
 #: Number of images whose features are cached while pairs are matched.
 CACHE_SIZE = 64
 
@@ -87,6 +87,8 @@ class MatchOptions:
         refine: refine to subpixel positions: the matches of two images, the tracks in a database.
         auto_orientation: estimate the relative rotation of each pair
             (``auto_orientation.PairMatcher``) if patches are described upright.
+        reject_chance: store no matches of a pair if chance explains as many that agree with one
+            geometry (``auto_orientation.geometric_support``).
 
     Raises:
         ValueError: an option is out of range.
@@ -98,6 +100,7 @@ class MatchOptions:
     threshold: float = 2.0
     refine: bool = True
     auto_orientation: bool = True
+    reject_chance: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -135,6 +138,8 @@ class MatchOptions:
             content["refine"] = self.refine
         if self.auto_orientation:
             content["orientation"] = "auto"
+        if self.reject_chance:
+            content["reject_chance"] = True
         return content
 
 
@@ -321,25 +326,25 @@ def match_to_store(
     pairs: Iterable[tuple[str, str]],
     features: FeatureStore,
     store: MatchStore,
-    options: MatchOptions,
+    work: PairWork,
     *,
-    matcher: NamedMatcher | None = None,
+    workers: int | None = 1,
     overwrite: bool = False,
     shards: MatchShards | None = None,
     progress: bool = True,
 ) -> MatchReport:
-    """Match pairs of names and store the matches; with ``options.geometry`` only its inliers.
+    """Match pairs of names and store the matches; with a geometry in ``work`` only its inliers.
 
     A pair is matched only once, in either order, and again if the features of an image have changed
     (``matches_path``). An image without features is listed once, with the number of its pairs.
 
     Args:
-        matcher: matches the features of two named images, instead of ``options.matcher()``.
+        work: how the pairs are matched.
+        workers: see ``PairRunner``.
         shards: matches that are written instead of matching the pairs.
     """
-    report = MatchReport(verified=None if options.geometry is None else 0)
+    report = MatchReport(verified=None if work.options.geometry is None else 0)
     cache = _FeatureCache(features)
-    stored_as: dict[str, tuple[str, str]] = {}
     todo: dict[tuple[str, str], tuple[str, str]] = {}
     for pair in pairs:
         a, b = pair
@@ -348,14 +353,35 @@ def match_to_store(
         else:
             todo.setdefault(pair if a < b else (b, a), pair)
     names = {name for pair in todo for name in pair}
-    ambiguous = _ambiguous(names)
     report.changed = _remove_outdated(names, features, store)
-    now = RecordLog(matches_path(store))
     ordered = list(todo.values())
-    if matcher is not None:  # which caches what it computes of the second image
+    if work.oriented is not None:  # which caches what it computes of the second image
         first = {b: i for i, (_, b) in reversed(list(enumerate(ordered)))}
         ordered.sort(key=lambda pair: first[pair[1]])
-    for a, b in track(ordered, unit="pair", label="match", enabled=progress):
+    bar = Progress(len(ordered), unit="pair", label="match", enabled=progress)
+    pending = _pending(ordered, store, report, shards, bar, overwrite=overwrite)
+    with bar, PairRunner(work, cache.get, workers) as runner:
+        for pair, outcome in runner.run(pending):
+            _write_outcome(pair, outcome, store, report)
+            bar.update()
+    report.failed += cache.failures()
+    return report
+
+
+def _pending(
+    pairs: list[tuple[str, str]],
+    store: MatchStore,
+    report: MatchReport,
+    shards: MatchShards | None,
+    bar: Progress,
+    *,
+    overwrite: bool,
+) -> Iterator[tuple[str, str]]:
+    """The pairs to match: neither stored, nor in shards, which are taken over, nor ambiguous."""
+    ambiguous = _ambiguous({name for pair in pairs for name in pair})
+    stored_as: dict[str, tuple[str, str]] = {}
+    now = RecordLog(matches_path(store))
+    for a, b in pairs:
         if isinstance(store, MatchFile) and not ambiguous.isdisjoint((a, b)):
             other = stored_as.setdefault(min(pair_name(a, b), pair_name(b, a)), (a, b))
             if other != (a, b):
@@ -363,26 +389,37 @@ def match_to_store(
                     f"hloc would store it under the same name as {' '.join(other)}; rename an image"
                 )
                 report.failed.append((f"{a} {b}", reason))
+                bar.update()
                 continue
         if not overwrite and store.has_matches(a, b):
             report.skipped += 1
+        elif shards is None or not _take_over((a, b), shards, now, store, report):
+            yield a, b
             continue
-        if shards is not None and _take_over((a, b), shards, now, store, report):
-            continue
-        features_a, features_b = cache.get(a), cache.get(b)
-        if features_a is None or features_b is None:
-            continue
-        try:
-            _match_pair((a, b), features_a, features_b, store, options, matcher, report)
-        except (ValueError, DataError, OSError) as error:
-            if is_disk_full(error):
-                raise OSError(
-                    f"the matches of {a} {b} could not be written ({error}); free space and run "
-                    "again: it resumes"
-                ) from error
-            report.failed.append((f"{a} {b}", str(error)))
-    report.failed += cache.failures()
-    return report
+        bar.update()
+
+
+def _write_outcome(
+    pair: tuple[str, str], outcome: PairOutcome, store: MatchStore, report: MatchReport
+) -> None:
+    """Write the matches of a pair to the store."""
+    if outcome.matches is None:
+        report.failed.append((" ".join(pair), outcome.reason))
+        return
+    try:
+        store.write_matches(*pair, outcome.matches, outcome.count)
+    except (ValueError, DataError, OSError) as error:
+        if is_disk_full(error):
+            raise OSError(
+                f"the matches of {' '.join(pair)} could not be written ({error}); free space and "
+                "run again: it resumes"
+            ) from error
+        report.failed.append((" ".join(pair), str(error)))
+        return
+    report.done += 1
+    report.matches += len(outcome.matches)
+    if report.verified is not None:
+        report.verified += outcome.verified
 
 
 def _ambiguous(names: Iterable[str]) -> set[str]:
@@ -485,57 +522,6 @@ def feature_records(
     return found
 
 
-def _match_pair(
-    names: tuple[str, str],
-    a: Features,
-    b: Features,
-    store: MatchStore,
-    options: MatchOptions,
-    matcher: NamedMatcher | None,
-    report: MatchReport,
-) -> None:
-    assert a.descriptors is not None
-    assert b.descriptors is not None
-    dims = a.descriptors.shape[1], b.descriptors.shape[1]
-    if dims[0] != dims[1]:
-        raise DataError(
-            f"descriptor dimensions differ, {dims[0]} and {dims[1]}; extract both images with one "
-            "descriptor"
-        )
-    matches = options.matcher()(a, b) if matcher is None else matcher(*names, a, b)
-    if options.geometry is not None:
-        xy_a, xy_b = a.xy[matches.index[:, 0]], b.xy[matches.index[:, 1]]
-        result = estimate(xy_a, xy_b, options.geometry, threshold=options.threshold)
-        report.verified = (report.verified or 0) + result.ok
-        matches = matches[result.inliers]
-    store.write_matches(*names, matches, len(a))
-    report.done += 1
-    report.matches += len(matches)
-
-
-def named_matcher(
-    extractor: Extractor, images: dict[str, Path], options: MatchOptions
-) -> NamedMatcher | None:
-    """The ``matcher`` of ``match_to_store`` that estimates the relative rotation of each pair; None
-    if that is disabled or not possible.
-
-    Args:
-        extractor: extractor of the features.
-        images: name -> file; pairs with other images are matched without rotation.
-    """
-    if not options.auto_orientation or not can_reorient(extractor):
-        return None
-    plain = options.matcher()
-    oriented = PairMatcher(extractor, plain)
-
-    def match_named(name_a: str, name_b: str, a: Features, b: Features) -> Matches:
-        if name_b not in images:
-            return plain(a, b)
-        return oriented(a, b, images[name_b], name_b).matches
-
-    return match_named
-
-
 @dataclass
 class _Source:
     """Features to match.
@@ -545,16 +531,16 @@ class _Source:
         names: names of the images to match.
         settings: settings of the extraction; for features of other programs, their path.
         failed: images without features, with a reason.
-        matcher: see ``match_to_store``.
+        extractor: of the features, if they were extracted now; it can describe them again.
         reading: how the images were read.
-        extraction: options of the extractor of ``matcher``.
+        extraction: options of ``extractor``.
     """
 
     store: Any
     names: list[str]
     settings: dict[str, Any]
     failed: list[tuple[str, str]]
-    matcher: NamedMatcher | None = None
+    extractor: Extractor | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     extraction: ExtractOptions | None = None
 
@@ -594,7 +580,8 @@ def match_images(
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``ColmapDatabase``.
-        masks, pages, workers: see ``extract_images``.
+        masks, pages: see ``extract_images``.
+        workers: see ``extract_images`` and, of the pairs, ``pair_workers.PairRunner``.
         shard: match only this part of the pairs of stored ``features``, as one of several jobs, to
             a file of its own (``shards``). Matching without a shard then merges them.
         ray: extract and match on a Ray cluster, see ``extract_images``.
@@ -645,7 +632,7 @@ def match_images(
             settings.pop("orientation", None)
         job = _Matching(source, output, settings, options, overwrite, progress)
         if shard is not None:
-            report = job.match_shard(shard, choice.pairs)
+            report = job.match_shard(shard, choice.pairs, workers)
         else:
             if not listed and not database:
                 _write_pairs(_sibling(output, "pairs.txt"), choice.pairs)
@@ -672,7 +659,9 @@ class _Matching:
     overwrite: bool
     progress: bool
 
-    def match_shard(self, shard: Shard, pairs: list[tuple[str, str]]) -> MatchReport:
+    def match_shard(
+        self, shard: Shard, pairs: list[tuple[str, str]], workers: int | None
+    ) -> MatchReport:
         """Match a part of the pairs to the file of a shard."""
         path = shard.path(self.output)
         with MatchFile(path, write=True, overwrite=self.overwrite) as store:
@@ -681,7 +670,8 @@ class _Matching:
                 shard.of(pairs),
                 self.source.store,
                 store,
-                self.options,
+                PairWork(self.options),
+                workers=workers,
                 overwrite=self.overwrite,
                 progress=self.progress,
             )
@@ -721,8 +711,8 @@ class _Matching:
                 pairs,
                 source.store,
                 store,
-                options,
-                matcher=source.matcher,
+                PairWork(options, source.extractor, files),
+                workers=workers if ray is None else 1,
                 overwrite=self.overwrite,
                 shards=shards,
                 progress=progress,
@@ -763,7 +753,8 @@ class _Matching:
         ]
         if not todo:
             return
-        extraction = None if source.matcher is None else source.extraction
+        reorient = self.options.auto_orientation and can_reorient(source.extractor)
+        extraction = source.extraction if reorient else None
         device = "cpu" if extraction is None else extraction.device
         bar = Progress(len(todo), unit="pair", label="match", enabled=self.progress)
         with connect(ray, device=device, workers=workers) as cluster, bar:
@@ -794,19 +785,17 @@ def _shard_matcher(
 
     Args:
         features: see ``open_features``.
-        extraction: of the features, to estimate the rotation of each pair (``named_matcher``).
+        extraction: of the features, to estimate the rotation of each pair (``PairWork``).
         files: image -> file.
     """
     store = open_features(features)
-    matcher = None
-    if extraction is not None:
-        matcher = named_matcher(extraction.build(), files, options)
+    work = PairWork(options, None if extraction is None else extraction.build(), files)
 
     def match_part(job: tuple[Path, list[tuple[str, str]]]) -> MatchReport:
         path, pairs = job
         with MatchFile(path, write=True) as matches:
             check_match_store(matches, settings, overwrite=False)
-            return match_to_store(pairs, store, matches, options, matcher=matcher, progress=False)
+            return match_to_store(pairs, store, matches, work, progress=False)
 
     return match_part
 
@@ -945,11 +934,10 @@ def _extract_source(
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
     files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]
-    matcher = named_matcher(extractor, files, options)
     if storing.ray is not None and isinstance(store, FeatureFile):
         store.close()  # complete, before other machines read it
         store = stack.enter_context(FeatureFile(store.path))
-    return _Source(store, names, settings, report.failed, matcher, extraction, extraction)
+    return _Source(store, names, settings, report.failed, extractor, extraction, extraction)
 
 
 def _stored_source(

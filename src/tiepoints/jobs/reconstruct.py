@@ -47,6 +47,9 @@ from .match import MatchOptions, MatchReport, match_images
 from .sift import compare_sift
 
 logger = logging.getLogger(__name__)
+#: Pairs without overlap are rejected: COLMAP finds a geometry with a sixth of their matches, which
+#: takes most of the time and connects unrelated points.
+MATCHING = MatchOptions(reject_chance=True)
 #: Verified matches from which a pair shows whether the camera moved, and the share of them that a
 #: rotation explains in a pair without parallax.
 ROTATION_MATCHES, ROTATION_SHARE = 30, 0.85
@@ -108,8 +111,9 @@ class ReconstructOptions:
         undistort: write images without distortion for dense reconstruction.
         compare: ``sift`` reconstructs the same images with COLMAP's SIFT as well.
         device: of the networks.
-        workers: number of processes that extract images, see ``extract_images``; None = one for
-            each core, from a script only if it is protected by ``if __name__ == "__main__"``.
+        workers: number of processes that extract images and match pairs, see ``match_images``;
+            None = one for each core, from a script only if it is protected by
+            ``if __name__ == "__main__"``.
         seed, threads: see ``MapOptions``.
 
     Raises:
@@ -360,7 +364,7 @@ class _Reconstruction:
             self.arguments,
             self.database,
             options.extraction(),
-            MatchOptions(),
+            MATCHING,
             pairs=options.pairs,
             neighbors=neighbors,
             root=self.root,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def check_workers(workers: int | None, extractor: Extractor) -> None:
         raise ValueError(f"the number of workers must be at least 1, got {workers}")
     if reason := _one_process(extractor):
         raise ValueError(f"{workers} workers are not possible: {reason}")
-    _worker_options(extractor, workers)
+    worker_options(extractor, workers)
 
 
 def choose_workers(workers: int | None, extractor: Extractor, tasks: deque[Task]) -> int:
@@ -87,14 +87,38 @@ def choose_workers(workers: int | None, extractor: Extractor, tasks: deque[Task]
         return 1
     assert extractor.options is not None
     count = min(usable_cores(), len(tasks) // IMAGES_PER_WORKER)
-    if count > 1:
-        sampled = list(tasks)[:: max(1, len(tasks) // SAMPLES)]
-        largest = max(count_pixels(task) for task in sampled)
-        count = min(count, workers_that_fit(extractor.options.memory, largest))
-    return max(1, count)
+    files = [task.source for task in tasks] if count > 1 else []
+    return max(1, min(count, _with_memory(extractor.options.memory, files)))
 
 
-def _worker_options(extractor: Extractor, workers: int) -> ExtractOptions:
+def _with_memory(memory: int | None, files: Sequence[Path]) -> int:
+    """Number of workers for which there is memory, each with one of the images."""
+    sampled = files[:: max(1, len(files) // SAMPLES)]
+    return workers_that_fit(memory, max(map(count_pixels, sampled), default=0))
+
+
+def fitting_workers(workers: int | None, extractor: Extractor | None, files: Sequence[Path]) -> int:
+    """Number of processes that work on images, each with an extractor if one is given.
+
+    Args:
+        workers: None = as many as there are cores and memory for.
+
+    Raises:
+        ValueError: as ``check_workers``.
+    """
+    if extractor is not None:
+        check_workers(workers, extractor)
+    if workers is not None:
+        return workers
+    if extractor is not None and _one_process(extractor):
+        return 1
+    memory = None
+    if extractor is not None and extractor.options is not None:
+        memory = extractor.options.memory
+    return max(1, min(usable_cores(), _with_memory(memory, files)))
+
+
+def worker_options(extractor: Extractor, workers: int) -> ExtractOptions:
     """The options of each worker."""
     options = extractor.options
     assert options is not None
@@ -120,7 +144,7 @@ def extract_tasks(
     if count == 1:
         yield from images.run(lambda wait: tasks.popleft() if tasks else None)
         return
-    options = _worker_options(images.extractor, count)
+    options = worker_options(images.extractor, count)
     large = _remove_large(tasks, options)
     threads = max(1, min(torch.get_num_threads(), usable_cores() // count))
     with WorkerPool(count, _work, (options, images.masks, threads)) as pool:
@@ -141,7 +165,7 @@ def _remove_large(tasks: deque[Task], options: ExtractOptions) -> deque[Task]:
     if options.memory is None:
         return deque()
     limit = image_pixels(options.memory)
-    large = deque(task for task in tasks if count_pixels(task) > limit)
+    large = deque(task for task in tasks if count_pixels(task.source) > limit)
     names = {task.relative for task in large}
     kept = [task for task in tasks if task.relative not in names]
     tasks.clear()
