@@ -11,7 +11,9 @@ from test_patches import points, smooth_image
 from tiepoints.datasets.patch_pairs import PatchPairs, PatchSettings
 from tiepoints.datasets.synthetic import draw_tilt
 from tiepoints.describe import PatchDescriptor
-from tiepoints.extract import ExtractOptions, build
+from tiepoints.evaluation.systems import system_record
+from tiepoints.export import pipeline_graph
+from tiepoints.extract import ExtractOptions, build, build_descriptor
 from tiepoints.geometry import warp_image
 from tiepoints.models.affnet import AffNet, to_shapes
 from tiepoints.models.keynet import KeyNet
@@ -21,7 +23,7 @@ from tiepoints.pretrained import from_pretrained
 from tiepoints.pyramid import build_pyramid
 from tiepoints.training.losses import hard_negative_constant_loss, hardnet_loss
 from tiepoints.training.recipes.affine import elongation, shape_loss
-from tiepoints.weights import load, save
+from tiepoints.weights import digest, load, save
 
 EYE = torch.eye(2)
 
@@ -127,6 +129,26 @@ def test_descriptor_samples_patches_in_the_frames_of_the_network():
     cosine = {name: float((a * vectors).sum()) for name, vectors in b.items()}
     assert cosine["known"] > 0.97
     assert cosine["square"] < cosine["known"] - 0.1
+
+
+def test_shipped_network_aligns_obliquely_seen_patches():
+    shape = torch.tensor([[1.5, 0.0], [0.0, 1 / 1.5]])
+    image, warped, center = affine_pair(shape)
+    grid = torch.cartesian_prod(torch.arange(-60.0, 61, 20), torch.arange(-60.0, 61, 20))
+    cosine = {}
+    for affine in ("none", "affnet"):
+        describe = build_descriptor("hardnet-light", precision="float32", affine=affine)
+        a = describe(build_pyramid(image), points(center + grid, 1.0), 0)
+        b = describe(build_pyramid(warped), points(center + grid @ shape.T, 1.0), 0)
+        cosine[affine] = float((a * b).sum(dim=1).mean())
+    assert cosine["affnet"] > cosine["none"] + 0.05
+
+
+def test_shapes_in_evaluation_and_export():
+    assert system_record("keynet@affnet+hardnet")["affine"] == digest("affnet")
+    assert "affine" not in system_record("keynet+hardnet")
+    with pytest.raises(ValueError, match="affine shapes cannot be exported"):
+        pipeline_graph(ExtractOptions(affine="affnet"))
 
 
 def test_larger_patches_have_those_of_descriptors_in_their_center(photos):
