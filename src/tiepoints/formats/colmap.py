@@ -652,9 +652,17 @@ class ColmapDatabase:
         return _as_matches(self._database.read_two_view_geometry(id_a, id_b).inlier_matches)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The pairs with matches, as names in the order in which the images were added."""
+        """The pairs that have been matched, also those without any match, as names in the order in
+        which the images were added.
+        """
         names = {image_id: name for name, image_id in self._ids.items()}
-        found = self._database.read_num_matches()[0]
+        self._database.close()  # see _delete; pycolmap omits pairs without matches
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as connection:
+                rows = connection.execute("SELECT pair_id FROM matches ORDER BY pair_id").fetchall()
+        finally:
+            self._database = self._colmap.Database.open(self.path)
+        found = [pair for (pair,) in rows]
         ids = (self._colmap.pair_id_to_image_pair(pair) for pair in found)
         return [(names[a], names[b]) for a, b in ids]
 
