@@ -102,22 +102,6 @@ def test_geometry_is_estimated_by_the_workers(photos, tmp_path, forked):
     assert reports[0].verified == 6  # all but those of the unrelated photograph
 
 
-@pytest.mark.parametrize("auto_orientation", [True, False])
-def test_pairs_that_chance_explains_are_rejected(photos, tmp_path, auto_orientation):
-    counts = []
-    for reject in (False, True):
-        options = MatchOptions(auto_orientation=auto_orientation, reject_chance=reject)
-        path = tmp_path / f"{reject}.h5"
-        run(photos, path, 1, options=options)
-        with MatchFile(path) as store:
-            counts.append({pair: len(store.read_matches(*pair)) for pair in PAIRS})
-    everything, kept = counts
-    chance = [pair for pair in PAIRS if "unrelated.png" in pair]
-    chance += [] if auto_orientation else [pair for pair in PAIRS if pair[1] == "turned.png"]
-    assert min(everything[pair] for pair in chance) > 0
-    assert kept == {**everything, **dict.fromkeys(chance, 0)}
-
-
 def test_command_with_started_workers(photos, tmp_path):
     """The usual start of processes, and stored features without images."""
     run(photos, tmp_path / "one.h5", 1, options=MatchOptions(auto_orientation=False))

@@ -87,8 +87,6 @@ class MatchOptions:
         refine: refine to subpixel positions: the matches of two images, the tracks in a database.
         auto_orientation: estimate the relative rotation of each pair
             (``auto_orientation.PairMatcher``) if patches are described upright.
-        reject_chance: store no matches of a pair if chance explains as many that agree with one
-            geometry (``auto_orientation.geometric_support``).
 
     Raises:
         ValueError: an option is out of range.
@@ -100,7 +98,6 @@ class MatchOptions:
     threshold: float = 2.0
     refine: bool = True
     auto_orientation: bool = True
-    reject_chance: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -138,8 +135,6 @@ class MatchOptions:
             content["refine"] = self.refine
         if self.auto_orientation:
             content["orientation"] = "auto"
-        if self.reject_chance:
-            content["reject_chance"] = True
         return content
 
 

@@ -20,7 +20,6 @@ from ..auto_orientation import (
     Oriented,
     PairMatcher,
     can_reorient,
-    geometric_support,
     has_angles,
     is_upright,
 )
@@ -115,8 +114,6 @@ class PairWork:
             _check_dimensions(a, b)
             found, weak = self._oriented(pair, a, b, block)
             matches, verified = found.matches, False
-            if self.options.reject_chance and not found.support:
-                matches = matches[torch.zeros(0, dtype=torch.int64)]
             if self.options.geometry is not None:
                 xy_a, xy_b = a.xy[matches.index[:, 0]], b.xy[matches.index[:, 1]]
                 result = estimate(
@@ -133,9 +130,7 @@ class PairWork:
         """Matches of a pair, and whether a search may find more."""
         name = pair[1]
         if self.oriented is None or name not in self.images:
-            matches = self.matcher(a, b)
-            support = geometric_support(a, b, matches) if self.options.reject_chance else ()
-            return Oriented(matches, b, 0.0, *support), False
+            return Oriented(self.matcher(a, b), b, 0.0), False
         if pair in block.search:
             return self.oriented(a, b, self.images[name], name, block.search[pair]), False
         found = self.oriented.match_near(a, b, self.images[name], name)

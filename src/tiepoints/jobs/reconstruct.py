@@ -47,9 +47,6 @@ from .match import MatchOptions, MatchReport, match_images
 from .sift import compare_sift
 
 logger = logging.getLogger(__name__)
-#: Pairs without overlap are rejected: COLMAP finds a geometry with a sixth of their matches, which
-#: takes most of the time and connects unrelated points.
-MATCHING = MatchOptions(reject_chance=True)
 #: Verified matches from which a pair shows whether the camera moved, and the share of them that a
 #: rotation explains in a pair without parallax.
 ROTATION_MATCHES, ROTATION_SHARE = 30, 0.85
@@ -364,7 +361,7 @@ class _Reconstruction:
             self.arguments,
             self.database,
             options.extraction(),
-            MATCHING,
+            MatchOptions(),
             pairs=options.pairs,
             neighbors=neighbors,
             root=self.root,
