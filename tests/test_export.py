@@ -179,7 +179,7 @@ def negation() -> Any:
 
 
 def test_a_wrong_network_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "translate", lambda *_, **__: negation())
+    monkeypatch.setattr(export, "convert", lambda *_, **__: negation())
     code, _, err = call("export", "keynet-tiny", "--output", tmp_path / "x.onnx")
     assert (code, "differs from torch" in err) == (2, True)
     assert not list(tmp_path.iterdir())

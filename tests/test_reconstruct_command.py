@@ -19,6 +19,7 @@ import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position
+from tiepoints.jobs import mapping
 from tiepoints.jobs.mapping import View, not_contained, write_models
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
@@ -398,3 +399,40 @@ def test_models_contained_in_a_larger_one_are_dropped():
 
     whole, part, other = Named("a", "b", "c", "d"), Named("b", "c", "d"), Named("d", "e", "f")
     assert not_contained([whole, part, other]) == [whole, other]
+
+
+class _Mapped:
+    """A model of some images, as the mapper returns it."""
+
+    def __init__(self, names: str, points: int):
+        self.names, self.points = names, points
+
+    def num_reg_images(self) -> int:
+        return len(self.names)
+
+    def num_points3D(self) -> int:
+        return self.points
+
+    def reg_image_ids(self) -> range:
+        return range(len(self.names))
+
+    def image(self, number: int) -> SimpleNamespace:
+        return SimpleNamespace(name=self.names[number])
+
+
+def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
+    calls = []
+
+    def mapped(*arguments, refine=True):
+        calls.append((arguments[3], refine))
+        return [_Mapped("abcd", 9)] if not refine else [_Mapped("abc", 0), _Mapped("ab", 7)]
+
+    monkeypatch.setattr(mapping, "_map_once", mapped)
+    monkeypatch.setattr(mapping, "_refined", lambda model: model)
+    (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abcd"))
+    assert model.names == "abcd"
+    assert calls == [(0, True), (0, False)]  # the model without points does not count
+    calls.clear()
+    (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("ab"))
+    assert model.names == "ab"
+    assert calls == [(0, True)]

@@ -383,7 +383,7 @@ def test_a_run_killed_after_an_image_changed_leaves_no_old_matches(
         if at == "extraction":
             patched.setattr(Extractor, "extract_tensor", killed)
         else:
-            patched.setattr("tiepoints.jobs.match._match_pair", killed)
+            patched.setattr("tiepoints.jobs.pair_workers.PairWork.match", killed)
         with pytest.raises(Killed):
             match(images, tmp_path / output)
     if output == "m.db" or at == "matching":

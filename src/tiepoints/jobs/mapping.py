@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,10 @@ MIN_MODEL_SIZE = 3
 #: The mapper starts again with another seed, at most this number of times in all, if its largest
 #: model has fewer than this share of the images.
 TRIES, SUFFICIENT_SHARE = 3, 0.5
+#: Largest number of images that are mapped once more with constant cameras if some are missing.
+FEW_IMAGES = 100
+#: Largest factor between the focal lengths before and after their refinement at the end.
+FOCAL_CHANGE = 2.0
 #: Color of the positions of the cameras in ``model.ply``.
 CAMERA_COLOR = (255, 0, 0)
 #: Bytes of a model per 2D and 3D point, at most.
@@ -94,7 +98,10 @@ def map_images(
     """Run COLMAP's mapper with its default options on a database of verified matches.
 
     The incremental mapper draws its first pair at random and sometimes stops early; it starts again
-    if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images.
+    if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images. Of views that hardly
+    determine the focal length, its estimate may diverge: if images are missing then, and there are
+    at most ``FEW_IMAGES``, they are mapped with the cameras as they are in the database, which are
+    refined at the end.
 
     Args:
         database: ``.db`` file.
@@ -112,15 +119,46 @@ def map_images(
     """
     options = options or MapOptions()
     best: list[Any] = []
-    tries = TRIES if images is not None and options.mapper == "incremental" else 1
-    for seed in range(options.seed, options.seed + tries):
-        models = _map_once(database, work, options, seed, images, progress)
-        models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    again = images is not None and options.mapper == "incremental"
+    for seed in range(options.seed, options.seed + (TRIES if again else 1)):
+        models = _largest_first(_map_once(database, work, options, seed, images, progress))
         if not best or (models and models[0].num_reg_images() > best[0].num_reg_images()):
-            best = not_contained(models)
+            best = models
         if images is None or (best and best[0].num_reg_images() >= SUFFICIENT_SHARE * len(images)):
             break
+    if again and images is not None and len(_names(best)) < len(images) <= FEW_IMAGES:
+        models = _map_once(database, work, options, options.seed, images, progress, refine=False)
+        models = _largest_first(models)
+        if len(_names(models)) > len(_names(best)):
+            best = [_refined(model) for model in models]
     return best
+
+
+def _largest_first(models: list[Any]) -> list[Any]:
+    """The models with 3D points, that of the most images first, see ``not_contained``."""
+    models = [model for model in models if model.num_points3D()]
+    models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
+    return not_contained(models)
+
+
+def _names(models: Iterable[Any]) -> set[str]:
+    """Names of the registered images of all models."""
+    return {model.image(image).name for model in models for image in model.reg_image_ids()}
+
+
+def _refined(model: Any) -> Any:
+    """The model with cameras, poses and points refined together; unchanged if a focal length
+    diverges.
+    """
+    colmap = require_pycolmap()
+    refined = colmap.Reconstruction(model)
+    with quiet_colmap(colmap):
+        colmap.bundle_adjustment(refined)
+    changes = [
+        camera.mean_focal_length() / model.cameras[number].mean_focal_length()
+        for number, camera in refined.cameras.items()
+    ]
+    return refined if all(1 / FOCAL_CHANGE < c < FOCAL_CHANGE for c in changes) else model
 
 
 def not_contained(models: list[Any]) -> list[Any]:
@@ -130,7 +168,7 @@ def not_contained(models: list[Any]) -> list[Any]:
     kept: list[Any] = []
     seen: set[str] = set()
     for model in models:
-        names = {model.image(image).name for image in model.reg_image_ids()}
+        names = _names([model])
         if not names <= seen:
             kept.append(model)
         seen |= names
@@ -144,7 +182,10 @@ def _map_once(
     seed: int,
     images: Sequence[str] | None,
     progress: bool,
+    *,
+    refine: bool = True,
 ) -> list[Any]:
+    """Run the mapper once; without ``refine``, the cameras of the database are not changed."""
     colmap = require_pycolmap()
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -168,6 +209,8 @@ def _map_once(
                 settings.random_seed, settings.num_threads = seed, options.threads
                 settings.min_model_size = MIN_MODEL_SIZE
                 settings.extract_colors = False
+                settings.ba_refine_focal_length = refine
+                settings.ba_refine_extra_params = refine
                 models = colmap.incremental_mapping(
                     Path(database), work, work, settings, next_image_callback=advance
                 )
