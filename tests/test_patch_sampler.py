@@ -114,6 +114,12 @@ def test_unreadable_photographs_are_an_error(tmp_path):
         PatchSampler([tmp_path / "a.png"], [], grid, CPU)
 
 
+def test_images_that_do_not_fit_are_an_error(photos, monkeypatch):
+    monkeypatch.setattr(patch_sampler, "available_memory", lambda: 3e6)
+    with pytest.raises(DataError, match=r"4 images need 0\.0 GB .* do not draw on the device"):
+        PatchSampler(photos, [], grid, CPU)
+
+
 def test_changes_of_light():
     patches = random_patches()
     group = torch.arange(12) // 6
@@ -181,6 +187,7 @@ def test_training_draws_on_the_device(tmp_path, photos):
     [
         (("hardnet", "--num-training-data", "5"), "not both"),
         (("sobelnet",), "on_device is an option of hardnet"),
+        (("hardnet", "--devices", "2"), "drawn on one device"),
     ],
 )
 def test_unsuitable_options(tmp_path, photos, arguments, message):

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..decode import image_size
 from ..errors import DataError
 from ..filters import to_gray
+from ..memory import available_memory
 from ..progress import track
 from .image_store import ImageStore
 from .patch_changes import change_patches, mixed_gray, normal, occlude, uniform
@@ -40,6 +43,8 @@ DRAWN = 4 / 3
 #: deviation of the curvature of a patch: displacement at its edge in half sides.
 AFFINE_JITTER = 0.12
 CURVATURE = 0.05
+#: Bytes of the memory of the device per pixel of the images while they are stored.
+BYTES_PER_PIXEL = 14
 #: Range of the size of a pixel of a view in pixels of the photograph; below 1 it is 1.
 RESOLUTION = (0.7, 2.2)
 #: Limits per reconstruction, drawn at random: pairs of images, and shared points of each.
@@ -92,7 +97,7 @@ class PatchSampler(Dataset):
         threads: threads that decode the images.
 
     Raises:
-        DataError: no image can be read.
+        DataError: no image can be read, or they do not fit into the memory of the device.
     """
 
     def __init__(
@@ -115,6 +120,7 @@ class PatchSampler(Dataset):
         self.views, self.share, self.seed, self.length = views, share, seed, length
         self.device = device
         scene_images = [path for scene in scenes for path in scene.images]
+        _check_memory([*photos, *scene_images], len(photos), self.warps.max_side, device)
         read = _read_all([*photos, *scene_images], len(photos), self.warps.max_side, threads)
         keypoints: list[Tensor] = []
         self.index: dict[Path, int] = {}
@@ -370,6 +376,27 @@ class _TrackTable:
             values = torch.from_numpy(np.concatenate([getattr(p, f.name) for p in points]))
             values = values if values.dtype == torch.bool else values.float()
             self.rows[f.name] = values.to(device)
+
+
+def _check_memory(
+    paths: Sequence[Path], num_photos: int, max_side: int, device: torch.device
+) -> None:
+    """Raise DataError if the images, the first ``num_photos`` reduced to ``max_side``, do not fit
+    into the memory of the device.
+    """
+    pixels = 0.0
+    for number, path in enumerate(paths):
+        with suppress(OSError, DataError):  # logged when it is read
+            width, height = image_size(path)
+            reduced = max_side / max(width, height) if number < num_photos and max_side else 1.0
+            pixels += width * height * min(1.0, reduced) ** 2
+    needed = pixels * BYTES_PER_PIXEL
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    if needed > free:
+        raise DataError(
+            f"{len(paths)} images need {needed / 1e9:.1f} GB of memory on the device, "
+            f"{free / 1e9:.1f} are free; use fewer or smaller images, or do not draw on the device"
+        )
 
 
 def _read_all(

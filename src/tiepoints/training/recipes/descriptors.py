@@ -288,7 +288,12 @@ def device_batches(
 ) -> Callable[[int], Dataset]:
     """Length -> batches of patches of ``fit.batch_size`` pairs of views that are drawn on the
     training device.
+
+    Raises:
+        ValueError: several devices.
     """
+    if job.run.devices > 1:
+        raise ValueError("patches are drawn on one device; give --on-device or --devices, not both")
     device = choose_device(job.run.device)
     net = load("keynet-tiny").to(device)
     sampler = PatchSampler(
