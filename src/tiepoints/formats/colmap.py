@@ -591,6 +591,7 @@ class ColmapDatabase:
         pairs: Iterable[tuple[str, str]],
         *,
         max_error: float = 4.0,
+        max_trials: int = 10_000,
         seed: int = 0,
         progress: bool = False,
     ) -> int:
@@ -603,6 +604,7 @@ class ColmapDatabase:
         Args:
             pairs: names of the images.
             max_error: largest error of an inlier in pixels.
+            max_trials: largest number of random samples of a pair; the default is COLMAP's.
             seed: of the random sampling.
 
         Returns:
@@ -614,7 +616,7 @@ class ColmapDatabase:
         pairs = list(pairs)
         pending = [pair for pair in pairs if not self._verified(*pair)]
         options = self._colmap.TwoViewGeometryOptions()
-        options.ransac.max_error = max_error
+        options.ransac.max_error, options.ransac.max_num_trials = max_error, max_trials
         options.ransac.random_seed = seed
         view = lru_cache(VERIFY_BATCH)(self._view)
 

@@ -69,6 +69,9 @@ from .pair_workers import PairOutcome, PairRunner, PairWork
 from .shards import FeatureShards, MatchShards, Shard, blocks
 
 logger = logging.getLogger(__name__)
+#: Random samples of a pair in COLMAP's verification. Its default, 10,000, takes four times as long
+#: for pairs without overlap and finds 0 to 0.5 % more inliers of others (docs/diary.md).
+MAX_TRIALS = 2_500
 #: Number of images whose features are cached while pairs are matched.
 CACHE_SIZE = 64
 
@@ -998,10 +1001,14 @@ class _Refinement:
 
     def verify(self, pairs: list[tuple[str, str]], *, changed: bool, progress: bool) -> int:
         """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
-        verified = self.store.verify(pairs, progress=progress)
+        verified = self.store.verify(pairs, max_trials=MAX_TRIALS, progress=progress)
         complete = all(name in self.images for pair in pairs for name in pair)
         if self.enabled and (changed or self.interrupted) and complete:
-            return refine_database(self.store, pairs, self.images, self.reading, progress=progress)
+            return refine_database(
+                *(self.store, pairs, self.images, self.reading),
+                max_trials=MAX_TRIALS,
+                progress=progress,
+            )
         return verified
 
 
@@ -1011,6 +1018,7 @@ def refine_database(
     images: dict[str, Path],
     reading: ReadOptions | None = None,
     *,
+    max_trials: int = 10_000,
     progress: bool = False,
 ) -> int:
     """Refine the keypoints of a database to consistent subpixel positions along the tracks of its
@@ -1020,6 +1028,7 @@ def refine_database(
         database: open for writing; ``pairs`` have been verified.
         images: name -> file.
         reading: how the images were read.
+        max_trials: see ``ColmapDatabase.verify``.
 
     Returns:
         the number of pairs with a geometry.
@@ -1037,7 +1046,7 @@ def refine_database(
     for name, xy in refine_tracks(keypoints, inliers, pixels, progress=progress).items():
         database.move_keypoints(name, xy)
     database.forget_geometry(pairs)
-    return database.verify(pairs, progress=progress)
+    return database.verify(pairs, max_trials=max_trials, progress=progress)
 
 
 def _sibling(output: Path, end: str) -> Path:
