@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def reference_dir() -> Path:
 def data_dir() -> Path:
     """Photographs and image pairs."""
     return _folder("data", "image data")
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are forked: they need not import torch, and know what a test has patched."""
+    from tiepoints import processes
+
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    monkeypatch.setattr(processes, "START_METHOD", "fork")

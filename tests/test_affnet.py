@@ -38,7 +38,7 @@ def net():
     """A network with random shapes, in eval mode."""
     torch.manual_seed(0)
     net = AffNet()
-    torch.nn.init.normal_(net.last.weight, std=3.0)
+    torch.nn.init.normal_(net.last.weight, std=6.0)
     with torch.no_grad():
         net(torch.rand(64, 1, 32, 32))  # statistics of the normalization
     return net.eval().requires_grad_(False)
@@ -251,7 +251,7 @@ def test_shapes_change_descriptors_only(net, photos, tmp_path):
     plain = build("keynet-tiny", "hardnet-light", **options).extract(image)
     shaped = build("keynet-tiny", "hardnet-light", affine=net, **options).extract(image)
     assert torch.equal(plain.xy, shaped.xy)
-    assert not torch.allclose(plain.descriptors, shaped.descriptors, atol=0.01)
+    assert not torch.allclose(plain.descriptors, shaped.descriptors, atol=0.05)
     untrained = build("keynet-tiny", "hardnet-light", affine=AffNet(), **options).extract(image)
     torch.testing.assert_close(untrained.descriptors, plain.descriptors, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="estimates no affine shapes"):

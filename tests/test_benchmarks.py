@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 import test_tracks  # without pycolmap, this file is skipped as well
-from helpers import texture, write_photos
+from helpers import call, texture, write_photos
 from tiepoints.export import Exported
+from tiepoints.training.recipes import affine, descriptors
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -199,6 +200,32 @@ def test_views(script, world, tmp_path):
     script("views", world[0], *arguments, *changed, "--num-keypoints", 100, "--out", out)
     options = written(out)["options"]
     assert (options["nms_window"], options["max_size"], options["per_scale"]) == (9, 200, True)
+
+
+def test_validation(script, world, monkeypatch, capsys):
+    for recipe in (affine, descriptors):
+        monkeypatch.setattr(recipe, "MATCHING_PAIRS", 2)
+    networks = ("--networks", "hardnet-light,affnet")
+    script("validation", world[0], *networks)
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert lines.keys() == {"hardnet-light", "affnet"}
+    assert all(0 < float(score) < 1 for score in lines.values())
+    script("validation", world[0], "--networks", "affnet", "--tilts", 3, PAIRS=1, SIZE=200)
+    lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    assert list(lines)[:2] == ["tilts to 3, squares", "tilts to 3, affnet"]
+    assert len(lines) == 4
+
+
+def test_verification(script, world, tmp_path, capsys):
+    images = world[0] / "images"
+    options = ("--detector", "sobelnet", "--descriptor", "desnet", "--num-keypoints", 300)
+    assert call("match", images, *options, "--output", tmp_path / "x.db")[0] == 0
+    before = (tmp_path / "x.db").read_bytes()
+    script("verification", tmp_path / "x.db", "--trials", 100, MANY=1)
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["10,000", "100"]
+    assert int(rows[0].split("|")[4]) > 0
+    assert (tmp_path / "x.db").read_bytes() == before
 
 
 def test_reconstruct(script, world, tmp_path, capsys):

@@ -56,14 +56,6 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Workers that are forked: they need not import torch, and know what a test has patched."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    monkeypatch.setattr(processes, "START_METHOD", "fork")
-
-
 def run(photos: Path, output: Path, workers: int | None = 2, **options):
     options = {"progress": False, "root": photos, **options}
     return match_images([str(photos)], output, OPTIONS, workers=workers, **options)

@@ -401,6 +401,17 @@ def test_models_contained_in_a_larger_one_are_dropped():
     assert not_contained([whole, part, other]) == [whole, other]
 
 
+def test_cameras_are_not_refined_if_the_focal_length_diverges(result, monkeypatch):
+    import pycolmap
+
+    model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
+    refined = mapping._refined(model)
+    assert refined is not model
+    assert refined.compute_mean_reprojection_error() < 0.5
+    monkeypatch.setattr(mapping, "FOCAL_CHANGE", 1.0)  # any change is too large
+    assert mapping._refined(model) is model
+
+
 class _Mapped:
     """A model of some images, as the mapper returns it."""
 

@@ -339,6 +339,15 @@ def test_patches_sampled_on_the_device_are_those_of_the_tracks(world, scene):
         assert (a * b.roll(1, 0)).mean(dim=1).median() < 0.4
 
 
+def test_scenes_without_readable_images_are_not_drawn_on_the_device(world, scene, tmp_path):
+    gone = read_scene(world[0] / "sparse", world[0] / "images", CLEAN)
+    gone.images = [tmp_path / path.name for path in gone.images]
+    arguments = [scene.images[0]], [gone], grid, torch.device("cpu")
+    sampler = PatchSampler(*arguments, views=2, share=1.0)
+    assert sampler.tracks is None
+    assert len(sampler[0]["anchor"]) > 2  # warps of the photograph
+
+
 def test_packed_reconstruction_equals_the_model(world, scene, tmp_path, monkeypatch):
     pack_scene(scene, tmp_path / "packed")
     monkeypatch.setitem(sys.modules, "pycolmap", None)  # as without COLMAP

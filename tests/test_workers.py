@@ -44,14 +44,6 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def forked(monkeypatch):
-    """Workers that are forked: they need not import torch, and know what a test has patched."""
-    if not hasattr(os, "fork"):
-        pytest.skip("needs fork")
-    monkeypatch.setattr(processes, "START_METHOD", "fork")
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()

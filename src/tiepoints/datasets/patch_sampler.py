@@ -127,6 +127,7 @@ class PatchSampler(Dataset):
 
         def images() -> Iterator[np.ndarray]:
             for path, image in read:
+                # of an image that is a photograph, too, this is the one of the scene, not reduced
                 self.index[path] = len(keypoints)
                 keypoints.append(_keypoints(image, detect, device))
                 yield image
@@ -246,7 +247,7 @@ class PatchSampler(Dataset):
             pairs = [p for p in scene.pairs if all(scene.images[i] in self.index for i in p)]
             chosen = rng.permutation(len(pairs))[:SCENE_PAIRS].tolist()
             # in all, a scene is drawn with the square root of its number of pairs
-            weights += [math.sqrt(len(pairs)) / len(chosen)] * len(chosen)
+            weights += [math.sqrt(len(pairs)) / len(chosen) for _ in chosen]
             for a, b in (pairs[i] for i in chosen):
                 own = [self.index[scene.images[i]] for i in (a, b)]
                 shared = scene.shared(a, b)

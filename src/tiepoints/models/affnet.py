@@ -12,14 +12,13 @@ rotation of the patch.
 
 from __future__ import annotations
 
-import copy
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .patchnets import HARDNET_EPS, PATCH_SIZE, check_shape, to_side
+from .patchnets import HARDNET_EPS, PATCH_SIZE, check_shape, folded, to_side
 from .spec import ShapeSpec, StackInput
 
 #: Channels and strides of the 3x3 convolutions before the last one, and side of its map.
@@ -97,9 +96,7 @@ class FusedAffNet(nn.Module):
 
     def __init__(self, net: AffNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        net = copy.deepcopy(net).eval()
-        net.fold()
-        self.stack = _ShapeStack(net.to(dtype).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        self.stack = _ShapeStack(folded(net, dtype))
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N,1,P,P) -> (N,2,2).

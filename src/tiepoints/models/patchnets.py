@@ -264,9 +264,7 @@ class FusedPatchNet(nn.Module):
 
     def __init__(self, net: PatchNet, dtype: torch.dtype = torch.float32):
         super().__init__()
-        net = copy.deepcopy(net).eval()
-        net.fold()
-        self.stack = _PatchStack(net.to(dtype).to(memory_format=torch.channels_last))  # type: ignore[call-overload]
+        self.stack = _PatchStack(folded(net, dtype))
 
     def forward(self, patches: Tensor) -> Tensor:
         """(N,1,P,P) -> (N,128).
@@ -278,6 +276,13 @@ class FusedPatchNet(nn.Module):
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         return self.stack(to_side(patches.float(), PATCH_SIZE))
+
+
+def folded(net: Any, dtype: torch.dtype) -> Any:
+    """A copy of a network with ``fold`` for inference: folded, channels-last, in ``dtype``."""
+    net = copy.deepcopy(net).eval()
+    net.fold()
+    return net.to(dtype).to(memory_format=torch.channels_last)
 
 
 def check_shape(patches: Tensor) -> None:

@@ -120,7 +120,7 @@ def train_shapes(job: TrainJob) -> FitResult:
         both = torch.cat([batch[key].flatten(0, 1) for key in ("anchor", "positive")])
         return shape_loss(network, descriptor.to(both.device), both, recipe.penalty)
 
-    validate = _validation(data, held_out, descriptor)
+    validate = shape_validation(data, held_out, descriptor)
     net = initialized(AffNet, fit.seed)
     load_init(net, job.init)
     identity: dict[str, Any] = {
@@ -152,7 +152,29 @@ def _batches(photos: list[Path], scenes: list[TrackScene], seed: int) -> Callabl
     return make_batches
 
 
-def _validation(
+def shaped(
+    network: nn.Module | None,
+    descriptor: nn.Module,
+    device: torch.device | str = "cpu",
+) -> Callable[[Tensor], Tensor]:
+    """Function (N,1,S,S) -> (N,D) that describes patches of ``PATCHES`` in the frames of the shapes
+    that a network gives them; None: as squares.
+    """
+    descriptor = descriptor.to(device)
+
+    @torch.inference_mode()
+    def describe(patches: Tensor) -> Tensor:
+        vectors = []
+        for part in patches.split(CHUNK):
+            part = part.to(device)
+            shapes = None if network is None else network(crop_patches(part, PATCH_SIZE)).float()
+            vectors.append(descriptor(crop_patches(part, PATCH_SIZE, shapes)).cpu())
+        return torch.cat(vectors)
+
+    return describe
+
+
+def shape_validation(
     data: TrainData, held_out: list[Path], descriptor: nn.Module
 ) -> Callable[[nn.Module], float]:
     """Validation on held-out photographs and, if given, reconstructions; the score of patches
@@ -176,22 +198,9 @@ def _validation(
         found = matching_score(describe, checks)
         return found if posed is None else (found + posed.patches(describe, **size)) / 2  # type: ignore[arg-type]
 
-    def describer(network: Callable[[Tensor], Tensor] | None, device: torch.device):
-        @torch.inference_mode()
-        def describe(patches: Tensor) -> Tensor:
-            vectors = []
-            for part in patches.split(CHUNK):
-                part = part.to(device)
-                centers = crop_patches(part, PATCH_SIZE)
-                shapes = None if network is None else network(centers).float()
-                vectors.append(descriptor.to(device)(crop_patches(part, PATCH_SIZE, shapes)).cpu())
-            return torch.cat(vectors)
-
-        return describe
-
-    logger.info("matching without shapes: %.3f", score(describer(None, torch.device("cpu"))))
+    logger.info("matching without shapes: %.3f", score(shaped(None, descriptor)))
 
     def validate(network: nn.Module) -> float:
-        return score(describer(network, next(network.parameters()).device))
+        return score(shaped(network, descriptor, next(network.parameters()).device))
 
     return validate

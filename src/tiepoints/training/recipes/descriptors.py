@@ -151,7 +151,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
             targets = described(teacher.to(both.device), both)
         return taught_loss(name, network, both, targets, recipe.teacher_weight)
 
-    validate = _patch_validation(data, held_out, views)
+    validate = patch_validation(data, held_out, views)
     net = initialized(make_network, recipe.fit.seed)
     load_init(net, job.init)
     identity = {
@@ -317,7 +317,7 @@ def with_whole_batches(fit: FitSettings, job: TrainJob) -> tuple[FitSettings, Tr
     return dataclasses.replace(fit, batch_size=1), dataclasses.replace(job, run=run)
 
 
-def _patch_validation(
+def patch_validation(
     data: TrainData, held_out: list[Path], views: PairSettings
 ) -> Callable[[nn.Module], float]:
     """Validation of a patch descriptor on held-out photographs and, if given, reconstructions."""
@@ -446,7 +446,7 @@ def train_dense(
     def make_network() -> nn.Module:
         return DesNet(dim=dim, width=width)
 
-    validate = _dense_validation(data, held_out, views, candidate_net, dim)
+    validate = dense_validation(data, held_out, views, candidate_net, dim)
     net = initialized(make_network, settings.seed)
     load_init(net, job.init)
     identity = {
@@ -463,7 +463,7 @@ def train_dense(
     return fit_and_save(net, task, settings, job, make_network=make_network, half=True)
 
 
-def _dense_validation(
+def dense_validation(
     data: TrainData, held_out: list[Path], views: PairSettings, detector: nn.Module, dim: int
 ) -> Callable[[nn.Module], float]:
     """Validation of a dense descriptor on held-out photographs and, if given, reconstructions."""
