@@ -70,7 +70,8 @@ from .shards import FeatureShards, MatchShards, Shard, blocks
 
 logger = logging.getLogger(__name__)
 #: Random samples of a pair in COLMAP's verification. Its default, 10,000, takes four times as long
-#: for pairs without overlap and finds 0 to 0.5 % more inliers of others (benchmarks/verification.py).
+#: for pairs without overlap and finds 0 to 0.5 % more inliers of others
+#: (benchmarks/verification.py).
 MAX_TRIALS = 2_500
 #: Number of images whose features are cached while pairs are matched.
 CACHE_SIZE = 64
