@@ -6,7 +6,7 @@
 SCENES: held-out reconstructions (docs/training.md) with their images in SCENE/images. The score of
 a descriptor is that of `tiepoints train`: the mean of the share of repeated keypoints of warped
 views that are matched correctly, and of the share of keypoints of real pairs. Of AffNet it is the
-same with HardNet light, on obliquely seen views, next to that without shapes. With --tilts: the
+same with HardNet light, on obliquely seen views; that without shapes is logged. With --tilts: the
 first share alone, with HardNet, for largest tilts of the views of preset `tilted`, and of preset
 `patches-upright`.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--networks", required=True, help="comma-separated names or weights files")
     parser.add_argument("--tilts", help="comma-separated, with AffNet")
     args = parser.parse_args(argv)
+    # the score without shapes is logged
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     names = args.networks.split(",")
     tilts = [float(tilt) for tilt in (args.tilts or "").split(",") if tilt]
     found = by_tilt(args.scenes, names, tilts) if tilts else scores(args.scenes, names)
