@@ -605,7 +605,7 @@ def test_stored_features_that_changed_are_measured_again(sequences, tmp_path):
 
 @pytest.fixture
 def quick_validation(monkeypatch):
-    validation = "tiepoints.training.recipes.descriptors._patch_validation"
+    validation = "tiepoints.training.recipes.descriptors.patch_validation"
     monkeypatch.setattr(validation, lambda *_: lambda network: 0.5)
 
 
