@@ -1,19 +1,19 @@
 #!/bin/sh
-# One GPU: HardNet and DesNet at the same time, then HardNet light, on an archive of
-# examples/pack_training_data.py.
+# One GPU: HardNet with three seeds and DesNet at the same time, then HardNet light, HyNet and
+# SOSNet, on an archive of examples/pack_training_data.py.
 #
-#   sh examples/train_on_gpu.sh DATA.tar OUT [MINUTES] [WORKERS] [DEVICE]
+#   sh examples/train_on_gpu.sh DATA.tar OUT [MINUTES] [DEVICE] [SEEDS]
 #
-# Two thirds of MINUTES (20) for HardNet, whose patches are drawn on the GPU, and the rest for its
-# light form; WORKERS (11) processes make the pairs of DesNet all the time. Needs this repository,
-# torch and lightning, no COLMAP and no installation. OUT gets the weights, their logs and
-# checkpoints: run it again with the same OUT to resume.
+# Half of MINUTES (20) for HardNet, half for the networks that follow it, which start from the seed
+# with the best validation or are taught by it; DesNet trains all the time. All training data are
+# drawn on the GPU. Needs this repository, torch and lightning, no COLMAP and no installation. OUT
+# gets the weights, their logs and checkpoints: run it again with the same OUT to resume.
 set -eu
 data=$1
 out=$2
 minutes=${3:-20}
-workers=${4:-11}
-device=${5:-cuda}
+device=${4:-cuda}
+seeds=${5:-4 5 6}
 here=$(cd "$(dirname "$0")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -25,27 +25,53 @@ mkdir -p "$meta"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/pyproject.toml")
 printf 'Metadata-Version: 2.1\nName: tiepoints\nVersion: %s\n' "$version" > "$meta/METADATA"
 export PYTHONPATH="$here/src:$scratch/meta"
+export OMP_NUM_THREADS=4 # several trainings share the processor
 validation=""
 for scene in "$scratch"/held_out/*; do
     validation="$validation --validation $scene --validation-reconstructions $scene"
 done
 
-train() { # MODEL SHARE OPTIONS...
-    name=$1
-    each=$(awk "BEGIN { print $minutes * $2 }")
-    shift 2
+train() { # MODEL NAME SHARE OPTIONS...
+    model=$1
+    name=$2
+    each=$(awk "BEGIN { print $minutes * $3 }")
+    shift 3
     resume=""
     [ -f "$out/$name.safetensors.checkpoint" ] && resume="--resume"
     # unquoted on purpose: a list of options
-    python3 -m tiepoints train "$name" --images "$scratch/photos" --images "$scratch/scenes" \
+    python3 -m tiepoints train "$model" --images "$scratch/photos" --images "$scratch/scenes" \
         --reconstructions "$scratch/scenes" $validation --minutes "$each" --precision auto \
-        --device "$device" --no-compare --output "$out/$name.safetensors" $resume "$@"
+        --device "$device" --on-device --no-compare --workers 4 \
+        --output "$out/$name.safetensors" $resume "$@" > "$out/$name.log" 2>&1
 }
 
-OMP_NUM_THREADS=1 train desnet 0.95 --width 2 --init desnet --batch-size 32 --learning-rate 2e-3 \
-    --validate-every 250 --workers "$workers" > "$out/desnet.log" 2>&1 &
-train hardnet 0.6 --on-device --init hardnet --batch-size 32 --learning-rate 2e-3 \
-    --validate-every 1000 --workers 4
-train hardnet-light 0.3 --on-device --init hardnet-light --teacher "$out/hardnet.safetensors" \
-    --batch-size 32 --learning-rate 3e-3 --validate-every 1000 --workers 4
-wait
+best() { # the largest validation score of a training
+    awk -F, 'NR > 1 && $3 > best { best = $3 } END { print best + 0 }' \
+        "$out/$1.safetensors.log/log.csv"
+}
+
+train desnet desnet 0.97 --width 2 --init desnet --batch-size 32 --learning-rate 2e-3 \
+    --validate-every 1500 &
+dense=$!
+running=""
+failed="" # of several trainings, the others go on
+for seed in $seeds; do
+    train hardnet "hardnet-$seed" 0.48 --seed "$seed" --init hardnet --batch-size 32 \
+        --learning-rate 2e-3 --validate-every 1500 &
+    running="$running $!"
+done
+for job in $running; do wait "$job" || failed=1; done
+chosen=$(for seed in $seeds; do echo "$(best "hardnet-$seed") $seed"; done | sort -g | tail -n 1)
+hardnet="$out/hardnet-${chosen#* }.safetensors"
+echo "HardNet: validation and seed $chosen"
+running=""
+train hardnet-light hardnet-light 0.48 --init hardnet-light --teacher "$hardnet" --batch-size 32 \
+    --learning-rate 3e-3 --validate-every 1500 &
+running="$running $!"
+train hynet hynet 0.48 --init hynet --batch-size 24 --learning-rate 2e-3 --validate-every 1500 &
+running="$running $!"
+train sosnet sosnet 0.48 --init "$hardnet" --batch-size 24 --learning-rate 1e-3 \
+    --validate-every 1500 &
+running="$running $! $dense"
+for job in $running; do wait "$job" || failed=1; done
+[ -z "$failed" ] || { echo "a training failed; see $out/*.log" >&2; exit 1; }

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from helpers import call, texture, write_photos
-from tiepoints.datasets import patch_sampler
+from tiepoints.datasets import device_images, patch_sampler
 from tiepoints.datasets.image_store import ImageStore
 from tiepoints.datasets.patch_changes import (
     blur,
@@ -130,7 +130,7 @@ def test_unreadable_photographs_are_an_error(tmp_path):
 
 
 def test_images_that_do_not_fit_are_an_error(photos, monkeypatch):
-    monkeypatch.setattr(patch_sampler, "available_memory", lambda: 3e6)
+    monkeypatch.setattr(device_images, "available_memory", lambda: 3e6)
     with pytest.raises(DataError, match=r"4 images need 0\.0 GB .* do not draw on the device"):
         PatchSampler(photos, [], grid, CPU)
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from tiepoints.datasets.crop_sampler import CropSampler
 from tiepoints.datasets.patch_pairs import PatchSettings
 from tiepoints.datasets.patch_sampler import PatchSampler
 from tiepoints.datasets.reconstructions import (
@@ -337,6 +338,41 @@ def test_patches_sampled_on_the_device_are_those_of_the_tracks(world, scene):
         a, b = ((x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, keepdim=True) for x in (a, b))
         assert (a * b).mean(dim=1).median() > 0.9
         assert (a * b.roll(1, 0)).mean(dim=1).median() < 0.4
+
+
+def test_crops_sampled_on_the_device_are_those_of_the_tracks(scene):
+    views = PairSettings(size=128, scale=(0.9, 1.1), rotation=10.0, color=0.0)
+    sampler = CropSampler(
+        *([scene.images[0]], [scene], load("sobelnet"), torch.device("cpu")),
+        views=4,
+        share=1.0,
+        warps=views,
+        count=60,
+        length=3,
+    )
+    enough = 0
+    for item in sampler:
+        for i in range(4):
+            positive, negative = item["positive"][i], item["negative"][i]
+            rows, columns = positive.nonzero(as_tuple=True)
+            assert torch.equal(rows, columns)  # tracks are first, in the same order
+            assert not (positive & negative).any()
+            known = [~item[f"xy_{side}"][i][:, 0].isnan() for side in "ab"]
+            assert known[0][rows].all()
+            assert known[1][columns].all()
+            loose = (~positive.any(dim=1)).nonzero()[:, 0]
+            assert not negative[loose][:, ~positive.any(dim=0)].any()
+            if len(rows) < 12:
+                continue
+            enough += 1
+            assert negative[rows][:, known[1]].any(dim=1).all()
+            values = []
+            for side in "ab":
+                smooth = gaussian_blur(item[f"image_{side}"][i : i + 1], 2.0)[0, 0]
+                at = item[f"xy_{side}"][i][rows].round().long()
+                values.append(smooth[at[:, 1], at[:, 0]])
+            assert torch.corrcoef(torch.stack(values))[0, 1] > 0.8
+    assert enough >= 6
 
 
 def test_scenes_without_readable_images_are_not_drawn_on_the_device(world, scene, tmp_path):

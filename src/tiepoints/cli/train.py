@@ -185,8 +185,8 @@ def train(
         bool | None,
         typer.Option(
             "--on-device",
-            help="Patch descriptors: keep all images in the memory of the device and draw the "
-            "patches there; far faster on a GPU.",
+            help="Descriptors, affnet: keep all images in the memory of the device and draw the "
+            "training data there; far faster on a GPU.",
         ),
     ] = None,
     init: Annotated[str | None, typer.Option(help="Initial weights, a name or a file.")] = None,

@@ -88,11 +88,11 @@ NEGATIVE_DISTANCE = 8.0
 
 
 def candidate_pairs(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> tuple[Tensor, Tensor]:
-    """Label pairs of candidates (N,2) of a and (M,2) of b as positive or negative.
+    """Label pairs of candidates (...,N,2) of a and (...,M,2) of b as positive or negative.
 
     Returns:
-        positive (N,M) bool, at most ``POSITIVE_DISTANCE`` px apart in both images; negative (N,M)
-        bool, more than ``NEGATIVE_DISTANCE`` px apart in both. Other pairs are neither.
+        positive (...,N,M) bool, at most ``POSITIVE_DISTANCE`` px apart in both images; negative
+        (...,N,M) bool, more than ``NEGATIVE_DISTANCE`` px apart in both. Other pairs are neither.
     """
     H_ab = H_ab.to(torch.float64)
     in_b = torch.cdist(warp_points(xy_a.double(), H_ab), xy_b.double())

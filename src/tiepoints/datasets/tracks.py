@@ -276,23 +276,24 @@ class TrackCrops(Dataset):
             xy = np.concatenate([tracks, detected[far]])[: self.count]
             item[f"xy_{side}"] = torch.full((self.count, 2), float("nan"))
             item[f"xy_{side}"][: len(xy)] = torch.from_numpy(xy)
-        item["positive"], item["negative"] = _labels(item["xy_a"], item["xy_b"], len(kept))
+        item["positive"], item["negative"] = track_labels(
+            item["xy_a"], item["xy_b"], torch.tensor(len(kept))
+        )
         return item
 
 
-def _labels(xy_a: Tensor, xy_b: Tensor, num_tracks: int) -> tuple[Tensor, Tensor]:
-    """Positive and negative pairs (N,N) bool of candidates (N,2), the first ``num_tracks`` of which
-    are the same tracks in both crops.
+def track_labels(xy_a: Tensor, xy_b: Tensor, num_tracks: Tensor) -> tuple[Tensor, Tensor]:
+    """Positive and negative pairs (...,N,N) bool of candidates (...,N,2), the first ``num_tracks``
+    (...) of which are the same tracks in both crops.
     """
-    n, count = num_tracks, len(xy_a)
-    positive = torch.diag(torch.arange(count) < n)
-    near_a, near_b = (torch.cdist(xy, xy[:n]) <= NEGATIVE_DISTANCE for xy in (xy_a, xy_b))  # (N,n)
+    number = torch.arange(xy_a.shape[-2], device=xy_a.device)
+    is_track = number < num_tracks[..., None]
+    in_a, in_b = is_track[..., None], is_track[..., None, :]  # the candidate of a, and that of b
+    positive = (number[:, None] == number) & in_a
+    near_a, near_b = (torch.cdist(xy, xy) <= NEGATIVE_DISTANCE for xy in (xy_a, xy_b))
     # certainly negative: one candidate is a track, and the other one is far from the position of
     # this track in its own image
-    negative = torch.zeros(count, count, dtype=torch.bool)
-    negative[:n] = ~near_b.T
-    negative[:, :n] &= ~near_a
-    negative[n:, :n] = ~near_a[n:]
+    negative = (in_a | in_b) & ~(in_a & near_b) & ~(in_b & near_a)
     return positive, negative
 
 

@@ -154,13 +154,18 @@ def sample(descriptor_map: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor
             f"expected a map (1,D,h,w) and points (N,2), got {tuple(descriptor_map.shape)} and "
             f"{tuple(xy.shape)}"
         )
-    h, w = descriptor_map.shape[-2:]
-    position = resize_points(xy.to(descriptor_map.dtype), 1 / STRIDE, 1 / STRIDE)
+    return sample_batch(descriptor_map, xy[None], mode)[0]
+
+
+def sample_batch(maps: Tensor, xy: Tensor, mode: str = "bilinear") -> Tensor:
+    """As ``sample``, of maps (B,D,h,w) at points (B,N,2): (B,N,D)."""
+    h, w = maps.shape[-2:]
+    position = resize_points(xy.to(maps.dtype), 1 / STRIDE, 1 / STRIDE)
     grid = (position + 0.5) * position.new_tensor([2 / w, 2 / h]) - 1
     values = F.grid_sample(
-        descriptor_map, grid[None, None], mode=mode, padding_mode="border", align_corners=False
-    )  # (1,D,1,N)
-    return F.normalize(values[0, :, 0].T, dim=1)
+        maps, grid[:, None], mode=mode, padding_mode="border", align_corners=False
+    )  # (B,D,1,N)
+    return F.normalize(values[:, :, 0].transpose(1, 2), dim=2)
 
 
 class FusedDesNet(nn.Module):

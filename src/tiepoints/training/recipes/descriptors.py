@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...datasets.candidates import CandidatePairs
+from ...datasets.crop_sampler import CropSampler
 from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
 from ...datasets.patch_sampler import PatchSampler
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
@@ -23,7 +24,7 @@ from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
 from ...describe import DESCRIBE_CHUNK
 from ...detect import DetectOptions, ScoreMapDetector
 from ...device import choose_device, fast_bfloat16
-from ...models.desnet import DesNet, sample
+from ...models.desnet import DesNet, sample, sample_batch
 from ...models.patchnets import PatchNet, unit
 from ...models.spec import DetectorSpec, fused, spec_of
 from ...pyramid import build_pyramid
@@ -278,6 +279,17 @@ def _patch_batches(
     return make_batches
 
 
+def training_device(job: TrainJob) -> torch.device:
+    """The device that data are drawn on.
+
+    Raises:
+        ValueError: several devices.
+    """
+    if job.run.devices > 1:
+        raise ValueError("data are drawn on one device; give --on-device or --devices, not both")
+    return choose_device(job.run.device)
+
+
 def device_batches(
     job: TrainJob,
     fit: FitSettings,
@@ -292,9 +304,7 @@ def device_batches(
     Raises:
         ValueError: several devices.
     """
-    if job.run.devices > 1:
-        raise ValueError("patches are drawn on one device; give --on-device or --devices, not both")
-    device = choose_device(job.run.device)
+    device = training_device(job)
     net = load("keynet-tiny").to(device)
     sampler = PatchSampler(
         photos,
@@ -377,25 +387,16 @@ def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
     Candidates of other pairs in the batch are negatives.
     """
     maps = network(both_views(batch)).float()
-    count = len(batch["xy_a"])
-    valid_a, valid_b = (~batch[key][..., 0].isnan() for key in ("xy_a", "xy_b"))  # (B,N)
+    valid = [~batch[key][..., 0].isnan() for key in ("xy_a", "xy_b")]  # (B,N)
+    xy = torch.cat([batch["xy_a"], batch["xy_b"]])
     a, b = (
-        torch.cat(
-            [
-                sample(maps[start + i : start + i + 1], xy[valid[i]])
-                for i, xy in enumerate(batch[key])
-            ]
-        )
-        for start, key, valid in ((0, "xy_a", valid_a), (count, "xy_b", valid_b))
+        vectors[mask]
+        for vectors, mask in zip(sample_batch(maps, xy.nan_to_num()).chunk(2), valid, strict=True)
     )
-    sides = list(zip(valid_a, valid_b, strict=True))
-    valid_pairs = [rows[:, None] & columns[None] for rows, columns in sides]
-    shapes = [(int(rows.sum()), int(columns.sum())) for rows, columns in sides]
+    rows, columns = (mask.flatten() for mask in valid)
     positive, not_negative = (
-        torch.block_diag(
-            *(t[valid].view(n) for t, valid, n in zip(tables, valid_pairs, shapes, strict=True))
-        )
-        for tables in (batch["positive"], ~batch["negative"])
+        torch.block_diag(*table)[rows][:, columns]
+        for table in (batch["positive"], ~batch["negative"])
     )
     negative = ~not_negative  # candidates of different photographs are negatives
     similarity = a @ b.T
@@ -408,7 +409,12 @@ def candidate_loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor
 
 
 def train_dense(
-    job: TrainJob, *, detector: str | Path = "sobelnet", dim: int = 128, width: int = 1
+    job: TrainJob,
+    *,
+    detector: str | Path = "sobelnet",
+    dim: int = 128,
+    width: int = 1,
+    on_device: bool = False,
 ) -> FitResult:
     """Train ``desnet`` on the keypoint candidates of a detector; see ``train``.
 
@@ -420,6 +426,7 @@ def train_dense(
         detector: weights (a name or a file) of a score-map network, which detects the candidates.
         dim: descriptor dimension, 128 or 64.
         width: factor of the number of channels.
+        on_device: draw the views on the training device (``crop_sampler``).
     """
     data, settings = job.data, with_schedule(choose(DESNET_RECIPES, job.preset), job.schedule)
     candidate_net = load(detector)
@@ -441,6 +448,25 @@ def train_dense(
         crops = TrackCrops(scenes, detect, views, seed=settings.seed, length=length)
         return Mixture(warps, crops, TRACK_SHARE, seed=settings.seed)
 
+    loss = candidate_loss
+    if on_device:
+        device = training_device(job)
+        sampler = CropSampler(
+            *(training, scenes, load(detector).to(device), device),
+            views=settings.batch_size,
+            share=TRACK_SHARE,
+            warps=views,
+            seed=settings.seed,
+            threads=max(1, job.run.workers),
+            pool=CANDIDATE_POOL,
+            window=CANDIDATE_WINDOW,
+        )
+        make_batches = sampler.with_length
+        settings, job = with_whole_batches(settings, job)
+
+        def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+            return candidate_loss(network, {key: batch[key].flatten(0, 1) for key in batch})
+
     make_batches(1)[0]  # raises for photographs without texture before the training starts
 
     def make_network() -> nn.Module:
@@ -456,10 +482,11 @@ def train_dense(
         "detector": weights_checksum(candidate_net),
         "dim": dim,
         "width": width,
+        **({"views_per_batch": sampler.views} if on_device else {}),
         **init_record(job.init),
         **data_identity(data, [*training, *held_out]),
     }
-    task = Task(make_batches, candidate_loss, validate, "matching", identity)
+    task = Task(make_batches, loss, validate, "matching", identity)
     return fit_and_save(net, task, settings, job, make_network=make_network, half=True)
 
 

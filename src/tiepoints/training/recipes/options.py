@@ -18,7 +18,7 @@ NETWORK_OPTIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("patch_size", "max_angle"), DETECTORS),
     "num_training_data": (*DETECTORS, *DESCRIPTORS),
     "teacher": tuple(DESCRIPTORS),
-    "on_device": (*DESCRIPTORS, "affnet"),
+    "on_device": (*DESCRIPTORS, "desnet", "affnet"),
     **dict.fromkeys(("group_size", "dims", "orientation_balance"), tuple(REKD_SIZES)),
     **dict.fromkeys(("detector", "dim", "width"), ("desnet",)),
     "descriptor": ("affnet",),
