@@ -14,6 +14,7 @@ from tiepoints.cli import app
 from tiepoints.describe import PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
+from tiepoints.jobs.match import MatchOptions, match_two
 from tiepoints.structs import Keypoints
 
 skimage_data = pytest.importorskip("skimage.data")
@@ -189,3 +190,39 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     assert calls_of(others[1], c, "c") == once
     assert calls_of(others[1], c, "c") == 0
     assert calls_of(others[0], b, "b") == once
+
+
+def squeezed_pair(factor=5.0, size=448):
+    """A photograph, and itself seen obliquely: narrower by ``factor``; with the homography."""
+    image = torch.from_numpy(skimage_data.camera()[:size, :size].copy()).float() / 255
+    smooth = torch.nn.functional.interpolate(
+        image[None, None], size=(size, round(size / factor)), mode="bilinear", antialias=True
+    )[0, 0]
+    wide = torch.full((size, size), 0.5)
+    wide[:, : smooth.shape[1]] = smooth
+    ratio = smooth.shape[1] / size
+    H = torch.eye(3, dtype=torch.float64)
+    H[0, 0], H[0, 2] = ratio, (ratio - 1) / 2
+    return image, wide, H
+
+
+def test_oblique_views_are_matched_with_affine_shapes_if_they_hardly_match(monkeypatch):
+    image, oblique, H = squeezed_pair()
+    extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=1000)
+    found = []
+    for options in (MatchOptions(auto_affine=False, refine=False), MatchOptions(refine=False)):
+        result = match_two(image, oblique, extraction, options)
+        error = (warp_points(result.xy_a.double(), H).float() - result.xy_b).norm(dim=1)
+        found.append(int((error < 3).sum()))
+    assert found[1] > 25
+    assert found[1] > 2 * found[0]
+    # pairs that match are not described again
+    monkeypatch.setattr("tiepoints.jobs.match.match_shaped", None)
+    assert len(match_two(image, image.roll(9, 1), extraction).matches) > 100
+
+
+def test_unrelated_images_do_not_match_with_affine_shapes():
+    one = torch.from_numpy(skimage_data.camera()[::2, ::2].copy()).float() / 255
+    other = torch.from_numpy(skimage_data.coins()[:256, :256].copy()).float() / 255
+    extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=500)
+    assert not match_two(one, other, extraction).estimate.ok

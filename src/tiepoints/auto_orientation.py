@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from .describe import PatchDescriptor
+from .device import float_precision
 from .estimation import estimate
-from .extract import Extractor
+from .extract import Extractor, build_shapes
 from .image import ImageLike
 from .matching import match
 from .pyramid import Pyramid
@@ -55,6 +56,8 @@ PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
 #: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
 #: and of images among which it is searched.
 MAX_CHAIN, MAX_REACHED = 8, 1000
+#: Network of the affine shapes of ``match_shaped``.
+SHAPES = "affnet"
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
@@ -246,6 +249,39 @@ def _cache(cache: OrderedDict, key: object, value: object, size: int) -> None:
 def _difference(a: float, b: float) -> float:
     """Angle between two rotations in radians, 0..pi."""
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
+
+
+def match_shaped(
+    extractor: Extractor,
+    matcher: Callable[[Features, Features], Matches],
+    features: tuple[Features, Features],
+    images: tuple[ImageLike, ImageLike],
+) -> tuple[Features, Oriented]:
+    """Match two images seen from very different directions: their keypoints are described again, in
+    the affine shapes of ``SHAPES``.
+
+    Args:
+        extractor: of the features; one that describes upright patches (``can_reorient``).
+        matcher: see ``PairMatcher``.
+        features, images: of both images.
+
+    Returns:
+        the features of the first image with other descriptors, and the matches with those of the
+        second.
+    """
+    describe, device = extractor.describe, extractor.device
+    assert isinstance(describe, PatchDescriptor)
+    precision = float_precision("auto", device)
+    shape_net = build_shapes(SHAPES, device, precision=precision)
+    shaped = PatchDescriptor(describe.net, describe.half_side, shape_net=shape_net)
+    described = []
+    for one, image in zip(features, images, strict=True):
+        pyramid = extractor.pyramid(extractor.read(image).pixels)
+        descriptors = shaped(pyramid, one.keypoints.to(device), 0).cpu()
+        described.append(replace(one, descriptors=descriptors))
+    a, b = described
+    matches = matcher(a, b)
+    return a, Oriented(matches, b, 0.0, *geometric_support(a, b, matches))
 
 
 def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:

@@ -135,6 +135,7 @@ def extract(
     from ..jobs.extract import extract_images
     from ..jobs.shards import Shard
     from ..jobs.workers import parse_workers
+
     with user_errors():
         if output is None:
             labels = f"{network_label(detector)}-{network_label(descriptor)}"

@@ -11,7 +11,6 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
-    AffineOption,
     BackendOption,
     BandsOption,
     CameraOption,
@@ -31,6 +30,7 @@ from .common import (
     NmsSizeOption,
     OfficialOption,
     PagesOption,
+    PairAffineOption,
     PairOrientationOption,
     PairsOption,
     PerScaleOption,
@@ -85,7 +85,7 @@ def match(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     orientation: PairOrientationOption = "auto",
-    affine: AffineOption = "none",
+    affine: PairAffineOption = "auto",
     upright: UprightOption = False,
     rotation_tolerance: Annotated[
         float | None,
@@ -164,6 +164,7 @@ def match(
         context,
         max_size=MATCH_MAX_SIZE if not many or database else None,
         orientation=None if orientation == "auto" else orientation,
+        affine="none" if affine == "auto" else affine,
     )
     from ..jobs.match import MatchOptions, match_images
     from ..jobs.shards import Shard
@@ -183,6 +184,7 @@ def match(
             threshold=threshold,
             refine=refine,
             auto_orientation=orientation == "auto",
+            auto_affine=affine == "auto",
         )
     if not many:
         _match_two(images, output, extraction, options, masks, outliers, as_json)

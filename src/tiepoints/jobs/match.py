@@ -16,7 +16,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..auto_orientation import PairMatcher, can_reorient
+from ..auto_orientation import (
+    MIN_SUPPORT,
+    Oriented,
+    PairMatcher,
+    can_reorient,
+    has_angles,
+    match_shaped,
+)
+from ..describe import PatchDescriptor
 from ..errors import DataError
 from ..estimation import estimate
 from ..extract import ExtractOptions, Extractor
@@ -91,6 +99,8 @@ class MatchOptions:
         refine: refine to subpixel positions: the matches of two images, the tracks in a database.
         auto_orientation: estimate the relative rotation of each pair
             (``auto_orientation.PairMatcher``) if patches are described upright.
+        auto_affine: two images: if they hardly match, describe them in affine shapes
+            (``auto_orientation.match_shaped``) and keep those matches if more agree.
 
     Raises:
         ValueError: an option is out of range.
@@ -102,6 +112,7 @@ class MatchOptions:
     threshold: float = 2.0
     refine: bool = True
     auto_orientation: bool = True
+    auto_affine: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -215,6 +226,7 @@ def match_two(
     notices.log(rotations=not reorient)
     if reorient:
         oriented = PairMatcher(extractor, matcher)(a, b, pixels_b)
+        a, oriented = _shaped(extractor, options, (a, b), (pixels_a, pixels_b), oriented)
         matches, b = oriented.matches, oriented.b
     else:
         matches = matcher(a, b)
@@ -224,6 +236,24 @@ def match_two(
     geometry = options.geometry or "fundamental"
     result = estimate(xy_a, xy_b, geometry, threshold=options.threshold)
     return PairResult(a, b, matches, xy_a, xy_b, result, pixels_a, pixels_b)
+
+
+def _shaped(
+    extractor: Extractor,
+    options: MatchOptions,
+    features: tuple[Features, Features],
+    images: tuple[Tensor, Tensor],
+    found: Oriented,
+) -> tuple[Features, Oriented]:
+    """Features of the first image and matches of a pair: those ``found``, or those with affine
+    shapes if ``found`` are too few and more of them agree.
+    """
+    a, b = features
+    shapes = isinstance(extractor.describe, PatchDescriptor) and extractor.describe.shape_net
+    if not options.auto_affine or shapes or found.support >= MIN_SUPPORT or has_angles(a, b):
+        return a, found
+    shaped_a, shaped = match_shaped(extractor, options.matcher(), features, images)
+    return (shaped_a, shaped) if shaped.support > found.support else (a, found)
 
 
 # ---- many pairs
