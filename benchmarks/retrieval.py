@@ -33,6 +33,7 @@ from tiepoints.files import write_json
 from tiepoints.formats.colmap import require_pycolmap
 from tiepoints.formats.hdf5 import FeatureFile
 from tiepoints.jobs.extract import extract_images
+from tiepoints.names import DETECTOR
 from tiepoints.retrieval import (
     CANDIDATES,
     Vocabulary,
@@ -55,7 +56,7 @@ DETECTORS = {"desnet": "sobelnet"}
 def extract(folder: Path, work: Path, descriptor: str) -> Path:
     """Extract a folder of images to ``work``; returns the file of the features."""
     options = ExtractOptions(
-        detector=DETECTORS.get(descriptor, "keynet"),
+        detector=DETECTORS.get(descriptor, DETECTOR),
         descriptor=descriptor,
         num_keypoints=1024,
         max_size=640,

@@ -1,8 +1,8 @@
 """Feature extraction: a detector and a descriptor that share one pyramid.
 
-``build("keynet", "hardnet-light")`` returns an ``Extractor``; its ``extract`` takes a path, PIL
-image, array or tensor, or several of them. ``ExtractOptions`` holds everything that determines the
-result.
+``build("keynet-light", "hardnet-light")`` returns an ``Extractor``; its ``extract`` takes a path,
+PIL image, array or tensor, or several of them. ``ExtractOptions`` holds everything that determines
+the result.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class ExtractOptions(ReadOptions, DetectOptions):
     """Everything that determines the features of an image.
 
     Attributes:
-        detector: ``keynet``, ``keynet-tiny``, ``rekd``, ``rekd-light``, ``sobelnet`` (embedded
-            weights), a weights file (ours, or an official checkpoint), or a network image -> score
-            map.
+        detector: ``keynet``, ``keynet-light``, ``keynet-tiny``, ``rekd``, ``rekd-light``,
+            ``sobelnet`` (embedded weights), a weights file (ours, or an official checkpoint), or a
+            network image -> score map.
         descriptor: ``hardnet``, ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` (embedded
             weights), ``rootsift``, a weights file, a network patches -> (N,D), a ``DesNet``, or
             ``none`` / None.
@@ -675,7 +675,7 @@ def build(
     descriptor: str | nn.Module | None = DESCRIPTOR,
     **options: Any,
 ) -> Extractor:
-    """Build an extractor by names: ``build("keynet", "hardnet-light", num_keypoints=2000)``.
+    """Build an extractor by names: ``build("keynet-light", "hardnet", num_keypoints=2000)``.
 
     On a CPU, the process keeps up to 256 MiB of freed memory from then on (``memory.keep_freed``),
     which saves a tenth to a fifth of the time of each image.

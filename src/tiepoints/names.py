@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-DETECTORS = ("keynet", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
+DETECTORS = ("keynet", "keynet-light", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
 PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
 #: Defaults.
-DETECTOR, DESCRIPTOR = "keynet", "hardnet-light"
+DETECTOR, DESCRIPTOR = "keynet-light", "hardnet-light"
 #: Embedded pipeline of ``lite``.
 LITE_GRAPH = "sobelnet+desnet"
 

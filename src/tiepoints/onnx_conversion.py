@@ -78,14 +78,15 @@ def convert(
         )
     assert program is not None
     model = program.model_proto
-    _remove_descriptions(model)
+    remove_descriptions(model)
     _store_half(model)
     _insert_int8(model)
     return model
 
 
-def _remove_descriptions(model: Any) -> None:
-    """Remove what the exporter writes about the source code of each node."""
+def remove_descriptions(model: Any) -> None:
+    """Remove what exporters write about the source code of each node, with paths of files."""
+    model.doc_string = model.graph.doc_string = ""
     del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
     for item in (*model.graph.node, *model.graph.input, *model.graph.output):
         item.doc_string = ""

@@ -60,8 +60,8 @@ Geometry = Literal["homography", "fundamental", "essential"]
 DetectorOption = Annotated[
     str,
     typer.Option(
-        help="keynet, keynet-tiny, rekd, rekd-light, sobelnet, a weights file, or an official "
-        "checkpoint."
+        help="keynet, keynet-light, keynet-tiny, rekd, rekd-light, sobelnet, a weights file, or an "
+        "official checkpoint."
     ),
 ]
 DescriptorOption = Annotated[

@@ -44,8 +44,9 @@ def train(
     network: Annotated[
         str | None,
         typer.Argument(
-            help="Detectors keynet, keynet-tiny, rekd, rekd-light, sobelnet; descriptors hardnet, "
-            "hardnet-light, hynet, sosnet, desnet; affine shapes affnet. Not needed with --resume."
+            help="Detectors keynet, keynet-light, keynet-tiny, rekd, rekd-light, sobelnet; "
+            "descriptors hardnet, hardnet-light, hynet, sosnet, desnet; affine shapes affnet. Not "
+            "needed with --resume."
         ),
     ] = None,
     images: Annotated[

@@ -26,6 +26,7 @@ from ..files import require
 from ..image import load_image
 from ..models.spec import DetectorSpec, ShapeSpec, StackInput, fused, spec_of
 from ..names import NUM_KEYPOINTS
+from ..onnx_conversion import remove_descriptions
 from ..progress import track
 from ..weights import load, save_graph, table, weights_checksum
 
@@ -282,6 +283,7 @@ def _quantize_after_relu(path: Path) -> None:
         node.input[0] = before.input[0]
         nodes.remove(after)
         nodes.remove(before)
+    remove_descriptions(model)
     onnx.save(model, str(path))
 
 

@@ -29,7 +29,7 @@ from ..filters import fitting_size, laplacian_variance, reduce
 from ..formats.colmap import ColmapDatabase, quiet_colmap, require_pycolmap
 from ..formats.records import array_digest, json_digest, read_settings, record_path
 from ..image import load_image
-from ..names import QUALITIES
+from ..names import DESCRIPTOR, DETECTOR, QUALITIES
 from ..panorama import rotation_share
 from .frames import is_video, save_frames
 from .mapping import (
@@ -83,8 +83,8 @@ class Quality:
 
 QUALITY = {
     "fast": Quality("sobelnet", "desnet", 1024, 1024, 10),
-    "default": Quality("keynet", "hardnet-light", 2048, 1600, 20),
-    "best": Quality("keynet", "hardnet-light", 4096, 3200, 40),
+    "default": Quality(DETECTOR, DESCRIPTOR, 2048, 1600, 20),
+    "best": Quality(DETECTOR, DESCRIPTOR, 4096, 3200, 40),
 }
 assert tuple(QUALITY) == QUALITIES
 

@@ -253,6 +253,26 @@ class KeyNet(nn.Module):
         """
         return cls(num_filters=1, num_blocks=1, num_levels=1, merge=False)
 
+    @classmethod
+    def light(cls, **settings: Any) -> KeyNet:
+        """Key.Net with one level inside the network instead of three, a third of the arithmetic:
+        the levels of the pyramid on which keypoints are detected take their place.
+        """
+        return cls(num_levels=1, **settings)
+
+    def one_level(self) -> KeyNet:
+        """The same filters with one level inside the network: those that merge the levels are
+        summed.
+        """
+        if self.last is None or self.num_levels == 1:
+            return copy.deepcopy(self)
+        net = type(self)(**{**self.settings, "num_levels": 1, "scale_factor": None})
+        state = self.state_dict()
+        parts = state["last.weight"].split(self.settings["num_filters"], dim=1)
+        net.load_state_dict({**state, "last.weight": torch.stack(parts).sum(dim=0)})
+        net.offset = self.offset
+        return net.train(self.training)
+
     def initialize(self, generator: torch.Generator | None = None) -> None:
         """He initialization of all filters (fan-in) from ``generator``, zero biases (paper 5.3)."""
         for module in self.modules():

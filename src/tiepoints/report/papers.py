@@ -20,6 +20,7 @@ METHODS = {
     "kaze": "KAZE",
     "akaze": "AKAZE",
     "superpoint": "SuperPoint",
+    "keynet-light": "Key.Net light",
     "keynet-tiny": "Tiny-Key.Net",
     "keynet": "Key.Net",
 }
@@ -28,7 +29,7 @@ METHODS = {
 LABELS = {
     **{"tilde": "TILDE", "lift": "LIFT", "dnet": "DNet", "tcdet": "TCDET"},
     **{"lfnet": "LF-Net", "superpoint": "SuperPoint", "tinykeynet": "Tiny-Key.Net"},
-    **{"keynettiny": "Tiny-Key.Net", "keynet": "Key.Net"},
+    **{"keynettiny": "Tiny-Key.Net", "keynetlight": "Key.Net light", "keynet": "Key.Net"},
 }
 #: Columns of table 2: metric, heading, factor, decimals.
 TABLE_2_COLUMNS = (

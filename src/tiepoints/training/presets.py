@@ -120,6 +120,14 @@ RECIPES: dict[str, Recipe] = {
         _ON_STRUCTURE, fit=dataclasses.replace(_ON_STRUCTURE.fit, learning_rate=3e-3, steps=150)
     ),
 }
+#: Key.Net light starts from the weights of Key.Net, with a small learning rate.
+LIGHT_RECIPES: dict[str, Recipe] = {
+    "default": dataclasses.replace(
+        _ON_STRUCTURE,
+        fit=dataclasses.replace(_ON_STRUCTURE.fit, learning_rate=3e-4, validate_every=20),
+    ),
+    **{name: RECIPES[name] for name in ("msip", "smoke")},
+}
 #: Tiny-Key.Net's keypoints lie on structure with Key.Net's published loss alone; with its few
 #: parameters it allows a larger learning rate.
 _TINY = Recipe(fit=FitSettings(learning_rate=2e-2))
@@ -145,6 +153,7 @@ SOBELNET_RECIPES: dict[str, Recipe] = {
 
 MODELS: dict[str, Callable[[], KeyNet | SobelNet]] = {
     "keynet": KeyNet,
+    "keynet-light": KeyNet.light,
     "keynet-tiny": KeyNet.tiny,
     "sobelnet": SobelNet,
 }

@@ -434,7 +434,7 @@ def train_dense(
     if not isinstance(spec, DetectorSpec) or spec.angles:
         raise ValueError(
             f"{detector} contains a {type(candidate_net).__name__}; candidates are found by "
-            "keynet, keynet-tiny or sobelnet"
+            "keynet, keynet-light, keynet-tiny or sobelnet"
         )
     training, held_out = data.photographs()
     detect = peak_detector(fused(candidate_net), CANDIDATE_POOL, window=CANDIDATE_WINDOW)

@@ -36,6 +36,7 @@ from ..losses import (
     paper_msip_loss,
 )
 from ..presets import (
+    LIGHT_RECIPES,
     MODELS,
     RECIPES,
     REKD_RECIPES,
@@ -102,19 +103,25 @@ def floored_tiny() -> KeyNet:
 
 
 def train_score_map(name: str, job: TrainJob) -> FitResult:
-    """Train ``keynet``, ``keynet-tiny`` or ``sobelnet``; see ``train``."""
-    recipes = {"keynet": RECIPES, "keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES}
+    """Train ``keynet``, ``keynet-light``, ``keynet-tiny`` or ``sobelnet``; see ``train``."""
+    recipes = {
+        **{"keynet": RECIPES, "keynet-light": LIGHT_RECIPES},
+        **{"keynet-tiny": TINY_RECIPES, "sobelnet": SOBELNET_RECIPES},
+    }
     recipe = with_options(choose(recipes[name], job.preset), job.preset, job.options)
 
     def make_network() -> KeyNet | SobelNet:
         # a zero map minimizes the Gaussian loss, and ReLU would have no gradient there
-        if name == "keynet":
+        if name in ("keynet", "keynet-light"):
             score = "softplus" if recipe.kind == "gaussian" else "relu"
             arguments = keynet_arguments(job.options)
-            return KeyNet(score=score, structure=recipe.structure, **arguments)
+            make = cast(Callable[..., KeyNet], MODELS[name])
+            return make(score=score, structure=recipe.structure, **arguments)
         return MODELS[name]()
 
     start = None if job.init is None else load(job.init)
+    if name == "keynet-light" and isinstance(start, KeyNet):
+        start = start.one_level()
 
     def make_trained() -> nn.Module:
         floored = name == "keynet-tiny" and job.preset != "paper"

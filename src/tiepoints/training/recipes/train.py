@@ -41,14 +41,15 @@ def train(
     ``<output>.log/``.
 
     Args:
-        name: ``keynet``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``, ``hardnet``,
-            ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` or ``affnet``.
+        name: ``keynet``, ``keynet-light``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``,
+            ``hardnet``, ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` or ``affnet``.
         data: see ``TrainData``; a path is a folder of images.
         output: weights file to write, with the suffix ``.safetensors``.
         preset: see ``training.presets``.
         init: initial weights (a name or a file) of a network with the same layers; a REKD of
-            another group size is interpolated (``REKD.regrouped``), of a descriptor all layers with
-            the same name and shape are used.
+            another group size is interpolated (``REKD.regrouped``), the levels of a Key.Net are
+            merged for ``keynet-light`` (``KeyNet.one_level``), of a descriptor all layers with the
+            same name and shape are used.
         run: see ``RunOptions``.
         network: options of the network, see ``options.NETWORK_OPTIONS`` and docs/training.md; None:
             the preset's value.
