@@ -80,8 +80,10 @@ def test_extract_mirrors_folders_skips_done_images_and_reports_failures(photos, 
         assert word in done.stdout + done.stderr
     (photos / "broken.png").unlink()
     (photos / "empty.jpg").unlink()
-    points = np.load(tmp_path / "keynet-hardnet-light" / "photos" / "sub" / "p1.png.kpt.npy")
-    descriptors = np.load(tmp_path / "keynet-hardnet-light" / "photos" / "sub" / "p1.png.dsc.npy")
+    points = np.load(tmp_path / "keynet-light-hardnet-light" / "photos" / "sub" / "p1.png.kpt.npy")
+    descriptors = np.load(
+        tmp_path / "keynet-light-hardnet-light" / "photos" / "sub" / "p1.png.dsc.npy"
+    )
     assert points.dtype == descriptors.dtype == np.float32
     assert points.shape[1] == 4
     assert descriptors.shape == (len(points), 128)
@@ -712,14 +714,14 @@ def test_train_and_evaluate_patches_reject_incompatible_arguments(photos, tmp_pa
     for arguments, message in (
         (
             ("softnet",),
-            "must be one of keynet, keynet-tiny, sobelnet, rekd, rekd-light, hardnet, "
-            "hardnet-light, hynet, sosnet, desnet",
+            "must be one of keynet, keynet-light, keynet-tiny, sobelnet, rekd, rekd-light, "
+            "hardnet, hardnet-light, hynet, sosnet, desnet",
         ),
         (("hardnet", "--training-pairs", "p"), "training pairs are for detectors"),
         (("desnet", "--training-pairs", "p"), "training pairs are for detectors"),
         (
             ("desnet", "--detector", "hardnet"),
-            "candidates are found by keynet, keynet-tiny or sobelnet",
+            "candidates are found by keynet, keynet-light, keynet-tiny or sobelnet",
         ),
         (("desnet", "--dim", "96"), "dim must be one of"),
         (("keynet", "--dim", "64"), "dim is an option of desnet"),
@@ -762,7 +764,7 @@ def test_keypoint_angles_in_every_format(photos, tmp_path):
     ]
     for arguments, name, has_angles in (
         (["--detector", "rekd-light"], "rekd-light-hardnet-light", True),
-        (["--orientation", "dominant"], "keynet-hardnet-light", True),
+        (["--orientation", "dominant"], "keynet-light-hardnet-light", True),
         (
             ["--detector", "rekd-light", "--orientation", "none", "--method-name", "level"],
             "level",

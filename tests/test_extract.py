@@ -155,7 +155,7 @@ def test_options_round_trip_as_json_and_from_earlier_versions():
         **{"scales": "all", "single_scale": False, "weights": None},
     }
     expected = ExtractOptions(
-        descriptor="rootsift", num_keypoints=100, official=True, per_scale=True
+        detector="keynet", descriptor="rootsift", num_keypoints=100, official=True, per_scale=True
     )
     assert ExtractOptions.from_json(before) == expected
     with pytest.raises(TypeError, match="did you mean 'num_keypoints'"):

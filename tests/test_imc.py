@@ -141,7 +141,7 @@ def test_benchmark_reads_our_submission(images, tmp_path):
     (method,) = json.loads((tmp_path / "sub" / "config.json").read_text())
     assert method["config_common"] == {
         "json_label": "ours",
-        "keypoint": "keynet",
+        "keypoint": "keynet-light",
         "descriptor": "hardnet-light",
         "num_keypoints": 2048,
     }

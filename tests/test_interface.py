@@ -244,7 +244,7 @@ def test_results_of_earlier_versions_are_resumed(photos, tmp_path):
     """The settings files of features and matches as an earlier version wrote them."""
     pytest.importorskip("h5py")
     arguments = ["match", photos, "--num-keypoints", 100, "--descriptor", "rootsift"]
-    arguments += ["--single-scale", "--output", tmp_path / "m.h5"]
+    arguments += ["--single-scale", "--detector", "keynet", "--output", tmp_path / "m.h5"]
     assert call(*arguments)[0] == 0
     features = {
         **{"detector": "keynet", "descriptor": "rootsift", "num_points": 100},

@@ -38,7 +38,8 @@ def test_every_combination_of_embedded_names_is_found():
         assert options_of(f"{detector}-desnet") == (detector, "desnet")
         assert options_of(f"{detector}+desnet") == (detector, "desnet")
     for descriptor in DESCRIPTORS[:-1]:
-        assert options_of(descriptor) == ("keynet", descriptor)
+        assert options_of(descriptor) == ("keynet-light", descriptor)
+        assert options_of(f"keynet-light-{descriptor}") == ("keynet-light", descriptor)
         assert options_of(f"keynet-tiny-{descriptor}") == ("keynet-tiny", descriptor)
 
 

@@ -56,8 +56,9 @@ PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
 #: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
 #: and of images among which it is searched.
 MAX_CHAIN, MAX_REACHED = 8, 1000
-#: Network of the affine shapes of ``match_shaped``.
-SHAPES = "affnet"
+#: Network of the affine shapes of ``match_shaped``, and number of verified matches from which on
+#: two images need none: obliquely seen, they often have some (docs/diary.md).
+SHAPES, SHAPED_SUPPORT = "affnet", 60
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 

@@ -185,7 +185,7 @@ class DeviceSampler(Dataset):
     def _batch(
         self, num_warps: int, num_tracks: int, rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """A batch of so many warped pairs and pairs of reconstructions."""
+        """A batch of ``num_warps`` warped pairs and ``num_tracks`` pairs of reconstructions."""
         raise NotImplementedError
 
     def _photos(self, count: int, generator: torch.Generator) -> Tensor:

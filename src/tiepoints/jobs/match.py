@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..auto_orientation import (
-    MIN_SUPPORT,
+    SHAPED_SUPPORT,
     Oriented,
     PairMatcher,
     can_reorient,
@@ -246,11 +246,11 @@ def _shaped(
     found: Oriented,
 ) -> tuple[Features, Oriented]:
     """Features of the first image and matches of a pair: those ``found``, or those with affine
-    shapes if ``found`` are too few and more of them agree.
+    shapes if ``found`` are few (``SHAPED_SUPPORT``) and more of them agree.
     """
     a, b = features
     shapes = isinstance(extractor.describe, PatchDescriptor) and extractor.describe.shape_net
-    if not options.auto_affine or shapes or found.support >= MIN_SUPPORT or has_angles(a, b):
+    if not options.auto_affine or shapes or found.support >= SHAPED_SUPPORT or has_angles(a, b):
         return a, found
     shaped_a, shaped = match_shaped(extractor, options.matcher(), features, images)
     return (shaped_a, shaped) if shaped.support > found.support else (a, found)
