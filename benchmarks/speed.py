@@ -49,6 +49,7 @@ from tiepoints.image import load_image, read_rgb
 from tiepoints.matching import match
 from tiepoints.metrics.matching import match_errors, matching_accuracy
 from tiepoints.models.keynet import KeyNet
+from tiepoints.models.spec import spec_of
 from tiepoints.names import DETECTORS
 from tiepoints.processes import usable_cores
 from tiepoints.pyramid import build_pyramid
@@ -57,9 +58,11 @@ from tiepoints.weights import load
 
 POINTS = 2048
 OURS = (
+    *("keynet-light+hardnet-light", "keynet-light+hardnet-light:torch:float32"),
+    *("keynet-light+hardnet-light:openvino:int8", "keynet-light+hardnet", "keynet-light+desnet"),
     *("keynet+hardnet-light", "keynet+hardnet-light:torch:float32"),
     *("keynet+hardnet-light:openvino:int8", "keynet+hardnet", "keynet+hardnet:torch:float32"),
-    *("keynet+hardnet:openvino:int8", "keynet+desnet", "sobelnet+desnet"),
+    *("keynet+hardnet:openvino:int8", "sobelnet+desnet"),
     *("sobelnet+desnet:openvino:int8", "sobelnet@ti+desnet", "sobelnet@ti+desnet:openvino:int8"),
     *("keynet-tiny+hardnet-light", "rekd-light+hardnet-light"),
 )
@@ -383,6 +386,9 @@ def stored_quality(name: str) -> dict[str, float]:
         return {}
     sections = json.loads(PEERS.read_text())["sections"]
     base = name.partition(":")[0]
+    detector, _, descriptor = base.partition("+")
+    if detector in DETECTORS and spec_of(load(detector)).per_scale:
+        base = f"{detector}@all+{descriptor}"  # an evaluation has one keypoint per location
     found: dict[str, float] = {}
     for section, keys in (
         ("oxford", ("correct@3", "mma@1", "mma@3")),
