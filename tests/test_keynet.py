@@ -32,6 +32,24 @@ def test_published_sizes():
     assert count(KeyNet.tiny()) == 253
 
 
+def test_one_level_has_the_filters_of_all():
+    """On a constant image all levels have equal maps, so that the scores are equal."""
+    net = seeded(num_filters=4, scale_factor=1.5)
+    one = net.one_level()
+    assert (one.num_levels, one.training) == (1, False)
+    assert count(one) == count(net) - 2 * 4 * 25
+    assert torch.equal(one.blocks[0][0].weight, net.blocks[0][0].weight)
+    constant = torch.full((1, 1, 60, 60), 0.3)
+    with torch.no_grad():
+        middle = (..., slice(25, 35), slice(25, 35))
+        assert torch.allclose(one(constant)[middle], net(constant)[middle], atol=1e-5)
+        assert not torch.allclose(one(picture()), net(picture()))
+    same = one.one_level()
+    assert same is not one
+    assert torch.equal(same.last.weight, one.last.weight)
+    assert count(KeyNet.light()) == 5873 - 16 * 25
+
+
 @pytest.mark.parametrize(
     ("arguments", "parameters"),
     [

@@ -442,6 +442,16 @@ def test_desnet_trains_resumes_and_its_file_can_be_used(photos, tmp_path, monkey
         train("desnet", photos, tmp_path / "x.safetensors", **{**options, "detector": "hardnet"})
 
 
+def test_light_detector_starts_from_one_with_several_levels(photos, tmp_path):
+    output = tmp_path / "light.safetensors"
+    options = {**DETECTOR_TINY, "learning_rate": 0.0}
+    train("keynet-light", photos, output, init="keynet", **options)
+    trained, merged = load(output), load("keynet").one_level()
+    assert trained.num_levels == 1
+    assert trained.settings["structure"] == 0.25
+    assert torch.allclose(trained.last.weight, merged.last.weight)
+
+
 def test_detector_starts_from_initial_weights(photos, tmp_path):
     """A learning rate of zero: the result equals the initial weights, with the structure of the
     recipe.
