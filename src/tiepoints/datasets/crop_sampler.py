@@ -9,7 +9,7 @@ through both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +147,9 @@ class CropSampler(DeviceSampler):
         positive, negative = candidate_pairs(xy_a - half, xy_b - half, H_ab)
         return _item(images, xy_a, xy_b, positive, negative)
 
-    def _occluded(self, color: Tensor, generator: torch.Generator):
+    def _occluded(
+        self, color: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Views (B,3,S,S) of which some are covered by a disc of another view, and a function that
         tells which positions (B,N,2) are not covered.
         """
