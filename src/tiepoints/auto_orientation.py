@@ -1,5 +1,5 @@
-"""Matching of images from rotated cameras: one relative rotation per pair instead of an angle per
-keypoint.
+"""Matching of images from rotated cameras, one relative rotation per pair instead of an angle per
+keypoint; and of images seen from very different directions (``match_shaped``).
 
 Upright patches are the most distinctive, but they only match if both cameras had about the same
 orientation. So a pair is first matched upright and verified. If too few matches agree beyond
@@ -26,7 +26,7 @@ from torch import Tensor
 from .describe import PatchDescriptor
 from .device import float_precision
 from .estimation import estimate
-from .extract import Extractor, build_shapes
+from .extract import ExtractOptions, Extractor, build_shapes
 from .image import ImageLike
 from .matching import match
 from .pyramid import Pyramid
@@ -272,8 +272,9 @@ def match_shaped(
     """
     describe, device = extractor.describe, extractor.device
     assert isinstance(describe, PatchDescriptor)
-    precision = float_precision("auto", device)
-    shape_net = build_shapes(SHAPES, device, precision=precision)
+    options = extractor.options or ExtractOptions()
+    precision = float_precision(options.chosen_precision, device)
+    shape_net = build_shapes(SHAPES, device, precision=precision, backend=options.backend)
     shaped = PatchDescriptor(describe.net, describe.half_side, shape_net=shape_net)
     described = []
     for one, image in zip(features, images, strict=True):

@@ -16,6 +16,9 @@ from .synthetic import PairDataset, PairSettings
 
 #: Number of candidates per view; missing ones are padded with NaN.
 CANDIDATES = 160
+#: Number of keypoints per view among which they are chosen, and side of their non-maximum
+#: suppression in pixels: denser than in extraction, because near negatives are the hardest ones.
+CANDIDATE_POOL, CANDIDATE_WINDOW = 400, 9
 
 
 class CandidatePairs(Dataset):

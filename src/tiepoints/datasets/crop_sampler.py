@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..keypoints import clear_border, local_maxima, refine
-from .candidates import CANDIDATES, NEGATIVE_DISTANCE, POSITIVE_DISTANCE, candidate_pairs
+from .candidates import (
+    CANDIDATE_POOL,
+    CANDIDATE_WINDOW,
+    CANDIDATES,
+    NEGATIVE_DISTANCE,
+    POSITIVE_DISTANCE,
+    candidate_pairs,
+)
 from .device_images import DeviceImages, DeviceSampler, TrackTable, random_angles, rotations
 from .patch_changes import change_patches, mixed_gray, uniform
 from .reconstructions import TrackScene
@@ -45,8 +52,6 @@ class CropSampler(DeviceSampler):
         warps: view changes of the warped pairs, and size, rotation, error of the scale and changes
             in light of all pairs.
         count: N, number of candidates per view.
-        pool: number of keypoints per view that candidates are chosen from.
-        window: side of the non-maximum suppression in pixels.
 
     Raises:
         DataError: no image can be read, or they do not fit into the memory of the device.
@@ -66,11 +71,9 @@ class CropSampler(DeviceSampler):
         length: int = 1,
         threads: int = 1,
         count: int = CANDIDATES,
-        pool: int = 400,
-        window: int = 9,
     ):
         self.warps = warps or PRESETS["dense-upright"]
-        self.net, self.count, self.pool, self.window = net, count, pool, window
+        self.net, self.count = net, count
         images = DeviceImages(
             *(photos, scenes, device),
             detect=None,
@@ -241,12 +244,14 @@ class CropSampler(DeviceSampler):
         return change_patches(gray, group, step, [self.warps] * len(color), generator)[:, None]
 
     def _detected(self, images: Tensor) -> Tensor:
-        """Keypoints (B,pool,2) of gray images (B,1,S,S), strongest first, padded with NaN."""
+        """Keypoints (B,P,2) of gray images (B,1,S,S), strongest first, padded with NaN; P is at
+        most ``CANDIDATE_POOL``.
+        """
         maps = self.net(images).float()
         inner = clear_border(torch.ones_like(maps[:1]), int(CROP_BORDER)) > 0
-        found = local_maxima(maps, self.window) & inner
+        found = local_maxima(maps, CANDIDATE_WINDOW) & inner
         side = maps.shape[-1]
-        pool = min(self.pool, side * side)
+        pool = min(CANDIDATE_POOL, side * side)
         scores, place = maps.masked_fill(~found, -math.inf).flatten(1).topk(pool, dim=1)
         # all maps one below the other; the border keeps their neighborhoods apart
         row = place // side + side * torch.arange(len(maps), device=self.device)[:, None]

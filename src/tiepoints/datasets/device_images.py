@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -146,7 +147,7 @@ class TrackTable:
         return {key: value[start + number] for key, value in self.rows.items()}
 
 
-class DeviceSampler(Dataset):
+class DeviceSampler(Dataset, ABC):
     """Batches drawn from ``DeviceImages``: each item is a whole batch on the device, so it is used
     with a batch size of one and without worker processes.
 
@@ -182,11 +183,11 @@ class DeviceSampler(Dataset):
         num_tracks = int((rng.random(self.views) < share).sum())
         return self._batch(self.views - num_tracks, num_tracks, rng, generator)
 
+    @abstractmethod
     def _batch(
         self, num_warps: int, num_tracks: int, rng: np.random.Generator, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """A batch of ``num_warps`` warped pairs and ``num_tracks`` pairs of reconstructions."""
-        raise NotImplementedError
 
     def _photos(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw ``count`` photographs (count,)."""

@@ -255,8 +255,8 @@ class KeyNet(nn.Module):
 
     @classmethod
     def light(cls, **settings: Any) -> KeyNet:
-        """Key.Net with one level inside the network instead of three, a third of the arithmetic:
-        the levels of the pyramid on which keypoints are detected take their place.
+        """Key.Net with one level inside the network instead of three, less than half of the
+        arithmetic: the levels of the pyramid on which keypoints are detected take their place.
         """
         return cls(num_levels=1, **settings)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ...datasets.candidates import CandidatePairs
+from ...datasets.candidates import CANDIDATE_POOL, CANDIDATE_WINDOW, CandidatePairs
 from ...datasets.crop_sampler import CropSampler
 from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
 from ...datasets.patch_sampler import PatchSampler
@@ -65,10 +65,6 @@ TRACK_SHARE = 0.5
 TRACK_KEYPOINTS = 1500
 #: Maximum number of pairs of views per photograph in validation.
 VIEWS_PER_PHOTO = 4
-#: Non-maximum suppression of candidates: denser than in extraction, because near negatives are the
-#: hardest ones; and number of candidates per view.
-CANDIDATE_WINDOW = 9
-CANDIDATE_POOL = 400
 
 
 def descriptor_loss(name: str, net: nn.Module, both: Tensor) -> tuple[Tensor, dict[str, float]]:
@@ -458,8 +454,6 @@ def train_dense(
             warps=views,
             seed=settings.seed,
             threads=max(1, job.run.workers),
-            pool=CANDIDATE_POOL,
-            window=CANDIDATE_WINDOW,
         )
         make_batches = sampler.with_length
         settings, job = with_whole_batches(settings, job)
