@@ -154,18 +154,26 @@ def _svg(key: str, found: dict[str, tuple[float, float]]) -> Iterator[str]:
 
 
 def _labels(at: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-    """Positions of labels to the right of their points, moved up or down so that none overlap."""
+    """Positions of labels to the right of their points, moved up or down so that none overlap each
+    other, or points, or the edge of the figure.
+    """
     placed: dict[str, tuple[float, float]] = {}
     for name, (x, y) in sorted(at.items(), key=lambda item: (item[1][1], item[1][0])):
         steps = (sign * k for k in range(40) for sign in (1, -1))
         for step in steps:
             left, base = x + 9 + 4 * min(abs(step), 6), y + 4 + LINE * step
-            if not any(
+            right = left + CHARACTER * len(name)
+            free = not any(
                 abs(base - other_y) < LINE
                 and left < other_x + CHARACTER * len(other)
-                and other_x < left + CHARACTER * len(name)
+                and other_x < right
                 for other, (other_x, other_y) in placed.items()
-            ):
+            )
+            free &= not any(
+                abs(base - 4 - point_y) < LINE - 3 and left - 6 < point_x < right
+                for point_x, point_y in at.values()
+            )
+            if free and LINE <= base <= HEIGHT - BELOW:
                 break
         placed[name] = left, base
     return placed

@@ -292,6 +292,21 @@ def small_image(file):
     return torch.rand(1, 1, 120, 160, generator=torch.Generator().manual_seed(0))
 
 
+def test_labels_of_the_figure_are_inside_and_apart(script):
+    speed_page = importlib.import_module("speed_page")
+    at = {f"system number {i}": (300.0 + 9 * i, 24.0 + 5 * (i % 3)) for i in range(12)}
+    labels = speed_page._labels(at)
+    assert labels.keys() == at.keys()
+    lines = [base for _, base in labels.values()]
+    assert min(lines) >= speed_page.LINE
+    assert max(lines) <= speed_page.HEIGHT - speed_page.BELOW
+    for name, (left, base) in labels.items():
+        right = left + speed_page.CHARACTER * len(name)
+        for x, y in at.values():
+            assert not (abs(base - 4 - y) < 10 and left - 6 < x < right)
+        assert sum(abs(base - line) < speed_page.LINE for line in lines) == 1
+
+
 def test_speed(script, oxford, photos, tmp_path, monkeypatch):
     pytest.importorskip("kornia")
     module = importlib.import_module("speed")
