@@ -9,7 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiepoints
-from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient, similarity_angle
+from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient, local_rotation
 from tiepoints.cli import app
 from tiepoints.describe import PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
@@ -100,12 +100,22 @@ def test_only_upright_patches_can_be_reoriented(extractor):
     assert not can_reorient(lambda image: None)
 
 
-def test_angle_of_a_similarity():
+def test_rotation_of_matches():
     xy = torch.rand(20, 2) * 100
     for degrees in (0.0, 45.0, 170.0, -120.0):
         assert math.degrees(
-            similarity_angle(xy, warp_points(xy.double(), rotation_about(degrees, 50)))
+            local_rotation(xy, warp_points(xy.double(), rotation_about(degrees, 50)))
         ) == pytest.approx(degrees, abs=1e-3)
+    assert local_rotation(xy[:1], xy[:1]) == 0
+    assert local_rotation(xy[:1].repeat(5, 1), xy[:1].repeat(5, 1)) == 0  # one point, five times
+
+
+def test_rotation_of_matches_does_not_depend_on_depth():
+    near, far = torch.rand(2, 30, 2) * 50
+    a = torch.cat([near, far + torch.tensor([200.0, 0.0])])
+    # a near object that passes to the other side of the background: together they seem to turn
+    b = torch.cat([near + torch.tensor([400.0, 10.0]), far + torch.tensor([200.0, 0.0])])
+    assert abs(math.degrees(local_rotation(a, b))) < 5
 
 
 def test_match_estimates_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path):

@@ -61,6 +61,9 @@ MAX_CHAIN, MAX_REACHED = 8, 1000
 SHAPES, SHAPED_SUPPORT = "affnet", 60
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
+#: Number of matches of which rotations are measured, number of neighbors of each, and their smallest
+#: distance in pixels: nearer ones may be one point at two scales.
+ROTATION_POINTS, NEIGHBORS, MIN_NEIGHBOR = 300, 4, 8.0
 
 
 @dataclass(frozen=True)
@@ -299,16 +302,30 @@ def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, 
             xy_a, xy_b, geometry, threshold=threshold, max_iterations=ITERATIONS
         ).inliers
         if int(inliers.sum()) > best[0]:
-            best = int(inliers.sum()), similarity_angle(xy_a[inliers], xy_b[inliers])
+            best = int(inliers.sum()), local_rotation(xy_a[inliers], xy_b[inliers])
         if best[0] >= ENOUGH_SUPPORT:
             break
     return best
 
 
-def similarity_angle(xy_a: Tensor, xy_b: Tensor) -> float:
-    """Rotation in radians, -pi..pi, of the least-squares similarity from points (N,2) to (N,2)."""
-    a, b = (xy.double() - xy.double().mean(dim=0) for xy in (xy_a, xy_b))
-    return math.atan2(float((a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum()), float((a * b).sum()))
+def local_rotation(xy_a: Tensor, xy_b: Tensor) -> float:
+    """Mean rotation in radians, -pi..pi, from the directions between neighboring points of (N,2) to
+    those of the same points in (N,2), as it turns patches; 0 for less than two points.
+
+    A similarity of all points would also turn with the perspective, by any angle.
+    """
+    if len(xy_a) < 2:
+        return 0.0
+    chosen = torch.arange(0, len(xy_a), -(-len(xy_a) // ROTATION_POINTS))
+    a, b = xy_a.double(), xy_b.double()
+    distance = torch.cdist(a[chosen], a)
+    distance[distance < MIN_NEIGHBOR] = math.inf
+    nearest = distance.topk(min(NEIGHBORS, len(a)), largest=False)
+    from_a, from_b = (xy[nearest.indices] - xy[chosen, None] for xy in (a, b))
+    # directions as complex numbers of length 1, so that no pair of points outweighs the others
+    turn = torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()
+    turn = torch.sgn(turn[nearest.values.isfinite()])
+    return math.atan2(float(turn.imag.sum()), float(turn.real.sum()))
 
 
 class KnownRotations:

@@ -30,13 +30,16 @@ from .structs import Features, Keypoints, Matches
 SAMPLES = 15
 RADIUS = 8.0
 SAMPLE_STEP = 2 * RADIUS / (SAMPLES - 1)
-ITERATIONS = 9
-#: An alignment is accepted if the normalized cross-correlation rises by more than ``MIN_GAIN``, to
-#: more than ``MIN_CORRELATION``, and the keypoint moves by less than ``MAX_SHIFT`` pixels of its
-#: scale.
-MIN_GAIN = 0.0
+#: Gauss-Newton steps at the scale of the keypoints, and then at ``FINE_FACTOR`` times this scale,
+#: at least ``MIN_SCALE`` in both images: the position of a coarse keypoint is as uncertain as its
+#: window is large.
+ITERATIONS, FINE_ITERATIONS = 5, 3
+FINE_FACTOR, MIN_SCALE = 0.5, 0.7
+#: An alignment is accepted if the normalized cross-correlation rises, to more than
+#: ``MIN_CORRELATION``, and the keypoint moves by less than ``MAX_SHIFT`` pixels of its scale; at
+#: the finer scale by less than ``MAX_FINE_SHIFT``.
 MIN_CORRELATION = 0.6
-MAX_SHIFT = 3.0
+MAX_SHIFT, MAX_FINE_SHIFT = 3.0, 2.0
 #: Matches aligned at a time, to bound the memory.
 CHUNK = 4096
 #: Bytes of the pyramids that are kept for the next pairs of images.
@@ -72,7 +75,7 @@ def align(
         pyramid_a, pyramid_b: of one image each (``pyramid.build_pyramid``).
         keypoints_a, keypoints_b: K matched keypoints; their scales and angles give the initial
             affine change.
-        iterations: Gauss-Newton steps.
+        iterations: Gauss-Newton steps at the scale of the keypoints.
 
     Raises:
         ValueError: the numbers of keypoints differ.
@@ -140,9 +143,56 @@ def _linearize(pyramid: Pyramid, keypoints: Keypoints, step: float) -> _Template
 def _align(
     pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
 ) -> Alignment:
+    identity = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
+    warp, first, last = _register(pyramid_a, a, pyramid_b, b, identity, iterations)
+    accepted = _plausible(warp - identity, warp, MAX_SHIFT) & (last > first)
+    accepted &= last > MIN_CORRELATION
+    factor = (MIN_SCALE / torch.minimum(a.scale, b.scale)).clamp(FINE_FACTOR, 1)
+    rows = accepted.nonzero()[:, 0]
+    if len(rows):
+        factor = factor[rows, None]
+        start = warp[rows]
+        start[:, :2, 2] /= factor
+        finer, before, after = _register(
+            *(pyramid_a, _scaled(a[rows], factor), pyramid_b, _scaled(b[rows], factor)),
+            *(start, FINE_ITERATIONS),
+        )
+        better = _plausible(finer - start, finer, MAX_FINE_SHIFT) & (after >= before)
+        better &= after > MIN_CORRELATION
+        finer[:, :2, 2] *= factor
+        warp[rows[better]] = finer[better]
+    moved = b.xy + _to_image(warp[:, None, :2, 2], b)[:, 0]
+    return Alignment(
+        torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted
+    )
+
+
+def _plausible(change: Tensor, warp: Tensor, largest: float) -> Tensor:
+    """Whether the translations of ``change`` (K,3,3) are at most ``largest``, and the warps (K,3,3)
+    change areas less than fourfold.
+    """
+    area = torch.linalg.det(warp[:, :2, :2])
+    return (change[:, :2, 2].norm(dim=1) < largest) & (area > 0.25) & (area < 4)
+
+
+def _scaled(keypoints: Keypoints, factor: Tensor) -> Keypoints:
+    """Keypoints with their scales multiplied by factors (K,1)."""
+    return replace(keypoints, scale=keypoints.scale * factor[:, 0])
+
+
+def _register(
+    pyramid_a: Pyramid,
+    a: Keypoints,
+    pyramid_b: Pyramid,
+    b: Keypoints,
+    warp: Tensor,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Affine maps (K,3,3) from the frames of the keypoints of a to those of b, starting with
+    ``warp``; and the normalized cross-correlations (K,) before and after.
+    """
     template = _linearize(pyramid_a, a, SAMPLE_STEP)
     sample_b = _sampler(pyramid_b, b, SAMPLE_STEP)
-    warp = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
 
     def warped_b() -> Tensor:
         offset = template.grid @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2]
@@ -157,20 +207,7 @@ def _align(
         update[:, :2, :2] += change[:, 2:].view(-1, 2, 2).clamp(-0.3, 0.3)
         warp = warp @ torch.linalg.inv(update)
         values = warped_b()
-    last = (values * template.values).mean(dim=1)
-    shift = warp[:, :2, 2]  # in pixels of the scale of b, along its axes
-    area = torch.linalg.det(warp[:, :2, :2])
-    accepted = (
-        (last > first + MIN_GAIN)
-        & (last > MIN_CORRELATION)
-        & (shift.norm(dim=1) < MAX_SHIFT)
-        & (area > 0.25)
-        & (area < 4)
-    )
-    moved = b.xy + _to_image(shift[:, None], b)[:, 0]
-    return Alignment(
-        torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted
-    )
+    return warp, first, (values * template.values).mean(dim=1)
 
 
 def _to_image(offset: Tensor, keypoints: Keypoints) -> Tensor:

@@ -1076,7 +1076,8 @@ def refine_database(
 
     for name, xy in refine_tracks(keypoints, inliers, pixels, progress=progress).items():
         database.move_keypoints(name, xy)
-    database.forget_geometry(pairs)
+    # without a geometry, a pair would need most of the time, and hardly ever gets one
+    database.forget_geometry(inliers)
     return database.verify(pairs, max_trials=max_trials, progress=progress)
 
 

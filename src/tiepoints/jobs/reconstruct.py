@@ -36,6 +36,7 @@ from .mapping import (
     MapOptions,
     Model,
     ModelStatistics,
+    adjust_robustly,
     color_points,
     map_images,
     median_angle,
@@ -404,7 +405,7 @@ class _Reconstruction:
         colmap = require_pycolmap()
         sparse = self.folder / "sparse"
         settings = record_path(sparse, "settings.json")
-        record = {**asdict(self.options.mapping()), "matches": graph.digest}
+        record = {**asdict(self.options.mapping()), "matches": graph.digest, "adjusted": "cauchy"}
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
         if stored == record and count and not self.overwrite:
@@ -422,6 +423,7 @@ class _Reconstruction:
             images=sorted(matched),
             progress=self.progress,
         )
+        models = [adjust_robustly(model, self.options.threads) for model in models]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
