@@ -9,8 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiepoints
-from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient, local_rotation
+from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient
 from tiepoints.cli import app
+from tiepoints.deformation import UNDEFORMED
 from tiepoints.describe import PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
@@ -52,7 +53,7 @@ def test_rotated_photograph_is_matched_with_its_rotation(photo, extractor, degre
     a, b = extractor.extract(photo), extractor.extract(rotated)
     plain = Oriented(tiepoints.match(a, b), b)
     found = PairMatcher(extractor)(a, b, rotated)
-    off = (math.degrees(found.rotation) - degrees + 180) % 360 - 180
+    off = (math.degrees(found.patches.rotation) - degrees + 180) % 360 - 180
     assert abs(off) < 5
     assert correct(found, a, H) > 60
     assert correct(found, a, H) > 1.5 * correct(plain, a, H)
@@ -70,7 +71,7 @@ def test_upright_pair_is_unchanged_without_reading_images(photo, extractor):
     found = PairMatcher(extractor)(a, b, Unread())
     plain = tiepoints.match(a, b)
     assert found.b is b
-    assert found.rotation == 0
+    assert found.patches.rotation == 0
     assert torch.equal(found.matches.index, plain.index)
 
 
@@ -86,7 +87,7 @@ def test_few_keypoints_or_measured_angles_disable_reorientation(photo, extractor
     angles = tiepoints.Features(
         Keypoints(a.xy, a.scale, torch.ones_like(a.angle), a.score), a.descriptors, a.image_size
     )
-    assert matcher(angles, a, photo).rotation == 0
+    assert matcher(angles, a, photo).patches.rotation == 0
 
 
 def test_only_upright_patches_can_be_reoriented(extractor):
@@ -98,24 +99,6 @@ def test_only_upright_patches_can_be_reoriented(extractor):
         with pytest.raises(ValueError, match="only patches"):
             PairMatcher(other)
     assert not can_reorient(lambda image: None)
-
-
-def test_rotation_of_matches():
-    xy = torch.rand(20, 2) * 100
-    for degrees in (0.0, 45.0, 170.0, -120.0):
-        assert math.degrees(
-            local_rotation(xy, warp_points(xy.double(), rotation_about(degrees, 50)))
-        ) == pytest.approx(degrees, abs=1e-3)
-    assert local_rotation(xy[:1], xy[:1]) == 0
-    assert local_rotation(xy[:1].repeat(5, 1), xy[:1].repeat(5, 1)) == 0  # one point, five times
-
-
-def test_rotation_of_matches_does_not_depend_on_depth():
-    near, far = torch.rand(2, 30, 2) * 50
-    a = torch.cat([near, far + torch.tensor([200.0, 0.0])])
-    # a near object that passes to the other side of the background: together they seem to turn
-    b = torch.cat([near + torch.tensor([400.0, 10.0]), far + torch.tensor([200.0, 0.0])])
-    assert abs(math.degrees(local_rotation(a, b))) < 5
 
 
 def test_match_estimates_the_rotation_of_two_images_and_of_a_folder(photo, tmp_path):
@@ -176,9 +159,9 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     calls = []
 
     class CountingDescriptor(PatchDescriptor):
-        def __call__(self, *args):
+        def __call__(self, *args, **options):
             calls.append(args)
-            return super().__call__(*args)
+            return super().__call__(*args, **options)
 
     describe = CountingDescriptor(extractor.describe.net, extractor.describe.half_side)
     levels = {"up_levels": extractor.up_levels, "down_levels": extractor.down_levels}
@@ -187,7 +170,7 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     def calls_of(image_b, features_b, key) -> int:
         before = len(calls)
         oriented = matcher(a, features_b, image_b, key)
-        assert oriented.rotation == 0
+        assert oriented.patches == UNDEFORMED
         assert torch.equal(oriented.matches.index, tiepoints.match(a, features_b).index)
         return len(calls) - before
 
@@ -202,7 +185,7 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     assert calls_of(others[0], b, "b") == once
 
 
-def squeezed_pair(factor=5.0, size=448):
+def squeezed_pair(factor, size=448):
     """A photograph, and itself seen obliquely: narrower by ``factor``; with the homography."""
     image = torch.from_numpy(skimage_data.camera()[:size, :size].copy()).float() / 255
     smooth = torch.nn.functional.interpolate(
@@ -216,8 +199,19 @@ def squeezed_pair(factor=5.0, size=448):
     return image, wide, H
 
 
+@pytest.mark.parametrize(("factor", "gain"), [(3.0, 1.25), (5.0, 2.0)])
+def test_oblique_views_are_matched_with_their_tilt(factor, gain):
+    image, oblique, H = squeezed_pair(factor)
+    extractor = tiepoints.build("keynet-tiny", "hardnet", num_keypoints=1000, device="cpu")
+    a, b = extractor.extract([image, oblique])
+    found = PairMatcher(extractor)(a, b, oblique)
+    assert found.patches.tilt == pytest.approx(factor, rel=0.25)
+    assert correct(found, a, H) > gain * correct(Oriented(tiepoints.match(a, b), b), a, H)
+    assert torch.equal(found.b.xy, b.xy)
+
+
 def test_oblique_views_are_matched_with_affine_shapes_if_they_hardly_match(monkeypatch):
-    image, oblique, H = squeezed_pair()
+    image, oblique, H = squeezed_pair(6.0)
     extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=1000)
     found = []
     for options in (MatchOptions(auto_affine=False, refine=False), MatchOptions(refine=False)):

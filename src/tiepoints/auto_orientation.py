@@ -1,12 +1,13 @@
-"""Matching of images from rotated cameras, one relative rotation per pair instead of an angle per
-keypoint; and of images seen from very different directions (``match_shaped``).
+"""Matching of images from rotated or oblique cameras, one relative rotation and tilt per pair
+instead of an angle and a shape per keypoint; and of images seen from very different directions
+(``match_shaped``).
 
-Upright patches are the most distinctive, but they only match if both cameras had about the same
-orientation. So a pair is first matched upright and verified. If too few matches agree beyond
+Upright square patches are the most distinctive, but they only match if both cameras had about the
+same orientation. So a pair is first matched upright and verified. If too few matches agree beyond
 chance, the strongest keypoints of b are described at several rotations, and the one with most
-verified matches is selected. Then, and if the verified upright matches are rotated, the rotation is
-computed from the matches and all keypoints of b are described again with patches rotated by its
-nearest multiple of ``ROTATION_STEP``. The result with more verified matches is kept. Positions
+verified matches is selected. Then, and if the verified matches are rotated or tilted, their
+deformation is measured (``measure_deformation``) and all keypoints of b are described again with
+patches deformed by it, in steps. The result with more verified matches is kept. Positions
 never change, so match indices stay valid for stored keypoints. Most pairs of a folder have nothing
 in common and need the search, and the images of a flight or a turntable are rotated to many others,
 so both kinds of descriptors are cached for the next pairs of that image. The search is omitted if
@@ -21,8 +22,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from .deformation import UNDEFORMED, Deformation, measure_deformation
 from .describe import PatchDescriptor
 from .device import float_precision
 from .estimation import estimate
@@ -43,10 +44,8 @@ SEARCH_STEPS = 8
 SEARCH_STEP = 2 * math.pi / SEARCH_STEPS
 #: Number of rotations of the search, those with most matches, whose matches are verified.
 VERIFIED_STEPS = 2
-#: Smallest rotation in radians at which keypoints are described again, and the step to which
-#: rotations are rounded: patches match at rotations that differ by less than half of it, and pairs
-#: of an image share its descriptors.
-MIN_ROTATION, ROTATION_STEP = math.radians(10), math.radians(15)
+#: Smallest rotation in radians, and smallest tilt, at which keypoints are described again.
+MIN_ROTATION, MIN_TILT = math.radians(10), 1.3
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
@@ -61,9 +60,6 @@ MAX_CHAIN, MAX_REACHED = 8, 1000
 SHAPES, SHAPED_SUPPORT = "affnet", 60
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
-#: Number of matches of which rotations are measured, number of neighbors of each, and their smallest
-#: distance in pixels: nearer ones may be one point at two scales.
-ROTATION_POINTS, NEIGHBORS, MIN_NEIGHBOR = 300, 4, 8.0
 
 
 @dataclass(frozen=True)
@@ -73,16 +69,16 @@ class Oriented:
     Attributes:
         matches: indices into the given keypoints.
         b: features of the second image, with other angles and descriptors if described again.
-        rotation: of the patches of b in radians, from +x towards +y; 0 = as given.
+        patches: deformation of the patches of b; by default they are as given.
         support: number of matches that agree with one geometry beyond chance.
-        measured: the rotation from a to b of these matches in radians; 0 without any.
+        measured: the deformation from a to b by these matches; none without any.
     """
 
     matches: Matches
     b: Features
-    rotation: float = 0.0
+    patches: Deformation = UNDEFORMED
     support: int = 0
-    measured: float = 0.0
+    measured: Deformation = UNDEFORMED
 
 
 def can_reorient(extractor: Extractor | None) -> bool:
@@ -125,7 +121,7 @@ class PairMatcher:
         self.extractor, self.matcher = extractor, matcher
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
-        self._descriptions: OrderedDict[tuple[str, int], Features] = OrderedDict()
+        self._descriptions: OrderedDict[tuple[str, Deformation], Features] = OrderedDict()
 
     def __call__(
         self,
@@ -150,52 +146,58 @@ class PairMatcher:
         found = self._search(a, b, image_b, key, _steps_near(predicted))
         if found is None or found.support <= best.support:
             return best
-        return self._improved(best, found.measured, a, image_b, key)
+        return self.match_deformed(best, found.measured, a, image_b, key)
 
     def match_near(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None = None
     ) -> Oriented:
-        """The same without the search: ``b`` is only described at another rotation if the matches
-        as given show it; parameters as above.
+        """The same without the search: ``b`` is only described again if the matches as given show
+        how; parameters as above.
         """
-        best = self._verified(a, b, 0.0)
+        best = self._verified(a, b, UNDEFORMED)
         if has_angles(a, b):
             return best
-        return self._improved(best, best.measured, a, image_b, key)
+        return self.match_deformed(best, best.measured, a, image_b, key)
 
-    def _improved(
-        self, best: Oriented, rotation: float, a: Features, image_b: ImageLike, key: str | None
+    def match_deformed(
+        self,
+        best: Oriented,
+        measured: Deformation,
+        a: Features,
+        image_b: ImageLike,
+        key: str | None = None,
     ) -> Oriented:
-        """Match with b described at a rotation, if that verifies more matches than ``best``."""
-        for _ in range(2):  # the rotation is more exact after describing again
-            if _difference(rotation, best.rotation) < MIN_ROTATION:
+        """``best``, or matches with b described in patches of a measured deformation, if more of
+        them are verified; parameters as above.
+        """
+        for _ in range(2):  # the measurement is more exact after describing again
+            change = measured.after(best.patches)
+            if abs(change.rotation) < MIN_ROTATION and change.tilt < MIN_TILT:
                 break
-            step = round(rotation / ROTATION_STEP)
-            rotated = self._match_rotated(a, best.b, image_b, key, step)
+            deformed = self._described(a, best.b, image_b, key, measured.rounded())
             # the support is 0 if chance explains the matches, so nothing is replaced then
-            if rotated.support <= best.support:
+            if deformed.support <= best.support:
                 break
-            best, rotation = rotated, rotated.measured
+            best, measured = deformed, deformed.measured
         return best
 
-    def _verified(self, a: Features, b: Features, rotation: float) -> Oriented:
-        """Match with b, whose patches have this rotation, and verify the matches."""
+    def _verified(self, a: Features, b: Features, patches: Deformation) -> Oriented:
+        """Match with b, whose patches have this deformation, and verify the matches."""
         matches = self.matcher(a, b)
-        return Oriented(matches, b, rotation, *geometric_support(a, b, matches))
+        return Oriented(matches, b, patches, *geometric_support(a, b, matches))
 
-    def _match_rotated(
-        self, a: Features, b: Features, image_b: ImageLike, key: str | None, step: int
+    def _described(
+        self, a: Features, b: Features, image_b: ImageLike, key: str | None, patches: Deformation
     ) -> Oriented:
-        """Match with b described at a multiple of ``ROTATION_STEP``."""
-        rotation = step * ROTATION_STEP
-        cached = None if key is None else self._descriptions.get((key, step))
+        """Match with b described in patches of a rounded deformation."""
+        cached = None if key is None else self._descriptions.get((key, patches))
         if cached is None or len(cached) != len(b):
-            described = self._describe(b, image_b, key, rotation)
+            described = self._describe(b, image_b, key, patches)
             assert described.descriptors is not None
             cached = replace(described, descriptors=described.descriptors.half())
         if key is not None:
-            _cache(self._descriptions, (key, step), cached, DESCRIPTIONS)
-        return self._verified(a, cached, rotation)
+            _cache(self._descriptions, (key, patches), cached, DESCRIPTIONS)
+        return self._verified(a, cached, patches)
 
     def _search(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, steps: list[int]
@@ -209,14 +211,17 @@ class PairMatcher:
             for oriented in candidates[:VERIFIED_STEPS]
             for support, measured in [geometric_support(a, oriented.b, oriented.matches)]
         ]
-        return max(verified, key=lambda found: (found.support, found.measured), default=None)
+        return max(
+            verified, key=lambda found: (found.support, found.measured.rotation), default=None
+        )
 
     def _rotated(self, b: Features, image_b: ImageLike, key: str | None, step: int) -> Features:
         """The strongest keypoints of b, described at a rotation of the search."""
         result = None if key is None else self._searches.get((key, step))
         if result is None:
             strongest = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
-            described = self._describe(strongest, image_b, key, step * SEARCH_STEP)
+            rotation = Deformation(step * SEARCH_STEP)
+            described = self._describe(strongest, image_b, key, rotation)
             assert described.descriptors is not None
             result = replace(described, descriptors=described.descriptors.half())
         if key is not None:
@@ -224,12 +229,17 @@ class PairMatcher:
         return result
 
     def _describe(
-        self, features: Features, image: ImageLike, key: str | None, rotation: float
+        self, features: Features, image: ImageLike, key: str | None, patches: Deformation
     ) -> Features:
-        keypoints = replace(features.keypoints, angle=torch.full_like(features.angle, rotation))
-        assert self.extractor.describe is not None
-        descriptors = self.extractor.describe(
-            self._pyramid(image, key), keypoints.to(self.extractor.device), 0
+        angle = torch.full_like(features.angle, patches.rotation)
+        keypoints = replace(features.keypoints, angle=angle)
+        describe = self.extractor.describe
+        assert isinstance(describe, PatchDescriptor)
+        descriptors = describe(
+            self._pyramid(image, key),
+            keypoints.to(self.extractor.device),
+            0,
+            shape=None if patches.tilt == 1 else patches.shape(),
         ).cpu()
         return Features(keypoints, descriptors, features.image_size)
 
@@ -286,15 +296,15 @@ def match_shaped(
         described.append(replace(one, descriptors=descriptors))
     a, b = described
     matches = matcher(a, b)
-    return a, Oriented(matches, b, 0.0, *geometric_support(a, b, matches))
+    return a, Oriented(matches, b, UNDEFORMED, *geometric_support(a, b, matches))
 
 
-def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, float]:
+def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, Deformation]:
     """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
-    rotation from a to b of these matches in radians.
+    deformation from a to b by these matches.
     """
     xy_a, xy_b = matches.positions(a, b)
-    best = (0, 0.0)
+    best = (0, UNDEFORMED)
     for geometry, threshold in GEOMETRIES.items():
         # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
         # fundamental matrix undetermined
@@ -302,30 +312,10 @@ def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, 
             xy_a, xy_b, geometry, threshold=threshold, max_iterations=ITERATIONS
         ).inliers
         if int(inliers.sum()) > best[0]:
-            best = int(inliers.sum()), local_rotation(xy_a[inliers], xy_b[inliers])
+            best = int(inliers.sum()), measure_deformation(xy_a[inliers], xy_b[inliers])
         if best[0] >= ENOUGH_SUPPORT:
             break
     return best
-
-
-def local_rotation(xy_a: Tensor, xy_b: Tensor) -> float:
-    """Mean rotation in radians, -pi..pi, from the directions between neighboring points of (N,2) to
-    those of the same points in (N,2), as it turns patches; 0 for less than two points.
-
-    A similarity of all points would also turn with the perspective, by any angle.
-    """
-    if len(xy_a) < 2:
-        return 0.0
-    chosen = torch.arange(0, len(xy_a), -(-len(xy_a) // ROTATION_POINTS))
-    a, b = xy_a.double(), xy_b.double()
-    distance = torch.cdist(a[chosen], a)
-    distance[distance < MIN_NEIGHBOR] = math.inf
-    nearest = distance.topk(min(NEIGHBORS, len(a)), largest=False)
-    from_a, from_b = (xy[nearest.indices] - xy[chosen, None] for xy in (a, b))
-    # directions as complex numbers of length 1, so that no pair of points outweighs the others
-    turn = torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()
-    turn = torch.sgn(turn[nearest.values.isfinite()])
-    return math.atan2(float(turn.imag.sum()), float(turn.real.sum()))
 
 
 class KnownRotations:
@@ -341,7 +331,7 @@ class KnownRotations:
         self._rotations: dict[str, dict[str, float]] = {}
 
     def add(self, a: str, b: str, rotation: float, support: int) -> None:
-        """Add the rotation of a pair (``Oriented.measured``) with enough verified matches."""
+        """Add the measured rotation of a pair with enough verified matches."""
         if support >= ENOUGH_SUPPORT:
             self._rotations.setdefault(a, {})[b] = rotation
             self._rotations.setdefault(b, {})[a] = -rotation

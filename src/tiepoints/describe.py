@@ -54,20 +54,30 @@ class PatchDescriptor:
         self.net, self.half_side, self.upright = net, half_side, upright
         self.shape_net = shape_net
 
-    def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
-        """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
+    def __call__(
+        self, pyramid: Pyramid, keypoints: Keypoints, index: int, *, shape: Tensor | None = None
+    ) -> Tensor:
+        """Descriptors (N,D) of the keypoints of image ``index`` of the batch.
+
+        Args:
+            shape: (2,2), of all patches (see ``extract_patches``), unless there is a network of
+                the shapes.
+        """
         if self.upright:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
+
+        def sample(shapes: Tensor | None) -> Tensor:
+            return extract_patches(
+                pyramid, keypoints, index=index, half_side=self.half_side, shapes=shapes
+            )
+
         with torch.inference_mode():
-            patches = extract_patches(pyramid, keypoints, index=index, half_side=self.half_side)
             if self.shape_net is not None:
-                patches = extract_patches(
-                    pyramid,
-                    keypoints,
-                    index=index,
-                    half_side=self.half_side,
-                    shapes=_in_parts(self.shape_net, patches),
-                )
+                patches = sample(_in_parts(self.shape_net, sample(None)))
+            elif shape is not None:
+                patches = sample(shape.to(keypoints.xy).expand(len(keypoints), 2, 2))
+            else:
+                patches = sample(None)
             return _in_parts(self.net, patches)
 
 

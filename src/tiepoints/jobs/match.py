@@ -225,8 +225,10 @@ def match_two(
         notices.add(name, reading)
     notices.log(rotations=not reorient)
     if reorient:
-        oriented = PairMatcher(extractor, matcher)(a, b, pixels_b)
-        a, oriented = _shaped(extractor, options, (a, b), (pixels_a, pixels_b), oriented)
+        pair_matcher = PairMatcher(extractor, matcher)
+        oriented = pair_matcher(a, b, pixels_b)
+        if options.auto_affine:
+            a, oriented = _shaped(pair_matcher, (a, b), (pixels_a, pixels_b), oriented)
         matches, b = oriented.matches, oriented.b
     else:
         matches = matcher(a, b)
@@ -239,21 +241,25 @@ def match_two(
 
 
 def _shaped(
-    extractor: Extractor,
-    options: MatchOptions,
+    matcher: PairMatcher,
     features: tuple[Features, Features],
     images: tuple[Tensor, Tensor],
     found: Oriented,
 ) -> tuple[Features, Oriented]:
-    """Features of the first image and matches of a pair: those ``found``, or those with affine
-    shapes if ``found`` are few (``SHAPED_SUPPORT``) and more of them agree.
+    """Features of the first image and matches of a pair: those ``found``; or, if they are few
+    (``SHAPED_SUPPORT``), those with affine shapes, or with the deformation that these show, if more
+    of them agree.
     """
     a, b = features
-    shapes = isinstance(extractor.describe, PatchDescriptor) and extractor.describe.shape_net
-    if not options.auto_affine or shapes or found.support >= SHAPED_SUPPORT or has_angles(a, b):
+    describe = matcher.extractor.describe
+    shapes = isinstance(describe, PatchDescriptor) and describe.shape_net
+    if shapes or found.support >= SHAPED_SUPPORT or has_angles(a, b):
         return a, found
-    shaped_a, shaped = match_shaped(extractor, options.matcher(), features, images)
-    return (shaped_a, shaped) if shaped.support > found.support else (a, found)
+    shaped_a, shaped = match_shaped(matcher.extractor, matcher.matcher, features, images)
+    if shaped.support <= found.support:
+        return a, found
+    deformed = matcher.match_deformed(found, shaped.measured, a, images[1])
+    return (a, deformed) if deformed.support > shaped.support else (shaped_a, shaped)
 
 
 # ---- many pairs

@@ -55,7 +55,8 @@ class PairOutcome:
         matches: None if it failed.
         count: number of keypoints of the first image.
         verified: whether a requested geometry was found.
-        support, rotation: see ``Oriented.support`` and ``Oriented.measured``.
+        support: see ``Oriented``.
+        rotation: from the first image to the second in radians, as measured.
         weak: whether a search may find another rotation with more matches.
         reason: why it failed.
     """
@@ -122,7 +123,8 @@ class PairWork:
                 matches, verified = matches[result.inliers], result.ok
         except (ValueError, DataError, OSError) as error:
             return PairOutcome(reason=str(error))
-        return PairOutcome(matches, len(a), verified, found.support, found.measured, weak)
+        rotation = found.measured.rotation
+        return PairOutcome(matches, len(a), verified, found.support, rotation, weak)
 
     def _oriented(
         self, pair: Pair, a: Features, b: Features, block: _Block
@@ -130,7 +132,7 @@ class PairWork:
         """Matches of a pair, and whether a search may find more."""
         name = pair[1]
         if self.oriented is None or name not in self.images:
-            return Oriented(self.matcher(a, b), b, 0.0), False
+            return Oriented(self.matcher(a, b), b), False
         if pair in block.search:
             return self.oriented(a, b, self.images[name], name, block.search[pair]), False
         found = self.oriented.match_near(a, b, self.images[name], name)
