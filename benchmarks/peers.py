@@ -68,7 +68,14 @@ from tiepoints.evaluation.pair import (
 )
 from tiepoints.evaluation.results import features_name, load_features, save_features
 from tiepoints.evaluation.run import file_name, label
-from tiepoints.evaluation.systems import OPENCV_SYSTEMS, Options, System, system
+from tiepoints.evaluation.systems import (
+    AFFINE_NETWORKS,
+    OPENCV_SYSTEMS,
+    Options,
+    System,
+    split_modes,
+    system,
+)
 from tiepoints.extract import build
 from tiepoints.files import collect, write_text
 from tiepoints.formats.colmap import ColmapDatabase
@@ -343,10 +350,10 @@ class Matched:
 def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features) -> Matched:
     """Match the features of a system, for all sections.
 
-    All systems use mutual nearest neighbors; ours without a mode (@) also use the defaults of
-    `tiepoints match`: the relative rotation of the pair if patches are upright, and subpixel
-    refinement. ``colmap-sift-own`` uses COLMAP's ratio test, on angles between descriptors; up to
-    its maximum distance they are within 2 % of the Euclidean distances that ``match`` compares.
+    All systems use mutual nearest neighbors; ours also use the defaults of `tiepoints match`
+    (``is_ours``): the relative rotation and tilt of the pair, and subpixel refinement.
+    ``colmap-sift-own`` uses COLMAP's ratio test, on angles between descriptors; up to its maximum
+    distance they are within 2 % of the Euclidean distances that ``match`` compares.
     """
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
@@ -360,14 +367,19 @@ def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features
 
 
 def is_ours(name: str) -> bool:
-    """Whether a system is a detector of this package with default extraction."""
-    return (name.partition("=")[2] or name).partition("+")[0] in DETECTORS
+    """Whether a system is a detector of this package, and extracted as `tiepoints extract` does:
+    with its defaults (``@all`` for Key.Net) or affine shapes.
+    """
+    detector, modes = split_modes((name.partition("=")[2] or name).partition("+")[0])
+    return detector in DETECTORS and set(modes) <= {"all", *AFFINE_NETWORKS}
 
 
 @lru_cache(maxsize=1)
 def _pair_matcher(name: str) -> PairMatcher | None:
-    detector, _, descriptor = (name.partition("=")[2] or name).partition("+")
-    extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS)
+    given, _, descriptor = (name.partition("=")[2] or name).partition("+")
+    detector, modes = split_modes(given)
+    affine = next((mode for mode in modes if mode in AFFINE_NETWORKS), "none")
+    extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS, affine=affine)
     return PairMatcher(extractor) if can_reorient(extractor) else None
 
 

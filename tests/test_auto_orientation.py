@@ -60,6 +60,22 @@ def test_rotated_photograph_is_matched_with_its_rotation(photo, extractor, degre
     assert torch.equal(found.b.xy, b.xy)
 
 
+@pytest.mark.parametrize("max_size", [None, 300])
+def test_rotated_and_oblique_photographs_are_matched_by_a_dense_network(max_size):
+    options = {} if max_size is None else {"max_size": max_size}
+    dense = tiepoints.build("sobelnet", "desnet", num_keypoints=800, device="cpu", **options)
+    image, oblique, H = squeezed_pair(2.5)
+    for degrees in (0.0, 90.0, -150.0):
+        turn = rotation_about(degrees, 448)
+        rotated = warp_image(oblique[None, None], turn[None].float(), padding="border")[0, 0]
+        a, b = dense.extract([image, rotated])
+        plain = Oriented(tiepoints.match(a, b), b)
+        found = PairMatcher(dense)(a, b, rotated)
+        assert correct(found, a, turn @ H) > 45
+        assert correct(found, a, turn @ H) > 1.4 * correct(plain, a, turn @ H)
+        assert torch.equal(found.b.xy, b.xy)
+
+
 def test_upright_pair_is_unchanged_without_reading_images(photo, extractor):
     shifted = photo.roll((3, 5), dims=(0, 1))
     a, b = extractor.extract(photo), extractor.extract(shifted)
@@ -90,13 +106,14 @@ def test_few_keypoints_or_measured_angles_disable_reorientation(photo, extractor
     assert matcher(angles, a, photo).patches.rotation == 0
 
 
-def test_only_upright_patches_can_be_reoriented(extractor):
+def test_only_keypoints_without_angles_can_be_reoriented(extractor):
     assert can_reorient(extractor)
+    assert can_reorient(tiepoints.build("keynet-tiny", "desnet", device="cpu"))
     rotated = {"descriptor": "hardnet", "orientation": "dominant"}
-    for options in ({"descriptor": "desnet"}, rotated, {"descriptor": "hardnet", "upright": True}):
+    for options in (rotated, {"descriptor": "hardnet", "upright": True}):
         other = tiepoints.build("keynet-tiny", device="cpu", **options)
         assert not can_reorient(other)
-        with pytest.raises(ValueError, match="only patches"):
+        with pytest.raises(ValueError, match="only keypoints without angles"):
             PairMatcher(other)
     assert not can_reorient(lambda image: None)
 
@@ -159,9 +176,9 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     calls = []
 
     class CountingDescriptor(PatchDescriptor):
-        def __call__(self, *args, **options):
+        def deformed(self, *args):
             calls.append(args)
-            return super().__call__(*args, **options)
+            return super().deformed(*args)
 
     describe = CountingDescriptor(extractor.describe.net, extractor.describe.half_side)
     levels = {"up_levels": extractor.up_levels, "down_levels": extractor.down_levels}

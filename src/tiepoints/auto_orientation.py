@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .deformation import UNDEFORMED, Deformation, measure_deformation
-from .describe import PatchDescriptor
+from .describe import DenseDescriptor, PatchDescriptor
 from .device import float_precision
 from .estimation import estimate
 from .extract import ExtractOptions, Extractor, build_shapes
@@ -82,16 +82,14 @@ class Oriented:
 
 
 def can_reorient(extractor: Extractor | None) -> bool:
-    """Whether an extractor describes upright patches; only these can be described at another
-    rotation.
+    """Whether an extractor describes keypoints upright, by patches or a dense network; only then
+    they can be described at another rotation.
     """
     if not isinstance(extractor, Extractor):  # none, or a user's callable
         return False
-    return (
-        isinstance(extractor.describe, PatchDescriptor)
-        and not extractor.describe.upright
-        and extractor.orient is None
-    )
+    describe = extractor.describe
+    upright = isinstance(describe, PatchDescriptor) and not describe.upright
+    return (upright or isinstance(describe, DenseDescriptor)) and extractor.orient is None
 
 
 def has_angles(*features: Features) -> bool:
@@ -107,7 +105,7 @@ class PairMatcher:
         matcher: matches two ``Features``, such as ``matching.match`` with its options.
 
     Raises:
-        ValueError: the extractor does not describe upright patches (``can_reorient``).
+        ValueError: the extractor does not describe keypoints upright (``can_reorient``).
     """
 
     def __init__(
@@ -115,7 +113,7 @@ class PairMatcher:
     ):
         if not can_reorient(extractor):
             raise ValueError(
-                "only patches without angles can be described at other rotations; match these "
+                "only keypoints without angles can be described at other rotations; match these "
                 "features directly"
             )
         self.extractor, self.matcher = extractor, matcher
@@ -234,12 +232,9 @@ class PairMatcher:
         angle = torch.full_like(features.angle, patches.rotation)
         keypoints = replace(features.keypoints, angle=angle)
         describe = self.extractor.describe
-        assert isinstance(describe, PatchDescriptor)
-        descriptors = describe(
-            self._pyramid(image, key),
-            keypoints.to(self.extractor.device),
-            0,
-            shape=None if patches.tilt == 1 else patches.shape(),
+        assert isinstance(describe, PatchDescriptor | DenseDescriptor)
+        descriptors = describe.deformed(
+            self._pyramid(image, key), keypoints.to(self.extractor.device), patches
         ).cpu()
         return Features(keypoints, descriptors, features.image_size)
 
@@ -275,7 +270,7 @@ def match_shaped(
     the affine shapes of ``SHAPES``.
 
     Args:
-        extractor: of the features; one that describes upright patches (``can_reorient``).
+        extractor: of the features; one that describes upright patches.
         matcher: see ``PairMatcher``.
         features, images: of both images.
 

@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .deformation import Deformation
+from .geometry import warp_image, warp_points
 from .memory import release_freed
 from .models.desnet import RECEPTIVE_FIELD, STRIDE, sample
 from .patches import HALF_SIDE, extract_patches
-from .pyramid import Pyramid
+from .pyramid import Pyramid, build_pyramid
 from .regions import TILE_PIXELS
 from .structs import Keypoints
 
@@ -54,15 +56,21 @@ class PatchDescriptor:
         self.net, self.half_side, self.upright = net, half_side, upright
         self.shape_net = shape_net
 
-    def __call__(
-        self, pyramid: Pyramid, keypoints: Keypoints, index: int, *, shape: Tensor | None = None
-    ) -> Tensor:
-        """Descriptors (N,D) of the keypoints of image ``index`` of the batch.
+    def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
+        """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
+        return self._describe(pyramid, keypoints, index, None)
 
-        Args:
-            shape: (2,2), of all patches (see ``extract_patches``), unless there is a network of
-                the shapes.
+    def deformed(self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation) -> Tensor:
+        """Descriptors (N,D) of the keypoints of one image as they are before this deformation; a
+        network of the shapes replaces its tilt.
         """
+        angle = torch.full_like(keypoints.angle, deformation.rotation)
+        shape = None if deformation.tilt == 1 else deformation.shape()
+        return self._describe(pyramid, replace(keypoints, angle=angle), 0, shape)
+
+    def _describe(
+        self, pyramid: Pyramid, keypoints: Keypoints, index: int, shape: Tensor | None
+    ) -> Tensor:
         if self.upright:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
 
@@ -133,3 +141,25 @@ class DenseDescriptor:
                         del descriptor_map
                         release_freed()
         return out
+
+    def deformed(self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation) -> Tensor:
+        """Descriptors (N,D) of the keypoints of one image as they are before this deformation: the
+        image is warped.
+        """
+        level = pyramid.levels[pyramid.original]
+        h, w = level.size
+        inverse = torch.linalg.inv(deformation.matrix())
+        edges = [[x, y] for x in (-0.5, w - 0.5) for y in (-0.5, h - 0.5)]
+        corners = torch.tensor(edges, dtype=torch.float64) @ inverse.T
+        first = corners.min(dim=0).values
+        width, height = (corners.max(dim=0).values - first).ceil().int().tolist()
+        H = torch.eye(3, dtype=torch.float64)
+        H[:2, :2], H[:2, 2] = inverse, -first - 0.5
+        H = H.to(keypoints.xy.device)
+        warped = build_pyramid(
+            warp_image(level.image, H[None], (height, width), padding="border"),
+            up=pyramid.original,
+            down=len(pyramid.levels) - 1 - pyramid.original,
+        )
+        xy = warp_points(level.from_original(keypoints.xy).double(), H).float()
+        return self(warped, replace(keypoints, xy=xy, scale=keypoints.scale / level.scale), 0)

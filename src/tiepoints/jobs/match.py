@@ -97,8 +97,8 @@ class MatchOptions:
             all matches.
         threshold: maximum error of an inlier in pixels.
         refine: refine to subpixel positions: the matches of two images, the tracks in a database.
-        auto_orientation: estimate the relative rotation of each pair
-            (``auto_orientation.PairMatcher``) if patches are described upright.
+        auto_orientation: estimate the relative rotation and tilt of each pair
+            (``auto_orientation.PairMatcher``) if keypoints are described upright.
         auto_affine: two images: if they hardly match, describe them in affine shapes
             (``auto_orientation.match_shaped``) and keep those matches if more agree.
 
@@ -252,8 +252,8 @@ def _shaped(
     """
     a, b = features
     describe = matcher.extractor.describe
-    shapes = isinstance(describe, PatchDescriptor) and describe.shape_net
-    if shapes or found.support >= SHAPED_SUPPORT or has_angles(a, b):
+    squares = isinstance(describe, PatchDescriptor) and describe.shape_net is None
+    if not squares or found.support >= SHAPED_SUPPORT or has_angles(a, b):
         return a, found
     shaped_a, shaped = match_shaped(matcher.extractor, matcher.matcher, features, images)
     if shaped.support <= found.support:
