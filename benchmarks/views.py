@@ -11,6 +11,7 @@ lines in both images. Columns:
 
     right %      correct matches divided by the smaller number of keypoints, without refinement
     correct      mean number of correct matches, without refinement
+    auto         the same with `--orientation auto`: the relative rotation and tilt of each pair
     cells        mean number of squares of 8 px of the first image with a correct match
     AUC@5        area under the recall curve of the relative pose up to 5 degrees, after refinement
     0.5, 1 px    fraction of matches within this distance of the epipolar lines, before (detected)
@@ -112,7 +113,8 @@ def measure(
         path: extract.extract(image) for path, image in images.items()
     }
     rates, matches = [], 0
-    counts, cells, errors = [], [], []
+    counts, auto, cells, errors = [], [], [], []
+    matcher = PairMatcher(extract) if can_reorient(extract) else None
     within = {(kind, t): 0 for kind in ("detected", "refined") for t in SMALL_DISTANCES}
     spent = {"match": 0.0, "refine": 0.0}
     for pair in pairs:
@@ -126,6 +128,10 @@ def measure(
         xy_a, xy_b = found.positions(a, b)
         right = torch.from_numpy(pair.errors(xy_a.numpy(), xy_b.numpy()) <= MAX_DISTANCE)
         counts.append(int(right.sum()))
+        if matcher is not None:
+            key = str(pair.images[1])
+            oriented = matcher(a, b, images[pair.images[1]], key)
+            auto.append(count_correct(pair, *oriented.matches.positions(a, oriented.b)))
         cells.append(len((xy_a[right] / CELL).floor().unique(dim=0)))
         errors.append(pose_error_of(pair, *refined.positions(a, b)))
         rates.append(counts[-1] / max(1, min(len(a), len(b))))
@@ -136,6 +142,7 @@ def measure(
     result: dict[str, Any] = {
         "right %": 100 * float(np.mean(rates)),
         "correct": float(np.mean(counts)),
+        **({"auto": float(np.mean(auto))} if auto else {}),
         "cells": float(np.mean(cells)),
         "AUC@5": 100 * error_auc(errors, [5])[0],
     }
