@@ -44,8 +44,10 @@ SEARCH_STEPS = 8
 SEARCH_STEP = 2 * math.pi / SEARCH_STEPS
 #: Number of rotations of the search, those with most matches, whose matches are verified.
 VERIFIED_STEPS = 2
-#: Smallest rotation in radians, and smallest tilt, at which keypoints are described again.
+#: Smallest rotation in radians, and smallest tilt, at which keypoints are described again; and the
+#: same of a dense network, which processes the whole image for it and has learned larger ones.
 MIN_ROTATION, MIN_TILT = math.radians(10), 1.3
+DENSE_ROTATION, DENSE_TILT = math.radians(20), 1.6
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
@@ -117,6 +119,8 @@ class PairMatcher:
                 "features directly"
             )
         self.extractor, self.matcher = extractor, matcher
+        dense = isinstance(extractor.describe, DenseDescriptor)
+        self._smallest = (DENSE_ROTATION, DENSE_TILT) if dense else (MIN_ROTATION, MIN_TILT)
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
         self._descriptions: OrderedDict[tuple[str, Deformation], Features] = OrderedDict()
@@ -168,9 +172,10 @@ class PairMatcher:
         """``best``, or matches with b described in patches of a measured deformation, if more of
         them are verified; parameters as above.
         """
+        smallest_rotation, smallest_tilt = self._smallest
         for _ in range(2):  # the measurement is more exact after describing again
             change = measured.after(best.patches)
-            if abs(change.rotation) < MIN_ROTATION and change.tilt < MIN_TILT:
+            if abs(change.rotation) < smallest_rotation and change.tilt < smallest_tilt:
                 break
             deformed = self._described(a, best.b, image_b, key, measured.rounded())
             # the support is 0 if chance explains the matches, so nothing is replaced then
