@@ -19,6 +19,7 @@ import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position
+from tiepoints.formats.colmap import quiet_colmap
 from tiepoints.jobs import mapping
 from tiepoints.jobs.mapping import View, not_contained, write_models
 from tiepoints.panorama import rotation_share
@@ -447,3 +448,46 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
     (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("ab"))
     assert model.names == "ab"
     assert calls == [(0, True)]
+
+
+def test_robust_adjustment_resists_wrong_observations(result):
+    import pycolmap
+
+    folder = str(result[0] / "model" / "sparse" / "0")
+    clean, wrong = pycolmap.Reconstruction(folder), pycolmap.Reconstruction(folder)
+    rng = np.random.default_rng(0)
+    shifted = 0
+    for number in wrong.reg_image_ids():
+        for point in wrong.image(number).points2D:
+            if point.has_point3D() and rng.random() < 0.15:
+                point.xy = point.xy + np.array([3.0, 1.0])  # all to one side, within 4 px
+                shifted += 1
+    assert shifted > 50
+
+    def centers(model):
+        return np.array([model.image(i).projection_center() for i in sorted(model.reg_image_ids())])
+
+    def distance(model):  # after the similarity between the models
+        a, b = (c - c.mean(axis=0) for c in (centers(model), centers(clean)))
+        U, S, V = np.linalg.svd(b.T @ a)
+        return np.linalg.norm(S.sum() / np.square(a).sum() * a @ (U @ V).T - b, axis=1).mean()
+
+    plain, robust = pycolmap.Reconstruction(wrong), mapping.adjust_robustly(wrong)
+    with quiet_colmap(pycolmap):
+        pycolmap.bundle_adjustment(plain)
+    assert distance(robust) < 0.5 * distance(plain)
+    assert robust.num_reg_images() == clean.num_reg_images()
+    lost = clean.compute_num_observations() - robust.compute_num_observations()
+    assert 0.5 * shifted < lost < 2 * shifted
+    assert wrong.compute_num_observations() == clean.compute_num_observations()  # not changed
+
+
+def test_robust_adjustment_keeps_a_model_that_it_would_spoil(result, monkeypatch):
+    import pycolmap
+
+    model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
+    monkeypatch.setattr(mapping, "FOCAL_CHANGE", 1.0)  # any change is too large
+    assert mapping.adjust_robustly(model) is model
+    monkeypatch.undo()
+    monkeypatch.setattr(mapping, "KEPT_RESIDUAL", 0.0)  # no observation is left
+    assert mapping.adjust_robustly(model) is model
