@@ -227,6 +227,18 @@ def test_oblique_views_are_matched_with_their_tilt(factor, gain):
     assert torch.equal(found.b.xy, b.xy)
 
 
+def test_a_tilt_is_not_measured_for_descriptors_with_affine_shapes():
+    image, oblique, _ = squeezed_pair(3.0)
+    shaped = tiepoints.build(
+        "keynet-tiny", "hardnet", num_keypoints=500, device="cpu", affine="affnet"
+    )
+    a, b = shaped.extract([image, oblique])
+    found = PairMatcher(shaped)(a, b, oblique)
+    assert found.support > 30
+    assert found.measured.tilt > 2
+    assert found.b is b
+
+
 def test_oblique_views_are_matched_with_affine_shapes_if_they_hardly_match(monkeypatch):
     image, oblique, H = squeezed_pair(6.0)
     extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=1000)

@@ -119,8 +119,10 @@ class PairMatcher:
                 "features directly"
             )
         self.extractor, self.matcher = extractor, matcher
-        dense = isinstance(extractor.describe, DenseDescriptor)
+        describe = extractor.describe
+        dense = isinstance(describe, DenseDescriptor)
         self._smallest = (DENSE_ROTATION, DENSE_TILT) if dense else (MIN_ROTATION, MIN_TILT)
+        self._shaped = isinstance(describe, PatchDescriptor) and describe.shape_net is not None
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
         self._descriptions: OrderedDict[tuple[str, Deformation], Features] = OrderedDict()
@@ -174,6 +176,8 @@ class PairMatcher:
         """
         smallest_rotation, smallest_tilt = self._smallest
         for _ in range(2):  # the measurement is more exact after describing again
+            if self._shaped:  # the network of the shapes replaces the tilt
+                measured = Deformation(measured.rotation)
             change = measured.after(best.patches)
             if abs(change.rotation) < smallest_rotation and change.tilt < smallest_tilt:
                 break
