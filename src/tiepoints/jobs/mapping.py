@@ -159,11 +159,25 @@ def _refined(model: Any) -> Any:
     """The model with cameras, poses and points refined together; unchanged if a focal length
     diverges.
     """
-    colmap = require_pycolmap()
-    refined = colmap.Reconstruction(model)
-    with quiet_colmap(colmap):
-        colmap.bundle_adjustment(refined)
+    refined = require_pycolmap().Reconstruction(model)
+    _adjust(refined)
     return model if _diverged(model, refined) else refined
+
+
+def _adjust(model: Any, options: Any = None) -> None:
+    """Bundle adjustment of a model, which is changed; ``pycolmap.bundle_adjustment`` always writes
+    to the standard error.
+    """
+    colmap = require_pycolmap()
+    config = colmap.BundleAdjustmentConfig()
+    for image in model.reg_image_ids():
+        config.add_image(image)
+    config.fix_gauge(colmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+    options = options or colmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    with quiet_colmap(colmap):
+        colmap.create_default_bundle_adjuster(options, config, model).solve()
+    model.update_point_3d_errors()
 
 
 def _diverged(model: Any, refined: Any) -> bool:
@@ -193,17 +207,15 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
     colmap = require_pycolmap()
     adjusted = colmap.Reconstruction(model)
     options = colmap.BundleAdjustmentOptions()
-    options.print_summary = False
     options.ceres.loss_function_type = colmap.LossFunctionType.CAUCHY
     options.ceres.solver_options.function_tolerance = TOLERANCE
     options.ceres.solver_options.num_threads = threads
-    with quiet_colmap(colmap):
-        for _ in range(ROBUST_ROUNDS):
-            options.ceres.loss_function_scale = LOSS_SCALE * _median_residual(adjusted)
-            colmap.bundle_adjustment(adjusted, options)
-            colmap.ObservationManager(adjusted).filter_all_points3D(
-                KEPT_RESIDUAL * _median_residual(adjusted), MIN_ANGLE
-            )
+    for _ in range(ROBUST_ROUNDS):
+        options.ceres.loss_function_scale = LOSS_SCALE * _median_residual(adjusted)
+        _adjust(adjusted, options)
+        colmap.ObservationManager(adjusted).filter_all_points3D(
+            KEPT_RESIDUAL * _median_residual(adjusted), MIN_ANGLE
+        )
     seen = all(adjusted.image(image).num_points3D for image in adjusted.reg_image_ids())
     return model if not seen or _diverged(model, adjusted) else adjusted
 

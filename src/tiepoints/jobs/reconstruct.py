@@ -31,6 +31,7 @@ from ..formats.records import array_digest, json_digest, read_settings, record_p
 from ..image import load_image
 from ..names import DESCRIPTOR, DETECTOR, QUALITIES
 from ..panorama import rotation_share
+from ..progress import track
 from .frames import is_video, save_frames
 from .mapping import (
     MapOptions,
@@ -423,7 +424,8 @@ class _Reconstruction:
             images=sorted(matched),
             progress=self.progress,
         )
-        models = [adjust_robustly(model, self.options.threads) for model in models]
+        bar = track(models, unit="model", label="adjust", enabled=self.progress)
+        models = [adjust_robustly(model, self.options.threads) for model in bar]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
