@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 import tiepoints
 from common import largest_model, machine
-from tiepoints.auto_orientation import PairMatcher, can_reorient
+from tiepoints.auto_orientation import PairMatcher
 from tiepoints.datasets.benchmark import open_dataset
 from tiepoints.datasets.ground_truth import Dataset, Pair
 from tiepoints.errors import DataError
@@ -358,8 +358,7 @@ def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
     elif is_ours(name):
-        matcher = _pair_matcher(name)
-        found = match(a, b) if matcher is None else matcher(a, b, image_b).matches
+        found = _pair_matcher(name)(a, b, image_b).matches
         found = refine_matches(a, b, found, (image_a, image_b))
     else:
         found = match(a, b)
@@ -375,12 +374,12 @@ def is_ours(name: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _pair_matcher(name: str) -> PairMatcher | None:
+def _pair_matcher(name: str) -> PairMatcher:
     given, _, descriptor = (name.partition("=")[2] or name).partition("+")
     detector, modes = split_modes(given)
     affine = next((mode for mode in modes if mode in AFFINE_NETWORKS), "none")
     extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS, affine=affine)
-    return PairMatcher(extractor) if can_reorient(extractor) else None
+    return PairMatcher(extractor)
 
 
 class Bench:

@@ -4,7 +4,8 @@
         --out FILE.json
 
 Systems: a quality of `tiepoints reconstruct`; ``sift-N``, COLMAP's SIFT with its defaults and at
-most N pixels per side; ``xfeat`` and ``aliked-n16`` (``peers.py``) with mutual nearest neighbors.
+most N pixels per side; ``xfeat`` and ``aliked-n16`` (``peers.py``) with mutual nearest neighbors;
+and each of these as ``NAME+robust``, with the last adjustment of `tiepoints reconstruct`.
 All use COLMAP's verification and incremental mapper, once, on all cores that the process may use.
 Each runs in a process of its own. The time of processor is that of all its threads and processes
 without the imports, so that, unlike the elapsed time, it hardly depends on what else runs.
@@ -37,7 +38,7 @@ from tiepoints.datasets.posed import STRECHA_CAMERAS, surveyed_cameras
 from tiepoints.errors import DataError
 from tiepoints.files import collect, write_json
 from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
-from tiepoints.jobs.mapping import MapOptions, ModelStatistics, map_images
+from tiepoints.jobs.mapping import MapOptions, ModelStatistics, adjust_robustly, map_images
 from tiepoints.jobs.sift import compare_sift
 from tiepoints.matching import match
 from tiepoints.names import QUALITIES
@@ -53,15 +54,18 @@ def measure(system: str, folder: Path, camera: str) -> dict[str, Any]:
     found = collect([folder], root=folder, inside=True)
     images = {str(task.relative): task.path for task in found.tasks}
     run: Callable[..., tuple[Any, dict[str, Any]]]
-    if system in QUALITIES:
+    base = system.removesuffix("+robust")
+    if base in QUALITIES:
         run = _ours
-    elif system.startswith("sift-"):
+    elif base.startswith("sift-"):
         run = _sift
     else:
-        run = _peer(system)
+        run = _peer(base)
     started, before = time.perf_counter(), _processor_seconds()
     with tempfile.TemporaryDirectory() as work:
-        model, seconds = run(system, folder, images, camera, Path(work))
+        model, seconds = run(base, folder, images, camera, Path(work))
+        if base != system and model is not None:
+            model = adjust_robustly(model)
         elapsed, used = time.perf_counter() - started, _processor_seconds() - before
     statistics = asdict(ModelStatistics.of(model)) if model is not None else {"images": 0}
     return {

@@ -176,9 +176,9 @@ def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, m
     calls = []
 
     class CountingDescriptor(PatchDescriptor):
-        def deformed(self, *args):
+        def describe_deformed(self, *args):
             calls.append(args)
-            return super().deformed(*args)
+            return super().describe_deformed(*args)
 
     describe = CountingDescriptor(extractor.describe.net, extractor.describe.half_side)
     levels = {"up_levels": extractor.up_levels, "down_levels": extractor.down_levels}

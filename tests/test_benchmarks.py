@@ -17,6 +17,7 @@ from PIL import Image
 
 import test_tracks  # without pycolmap, this file is skipped as well
 from helpers import call, texture, write_photos
+from tiepoints.datasets.reconstructions import find_models
 from tiepoints.export import Exported
 from tiepoints.training.recipes import affine, descriptors
 
@@ -228,13 +229,25 @@ def test_verification(script, world, tmp_path, capsys):
     assert (tmp_path / "x.db").read_bytes() == before
 
 
-def test_reconstruct(script, world, tmp_path, capsys):
+def test_reconstruct(script, world, tmp_path, capsys, monkeypatch):
     script("reconstruct", world[0] / "images", "--systems", "sift-320")
     row = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert row["system"] == "sift-320"
     assert row["images"] == 4
     assert row["processor_s"] > 0
     module = importlib.import_module("reconstruct")
+    model = pytest.importorskip("pycolmap").Reconstruction(find_models(world[0])[0][0])
+    kept = []
+
+    def stored(system, *_):
+        kept.append(system)
+        return model, {}
+
+    monkeypatch.setattr(module, "_sift", stored)
+    for system in ("sift-320", "sift-320+robust"):
+        kept.append(module.measure(system, world[0] / "images", "auto")["error"])
+    assert kept[::2] == ["sift-320", "sift-320"]
+    assert kept[3] < kept[1]
     assert f"0 of {row['images']}" in module.table([{**row, "registered": 0}])
     # a similarity is removed, and an error of one point is found
     points = np.random.default_rng(0).normal(size=(9, 3))

@@ -108,6 +108,19 @@ def test_new_weights_are_measured_again(tmp_path):
     )
 
 
+def test_the_matching_of_match_is_for_systems_that_it_extracts():
+    for name in (
+        *("keynet", "keynet-light@all+hardnet-light", "sobelnet+desnet", "mine=keynet@all+raw"),
+        "keynet@all@affnet+hardnet",
+    ):
+        assert peers.is_ours(name)
+    for name in ("keynet@ti+hardnet", "keynet@official", "sift+hardnet", "xfeat", "colmap-sift"):
+        assert not peers.is_ours(name)
+    matcher = peers._pair_matcher("keynet-tiny@all@affnet+hardnet")
+    assert matcher.extractor.describe.shape_net is not None
+    assert peers._pair_matcher("keynet-tiny@all+hardnet").extractor.describe.shape_net is None
+
+
 def test_digest_of_our_systems_includes_embedded_weights(tmp_path, monkeypatch):
     for name in ("keynet", "hardnet-light"):
         before = peers.digest("keynet")  # described by hardnet-light by default

@@ -183,7 +183,7 @@ def test_tracks_have_one_position_per_image():
     assert sorted(set(asked)) == ["a", "b", "c"]
 
 
-def test_database_is_refined_and_verified_again(tmp_path):
+def test_database_is_refined_and_verified_again(tmp_path, monkeypatch):
     pytest.importorskip("pycolmap")
     from PIL import Image
 
@@ -210,8 +210,19 @@ def test_database_is_refined_and_verified_again(tmp_path):
         database.write_matches(
             "a.png", "b.png", Matches(torch.stack([index, index], 1), torch.ones(len(index)))
         )
+        database.write("c.png", Features(keypoints(truth, 1.0), descriptors, (240, 200)))
+        unverified = ("a.png", "c.png")
+        database.write_matches(*unverified, Matches(index[:3, None].repeat(1, 2), torch.ones(3)))
+        files["c.png"] = files["a.png"]
+        pairs.append(unverified)
         assert database.verify(pairs) == 1
+        forgotten = []
+        forget = database.forget_geometry
+        monkeypatch.setattr(
+            database, "forget_geometry", lambda given: forgotten.extend(given) or forget(given)
+        )
         assert refine_database(database, pairs, files) == 1
+        assert forgotten == [("a.png", "b.png")]  # the other one has no geometry to verify again
         moved = database.read("b.png")
         torch.testing.assert_close(database.read("a.png").xy, grid_points())
         assert float((moved.xy - truth).norm(dim=1).mean()) < 0.3 * float(
@@ -221,6 +232,30 @@ def test_database_is_refined_and_verified_again(tmp_path):
         assert len(database.read_inliers("a.png", "b.png")) == len(truth)
         with pytest.raises(tiepoints.DataError, match="keypoints, got"):
             database.move_keypoints("a.png", truth[:3])
+
+
+def test_coarse_keypoints_are_aligned_at_a_finer_scale(monkeypatch):
+    a = textured()
+    H = similarity(0.03, 1.0, (0.4, -0.7))
+    noise = 0.1 * torch.randn(2, *a.shape, generator=torch.Generator().manual_seed(5))
+    views = a + noise[0], warp_image(a, H[None].float()) + noise[1]
+    # another depth around every point: only near to it the views fit
+    truth = warp_points(grid_points().double(), H).float()
+    y, x = torch.meshgrid(torch.arange(200.0), torch.arange(240.0), indexing="ij")
+    near = (torch.cdist(torch.stack([x, y], -1).reshape(-1, 2), truth).min(dim=1).values < 9).view(
+        200, 240
+    )
+    b = torch.where(near, views[1], views[1].roll(2, dims=-1))
+    given = keypoints(grid_points(), 2.0), keypoints(truth + 0.4, 2.0)
+    pyramids = build_pyramid(views[0]), build_pyramid(b)
+
+    def error() -> float:
+        found = align(pyramids[0], given[0], pyramids[1], given[1])
+        return float((found.xy - truth).norm(dim=1).median())
+
+    both = error()
+    monkeypatch.setattr("tiepoints.refine.FINE_FACTOR", 1.0)
+    assert both < 0.7 * error()
 
 
 def test_refinement_needs_features_of_these_images():

@@ -242,7 +242,7 @@ class PairMatcher:
         keypoints = replace(features.keypoints, angle=angle)
         describe = self.extractor.describe
         assert isinstance(describe, PatchDescriptor | DenseDescriptor)
-        descriptors = describe.deformed(
+        descriptors = describe.describe_deformed(
             self._pyramid(image, key), keypoints.to(self.extractor.device), patches
         ).cpu()
         return Features(keypoints, descriptors, features.image_size)

@@ -1,4 +1,7 @@
-"""How the surroundings of keypoints change from one image to another, measured with matches."""
+"""How the surroundings of keypoints change from one image to another, measured with matches: the
+linear part of an affine map, as a rotation and a tilt (the transition tilt of Morel and Yu, ASIFT,
+SIAM Journal on Imaging Sciences 2009).
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,9 @@ class PatchDescriptor:
         """Descriptors (N,D) of the keypoints of image ``index`` of the batch."""
         return self._describe(pyramid, keypoints, index, None)
 
-    def deformed(self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation) -> Tensor:
+    def describe_deformed(
+        self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation
+    ) -> Tensor:
         """Descriptors (N,D) of the keypoints of one image as they are before this deformation; a
         network of the shapes replaces its tilt.
         """
@@ -142,7 +144,9 @@ class DenseDescriptor:
                         release_freed()
         return out
 
-    def deformed(self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation) -> Tensor:
+    def describe_deformed(
+        self, pyramid: Pyramid, keypoints: Keypoints, deformation: Deformation
+    ) -> Tensor:
         """Descriptors (N,D) of the keypoints of one image as they are before this deformation: the
         image is warped.
         """

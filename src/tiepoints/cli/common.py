@@ -95,8 +95,8 @@ PairAffineOption = Annotated[
 PairOrientationOption = Annotated[
     PairOrientation,
     typer.Option(
-        help="auto: match upright, and if few matches are verified, estimate the relative rotation "
-        "of the images; others: as --orientation of extract."
+        help="auto: match upright, and estimate the relative rotation and tilt of the images if "
+        "the verified matches show one, or are few; others: as --orientation of extract."
     ),
 ]
 PairsOption = Annotated[

@@ -34,6 +34,8 @@ from ..panorama import rotation_share
 from ..progress import track
 from .frames import is_video, save_frames
 from .mapping import (
+    KEPT_RESIDUAL,
+    LOSS_SCALE,
     MapOptions,
     Model,
     ModelStatistics,
@@ -406,7 +408,11 @@ class _Reconstruction:
         colmap = require_pycolmap()
         sparse = self.folder / "sparse"
         settings = record_path(sparse, "settings.json")
-        record = {**asdict(self.options.mapping()), "matches": graph.digest, "adjusted": "cauchy"}
+        record = {
+            **asdict(self.options.mapping()),
+            "matches": graph.digest,
+            "adjusted": [LOSS_SCALE, KEPT_RESIDUAL],
+        }
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
         if stored == record and count and not self.overwrite:
