@@ -415,8 +415,10 @@ def test_cameras_are_not_refined_if_the_focal_length_diverges(result, monkeypatc
 class _Mapped:
     """A model of some images, as the mapper returns it."""
 
-    def __init__(self, names: str, points: int):
+    def __init__(self, names: str, points: int, focal: float = 100.0):
         self.names, self.points = names, points
+        camera = SimpleNamespace(width=100, height=80, mean_focal_length=lambda: focal)
+        self.cameras = {1: camera}
 
     def num_reg_images(self) -> int:
         return len(self.names)
@@ -428,7 +430,7 @@ class _Mapped:
         return range(len(self.names))
 
     def image(self, number: int) -> SimpleNamespace:
-        return SimpleNamespace(name=self.names[number])
+        return SimpleNamespace(name=self.names[number], camera_id=1)
 
 
 def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
@@ -447,6 +449,34 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
     (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("ab"))
     assert model.names == "ab"
     assert calls == [(0, True)]
+
+
+@pytest.mark.parametrize(("names", "kept"), [("abc", "abc"), ("ab", "diverged")])
+def test_images_are_mapped_again_if_a_focal_length_is_implausible(
+    tmp_path, monkeypatch, names, kept
+):
+    def mapped(*_, refine=True):
+        return [_Mapped("abc", 9, 1e7)] if refine else [_Mapped(names, 7)]
+
+    monkeypatch.setattr(mapping, "_map_once", mapped)
+    monkeypatch.setattr(mapping, "_refined", lambda model: model)
+    (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abc"))
+    wrong = mapping.implausible_focal_lengths(model)
+    if kept == "diverged":  # fewer images with constant cameras
+        assert wrong == ["a", "b", "c"]
+    else:
+        assert wrong == []
+        assert model.points == 7
+
+
+def test_implausible_focal_lengths_are_a_warning(result, monkeypatch):
+    base, *_ = result
+    monkeypatch.setattr(mapping, "FOCAL_RANGE", (20.0, 30.0))
+    _, out, _ = call(
+        "-q", "reconstruct", base / "photos", "--output", base / "model", *FAST, "--json"
+    )
+    (warning,) = [w for w in json.loads(out)["warnings"] if "focal" in w]
+    assert "--camera single" in warning
 
 
 def test_robust_adjustment_resists_wrong_observations(result, capfd):

@@ -23,8 +23,9 @@ MIN_MODEL_SIZE = 3
 #: The mapper starts again with another seed, at most this number of times in all, if its largest
 #: model has fewer than this share of the images.
 TRIES, SUFFICIENT_SHARE = 3, 0.5
-#: Largest number of images that are mapped once more with constant cameras if some are missing.
-FEW_IMAGES = 100
+#: Largest number of images that are mapped once more with constant cameras if some are missing or a
+#: focal length is implausible; and the plausible ones, relative to the longest side (COLMAP's range).
+FEW_IMAGES, FOCAL_RANGE = 100, (0.1, 10.0)
 #: Largest factor between the focal lengths before and after their refinement at the end.
 FOCAL_CHANGE = 2.0
 #: Scale of the robust loss, and largest residual of the observations that are kept, relative to the
@@ -108,9 +109,9 @@ def map_images(
 
     The incremental mapper draws its first pair at random and sometimes stops early; it starts again
     if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images. Of views that hardly
-    determine the focal length, its estimate may diverge: if images are missing then, and there are
-    at most ``FEW_IMAGES``, they are mapped with the cameras as they are in the database, which are
-    refined at the end.
+    determine the focal length, its estimate may diverge: if images are missing then, or a focal
+    length is implausible, and there are at most ``FEW_IMAGES``, they are mapped with the cameras as
+    they are in the database, which are refined at the end.
 
     Args:
         database: ``.db`` file.
@@ -135,12 +136,28 @@ def map_images(
             best = models
         if images is None or (best and best[0].num_reg_images() >= SUFFICIENT_SHARE * len(images)):
             break
-    if again and images is not None and len(_names(best)) < len(images) <= FEW_IMAGES:
-        models = _map_once(database, work, options, options.seed, images, progress, refine=False)
-        models = _largest_first(models)
-        if len(_names(models)) > len(_names(best)):
-            best = [_refined(model) for model in models]
+    if again and images is not None and len(images) <= FEW_IMAGES:
+        implausible = any(map(implausible_focal_lengths, best))
+        if implausible or len(_names(best)) < len(images):
+            models = _map_once(
+                database, work, options, options.seed, images, progress, refine=False
+            )
+            models = _largest_first(models)
+            if len(_names(models)) > len(_names(best)) - implausible:
+                best = [_refined(model) for model in models]
     return best
+
+
+def implausible_focal_lengths(model: Any) -> list[str]:
+    """Names of the registered images with a focal length beyond ``FOCAL_RANGE``."""
+    low, high = FOCAL_RANGE
+    bad = {
+        number
+        for number, camera in model.cameras.items()
+        if not low <= camera.mean_focal_length() / max(camera.width, camera.height) <= high
+    }
+    images = (model.image(number) for number in model.reg_image_ids())
+    return sorted(image.name for image in images if image.camera_id in bad)
 
 
 def _largest_first(models: list[Any]) -> list[Any]:

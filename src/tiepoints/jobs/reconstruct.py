@@ -41,6 +41,7 @@ from .mapping import (
     ModelStatistics,
     adjust_robustly,
     color_points,
+    implausible_focal_lengths,
     map_images,
     median_angle,
     read_model,
@@ -515,6 +516,12 @@ class _Reconstruction:
             summary.warnings.append(
                 f"the rays of a point meet at {summary.angle:.1f} degrees (median), so depths are "
                 "uncertain; take photographs from more different positions"
+            )
+        if wrong := implausible_focal_lengths(models[0]):
+            summary.warnings.append(
+                f"the focal lengths of {len(wrong)} images are implausible ({wrong[0]}, ...), so "
+                "the model is distorted: the photographs hardly determine them; give --camera "
+                "single if all are of one camera, or its parameters"
             )
         summary.files |= {
             "database": str(self.database),
