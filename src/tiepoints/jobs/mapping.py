@@ -24,8 +24,10 @@ MIN_MODEL_SIZE = 3
 #: model has fewer than this share of the images.
 TRIES, SUFFICIENT_SHARE = 3, 0.5
 #: Largest number of images that are mapped once more with constant cameras if some are missing or a
-#: focal length is implausible; and the plausible ones, relative to the longest side (COLMAP's range).
-FEW_IMAGES, FOCAL_RANGE = 100, (0.1, 10.0)
+#: focal length is implausible.
+FEW_IMAGES = 100
+#: Plausible focal lengths relative to the longest side of the image; COLMAP's limits.
+FOCAL_RANGE = (0.1, 10.0)
 #: Largest factor between the focal lengths before and after their refinement at the end.
 FOCAL_CHANGE = 2.0
 #: Scale of the robust loss, and largest residual of the observations that are kept, relative to the
