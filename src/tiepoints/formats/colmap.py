@@ -21,7 +21,7 @@ import os
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import lru_cache
@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import DataError, first_line
 from ..exif import read_position
@@ -593,6 +594,7 @@ class ColmapDatabase:
         max_error: float = 4.0,
         max_trials: int = 10_000,
         seed: int = 0,
+        among: Mapping[tuple[str, str], Tensor] | None = None,
         progress: bool = False,
     ) -> int:
         """Estimate and store the two-view geometries of the raw matches of ``pairs`` with COLMAP.
@@ -606,6 +608,7 @@ class ColmapDatabase:
             max_error: largest error of an inlier in pixels.
             max_trials: largest number of random samples of a pair; the default is COLMAP's.
             seed: of the random sampling.
+            among: pair -> (K,2) indices of the matches to use instead of the raw ones.
 
         Returns:
             number of pairs with a geometry that has inliers.
@@ -618,7 +621,7 @@ class ColmapDatabase:
         options = self._colmap.TwoViewGeometryOptions()
         options.ransac.max_error, options.ransac.max_num_trials = max_error, max_trials
         options.ransac.random_seed = seed
-        view = lru_cache(VERIFY_BATCH)(self._view)
+        view, among = lru_cache(VERIFY_BATCH)(self._view), among or {}
 
         def estimate(job: tuple[Any, ...]) -> Any:
             (camera_a, xy_a), (camera_b, xy_b), index = job
@@ -629,11 +632,17 @@ class ColmapDatabase:
         bar = Progress(len(pending), unit="pair", label="verify", enabled=progress)
         with quiet_colmap(self._colmap), ThreadPoolExecutor(os.cpu_count()) as pool, bar:
             for start in range(0, len(pending), VERIFY_BATCH):
-                ids = [
-                    (self._image_id(a), self._image_id(b))
-                    for a, b in pending[start : start + VERIFY_BATCH]
+                batch = pending[start : start + VERIFY_BATCH]
+                ids = [(self._image_id(a), self._image_id(b)) for a, b in batch]
+                jobs = [
+                    (
+                        *(view(a), view(b)),
+                        among[pair].numpy().astype(np.uint32)
+                        if pair in among
+                        else self._database.read_matches(a, b),
+                    )
+                    for pair, (a, b) in zip(batch, ids, strict=True)
                 ]
-                jobs = [(view(a), view(b), self._database.read_matches(a, b)) for a, b in ids]
                 geometries = list(pool.map(estimate, jobs))
                 with self._transaction(sum(job[2].nbytes for job in jobs)):
                     for (a, b), geometry in zip(ids, geometries, strict=True):

@@ -1082,9 +1082,10 @@ def refine_database(
 
     for name, xy in refine_tracks(keypoints, inliers, pixels, progress=progress).items():
         database.move_keypoints(name, xy)
-    # without a geometry, a pair would need most of the time, and hardly ever gets one
+    # without a geometry, a pair would need most of the time, and hardly ever gets one; among all of
+    # the raw matches of the others, the same inliers would be searched again
     database.forget_geometry(inliers)
-    return database.verify(pairs, max_trials=max_trials, progress=progress)
+    return database.verify(pairs, max_trials=max_trials, among=inliers, progress=progress)
 
 
 def _sibling(output: Path, end: str) -> Path:
