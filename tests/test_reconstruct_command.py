@@ -512,6 +512,21 @@ def test_robust_adjustment_resists_wrong_observations(result, capfd):
     assert wrong.compute_num_observations() == clean.compute_num_observations()  # not changed
 
 
+def test_robust_adjustment_of_a_point_behind_the_cameras(result):
+    import pycolmap
+
+    model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
+    count = model.num_points3D()
+    point = next(iter(model.points3D.values()))
+    centers = [model.image(number).projection_center() for number in model.reg_image_ids()]
+    point.xyz = 2 * np.mean(centers, axis=0) - point.xyz
+    views = mapping.read_model(model).views.values()
+    assert any(np.isnan(view.residual).any() for view in views)
+    adjusted = mapping.adjust_robustly(model)
+    assert adjusted is not model
+    assert adjusted.num_points3D() > 0.9 * count
+
+
 def test_robust_adjustment_keeps_a_model_that_it_would_spoil(result, monkeypatch):
     import pycolmap
 

@@ -243,7 +243,8 @@ def _median_residual(model: Any) -> float:
     """Median distance in pixels between projected points and keypoints; at least 1e-3."""
     views = read_model(model).views.values()
     lengths = [np.linalg.norm(view.residual, axis=1) for view in views]
-    return max(float(np.median(np.concatenate([*lengths, np.zeros(1)]))), 1e-3)
+    # not a number: a point behind the camera, as an adjustment may leave a few
+    return max(float(np.nanmedian(np.concatenate([*lengths, np.zeros(1)]))), 1e-3)
 
 
 def not_contained(models: list[Any]) -> list[Any]:
