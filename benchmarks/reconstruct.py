@@ -36,6 +36,7 @@ import tiepoints
 from common import machine
 from tiepoints.datasets.posed import STRECHA_CAMERAS, surveyed_cameras
 from tiepoints.errors import DataError
+from tiepoints.exif import shared_cameras
 from tiepoints.files import collect, write_json
 from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
 from tiepoints.jobs.mapping import MapOptions, ModelStatistics, adjust_robustly, map_images
@@ -115,6 +116,7 @@ def _sift(
         list(combinations(sorted(images), 2)),
         max_size=int(system.removeprefix("sift-")),
         camera=camera,
+        groups=shared_cameras(images) if camera == "auto" else dict.fromkeys(images, 0),
         mapping=MapOptions(),
     )
     if not found["models"]:
@@ -136,7 +138,8 @@ def _peer(name: str) -> Callable[..., tuple[Any, dict[str, Any]]]:
         seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
         pairs = list(combinations(sorted(images), 2))
         path = work / "database.db"
-        with ColmapDatabase(path, camera=camera, write=True) as database:
+        shared = shared_cameras(images)
+        with ColmapDatabase(path, camera=camera, shared=shared, write=True) as database:
             for image, file in images.items():
                 database.write(image, replace(features[image], descriptors=None), file)
             for a, b in pairs:

@@ -260,6 +260,25 @@ def test_cameras(tmp_path):
     assert [row[3] for row in rows] == [1, 0]
     assert tables(tmp_path / "auto.db", "SELECT COUNT(*) FROM frames") == [(2,)]
 
+    # cameras shared by images with the same key, also if the database is opened again
+    shared = {"a.png": "one", "b.png": "one", "c.png": "other"}
+    path = tmp_path / "shared.db"
+    for names in ("a.png", "d.png"), ("b.png", "c.png", "e.png"):
+        with ColmapDatabase(path, shared=shared, write=True) as database:
+            for name in names:
+                database.write(name, some(3))
+    pairs = tables(path, "SELECT name, camera_id FROM images")
+    cameras = dict(pairs)
+    assert cameras["a.png"] == cameras["b.png"]
+    assert len(set(cameras.values())) == 4
+    assert tables(path, "SELECT COUNT(*), COUNT(DISTINCT rig_id) FROM frames") == [(5, 4)]
+    with ColmapDatabase(
+        tmp_path / "each.db", camera="per-image", shared=shared, write=True
+    ) as each:
+        for name in shared:
+            each.write(name, some(3))
+    assert tables(tmp_path / "each.db", "SELECT COUNT(*) FROM cameras") == [(3,)]
+
     for camera, params in (("single", [120, 50, 40, 0]), ("PINHOLE:90,91,50,40", [90, 91, 50, 40])):
         path = tmp_path / f"{camera[:3]}.db"
         for again in range(2):  # second iteration: in a database that has the camera
@@ -281,7 +300,7 @@ def test_cameras(tmp_path):
     "camera", ["pinhole", "PINHOLE", "PINHOLE:1,2", "NOTHING:1,2,3,4", "PINHOLE:a,b,c,d"]
 )
 def test_invalid_cameras_raise(tmp_path, camera):
-    with pytest.raises(ValueError, match=r"auto, single or MODEL|has the parameters"):
+    with pytest.raises(ValueError, match=r"auto, per-image, single or MODEL|has the parameters"):
         ColmapDatabase(tmp_path / "d.db", camera=camera, write=True)
 
 

@@ -18,9 +18,10 @@ from PIL import Image, ImageFilter
 import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
-from tiepoints.exif import Position, local_meters, read_camera, read_position
+from tiepoints.exif import Position, local_meters, read_camera, read_position, shared_cameras
 from tiepoints.jobs import mapping
-from tiepoints.jobs.mapping import View, not_contained, write_models
+from tiepoints.jobs.mapping import MapOptions, View, not_contained, write_models
+from tiepoints.jobs.sift import compare_sift
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
 
@@ -75,6 +76,8 @@ def test_photographs_become_a_model(result):
     summary = json.loads(out)
     assert code == 1, err  # two images are not in the model
     assert (summary["images"], summary["registered"]) == (7, 5)
+    assert (summary["camera"], summary["cameras"]) == ("auto", 1)
+    assert "one for all images" in (base / "model" / "report.html").read_text(encoding="utf-8")
     reasons = dict(summary["unregistered"])
     assert set(reasons) == {"gray.png", "other.png"}
     assert "keypoints: uniform" in reasons["gray.png"]
@@ -213,7 +216,7 @@ def test_video(tmp_path):
     assert model.num_reg_images() == 5
     names = sorted(path.name for path in (tmp_path / "m" / "frames").iterdir())
     assert names == [f"c_{k:06d}.jpg" for k in (1, 3, 5, 7, 9)]  # the sharp ones
-    assert summary.camera == "single"
+    assert (summary.camera, summary.cameras) == ("single", 1)
     assert summary.pairs["reason"].startswith("each image with the next 10")
 
 
@@ -257,13 +260,31 @@ def test_cameras_are_known_by_their_exif(tmp_path):
         texture(0, size).save(tmp_path / name, exif=exif)
         return tmp_path / name
 
-    first = read_camera(photo("a.jpg", "M", 4.25))
-    assert first == (64, 48, "Maker", "M", 4.25)
-    assert read_camera(photo("b.jpg", "M", 4.25)) == first
-    others = [("c.jpg", "N", 4.25), ("d.jpg", "M", 5.0), ("e.jpg", "M", 4.25, (48, 64))]
-    assert all(read_camera(photo(*other)) != first for other in others)
-    texture(0, (64, 48)).save(tmp_path / "f.jpg")
-    assert read_camera(tmp_path / "f.jpg") is None
+    def plain(name: str, size: tuple[int, int]) -> Path:
+        texture(0, size).save(tmp_path / name)
+        return tmp_path / name
+
+    def shared(**files: Path) -> set[str]:
+        """Names in groups, such as ab,c."""
+        keys = shared_cameras(files)
+        return {"".join(n for n in keys if keys[n] == key) for key in keys.values()}
+
+    a, b = photo("a.jpg", "M", 4.25), photo("b.jpg", "M", 4.25)
+    assert read_camera(a) == ("Maker", "M", 4.25)
+    c, d, e = (
+        photo("c.jpg", "N", 4.25),
+        photo("d.jpg", "M", 5.0),
+        photo("e.jpg", "M", 4.25, (48, 64)),
+    )
+    assert shared(a=a, b=b, c=c, d=d, e=e) == {"ab", "c", "d", "e"}
+    f, g, h = plain("f.jpg", (64, 48)), plain("g.jpg", (64, 48)), plain("h.jpg", (48, 64))
+    assert read_camera(f) == (None, None, None)
+    assert shared(f=f, g=g, h=h) == {"fg", "h"}
+    assert shared(a=a, b=b, f=f, g=g) == {"ab", "fg"}
+    # of many sizes: photographs of many people
+    assert shared(a=a, b=b, f=f, g=g, i=plain("i.jpg", (64, 52))) == {"ab"}
+    (tmp_path / "j.jpg").write_bytes(b"no image")
+    assert shared(f=f, g=g, j=tmp_path / "j.jpg", k=tmp_path / "none.jpg") == {"fg"}
 
 
 def test_positions_become_pose_priors(tmp_path):
@@ -371,6 +392,33 @@ def test_numbers_of_sift_are_compared(result):
     assert len(list((out / "dense" / "images").iterdir())) == model.num_reg_images()
 
 
+def test_cameras_of_sift_are_shared_as_ours(tmp_path):
+    import pycolmap
+
+    photos = shifted(tmp_path / "photos", 4)
+    names = sorted(path.name for path in photos.iterdir())
+    for groups, count in (
+        (dict.fromkeys(names, 1), 1),
+        ({names[0]: 1, names[2]: 1}, 3),
+        ({}, 4),
+    ):
+        folder = tmp_path / str(count)
+        compare_sift(
+            folder,
+            photos,
+            names,
+            [],
+            max_size=200,
+            camera="auto",
+            groups=groups,
+            mapping=MapOptions(),
+        )
+        with pycolmap.Database.open(folder / "database.db") as database:
+            cameras = {i.name: i.camera_id for i in database.read_all_images()}
+        assert len(set(cameras.values())) == count
+        assert (cameras[names[0]] == cameras[names[2]]) == (count < 4)
+
+
 def test_no_model_is_an_empty_folder(tmp_path):
     """As of SIFT on photographs that it cannot match."""
     (tmp_path / "sparse" / "0").mkdir(parents=True)
@@ -426,6 +474,9 @@ class _Mapped:
     def num_points3D(self) -> int:
         return self.points
 
+    def compute_num_observations(self) -> int:
+        return 3 * self.points
+
     def reg_image_ids(self) -> range:
         return range(len(self.names))
 
@@ -444,11 +495,31 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
     monkeypatch.setattr(mapping, "_refined", lambda model: model)
     (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abcd"))
     assert model.names == "abcd"
-    assert calls == [(0, True), (0, False)]  # the model without points does not count
+    # the model without points does not count
+    assert calls == [(0, True), (1, True), (0, False)]
     calls.clear()
     (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("ab"))
     assert model.names == "ab"
     assert calls == [(0, True)]
+
+
+def test_missing_images_are_mapped_from_another_start(tmp_path, monkeypatch):
+    found = {0: [_Mapped("abc", 7)], 1: [_Mapped("abc", 9)]}
+
+    def mapped(*arguments, refine=True):
+        return found[arguments[3]] if refine else []
+
+    monkeypatch.setattr(mapping, "_map_once", mapped)
+
+    def points() -> int:
+        (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abcd"))
+        return model.points
+
+    assert points() == 9  # as many images, more observations
+    found[1] = [_Mapped("ab", 99)]
+    assert points() == 7
+    found[1] = []
+    assert points() == 7
 
 
 @pytest.mark.parametrize(("names", "kept"), [("abc", "abc"), ("ab", "diverged")])
@@ -510,6 +581,81 @@ def test_robust_adjustment_resists_wrong_observations(result, capfd):
     lost = clean.compute_num_observations() - robust.compute_num_observations()
     assert 0.5 * shifted < lost < 2 * shifted
     assert wrong.compute_num_observations() == clean.compute_num_observations()  # not changed
+
+
+def photographed(focal: list[float], points: int = 150):
+    """A model with one camera of 550 px, of images that were taken with the given focal lengths
+    from positions around random points.
+    """
+    import pycolmap
+
+    rng = np.random.default_rng(0)
+    xyz = rng.uniform(-1, 1, (points, 3))
+    model = pycolmap.Reconstruction()
+    shared = pycolmap.Camera(
+        model="SIMPLE_RADIAL", width=640, height=480, params=[550, 320, 240, 0], camera_id=1
+    )
+    model.add_camera_with_trivial_rig(shared)
+    for k, f in enumerate(focal):
+        angle = 2 * np.pi * k / len(focal)
+        forward = np.array([np.cos(angle), 0.3 * np.sin(3 * angle), np.sin(angle)])
+        forward /= -np.linalg.norm(forward)
+        right = np.cross([0, 1, 0], forward) / np.linalg.norm(np.cross([0, 1, 0], forward))
+        rotation = np.stack([right, np.cross(forward, right), forward])
+        seen = xyz @ rotation.T + np.array([0, 0, 5])
+        xy = f * seen[:, :2] / seen[:, 2:] + np.array([320, 240]) + rng.normal(0, 0.2, (points, 2))
+        image = pycolmap.Image(name=f"{k}", camera_id=1, image_id=k + 1)
+        image.points2D = [pycolmap.Point2D(p) for p in xy]
+        pose = pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), np.array([0, 0, 5.0]))
+        model.add_image_with_trivial_frame(image, pose)
+    for i, point in enumerate(xyz):
+        elements = [pycolmap.TrackElement(k + 1, i) for k in range(len(focal))]
+        model.add_point3D(point, pycolmap.Track(elements=elements), np.zeros(3, np.uint8))
+    return mapping.adjust_robustly(model, 1)
+
+
+def test_images_of_several_cameras_get_their_own(monkeypatch):
+    focal = [500.0, 600.0] * 4
+    model = photographed(focal)
+    assert len(model.cameras) == 1
+    own = mapping.separate_cameras(model, 1)
+    found = [own.camera(own.image(k + 1).camera_id).mean_focal_length() for k in range(8)]
+    np.testing.assert_allclose(found, focal, rtol=0.01)
+    same = photographed([550.0] * 8)
+    assert mapping.separate_cameras(same, 1) is same
+    monkeypatch.setattr(mapping, "SEPARATE_SHARE", 2.0)
+    assert mapping.separate_cameras(same, 1) is same  # they hardly differ
+
+
+def test_images_of_several_cameras_are_a_warning(result, monkeypatch):
+    base, *_ = result
+    monkeypatch.setattr(mapping, "SEPARATE_SHARE", 10.0)  # always separate
+    monkeypatch.setattr(mapping, "SEPARATE_FACTOR", 0.0)
+    arguments = ("-q", "reconstruct", base / "photos", "--output", base / "own", *FAST, "--json")
+    for _ in range(2):  # the second time, the stored model is read
+        _, out, _ = call(*arguments)
+        summary = json.loads(out)
+        (text,) = [text for text in summary["warnings"] if "camera of its own" in text]
+        assert "--camera per-image" in text
+        assert summary["cameras"] == summary["registered"] == 5
+
+
+def test_images_of_one_camera_share_it(result):
+    import pycolmap
+
+    model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
+    assert mapping.separate_cameras(model, 1) is model
+    own = mapping._with_own_cameras(model, set(model.cameras))
+    assert len(own.cameras) == own.num_reg_images() == model.num_reg_images()
+    assert own.num_points3D() == model.num_points3D()
+    assert own.compute_num_observations() == model.compute_num_observations()
+    assert own.compute_mean_reprojection_error() >= 0
+    for number in model.reg_image_ids():
+        np.testing.assert_allclose(
+            own.image(number).projection_center(), model.image(number).projection_center()
+        )
+    next(iter(model.cameras.values())).has_prior_focal_length = True
+    assert mapping.separate_cameras(model, 1) is model
 
 
 def test_robust_adjustment_of_a_point_behind_the_cameras(result):

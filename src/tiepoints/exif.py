@@ -1,16 +1,17 @@
-"""GPS positions of photographs from their EXIF."""
+"""GPS positions and cameras of photographs from their EXIF."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
 
-from .decode import no_pixel_limit, split_page
+from .decode import image_size, no_pixel_limit, split_page
+from .errors import DataError
 
 #: Mean radius of the Earth in meters.
 EARTH_RADIUS = 6_371_000.0
@@ -65,15 +66,42 @@ def local_meters(positions: Iterable[Position]) -> np.ndarray:
     return np.stack([east * np.cos(np.radians(latitude.mean())), north], axis=1)
 
 
-def read_camera(path: str | Path) -> tuple[Any, ...] | None:
-    """What identifies camera and zoom of a photograph: its size, and the make, model and focal
-    length of its EXIF; None if one of them is missing.
+def read_camera(path: str | Path) -> tuple[str | None, str | None, float | None]:
+    """Make, model and focal length in mm by the EXIF of a photograph, which identify camera and
+    zoom; None for what is missing.
     """
     try:
         with no_pixel_limit(), Image.open(split_page(path)[0]) as photo:
             exif = photo.getexif()
-            focal = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLength]
-            size = photo.size
-        return (*size, exif[ExifTags.Base.Make], exif[ExifTags.Base.Model], round(float(focal), 3))
+            focal = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLength)
+        make, model = exif.get(ExifTags.Base.Make), exif.get(ExifTags.Base.Model)
+        return make, model, None if focal is None else round(float(focal), 3)
     except Exception:  # see read_position
-        return None
+        return None, None, None
+
+
+def shared_cameras(files: Mapping[str, Path]) -> dict[str, tuple[Any, ...]]:
+    """Which images are taken for images of one camera and zoom.
+
+    These are images of one size with the same make, model and focal length in their EXIF. Images
+    without a focal length are, too, if all of them have one size, up to their orientation, as
+    exported by one program; photographs of many people have many sizes.
+
+    Args:
+        files: name -> image.
+
+    Returns:
+        name -> key, which is the same for the images of one camera; images without a key have
+        cameras of their own.
+    """
+    known: dict[str, tuple[Any, ...]] = {}
+    unknown: dict[str, tuple[Any, ...]] = {}
+    for name, file in files.items():
+        try:
+            size = image_size(file)
+        except (OSError, DataError):
+            continue  # the extraction reports it
+        camera = read_camera(file)
+        (unknown if camera[-1] is None else known)[name] = (*size, *camera)
+    sizes = {tuple(sorted(key[:2])) for key in unknown.values()}
+    return known | unknown if len(sizes) == 1 else known

@@ -163,7 +163,8 @@ PerScaleOption = Annotated[
 CameraOption = Annotated[
     str,
     typer.Option(
-        help="COLMAP: auto (from EXIF or guessed, per image), single (shared by all images) or "
+        help="COLMAP: auto (shared by images of one size whose EXIF names the same camera and "
+        "focal length, or that have no EXIF), per-image, single (shared by all images) or "
         "MODEL:p1,p2,... (known)."
     ),
 ]

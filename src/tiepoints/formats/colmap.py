@@ -62,6 +62,8 @@ SPACE_BYTES = 2**25
 VERIFY_BATCH = 256
 #: COLMAP's default focal length without EXIF, in units of the longest side of the image.
 FOCAL_FACTOR = 1.2
+#: Values of ``camera``, besides known intrinsics.
+CAMERAS = ("auto", "per-image", "single")
 #: A pair of images has the id ``PAIR_FACTOR * smaller id + larger id``.
 PAIR_FACTOR = 2**31 - 1
 
@@ -80,10 +82,13 @@ class ColmapDatabase:
 
     Args:
         path: the ``.db`` file.
-        camera: ``auto``: one camera per image, its focal length from EXIF or 1.2 times the longest
-            side; ``single``: one camera for all images, initialized from the first image;
-            ``MODEL:p1,p2,...``: one camera with known intrinsics in COLMAP's order and coordinates
-            (a centered principal point is half the size), such as ``PINHOLE:525,525,320,240``.
+        camera: ``auto``: one camera for the images with the same key in ``shared``, and for each
+            other one, its focal length from EXIF or 1.2 times the longest side; ``per-image``: the
+            same without ``shared``; ``single``: one camera for all images, initialized from the
+            first image; ``MODEL:p1,p2,...``: one camera with known intrinsics in COLMAP's order and
+            coordinates (a centered principal point is half the size), such as
+            ``PINHOLE:525,525,320,240``.
+        shared: image name -> key of its camera, such as that of ``exif.shared_cameras``.
         write: open for reading and writing, by one process at a time.
         overwrite: delete a file that is not a COLMAP database, or a damaged one.
 
@@ -100,13 +105,15 @@ class ColmapDatabase:
         path: str | Path,
         *,
         camera: str = "auto",
+        shared: Mapping[str, Any] | None = None,
         write: bool = False,
         overwrite: bool = False,
     ):
         self.path = Path(path)
         self._colmap = require_pycolmap()
         self._known = self._known_camera(camera)
-        self._single = camera != "auto"
+        self._single = camera not in ("auto", "per-image")
+        self._shared = dict(shared or {}) if camera == "auto" else {}
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
         self._free_bytes = 0
@@ -128,7 +135,7 @@ class ColmapDatabase:
             require_space(self.path.parent, TRANSACTION_BYTES)
         try:
             self._database = self._colmap.Database.open(self.path)
-            self._ids = {image.name: image.image_id for image in self._database.read_all_images()}
+            images = self._database.read_all_images()
         except (RuntimeError, ValueError) as error:
             if not overwrite:
                 raise DataError(
@@ -137,14 +144,21 @@ class ColmapDatabase:
                 ) from error
             self._remove()
             self._open(overwrite=False)
+            return
+        self._ids = {image.name: image.image_id for image in images}
+        self._cameras = {
+            self._shared[image.name]: image.camera_id
+            for image in images
+            if image.name in self._shared
+        }
 
     def _remove(self) -> None:
         for end in ("", "-wal", "-shm"):
             self.path.with_name(self.path.name + end).unlink(missing_ok=True)
 
     def _known_camera(self, camera: str) -> Any:
-        """Camera of ``MODEL:p1,p2,...``; None for ``auto`` and ``single``."""
-        if camera in ("auto", "single"):
+        """Camera of ``MODEL:p1,p2,...``; None for ``CAMERAS``."""
+        if camera in CAMERAS:
             return None
         model, _, numbers = camera.partition(":")
         names = sorted(set(self._colmap.CameraModelId.__members__) - {"INVALID"})
@@ -154,7 +168,7 @@ class ColmapDatabase:
             values = []
         if model not in names or not values:
             raise ValueError(
-                "camera must be auto, single or MODEL:p1,p2,... with MODEL one of "
+                f"camera must be {', '.join(CAMERAS)} or MODEL:p1,p2,... with MODEL one of "
                 f"{', '.join(names)}; got {camera!r}"
             )
         known = self._colmap.Camera(model=model, width=1, height=1, params=values)
@@ -194,6 +208,7 @@ class ColmapDatabase:
         with self._writing():
             self._database.clear_all_tables()
         self._ids.clear()
+        self._cameras.clear()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -296,6 +311,8 @@ class ColmapDatabase:
             if descriptors is not None:
                 self._database.write_descriptors(image_id, descriptors)
         self._ids[name] = image_id
+        if name in self._shared and camera is not None:
+            self._cameras[self._shared[name]] = camera.camera_id
         return _digest(table, None if descriptors is None else descriptors.data)
 
     def digest(self, name: str) -> str:
@@ -394,6 +411,10 @@ class ColmapDatabase:
                     f"{camera.height}; use camera 'auto'"
                 )
             return camera
+        if not replaced and (number := self._cameras.get(self._shared.get(name))) is not None:
+            camera = self._database.read_camera(number)
+            if (camera.width, camera.height) == size:
+                return camera
         if self._known is not None:
             camera = self._colmap.Camera(self._known.todict())
             camera.width, camera.height = size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,6 +62,7 @@ def create_features(
     folder: Path,
     *,
     camera: str = "auto",
+    shared: Mapping[str, Any] | None = None,
     half: bool = False,
     overwrite: bool = False,
 ) -> FeatureStore:
@@ -75,7 +76,11 @@ def create_features(
         return FeatureFile(folder / FILE_NAMES[form], write=True, half=half, overwrite=overwrite)
     if form == "colmap":
         return ColmapDatabase(
-            folder / FILE_NAMES[form], camera=camera, write=True, overwrite=overwrite
+            folder / FILE_NAMES[form],
+            camera=camera,
+            shared=shared,
+            write=True,
+            overwrite=overwrite,
         )
     return FeatureFolder(folder, write=True)
 

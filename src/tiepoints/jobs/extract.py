@@ -14,6 +14,7 @@ from typing import Any
 
 from ..decode import page_count
 from ..errors import DataError
+from ..exif import shared_cameras
 from ..extract import ExtractOptions, Extractor, recorded_precision
 from ..files import Task, collect, is_disk_full
 from ..formats.colmap import ColmapDatabase
@@ -145,7 +146,8 @@ def extract_images(
         images: files, folders and patterns (``files.collect``).
         format: ``npy``, ``h5`` (hloc) or ``colmap``.
         list_file: text file with one image path per line, below ``root``.
-        camera: camera of a COLMAP database, see ``ColmapDatabase``.
+        camera: of a COLMAP database: ``auto`` (``exif.shared_cameras``), ``per-image``, or as that
+            of ``ColmapDatabase``.
         half: store descriptors as float16 (``h5``).
         masks: folder of masks ``NAME.png`` or ``NAME.EXT.png`` (as COLMAP's) for ``NAME.EXT``; no
             keypoints where they are 0.
@@ -190,7 +192,12 @@ def extract_images(
             store: FeatureStore
             if shard is None or format == "npy":
                 store = create_features(
-                    format, output, camera=camera, half=half, overwrite=overwrite
+                    format,
+                    output,
+                    camera=camera,
+                    shared=camera_keys(camera, found.tasks) if format == "colmap" else None,
+                    half=half,
+                    overwrite=overwrite,
                 )
             else:
                 path = shard.path(results)
@@ -222,6 +229,13 @@ def extract_images(
             shards.remove({str(task.relative) for task in tasks})
     report.failed = found.refused + report.failed
     return report
+
+
+def camera_keys(camera: str, tasks: Iterable[Task]) -> dict[str, Any]:
+    """Keys of the images that share a camera in a database, see ``ColmapDatabase``."""
+    if camera != "auto":
+        return {}
+    return shared_cameras({str(task.relative): task.source for task in tasks})
 
 
 def mask_settings(masks: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ LOSS_SCALE, KEPT_RESIDUAL = 2.0, 10.0
 ROBUST_ROUNDS, MIN_ANGLE = 2, 1.5
 #: A round ends when the loss falls by less than this fraction.
 TOLERANCE = 1e-5
+#: Images with unknown focal lengths are not of one camera if cameras of their own reduce the median
+#: residual below this share. It is 0.8 to 1 for images of one camera, 0.3 to 0.7 for zoom lenses.
+#: The largest of their focal lengths is then at least this factor above the smallest.
+SEPARATE_SHARE, SEPARATE_FACTOR = 0.7, 1.05
 #: Color of the positions of the cameras in ``model.ply``.
 CAMERA_COLOR = (255, 0, 0)
 #: Bytes of a model per 2D and 3D point, at most.
@@ -110,10 +115,11 @@ def map_images(
     """Run COLMAP's mapper with its default options on a database of verified matches.
 
     The incremental mapper draws its first pair at random and sometimes stops early; it starts again
-    if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images. Of views that hardly
-    determine the focal length, its estimate may diverge: if images are missing then, or a focal
-    length is implausible, and there are at most ``FEW_IMAGES``, they are mapped with the cameras as
-    they are in the database, which are refined at the end.
+    if its largest model has fewer than ``SUFFICIENT_SHARE`` of the images. If any of at most
+    ``FEW_IMAGES`` images are missing, it starts once more, and the models with more images, or with
+    more observations of as many, are kept. Of views that hardly determine the focal length, its
+    estimate may diverge: if images are missing then, or a focal length is implausible, they are
+    mapped with the cameras as they are in the database, which are refined at the end.
 
     Args:
         database: ``.db`` file.
@@ -138,16 +144,24 @@ def map_images(
             best = models
         if images is None or (best and best[0].num_reg_images() >= SUFFICIENT_SHARE * len(images)):
             break
-    if again and images is not None and len(images) <= FEW_IMAGES:
-        implausible = any(map(implausible_focal_lengths, best))
-        if implausible or len(_names(best)) < len(images):
-            models = _map_once(
-                database, work, options, options.seed, images, progress, refine=False
-            )
-            models = _largest_first(models)
-            if len(_names(models)) > len(_names(best)) - implausible:
-                best = [_refined(model) for model in models]
+    if not again or images is None or len(images) > FEW_IMAGES:
+        return best
+    if best and len(_names(best)) < len(images):
+        models = _largest_first(_map_once(database, work, options, seed + 1, images, progress))
+        best = max(best, models, key=_explained)
+    implausible = any(map(implausible_focal_lengths, best))
+    if implausible or len(_names(best)) < len(images):
+        models = _largest_first(
+            _map_once(database, work, options, options.seed, images, progress, refine=False)
+        )
+        if len(_names(models)) > len(_names(best)) - implausible:
+            best = [_refined(model) for model in models]
     return best
+
+
+def _explained(models: list[Any]) -> tuple[int, int]:
+    """Number of images in models, and number of their observations."""
+    return len(_names(models)), sum(model.compute_num_observations() for model in models)
 
 
 def implausible_focal_lengths(model: Any) -> list[str]:
@@ -237,6 +251,54 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
         )
     seen = all(adjusted.image(image).num_points3D for image in adjusted.reg_image_ids())
     return model if not seen or _diverged(model, adjusted) else adjusted
+
+
+def separate_cameras(model: Any, threads: int = -1) -> Any:
+    """The model with a camera for each image, adjusted robustly, if its images turn out to be not
+    of one camera and zoom, as ``exif.shared_cameras`` assumes.
+
+    Args:
+        model: a ``pycolmap.Reconstruction`` after ``adjust_robustly``; it is not changed. Cameras
+            with a known focal length stay shared.
+        threads: -1: all.
+
+    Returns:
+        another ``pycolmap.Reconstruction``; or ``model``, if cameras of their own hardly differ or
+        hardly reduce the residuals (``SEPARATE_SHARE``).
+    """
+    count = Counter(model.image(image).camera_id for image in model.reg_image_ids())
+    shared = {
+        number
+        for number, images in count.items()
+        if images > 1 and not model.camera(number).has_prior_focal_length
+    }
+    if not shared:
+        return model
+    separate = adjust_robustly(_with_own_cameras(model, shared), threads)
+    focal = [camera.mean_focal_length() for camera in separate.cameras.values()]
+    differ = max(focal) > SEPARATE_FACTOR * min(focal)
+    better = _median_residual(separate) < SEPARATE_SHARE * _median_residual(model)
+    return separate if differ and better else model
+
+
+def _with_own_cameras(model: Any, shared: set[int]) -> Any:
+    """A copy of a model with copies of the cameras ``shared``, one for each image."""
+    colmap = require_pycolmap()
+    first = max(model.cameras) + 1
+    result = colmap.Reconstruction()
+    for number in sorted(model.reg_image_ids()):
+        given = model.image(number)
+        camera = colmap.Camera(model.camera(given.camera_id).todict())
+        if given.camera_id in shared:
+            camera.camera_id = first + number
+        if camera.camera_id not in result.cameras:
+            result.add_camera_with_trivial_rig(camera)
+        image = colmap.Image(name=given.name, camera_id=camera.camera_id, image_id=number)
+        image.points2D = [colmap.Point2D(point.xy) for point in given.points2D]
+        result.add_image_with_trivial_frame(image, given.cam_from_world())
+    for point in model.points3D.values():
+        result.add_point3D(point.xyz, point.track, point.color)
+    return result
 
 
 def _median_residual(model: Any) -> float:

@@ -64,6 +64,7 @@ from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
 from .extract import (
     ExtractReport,
+    camera_keys,
     check_store,
     counted_pages,
     extract_to_store,
@@ -614,7 +615,7 @@ def match_images(
             written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
-        camera: see ``ColmapDatabase``.
+        camera: see ``extract_images``.
         masks, pages: see ``extract_images``.
         workers: see ``extract_images`` and, of the pairs, ``pair_workers.PairRunner``.
         shard: match only this part of the pairs of stored ``features``, as one of several jobs, to
@@ -941,7 +942,13 @@ def _extract_source(
     if output.suffix == ".db":
         refuse_rotation(extraction)
         store = stack.enter_context(
-            ColmapDatabase(output, camera=storing.camera, write=True, overwrite=storing.overwrite)
+            ColmapDatabase(
+                output,
+                camera=storing.camera,
+                shared=camera_keys(storing.camera, tasks),
+                write=True,
+                overwrite=storing.overwrite,
+            )
         )
         settings["camera"] = storing.camera
     else:

@@ -22,7 +22,6 @@ import numpy as np
 
 from ..datasets.reconstructions import IMAGE_FOLDER
 from ..errors import DataError, first_line
-from ..exif import read_camera
 from ..extract import ExtractOptions
 from ..files import Lock, Task, collect, is_disk_full, write_json, write_text
 from ..filters import fitting_size, laplacian_variance, reduce
@@ -36,6 +35,7 @@ from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
     LOSS_SCALE,
+    SEPARATE_SHARE,
     MapOptions,
     Model,
     ModelStatistics,
@@ -45,6 +45,7 @@ from .mapping import (
     map_images,
     median_angle,
     read_model,
+    separate_cameras,
     write_models,
     write_ply,
 )
@@ -105,8 +106,7 @@ class ReconstructOptions:
             limit.
         pairs: a method of ``names.PAIR_METHODS``, or a file with a list of pairs.
         neighbors: number of neighbors per image, instead of that of ``quality``.
-        camera: ``auto``: one camera if the EXIF of all photographs names the same and for videos,
-            else one per image; ``single``; or ``MODEL:p1,p2,...`` (``ColmapDatabase``).
+        camera: see ``extract_images``; of videos, ``auto`` is ``single``.
         masks: folder of masks, see ``extract_images``.
         mapper: ``incremental`` or ``global``.
         fps: frames per second of a video.
@@ -173,7 +173,8 @@ class Summary:
         registered: number of images in the largest model.
         models: statistics of each model in ``sparse/0``, ``sparse/1``, ...
         pairs: how many pairs were chosen, matched and verified, and why these.
-        camera: as ``ReconstructOptions.camera``, after ``auto`` has been decided.
+        camera: as ``ReconstructOptions.camera``.
+        cameras: number of cameras of the images with features.
         unregistered: (image, reason) of images that are not in the largest model.
         failed: (image or pair, reason) of what could not be used.
         warnings: what users should know about the model.
@@ -188,6 +189,7 @@ class Summary:
     models: list[ModelStatistics] = field(default_factory=list)
     pairs: dict[str, Any] = field(default_factory=dict)
     camera: str = ""
+    cameras: int = 0
     unregistered: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -262,6 +264,7 @@ class _Reconstruction:
         with self._stage("check"), ColmapDatabase(self.database) as database:
             graph = read_graph(database, self.files)
         summary.images = len(graph.keypoints)
+        summary.camera, summary.cameras = self.camera, len(set(graph.cameras.values()))
         summary.pairs["verified"] = len(graph.inliers)
         self._check(graph)
         with self._stage("map"):
@@ -280,7 +283,8 @@ class _Reconstruction:
                     list(graph.keypoints),
                     graph.pairs,
                     max_size=self.options.extraction().max_size,
-                    camera=summary.camera,
+                    camera=self.camera,
+                    groups=graph.cameras,
                     mapping=self.options.mapping(),
                     progress=self.progress,
                 )
@@ -339,20 +343,7 @@ class _Reconstruction:
         found = collect(self.arguments, root=self.root, inside=True)
         self.tasks: list[Task] = found.tasks
         self.files = {str(task.relative): task.source for task in found.tasks}
-        self.camera = self.options.camera
-        if self.camera == "auto":
-            self.camera = "single" if camera == "single" or self._same_camera() else "auto"
-        self.summary.camera = self.camera
-
-    def _same_camera(self) -> bool:
-        """Whether the EXIF of all images names the same camera, size and focal length."""
-        first: Any = None
-        for file in self.files.values():
-            camera = read_camera(file)
-            first = first or camera
-            if camera is None or camera != first:
-                return False
-        return len(self.files) > 1
+        self.camera = camera if self.options.camera == "auto" else self.options.camera
 
     # ---- features and matches
 
@@ -413,6 +404,7 @@ class _Reconstruction:
             **asdict(self.options.mapping()),
             "matches": graph.digest,
             "adjusted": [LOSS_SCALE, KEPT_RESIDUAL],
+            "separated": SEPARATE_SHARE if self.options.camera == "auto" else None,
         }
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
@@ -432,7 +424,7 @@ class _Reconstruction:
             progress=self.progress,
         )
         bar = track(models, unit="model", label="adjust", enabled=self.progress)
-        models = [adjust_robustly(model, self.options.threads) for model in bar]
+        models = [self._adjusted(model) for model in bar]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
@@ -444,6 +436,11 @@ class _Reconstruction:
         write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
         write_json(settings, {**record, "models": len(models)})
         return models
+
+    def _adjusted(self, model: Any) -> Any:
+        threads = self.options.threads
+        model = adjust_robustly(model, threads)
+        return separate_cameras(model, threads) if self.options.camera == "auto" else model
 
     def _color(self, models: list[Any]) -> tuple[Model, np.ndarray, dict[str, Any]]:
         """Colors of all models; arrays, colors and previews of the first."""
@@ -516,6 +513,15 @@ class _Reconstruction:
             summary.warnings.append(
                 f"the rays of a point meet at {summary.angle:.1f} degrees (median), so depths are "
                 "uncertain; take photographs from more different positions"
+            )
+        used = {models[0].image(image).camera_id for image in models[0].reg_image_ids()}
+        if len(used) > len({graph.cameras[name] for name in arrays.views}):
+            focal = [models[0].camera(number).mean_focal_length() for number in used]
+            summary.cameras = len(used)
+            summary.warnings.append(
+                f"the images are not of one camera and zoom: focal lengths from {min(focal):.0f} "
+                f"to {max(focal):.0f} pixels, so each has a camera of its own; if images are "
+                "missing, use --camera per-image"
             )
         if wrong := implausible_focal_lengths(models[0]):
             summary.warnings.append(
@@ -599,6 +605,7 @@ class Graph:
         keypoints: image -> number of its keypoints.
         pairs: the pairs that were matched.
         inliers: pair -> number of its verified matches, if there are some.
+        cameras: image -> number of its camera.
         digest: of keypoints, cameras and verified matches.
         still: share (0..1) of the verified matches in pairs that show no parallax.
         moved: median displacement of the verified matches, in units of the longest side.
@@ -607,6 +614,7 @@ class Graph:
     keypoints: dict[str, int]
     pairs: list[tuple[str, str]]
     inliers: dict[tuple[str, str], int]
+    cameras: dict[str, int]
     digest: str
     still: float
     moved: float
@@ -649,6 +657,7 @@ def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
         {name: len(xy) for name, xy in positions.items()},
         pairs,
         {pair: len(index) for pair, index in inliers.items()},
+        {name: camera.camera_id for name, camera in cameras.items()},
         json_digest(digests),
         still,
         moved,

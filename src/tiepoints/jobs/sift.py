@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ def compare_sift(
     *,
     max_size: int | None,
     camera: str,
+    groups: Mapping[str, Any],
     mapping: MapOptions,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -35,6 +38,7 @@ def compare_sift(
             pairs does not support.
         max_size: longest side of the processed images.
         camera: see ``ColmapDatabase``.
+        groups: name -> key, the same for images that share a camera; others have their own.
 
     Returns:
         ``models``, the statistics of each model; ``registered``, ``seconds`` and, if COLMAP failed,
@@ -46,6 +50,7 @@ def compare_sift(
         "pairs": json_digest(pairs),
         "max_size": max_size,
         "camera": camera,
+        "groups": json_digest(sorted(groups.items())),
         **asdict(mapping),
     }
     result = folder / "summary.json"
@@ -58,7 +63,9 @@ def compare_sift(
         database.with_name(database.name + end).unlink(missing_ok=True)
     started = time.monotonic()
     try:
-        found = _reconstruct(database, root, names, pairs, max_size, camera, mapping, progress)
+        found = _reconstruct(
+            database, root, names, pairs, max_size, camera, groups, mapping, progress
+        )
     except (RuntimeError, ValueError, DataError) as error:
         return {"models": [], "registered": 0, "seconds": 0.0, "error": first_line(error)}
     write_models(found, folder / "sparse")
@@ -80,6 +87,7 @@ def _reconstruct(
     pairs: list[tuple[str, str]],
     max_size: int | None,
     camera: str,
+    groups: Mapping[str, Any],
     mapping: MapOptions,
     progress: bool,
 ) -> list[Any]:
@@ -89,19 +97,23 @@ def _reconstruct(
     extraction.max_image_size = max_size or -1
     extraction.num_threads = mapping.threads
     reader = colmap.ImageReaderOptions()
-    mode = colmap.CameraMode.AUTO
-    if camera != "auto":
-        mode = colmap.CameraMode.SINGLE
-        model, _, numbers = camera.partition(":")
-        if numbers:
-            reader.camera_model, reader.camera_params = model, numbers
+    model, _, numbers = camera.partition(":")
+    if numbers:
+        reader.camera_model, reader.camera_params = model, numbers
+    members: dict[Any, list[str]] = defaultdict(list)
+    for name in names:
+        members[groups.get(name, name)].append(name)
+    mode = colmap.CameraMode.SINGLE
+    if len(members) == len(names):  # read at once
+        members, mode = {"": names}, colmap.CameraMode.PER_IMAGE
     matching = colmap.FeatureMatchingOptions()
     matching.num_threads = mapping.threads
     with (
         quiet_colmap(colmap),
         Progress(2, unit="step", label="SIFT", enabled=progress) as bar,
     ):
-        colmap.extract_features(database, root, names, mode, reader, extraction)
+        for group in members.values():
+            colmap.extract_features(database, root, group, mode, reader, extraction)
         bar.update()
         if any(character.isspace() for name in names for character in name):
             colmap.match_exhaustive(database, matching)

@@ -90,7 +90,7 @@ def render(scene: Scene) -> str:
             ("reprojection error", f"{first['error']:.2f} px"),
             ("angle between rays", f"{summary['angle']:.1f} degrees (median)"),
             ("pairs", f"{summary['pairs']['verified']} of {summary['pairs']['chosen']} verified"),
-            ("camera", _camera_text(summary["camera"])),
+            ("camera", _camera_text(summary["camera"], summary["cameras"], summary["images"])),
             ("time", ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds"].items() if v >= 1)),
         ],
         summary=[f"{text}.", *map(_sentence, summary["warnings"])],
@@ -103,9 +103,12 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _camera_text(camera: str) -> str:
-    known = {"auto": "one per image", "single": "one for all images"}
-    return known.get(camera, camera)
+def _camera_text(camera: str, count: int, images: int) -> str:
+    if ":" in camera:  # known intrinsics
+        return camera
+    if count == 1:
+        return "one for all images"
+    return "one per image" if count == images else f"{count} for {images} images"
 
 
 # ---- 3D view
