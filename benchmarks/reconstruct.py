@@ -1,7 +1,7 @@
 """Photographs to a model: `tiepoints reconstruct` beside COLMAP's SIFT and the features of others.
 
     python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--systems default,fast,sift-1600,xfeat] \\
-        --out FILE.json
+        [--every K] --out FILE.json
 
 Systems: a quality of `tiepoints reconstruct`; ``sift-N``, COLMAP's SIFT with its defaults and at
 most N pixels per side; ``xfeat`` and ``aliked-n16`` (``peers.py``) with mutual nearest neighbors;
@@ -10,8 +10,13 @@ All use COLMAP's verification and incremental mapper, once, on all cores that th
 Each runs in a process of its own. The time of processor is that of all its threads and processes
 without the imports, so that, unlike the elapsed time, it hardly depends on what else runs.
 
+All systems share cameras between images as CAMERA says (`docs/formats.md`).
+
 The cameras of Strecha's scenes are surveyed: the model is aligned with them by a similarity, and
-the distances between camera centers are reported in meters. Other rows of FILE.json are kept.
+the distances between camera centers are reported in meters. With `--every`, every K-th of the
+images of a COLMAP model next to FOLDER is used; their distances from the cameras of that model are
+reported in percent of the median distance of a camera from the nearest one. Other rows of FILE.json
+are kept.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ import torch
 import tiepoints
 from common import machine
 from tiepoints.datasets.posed import STRECHA_CAMERAS, surveyed_cameras
+from tiepoints.datasets.reconstructions import find_models
 from tiepoints.errors import DataError
 from tiepoints.exif import shared_cameras
 from tiepoints.files import collect, write_json
@@ -50,8 +56,23 @@ SYSTEMS = "default,fast,sift-1600"
 MAX_SIZE = 1600
 
 
-def measure(system: str, folder: Path, camera: str) -> dict[str, Any]:
+def measure(system: str, folder: Path, camera: str, every: int = 1) -> dict[str, Any]:
     """Reconstruct the photographs of a folder with one system."""
+    truth = _surveyed(folder) if every == 1 else _modeled(folder, every)
+    data = folder.parent.name if folder.name == "images" else folder.name
+    with tempfile.TemporaryDirectory() as links:
+        if every > 1:
+            for task in collect([folder], root=folder, inside=True).tasks:
+                if task.path.name in truth:
+                    (Path(links) / task.path.name).symlink_to(task.path.resolve())
+            folder = Path(links)
+        return {"data": data, "every": every, **_measure(system, folder, camera, truth)}
+
+
+def _measure(
+    system: str, folder: Path, camera: str, truth: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The row of a system; with ``truth``, positions of the cameras by the names of the images."""
     found = collect([folder], root=folder, inside=True)
     images = {str(task.relative): task.path for task in found.tasks}
     run: Callable[..., tuple[Any, dict[str, Any]]]
@@ -70,13 +91,12 @@ def measure(system: str, folder: Path, camera: str) -> dict[str, Any]:
         elapsed, used = time.perf_counter() - started, _processor_seconds() - before
     statistics = asdict(ModelStatistics.of(model)) if model is not None else {"images": 0}
     return {
-        "data": folder.parent.name if folder.name == "images" else folder.name,
         "system": system,
         "camera": camera,
         "images": len(images),
         "registered": statistics.pop("images"),
         **statistics,
-        **_camera_errors(model, folder),
+        **_camera_errors(model, truth),
         "elapsed_s": round(elapsed, 1),
         "processor_s": round(used, 1),
         "seconds": seconds,
@@ -116,12 +136,19 @@ def _sift(
         list(combinations(sorted(images), 2)),
         max_size=int(system.removeprefix("sift-")),
         camera=camera,
-        groups=shared_cameras(images) if camera == "auto" else dict.fromkeys(images, 0),
+        groups=_groups(images, camera),
         mapping=MapOptions(),
     )
     if not found["models"]:
         return None, {}
     return require_pycolmap().Reconstruction(work / "sparse" / "0"), {}
+
+
+def _groups(images: dict[str, Path], camera: str) -> dict[str, Any]:
+    """Keys of the images that share a camera, for all systems the same."""
+    if camera == "per-image":
+        return {}
+    return shared_cameras(images) if camera == "auto" else dict.fromkeys(images, 0)
 
 
 def _peer(name: str) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -138,7 +165,7 @@ def _peer(name: str) -> Callable[..., tuple[Any, dict[str, Any]]]:
         seconds["extract"], started = time.perf_counter() - started, time.perf_counter()
         pairs = list(combinations(sorted(images), 2))
         path = work / "database.db"
-        shared = shared_cameras(images)
+        shared = _groups(images, camera)
         with ColmapDatabase(path, camera=camera, shared=shared, write=True) as database:
             for image, file in images.items():
                 database.write(image, replace(features[image], descriptors=None), file)
@@ -154,27 +181,43 @@ def _peer(name: str) -> Callable[..., tuple[Any, dict[str, Any]]]:
     return run
 
 
-# ---- surveyed cameras
+# ---- known cameras
 
 
-def _camera_errors(model: Any, folder: Path) -> dict[str, float]:
-    """Distances in meters between registered and surveyed camera centers after an alignment; empty
-    if the cameras were not surveyed, or fewer than three are registered.
-    """
-    scene = folder.parent
-    if model is None or not (scene / STRECHA_CAMERAS).is_dir():
+def _surveyed(folder: Path) -> dict[str, np.ndarray]:
+    """Image -> surveyed position of the camera in meters; empty if it was not surveyed."""
+    if not (folder.parent / STRECHA_CAMERAS).is_dir():
         return {}
-    truth = {
-        image.name: (-T[:3, :3].T @ T[:3, 3]).numpy()
-        for image, (_, T) in surveyed_cameras(scene)[0].items()
-    }
-    registered = [model.image(image) for image in model.reg_image_ids()]
+    cameras = surveyed_cameras(folder.parent)[0]
+    return {image.name: (-T[:3, :3].T @ T[:3, 3]).numpy() for image, (_, T) in cameras.items()}
+
+
+def _modeled(folder: Path, every: int) -> dict[str, np.ndarray]:
+    """Every few images of the COLMAP model next to their folder -> position of the camera."""
+    model = require_pycolmap().Reconstruction(find_models(folder.parent)[0][0])
+    images = [model.image(number) for number in model.reg_image_ids()]
+    images.sort(key=lambda image: image.name)
+    return {Path(image.name).name: image.projection_center() for image in images[::every]}
+
+
+def _camera_errors(model: Any, truth: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean and largest distance between camera centers and ``truth`` after an alignment, and the
+    mean relative to the distance between neighbors; empty if fewer than three are known.
+    """
+    registered = [] if model is None else [model.image(image) for image in model.reg_image_ids()]
     common = [image for image in registered if image.name in truth]
     if len(common) < 3:
         return {}
     found = np.array([image.projection_center() for image in common])
-    errors = aligned_distances(found, np.array([truth[image.name] for image in common]))
-    return {"camera_error_m": float(errors.mean()), "camera_error_max_m": float(errors.max())}
+    true = np.array([truth[image.name] for image in common])
+    errors = aligned_distances(found, true)
+    apart = np.linalg.norm(true[:, None] - true, axis=2)
+    np.fill_diagonal(apart, np.inf)
+    return {
+        "camera_error_m": float(errors.mean()),
+        "camera_error_max_m": float(errors.max()),
+        "camera_error_percent": float(100 * errors.mean() / np.median(apart.min(axis=1))),
+    }
 
 
 def aligned_distances(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -201,17 +244,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="folders of photographs; :single for a shared camera, see docs/formats.md",
     )
     parser.add_argument("--systems", default=SYSTEMS, help="comma-separated")
+    parser.add_argument("--every", type=int, default=1, help="use every K-th image of a model")
     parser.add_argument("--out", type=Path, help="results; without, one row is printed as JSON")
     args = parser.parse_args(argv)
     if args.out is None:
         folder, _, camera = args.folders[0].partition(":")
-        print(json.dumps(measure(args.systems, Path(folder), camera or "auto")))
+        print(json.dumps(measure(args.systems, Path(folder), camera or "auto", args.every)))
         return
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
         for system in args.systems.split(","):
             # a process of its own: memory, and the processor's time
             command = [sys.executable, __file__, given, "--systems", system]
+            command += ["--every", str(args.every)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             rows = [other for other in rows if _key(other) != _key(row)] + [row]
@@ -220,24 +265,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["data"], row["camera"], row["system"]
+    return row["data"], str(row.get("every", 1)), row["camera"], row["system"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the rows."""
     lines = [
-        "| photographs | system | images | points | track length | reprojection error px | "
-        "camera error cm | minutes of processor | minutes |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| photographs | cameras | system | images | points | track length | "
+        "reprojection error px | camera error | minutes of processor | minutes |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        cells = [row["data"], row["system"], f"{row['registered']} of {row['images']}"]
+        every = row.get("every", 1)
+        name = row["data"] if every == 1 else f"{row['data']} 1/{every}"
+        cells = [name, row["camera"], row["system"], f"{row['registered']} of {row['images']}"]
         if row["registered"]:
             cells += [f"{row['points']:,}", f"{row['track_length']:.2f}", f"{row['error']:.2f}"]
         else:
             cells += ["", "", ""]
-        error = row.get("camera_error_m")
-        cells.append("" if error is None else f"{100 * error:.1f}")
+        cells.append("")
+        if "camera_error_m" in row:
+            meters, percent = row["camera_error_m"], row.get("camera_error_percent")
+            cells[-1] = f"{100 * meters:.1f} cm" if every == 1 else f"{percent:.1f} %"
         cells += [f"{row['processor_s'] / 60:.2f}", f"{row['elapsed_s'] / 60:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -11,8 +11,10 @@ be the same surface point.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -380,8 +382,8 @@ def refine_tracks(
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
     The reference of a track is its keypoint with the smallest scale, which has the most detail; the
-    others are aligned with it. The pyramids of at most ``CACHE_BYTES``, and of two images, are in
-    memory at a time.
+    others are aligned with it, in as many threads as torch uses. The pyramids of at most
+    ``CACHE_BYTES``, and of the pairs of images in work, are in memory at a time.
 
     Args:
         features: keypoints of each image.
@@ -395,10 +397,36 @@ def refine_tracks(
     pyramids = _Pyramids(features, image)
     aligned = _reference_pairs(_tracks(matches), features)
     aligned.sort(key=lambda entry: (sorted(entry[0]), entry[0]))  # both directions together
-    for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
-        chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
-        positions[b][index[:, 1]] = align(pyramids(a), chosen_a, pyramids(b), chosen_b).xy
+    count = torch.get_num_threads()
+    pending: deque[tuple[str, Tensor, Future[Alignment]]] = deque()
+
+    def store() -> None:
+        name, index, future = pending.popleft()
+        positions[name][index] = future.result().xy
+
+    # the maps are small: two threads for each operation take twice the time of the processors
+    with _one_thread_each(count) as pool:
+        for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
+            chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
+            future = pool.submit(align, pyramids(a), chosen_a, pyramids(b), chosen_b)
+            pending.append((b, index[:, 1], future))
+            if len(pending) > 2 * count:
+                store()
+        while pending:
+            store()
     return positions
+
+
+@contextmanager
+def _one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
+    """A pool of threads, in each of which torch computes with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _reference_pairs(
