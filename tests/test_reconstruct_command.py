@@ -253,10 +253,10 @@ def test_gps_positions_of_the_exif(tmp_path):
 
 
 def test_cameras_are_known_by_their_exif(tmp_path):
-    def photo(name: str, model: str, focal: float, size: tuple[int, int] = (64, 48)) -> Path:
+    def photo(name: str, model: str, focal: float | dict, size: tuple[int, int] = (64, 48)) -> Path:
         exif = Image.Exif()
         exif[0x010F], exif[0x0110] = "Maker", model
-        exif.get_ifd(0x8769)[0x920A] = focal
+        exif.get_ifd(0x8769).update(focal if isinstance(focal, dict) else {0x920A: focal})
         texture(0, size).save(tmp_path / name, exif=exif)
         return tmp_path / name
 
@@ -270,15 +270,18 @@ def test_cameras_are_known_by_their_exif(tmp_path):
         return {"".join(n for n in keys if keys[n] == key) for key in keys.values()}
 
     a, b = photo("a.jpg", "M", 4.25), photo("b.jpg", "M", 4.25)
-    assert read_camera(a) == ("Maker", "M", 4.25)
+    assert read_camera(a) == ("Maker", "M", 4.25, None, None)
+    tags = {0x920A: 4.25, 0xA405: 26, 0xA404: 2.0}
+    assert read_camera(photo("zoom.jpg", "M", tags)) == ("Maker", "M", 4.25, 26, 2)
     c, d, e = (
         photo("c.jpg", "N", 4.25),
         photo("d.jpg", "M", 5.0),
         photo("e.jpg", "M", 4.25, (48, 64)),
     )
-    assert shared(a=a, b=b, c=c, d=d, e=e) == {"ab", "c", "d", "e"}
+    z = photo("z.jpg", "M", {0x920A: 4.25, 0xA405: 52})  # another lens or crop of the phone
+    assert shared(a=a, b=b, c=c, d=d, e=e, z=z) == {"ab", "c", "d", "e", "z"}
     f, g, h = plain("f.jpg", (64, 48)), plain("g.jpg", (64, 48)), plain("h.jpg", (48, 64))
-    assert read_camera(f) == (None, None, None)
+    assert set(read_camera(f)) == {None}
     assert shared(f=f, g=g, h=h) == {"fg", "h"}
     assert shared(a=a, b=b, f=f, g=g) == {"ab", "fg"}
     # of many sizes: photographs of many people
@@ -654,8 +657,6 @@ def test_images_of_one_camera_share_it(result):
         np.testing.assert_allclose(
             own.image(number).projection_center(), model.image(number).projection_center()
         )
-    next(iter(model.cameras.values())).has_prior_focal_length = True
-    assert mapping.separate_cameras(model, 1) is model
 
 
 def test_robust_adjustment_of_a_point_behind_the_cameras(result):

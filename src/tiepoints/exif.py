@@ -66,26 +66,45 @@ def local_meters(positions: Iterable[Position]) -> np.ndarray:
     return np.stack([east * np.cos(np.radians(latitude.mean())), north], axis=1)
 
 
-def read_camera(path: str | Path) -> tuple[str | None, str | None, float | None]:
-    """Make, model and focal length in mm by the EXIF of a photograph, which identify camera and
-    zoom; None for what is missing.
+class CameraTags(NamedTuple):
+    """What the EXIF of a photograph says of camera and zoom; None for what is missing.
+
+    Attributes:
+        make, model: of the camera.
+        focal: focal length in mm.
+        equivalent: focal length in mm of the same field of view on 35 mm film; phones with
+            several lenses, or that crop, differ in it.
+        zoom: digital zoom ratio.
     """
+
+    make: str | None = None
+    model: str | None = None
+    focal: float | None = None
+    equivalent: float | None = None
+    zoom: float | None = None
+
+
+def read_camera(path: str | Path) -> CameraTags:
+    """Camera and zoom by the EXIF of a photograph."""
+    base = ExifTags.Base
     try:
         with no_pixel_limit(), Image.open(split_page(path)[0]) as photo:
-            exif = photo.getexif()
-            focal = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLength)
-        make, model = exif.get(ExifTags.Base.Make), exif.get(ExifTags.Base.Model)
-        return make, model, None if focal is None else round(float(focal), 3)
+            tags = photo.getexif()
+            more = tags.get_ifd(ExifTags.IFD.Exif)
+        wanted = base.FocalLength, base.FocalLengthIn35mmFilm, base.DigitalZoomRatio
+        found = (more.get(tag) for tag in wanted)
+        numbers = (None if value is None else round(float(value), 3) for value in found)
+        return CameraTags(tags.get(base.Make), tags.get(base.Model), *numbers)
     except Exception:  # see read_position
-        return None, None, None
+        return CameraTags()
 
 
 def shared_cameras(files: Mapping[str, Path]) -> dict[str, tuple[Any, ...]]:
     """Which images are taken for images of one camera and zoom.
 
-    These are images of one size with the same make, model and focal length in their EXIF. Images
-    without a focal length are, too, if all of them have one size, up to their orientation, as
-    exported by one program; photographs of many people have many sizes.
+    These are images of one size with the same ``CameraTags``. Images without a focal length are,
+    too, if all of them have one size, up to their orientation, as exported by one program;
+    photographs of many people have many sizes.
 
     Args:
         files: name -> image.
@@ -102,6 +121,7 @@ def shared_cameras(files: Mapping[str, Path]) -> dict[str, tuple[Any, ...]]:
         except (OSError, DataError):
             continue  # the extraction reports it
         camera = read_camera(file)
-        (unknown if camera[-1] is None else known)[name] = (*size, *camera)
+        plain = camera.focal is None and camera.equivalent is None
+        (unknown if plain else known)[name] = (*size, *camera)
     sizes = {tuple(sorted(key[:2])) for key in unknown.values()}
     return known | unknown if len(sizes) == 1 else known
