@@ -12,7 +12,7 @@ import tiepoints
 from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient
 from tiepoints.cli import app
 from tiepoints.deformation import UNDEFORMED
-from tiepoints.describe import PatchDescriptor
+from tiepoints.describe import DenseDescriptor, PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
 from tiepoints.jobs.match import MatchOptions, match_two
@@ -74,6 +74,29 @@ def test_rotated_and_oblique_photographs_are_matched_by_a_dense_network(max_size
         assert correct(found, a, turn @ H) > 45
         assert correct(found, a, turn @ H) > 1.4 * correct(plain, a, turn @ H)
         assert torch.equal(found.b.xy, b.xy)
+
+
+def test_a_dense_network_describes_an_image_once_for_a_rotation(photo, monkeypatch):
+    dense = tiepoints.build("sobelnet", "desnet", num_keypoints=600, device="cpu")
+    turn = rotation_about(95, 256)
+    rotated = warp_image(photo[None, None], turn[None].float(), padding="border")[0, 0]
+    a, b = dense.extract([photo, rotated])
+    seen = []
+    describe = DenseDescriptor.describe_deformed
+
+    def counted(self, pyramid, keypoints, deformation):
+        seen.append((len(keypoints), round(math.degrees(deformation.rotation))))
+        return describe(self, pyramid, keypoints, deformation)
+
+    monkeypatch.setattr(DenseDescriptor, "describe_deformed", counted)
+    matcher = PairMatcher(dense)
+    found = matcher(a, b, rotated, "b")
+    # all keypoints at each rotation of the search, one of which is that of the pair
+    assert sorted(seen) == [(len(b), 45 * step) for step in range(1, 8)]
+    assert round(math.degrees(found.patches.rotation)) == 90
+    assert found.support > 100
+    assert matcher(a, b, rotated, "b").support == found.support
+    assert len(seen) == 7
 
 
 def test_upright_pair_is_unchanged_without_reading_images(photo, extractor):

@@ -47,7 +47,7 @@ VERIFIED_STEPS = 2
 #: Smallest rotation in radians, and smallest tilt, at which keypoints are described again; and the
 #: same of a dense network, which processes the whole image for it and has learned larger ones.
 MIN_ROTATION, MIN_TILT = math.radians(10), 1.3
-DENSE_ROTATION, DENSE_TILT = math.radians(20), 1.6
+DENSE_ROTATION, DENSE_TILT = SEARCH_STEP / 2, 1.6
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
@@ -120,8 +120,8 @@ class PairMatcher:
             )
         self.extractor, self.matcher = extractor, matcher
         describe = extractor.describe
-        dense = isinstance(describe, DenseDescriptor)
-        self._smallest = (DENSE_ROTATION, DENSE_TILT) if dense else (MIN_ROTATION, MIN_TILT)
+        self._dense = isinstance(describe, DenseDescriptor)
+        self._smallest = (DENSE_ROTATION, DENSE_TILT) if self._dense else (MIN_ROTATION, MIN_TILT)
         self._shaped = isinstance(describe, PatchDescriptor) and describe.shape_net is not None
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
@@ -181,7 +181,10 @@ class PairMatcher:
             change = measured.after(best.patches)
             if abs(change.rotation) < smallest_rotation and change.tilt < smallest_tilt:
                 break
-            deformed = self._described(a, best.b, image_b, key, measured.rounded())
+            patches = self._rounded(measured)
+            if patches == best.patches:
+                break
+            deformed = self._described(a, best.b, image_b, key, patches)
             # the support is 0 if chance explains the matches, so nothing is replaced then
             if deformed.support <= best.support:
                 break
@@ -193,10 +196,25 @@ class PairMatcher:
         matches = self.matcher(a, b)
         return Oriented(matches, b, patches, *geometric_support(a, b, matches))
 
+    def _rounded(self, measured: Deformation) -> Deformation:
+        """A deformation in steps; of a dense network, rotations in those of the search, for which
+        the image is described anyway.
+        """
+        if self._dense and measured.tilt < DENSE_TILT:
+            step = round(measured.rotation / SEARCH_STEP) % SEARCH_STEPS
+            return Deformation(step * SEARCH_STEP)
+        return measured.rounded()
+
     def _described(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, patches: Deformation
     ) -> Oriented:
         """Match with b described in patches of a rounded deformation."""
+        return self._verified(a, self._features(b, image_b, key, patches), patches)
+
+    def _features(
+        self, b: Features, image_b: ImageLike, key: str | None, patches: Deformation
+    ) -> Features:
+        """b described in patches of a rounded deformation."""
         cached = None if key is None else self._descriptions.get((key, patches))
         if cached is None or len(cached) != len(b):
             described = self._describe(b, image_b, key, patches)
@@ -204,7 +222,7 @@ class PairMatcher:
             cached = replace(described, descriptors=described.descriptors.half())
         if key is not None:
             _cache(self._descriptions, (key, patches), cached, DESCRIPTIONS)
-        return self._verified(a, cached, patches)
+        return cached
 
     def _search(
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, steps: list[int]
@@ -226,11 +244,14 @@ class PairMatcher:
         """The strongest keypoints of b, described at a rotation of the search."""
         result = None if key is None else self._searches.get((key, step))
         if result is None:
-            strongest = b[b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]]
+            strongest = b.score.argsort(descending=True, stable=True)[:SEARCH_KEYPOINTS]
             rotation = Deformation(step * SEARCH_STEP)
-            described = self._describe(strongest, image_b, key, rotation)
-            assert described.descriptors is not None
-            result = replace(described, descriptors=described.descriptors.half())
+            if self._dense:  # all keypoints take no longer
+                result = self._features(b, image_b, key, rotation)[strongest]
+            else:
+                described = self._describe(b[strongest], image_b, key, rotation)
+                assert described.descriptors is not None
+                result = replace(described, descriptors=described.descriptors.half())
         if key is not None:
             _cache(self._searches, (key, step), result, SEARCHES)
         return result
