@@ -21,6 +21,7 @@ from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position, shared_cameras
 from tiepoints.jobs import mapping
 from tiepoints.jobs.mapping import MapOptions, View, not_contained, write_models
+from tiepoints.jobs.reconstruct import Summary
 from tiepoints.jobs.sift import compare_sift
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
@@ -352,7 +353,7 @@ def test_report_quantizes_the_points_to_a_fraction_of_the_extent():
         for k in range(4)
     }  # fmt: skip
     scene = Scene(
-        "<x>", {}, points, np.zeros((501, 3), np.uint8), np.full(501, 3), views, {}, {}, {}
+        "<x>", {}, "", points, np.zeros((501, 3), np.uint8), np.full(501, 3), views, {}, {}, {}
     )
     data = _viewer_data(scene)
     grid = np.frombuffer(base64.b64decode(data["positions"]), "<u2").reshape(-1, 3)
@@ -641,6 +642,16 @@ def test_images_of_several_cameras_are_a_warning(result, monkeypatch):
         (text,) = [text for text in summary["warnings"] if "camera of its own" in text]
         assert "--camera per-image" in text
         assert summary["cameras"] == summary["registered"] == 5
+
+
+def test_shared_cameras_in_words():
+    def text(camera: str, cameras: int) -> str:
+        return Summary(images=9, registered=8, camera=camera, cameras=cameras).camera_text
+
+    assert text("auto", 1) == text("single", 1) == "one for all images"
+    assert text("auto", 8) == text("per-image", 8) == "one per image"
+    assert text("auto", 2) == "2 for 8 images"
+    assert text("PINHOLE:90,90,50,40", 1) == "PINHOLE:90,90,50,40"
 
 
 def test_images_of_one_camera_share_it(result):

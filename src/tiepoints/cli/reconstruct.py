@@ -115,6 +115,7 @@ def reconstruct(
 def _print(summary: Summary) -> None:
     pairs = summary.pairs
     typer.echo(f"pairs   {pairs['verified']} of {pairs['chosen']} verified ({pairs['reason']})")
+    typer.echo(f"camera  {summary.camera_text}")
     for index, model in enumerate(summary.models):
         typer.echo(
             f"model   {index}: {model.images} of {summary.images} images, {model.points} points, "

@@ -174,7 +174,7 @@ class Summary:
         models: statistics of each model in ``sparse/0``, ``sparse/1``, ...
         pairs: how many pairs were chosen, matched and verified, and why these.
         camera: as ``ReconstructOptions.camera``.
-        cameras: number of cameras of the images with features.
+        cameras: number of cameras of the largest model.
         unregistered: (image, reason) of images that are not in the largest model.
         failed: (image or pair, reason) of what could not be used.
         warnings: what users should know about the model.
@@ -202,6 +202,17 @@ class Summary:
     def complete(self) -> bool:
         """Whether all images are in one model."""
         return not self.unregistered and not self.failed
+
+    @property
+    def camera_text(self) -> str:
+        """Which images share a camera, in words."""
+        if ":" in self.camera:
+            return self.camera  # known intrinsics
+        if self.cameras == 1:
+            return "one for all images"
+        if self.cameras == self.registered:
+            return "one per image"
+        return f"{self.cameras} for {self.registered} images"
 
     def to_json(self) -> dict[str, Any]:
         """The summary as a JSON object."""
@@ -264,7 +275,7 @@ class _Reconstruction:
         with self._stage("check"), ColmapDatabase(self.database) as database:
             graph = read_graph(database, self.files)
         summary.images = len(graph.keypoints)
-        summary.camera, summary.cameras = self.camera, len(set(graph.cameras.values()))
+        summary.camera = self.camera
         summary.pairs["verified"] = len(graph.inliers)
         self._check(graph)
         with self._stage("map"):
@@ -515,13 +526,13 @@ class _Reconstruction:
                 "uncertain; take photographs from more different positions"
             )
         used = {models[0].image(image).camera_id for image in models[0].reg_image_ids()}
+        summary.cameras = len(used)
         if len(used) > len({graph.cameras[name] for name in arrays.views}):
             focal = [models[0].camera(number).mean_focal_length() for number in used]
-            summary.cameras = len(used)
             summary.warnings.append(
                 f"the images are not of one camera and zoom: focal lengths from {min(focal):.0f} "
-                f"to {max(focal):.0f} pixels, so each has a camera of its own; if images are "
-                "missing, use --camera per-image"
+                f"to {max(focal):.0f} pixels, so each has a camera of its own"
+                + ("; for the missing ones, use --camera per-image --overwrite" if missing else "")
             )
         if wrong := implausible_focal_lengths(models[0]):
             summary.warnings.append(
@@ -562,6 +573,7 @@ class _Reconstruction:
         scene = Scene(
             title=self.root.resolve().name or "reconstruction",
             summary=self.summary.to_json(),
+            camera=self.summary.camera_text,
             points=arrays.points,
             colors=colors,
             length=arrays.length,

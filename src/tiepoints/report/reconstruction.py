@@ -39,6 +39,7 @@ class Scene:
     Attributes:
         title: of the page.
         summary: ``jobs.reconstruct.Summary`` as a JSON object.
+        camera: which images share a camera.
         points: (P,3).
         colors: (P,3) uint8.
         length: (P,) number of images per point.
@@ -50,6 +51,7 @@ class Scene:
 
     title: str
     summary: dict[str, Any]
+    camera: str
     points: np.ndarray
     colors: np.ndarray
     length: np.ndarray
@@ -90,7 +92,7 @@ def render(scene: Scene) -> str:
             ("reprojection error", f"{first['error']:.2f} px"),
             ("angle between rays", f"{summary['angle']:.1f} degrees (median)"),
             ("pairs", f"{summary['pairs']['verified']} of {summary['pairs']['chosen']} verified"),
-            ("camera", _camera_text(summary["camera"], summary["cameras"], summary["images"])),
+            ("camera", scene.camera),
             ("time", ", ".join(f"{k} {v:.0f} s" for k, v in summary["seconds"].items() if v >= 1)),
         ],
         summary=[f"{text}.", *map(_sentence, summary["warnings"])],
@@ -101,14 +103,6 @@ def render(scene: Scene) -> str:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
-
-
-def _camera_text(camera: str, count: int, images: int) -> str:
-    if ":" in camera:  # known intrinsics
-        return camera
-    if count == 1:
-        return "one for all images"
-    return "one per image" if count == images else f"{count} for {images} images"
 
 
 # ---- 3D view
