@@ -689,7 +689,7 @@ def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch)
         ),
         (
             ["match", views, "--output", "m.db", "--camera", "nonsense"],
-            "camera must be auto, single or",
+            "camera must be auto, per-image, single or",
         ),
         (
             ["extract", views, "--format", "colmap", "--camera", "PINHOLE:1"],

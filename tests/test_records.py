@@ -429,10 +429,10 @@ def test_matches_in_two_formats_are_independent(images, tmp_path):
     assert pairs_of(tmp_path / "m.h5").keys() == pairs_of(tmp_path / "m.db").keys()
 
 
-def test_a_changed_image_of_a_database_keeps_its_id_and_camera(images, tmp_path):
-    pytest.importorskip("pycolmap")
+@pytest.mark.parametrize("camera", ["auto", "per-image"])
+def test_a_changed_image_of_a_database_keeps_its_id(images, tmp_path, camera):
     pycolmap = pytest.importorskip("pycolmap")
-    match(images, tmp_path / "m.db")
+    match(images, tmp_path / "m.db", camera=camera)
 
     def read():
         with pycolmap.Database.open(tmp_path / "m.db") as database:
@@ -442,8 +442,19 @@ def test_a_changed_image_of_a_database_keeps_its_id_and_camera(images, tmp_path)
     ids, cameras = read()
     draw(images / "0.png", 8)
     draw(images / "1.png", 9, (160, 120))
-    match(images, tmp_path / "m.db")
-    assert read() == (ids, {**cameras, ids["1.png"][1]: (160, 120)})
+    assert not match(images, tmp_path / "m.db", camera=camera).failed
+    new_ids, new_cameras = read()
+    number, own = new_ids.pop("1.png")
+    assert number == ids.pop("1.png")[0]
+    assert new_ids == ids  # the others, with their cameras
+    assert new_cameras == {**cameras, own: (160, 120)}
+    assert (own in cameras) == (camera == "per-image")  # the camera was its own before
+    with pycolmap.Database.open(tmp_path / "m.db") as database:
+        image = database.read_image(number)
+        frame = database.read_frame(image.frame_id)
+        assert {data.sensor_id.id for data in frame.data_ids} == {own}
+        assert {data.id for data in frame.data_ids} == {number}
+        assert database.read_rig(frame.rig_id).ref_sensor_id.id == own
 
 
 def test_refined_keypoints_of_a_database_agree_with_their_record(images, tmp_path):

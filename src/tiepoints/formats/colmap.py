@@ -304,9 +304,7 @@ class ColmapDatabase:
                 camera = self._camera(features.image_size, image, name)
                 image_id = self._add_image(name, camera, image)
             else:
-                camera = self._resized_camera(image_id, features.image_size, image, name)
-                if camera is not None:
-                    self._database.update_camera(camera)
+                camera = self._resize(image_id, features.image_size, image, name)
             self._database.write_keypoints(image_id, table)
             if descriptors is not None:
                 self._database.write_descriptors(image_id, descriptors)
@@ -372,25 +370,36 @@ class ColmapDatabase:
             finally:
                 self._database = self._colmap.Database.open(self.path)
 
-    def _resized_camera(
-        self, image_id: int, size: tuple[int, int], image: Path | None, name: str
-    ) -> Any:
-        """The new camera of a stored image that was replaced by one of another size; None if the
-        size is the same.
+    def _resize(self, image_id: int, size: tuple[int, int], file: Path | None, name: str) -> Any:
+        """Change the camera of a stored image that was replaced by one of another size; returns the
+        camera, None if the size is the same.
         """
-        stored = self._database.read_camera(self._database.read_image(image_id).camera_id)
+        image = self._database.read_image(image_id)
+        stored = self._database.read_camera(image.camera_id)
         if (stored.width, stored.height) == size:
             return None
-        used = [
-            i.image_id for i in self._database.read_all_images() if i.camera_id == stored.camera_id
-        ]
-        if used != [image_id]:
+        images = self._database.read_all_images()
+        shared = any(i.camera_id == stored.camera_id and i.image_id != image_id for i in images)
+        if shared and self._single:
             raise DataError(
                 f"{name} is {size[0]} x {size[1]} but its camera, shared with other images, is "
                 f"{stored.width} x {stored.height}; use --overwrite to start over"
             )
-        camera = self._camera(size, image, name, replaced=True)
-        camera.camera_id = stored.camera_id
+        camera = self._camera(size, file, name, replaced=not shared)
+        if not shared:
+            camera.camera_id = stored.camera_id
+            self._database.update_camera(camera)
+            return camera
+        image.camera_id = self._store_camera(camera)
+        if hasattr(self._database, "write_rig"):
+            frame = self._frame(image)
+            frame.frame_id = image.frame_id
+            self._database.update_frame(frame)
+        self._database.update_image(image)
+        for prior in self._database.read_all_pose_priors():
+            if prior.corr_data_id.id == image_id:
+                prior.corr_data_id = image.data_id
+                self._database.update_pose_prior(prior)
         return camera
 
     def _camera(
@@ -439,20 +448,10 @@ class ColmapDatabase:
         GPS position of the file.
         """
         colmap, database = self._colmap, self._database
-        if not database.exists_camera(camera.camera_id):
-            camera.camera_id = database.write_camera(camera)
-        image = colmap.Image(name=name, camera_id=camera.camera_id)
+        image = colmap.Image(name=name, camera_id=self._store_camera(camera))
         image.image_id = database.write_image(image)
         if hasattr(database, "write_rig"):
-            rig = database.read_rig_with_sensor(camera.sensor_id)
-            if rig is None:
-                rig = colmap.Rig()
-                rig.add_ref_sensor(camera.sensor_id)
-                rig.rig_id = database.write_rig(rig)
-            frame = colmap.Frame()
-            frame.rig_id = rig.rig_id
-            frame.add_data_id(image.data_id)
-            database.write_frame(frame)
+            database.write_frame(self._frame(image))
         position = None if file is None else read_position(file)
         if position is not None and all(map(math.isfinite, position)):
             prior = colmap.PosePrior(
@@ -462,6 +461,25 @@ class ColmapDatabase:
             )
             database.write_pose_prior(prior)
         return image.image_id
+
+    def _store_camera(self, camera: Any) -> int:
+        """The id of a camera, which is stored unless it is."""
+        if not self._database.exists_camera(camera.camera_id):
+            camera.camera_id = self._database.write_camera(camera)
+        return camera.camera_id
+
+    def _frame(self, image: Any) -> Any:
+        """The frame of an image, in the rig of its camera."""
+        sensor = image.data_id.sensor_id
+        rig = self._database.read_rig_with_sensor(sensor)
+        if rig is None:
+            rig = self._colmap.Rig()
+            rig.add_ref_sensor(sensor)
+            rig.rig_id = self._database.write_rig(rig)
+        frame = self._colmap.Frame()
+        frame.rig_id = rig.rig_id
+        frame.add_data_id(image.data_id)
+        return frame
 
     def _encode(self, values: np.ndarray) -> Any:
         """Descriptors (N,D) float32 in COLMAP's representation."""
