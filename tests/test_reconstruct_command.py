@@ -8,6 +8,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -300,11 +301,23 @@ def test_positions_become_pose_priors(tmp_path):
     features = tiepoints.build("sobelnet", "desnet").extract(tmp_path / "a.jpg")
     with ColmapDatabase(tmp_path / "d.db", write=True) as database:
         database.write("a.jpg", features, tmp_path / "a.jpg")
-    database = pycolmap.Database.open(tmp_path / "d.db")
-    (prior,) = database.read_all_pose_priors()
-    database.close()
-    assert prior.position.ravel() == pytest.approx([48.1, 11.5, 520.0], abs=1e-6)
-    assert prior.coordinate_system == pycolmap.PosePriorCoordinateSystem.WGS84
+
+    def check() -> None:
+        with pycolmap.Database.open(tmp_path / "d.db") as database:
+            (prior,) = database.read_all_pose_priors()
+            image = database.read_image_with_name("a.jpg")
+        assert prior.position.ravel() == pytest.approx([48.1, 11.5, 520.0], abs=1e-6)
+        assert prior.coordinate_system == pycolmap.PosePriorCoordinateSystem.WGS84
+        assert prior.corr_data_id == image.data_id
+
+    check()
+    shared = {"a.jpg": 1, "b.jpg": 1}
+    with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
+        database.write("b.jpg", features)
+        database.remove(["a.jpg"])
+        database.write("a.jpg", replace(features, image_size=(48, 64)))  # replaced
+        assert database.read_camera("a.jpg").camera_id != database.read_camera("b.jpg").camera_id
+    check()
 
 
 def test_rotation_and_parallax_are_told_apart():
