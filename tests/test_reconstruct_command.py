@@ -600,19 +600,26 @@ def test_robust_adjustment_resists_wrong_observations(result, capfd):
     assert wrong.compute_num_observations() == clean.compute_num_observations()  # not changed
 
 
-def photographed(focal: list[float], points: int = 150):
-    """A model with one camera of 550 px, of images that were taken with the given focal lengths
-    from positions around random points.
+def photographed(focal: list[float], cameras: int = 1, points: int = 150):
+    """A model of images that were taken with the given focal lengths from positions around random
+    points; the first images share a camera, the next as many another one, and so on.
     """
     import pycolmap
 
     rng = np.random.default_rng(0)
     xyz = rng.uniform(-1, 1, (points, 3))
     model = pycolmap.Reconstruction()
-    shared = pycolmap.Camera(
-        model="SIMPLE_RADIAL", width=640, height=480, params=[550, 320, 240, 0], camera_id=1
-    )
-    model.add_camera_with_trivial_rig(shared)
+    number = [1 + k * cameras // len(focal) for k in range(len(focal))]
+    for k in range(cameras):
+        mean = np.mean([f for f, n in zip(focal, number, strict=True) if n == k + 1])
+        shared = pycolmap.Camera(
+            model="SIMPLE_RADIAL",
+            width=640,
+            height=480,
+            params=[mean, 320, 240, 0],
+            camera_id=k + 1,
+        )
+        model.add_camera_with_trivial_rig(shared)
     for k, f in enumerate(focal):
         angle = 2 * np.pi * k / len(focal)
         forward = np.array([np.cos(angle), 0.3 * np.sin(3 * angle), np.sin(angle)])
@@ -621,7 +628,7 @@ def photographed(focal: list[float], points: int = 150):
         rotation = np.stack([right, np.cross(forward, right), forward])
         seen = xyz @ rotation.T + np.array([0, 0, 5])
         xy = f * seen[:, :2] / seen[:, 2:] + np.array([320, 240]) + rng.normal(0, 0.2, (points, 2))
-        image = pycolmap.Image(name=f"{k}", camera_id=1, image_id=k + 1)
+        image = pycolmap.Image(name=f"{k}", camera_id=number[k], image_id=k + 1)
         image.points2D = [pycolmap.Point2D(p) for p in xy]
         pose = pycolmap.Rigid3d(pycolmap.Rotation3d(rotation), np.array([0, 0, 5.0]))
         model.add_image_with_trivial_frame(image, pose)
@@ -642,6 +649,8 @@ def test_images_of_several_cameras_get_their_own(monkeypatch):
     assert mapping.separate_cameras(same, 1) is same
     monkeypatch.setattr(mapping, "SEPARATE_SHARE", 2.0)
     assert mapping.separate_cameras(same, 1) is same  # they hardly differ
+    two = photographed([500.0] * 4 + [600.0] * 4, cameras=2)
+    assert mapping.separate_cameras(two, 1) is two  # nor do those of one camera of two
 
 
 def test_images_of_several_cameras_are_a_warning(result, monkeypatch):

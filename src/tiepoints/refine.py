@@ -410,7 +410,7 @@ def refine_tracks(
             chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
             future = pool.submit(align, pyramids(a), chosen_a, pyramids(b), chosen_b)
             pending.append((b, index[:, 1], future))
-            if len(pending) > 2 * count:
+            if len(pending) > count:
                 store()
         while pending:
             store()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -265,13 +265,19 @@ def separate_cameras(model: Any, threads: int = -1) -> Any:
         another ``pycolmap.Reconstruction``; or ``model``, if cameras of their own hardly differ or
         hardly reduce the residuals (``SEPARATE_SHARE``).
     """
-    count = Counter(model.image(image).camera_id for image in model.reg_image_ids())
-    shared = {number for number, images in count.items() if images > 1}
+    users: dict[int, list[int]] = defaultdict(list)
+    for number in model.reg_image_ids():
+        users[model.image(number).camera_id].append(number)
+    shared = {camera for camera, images in users.items() if len(images) > 1}
     if not shared:
         return model
     separate = adjust_robustly(_with_own_cameras(model, shared), threads)
-    focal = [camera.mean_focal_length() for camera in separate.cameras.values()]
-    differ = max(focal) > SEPARATE_FACTOR * min(focal)
+
+    def focal(image: int) -> float:
+        return separate.camera(separate.image(image).camera_id).mean_focal_length()
+
+    lengths = [[focal(image) for image in users[camera]] for camera in shared]
+    differ = any(max(found) > SEPARATE_FACTOR * min(found) for found in lengths)
     better = _median_residual(separate) < SEPARATE_SHARE * _median_residual(model)
     return separate if differ and better else model
 

@@ -35,6 +35,7 @@ from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
     LOSS_SCALE,
+    SEPARATE_FACTOR,
     SEPARATE_SHARE,
     MapOptions,
     Model,
@@ -415,7 +416,7 @@ class _Reconstruction:
             **asdict(self.options.mapping()),
             "matches": graph.digest,
             "adjusted": [LOSS_SCALE, KEPT_RESIDUAL],
-            "separated": SEPARATE_SHARE if self.options.camera == "auto" else None,
+            "separated": [SEPARATE_SHARE, SEPARATE_FACTOR] if self._assumed else None,
         }
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
@@ -451,7 +452,12 @@ class _Reconstruction:
     def _adjusted(self, model: Any) -> Any:
         threads = self.options.threads
         model = adjust_robustly(model, threads)
-        return separate_cameras(model, threads) if self.options.camera == "auto" else model
+        return separate_cameras(model, threads) if self._assumed else model
+
+    @property
+    def _assumed(self) -> bool:
+        """Whether nobody has said which images share a camera."""
+        return self.options.camera == "auto"
 
     def _color(self, models: list[Any]) -> tuple[Model, np.ndarray, dict[str, Any]]:
         """Colors of all models; arrays, colors and previews of the first."""
