@@ -248,6 +248,21 @@ def test_reconstruct(script, world, tmp_path, capsys, monkeypatch):
         kept.append(module.measure(system, world[0] / "images", "auto")["error"])
     assert kept[::2] == ["sift-320", "sift-320"]
     assert kept[3] < kept[1]
+    # every second image of the model, and its cameras
+    images = find_models(world[0])[0][1]
+    row = module.measure("sift-320", images, "auto", 2)
+    assert (row["images"], row["every"], row["data"]) == (2, 2, images.parent.name)
+    assert len(module._modeled(images, 2)) == 2
+    found = module._camera_errors(model, module._modeled(images, 1))
+    assert found["camera_error_percent"] < 1e-6
+    moved = module._modeled(images, 1)
+    moved[next(iter(moved))] += 1.0
+    assert module._camera_errors(model, moved)["camera_error_percent"] > 1
+    assert module._camera_errors(None, moved) == {}
+    assert "1/2 | auto" in module.table([{**row, "registered": 0}])
+    files = {path.name: path for path in images.iterdir()}
+    cameras = [len(set(module._groups(files, c).values())) for c in ("auto", "single", "per-image")]
+    assert cameras == [1, 1, 0]
     assert f"0 of {row['images']}" in module.table([{**row, "registered": 0}])
     # a similarity is removed, and an error of one point is found
     points = np.random.default_rng(0).normal(size=(9, 3))

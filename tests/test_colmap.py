@@ -231,6 +231,13 @@ def test_matches_in_both_orders_are_verified(tmp_path, stereo):
         # the pair is rectified: verified matches are on the same row
         assert (a.xy[inliers.index[:, 0], 1] - b.xy[inliers.index[:, 1], 1]).abs().max() < 8
         assert len(database.read_inliers("a.png", "c.png")) == 0
+        # verified again among some of the matches
+        database.forget_geometry(pairs[:1])
+        some_inliers = inliers.index.flip(1)[:30]  # in the order of the names given
+        assert database.verify(pairs, among={pairs[0]: some_inliers}) == 1
+        kept = database.read_inliers(*pairs[0]).index.tolist()
+        assert 20 < len(kept) <= 30
+        assert {tuple(p) for p in kept} <= {tuple(p) for p in some_inliers.tolist()}
         with pytest.raises(DataError, match="already"):
             database.write("a.png", a)
         database.clear_matches()

@@ -183,7 +183,8 @@ def test_tracks_have_one_position_per_image():
     assert sorted(set(asked)) == ["a", "b", "c"]
 
 
-def test_database_is_refined_and_verified_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("camera", ["single", "per-image"])
+def test_database_is_refined_and_verified_again(tmp_path, monkeypatch, camera):
     pytest.importorskip("pycolmap")
     from PIL import Image
 
@@ -204,7 +205,7 @@ def test_database_is_refined_and_verified_again(tmp_path, monkeypatch):
     descriptors = torch.nn.functional.normalize(torch.rand(len(truth), 16) - 0.5, dim=1)
     index = torch.arange(len(truth))
     pairs = [("a.png", "b.png")]
-    with ColmapDatabase(tmp_path / "x.db", write=True) as database:
+    with ColmapDatabase(tmp_path / "x.db", camera=camera, write=True) as database:
         for name, xy, scale in (("a.png", grid_points(), 1.0), ("b.png", missed, 1.1)):
             database.write(name, Features(keypoints(xy, scale), descriptors, (240, 200)))
         database.write_matches(
@@ -221,7 +222,16 @@ def test_database_is_refined_and_verified_again(tmp_path, monkeypatch):
         monkeypatch.setattr(
             database, "forget_geometry", lambda given: forgotten.extend(given) or forget(given)
         )
+        verify, among = database.verify, []
+
+        def recorded(*args, **options):
+            among.append(options["among"])
+            return verify(*args, **options)
+
+        monkeypatch.setattr(database, "verify", recorded)
         assert refine_database(database, pairs, files) == 1
+        # only the inliers, if the images share a camera
+        assert set(among[0]) == (set(forgotten) if camera == "single" else set())
         assert forgotten == [("a.png", "b.png")]  # the other one has no geometry to verify again
         moved = database.read("b.png")
         torch.testing.assert_close(database.read("a.png").xy, grid_points())

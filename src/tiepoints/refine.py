@@ -405,7 +405,7 @@ def refine_tracks(
         positions[name][index] = future.result().xy
 
     # the maps are small: two threads for each operation take twice the time of the processors
-    with _one_thread_each(count) as pool:
+    with _threads() as pool:
         for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
             chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
             future = pool.submit(align, pyramids(a), chosen_a, pyramids(b), chosen_b)
@@ -418,15 +418,15 @@ def refine_tracks(
 
 
 @contextmanager
-def _one_thread_each(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads, in each of which torch computes with one."""
-    before = torch.get_num_threads()
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads as torch uses, in each of which it computes with one."""
+    count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(count)
 
 
 def _reference_pairs(

@@ -37,7 +37,7 @@ def compare_sift(
         pairs: to match; all pairs are matched if a name has white space, which COLMAP's list of
             pairs does not support.
         max_size: longest side of the processed images.
-        camera: see ``ColmapDatabase``.
+        camera: known intrinsics, see ``ColmapDatabase``; other values change nothing.
         groups: name -> key, the same for images that share a camera; others have their own.
 
     Returns:
