@@ -283,7 +283,7 @@ def test_cameras_are_known_by_their_exif(tmp_path):
     z = photo("z.jpg", "M", {0x920A: 4.25, 0xA405: 52})  # another lens or crop of the phone
     assert shared(a=a, b=b, c=c, d=d, e=e, z=z) == {"ab", "c", "d", "e", "z"}
     f, g, h = plain("f.jpg", (64, 48)), plain("g.jpg", (64, 48)), plain("h.jpg", (48, 64))
-    assert set(read_camera(f)) == {None}
+    assert set(read_camera(f)) == set(read_camera(tmp_path / "none.jpg")) == {None}
     assert shared(f=f, g=g, h=h) == {"fg", "h"}
     assert shared(a=a, b=b, f=f, g=g) == {"ab", "fg"}
     # of many sizes: photographs of many people
@@ -434,6 +434,19 @@ def test_cameras_of_sift_are_shared_as_ours(tmp_path):
             cameras = {i.name: i.camera_id for i in database.read_all_images()}
         assert len(set(cameras.values())) == count
         assert (cameras[names[0]] == cameras[names[2]]) == (count < 4)
+    compare_sift(
+        tmp_path / "known",
+        photos,
+        names,
+        [],
+        max_size=200,
+        camera="PINHOLE:300,301,160,120",
+        groups=dict.fromkeys(names, 1),
+        mapping=MapOptions(),
+    )
+    with pycolmap.Database.open(tmp_path / "known" / "database.db") as database:
+        (camera,) = database.read_all_cameras()
+    assert camera.params.tolist() == [300, 301, 160, 120]
 
 
 def test_no_model_is_an_empty_folder(tmp_path):
@@ -536,6 +549,9 @@ def test_missing_images_are_mapped_from_another_start(tmp_path, monkeypatch):
     found[1] = [_Mapped("ab", 99)]
     assert points() == 7
     found[1] = []
+    assert points() == 7
+    found[1] = [_Mapped("abc", 9)]
+    monkeypatch.setattr(mapping, "FEW_IMAGES", 3)
     assert points() == 7
 
 
@@ -682,6 +698,7 @@ def test_images_of_one_camera_share_it(result):
     model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
     assert mapping.separate_cameras(model, 1) is model
     own = mapping._with_own_cameras(model, set(model.cameras))
+    assert mapping.separate_cameras(own, 1) is own
     assert len(own.cameras) == own.num_reg_images() == model.num_reg_images()
     assert own.num_points3D() == model.num_points3D()
     assert own.compute_num_observations() == model.compute_num_observations()

@@ -457,6 +457,16 @@ def test_a_changed_image_of_a_database_keeps_its_id(images, tmp_path, camera):
         assert database.read_rig(frame.rig_id).ref_sensor_id.id == own
 
 
+def test_a_changed_image_cannot_leave_the_only_camera_of_a_database(images, tmp_path):
+    pytest.importorskip("pycolmap")
+    match(images, tmp_path / "m.db", camera="single")
+    draw(images / "1.png", 9, (160, 120))
+    report = match(images, tmp_path / "m.db", camera="single")
+    ((_, reason),) = [failed for failed in report.failed if failed[0].endswith("1.png")]
+    assert "shared with other images" in reason
+    assert "--overwrite" in reason
+
+
 def test_refined_keypoints_of_a_database_agree_with_their_record(images, tmp_path):
     pytest.importorskip("pycolmap")
     with ColmapDatabase(tmp_path / "m.db", write=True) as database:

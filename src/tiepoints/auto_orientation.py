@@ -181,10 +181,7 @@ class PairMatcher:
             change = measured.after(best.patches)
             if abs(change.rotation) < smallest_rotation and change.tilt < smallest_tilt:
                 break
-            patches = self._rounded(measured)
-            if patches == best.patches:
-                break
-            deformed = self._described(a, best.b, image_b, key, patches)
+            deformed = self._described(a, best.b, image_b, key, self._rounded(measured))
             # the support is 0 if chance explains the matches, so nothing is replaced then
             if deformed.support <= best.support:
                 break
