@@ -1,7 +1,7 @@
 """Photographs to a model: `tiepoints reconstruct` beside COLMAP's SIFT and the features of others.
 
     python benchmarks/reconstruct.py FOLDER[:CAMERA] ... [--systems default,fast,sift-1600,xfeat] \\
-        [--every K] --out FILE.json
+        [--every K] [--enlarge F] --out FILE.json
 
 Systems: a quality of `tiepoints reconstruct`; ``sift-N``, COLMAP's SIFT with its defaults and at
 most N pixels per side; ``xfeat`` and ``aliked-n16`` (``peers.py``) with mutual nearest neighbors;
@@ -15,7 +15,10 @@ All systems share cameras between images as CAMERA says (`docs/formats.md`).
 The cameras of Strecha's scenes are surveyed: the model is aligned with them by a similarity, and
 the distances between camera centers are reported in meters. With `--every`, every K-th of the
 images of a COLMAP model next to FOLDER is used; their distances from the cameras of that model are
-reported in percent of the median distance of a camera from the nearest one. Other rows of FILE.json
+reported in percent of the median distance of a camera from the nearest one. With `--enlarge`, every
+other one of these images is enlarged F times and cut to its size, as by a zoom lens. With both, the
+number of cameras of our models is reported; of one camera, the median residual with a camera for
+each image, relative to that of the model (`jobs.mapping.separate_cameras`). Other rows of FILE.json
 are kept.
 """
 
@@ -36,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 import tiepoints
 from common import machine
@@ -45,7 +49,14 @@ from tiepoints.errors import DataError
 from tiepoints.exif import shared_cameras
 from tiepoints.files import collect, write_json
 from tiepoints.formats.colmap import ColmapDatabase, require_pycolmap
-from tiepoints.jobs.mapping import MapOptions, ModelStatistics, adjust_robustly, map_images
+from tiepoints.jobs.mapping import (
+    MapOptions,
+    ModelStatistics,
+    adjust_robustly,
+    map_images,
+    median_residual,
+    with_own_cameras,
+)
 from tiepoints.jobs.sift import compare_sift
 from tiepoints.matching import match
 from tiepoints.names import QUALITIES
@@ -56,23 +67,40 @@ SYSTEMS = "default,fast,sift-1600"
 MAX_SIZE = 1600
 
 
-def measure(system: str, folder: Path, camera: str, every: int = 1) -> dict[str, Any]:
+def measure(
+    system: str, folder: Path, camera: str, every: int = 1, enlarge: float = 1.0
+) -> dict[str, Any]:
     """Reconstruct the photographs of a folder with one system."""
-    truth = _surveyed(folder) if every == 1 else _modeled(folder, every)
+    chosen = every > 1 or enlarge > 1
+    truth = _modeled(folder, every) if chosen else _surveyed(folder)
     data = folder.parent.name if folder.name == "images" else folder.name
-    with tempfile.TemporaryDirectory() as links:
-        if every > 1:
-            for task in collect([folder], root=folder, inside=True).tasks:
-                if task.path.name in truth:
-                    (Path(links) / task.path.name).symlink_to(task.path.resolve())
-            folder = Path(links)
-        return {"data": data, "every": every, **_measure(system, folder, camera, truth)}
+    with tempfile.TemporaryDirectory() as copies:
+        if chosen:
+            tasks = collect([folder], root=folder, inside=True).tasks
+            files = sorted(task.path for task in tasks if task.path.name in truth)
+            for index, file in enumerate(files):
+                if index % 2 and enlarge > 1:
+                    enlarged(file, enlarge).save(Path(copies) / file.name, quality=95)
+                else:
+                    (Path(copies) / file.name).symlink_to(file.resolve())
+            folder = Path(copies)
+        row = _measure(system, folder, camera, truth, separate=chosen)
+        return {"data": data, "every": every, "enlarge": enlarge, **row}
+
+
+def enlarged(path: Path, factor: float) -> Image.Image:
+    """The center of a photograph, enlarged to the size of the whole."""
+    with Image.open(path) as photo:
+        width, height = photo.size
+        x, y = (side * (1 - 1 / factor) / 2 for side in photo.size)
+        box = (x, y, width - x, height - y)
+        return photo.resize(photo.size, Image.Resampling.BICUBIC, box)
 
 
 def _measure(
-    system: str, folder: Path, camera: str, truth: dict[str, np.ndarray]
+    system: str, folder: Path, camera: str, truth: dict[str, np.ndarray], separate: bool
 ) -> dict[str, Any]:
-    """The row of a system; with ``truth``, positions of the cameras by the names of the images."""
+    """The row of a system, with the distances from ``truth``, image -> position of its camera."""
     found = collect([folder], root=folder, inside=True)
     images = {str(task.relative): task.path for task in found.tasks}
     run: Callable[..., tuple[Any, dict[str, Any]]]
@@ -97,6 +125,7 @@ def _measure(
         "registered": statistics.pop("images"),
         **statistics,
         **_camera_errors(model, truth),
+        **(_separation(model) if separate and base in QUALITIES else {}),
         "elapsed_s": round(elapsed, 1),
         "processor_s": round(used, 1),
         "seconds": seconds,
@@ -220,6 +249,19 @@ def _camera_errors(model: Any, truth: dict[str, np.ndarray]) -> dict[str, float]
     }
 
 
+def _separation(model: Any) -> dict[str, Any]:
+    """Number of cameras; if there is one, the median residual with a camera for each image relative
+    to that of the model.
+    """
+    if model is None:
+        return {}
+    used = {model.image(image).camera_id for image in model.reg_image_ids()}
+    if len(used) > 1:
+        return {"cameras": len(used)}
+    own = adjust_robustly(with_own_cameras(model, used))
+    return {"cameras": 1, "own_cameras": median_residual(own) / median_residual(model)}
+
+
 def aligned_distances(points: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """Distances (N,) between points (N,3) and true ones after the similarity that minimizes their
     squares (Umeyama, PAMI 1991).
@@ -245,18 +287,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--systems", default=SYSTEMS, help="comma-separated")
     parser.add_argument("--every", type=int, default=1, help="use every K-th image of a model")
+    parser.add_argument("--enlarge", type=float, default=1.0, help="enlarge every other image")
     parser.add_argument("--out", type=Path, help="results; without, one row is printed as JSON")
     args = parser.parse_args(argv)
     if args.out is None:
         folder, _, camera = args.folders[0].partition(":")
-        print(json.dumps(measure(args.systems, Path(folder), camera or "auto", args.every)))
+        options = camera or "auto", args.every, args.enlarge
+        print(json.dumps(measure(args.systems, Path(folder), *options)))
         return
     rows = json.loads(args.out.read_text())["rows"] if args.out.is_file() else []
     for given in args.folders:
         for system in args.systems.split(","):
             # a process of its own: memory, and the processor's time
             command = [sys.executable, __file__, given, "--systems", system]
-            command += ["--every", str(args.every)]
+            command += ["--every", str(args.every), "--enlarge", str(args.enlarge)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             row = json.loads(done.stdout.splitlines()[-1])
             rows = [other for other in rows if _key(other) != _key(row)] + [row]
@@ -265,19 +309,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return row["data"], str(row.get("every", 1)), row["camera"], row["system"]
+    numbers = str(row.get("every", 1)), str(row.get("enlarge", 1.0))
+    return row["data"], *numbers, row["camera"], row["system"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of the rows."""
     lines = [
         "| photographs | cameras | system | images | points | track length | "
-        "reprojection error px | camera error | minutes of processor | minutes |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "reprojection error px | camera error | own cameras | minutes of processor | minutes |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        every = row.get("every", 1)
+        every, enlarge = row.get("every", 1), row.get("enlarge", 1.0)
         name = row["data"] if every == 1 else f"{row['data']} 1/{every}"
+        name += "" if enlarge == 1 else f" x {enlarge:g}"
         cells = [name, row["camera"], row["system"], f"{row['registered']} of {row['images']}"]
         if row["registered"]:
             cells += [f"{row['points']:,}", f"{row['track_length']:.2f}", f"{row['error']:.2f}"]
@@ -286,7 +332,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells.append("")
         if "camera_error_m" in row:
             meters, percent = row["camera_error_m"], row.get("camera_error_percent")
-            cells[-1] = f"{100 * meters:.1f} cm" if every == 1 else f"{percent:.1f} %"
+            modeled = every > 1 or enlarge > 1
+            cells[-1] = f"{percent:.1f} %" if modeled else f"{100 * meters:.1f} cm"
+        own = row.get("own_cameras")
+        cells.append(f"{own:.2f}" if own is not None else str(row.get("cameras", "")))
         cells += [f"{row['processor_s'] / 60:.2f}", f"{row['elapsed_s'] / 60:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

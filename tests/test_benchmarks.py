@@ -260,6 +260,31 @@ def test_reconstruct(script, world, tmp_path, capsys, monkeypatch):
     assert module._camera_errors(model, moved)["camera_error_percent"] > 1
     assert module._camera_errors(None, moved) == {}
     assert "1/2 | auto" in module.table([{**row, "registered": 0}])
+    # every other image enlarged
+    monkeypatch.setattr(module, "_ours", stored)
+    seen = []
+    collected = module.collect
+
+    def recorded(folders, **options):
+        found = collected(folders, **options)
+        seen.append([np.asarray(Image.open(task.path)) for task in found.tasks])
+        return found
+
+    monkeypatch.setattr(module, "collect", recorded)
+    row = module.measure("fast", images, "auto", 1, 2.0)
+    given, used = seen[0], seen[-1]
+    assert [np.array_equal(a, b) for a, b in zip(given, used, strict=True)] == [True, False] * 2
+    assert used[1].shape == given[1].shape
+    height, width = given[1].shape[:2]
+    center = given[1][height // 4 : height * 3 // 4, width // 4 : width * 3 // 4]
+    assert abs(float(used[1].mean()) - float(center.mean())) < 3
+    assert row["enlarge"] == 2
+    assert row["cameras"] == 1
+    assert 0 < row["own_cameras"] < 1.1
+    assert "x 2 | auto" in module.table([row])
+    assert module._separation(None) == {}
+    own = module.with_own_cameras(model, set(model.cameras))
+    assert module._separation(own) == {"cameras": model.num_reg_images()}
     files = {path.name: path for path in images.iterdir()}
     cameras = [len(set(module._groups(files, c).values())) for c in ("auto", "single", "per-image")]
     assert cameras == [1, 1, 0]

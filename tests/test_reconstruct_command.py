@@ -697,7 +697,7 @@ def test_images_of_one_camera_share_it(result):
 
     model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
     assert mapping.separate_cameras(model, 1) is model
-    own = mapping._with_own_cameras(model, set(model.cameras))
+    own = mapping.with_own_cameras(model, set(model.cameras))
     assert mapping.separate_cameras(own, 1) is own
     assert len(own.cameras) == own.num_reg_images() == model.num_reg_images()
     assert own.num_points3D() == model.num_points3D()

@@ -41,9 +41,9 @@ ROBUST_ROUNDS, MIN_ANGLE = 2, 1.5
 #: A round ends when the loss falls by less than this fraction.
 TOLERANCE = 1e-5
 #: Images that share a camera are not of one if cameras of their own reduce the median residual
-#: below this share (measured: 0.78 to 1 for images of one camera, 0.3 to 0.84 for a zoom lens), and
+#: below this share (measured: 0.78 to 1 for images of one camera, 0.3 to 0.84 for a zoom), and
 #: their largest focal length is this factor above the smallest.
-SEPARATE_SHARE, SEPARATE_FACTOR = 0.7, 1.05
+SEPARATE_SHARE, SEPARATE_FACTOR = 0.75, 1.05
 #: Color of the positions of the cameras in ``model.ply``.
 CAMERA_COLOR = (255, 0, 0)
 #: Bytes of a model per 2D and 3D point, at most.
@@ -244,10 +244,10 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
     options.ceres.solver_options.function_tolerance = TOLERANCE
     options.ceres.solver_options.num_threads = threads
     for _ in range(ROBUST_ROUNDS):
-        options.ceres.loss_function_scale = LOSS_SCALE * _median_residual(adjusted)
+        options.ceres.loss_function_scale = LOSS_SCALE * median_residual(adjusted)
         _adjust(adjusted, options)
         colmap.ObservationManager(adjusted).filter_all_points3D(
-            KEPT_RESIDUAL * _median_residual(adjusted), MIN_ANGLE
+            KEPT_RESIDUAL * median_residual(adjusted), MIN_ANGLE
         )
     seen = all(adjusted.image(image).num_points3D for image in adjusted.reg_image_ids())
     return model if not seen or _diverged(model, adjusted) else adjusted
@@ -271,18 +271,18 @@ def separate_cameras(model: Any, threads: int = -1) -> Any:
     shared = {camera for camera, images in users.items() if len(images) > 1}
     if not shared:
         return model
-    separate = adjust_robustly(_with_own_cameras(model, shared), threads)
+    separate = adjust_robustly(with_own_cameras(model, shared), threads)
 
     def focal(image: int) -> float:
         return separate.camera(separate.image(image).camera_id).mean_focal_length()
 
     lengths = [[focal(image) for image in users[camera]] for camera in shared]
     differ = any(max(found) > SEPARATE_FACTOR * min(found) for found in lengths)
-    better = _median_residual(separate) < SEPARATE_SHARE * _median_residual(model)
+    better = median_residual(separate) < SEPARATE_SHARE * median_residual(model)
     return separate if differ and better else model
 
 
-def _with_own_cameras(model: Any, shared: set[int]) -> Any:
+def with_own_cameras(model: Any, shared: set[int]) -> Any:
     """A copy of a model with copies of the cameras ``shared``, one for each image."""
     colmap = require_pycolmap()
     first = max(model.cameras) + 1
@@ -302,7 +302,7 @@ def _with_own_cameras(model: Any, shared: set[int]) -> Any:
     return result
 
 
-def _median_residual(model: Any) -> float:
+def median_residual(model: Any) -> float:
     """Median distance in pixels between projected points and keypoints; at least 1e-3."""
     views = read_model(model).views.values()
     lengths = [np.linalg.norm(view.residual, axis=1) for view in views]
