@@ -259,7 +259,8 @@ def _separation(model: Any) -> dict[str, Any]:
     if len(used) > 1:
         return {"cameras": len(used)}
     own = adjust_robustly(with_own_cameras(model, used))
-    return {"cameras": 1, "own_cameras": median_residual(own) / median_residual(model)}
+    shared = adjust_robustly(model)  # once more, too
+    return {"cameras": 1, "own_cameras": median_residual(own) / median_residual(shared)}
 
 
 def aligned_distances(points: np.ndarray, truth: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ ROBUST_ROUNDS, MIN_ANGLE = 2, 1.5
 #: A round ends when the loss falls by less than this fraction.
 TOLERANCE = 1e-5
 #: Images that share a camera are not of one if cameras of their own reduce the median residual
-#: below this share (measured: 0.78 to 1 for images of one camera, 0.3 to 0.84 for a zoom), and
+#: below this share (docs/results/reconstruction.md: above 0.9 for images of one camera), and
 #: their largest focal length is this factor above the smallest.
 SEPARATE_SHARE, SEPARATE_FACTOR = 0.75, 1.05
 #: Color of the positions of the cameras in ``model.ply``.
@@ -253,24 +253,26 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
     return model if not seen or _diverged(model, adjusted) else adjusted
 
 
-def separate_cameras(model: Any, threads: int = -1) -> Any:
+def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:
     """The model with a camera for each image, adjusted robustly, if its images turn out to be not
     of one camera and zoom, as ``exif.shared_cameras`` assumes.
 
     Args:
-        model: a ``pycolmap.Reconstruction`` after ``adjust_robustly``; it is not changed.
+        model: a ``pycolmap.Reconstruction``; it is not changed.
+        adjusted: ``adjust_robustly(model)``; each adjustment removes the largest residuals, so both
+            results must have had as many.
         threads: -1: all.
 
     Returns:
-        another ``pycolmap.Reconstruction``; or ``model``, if cameras of their own hardly differ or
-        hardly reduce the residuals (``SEPARATE_SHARE``).
+        another ``pycolmap.Reconstruction``; or ``adjusted``, if cameras of their own hardly differ
+        or hardly reduce the residuals (``SEPARATE_SHARE``).
     """
     users: dict[int, list[int]] = defaultdict(list)
     for number in model.reg_image_ids():
         users[model.image(number).camera_id].append(number)
     shared = {camera for camera, images in users.items() if len(images) > 1}
     if not shared:
-        return model
+        return adjusted
     separate = adjust_robustly(with_own_cameras(model, shared), threads)
 
     def focal(image: int) -> float:
@@ -278,8 +280,8 @@ def separate_cameras(model: Any, threads: int = -1) -> Any:
 
     lengths = [[focal(image) for image in users[camera]] for camera in shared]
     differ = any(max(found) > SEPARATE_FACTOR * min(found) for found in lengths)
-    better = median_residual(separate) < SEPARATE_SHARE * median_residual(model)
-    return separate if differ and better else model
+    better = median_residual(separate) < SEPARATE_SHARE * median_residual(adjusted)
+    return separate if differ and better else adjusted
 
 
 def with_own_cameras(model: Any, shared: set[int]) -> Any:

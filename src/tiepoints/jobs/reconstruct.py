@@ -451,8 +451,8 @@ class _Reconstruction:
 
     def _adjusted(self, model: Any) -> Any:
         threads = self.options.threads
-        model = adjust_robustly(model, threads)
-        return separate_cameras(model, threads) if self._assumed else model
+        adjusted = adjust_robustly(model, threads)
+        return separate_cameras(model, adjusted, threads) if self._assumed else adjusted
 
     @property
     def _assumed(self) -> bool:
