@@ -348,6 +348,7 @@ def test_the_command_lists_backends_and_times(monkeypatch):
     code, out, _ = call("backends", "--network", "hardnet-light")
     assert code == 0
     assert "hardnet-light, 3 patches of 32 x 32 pixels" in out
+    assert call("backends", "--network", "hardnet-context")[0] == 0
     code, _, err = call("backends", "--network", "hardest")
     assert code == 2
     assert "network must be one of keynet" in err

@@ -715,7 +715,7 @@ def test_train_and_evaluate_patches_reject_incompatible_arguments(photos, tmp_pa
         (
             ("softnet",),
             "must be one of keynet, keynet-light, keynet-tiny, sobelnet, rekd, rekd-light, "
-            "hardnet, hardnet-light, hynet, sosnet, desnet",
+            "hardnet, hardnet-light, hardnet-context, hynet, sosnet, desnet",
         ),
         (("hardnet", "--training-pairs", "p"), "training pairs are for detectors"),
         (("desnet", "--training-pairs", "p"), "training pairs are for detectors"),
@@ -749,6 +749,10 @@ def test_train_and_evaluate_patches_reject_incompatible_arguments(photos, tmp_pa
     assert "no sequence with a ref.png" in done.stderr
     done = run("evaluate-patches", tmp_path, "--descriptors", "surf", cwd=tmp_path, ok=False)
     assert "rootsift, raw or a weights file" in done.stderr
+    arguments = ("evaluate-patches", tmp_path, "--descriptors", "hardnet-context")
+    done = run(*arguments, cwd=tmp_path, ok=False)
+    assert done.returncode == 2
+    assert "hardnet-context sees the surroundings of patches" in done.stderr
 
 
 def test_keypoint_angles_in_every_format(photos, tmp_path):

@@ -31,6 +31,7 @@ from tiepoints.graphs import (
 from tiepoints.lite import Extractor
 from tiepoints.models.keynet import KeyNet, pyramid_level_size
 from tiepoints.models.sobelnet import SobelNet, level_size
+from tiepoints.names import PATCH_DESCRIPTORS
 from tiepoints.pyramid import SCALE_STEP
 from tiepoints.weights import DATA, int8_graph, load, save, weights_checksum
 
@@ -87,9 +88,10 @@ def test_modules_for_export_compute_the_maps_of_their_networks(net, kind):
             )
 
 
-@pytest.mark.parametrize("name", ["hardnet", "hardnet-light", "sosnet", "hynet"])
+@pytest.mark.parametrize("name", PATCH_DESCRIPTORS)
 def test_modules_for_export_describe_patches_as_their_networks(name):
-    net, patches = load(name), export.patches(5)
+    net = load(name)
+    patches = export.patches(5, len(net.spec.reach))
     with torch.inference_mode():
         torch.testing.assert_close(
             network_graph(net).eval()(patches), net(patches), atol=1e-5, rtol=0
@@ -101,13 +103,24 @@ def test_modules_for_export_describe_patches_as_their_networks(name):
     [
         ({"detector": "sobelnet", "descriptor": "desnet"}, 120, 120),
         ({"detector": "keynet", "descriptor": "hardnet"}, 60, 60),
+        ({"detector": "keynet-light", "descriptor": "hardnet-context"}, 60, 60),
         ({"detector": "keynet", "descriptor": "none", "single_scale": True}, 2000, 100),
         ({"detector": "sobelnet", "descriptor": "none", "per_scale": True}, 200, 200),
         ({"detector": "sobelnet", "descriptor": "none", "nms_window": 5, "border": 3}, 300, 300),
     ],
 )
 def test_the_module_of_a_pipeline_finds_the_features_of_extraction(options, count, least):
-    image = picture((201, 260))
+    check_pipeline(options, count, least, picture((201, 260)))
+
+
+def test_surroundings_of_keypoints_in_small_images():
+    """From levels that are too small for the detector, and none of a few pixels."""
+    options = {"detector": "keynet-light", "descriptor": "hardnet-context"}
+    for size in ((64, 80), (50, 300)):
+        check_pipeline(options, 40, 10, picture(size))
+
+
+def check_pipeline(options, count, least, image):
     chosen = ExtractOptions(**options, num_keypoints=count, device="cpu", precision="float32")
     expected = chosen.build().extract_tensor(image)[0]
     assert len(expected) >= least

@@ -1,8 +1,11 @@
 """Patch pairs drawn on the training device: positions, shapes, light, and the training on them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers import call, texture, write_photos
 from tiepoints.datasets import device_images, patch_sampler
@@ -78,6 +81,23 @@ def test_without_changes_both_patches_are_equal(photos, monkeypatch):
     assert item["anchor"].shape[0] > 48
     assert item["anchor"].shape[1:] == (1, 32, 32)
     assert torch.allclose(item["anchor"], item["positive"], atol=1 / 254)
+
+
+def test_surroundings_change_like_the_patch(photos, monkeypatch):
+    for name, value in (("AFFINE_JITTER", 0.0), ("CURVATURE", 0.0), ("RESOLUTION", (1.0, 1.0))):
+        monkeypatch.setattr(patch_sampler, name, value)
+    settings = replace(EXACT, reach=(1.0, 3.0), symmetric=1.0)
+    item = PatchSampler(photos, [], grid, CPU, settings=settings, warps=PLAIN, views=3)[0]
+    assert item["anchor"].shape[1:] == (2, 32, 32)
+    assert torch.allclose(item["anchor"], item["positive"], atol=1 / 254)
+    # the third of the side around the center shows what the patch shows
+    near, wide = item["anchor"].unbind(dim=1)
+    center = F.interpolate(wide[:, None, ::2, ::2][..., 5:11, 5:11], size=8, mode="bilinear")
+    small = F.avg_pool2d(near[:, None], 4)
+    both = torch.stack([center, small]).flatten(2)
+    center, small = both - both.mean(dim=2, keepdim=True)
+    assert F.cosine_similarity(center, small).median() > 0.6
+    assert F.cosine_similarity(center, small.roll(1, 0)).median().abs() < 0.2
 
 
 def test_warped_patches_show_the_same_location(photos, monkeypatch):
@@ -170,6 +190,22 @@ def test_channels_are_mixed_only_in_chosen_views():
     assert (gray[6:] - usual[6:]).abs().max() > 0.02
 
 
+def test_shadows_and_occlusions_of_surroundings_are_at_the_same_places():
+    patches = (torch.arange(40) / 40)[:, None, None].expand(40, 32, 32)
+    near, wide = (cast_shadows(patches, generator(), reach) for reach in (1.0, 3.0))
+    # sample j of three times the side is at sample 3 j - 31 of the side
+    torch.testing.assert_close(near[:, 2:30:3, 2:30:3], wide[:, 11:21, 11:21])
+    assert near.flatten(1).std(dim=1).max() > 0.1
+    group, always = torch.zeros(40, dtype=torch.long), torch.ones(1)
+    near, wide = (
+        occlude(patches[:, None], group, always, generator(), reach)[:, 0] != patches
+        for reach in (1.0, 3.0)
+    )
+    same = near[:, 2:30:3, 2:30:3] == wide[:, 11:21, 11:21]
+    assert same.float().mean() > 0.98  # their edges are a sample wide
+    assert wide.float().mean() > 1.5 * near.float().mean() > 0
+
+
 def test_occlusion_leaves_the_center():
     colors, group = random_patches(200, channels=3), torch.zeros(200, dtype=torch.long)
     changed = occlude(colors, group, torch.ones(1), generator())
@@ -180,7 +216,7 @@ def test_occlusion_leaves_the_center():
     assert torch.equal(occlude(colors, group, torch.zeros(1), generator()), colors)
 
 
-@pytest.mark.parametrize("name", ["hardnet", "affnet"])
+@pytest.mark.parametrize("name", ["hardnet", "hardnet-context", "affnet"])
 def test_training_draws_on_the_device(tmp_path, photos, name):
     output = tmp_path / "mine.safetensors"
     data = TrainData(images=photos[0].parent)

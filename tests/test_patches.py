@@ -4,13 +4,14 @@ gradients, memory.
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from tiepoints.patches import HALF_SIDE, extract_patches
-from tiepoints.pyramid import Pyramid, build_pyramid
+from tiepoints.pyramid import CONTEXT_SIDE, Pyramid, build_pyramid
 from tiepoints.structs import Keypoints
 
 
@@ -67,6 +68,29 @@ def test_equals_a_warp_of_the_whole_image(scale, angle):
     torch.testing.assert_close(
         extract_patches(only, keypoints), brute_force(image, keypoints), atol=1e-4, rtol=0
     )
+
+
+def test_surroundings_have_half_the_resolution():
+    image = smooth_image(600, 700, wave=300)
+    keypoints = points([[350, 300], [320.3, 281.8], [360.6, 310.2]], 1.5, 0.4)
+    near, wide = extract_patches(build_pyramid(image), keypoints, reach=(1.0, 3.0)).unbind(dim=1)
+    torch.testing.assert_close(near, extract_patches(build_pyramid(image), keypoints)[:, 0])
+    assert torch.equal(wide[:, ::2, ::2], wide[:, 1::2, 1::2])
+    expected = brute_force(image, replace(keypoints, scale=3 * keypoints.scale), size=16)[:, 0]
+    torch.testing.assert_close(wide[:, ::2, ::2], expected, atol=0.02, rtol=0)
+
+
+def test_surroundings_are_not_aliased():
+    """They are sampled from coarser levels than the detector's."""
+    image = torch.zeros(1, 1, 400, 400)
+    image[..., ::2] = 1
+    pyramid = build_pyramid(image, up=0, down=0)
+    wide = extract_patches(pyramid, points([[200, 200]], 1.0), reach=(8.0,))
+    assert wide.std() < 0.02
+    scales = [level.scale for level in pyramid.with_coarser(8.4).levels]
+    assert len(scales) == 7
+    assert max(scales) == pytest.approx(8, rel=0.05)
+    assert min(pyramid.with_coarser(1e6).levels[-1].size) > CONTEXT_SIDE
 
 
 def test_rotation_follows_the_angle_convention():

@@ -9,19 +9,36 @@ import torch.nn.functional as F
 from tiepoints.models.patchnets import (
     FilterResponseNorm,
     HardNet,
+    HardNetContext,
     HardNetLight,
     HyNet,
     SOSNet,
     ThresholdedLinear,
     _ResponseNorm,
+    parts_of,
     to_side,
     unit,
 )
+from tiepoints.weights import load
 
-NETS = {"hardnet": HardNet, "hardnet-light": HardNetLight, "hynet": HyNet, "sosnet": SOSNet}
+NETS = {
+    "hardnet": HardNet,
+    "hardnet-light": HardNetLight,
+    "hardnet-context": HardNetContext,
+    "hynet": HyNet,
+    "sosnet": SOSNet,
+}
 PARAMETERS = {"hardnet": 1_334_560, "hynet": 1_336_355, "sosnet": 1_334_560}  # published
 # a 5 x 5 filter in place of 3 x 3 in the first layer, and 4 x 4 in place of 8 x 8 in the last one
 PARAMETERS["hardnet-light"] = 1_334_560 + 32 * (25 - 9) - 128 * 128 * (64 - 16)
+# twice the layers before the last one; 64 dimensions of the patch, twice 32 by filters of 2 x 2
+PARAMETERS["hardnet-context"] = (
+    2 * (PARAMETERS["hardnet-light"] - 128 * 128 * 16) + 64 * 128 * 16 + 2 * 32 * 128 * 4
+)
+
+
+#: Columns of the descriptors of ``HardNetContext`` that describe each patch.
+PART_COLUMNS = (slice(0, 64), slice(64, 96), slice(96, 128))
 
 
 def random_net(cls, seed: int = 0):
@@ -51,46 +68,50 @@ def name(request):
     return request.param
 
 
-def textured(n: int, side: int = 32, seed: int = 1):
+def textured(n: int, side: int = 32, seed: int = 1, channels: int = 1):
     """Smooth random patches of very different brightness and contrast."""
     rng = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(n, 1, 6, 6, generator=rng)
+    coarse = torch.rand(n, channels, 6, 6, generator=rng)
     patches = F.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 1)
     return patches * torch.linspace(0.05, 1, n)[:, None, None, None]
 
 
 def test_shapes_lengths_and_sizes(name):
     net = random_net(NETS[name])
+    channels = len(net.spec.reach)
     assert sum(p.numel() for p in net.parameters()) == PARAMETERS[name]
-    out = net(textured(5))
+    out = net(textured(5, channels=channels))
     assert out.shape == (5, 128)
     assert out.dtype == torch.float32
     torch.testing.assert_close(out.norm(dim=1), torch.ones(5))
-    assert net(torch.zeros(0, 1, 32, 32)).shape == (0, 128)
-    with pytest.raises(ValueError, match=r"\(N,1,P,P\).*\(2, 3, 32, 32\)"):
-        net(torch.zeros(2, 3, 32, 32))
-    with pytest.raises(ValueError, match="P,P"):
-        net(torch.zeros(2, 1, 32, 31))
+    assert net(torch.zeros(0, channels, 32, 32)).shape == (0, 128)
+    for one in (net, net.fused()):
+        assert one(torch.zeros(0, channels, 32, 32)).shape == (0, 128)
+        with pytest.raises(ValueError, match=rf"\(N,{channels},P,P\).*\(2, 2, 32, 32\)"):
+            one(torch.zeros(2, 2, 32, 32))
+        with pytest.raises(ValueError, match="P,P"):
+            one(torch.zeros(2, channels, 32, 31))
 
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_constant_patches_have_finite_unit_vectors(name, trained):
     net = random_net(NETS[name]) if trained else NETS[name]().eval()
     for level in (0.0, 0.5, 1.0):
-        out = net(torch.full((3, 1, 32, 32), level))
+        out = net(torch.full((3, len(net.spec.reach), 32, 32), level))
         assert torch.isfinite(out).all()
         torch.testing.assert_close(out.norm(dim=1), torch.ones(3))
 
 
 def test_batch_equals_single_for_any_patch_size(name):
     net = random_net(NETS[name])
-    patches = textured(4)
+    channels = len(net.spec.reach)
+    patches = textured(4, channels=channels)
     torch.testing.assert_close(
         torch.cat([net(p[None]) for p in patches]), net(patches), atol=1e-5, rtol=0
     )
-    big = textured(4, 64)
+    big = textured(4, 64, channels=channels)
     torch.testing.assert_close(net(big), net(F.avg_pool2d(big, 2)))
-    similar = (net(textured(4, 65)) * net(big)).sum(dim=1)
+    similar = (net(textured(4, 65, channels=channels)) * net(big)).sum(dim=1)
     assert (similar > 0.98).all()
 
 
@@ -103,7 +124,7 @@ def test_hardnet_and_sosnet_are_gain_and_offset_invariant():
 
 def test_fused_equals_unfused(name):
     net = random_net(NETS[name])
-    patches = textured(16)
+    patches = textured(16, channels=len(net.spec.reach))
     with torch.inference_mode():
         plain, folded = net(patches), net.fused()(patches)
         half = net.fused(torch.bfloat16)(patches)
@@ -139,8 +160,11 @@ def test_response_norm_equals_reference_implementation():
 
 def test_gradients_reach_every_parameter(name):
     net = NETS[name]().train()
-    (net(textured(8)) * torch.randn(8, 128)).sum().backward()
+    (net(textured(8, channels=len(net.spec.reach))) * torch.randn(8, 128)).sum().backward()
     for key, parameter in net.named_parameters():
+        if name == "hardnet-context" and key.startswith("convolutions.") and key[13] != "6":
+            assert parameter.grad is None, key  # they stay as they are
+            continue
         assert parameter.grad is not None, key
         assert torch.isfinite(parameter.grad).all(), key
         # gray levels are never below HyNet's first threshold of -1
@@ -196,6 +220,37 @@ def test_equals_kornia(name):
     with torch.inference_mode():
         torch.testing.assert_close(net(patches), other(theirs), atol=1e-5, rtol=0)
         torch.testing.assert_close(net.fused()(patches), other(theirs), atol=2e-5, rtol=0)
+
+
+def test_cosines_with_context_are_those_of_the_patches():
+    net = random_net(HardNetContext)
+    patches = textured(6, channels=3)
+    others = patches.clone()
+    others[:, 1] = textured(6, seed=2)[:, 0]
+    with torch.inference_mode():
+        a, b = net(patches), net(others)
+    for vectors in (a, b):
+        squares = [vectors[:, columns].square().sum(dim=1) for columns in PART_COLUMNS]
+        torch.testing.assert_close(
+            torch.stack(squares, dim=1), torch.tensor([[0.45, 0.3, 0.25]] * 6)
+        )
+    same = [bool((a - b)[:, columns].abs().max() < 1e-6) for columns in PART_COLUMNS]
+    assert same == [True, False, True]
+
+
+def test_context_starts_from_the_light_network():
+    light, net = load("hardnet-light"), HardNetContext()
+    net.start_from(light)
+    patches = textured(40, channels=3)
+    net.train()(patches)  # statistics of the new layers
+    assert torch.equal(net.norms[2].running_mean, light.norms[2].running_mean)
+    near = parts_of(net.eval()(patches))[0]
+    given = light(patches[:, :1])
+    cosines = torch.stack([near @ near.T, given @ given.T]).flatten(1)
+    assert torch.corrcoef(cosines)[0, 1] > 0.7
+    for mine, other in zip(net.context, light.convolutions[:-1], strict=False):
+        assert torch.equal(mine.weight, other.weight)
+        assert mine.weight.requires_grad
 
 
 def test_helper_functions():

@@ -18,15 +18,27 @@ from tiepoints.errors import DataError, WeightsError
 from tiepoints.keypoints import local_maxima
 from tiepoints.models.desnet import DesNet
 from tiepoints.models.keynet import KeyNet
-from tiepoints.models.patchnets import HardNet, HardNetLight, HyNet, SOSNet
+from tiepoints.models.patchnets import (
+    PARTS,
+    SHARES,
+    HardNet,
+    HardNetContext,
+    HardNetLight,
+    HyNet,
+    SOSNet,
+    parts_of,
+    unit,
+)
 from tiepoints.models.rekd import REKD
 from tiepoints.models.sobelnet import SobelNet
 from tiepoints.training import loop, recipes
 from tiepoints.training.loop import RunOptions
+from tiepoints.training.losses import hardnet_loss
 from tiepoints.training.recipes import TrainData
 from tiepoints.training.recipes.common import load_partial_state_dict
 from tiepoints.training.recipes.descriptors import (
     candidate_loss,
+    context_loss,
     descriptor_loss,
     open_patches,
     taught_loss,
@@ -118,7 +130,13 @@ def train(name, photos, out, **options):
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"), [("hardnet", HardNet), ("hynet", HyNet), ("sosnet", SOSNet)]
+    ("model", "kind"),
+    [
+        ("hardnet", HardNet),
+        ("hardnet-context", HardNetContext),
+        ("hynet", HyNet),
+        ("sosnet", SOSNet),
+    ],
 )
 def test_each_descriptor_trains_and_its_file_can_be_used(model, kind, photos, tmp_path):
     out = tmp_path / f"{model}.safetensors"
@@ -157,6 +175,8 @@ def test_training_on_published_patches(photos, tour, tmp_path):
         train("hardnet", photos, out, patches=tour)
     with pytest.raises(ValueError, match="published patches"):
         train("hardnet", photos, out, preset="paper")
+    with pytest.raises(ValueError, match="hardnet-context sees the surroundings of patches"):
+        train("hardnet-context", photos, out, patches=tour)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train("hardnet", photos, out, patches="nowhere")
 
@@ -187,6 +207,21 @@ def test_loss_with_a_teacher(name, kind):
     torch.testing.assert_close(value, alone + 20, atol=1e-3, rtol=0)
 
 
+def test_loss_with_surroundings():
+    sizes = zip(SHARES, PARTS, strict=True)
+    vectors = torch.cat([s**0.5 * unit(torch.randn(8, d)) for s, d in sizes], dim=1)
+    same = parts_of(vectors)
+    alone = hardnet_loss(*vectors.chunk(2))[0]
+    torch.testing.assert_close(context_loss(vectors, same, 5.0)[0], alone)
+    # cosines of opposite vectors are the same; of constant ones all 1
+    torch.testing.assert_close(context_loss(vectors, [-part for part in same], 5.0)[0], alone)
+    constant = [torch.ones(8, 1) for _ in same]
+    expected = torch.stack([(part @ part.T - 1).square().mean() for part in same]).mean()
+    value, metrics = context_loss(vectors, constant, 5.0)
+    torch.testing.assert_close(value, alone + 5 * expected)
+    assert metrics["difference"] == pytest.approx(float(expected))
+
+
 def test_training_with_a_teacher_uses_stored_patches(photos, tmp_path, monkeypatch):
     out = tmp_path / "light.safetensors"
     options = {"num_training_data": 3, "batch_size": 2, "validate_every": 2}
@@ -194,8 +229,8 @@ def test_training_with_a_teacher_uses_stored_patches(photos, tmp_path, monkeypat
     assert isinstance(load(out), HardNetLight)
     folder = tmp_path / "light.safetensors.pairs"
     patches, targets = (np.load(folder / f"{name}.npy") for name in ("patches", "targets"))
-    assert patches.shape == (3, 2, 48, 32, 32)
-    expected = load("hardnet")(torch.from_numpy(patches[1, 1]).float()[:, None] / 255)
+    assert patches.shape == (3, 2, 48, 1, 32, 32)
+    expected = load("hardnet")(torch.from_numpy(patches[1, 1]).float() / 255)
     found = torch.from_numpy(targets[1, 1]).float()
     assert (found * expected).sum(dim=1).min() > 0.999  # bfloat16 on some processors
     # a resumed training reads the same files and ends at the same weights
@@ -212,6 +247,11 @@ def test_training_with_a_teacher_uses_stored_patches(photos, tmp_path, monkeypat
         train("hardnet-light", photos, broken, steps=4, resume=True, teacher="sosnet", **options)
     with pytest.raises(ValueError, match="teacher must be a patch descriptor; keynet"):
         train("hardnet-light", photos, tmp_path / "no.safetensors", teacher="keynet", **options)
+    with pytest.raises(ValueError, match=r"teacher must not see .* as hardnet-context does"):
+        train("hardnet-light", photos, tmp_path / "no.safetensors", teacher="hardnet-context")
+    for teacher in ("hardnet", "none"):
+        with pytest.raises(ValueError, match="takes the layers of its teacher"):
+            train("hardnet-context", photos, tmp_path / "no.safetensors", teacher=teacher)
     with pytest.raises(ValueError, match="hardnet-light has no preset paper"):
         train("hardnet-light", photos, tmp_path / "no.safetensors", preset="paper")
 

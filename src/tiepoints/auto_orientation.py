@@ -310,7 +310,9 @@ def match_shaped(
     options = extractor.options or ExtractOptions()
     precision = float_precision(options.chosen_precision, device)
     shape_net = build_shapes(SHAPES, device, precision=precision, backend=options.backend)
-    shaped = PatchDescriptor(describe.net, describe.half_side, shape_net=shape_net)
+    shaped = PatchDescriptor(
+        describe.net, describe.half_side, reach=describe.reach, shape_net=shape_net
+    )
     described = []
     for one, image in zip(features, images, strict=True):
         pyramid = extractor.pyramid(extractor.read(image).pixels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -32,14 +32,14 @@ DEVICE_CHUNK = 2048
 
 
 class PatchDescriptor:
-    """Describe keypoints with a patch network (N,1,P,P) -> (N,D).
+    """Describe keypoints with a patch network (N,C,P,P) -> (N,D).
 
     Patches are rotated by the angles of the keypoints; with ``upright`` they are not, as in REKD's
     published evaluation.
 
     Args:
         net: the network.
-        half_side: see ``extract_patches``.
+        half_side, reach: see ``extract_patches``.
         upright: do not rotate patches.
         shape_net: a network (N,1,P,P) -> affine shapes (N,2,2), in whose frames the patches are
             sampled again; None = the patches are squares.
@@ -50,10 +50,11 @@ class PatchDescriptor:
         net: Callable[[Tensor], Tensor],
         half_side: float = HALF_SIDE,
         *,
+        reach: Sequence[float] = (1.0,),
         upright: bool = False,
         shape_net: Callable[[Tensor], Tensor] | None = None,
     ):
-        self.net, self.half_side, self.upright = net, half_side, upright
+        self.net, self.half_side, self.reach, self.upright = net, half_side, reach, upright
         self.shape_net = shape_net
 
     def __call__(self, pyramid: Pyramid, keypoints: Keypoints, index: int) -> Tensor:
@@ -76,23 +77,26 @@ class PatchDescriptor:
         if self.upright:
             keypoints = replace(keypoints, angle=torch.zeros_like(keypoints.angle))
 
-        def sample(shapes: Tensor | None) -> Tensor:
+        def sample(shapes: Tensor | None, reach: Sequence[float]) -> Tensor:
             return extract_patches(
-                pyramid, keypoints, index=index, half_side=self.half_side, shapes=shapes
+                *(pyramid, keypoints),
+                index=index,
+                half_side=self.half_side,
+                reach=reach,
+                shapes=shapes,
             )
 
         with torch.inference_mode():
+            shapes = None
             if self.shape_net is not None:
-                patches = sample(_in_parts(self.shape_net, sample(None)))
+                shapes = _in_parts(self.shape_net, sample(None, (1.0,)))
             elif shape is not None:
-                patches = sample(shape.to(keypoints.xy).expand(len(keypoints), 2, 2))
-            else:
-                patches = sample(None)
-            return _in_parts(self.net, patches)
+                shapes = shape.to(keypoints.xy).expand(len(keypoints), 2, 2)
+            return _in_parts(self.net, sample(shapes, self.reach))
 
 
 def _in_parts(net: Callable[[Tensor], Tensor], patches: Tensor) -> Tensor:
-    """The output of a network for patches (N,1,P,P), some at a time."""
+    """The output of a network for patches (N,C,P,P), some at a time."""
     return torch.cat([net(part) for part in patches.split(chunk_size(patches.device))])
 
 

@@ -87,7 +87,7 @@ class Exported:
 def export_network(
     name: str, output: Path, *, int8: bool = False, opset: int = OPSETS[0]
 ) -> Exported:
-    """Export a network: an image network (B,1,H,W) -> map, or a patch network (N,1,32,32) ->
+    """Export a network: an image network (B,1,H,W) -> map, or a patch network (N,C,32,32) ->
     (N,128).
 
     Args:
@@ -103,19 +103,22 @@ def export_network(
     """
     _check_output(output, opset, int8=int8)
     part = _part(name, int8=int8)
-    if isinstance(spec_of(part.net), ShapeSpec):
+    spec = spec_of(part.net)
+    if isinstance(spec, ShapeSpec):
         raise ValueError(f"{name}: affine shapes cannot be exported")
     if int8 and part.int8 is None:
         raise ValueError(_no_int8(name))
     graph = network_graph(part.net, part.int8).eval()
     dim = torch.export.Dim
-    if isinstance(spec_of(part.net), PatchSpec):
-        example, shapes = torch.rand(2, 1, PATCH_SIZE, PATCH_SIZE), {0: dim("n", min=1)}
-        names, images = ("patches", "descriptors"), [patches(count) for count in PATCH_CHECKS]
+    if isinstance(spec, PatchSpec):
+        channels = len(spec.reach)
+        example, shapes = torch.rand(2, channels, PATCH_SIZE, PATCH_SIZE), {0: dim("n", min=1)}
+        names = ("patches", "descriptors")
+        images = [patches(count, channels) for count in PATCH_CHECKS]
     else:
         example = torch.rand(1 if int8 else 2, 1, 97, 131)
         shapes = _sides() if int8 else {0: dim("b", min=1), **_sides()}
-        output_name = "scores" if isinstance(spec_of(part.net), DetectorSpec) else "descriptor_map"
+        output_name = "scores" if isinstance(spec, DetectorSpec) else "descriptor_map"
         names, images = ("image", output_name), [picture(size) for size, _ in CHECKS]
     model = convert(graph, (example,), [shapes], [names[0]], [names[1]], opset=opset)
     describe(model, form="network", parts={"network": part}, input=names[0])

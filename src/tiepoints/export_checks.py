@@ -73,10 +73,11 @@ def picture(size: tuple[int, int]) -> Tensor:
     return (0.6 * smooth + 0.4 * blocks).clamp(0, 1)
 
 
-def patches(count: int) -> Tensor:
-    """Parts (N,1,32,32) of different pictures."""
-    pictures = [picture((PATCH_SIZE + i, PATCH_SIZE + 3)) for i in range(count)]
-    return torch.cat([picture[..., :PATCH_SIZE, :PATCH_SIZE] for picture in pictures])
+def patches(count: int, channels: int = 1) -> Tensor:
+    """Parts (N,C,32,32) of different pictures."""
+    pictures = [picture((PATCH_SIZE + i, PATCH_SIZE + 3)) for i in range(count * channels)]
+    parts = torch.cat([picture[..., :PATCH_SIZE, :PATCH_SIZE] for picture in pictures])
+    return parts.view(count, channels, PATCH_SIZE, PATCH_SIZE)
 
 
 def map_difference(net: nn.Module, images: list[Tensor], found: list[np.ndarray]) -> float:

@@ -68,9 +68,9 @@ class ExtractOptions(ReadOptions, DetectOptions):
         detector: ``keynet``, ``keynet-light``, ``keynet-tiny``, ``rekd``, ``rekd-light``,
             ``sobelnet`` (embedded weights), a weights file (ours, or an official checkpoint), or a
             network image -> score map.
-        descriptor: ``hardnet``, ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` (embedded
-            weights), ``rootsift``, a weights file, a network patches -> (N,D), a ``DesNet``, or
-            ``none`` / None.
+        descriptor: ``hardnet``, ``hardnet-light``, ``hardnet-context``, ``hynet``, ``sosnet``,
+            ``desnet`` (embedded weights), ``rootsift``, a weights file, a network patches -> (N,D),
+            a ``DesNet``, or ``none`` / None.
         orientation: source of the keypoint angles: ``none``, ``rekd``, ``rekd-light``, ``dominant``
             (gradient); None = the detector if it estimates them (REKD does), else 0.
         affine: network that estimates the affine shapes in which patches are sampled: a name of
@@ -601,17 +601,20 @@ def build_descriptor(
         _check_patches(affine, f"a {type(net).__name__} describes the whole image")
     if not isinstance(spec, DenseSpec | PatchSpec):  # a network of the user
         chosen = "float32"
+    reach = spec.reach if isinstance(spec, PatchSpec) else (1.0,)
     run = run_by(
         net,
         backend,
         chosen if graph is None else "int8",
         device=device,
         graph=graph,
-        inputs=StackInput(side=None if isinstance(spec, DenseSpec) else PATCH_SIZE),
+        inputs=StackInput(
+            channels=len(reach), side=None if isinstance(spec, DenseSpec) else PATCH_SIZE
+        ),
     )
     if isinstance(spec, DenseSpec):
         return DenseDescriptor(run, net.dim, tile_pixels=tile_pixels)  # type: ignore[arg-type]
-    return PatchDescriptor(run, upright=upright, shape_net=shape_net)
+    return PatchDescriptor(run, reach=reach, upright=upright, shape_net=shape_net)
 
 
 def _check_patches(affine: str | nn.Module, reason: str) -> None:

@@ -9,7 +9,8 @@ Runtime computes the same features as ``extract.Extractor``, up to rounding.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from .detect import DUPLICATE_DISTANCE, SURPLUS, DetectOptions, response_floor
 from .filters import BINOMIAL_5, gaussian_taps
 from .gray import LUMA
 from .models import desnet, keynet, patchnets, sobelnet
-from .models.spec import DetectorSpec, spec_of
-from .patches import HALF_SIDE, PATCH_SIZE
-from .pyramid import MIN_SIDE, SCALE_STEP
+from .models.spec import DetectorSpec, PatchSpec, spec_of
+from .patches import HALF_SIDE, PATCH_SIZE, twice
+from .pyramid import CONTEXT_SIDE, MIN_SIDE, SCALE_STEP
 
 #: Largest side of an image for which the sizes of levels are those of the pyramid.
 MAX_SIDE = 16384
@@ -371,13 +372,41 @@ class PatchNetGraph(nn.Module):
         net.fold()  # what follows a layer then is its activation only
 
     def forward(self, patches: Tensor) -> Tensor:
-        """Unit descriptors (N,128) of patches (N,1,32,32)."""
+        """Unit descriptors (N,128) of patches (N,C,32,32)."""
         if self.int8 is not None:
             return self.int8(patches)
-        maps = self.net.standardize(patches)
+        return patchnets.unit(self.described(self.net.standardize(patches)))
+
+    def described(self, maps: Tensor) -> Tensor:
         for index, layer in enumerate(self.layers):
-            maps = self.net.follow(index, layer(maps, layer.filters()))  # type: ignore[operator]
-        return patchnets.unit(maps.flatten(1))
+            maps = self.net.follow(index, _apply(layer, maps))
+        return maps.flatten(1)
+
+
+class ContextGraph(PatchNetGraph):
+    """A ``patchnets.HardNetContext``."""
+
+    def __init__(self, net: patchnets.HardNetContext, int8: Path | None = None):
+        super().__init__(net, int8)
+        convolutions = zip(net.context, net.context_norms, strict=True)
+        self.context = nn.ModuleList(_Conv(conv, norm) for conv, norm in convolutions)  # type: ignore[arg-type]
+
+    def described(self, maps: Tensor) -> Tensor:
+        around = F.avg_pool2d(maps[:, 1:], 2)
+        _, count, side, _ = around.shape
+        around = around.reshape(-1, 1, side, side)
+        last = len(self.context) - count
+        for layer in self.context[:last]:
+            around = F.relu(_apply(layer, around))
+        around = around.reshape(-1, count, *around.shape[1:])
+        parts = [super().described(maps[:, :1])]
+        for i, layer in enumerate(self.context[last:]):
+            parts.append(_apply(layer, around[:, i]).flatten(1))
+        return patchnets.joined(parts)
+
+
+def _apply(layer: Any, maps: Tensor) -> Tensor:
+    return layer(maps, layer.filters())
 
 
 #: Network -> its module for export.
@@ -387,6 +416,7 @@ NETWORKS: dict[type[nn.Module], Any] = {
     desnet.DesNet: DesNetGraph,
     patchnets.HardNet: PatchNetGraph,
     patchnets.HardNetLight: PatchNetGraph,
+    patchnets.HardNetContext: ContextGraph,
     patchnets.SOSNet: PatchNetGraph,
     patchnets.HyNet: PatchNetGraph,
 }
@@ -542,6 +572,8 @@ class PipelineGraph(_Filters):
         if isinstance(self.scores, SobelNetGraph):
             self.scores.ratio = 0.0  # applied to the candidates
         self.describe = None if descriptor is None else network_graph(descriptor, int8[1])
+        described_by = None if descriptor is None else spec_of(descriptor)
+        self.reach = described_by.reach if isinstance(described_by, PatchSpec) else (1.0,)
 
     luma: Tensor
     offset: Tensor
@@ -575,14 +607,14 @@ class PipelineGraph(_Filters):
             return keypoints, scales, values
         if isinstance(self.describe, DesNetGraph):
             return keypoints, scales, values, self._dense(levels, keypoints, scales)
-        return keypoints, scales, values, self._patches(levels, keypoints, scales)
+        return keypoints, scales, values, self._described(levels, keypoints, scales)
 
     def _pyramid(self, gray: Tensor) -> list[_Level]:
         h, w = gray.shape[-2:]
 
-        def level(image: Tensor, reduction: int) -> _Level:
+        def level(image: Tensor, least: int) -> _Level:
             size = _lengths(image.shape[-1], image.shape[-2])
-            valid = size.min(dim=0, keepdim=True)[0] >= (MIN_SIDE if reduction else 0)
+            valid = size.min(dim=0, keepdim=True)[0] >= least
             return _Level(image, size, _lengths(w, h) / size, valid)
 
         levels, current = [level(gray, 0)], gray
@@ -590,11 +622,13 @@ class PipelineGraph(_Filters):
             current = _resize(current, (enlarged(h, i), enlarged(w, i)))
             levels.insert(0, level(current, 0))
         current = gray
-        for i in range(1, self.down + 1):
-            size = reduced(current.shape[-2]), reduced(current.shape[-1])
-            current = _resize(self.blur(current), size)
-            levels.append(level(current, i))
+        for _ in range(self.down):
+            current = self._reduced(current)
+            levels.append(level(current, MIN_SIDE))
         return levels
+
+    def _reduced(self, image: Tensor) -> Tensor:
+        return _resize(self.blur(image), (reduced(image.shape[-2]), reduced(image.shape[-1])))
 
     def _budgets(self, levels: list[_Level], count: Tensor) -> Tensor:
         """As ``pyramid.level_budgets``, (L,) int64; 0 for levels that are too small."""
@@ -728,24 +762,56 @@ class PipelineGraph(_Filters):
             out = out.index_put((rows,), found)
         return out
 
-    def _patches(self, levels: list[_Level], xy: Tensor, scale: Tensor) -> Tensor:
+    def _described(self, levels: list[_Level], xy: Tensor, scale: Tensor) -> Tensor:
         """As ``describe.PatchDescriptor`` of upright keypoints."""
-        step = scale * (2 * HALF_SIDE / PATCH_SIZE)
+        channels = []
+        for factor in self.reach:
+            half_side, side = factor * HALF_SIDE, PATCH_SIZE
+            if factor == 1:
+                patches = self._patches(levels, xy, scale, half_side, side)
+            else:
+                side = side // 2
+                more = self._with_coarser(levels, 2 * half_side / side)
+                patches = twice(self._patches(more, xy, scale, half_side, side))
+            channels.append(patches)
+        assert self.describe is not None
+        return self.describe(torch.stack(channels, dim=1))
+
+    def _with_coarser(self, levels: list[_Level], step: float) -> list[_Level]:
+        """As ``Pyramid.with_coarser``, for keypoints of the last level whose samples are ``step``
+        of its pixels apart.
+        """
+        finer, reduced_levels = levels[: self.up + 1], levels[self.up + 1 :]
+        last = levels[-1]
+        image = last.image
+        for _ in range(int(math.log(step, SCALE_STEP))):
+            image = self._reduced(image)
+            size = _lengths(image.shape[-1], image.shape[-2])
+            reduced_levels.append(_Level(image, size, last.size * last.ratio / size, last.valid))
+        for level in reduced_levels:
+            valid = level.size.min(dim=0, keepdim=True)[0] > CONTEXT_SIDE
+            finer.append(replace(level, valid=valid))
+        return finer
+
+    def _patches(
+        self, levels: list[_Level], xy: Tensor, scale: Tensor, half_side: float, size: int
+    ) -> Tensor:
+        """As ``patches.extract_patches``, (N,size,size)."""
+        step = scale * (2 * half_side / size)
         scales = torch.cat([level.scale for level in levels]).float()
         valid = torch.cat([level.valid for level in levels])
         level_of = ((step[:, None] >= scales) & valid).long().sum(dim=1).sub(1).clamp(min=0)
-        side = HALF_SIDE * ((2 * torch.arange(PATCH_SIZE).float() + 1) / PATCH_SIZE - 1)
+        side = half_side * ((2 * torch.arange(size).float() + 1) / size - 1)
         v, u = torch.meshgrid(side, side, indexing="ij")
         offsets = torch.stack([u.flatten(), v.flatten()], dim=1)
-        patches = torch.zeros_like(scale)[:, None].repeat(1, PATCH_SIZE**2)
+        patches = torch.zeros_like(scale)[:, None].repeat(1, size**2)
         for i, level in enumerate(levels):
             rows = (level_of == i).nonzero()[:, 0]
             points = xy[rows][:, None] + scale[rows][:, None, None] * offsets
             patches = patches.index_put(
                 (rows,), _sample(level.image, level.from_original(points))[0]
             )
-        assert self.describe is not None
-        return self.describe(patches.view(-1, 1, PATCH_SIZE, PATCH_SIZE))
+        return patches.view(-1, size, size)
 
 
 class ColmapGraph(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DETECTORS = ("keynet", "keynet-light", "keynet-tiny", "rekd", "rekd-light", "sobelnet")
-PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hynet", "sosnet")
+PATCH_DESCRIPTORS = ("hardnet", "hardnet-light", "hardnet-context", "hynet", "sosnet")
 DESCRIPTORS = (*PATCH_DESCRIPTORS, "desnet", "rootsift", "none")
 #: Defaults.
 DETECTOR, DESCRIPTOR = "keynet-light", "hardnet-light"

@@ -28,6 +28,8 @@ def extract_patches(
     index: int = 0,
     size: int = PATCH_SIZE,
     half_side: float = HALF_SIDE,
+    reach: Sequence[float] = (1.0,),
+    halved: bool = True,
     shapes: Tensor | None = None,
 ) -> Tensor: ...
 
@@ -39,6 +41,8 @@ def extract_patches(
     *,
     size: int = PATCH_SIZE,
     half_side: float = HALF_SIDE,
+    reach: Sequence[float] = (1.0,),
+    halved: bool = True,
 ) -> list[Tensor]: ...
 
 
@@ -49,9 +53,11 @@ def extract_patches(
     index: int = 0,
     size: int = PATCH_SIZE,
     half_side: float = HALF_SIDE,
+    reach: Sequence[float] = (1.0,),
+    halved: bool = True,
     shapes: Tensor | None = None,
 ):
-    """Extract patches (N,1,size,size) around the keypoints of image ``index`` of the batch, or a
+    """Extract patches (N,C,size,size) around the keypoints of image ``index`` of the batch, or a
     list of them for the keypoints of each image.
 
     A patch covers ``2 * half_side * scale`` pixels of the original image, rotated by ``angle``;
@@ -68,6 +74,9 @@ def extract_patches(
         index: the image of ``keypoints`` of one image.
         size: samples along a side.
         half_side: half the side of a patch in units of the keypoint's scale.
+        reach: factors of ``half_side``, one for each of the C patches of a keypoint; factors other
+            than 1 are for its surroundings.
+        halved: sample surroundings at half the resolution, each value twice along both sides.
         shapes: (N,2,2) with determinant 1, for keypoints of one image: the sample at u of the patch
             is at ``shape @ u`` in the keypoint's frame (``models.affnet``); None = squares.
 
@@ -80,13 +89,46 @@ def extract_patches(
                 f"{len(keypoints)} sets of keypoints for a batch of {pyramid.batch} images"
             )
         return [
-            extract_patches(pyramid, one, index=i, size=size, half_side=half_side)
+            extract_patches(
+                *(pyramid, one),
+                index=i,
+                size=size,
+                half_side=half_side,
+                reach=reach,
+                halved=halved,
+            )
             for i, one in enumerate(keypoints)
         ]
-    n = len(keypoints)
-    out = keypoints.xy.new_zeros(n, 1, size, size)
-    if not n:
-        return out
+    out = keypoints.xy.new_zeros(len(keypoints), len(reach), size, size)
+    for channel, factor in enumerate(reach):
+        side = factor * half_side
+        if factor == 1 or not len(keypoints):
+            _sample_patches(pyramid, keypoints, index, side, shapes, out[:, channel])
+            continue
+        samples = size // 2 if halved else size
+        # the usual levels end where usual patches do
+        levels = pyramid.with_coarser(float(keypoints.scale.max()) * 2 * side / samples)
+        coarse = out.new_empty(len(keypoints), samples, samples)
+        _sample_patches(levels, keypoints, index, side, shapes, coarse)
+        out[:, channel] = twice(coarse) if halved else coarse
+    return out
+
+
+def twice(patches: Tensor) -> Tensor:
+    """Patches (N,P,P) with each value twice along both sides, (N,2P,2P)."""
+    return patches.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+
+
+def _sample_patches(
+    pyramid: Pyramid,
+    keypoints: Keypoints,
+    index: int,
+    half_side: float,
+    shapes: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Sample one patch of each keypoint into ``out`` (N,size,size); see ``extract_patches``."""
+    size = out.shape[-1]
     step = keypoints.scale * (2 * half_side / size)  # original pixels per sample, (N,)
     scales = torch.tensor([level.scale for level in pyramid.levels], device=step.device)
     # levels are sorted by scale
@@ -103,8 +145,7 @@ def extract_patches(
             x = keypoints.xy[part, 0, None, None] + scale * (p * cos - q * sin)
             y = keypoints.xy[part, 1, None, None] + scale * (p * sin + q * cos)
             values = level.sample(torch.stack([x, y], dim=-1).reshape(-1, 2), index)  # (n*P*P,)
-            out[part] = values.reshape(len(part), 1, size, size)
-    return out
+            out[part] = values.reshape(len(part), size, size)
 
 
 def _deformed(u: Tensor, v: Tensor, shapes: Tensor) -> tuple[Tensor, Tensor]:

@@ -213,7 +213,11 @@ def _interface(spec: Any, content: dict[str, Any]) -> str:
         return f"Gray image in [0, 1] to a score map of its size{angles}."
     if isinstance(spec, PatchSpec):
         size = f"{PATCH_SIZE} x {PATCH_SIZE}"
-        return f"Gray patches of {size} px to unit descriptors of dimension {DIMENSION}."
+        several = ""
+        if len(spec.reach) > 1:
+            sides = ", ".join(f"{reach:g}" for reach in spec.reach)
+            several = f", {len(spec.reach)} of each keypoint with {sides} times the usual side,"
+        return f"Gray patches of {size} px{several} to unit descriptors of dimension {DIMENSION}."
     if isinstance(spec, ShapeSpec):
         size = f"{PATCH_SIZE} x {PATCH_SIZE}"
         return f"Gray patches of {size} px to affine shapes, matrices (2,2) of determinant 1."

@@ -23,6 +23,8 @@ DOWN_LEVELS = 4
 UP_LEVELS = 1
 #: Smallest shorter side of a level: a border of 15 pixels would cover most of a smaller one.
 MIN_SIDE = 48
+#: Side that a level must exceed from which only the surroundings of keypoints are sampled.
+CONTEXT_SIDE = 16
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,22 @@ class Pyramid:
         kept = [level for level in levels if isinstance(level.source, InMemory)]
         return Pyramid(kept, self.original - (len(levels) - len(kept)))
 
+    def with_coarser(self, scale: float) -> Pyramid:
+        """The pyramid with further reduced levels up to ``scale``, as far as their sides exceed
+        ``CONTEXT_SIDE``.
+        """
+        levels = list(self.levels)
+        while levels[-1].scale * SCALE_STEP <= scale:
+            last = levels[-1]
+            size = _reduced(last.size)
+            if min(size) <= CONTEXT_SIDE:
+                break
+            h, w = last.size
+            source = in_memory(Resized(last.source, size, blur=True))
+            x, y = last.ratio_x * w / size[1], last.ratio_y * h / size[0]
+            levels.append(Level(source, last.nominal_scale * SCALE_STEP, x, y))
+        return Pyramid(levels, self.original)
+
     @property
     def batch(self) -> int:
         """Number of images."""
@@ -156,12 +174,17 @@ def build_pyramid(
     levels = [*reversed(finer), level(whole, 1.0)]
     current = whole
     for i in range(1, down + 1):
-        size = int(current.size[0] // SCALE_STEP), int(current.size[1] // SCALE_STEP)
+        size = _reduced(current.size)
         if min(size) < max(min_side, 1):
             break
         current = in_memory(Resized(current, size, blur=True))
         levels.append(level(current, SCALE_STEP**i))
     return Pyramid(levels, up)
+
+
+def _reduced(size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the next coarser level."""
+    return int(size[0] // SCALE_STEP), int(size[1] // SCALE_STEP)
 
 
 def level_budgets(count: int, up: int, levels: int) -> list[int]:

@@ -33,7 +33,7 @@ from .models.affnet import AffNet
 from .models.desnet import DesNet
 from .models.keynet import KeyNet
 from .models.keynet_legacy import LegacyKeyNet
-from .models.patchnets import HardNet, HardNetLight, HyNet, SOSNet
+from .models.patchnets import HardNet, HardNetContext, HardNetLight, HyNet, SOSNet
 from .models.rekd import REKD
 from .models.sobelnet import SobelNet
 from .models.spec import DetectorSpec, fused, spec_of
@@ -43,7 +43,7 @@ NETWORKS: dict[str, type[nn.Module]] = {
     n.__name__: n
     for n in (
         *(KeyNet, LegacyKeyNet, REKD, SobelNet),
-        *(HardNet, HardNetLight, HyNet, SOSNet, DesNet, AffNet),
+        *(HardNet, HardNetLight, HardNetContext, HyNet, SOSNet, DesNet, AffNet),
     )
 }
 

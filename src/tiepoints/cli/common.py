@@ -67,7 +67,8 @@ DetectorOption = Annotated[
 DescriptorOption = Annotated[
     str,
     typer.Option(
-        help="hardnet, hardnet-light, hynet, sosnet, desnet, rootsift, a weights file, or none."
+        help="hardnet, hardnet-light, hardnet-context, hynet, sosnet, desnet, rootsift, a weights "
+        "file, or none."
     ),
 ]
 OrientationOption = Annotated[

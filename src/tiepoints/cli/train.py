@@ -45,8 +45,8 @@ def train(
         str | None,
         typer.Argument(
             help="Detectors keynet, keynet-light, keynet-tiny, rekd, rekd-light, sobelnet; "
-            "descriptors hardnet, hardnet-light, hynet, sosnet, desnet; affine shapes affnet. Not "
-            "needed with --resume."
+            "descriptors hardnet, hardnet-light, hardnet-context, hynet, sosnet, desnet; affine "
+            "shapes affnet. Not needed with --resume."
         ),
     ] = None,
     images: Annotated[

@@ -62,6 +62,7 @@ def change_patches(
     step: Tensor,
     settings: list[PairSettings],
     generator: torch.Generator,
+    reach: float = 1.0,
 ) -> Tensor:
     """Gamma, tone curve, shadow, blur, darkness, noise and JPEG, as ``synthetic.degrade``.
 
@@ -71,6 +72,8 @@ def change_patches(
         step: (N,) distance of neighboring samples in pixels of the view.
         settings: the probabilities for each of the G views.
         generator: random number generator.
+        reach: half sides of the patches in those of the usual ones, which are the unit of the
+            positions of shadows.
     """
     groups, device = len(settings), patches.device
 
@@ -84,7 +87,7 @@ def change_patches(
     gamma = uniform((groups,), 0.6, 1.6, generator)[group, None, None]
     patches = where(chosen("gamma"), patches.clamp(1e-4, 1) ** gamma)
     patches = where(chosen("tone"), tone_curves(patches, group, groups, generator))
-    patches = where(chosen("shadow"), cast_shadows(patches, generator))
+    patches = where(chosen("shadow"), cast_shadows(patches, generator, reach))
     sigma = uniform((groups,), *BLUR, generator)[group] / step.clamp(min=0.75)
     patches = where(chosen("blur"), blur(patches, sigma))
     patches = where(
@@ -119,21 +122,23 @@ def tone_curves(patches: Tensor, group: Tensor, groups: int, generator: torch.Ge
     return (left + (right - left) * (position - low)).view_as(patches)
 
 
-def _distances(count: int, side: int, offset: Tensor, generator: torch.Generator) -> Tensor:
-    """Signed distances (N,P,P) in half sides from a random line at ``offset`` (N,) from the
-    center.
+def _distances(
+    count: int, side: int, offset: Tensor, generator: torch.Generator, reach: float
+) -> Tensor:
+    """Signed distances (N,P,P) in half sides of the usual patches from a random line at ``offset``
+    (N,) from the center.
     """
     angle = uniform((count,), 0, 2 * math.pi, generator)[:, None, None]
-    grid = (2 * torch.arange(side, device=angle.device) + 1) / side - 1
+    grid = reach * ((2 * torch.arange(side, device=angle.device) + 1) / side - 1)
     return grid * torch.cos(angle) + grid[:, None] * torch.sin(angle) - offset[:, None, None]
 
 
-def cast_shadows(patches: Tensor, generator: torch.Generator) -> Tensor:
+def cast_shadows(patches: Tensor, generator: torch.Generator, reach: float = 1.0) -> Tensor:
     """Darken or brighten one side of a random line through each patch, see
     ``synthetic.cast_shadow``.
     """
     n, side = patches.shape[0], patches.shape[-1]
-    distance = _distances(n, side, uniform((n,), -1.2, 1.2, generator), generator)
+    distance = _distances(n, side, uniform((n,), -1.2, 1.2, generator), generator, reach)
     softness = torch.exp(uniform((n,), math.log(0.05), math.log(3.0), generator))[:, None, None]
     weight = 0.5 * (1 + torch.tanh(distance / softness))
     factor = torch.exp(uniform((n,), *SHADOW, generator))[:, None, None]
@@ -190,15 +195,20 @@ def compress(patches: Tensor, quality: Tensor, step: Tensor, generator: torch.Ge
 
 
 def occlude(
-    patches: Tensor, group: Tensor, probability: Tensor, generator: torch.Generator
+    patches: Tensor,
+    group: Tensor,
+    probability: Tensor,
+    generator: torch.Generator,
+    reach: float = 1.0,
 ) -> Tensor:
     """Patches (N,C,P,P) of which some show another patch beyond a random line next to their center,
-    like an object in front of the background, in groups chosen with ``probability`` (G,).
+    like an object in front of the background, in groups chosen with ``probability`` (G,);
+    ``reach`` as in ``change_patches``.
     """
     n, side = patches.shape[0], patches.shape[-1]
     chosen = uniform((len(probability),), 0, 1, generator) < probability
     occluded = chosen[group] & (uniform((n,), 0, 1, generator) < OCCLUDED_PATCHES)
-    distance = _distances(n, side, uniform((n,), *OCCLUDED, generator), generator)
-    weight = (distance * side / 2 + 0.5).clamp(0, 1) * occluded[:, None, None]
+    distance = _distances(n, side, uniform((n,), *OCCLUDED, generator), generator, reach)
+    weight = (distance / reach * side / 2 + 0.5).clamp(0, 1) * occluded[:, None, None]
     other = patches.roll(max(1, n // 2 + 1), dims=0)
     return torch.lerp(patches, other, weight[:, None])

@@ -52,6 +52,7 @@ class PatchSettings:
             samples of a patch; patches below it are skipped.
         size: samples along a side of a patch.
         half_side: half the side of a patch in units of its scale.
+        reach: factors of ``half_side``, one for each of the C patches of a location.
     """
 
     per_view: int = 48
@@ -65,15 +66,24 @@ class PatchSettings:
     min_contrast: float = 0.012
     size: int = PATCH_SIZE
     half_side: float = HALF_SIDE
+    reach: tuple[float, ...] = (1.0,)
 
     def extract(self, pyramid: Pyramid, xy: Tensor, scale: Tensor, angle: Tensor) -> Tensor:
-        """Patches (N,1,size,size) at positions (N,2) with scales and angles (N,)."""
+        """Patches (N,C,size,size) at positions (N,2) with scales and angles (N,)."""
         keypoints = Keypoints(xy, scale, angle, torch.zeros(len(xy)))
-        return extract_patches(pyramid, keypoints, size=self.size, half_side=self.half_side)
+        return extract_patches(
+            *(pyramid, keypoints),
+            size=self.size,
+            half_side=self.half_side,
+            reach=self.reach,
+            halved=False,
+        )
 
     def have_contrast(self, views: Sequence[Tensor]) -> Tensor:
-        """Whether patches have enough contrast in all views (N,1,size,size): (N,) bool."""
-        centers = [crop_patches(patches, PATCH_SIZE) for patches in views]
+        """Whether the first patches of locations have enough contrast in all views
+        (N,C,size,size): (N,) bool.
+        """
+        centers = [crop_patches(patches[:, :1], PATCH_SIZE) for patches in views]
         contrast = torch.stack([p.flatten(1).std(dim=1) for p in centers]).amin(dim=0)
         return contrast >= self.min_contrast
 
@@ -81,7 +91,7 @@ class PatchSettings:
 class PatchPairs(Dataset):
     """Patch pairs generated from photographs; each item holds the patches of one pair of views.
 
-    Items: ``anchor, positive`` (per_view,1,size,size) float32 in [0,1].
+    Items: ``anchor, positive`` (per_view,C,size,size) float32 in [0,1].
 
     Args:
         photos: image files.
@@ -209,7 +219,7 @@ def local_scale(xy: Tensor, H_ab: Tensor) -> Tensor:
 def rotate_pair(
     anchor: Tensor, positive: Tensor, rng: np.random.Generator, probability: float = 0.5
 ) -> tuple[Tensor, Tensor]:
-    """Rotate both patches (1,P,P) by the same multiple of 90 degrees and mirror both, each with the
+    """Rotate both patches (C,P,P) by the same multiple of 90 degrees and mirror both, each with the
     given probability.
     """
     rot90 = int(rng.integers(1, 4)) if rng.random() < probability else 0

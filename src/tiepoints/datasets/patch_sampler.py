@@ -35,6 +35,8 @@ DRAWN = 4 / 3
 #: deviation of the curvature of a patch: displacement at its edge in half sides.
 AFFINE_JITTER = 0.12
 CURVATURE = 0.05
+#: Largest such displacement in half sides, also of larger patches.
+MAX_CURVED = 0.5
 #: Range of the size of a pixel of a view in pixels of the photograph; below 1 it is 1.
 RESOLUTION = (0.7, 2.2)
 #: Maximum number of shared points of a pair of images.
@@ -67,7 +69,7 @@ class _Draw:
 class PatchSampler(DeviceSampler):
     """Batches of patch pairs, drawn and sampled on one device.
 
-    Items: whole batches ``anchor, positive`` (N,1,size,size) float32 in [0,1] on the device, where
+    Items: whole batches ``anchor, positive`` (N,C,size,size) float32 in [0,1] on the device, where
     N is at most ``views * settings.per_view``: flat patches and neighbors of others are dropped.
     Use it with a batch size of one and without worker processes.
 
@@ -237,46 +239,65 @@ class PatchSampler(DeviceSampler):
     ) -> dict[str, Tensor]:
         """The patches of all locations that are inside, apart from each other, and not flat."""
         s, groups = self.settings, len(changes)
-        n = len(draw.group)
-        symmetry = _symmetries(n, s.symmetric, generator)
-        axis = (2 * torch.arange(s.size, device=self.device) + 1) / s.size - 1
-        v, u = torch.meshgrid(axis, axis, indexing="ij")
-        grid = torch.einsum("nab,bpq->npqa", symmetry, torch.stack([u, v]))
-        x, y = grid.unbind(-1)
-        squares = torch.stack([x * x, x * y, y * y], dim=-1)
-        colors, steps = [], []
-        for side in range(2):
-            bent = grid + torch.einsum("npqk,nak->npqa", squares, draw.curvature[side])
-            xy = draw.xy[side][:, None, None] + torch.einsum(
-                "nab,npqb->npqa", draw.matrix[side], bent
-            )
-            step = torch.linalg.det(draw.matrix[side]).abs().sqrt() * 2 / s.size
-            fine = torch.maximum(step, draw.resolution[side])
-            colors.append(self.store.sample(draw.image[side], xy, fine))
-            steps.append(step / draw.resolution[side])
-        layers = torch.tensor([change.layers for change in changes], device=self.device)
-        colors[1] = occlude(colors[1], draw.group, layers, generator)
-        color = torch.tensor([change.color for change in changes], device=self.device)
-        grays = [
-            mixed_gray(colors[side], draw.group, probability, generator)
-            for side, probability in enumerate((torch.zeros_like(color), color))
-        ]
-        patches = [
-            change_patches(gray, draw.group, step, changes, generator)
-            for gray, step in zip(grays, steps, strict=True)
-        ]
-        kept = s.have_contrast([p[:, None] for p in patches]) & self._inside(draw)
+        symmetry = _symmetries(len(draw.group), s.symmetric, generator)
+        state = generator.get_state()
+        channels = []
+        for reach in s.reach:
+            generator.set_state(state)  # all patches of a location change alike
+            channels.append(self._changed(draw, symmetry, reach, changes, generator))
+        patches = [torch.stack(views, dim=1) for views in zip(*channels, strict=True)]
+        kept = s.have_contrast(patches) & self._inside(draw)
         kept &= _apart(draw, s.min_distance, kept)
         kept &= _rank(draw.group, kept, groups) <= s.per_view
-        swapped = (uniform((groups,), 0, 1, generator) < 0.5)[draw.group][:, None, None]
-        anchor = torch.where(swapped, patches[1], patches[0])[kept][:, None]
-        positive = torch.where(swapped, patches[0], patches[1])[kept][:, None]
+        swapped = (uniform((groups,), 0, 1, generator) < 0.5)[draw.group][:, None, None, None]
+        anchor = torch.where(swapped, patches[1], patches[0])[kept]
+        positive = torch.where(swapped, patches[0], patches[1])[kept]
         if len(anchor) < 2:
             raise DataError(
                 "the photographs have too few locations with enough contrast; they are too small "
                 "or too smooth"
             )
         return {"anchor": anchor, "positive": positive}
+
+    def _changed(
+        self,
+        draw: _Draw,
+        symmetry: Tensor,
+        reach: float,
+        changes: list[PairSettings],
+        generator: torch.Generator,
+    ) -> list[Tensor]:
+        """The patches (N,size,size) of both views, ``reach`` times as large as usual, with changes
+        of light, cameras and occlusion.
+        """
+        s = self.settings
+        axis = (2 * torch.arange(s.size, device=self.device) + 1) / s.size - 1
+        v, u = torch.meshgrid(axis, axis, indexing="ij")
+        grid = reach * torch.einsum("nab,bpq->npqa", symmetry, torch.stack([u, v]))
+        x, y = grid.unbind(-1)
+        squares = torch.stack([x * x, x * y, y * y], dim=-1)
+        colors, steps = [], []
+        for side in range(2):
+            curved = torch.einsum("npqk,nak->npqa", squares, draw.curvature[side])
+            bent = grid + curved.clamp(-MAX_CURVED * reach, MAX_CURVED * reach)
+            xy = draw.xy[side][:, None, None] + torch.einsum(
+                "nab,npqb->npqa", draw.matrix[side], bent
+            )
+            step = torch.linalg.det(draw.matrix[side]).abs().sqrt() * 2 * reach / s.size
+            fine = torch.maximum(step, draw.resolution[side])
+            colors.append(self.store.sample(draw.image[side], xy, fine))
+            steps.append(step / draw.resolution[side])
+        layers = torch.tensor([change.layers for change in changes], device=self.device)
+        colors[1] = occlude(colors[1], draw.group, layers, generator, reach)
+        color = torch.tensor([change.color for change in changes], device=self.device)
+        grays = [
+            mixed_gray(colors[side], draw.group, probability, generator)
+            for side, probability in enumerate((torch.zeros_like(color), color))
+        ]
+        return [
+            change_patches(gray, draw.group, step, changes, generator, reach)
+            for gray, step in zip(grays, steps, strict=True)
+        ]
 
     def _inside(self, draw: _Draw) -> Tensor:
         """Locations (N,) that are inside both images."""

@@ -1,9 +1,9 @@
 """Files of training patches, so that a small network can be trained on the same patches many times,
 and towards the descriptors of a larger one that are computed once.
 
-A file is a NumPy array (views, 2, N, 32, 32) uint8: for each pair of views, N patches of one and
-the corresponding ones of the other; that of the descriptors is (views, 2, N, D) float16. A text
-file next to each says what it was made from.
+A file is a NumPy array (views, 2, N, C, 32, 32) uint8: for each pair of views, the patches of N
+locations of one and the corresponding ones of the other; that of the descriptors is
+(views, 2, N, D) float16. A text file next to each says what it was made from.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..errors import DataError, first_line
 from ..files import atomic_path, write_json
 from ..formats.records import json_digest, read_settings, record_path, with_program
 from ..progress import track
-from .patch_sets import as_patches
 
 VIEWS = ("anchor", "positive")
 #: Keys of the descriptors of both views in the items of ``StoredPatches``.
@@ -35,7 +34,7 @@ def write_patches(
 
     Args:
         path: the file (``.npy``); its folder is created.
-        pairs: items with ``anchor, positive`` (N,1,32,32) in [0,1].
+        pairs: items with ``anchor, positive`` (N,C,32,32) in [0,1].
         identity: JSON value on which the items depend.
         workers: number of worker processes.
         progress: show progress.
@@ -44,12 +43,12 @@ def write_patches(
         OSError: the disk is full or the folder is not writable.
     """
     count = len(pairs)  # type: ignore[arg-type]
-    shape = (count, len(VIEWS), *pairs[0][VIEWS[0]][:, 0].shape)
+    shape = (count, len(VIEWS), *pairs[0][VIEWS[0]].shape)
 
     def blocks() -> Iterator[np.ndarray]:
         loader = DataLoader(pairs, batch_size=None, num_workers=workers)
         for item in track(loader, total=count, unit="view", label="patches", enabled=progress):
-            both = torch.stack([item[key][:, 0] for key in VIEWS])
+            both = torch.stack([item[key] for key in VIEWS])
             yield (both * 255).round().to(torch.uint8).numpy()
 
     _write(path, shape, "|u1", blocks, identity)
@@ -68,7 +67,7 @@ def write_targets(
     Args:
         path: the file (``.npy``).
         patches: file of ``write_patches``.
-        describe: patches (N,1,32,32) in [0,1] -> (N,D).
+        describe: patches (N,C,32,32) in [0,1] -> (N,D).
         identity: JSON value on which patches and descriptors depend.
         progress: show progress.
 
@@ -79,7 +78,7 @@ def write_targets(
     stored = _open(patches)
 
     def vectors(views: np.ndarray) -> np.ndarray:
-        found = describe(as_patches(views.reshape(-1, *views.shape[-2:])))
+        found = describe(_as_tensor(views.reshape(-1, *views.shape[-3:])))
         return found.numpy().astype(np.float16).reshape(*views.shape[:2], -1)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -118,6 +117,11 @@ def _write(
         raise OSError(f"{path} could not be written ({error})") from error
 
 
+def _as_tensor(gray: np.ndarray) -> Tensor:
+    """Gray levels (...) uint8 as float32 in [0,1]."""
+    return torch.from_numpy(gray.astype(np.float32)) / 255
+
+
 def _open(path: Path) -> np.ndarray:
     """A file as a memory map.
 
@@ -136,7 +140,7 @@ def _open(path: Path) -> np.ndarray:
 class StoredPatches(Dataset):
     """Patch pairs of a file of ``write_patches``, reshuffled in each pass over the file.
 
-    Items: ``anchor, positive`` (N,1,32,32) float32 in [0,1], and with ``targets`` their descriptors
+    Items: ``anchor, positive`` (N,C,32,32) float32 in [0,1], and with ``targets`` their descriptors
     ``anchor_target, positive_target`` (N,D) float16.
 
     Args:
@@ -166,7 +170,7 @@ class StoredPatches(Dataset):
         rng = np.random.default_rng([self.seed, epoch])
         position = int(rng.permutation(len(self.patches))[position])
         item = {
-            key: as_patches(views) for key, views in zip(VIEWS, self.patches[position], strict=True)
+            key: _as_tensor(views) for key, views in zip(VIEWS, self.patches[position], strict=True)
         }
         if self.targets is not None:
             vectors = torch.from_numpy(np.array(self.targets[position]))

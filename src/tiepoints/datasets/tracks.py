@@ -75,7 +75,7 @@ def _draw_item(
 class TrackPatches(Dataset):
     """Patch pairs of tracks; each item holds patches of two images of one reconstruction.
 
-    Items: ``anchor, positive`` (per_view,1,size,size) float32 in [0,1], as in ``PatchPairs``.
+    Items: ``anchor, positive`` (per_view,C,size,size) float32 in [0,1], as in ``PatchPairs``.
 
     Args:
         scenes: reconstructions; the probability of each is proportional to the square root of its
@@ -420,10 +420,10 @@ def onto_keypoints(
 
 
 def _photometric(patches: Tensor, rng: np.random.Generator, settings: PairSettings) -> Tensor:
-    """Degrade all patches (N,1,P,P) of one image as one, because they come from one exposure."""
-    n, _, side, _ = patches.shape
-    sheet = (patches.reshape(n * side, side).numpy() * 255).round().clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(degrade(sheet, rng, settings)).float().reshape(n, 1, side, side) / 255
+    """Degrade all patches (N,C,P,P) of one image as one, because they come from one exposure."""
+    sheet = (patches.reshape(-1, patches.shape[-1]).numpy() * 255).round().clip(0, 255)
+    degraded = degrade(sheet.astype(np.uint8), rng, settings)
+    return torch.from_numpy(degraded).float().reshape(patches.shape) / 255
 
 
 class Mixture(Dataset):

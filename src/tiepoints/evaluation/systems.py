@@ -290,6 +290,11 @@ def patch_network(
             f"descriptor must be {', '.join(names)} or a weights file of a patch descriptor, got "
             f"{descriptor!r}"
         )
+    if len(descriptor_stage.reach) > 1:
+        raise ValueError(
+            f"{descriptor} sees the surroundings of patches, which published patches lack; "
+            "evaluate it on images"
+        )
     return descriptor_stage.net
 
 

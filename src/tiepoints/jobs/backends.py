@@ -62,8 +62,11 @@ def describe_backends(network: str = NETWORK, seconds: float = SECONDS) -> Backe
     if network not in table():
         raise ValueError(f"network must be one of {', '.join(table())}; got {network!r}")
     found = installed()
-    patches = isinstance(spec_of(load(network)), PatchSpec | ShapeSpec)
-    shape = (PATCHES, 1, PATCH_SIZE, PATCH_SIZE) if patches else (1, 1, *SIZE)
+    spec = spec_of(load(network))
+    shape = (1, 1, *SIZE)
+    if isinstance(spec, PatchSpec | ShapeSpec):
+        channels = len(spec.reach) if isinstance(spec, PatchSpec) else 1
+        shape = (PATCHES, channels, PATCH_SIZE, PATCH_SIZE)
     report = BackendsReport(
         backends=found,
         missing={

@@ -240,7 +240,9 @@ def _quantize_stack(stack: nn.Module, inputs: list[Tensor], path: Path, calibrat
     from onnxruntime import quantization as q
 
     percentile = PERCENTILE if input_of(stack).side is None else PATCH_PERCENTILE
-    part: nn.Module = stack if inputs[0].shape[1] == 1 else _Scaled(stack, inputs)
+    # patches have one range already
+    scaled = input_of(stack).side is None and inputs[0].shape[1] > 1
+    part: nn.Module = _Scaled(stack, inputs) if scaled else stack
     exported, prepared = path.with_suffix(".float.onnx"), path.with_suffix(".prepared.onnx")
     export_network(part, exported)
     q.quant_pre_process(str(exported), str(prepared), skip_symbolic_shape=True)

@@ -1,12 +1,14 @@
 """HardNet, HyNet and SOSNet: patch descriptors with the same seven convolutions and different
-normalization; and HardNet's light form.
+normalization; and two forms of HardNet of our own.
 
 HardNet (Mishchuk et al., NeurIPS 2017), SOSNet (Tian et al., CVPR 2019), HyNet (Tian et al.,
 NeurIPS 2020). The trunk is L2-Net's: six 3x3 convolutions, two of them of stride 2, and one 8x8
 that reduces the 8x8 map to a vector of dimension 128. ``HardNetLight`` has stride 2 in its first
-convolution already, which leaves a quarter of the arithmetic.
+convolution already, which leaves a quarter of the arithmetic. ``HardNetContext`` is the light one
+with two larger patches of the same keypoint as further channels.
 
-In: patches (N,1,P,P) in [0,1]; any P is resized to 32. Each network scales the values itself.
+In: patches (N,1,P,P) in [0,1], of ``HardNetContext`` (N,3,P,P); any P is resized to 32. Each
+network scales the values itself.
 Out: (N,128), unit length; for constant patches finite, but meaningless.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -27,6 +30,9 @@ DIMENSION = 128
 #: Channels and strides of the six convolutions before the last one.
 CHANNELS = (32, 32, 64, 64, 128, 128)
 STRIDES = (1, 1, 2, 1, 2, 1)
+#: Dimensions, and shares of the squared length, of the patches of ``HardNetContext``.
+PARTS = (64, 32, 32)
+SHARES = (0.45, 0.3, 0.25)
 #: Constants of the published code, added to the deviation (HardNet), the variance (SOSNet)
 #: and the mean square (filter response normalization).
 HARDNET_EPS = 1e-7
@@ -71,7 +77,7 @@ class PatchNet(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def standardize(self, patches: Tensor) -> Tensor:
-        """Normalize patches (N,1,32,32) in [0,1] for the first convolution."""
+        """Normalize patches (N,C,32,32) in [0,1] for the first convolution."""
         raise NotImplementedError
 
     def follow(self, index: int, maps: Tensor) -> Tensor:
@@ -79,29 +85,33 @@ class PatchNet(nn.Module):
         raise NotImplementedError
 
     def forward(self, patches: Tensor, raw: bool = False) -> Tensor:
-        """(N,1,P,P) in [0,1] -> (N,128) float32 of unit length; with ``raw`` not normalized, as
+        """(N,C,P,P) in [0,1] -> (N,128) float32 of unit length; with ``raw`` not normalized, as
         HyNet's loss needs it.
 
         Raises:
             ValueError: another shape.
         """
-        check_shape(patches)
+        check_shape(patches, len(self.spec.reach))
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         vectors = self.vectors(to_side(patches.float(), PATCH_SIZE))
         return vectors if raw else unit(vectors)
 
     def vectors(self, patches: Tensor) -> Tensor:
-        """(N,1,32,32) float32 in [0,1], N > 0 -> (N,128) float32, not normalized."""
+        """(N,C,32,32) float32 in [0,1], N > 0 -> (N,128) float32, not normalized."""
         dtype = cast(nn.Conv2d, self.convolutions[0]).weight.dtype
         maps = self.standardize(patches).to(dtype)
         if not self.training:  # a third faster on a CPU
             maps = maps.contiguous(memory_format=torch.channels_last)
+        return self.described(maps).float()
+
+    def described(self, maps: Tensor) -> Tensor:
+        """Normalized patches (N,C,32,32) -> (N,128)."""
         for index, layer in enumerate(self.convolutions):
             if index == len(self.convolutions) - 1:
                 maps = self.dropout(maps)
             maps = self.follow(index, layer(maps))
-        return maps.flatten(1).float()
+        return maps.flatten(1)
 
     def fused(self, dtype: torch.dtype = torch.float32) -> FusedPatchNet:
         """The same function for inference, faster: see ``FusedPatchNet``."""
@@ -120,7 +130,7 @@ class HardNet(PatchNet):
 
     def standardize(self, patches: Tensor) -> Tensor:
         # no gradient through the statistics, as published
-        deviation, mean = torch.std_mean(patches.detach(), dim=(1, 2, 3), keepdim=True)
+        deviation, mean = torch.std_mean(patches.detach(), dim=(2, 3), keepdim=True)
         return (patches - mean) / (deviation + HARDNET_EPS)
 
     def follow(self, index: int, maps: Tensor) -> Tensor:
@@ -141,6 +151,98 @@ class HardNetLight(HardNet):
     """
 
     first_stride, first_kernel = 2, 5
+
+
+class HardNetContext(HardNetLight):
+    """HardNet light that also sees the surroundings of the patch, in patches around the same
+    keypoint of 3 and 8 times its side: places that look alike often have different ones.
+
+    The layers of a trained HardNet light, which stay as they are, process the patch; copies of them
+    the surroundings, at half the resolution. The descriptor joins a unit vector of each patch, with
+    ``PARTS`` dimensions and ``SHARES`` of the squared length, so that the cosine of two descriptors
+    is the weighted mean of those of the patches.
+    """
+
+    spec = PatchSpec(reach=(1.0, 3.0, 8.0))
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__(dropout)
+        near, *others = PARTS
+        for layer in self.convolutions[:-1]:
+            layer.requires_grad_(False)
+        self.context = nn.ModuleList(copy.deepcopy(layer) for layer in self.convolutions[:-1])
+        self.context.requires_grad_(True)
+        last = cast(nn.Conv2d, self.convolutions[-1])
+        side = last.kernel_size[0]
+        self.convolutions[-1] = nn.Conv2d(last.in_channels, near, side, bias=False)
+        self.norms[-1] = nn.BatchNorm2d(near, affine=False)
+        self.context.extend(
+            nn.Conv2d(last.in_channels, dim, side // 2, bias=False) for dim in others
+        )
+        sizes = (*CHANNELS, *others)
+        self.context_norms = nn.ModuleList(nn.BatchNorm2d(c, affine=False) for c in sizes)
+        for layer in (self.convolutions[-1], *self.context[len(CHANNELS) :]):
+            nn.init.orthogonal_(cast(Tensor, layer.weight), gain=INIT_GAIN)
+
+    @torch.no_grad()
+    def start_from(self, light: HardNetLight) -> None:
+        """Take the layers of a trained HardNet light."""
+        self.load_state_dict(
+            {
+                name: value
+                for name, value in light.state_dict().items()
+                if name.split(".")[1] != str(len(CHANNELS))
+            },
+            strict=False,
+        )
+        for mine, given in zip(self.context, self.convolutions[:-1], strict=False):
+            mine.load_state_dict(given.state_dict())
+        # a random projection of its descriptors
+        weight = cast(nn.Conv2d, light.convolutions[-1]).weight
+        norm = cast(nn.BatchNorm2d, light.norms[-1])
+        scale = torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
+        projection = nn.init.orthogonal_(torch.empty(PARTS[0], DIMENSION))
+        last = cast(nn.Conv2d, self.convolutions[-1])
+        last.weight.copy_(torch.einsum("kd,d,dchw->kchw", projection, scale, weight))
+
+    def train(self, mode: bool = True) -> HardNetContext:
+        super().train(mode)
+        self.norms[:-1].eval()
+        return self
+
+    def described(self, maps: Tensor) -> Tensor:
+        around = F.avg_pool2d(maps[:, 1:], 2)
+        n, count, side, _ = around.shape
+        around = around.reshape(n * count, 1, side, side)
+        layers = list(zip(self.context, self.context_norms, strict=True))
+        for layer, norm in layers[:-count]:
+            around = F.relu(norm(layer(around)), inplace=True)
+        around = around.reshape(n, count, *around.shape[1:])
+        others = [
+            norm(layer(around[:, i])).flatten(1) for i, (layer, norm) in enumerate(layers[-count:])
+        ]
+        return joined([super().described(maps[:, :1]), *others])
+
+    def fold(self) -> None:
+        super().fold()
+        self.context = nn.ModuleList(
+            nn.utils.fusion.fuse_conv_bn_eval(conv, norm)  # type: ignore[type-var, arg-type]
+            for conv, norm in zip(self.context, self.context_norms, strict=True)
+        )
+        self.context_norms = nn.ModuleList(nn.Identity() for _ in self.context_norms)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The descriptor (N,128) of vectors (N,D) of the patches of ``HardNetContext``."""
+    return torch.cat(
+        [share**0.5 * unit(part.float()) for share, part in zip(SHARES, parts, strict=True)], dim=1
+    )
+
+
+def parts_of(descriptors: Tensor) -> list[Tensor]:
+    """The unit vectors (N,D) that ``joined`` joined."""
+    parts = descriptors.split(PARTS, dim=1)
+    return [part / share**0.5 for share, part in zip(SHARES, parts, strict=True)]
 
 
 class SOSNet(HardNet):
@@ -253,26 +355,25 @@ class HyNet(PatchNet):
 
 
 class FusedPatchNet(nn.Module):
-    """A trained ``PatchNet`` for inference: (N,1,P,P) in [0,1] -> (N,128) float32 of unit length,
+    """A trained ``PatchNet`` for inference: (N,C,P,P) in [0,1] -> (N,128) float32 of unit length,
     with batch normalization folded into the convolutions, which are in ``dtype``.
 
     Equal to the network in eval mode up to rounding. The weights are copied, so later training of
     the original has no effect.
     """
 
-    spec = PatchNet.spec
-
     def __init__(self, net: PatchNet, dtype: torch.dtype = torch.float32):
         super().__init__()
+        self.spec = net.spec
         self.stack = _PatchStack(folded(net, dtype))
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(N,1,P,P) -> (N,128).
+        """(N,C,P,P) -> (N,128).
 
         Raises:
             ValueError: another shape.
         """
-        check_shape(patches)
+        check_shape(patches, len(self.spec.reach))
         if not len(patches):
             return torch.zeros(0, DIMENSION, device=patches.device)
         return self.stack(to_side(patches.float(), PATCH_SIZE))
@@ -285,29 +386,28 @@ def folded(net: Any, dtype: torch.dtype) -> Any:
     return net.to(dtype).to(memory_format=torch.channels_last)
 
 
-def check_shape(patches: Tensor) -> None:
-    """Check that patches are (N,1,P,P).
+def check_shape(patches: Tensor, channels: int = 1) -> None:
+    """Check that patches are (N,channels,P,P).
 
     Raises:
         ValueError: they are not.
     """
     if (
         patches.ndim != 4
-        or patches.shape[1] != 1
+        or patches.shape[1] != channels
         or patches.shape[2] != patches.shape[3]
         or not patches.shape[2]
     ):
-        raise ValueError(f"patches must be (N,1,P,P), got {tuple(patches.shape)}")
+        raise ValueError(f"patches must be (N,{channels},P,P), got {tuple(patches.shape)}")
 
 
 class _PatchStack(nn.Module):
-    """The layers of a patch network: (N,1,32,32), N > 0 -> unit descriptors (N,128)."""
-
-    input = StackInput(side=PATCH_SIZE)
+    """The layers of a patch network: (N,C,32,32), N > 0 -> unit descriptors (N,128)."""
 
     def __init__(self, net: PatchNet):
         super().__init__()
         self.net = net
+        self.input = StackInput(channels=len(net.spec.reach), side=PATCH_SIZE)
 
     def forward(self, patches: Tensor) -> Tensor:
         return unit(self.net.vectors(patches))
@@ -319,7 +419,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def to_side(patches: Tensor, side: int) -> Tensor:
-    """Resize patches (N,1,P,P) to (N,1,side,side): means of blocks if P is a multiple, else
+    """Resize patches (N,C,P,P) to (N,C,side,side): means of blocks if P is a multiple, else
     bilinear with anti-aliasing.
     """
     p = patches.shape[-1]

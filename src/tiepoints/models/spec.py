@@ -37,7 +37,13 @@ class DetectorSpec:
 
 @dataclass(frozen=True)
 class PatchSpec:
-    """A network patches (N,1,P,P) -> unit descriptors (N,D)."""
+    """A network patches (N,C,P,P) -> unit descriptors (N,D).
+
+    Attributes:
+        reach: half sides of the C patches of a keypoint relative to ``patches.HALF_SIDE``.
+    """
+
+    reach: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True)

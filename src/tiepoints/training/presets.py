@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..models.keynet import KeyNet
-from ..models.patchnets import HardNet, HardNetLight, HyNet, PatchNet, SOSNet
+from ..models.patchnets import HardNet, HardNetContext, HardNetLight, HyNet, PatchNet, SOSNet
 from ..models.sobelnet import SobelNet
 from .loop import FitSettings
 
@@ -216,7 +216,8 @@ class PatchRecipe:
         dropout: of the network, before its last convolution.
         pairs, augment: ``batch`` and ``augment`` of ``PatchBatches``, for published patches.
         teacher: name or file of a trained network whose descriptors are approached; None: none.
-        teacher_weight: weight of the squared distance to them in the loss.
+        teacher_weight: weight of the squared distance to them in the loss, or, of
+            ``hardnet-context``, of the squared differences of cosines.
         num_views: number of different pairs of views, whose patches are written to a file first;
             0: new ones in every step.
         on_device: draw the patches on the training device (``patch_sampler``).
@@ -235,6 +236,7 @@ class PatchRecipe:
 DESCRIPTORS: dict[str, type[PatchNet]] = {
     "hardnet": HardNet,
     "hardnet-light": HardNetLight,
+    "hardnet-context": HardNetContext,
     "hynet": HyNet,
     "sosnet": SOSNet,
 }
@@ -278,14 +280,18 @@ _LIGHT = PatchRecipe(
     teacher="hardnet",
     num_views=3_000,
 )
+#: Its layers of the patch are those of the teacher.
+_CONTEXT = PatchRecipe(PATCH_FIT, dropout=0.0, teacher="hardnet-light", teacher_weight=20.0)
 PATCH_RECIPES: dict[str, dict[str, PatchRecipe]] = {
     "default": {
         **dict.fromkeys(DESCRIPTORS, PatchRecipe(PATCH_FIT)),
         "hardnet-light": _LIGHT,
+        "hardnet-context": _CONTEXT,
     },
     "smoke": {
         **dict.fromkeys(DESCRIPTORS, PatchRecipe(_SMOKE_FIT)),
         "hardnet-light": dataclasses.replace(_LIGHT, fit=_SMOKE_FIT, num_views=0),
+        "hardnet-context": dataclasses.replace(_CONTEXT, fit=_SMOKE_FIT),
     },
     "paper": {
         "hardnet": PatchRecipe(_HARDNET, dropout=0.3),

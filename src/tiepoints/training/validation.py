@@ -67,6 +67,7 @@ def matching_checks(
     count: int,
     patch_size: int = PATCH_SIZE,
     half_side: float = HALF_SIDE,
+    reach: Sequence[float] = (1.0,),
 ) -> list[MatchingCheck]:
     """Draw ``count`` pairs of views and detect keypoints in each.
 
@@ -74,7 +75,7 @@ def matching_checks(
         photos, views, seed: see ``PairDataset``.
         detect: image (1,1,S,S) -> keypoints.
         count: number of pairs.
-        patch_size, half_side: of the patches, see ``extract_patches``.
+        patch_size, half_side, reach: of the patches, see ``extract_patches``.
     """
     pairs = PairDataset(photos, views, seed=seed, length=count)
     checks = []
@@ -87,7 +88,9 @@ def matching_checks(
             xy.append(keypoints.xy)
             pyramid = build_pyramid(image)
             patches.append(
-                extract_patches(pyramid, keypoints, size=patch_size, half_side=half_side)
+                extract_patches(
+                    pyramid, keypoints, size=patch_size, half_side=half_side, reach=reach
+                )
             )
         H_ab = torch.from_numpy(pair.H_ab)
         checks.append(MatchingCheck(xy[0], xy[1], patches[0], patches[1], H_ab))
@@ -284,6 +287,7 @@ class PosedCheck:
         *,
         patch_size: int = PATCH_SIZE,
         half_side: float = HALF_SIDE,
+        reach: Sequence[float] = (1.0,),
     ) -> float:
         """Mean of ``tracks.correct_share`` for a descriptor of patches; arguments as
         ``matching_checks``.
@@ -291,7 +295,10 @@ class PosedCheck:
         described = {}
         for path, image in self.images.items():
             patches = extract_patches(
-                *(build_pyramid(image), self.keypoints[path]), size=patch_size, half_side=half_side
+                *(build_pyramid(image), self.keypoints[path]),
+                size=patch_size,
+                half_side=half_side,
+                reach=reach,
             )
             described[path] = describe(patches)
         return self._score(described)

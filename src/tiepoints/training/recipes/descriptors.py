@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ...describe import DESCRIBE_CHUNK
 from ...detect import DetectOptions, ScoreMapDetector
 from ...device import choose_device, fast_bfloat16
 from ...models.desnet import DesNet, sample, sample_batch
-from ...models.patchnets import PatchNet, unit
+from ...models.patchnets import HardNetContext, HardNetLight, PatchNet, parts_of, unit
 from ...models.spec import DetectorSpec, fused, spec_of
 from ...pyramid import build_pyramid
 from ...weights import load, weights_checksum
@@ -93,6 +93,29 @@ def taught_loss(
     return value, {**metrics, "loss": value.item(), "distance": distance.item()}
 
 
+def context_loss(
+    vectors: Tensor, taught: Sequence[Tensor], weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """HardNet's loss of the descriptors (2N,128) of a ``HardNetContext``, plus ``weight`` times the
+    mean squared difference of the cosines of all pairs of patches from those of a teacher's
+    descriptors ``taught``, (2N,D) for each patch of a keypoint.
+    """
+    value, metrics = hardnet_loss(*vectors.chunk(2))
+    differences = [
+        (part @ part.T - given @ given.T).square().mean()
+        for part, given in zip(parts_of(vectors), taught, strict=True)
+    ]
+    difference = torch.stack(differences).mean()
+    value = value + weight * difference
+    return value, {**metrics, "loss": value.item(), "difference": difference.item()}
+
+
+def _quick(net: nn.Module, device: torch.device) -> nn.Module:
+    """A patch descriptor for inference on a device."""
+    half = fast_bfloat16(device)
+    return net.fused(torch.bfloat16 if half else torch.float32).to(device)  # type: ignore[operator]
+
+
 @torch.inference_mode()
 def described(net: nn.Module, patches: Tensor) -> Tensor:
     """Descriptors (N,D) of patches (N,1,P,P), some at a time."""
@@ -113,7 +136,7 @@ def open_patches(folder: str | Path) -> list[PatchSet]:
 
 
 def train_patches(name: str, job: TrainJob) -> FitResult:
-    """Train ``hardnet``, ``hardnet-light``, ``hynet`` or ``sosnet``; see ``train``.
+    """Train a patch descriptor (``presets.DESCRIPTORS``); see ``train``.
 
     The validation score is the fraction of the repeated Key.Net keypoints of held-out pairs that
     mutual nearest neighbors match correctly.
@@ -122,24 +145,40 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     training, held_out = data.photographs()
     scenes = read_scenes(data.reconstructions) if data.reconstructions else []
     views = PRESETS["patches-upright" if scenes else "patches"]
+    reach = DESCRIPTORS[name].spec.reach
     teacher = None if recipe.teacher is None else patch_descriptor(recipe.teacher, "teacher")
+    if len(reach) > 1 and not isinstance(teacher, HardNetLight):
+        raise ValueError(
+            f"{name} takes the layers of its teacher, a HardNetLight such as hardnet-light; "
+            f"{recipe.teacher} is none"
+        )
     fit = recipe.fit
+    patches = PatchSettings(reach=reach)
     if recipe.on_device:
-        make_batches = device_batches(job, fit, training, scenes, views)
+        make_batches = device_batches(job, fit, training, scenes, views, patches)
         fit, job = with_whole_batches(fit, job)
     else:
-        make_batches = _patch_batches(data, recipe, training, scenes, views)
+        make_batches = _patch_batches(data, recipe, training, scenes, views, patches)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
         made_from = [recipe.fit.seed, data_identity(data, training)]
-        make_batches = _stored_batches(job, recipe, make_batches, made_from, teacher)
+        described_by = teacher if len(reach) == 1 else None
+        make_batches = _stored_batches(job, recipe, make_batches, made_from, described_by)
 
     def make_network() -> nn.Module:
         return DESCRIPTORS[name](dropout=recipe.dropout)
 
+    quick: nn.Module | None = None  # the teacher on the training device
+
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         both = torch.cat([batch[key].flatten(0, 1) for key in ("anchor", "positive")])
         both = both.contiguous(memory_format=torch.channels_last)
+        if len(reach) > 1:
+            nonlocal quick
+            assert teacher is not None
+            quick = quick or _quick(teacher, both.device)
+            taught = [described(quick, patches) for patches in both.split(1, dim=1)]
+            return context_loss(network(both).float(), taught, recipe.teacher_weight)
         if teacher is None:
             return descriptor_loss(name, network, both)
         if TARGETS[0] in batch:
@@ -148,8 +187,10 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
             targets = described(teacher.to(both.device), both)
         return taught_loss(name, network, both, targets, recipe.teacher_weight)
 
-    validate = patch_validation(data, held_out, views)
+    validate = patch_validation(data, held_out, views, reach)
     net = initialized(make_network, recipe.fit.seed)
+    if isinstance(net, HardNetContext) and isinstance(teacher, HardNetLight):
+        net.start_from(teacher)
     load_init(net, job.init)
     identity = {
         "model": name,
@@ -189,6 +230,11 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     if job.data.patches is not None and job.preset != "paper":
         fit = dataclasses.replace(fit, batch_size=1)
     recipe = with_patch_options(recipe, job.options)
+    if job.data.patches is not None and len(DESCRIPTORS[name].spec.reach) > 1:
+        raise ValueError(
+            f"{name} sees the surroundings of patches, which published patches lack; give "
+            "photographs or reconstructions instead of --patches"
+        )
     if recipe.on_device and job.data.patches is not None:
         raise ValueError("on_device draws patches of photographs; give it or --patches, not both")
     if recipe.num_views and job.data.patches is not None:
@@ -196,8 +242,8 @@ def _patch_recipe(name: str, job: TrainJob) -> PatchRecipe:
     return dataclasses.replace(recipe, fit=with_schedule(fit, job.schedule))
 
 
-def patch_descriptor(name: str, role: str) -> nn.Module:
-    """The network of a patch descriptor, for inference.
+def patch_descriptor(name: str, role: str) -> PatchNet:
+    """The network of a patch descriptor that sees no surroundings, for inference.
 
     Args:
         name: of embedded weights or a file.
@@ -211,6 +257,8 @@ def patch_descriptor(name: str, role: str) -> nn.Module:
         raise ValueError(
             f"the {role} must be a patch descriptor; {name} contains a {type(net).__name__}"
         )
+    if len(net.spec.reach) > 1:
+        raise ValueError(f"the {role} must not see the surroundings of patches, as {name} does")
     return net.requires_grad_(False)
 
 
@@ -234,8 +282,7 @@ def _stored_batches(
     )
     targets = None if teacher is None else path.with_name("targets.npy")
     if teacher is not None and targets is not None:
-        half = fast_bfloat16(torch.device("cpu"))
-        net = teacher.fused(torch.bfloat16 if half else torch.float32)  # type: ignore[operator]
+        net = _quick(teacher, torch.device("cpu"))
         write_targets(
             *(targets, path, lambda patches: described(net, patches)),
             identity=[made_from, weights_checksum(teacher)],
@@ -254,6 +301,7 @@ def _patch_batches(
     photos: list[Path],
     scenes: list[TrackScene],
     views: PairSettings,
+    patches: PatchSettings,
 ) -> Callable[[int], Dataset]:
     """Length -> training data of a patch descriptor."""
     seed = recipe.fit.seed
@@ -265,11 +313,13 @@ def _patch_batches(
             return PatchBatches(
                 sets, batch=recipe.pairs, length=length, seed=seed, augment=recipe.augment
             )
-        warps = PatchPairs(photos, peak_detector(net), views=views, seed=seed, length=length)
+        warps = PatchPairs(
+            photos, peak_detector(net), patches, views=views, seed=seed, length=length
+        )
         if not scenes:
             return warps
         detect = peak_detector(net, TRACK_KEYPOINTS)
-        tracks = TrackPatches(scenes, detect, seed=seed, length=length)
+        tracks = TrackPatches(scenes, detect, patches, seed=seed, length=length)
         return Mixture(warps, tracks, TRACK_SHARE, seed=seed)
 
     return make_batches
@@ -324,9 +374,11 @@ def with_whole_batches(fit: FitSettings, job: TrainJob) -> tuple[FitSettings, Tr
 
 
 def patch_validation(
-    data: TrainData, held_out: list[Path], views: PairSettings
+    data: TrainData, held_out: list[Path], views: PairSettings, reach: Sequence[float] = (1.0,)
 ) -> Callable[[nn.Module], float]:
-    """Validation of a patch descriptor on held-out photographs and, if given, reconstructions."""
+    """Validation of a patch descriptor, whose patches have this ``reach``, on held-out photographs
+    and, if given, reconstructions.
+    """
     detector = ScoreMapDetector(
         fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS)
     )
@@ -336,6 +388,7 @@ def patch_validation(
         views=dataclasses.replace(views, size=MATCHING_SIZE),
         seed=VALIDATION_SEED,
         count=min(MATCHING_PAIRS, VIEWS_PER_PHOTO * len(held_out)),
+        reach=reach,
     )
     posed = posed_check(data)
 
@@ -347,7 +400,7 @@ def patch_validation(
             return torch.cat([network(batch.to(device)).float().cpu() for batch in batches])
 
         score = matching_score(describe, checks)
-        return score if posed is None else (score + posed.patches(describe)) / 2
+        return score if posed is None else (score + posed.patches(describe, reach=reach)) / 2
 
     return validate
 

@@ -42,7 +42,8 @@ def train(
 
     Args:
         name: ``keynet``, ``keynet-light``, ``keynet-tiny``, ``sobelnet``, ``rekd``, ``rekd-light``,
-            ``hardnet``, ``hardnet-light``, ``hynet``, ``sosnet``, ``desnet`` or ``affnet``.
+            ``hardnet``, ``hardnet-light``, ``hardnet-context``, ``hynet``, ``sosnet``, ``desnet``
+            or ``affnet``.
         data: see ``TrainData``; a path is a folder of images.
         output: weights file to write, with the suffix ``.safetensors``.
         preset: see ``training.presets``.
