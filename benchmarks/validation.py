@@ -56,7 +56,8 @@ def scores(scenes: list[Path], networks: Sequence[str]) -> dict[str, float]:
             views = PRESETS["dense-upright"]
             validate = dense_validation(data, photos, views, load("sobelnet"), net.dim)
         else:
-            validate = patch_validation(data, photos, PRESETS["patches-upright"])
+            views = PRESETS["patches-upright"]
+            validate = patch_validation(data, photos, views, net.spec.reach)
         with torch.inference_mode():
             found[name] = validate(net)
     return found

@@ -206,10 +206,10 @@ def test_views(script, world, tmp_path):
 def test_validation(script, world, monkeypatch, capsys):
     for recipe in (affine, descriptors):
         monkeypatch.setattr(recipe, "MATCHING_PAIRS", 2)
-    networks = ("--networks", "hardnet-light,affnet")
+    networks = ("--networks", "hardnet-light,hardnet-context,affnet")
     script("validation", world[0], *networks)
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
-    assert lines.keys() == {"hardnet-light", "affnet"}
+    assert lines.keys() == {"hardnet-light", "hardnet-context", "affnet"}
     assert all(0 < float(score) < 1 for score in lines.values())
     script("validation", world[0], "--networks", "affnet", "--tilts", 3, PAIRS=1, SIZE=200)
     lines = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())

@@ -78,6 +78,10 @@ def test_surroundings_have_half_the_resolution():
     assert torch.equal(wide[:, ::2, ::2], wide[:, 1::2, 1::2])
     expected = brute_force(image, replace(keypoints, scale=3 * keypoints.scale), size=16)[:, 0]
     torch.testing.assert_close(wide[:, ::2, ::2], expected, atol=0.02, rtol=0)
+    pyramid = build_pyramid(image)
+    (whole,) = extract_patches(pyramid, [keypoints], reach=(3.0,), halved=False)
+    expected = brute_force(image, replace(keypoints, scale=3 * keypoints.scale))
+    torch.testing.assert_close(whole, expected, atol=0.02, rtol=0)
 
 
 def test_surroundings_are_not_aliased():

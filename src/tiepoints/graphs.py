@@ -26,7 +26,7 @@ from .filters import BINOMIAL_5, gaussian_taps
 from .gray import LUMA
 from .models import desnet, keynet, patchnets, sobelnet
 from .models.spec import DetectorSpec, PatchSpec, spec_of
-from .patches import HALF_SIDE, PATCH_SIZE, twice
+from .patches import HALF_SIDE, PATCH_SIZE, doubled
 from .pyramid import CONTEXT_SIDE, MIN_SIDE, SCALE_STEP
 
 #: Largest side of an image for which the sizes of levels are those of the pyramid.
@@ -378,6 +378,7 @@ class PatchNetGraph(nn.Module):
         return patchnets.unit(self.described(self.net.standardize(patches)))
 
     def described(self, maps: Tensor) -> Tensor:
+        """Normalized patches (N,C,32,32) -> (N,128), as by the network."""
         for index, layer in enumerate(self.layers):
             maps = self.net.follow(index, _apply(layer, maps))
         return maps.flatten(1)
@@ -764,16 +765,14 @@ class PipelineGraph(_Filters):
 
     def _described(self, levels: list[_Level], xy: Tensor, scale: Tensor) -> Tensor:
         """As ``describe.PatchDescriptor`` of upright keypoints."""
-        channels = []
-        for factor in self.reach:
-            half_side, side = factor * HALF_SIDE, PATCH_SIZE
-            if factor == 1:
-                patches = self._patches(levels, xy, scale, half_side, side)
-            else:
-                side = side // 2
-                more = self._with_coarser(levels, 2 * half_side / side)
-                patches = twice(self._patches(more, xy, scale, half_side, side))
-            channels.append(patches)
+        near, *others = self.reach
+        channels = [self._patches(levels, xy, scale, near * HALF_SIDE, PATCH_SIZE)]
+        size = PATCH_SIZE // 2
+        if others:
+            levels = self._with_coarser(levels, 2 * max(others) * HALF_SIDE / size)
+        for factor in others:
+            patches = self._patches(levels, xy, scale, factor * HALF_SIDE, size)
+            channels.append(doubled(patches))
         assert self.describe is not None
         return self.describe(torch.stack(channels, dim=1))
 

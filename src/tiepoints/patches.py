@@ -110,11 +110,11 @@ def extract_patches(
         levels = pyramid.with_coarser(float(keypoints.scale.max()) * 2 * side / samples)
         coarse = out.new_empty(len(keypoints), samples, samples)
         _sample_patches(levels, keypoints, index, side, shapes, coarse)
-        out[:, channel] = twice(coarse) if halved else coarse
+        out[:, channel] = doubled(coarse) if halved else coarse
     return out
 
 
-def twice(patches: Tensor) -> Tensor:
+def doubled(patches: Tensor) -> Tensor:
     """Patches (N,P,P) with each value twice along both sides, (N,2P,2P)."""
     return patches.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
 

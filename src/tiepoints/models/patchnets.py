@@ -187,16 +187,10 @@ class HardNetContext(HardNetLight):
     @torch.no_grad()
     def start_from(self, light: HardNetLight) -> None:
         """Take the layers of a trained HardNet light."""
-        self.load_state_dict(
-            {
-                name: value
-                for name, value in light.state_dict().items()
-                if name.split(".")[1] != str(len(CHANNELS))
-            },
-            strict=False,
-        )
-        for mine, given in zip(self.context, self.convolutions[:-1], strict=False):
-            mine.load_state_dict(given.state_dict())
+        layers = light.convolutions[:-1].state_dict()
+        self.convolutions[:-1].load_state_dict(layers)
+        self.context[: len(CHANNELS)].load_state_dict(layers)
+        self.norms[:-1].load_state_dict(light.norms[:-1].state_dict())
         # a random projection of its descriptors
         weight = cast(nn.Conv2d, light.convolutions[-1]).weight
         norm = cast(nn.BatchNorm2d, light.norms[-1])

@@ -110,7 +110,7 @@ def context_loss(
     return value, {**metrics, "loss": value.item(), "difference": difference.item()}
 
 
-def _quick(net: nn.Module, device: torch.device) -> nn.Module:
+def _for_inference(net: nn.Module, device: torch.device) -> nn.Module:
     """A patch descriptor for inference on a device."""
     half = fast_bfloat16(device)
     return net.fused(torch.bfloat16 if half else torch.float32).to(device)  # type: ignore[operator]
@@ -162,22 +162,23 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
         made_from = [recipe.fit.seed, data_identity(data, training)]
-        described_by = teacher if len(reach) == 1 else None
-        make_batches = _stored_batches(job, recipe, make_batches, made_from, described_by)
+        # descriptors of the surroundings are not stored
+        stored = teacher if len(reach) == 1 else None
+        make_batches = _stored_batches(job, recipe, make_batches, made_from, stored)
 
     def make_network() -> nn.Module:
         return DESCRIPTORS[name](dropout=recipe.dropout)
 
-    quick: nn.Module | None = None  # the teacher on the training device
+    taught_by: nn.Module | None = None  # the teacher on the training device
 
     def loss(network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
         both = torch.cat([batch[key].flatten(0, 1) for key in ("anchor", "positive")])
         both = both.contiguous(memory_format=torch.channels_last)
         if len(reach) > 1:
-            nonlocal quick
+            nonlocal taught_by
             assert teacher is not None
-            quick = quick or _quick(teacher, both.device)
-            taught = [described(quick, patches) for patches in both.split(1, dim=1)]
+            taught_by = taught_by or _for_inference(teacher, both.device)
+            taught = [described(taught_by, patches) for patches in both.split(1, dim=1)]
             return context_loss(network(both).float(), taught, recipe.teacher_weight)
         if teacher is None:
             return descriptor_loss(name, network, both)
@@ -282,7 +283,7 @@ def _stored_batches(
     )
     targets = None if teacher is None else path.with_name("targets.npy")
     if teacher is not None and targets is not None:
-        net = _quick(teacher, torch.device("cpu"))
+        net = _for_inference(teacher, torch.device("cpu"))
         write_targets(
             *(targets, path, lambda patches: described(net, patches)),
             identity=[made_from, weights_checksum(teacher)],
@@ -374,7 +375,7 @@ def with_whole_batches(fit: FitSettings, job: TrainJob) -> tuple[FitSettings, Tr
 
 
 def patch_validation(
-    data: TrainData, held_out: list[Path], views: PairSettings, reach: Sequence[float] = (1.0,)
+    data: TrainData, held_out: list[Path], views: PairSettings, reach: Sequence[float]
 ) -> Callable[[nn.Module], float]:
     """Validation of a patch descriptor, whose patches have this ``reach``, on held-out photographs
     and, if given, reconstructions.
