@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 import tiepoints
 from common import largest_model, machine
-from tiepoints.auto_orientation import PairMatcher
+from tiepoints.auto_orientation import can_reorient
 from tiepoints.datasets.benchmark import open_dataset
 from tiepoints.datasets.ground_truth import Dataset, Pair
 from tiepoints.errors import DataError
@@ -76,17 +76,17 @@ from tiepoints.evaluation.systems import (
     split_modes,
     system,
 )
-from tiepoints.extract import build
+from tiepoints.extract import Extractor, build
 from tiepoints.files import collect, write_text
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.interop import from_cv2
+from tiepoints.hard_pairs import View
 from tiepoints.image import load_image
-from tiepoints.jobs.match import refine_database
+from tiepoints.jobs.match import MatchOptions, match_views, refine_database
 from tiepoints.matching import match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
 from tiepoints.names import DESCRIPTOR, DETECTORS
-from tiepoints.refine import refine_matches
 from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, table
@@ -347,19 +347,29 @@ class Matched:
     index: Tensor
 
 
-def match_pair(name: str, image_a: Path, image_b: Path, a: Features, b: Features) -> Matched:
+def match_pair(
+    name: str, image_a: Path, image_b: Path, a: Features, b: Features, *, many: bool = False
+) -> Matched:
     """Match the features of a system, for all sections.
 
     All systems use mutual nearest neighbors; ours also use the defaults of `tiepoints match`
-    (``is_ours``): the relative rotation and tilt of the pair, and subpixel refinement.
-    ``colmap-sift-own`` uses COLMAP's ratio test, on angles between descriptors; up to its maximum
-    distance they are within 2 % of the Euclidean distances that ``match`` compares.
+    (``is_ours``): the relative rotation and tilt of the pair, and, unless it is one of many, other
+    ways to describe images that hardly match, and subpixel refinement. ``colmap-sift-own`` uses
+    COLMAP's ratio test, on angles between descriptors; up to its maximum distance they are within
+    2 % of the Euclidean distances that ``match`` compares.
     """
     if (name.partition("=")[2] or name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
     elif is_ours(name):
-        found = _pair_matcher(name)(a, b, image_b).matches
-        found = refine_matches(a, b, found, (image_a, image_b))
+        extractor = _extractor(name)
+        views = [
+            View(features, extractor.read(image).pixels)
+            for image, features in ((image_a, a), (image_b, b))
+        ]
+        options = MatchOptions(ratio=1, retry=not many, refine=not many)
+        used = extractor if can_reorient(extractor) else None
+        attempt = match_views(used, *views, options)
+        found, a, b = attempt.found.matches, attempt.a, attempt.found.b
     else:
         found = match(a, b)
     return Matched(*found.positions(a, b), found.index)
@@ -374,12 +384,17 @@ def is_ours(name: str) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _pair_matcher(name: str) -> PairMatcher:
+def _extractor(name: str) -> Extractor:
     given, _, descriptor = (name.partition("=")[2] or name).partition("+")
     detector, modes = split_modes(given)
     affine = next((mode for mode in modes if mode in AFFINE_NETWORKS), "none")
-    extractor = build(detector, descriptor or DESCRIPTOR, num_keypoints=NUM_POINTS, affine=affine)
-    return PairMatcher(extractor)
+    return build(
+        detector,
+        descriptor or DESCRIPTOR,
+        num_keypoints=NUM_POINTS,
+        affine=affine,
+        per_scale="all" in modes,
+    )
 
 
 class Bench:
@@ -415,11 +430,10 @@ class Bench:
             self._features[image] = found[0]
         return self._features[image]
 
-    def match(self, image_a: Path, image_b: Path) -> Matched:
+    def match(self, image_a: Path, image_b: Path, *, many: bool = False) -> Matched:
         """``match_pair`` of two image files."""
-        return match_pair(
-            self.name, image_a, image_b, self.features(image_a), self.features(image_b)
-        )
+        a, b = self.features(image_a), self.features(image_b)
+        return match_pair(self.name, image_a, image_b, a, b, many=many)
 
     def accuracy(self, pairs: Iterable[Pair]) -> list[tuple[Pair, dict[str, Any]]]:
         """``accuracy_metrics`` of pairs with homographies."""
@@ -461,7 +475,7 @@ def colmap(bench: Bench, photos: str) -> dict[str, Any]:
                 database.write(name, replace(bench.features(image), descriptors=None), image)
             count = 0
             for a, b in pairs:
-                index = bench.match(images[a], images[b]).index
+                index = bench.match(images[a], images[b], many=True).index
                 database.write_matches(a, b, Matches(index, torch.ones(len(index))))
                 count += len(index)
             verified = database.verify(pairs)

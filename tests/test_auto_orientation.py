@@ -15,7 +15,6 @@ from tiepoints.deformation import UNDEFORMED
 from tiepoints.describe import DenseDescriptor, PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
-from tiepoints.jobs.match import MatchOptions, match_two
 from tiepoints.structs import Keypoints
 
 skimage_data = pytest.importorskip("skimage.data")
@@ -260,25 +259,3 @@ def test_a_tilt_is_not_measured_for_descriptors_with_affine_shapes():
     assert found.support > 30
     assert found.measured.tilt > 2
     assert found.b is b
-
-
-def test_oblique_views_are_matched_with_affine_shapes_if_they_hardly_match(monkeypatch):
-    image, oblique, H = squeezed_pair(6.0)
-    extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=1000)
-    found = []
-    for options in (MatchOptions(auto_affine=False, refine=False), MatchOptions(refine=False)):
-        result = match_two(image, oblique, extraction, options)
-        error = (warp_points(result.xy_a.double(), H).float() - result.xy_b).norm(dim=1)
-        found.append(int((error < 3).sum()))
-    assert found[1] > 25
-    assert found[1] > 2 * found[0]
-    # pairs that match are not described again
-    monkeypatch.setattr("tiepoints.jobs.match.match_shaped", None)
-    assert len(match_two(image, image.roll(9, 1), extraction).matches) > 100
-
-
-def test_unrelated_images_do_not_match_with_affine_shapes():
-    one = torch.from_numpy(skimage_data.camera()[::2, ::2].copy()).float() / 255
-    other = torch.from_numpy(skimage_data.coins()[:256, :256].copy()).float() / 255
-    extraction = tiepoints.ExtractOptions.of(detector="keynet-tiny", num_keypoints=500)
-    assert not match_two(one, other, extraction).estimate.ok

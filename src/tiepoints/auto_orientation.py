@@ -1,6 +1,5 @@
 """Matching of images from rotated or oblique cameras, one relative rotation and tilt per pair
-instead of an angle and a shape per keypoint; and of images seen from very different directions
-(``match_shaped``).
+instead of an angle and a shape per keypoint.
 
 Upright square patches are the most distinctive, but they only match if both cameras had about the
 same orientation. So a pair is first matched upright and verified. If too few matches agree beyond
@@ -25,9 +24,8 @@ import torch
 
 from .deformation import UNDEFORMED, Deformation, measure_deformation
 from .describe import DenseDescriptor, PatchDescriptor
-from .device import float_precision
 from .estimation import estimate
-from .extract import ExtractOptions, Extractor, build_shapes
+from .extract import Extractor
 from .image import ImageLike
 from .matching import match
 from .pyramid import Pyramid
@@ -57,9 +55,6 @@ PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
 #: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
 #: and of images among which it is searched.
 MAX_CHAIN, MAX_REACHED = 8, 1000
-#: Network of the affine shapes of ``match_shaped``, and number of verified matches from which on
-#: two images need none: obliquely seen, they often have some (docs/diary.md).
-SHAPES, SHAPED_SUPPORT = "affnet", 60
 #: Largest number of samples of an estimate.
 ITERATIONS = 2000
 
@@ -285,42 +280,6 @@ def _cache(cache: OrderedDict, key: object, value: object, size: int) -> None:
 def _difference(a: float, b: float) -> float:
     """Angle between two rotations in radians, 0..pi."""
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
-
-
-def match_shaped(
-    extractor: Extractor,
-    matcher: Callable[[Features, Features], Matches],
-    features: tuple[Features, Features],
-    images: tuple[ImageLike, ImageLike],
-) -> tuple[Features, Oriented]:
-    """Match two images seen from very different directions: their keypoints are described again, in
-    the affine shapes of ``SHAPES``.
-
-    Args:
-        extractor: of the features; one that describes upright patches.
-        matcher: see ``PairMatcher``.
-        features, images: of both images.
-
-    Returns:
-        the features of the first image with other descriptors, and the matches with those of the
-        second.
-    """
-    describe, device = extractor.describe, extractor.device
-    assert isinstance(describe, PatchDescriptor)
-    options = extractor.options or ExtractOptions()
-    precision = float_precision(options.chosen_precision, device)
-    shape_net = build_shapes(SHAPES, device, precision=precision, backend=options.backend)
-    shaped = PatchDescriptor(
-        describe.net, describe.half_side, reach=describe.reach, shape_net=shape_net
-    )
-    described = []
-    for one, image in zip(features, images, strict=True):
-        pyramid = extractor.pyramid(extractor.read(image).pixels)
-        descriptors = shaped(pyramid, one.keypoints.to(device), 0).cpu()
-        described.append(replace(one, descriptors=descriptors))
-    a, b = described
-    matches = matcher(a, b)
-    return a, Oriented(matches, b, UNDEFORMED, *geometric_support(a, b, matches))
 
 
 def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, Deformation]:

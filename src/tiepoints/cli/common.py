@@ -85,14 +85,6 @@ AffineOption = Annotated[
         "descriptors: affnet, a weights file, or none."
     ),
 ]
-PairAffineOption = Annotated[
-    str,
-    typer.Option(
-        help="Affine shapes of patches, for views from very different directions and patch "
-        "descriptors: affnet, a weights file, none, or auto: two images that hardly match "
-        "otherwise (many images: none)."
-    ),
-]
 PairOrientationOption = Annotated[
     PairOrientation,
     typer.Option(

@@ -11,6 +11,7 @@ import typer
 
 from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
 from .common import (
+    AffineOption,
     BackendOption,
     BandsOption,
     CameraOption,
@@ -30,7 +31,6 @@ from .common import (
     NmsSizeOption,
     OfficialOption,
     PagesOption,
-    PairAffineOption,
     PairOrientationOption,
     PairsOption,
     PerScaleOption,
@@ -85,7 +85,15 @@ def match(
     detector: DetectorOption = DETECTOR,
     descriptor: DescriptorOption = DESCRIPTOR,
     orientation: PairOrientationOption = "auto",
-    affine: PairAffineOption = "auto",
+    affine: AffineOption = "none",
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry/--no-retry",
+            help="Two images that hardly match: describe them again in affine shapes, with their "
+            "surroundings, and the second one as its negative; keep what verifies more matches.",
+        ),
+    ] = True,
     upright: UprightOption = False,
     rotation_tolerance: Annotated[
         float | None,
@@ -164,7 +172,6 @@ def match(
         context,
         max_size=MATCH_MAX_SIZE if not many or database else None,
         orientation=None if orientation == "auto" else orientation,
-        affine="none" if affine == "auto" else affine,
     )
     from ..jobs.match import MatchOptions, match_images
     from ..jobs.shards import Shard
@@ -184,7 +191,7 @@ def match(
             threshold=threshold,
             refine=refine,
             auto_orientation=orientation == "auto",
-            auto_affine=affine == "auto",
+            retry=retry,
         )
     if not many:
         _match_two(images, output, extraction, options, masks, outliers, as_json)
@@ -299,5 +306,7 @@ def _match_two(
         else f"no {estimate.geometry}: {estimate.reason}"
     )
     typer.echo(f"inliers    {summary}")
+    if result.described != "as given":
+        typer.echo(f"described  {result.described}")
     if output is not None:
         typer.echo(f"image      {output}")

@@ -9,7 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from ..auto_orientation import (
-    SHAPED_SUPPORT,
     Oriented,
     PairMatcher,
     can_reorient,
-    has_angles,
-    match_shaped,
 )
-from ..describe import PatchDescriptor
 from ..errors import DataError
 from ..estimation import estimate
 from ..extract import ExtractOptions, Extractor
@@ -56,6 +52,7 @@ from ..formats.store import (
     open_features,
     own_settings,
 )
+from ..hard_pairs import Attempt, View, match_again
 from ..image import ImageLike, Notices, ReadOptions, read_image
 from ..matching import match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
@@ -100,8 +97,9 @@ class MatchOptions:
         refine: refine to subpixel positions: the matches of two images, the tracks in a database.
         auto_orientation: estimate the relative rotation and tilt of each pair
             (``auto_orientation.PairMatcher``) if keypoints are described upright.
-        auto_affine: two images: if they hardly match, describe them in affine shapes
-            (``auto_orientation.match_shaped``) and keep those matches if more agree.
+        retry: two images: if they hardly match, describe them in other ways
+            (``hard_pairs.match_again``) and keep the matches if more agree; with
+            ``auto_orientation`` only.
 
     Raises:
         ValueError: an option is out of range.
@@ -113,7 +111,7 @@ class MatchOptions:
     threshold: float = 2.0
     refine: bool = True
     auto_orientation: bool = True
-    auto_affine: bool = True
+    retry: bool = True
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
@@ -167,6 +165,7 @@ class PairResult:
         xy_a, xy_b: (K,2) positions of the matches.
         estimate: two-view geometry of the matches.
         image_a, image_b: (1,1,H,W) gray.
+        described: the way in which the images were described, see ``hard_pairs.Attempt``.
     """
 
     a: Features
@@ -177,6 +176,7 @@ class PairResult:
     estimate: Estimate
     image_a: Tensor
     image_b: Tensor
+    described: str = "as given"
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
@@ -188,6 +188,7 @@ class PairResult:
             "model": estimate.geometry,
             "ok": estimate.ok,
             "reason": estimate.reason,
+            "described": self.described,
             "matrix": None if estimate.model is None else estimate.model.tolist(),
             "xy_a": self.xy_a.tolist(),
             "xy_b": self.xy_b.tolist(),
@@ -216,51 +217,53 @@ def match_two(
     extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=MATCH_MAX_SIZE)
     extractor = extraction.build() if isinstance(extraction, ExtractOptions) else extraction
     read_a, read_b = extractor.read(image_a), extractor.read(image_b)
-    pixels_a, pixels_b = read_a.pixels, read_b.pixels
-    a = extractor.extract_tensor(pixels_a, [extractor.combine(read_a, masks[0])])[0]
-    b = extractor.extract_tensor(pixels_b, [extractor.combine(read_b, masks[1])])[0]
-    matcher = options.matcher()
+    a, b = (
+        View(extractor.extract_tensor(reading.pixels, [mask])[0], reading.pixels, mask)
+        for reading, given in zip((read_a, read_b), masks, strict=True)
+        for mask in [extractor.combine(reading, given)]
+    )
     reorient = options.auto_orientation and can_reorient(extractor)
     notices = Notices()
     for name, reading in ((image_a, read_a), (image_b, read_b)):
         notices.add(name, reading)
     notices.log(rotations=not reorient)
-    if reorient:
-        pair_matcher = PairMatcher(extractor, matcher)
-        oriented = pair_matcher(a, b, pixels_b)
-        if options.auto_affine:
-            a, oriented = _shaped(pair_matcher, (a, b), (pixels_a, pixels_b), oriented)
-        matches, b = oriented.matches, oriented.b
-    else:
-        matches = matcher(a, b)
-    if options.refine:
-        matches = refine_matches(a, b, matches, (pixels_a, pixels_b))
-    xy_a, xy_b = matches.positions(a, b)
+    attempt = match_views(extractor if reorient else None, a, b, options)
+    matches, features_a, features_b = attempt.found.matches, attempt.a, attempt.found.b
+    xy_a, xy_b = matches.positions(features_a, features_b)
     geometry = options.geometry or "fundamental"
     result = estimate(xy_a, xy_b, geometry, threshold=options.threshold)
-    return PairResult(a, b, matches, xy_a, xy_b, result, pixels_a, pixels_b)
+    return PairResult(
+        *(features_a, features_b, matches, xy_a, xy_b, result, a.pixels, b.pixels), attempt.way
+    )
 
 
-def _shaped(
-    matcher: PairMatcher,
-    features: tuple[Features, Features],
-    images: tuple[Tensor, Tensor],
-    found: Oriented,
-) -> tuple[Features, Oriented]:
-    """Features of the first image and matches of a pair: those ``found``; or, if they are few
-    (``SHAPED_SUPPORT``), those with affine shapes, or with the deformation that these show, if more
-    of them agree.
+def match_views(
+    extractor: Extractor | None, a: View, b: View, options: MatchOptions | None = None
+) -> Attempt:
+    """Match the features of two images.
+
+    Args:
+        extractor: of the features; it describes them at other rotations and, with ``retry``, in
+            other ways. None = match them as they are.
+        a, b: the images and their features.
     """
-    a, b = features
-    describe = matcher.extractor.describe
-    squares = isinstance(describe, PatchDescriptor) and describe.shape_net is None
-    if not squares or found.support >= SHAPED_SUPPORT or has_angles(a, b):
-        return a, found
-    shaped_a, shaped = match_shaped(matcher.extractor, matcher.matcher, features, images)
-    if shaped.support <= found.support:
-        return a, found
-    deformed = matcher.match_deformed(found, shaped.measured, a, images[1])
-    return (a, deformed) if deformed.support > shaped.support else (shaped_a, shaped)
+    options = options or MatchOptions()
+    matcher = options.matcher()
+    if extractor is None:
+        found = Oriented(matcher(a.features, b.features), b.features)
+        attempt = Attempt(a.features, found, b.pixels)
+    else:
+        pair_matcher = PairMatcher(extractor, matcher)
+        found = pair_matcher(a.features, b.features, b.pixels)
+        attempt = Attempt(a.features, found, b.pixels)
+        if options.retry:
+            every = replace(options, ratio=1.0).matcher()
+            attempt = match_again(pair_matcher, a, b, found, every)
+    if not options.refine:
+        return attempt
+    found = attempt.found
+    matches = refine_matches(attempt.a, found.b, found.matches, (a.pixels, attempt.pixels_b))
+    return replace(attempt, found=replace(found, matches=matches))
 
 
 # ---- many pairs
