@@ -375,10 +375,11 @@ class PatchNetGraph(nn.Module):
         """Unit descriptors (N,128) of patches (N,C,32,32)."""
         if self.int8 is not None:
             return self.int8(patches)
-        return patchnets.unit(self.described(self.net.standardize(patches)))
+        return patchnets.unit(self.vectors(patches))
 
-    def described(self, maps: Tensor) -> Tensor:
-        """Normalized patches (N,C,32,32) -> (N,128), as by the network."""
+    def vectors(self, patches: Tensor) -> Tensor:
+        """(N,C,32,32) -> (N,128), as by the network."""
+        maps = self.net.standardize(patches)
         for index, layer in enumerate(self.layers):
             maps = self.net.follow(index, _apply(layer, maps))
         return maps.flatten(1)
@@ -392,15 +393,15 @@ class ContextGraph(PatchNetGraph):
         convolutions = zip(net.context, net.context_norms, strict=True)
         self.context = nn.ModuleList(_Conv(conv, norm) for conv, norm in convolutions)  # type: ignore[arg-type]
 
-    def described(self, maps: Tensor) -> Tensor:
-        around = F.avg_pool2d(maps[:, 1:], 2)
+    def vectors(self, patches: Tensor) -> Tensor:
+        around = self.net.standardize(F.avg_pool2d(patches[:, 1:], 2))
         _, count, side, _ = around.shape
         around = around.reshape(-1, 1, side, side)
         last = len(self.context) - count
         for layer in self.context[:last]:
             around = F.relu(_apply(layer, around))
         around = around.reshape(-1, count, *around.shape[1:])
-        parts = [super().described(maps[:, :1])]
+        parts = [super().vectors(patches[:, :1])]
         for i, layer in enumerate(self.context[last:]):
             parts.append(_apply(layer, around[:, i]).flatten(1))
         return patchnets.joined(parts)

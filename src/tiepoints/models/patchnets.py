@@ -99,19 +99,18 @@ class PatchNet(nn.Module):
 
     def vectors(self, patches: Tensor) -> Tensor:
         """(N,C,32,32) float32 in [0,1], N > 0 -> (N,128) float32, not normalized."""
-        dtype = cast(nn.Conv2d, self.convolutions[0]).weight.dtype
-        maps = self.standardize(patches).to(dtype)
-        if not self.training:  # a third faster on a CPU
-            maps = maps.contiguous(memory_format=torch.channels_last)
-        return self.described(maps).float()
-
-    def described(self, maps: Tensor) -> Tensor:
-        """Normalized patches (N,C,32,32) -> (N,128)."""
+        maps = self.prepared(self.standardize(patches))
         for index, layer in enumerate(self.convolutions):
             if index == len(self.convolutions) - 1:
                 maps = self.dropout(maps)
             maps = self.follow(index, layer(maps))
-        return maps.flatten(1)
+        return maps.flatten(1).float()
+
+    def prepared(self, maps: Tensor) -> Tensor:
+        """Maps (N,C,H,W) in the type and memory format of the convolutions."""
+        maps = maps.to(cast(nn.Conv2d, self.convolutions[0]).weight.dtype)
+        # a third faster on a CPU
+        return maps if self.training else maps.contiguous(memory_format=torch.channels_last)
 
     def fused(self, dtype: torch.dtype = torch.float32) -> FusedPatchNet:
         """The same function for inference, faster: see ``FusedPatchNet``."""
@@ -204,10 +203,10 @@ class HardNetContext(HardNetLight):
         self.norms[:-1].eval()
         return self
 
-    def described(self, maps: Tensor) -> Tensor:
-        around = F.avg_pool2d(maps[:, 1:], 2)
-        n, count, side, _ = around.shape
-        around = around.reshape(n * count, 1, side, side)
+    def vectors(self, patches: Tensor) -> Tensor:
+        around = self.standardize(F.avg_pool2d(patches[:, 1:], 2))
+        n, count = around.shape[:2]
+        around = self.prepared(around.flatten(0, 1)[:, None])
         layers = list(zip(self.context, self.context_norms, strict=True))
         for layer, norm in layers[:-count]:
             around = F.relu(norm(layer(around)), inplace=True)
@@ -215,7 +214,7 @@ class HardNetContext(HardNetLight):
         others = [
             norm(layer(around[:, i])).flatten(1) for i, (layer, norm) in enumerate(layers[-count:])
         ]
-        return joined([super().described(maps[:, :1]), *others])
+        return joined([super().vectors(patches[:, :1]), *others])
 
     def fold(self) -> None:
         super().fold()
