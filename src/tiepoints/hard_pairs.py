@@ -14,13 +14,12 @@ Most pairs of a folder that do not match do not overlap, so this is for two imag
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from .auto_orientation import (
-    MIN_SUPPORT,
     UNDEFORMED,
     Oriented,
     PairMatcher,
@@ -30,17 +29,13 @@ from .auto_orientation import (
 from .describe import PatchDescriptor
 from .device import float_precision
 from .extract import Describe, ExtractOptions, Extractor, build_descriptor, build_shapes
-from .matching import match
-from .structs import Features, Matches
+from .structs import Features
 
 #: Number of verified matches from which on two images are not described again: obliquely seen,
 #: they often have some (docs/diary.md).
 RETRY_SUPPORT = 60
 #: Networks of the affine shapes, and of the descriptor with surroundings.
 SHAPES, SURROUNDINGS = "affnet", "hardnet-context"
-
-
-Matcher = Callable[[Features, Features], Matches]
 
 
 @dataclass(frozen=True)
@@ -75,18 +70,13 @@ class Attempt:
     way: str = "as given"
 
 
-def match_again(
-    matcher: PairMatcher, a: View, b: View, found: Oriented, all_neighbors: Matcher = match
-) -> Attempt:
+def match_again(matcher: PairMatcher, a: View, b: View, found: Oriented) -> Attempt:
     """Match two images in other ways if they hardly match.
 
     Args:
         matcher: of the pair.
         a, b: the images, with the features that were matched.
         found: the matches of these features.
-        all_neighbors: the function of ``matcher`` that matches features, without a ratio test: it
-            is used if hardly any match is verified, as the nearest two descriptors are about as
-            near then.
 
     Returns:
         the way with most verified matches; the one given if no other has more.
@@ -94,10 +84,6 @@ def match_again(
     best = Attempt(a.features, found, b.pixels)
     if found.support >= RETRY_SUPPORT or has_angles(a.features, b.features):
         return best
-    if found.support < MIN_SUPPORT:
-        matcher = PairMatcher(matcher.extractor, all_neighbors)
-        found = matcher.match_near(a.features, b.features, b.pixels)
-        best = _best(best, Attempt(a.features, found, b.pixels, "as given"))
     describe = matcher.extractor.describe
     if isinstance(describe, PatchDescriptor):
         if describe.shape_net is None:

@@ -115,7 +115,15 @@ def match(
         typer.Option(
             min=0.0, max=1.0, help="Maximum ratio of nearest to second distance; 1 = off."
         ),
-    ] = 0.95,
+    ] = 1.0,
+    min_neighbors: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=24,
+            help="Number of neighboring matches, of 24, that must agree with a match; 0 = off.",
+        ),
+    ] = 2,
     threshold: Annotated[
         float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 2.0,
@@ -155,8 +163,8 @@ def match(
     ray: RayOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Match two images, or many pairs to one file: mutual nearest neighbors, ratio test, robust
-    geometry, subpixel refinement.
+    """Match two images, or many pairs to one file: mutual nearest neighbors that agree with their
+    neighbors, robust geometry, subpixel refinement.
     """
     images = images or []
     if descriptor == "none":
@@ -184,6 +192,7 @@ def match(
         part = None if shard is None else Shard.parse(shard)
         options = MatchOptions(
             ratio=ratio,
+            min_neighbors=min_neighbors,
             rotation_tolerance=(
                 None if rotation_tolerance is None else math.radians(rotation_tolerance)
             ),

@@ -54,7 +54,7 @@ from ..formats.store import (
 )
 from ..hard_pairs import Attempt, View, match_again
 from ..image import ImageLike, Notices, ReadOptions, read_image
-from ..matching import match
+from ..matching import MIN_NEIGHBORS, check_min_neighbors, match
 from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
 from ..progress import Progress
 from ..refine import matched_pairs, refine_matches, refine_tracks
@@ -89,6 +89,8 @@ class MatchOptions:
 
     Attributes:
         ratio: maximum ratio of nearest to second distance, in (0, 1]; 1 = no test.
+        min_neighbors: number of neighboring matches that must agree with a match
+            (``matching.filter_by_neighbors``), 0..24; 0 keeps all.
         rotation_tolerance: maximum difference in radians between the rotation of a match and the
             dominant one (``matching.filter_by_rotation``); None = no filter.
         geometry: keep only the inliers of a ``homography`` or ``fundamental`` matrix; None keeps
@@ -105,7 +107,8 @@ class MatchOptions:
         ValueError: an option is out of range.
     """
 
-    ratio: float = 0.95
+    ratio: float = 1.0
+    min_neighbors: int = MIN_NEIGHBORS
     rotation_tolerance: float | None = None
     geometry: str | None = None
     threshold: float = 2.0
@@ -116,6 +119,7 @@ class MatchOptions:
     def __post_init__(self) -> None:
         if not 0 < self.ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], got {self.ratio}")
+        check_min_neighbors(self.min_neighbors)
         if not self.threshold > 0:
             raise ValueError(f"threshold must be positive, got {self.threshold}")
         if self.geometry == "essential":
@@ -134,12 +138,18 @@ class MatchOptions:
     def matcher(self) -> Callable[[Features, Features], Matches]:
         """``matching.match`` with these options."""
         ratio = None if self.ratio >= 1 else self.ratio
-        return partial(match, ratio=ratio, rotation_tolerance=self.rotation_tolerance)
+        return partial(
+            match,
+            ratio=ratio,
+            min_neighbors=self.min_neighbors,
+            rotation_tolerance=self.rotation_tolerance,
+        )
 
     def to_json(self, *, database: bool) -> dict[str, Any]:
         """The settings stored with matches."""
         content: dict[str, Any] = {
             "ratio": self.ratio,
+            "min_neighbors": self.min_neighbors,
             "model": self.geometry,
             "threshold": self.threshold,
         }
@@ -257,8 +267,7 @@ def match_views(
         found = pair_matcher(a.features, b.features, b.pixels)
         attempt = Attempt(a.features, found, b.pixels)
         if options.retry:
-            every = replace(options, ratio=1.0).matcher()
-            attempt = match_again(pair_matcher, a, b, found, every)
+            attempt = match_again(pair_matcher, a, b, found)
     if not options.refine:
         return attempt
     found = attempt.found
