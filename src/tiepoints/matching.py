@@ -134,9 +134,8 @@ def filter_by_neighbors(
     image b. A neighbor agrees if it is matched there within 35 % of its predicted distance and 3
     times the scale of the keypoint, with about the same ratio of scales. The prediction includes
     the rotation and the linear map that most neighbors show, so that the filter holds for upright
-    keypoints of rotated and of obliquely seen images too. Two of 24 neighbors seldom agree by chance: on pairs of training scenes
-    the filter keeps 95 to 98 % of the correct matches, and 6 to 12 of 100 wrong ones
-    (docs/matching.md).
+    keypoints of rotated and of obliquely seen images too. Two of 24 neighbors seldom agree by
+    chance (docs/matching.md has measurements).
 
     Args:
         minimum: number of neighbors, of the 24 nearest matches, that must agree; 0 to 24.
@@ -195,9 +194,9 @@ def _within(points: Tensor, predicted: Tensor, tolerance: Tensor) -> Tensor:
 
 
 def _linear_map(x: Tensor, y: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors (f, g) of the linear map y = f x + g conj(x) of complex numbers (N,), by least squares
-    of the errors relative to the distances |x|; ``PRIOR_NEIGHBORS`` more agree with the rotation
-    ``prior``.
+    """Factors (f, g) of the linear map y = f x + g conj(x) of complex numbers (N,), by least
+    squares of the errors relative to the distances |x|; ``PRIOR_NEIGHBORS`` more agree with the
+    rotation ``prior``.
     """
     x, y = x / x.abs(), y / x.abs()
     square = (x * x).sum()
