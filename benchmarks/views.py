@@ -3,14 +3,17 @@ refinement, and rotated cameras.
 
     python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
         [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--upsampled-levels N] [--nms-size N]
-        [--max-size N] [--affine NAME] [--per-scale | --no-per-scale] [--out FILE.json]
+        [--max-size N] [--affine NAME] [--per-scale | --no-per-scale] [--ratio R] \\
+        [--min-neighbors N] [--out FILE.json]
 
 SCENES: folders with COLMAP models and their images (docs/training.md). A system is
-DETECTOR+DESCRIPTOR, each a name or a weights file. A match is correct within 2 px of the epipolar
+DETECTOR+DESCRIPTOR, each a name or a weights file. Matches are mutual nearest neighbors that pass
+a ratio test or agree with their neighbors, if given. A match is correct within 2 px of the epipolar
 lines in both images. Columns:
 
     right %      correct matches divided by the smaller number of keypoints, without refinement
     correct      mean number of correct matches, without refinement
+    precision %  fraction of correct matches, without refinement
     auto         the same with `--orientation auto`: the relative rotation and tilt of each pair
     cells        mean number of squares of 8 px of the first image with a correct match
     AUC@5        area under the recall curve of the relative pose up to 5 degrees, after refinement
@@ -28,6 +31,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,7 @@ from tiepoints.estimation import relative_pose
 from tiepoints.extract import Extractor, build
 from tiepoints.geometry import sample_at, warp_points
 from tiepoints.image import load_image
-from tiepoints.matching import match
+from tiepoints.matching import Matcher, match
 from tiepoints.metrics.geometry import error_auc, pose_error
 from tiepoints.refine import refine_matches
 from tiepoints.report.page import Column, Row, Table
@@ -103,7 +107,10 @@ def pose_error_of(pair: ReconstructionPair, xy_a: Tensor, xy_b: Tensor) -> float
 
 
 def measure(
-    extract: Extractor, pairs: list[ReconstructionPair], rotations: list[float]
+    extract: Extractor,
+    pairs: list[ReconstructionPair],
+    rotations: list[float],
+    matcher: Matcher = match,
 ) -> dict[str, Any]:
     images = {
         path: load_image(path)
@@ -114,13 +121,13 @@ def measure(
     }
     rates, matches = [], 0
     counts, auto, cells, errors = [], [], [], []
-    matcher = PairMatcher(extract) if can_reorient(extract) else None
+    oriented = PairMatcher(extract, matcher) if can_reorient(extract) else None
     within = {(kind, t): 0 for kind in ("detected", "refined") for t in SMALL_DISTANCES}
     spent = {"match": 0.0, "refine": 0.0}
     for pair in pairs:
         a, b = (features[path] for path in pair.images)
         started = time.process_time()
-        found = match(a, b)
+        found = matcher(a, b)
         between = time.process_time()
         refined = refine_matches(a, b, found, (images[pair.images[0]], images[pair.images[1]]))
         spent["match"] += between - started
@@ -128,10 +135,10 @@ def measure(
         xy_a, xy_b = found.positions(a, b)
         right = torch.from_numpy(pair.errors(xy_a.numpy(), xy_b.numpy()) <= MAX_DISTANCE)
         counts.append(int(right.sum()))
-        if matcher is not None:
+        if oriented is not None:
             key = str(pair.images[1])
-            oriented = matcher(a, b, images[pair.images[1]], key)
-            auto.append(count_correct(pair, *oriented.matches.positions(a, oriented.b)))
+            other = oriented(a, b, images[pair.images[1]], key)
+            auto.append(count_correct(pair, *other.matches.positions(a, other.b)))
         cells.append(len((xy_a[right] / CELL).floor().unique(dim=0)))
         errors.append(pose_error_of(pair, *refined.positions(a, b)))
         rates.append(counts[-1] / max(1, min(len(a), len(b))))
@@ -142,6 +149,7 @@ def measure(
     result: dict[str, Any] = {
         "right %": 100 * float(np.mean(rates)),
         "correct": float(np.mean(counts)),
+        "precision %": 100 * sum(counts) / max(1, matches),
         **({"auto": float(np.mean(auto))} if auto else {}),
         "cells": float(np.mean(cells)),
         "AUC@5": 100 * error_auc(errors, [5])[0],
@@ -152,7 +160,7 @@ def measure(
     # pairs with few matches without rotation are not informative
     best = [pairs[i] for i in np.argsort(rates)[::-1][: len(pairs) // 2]]
     for degrees in rotations:
-        result.update(_rotation(extract, best, images, features, degrees))
+        result.update(_rotation(extract, best, images, features, degrees, matcher))
     return result
 
 
@@ -162,11 +170,12 @@ def _rotation(
     images: dict[Path, Tensor],
     features: dict[Path, Features],
     degrees: float,
+    matcher: Matcher,
 ) -> dict[str, float]:
     """Mean number of correct matches of pairs whose second image is rotated, without and with
     estimation of the relative rotation.
     """
-    matcher = PairMatcher(extract) if can_reorient(extract) else None
+    oriented = PairMatcher(extract, matcher) if can_reorient(extract) else None
     plain, auto = [], []
     for pair in pairs:
         a = features[pair.images[0]]
@@ -174,8 +183,8 @@ def _rotation(
         b = extract.extract(image)
         inverse = torch.linalg.inv(matrix)
         for counts, found in (
-            (plain, match(a, b)),
-            (auto, None if matcher is None else matcher(a, b, image).matches),
+            (plain, matcher(a, b)),
+            (auto, None if oriented is None else oriented(a, b, image).matches),
         ):
             if found is not None:
                 xy_a, xy_b = found.positions(a, b)
@@ -203,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-size", type=int, help="longest side of the images in pixels")
     parser.add_argument("--affine", default="none", help="affine shapes, as of tiepoints extract")
     parser.add_argument("--per-scale", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--ratio", type=float, help="ratio test of the matches (default: none)")
+    parser.add_argument(
+        "--min-neighbors", type=int, default=0, help="neighboring matches that must agree"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -212,13 +225,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {"nms_window": args.nms_size, "max_size": args.max_size, "per_scale": args.per_scale}
     options |= {name: value for name, value in given.items() if value is not None}
     rotations = [float(part) for part in args.rotations.split(",") if part]
+    matcher = partial(match, ratio=args.ratio, min_neighbors=args.min_neighbors)
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):
-        rows[name] = measure(extractor(name, **options), pairs, rotations)
+        rows[name] = measure(extractor(name, **options), pairs, rotations, matcher)
         if args.out:  # after each system, so that an interrupted run keeps its results
             content = {
                 "machine": machine(),
-                "options": options,
+                "options": options | matcher.keywords,
                 "scenes": [path.name for path in args.scenes],
                 "pairs": len(pairs),
                 "systems": rows,

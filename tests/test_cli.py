@@ -488,7 +488,7 @@ def test_match_folder_into_a_file_for_hloc(views, tmp_path):
     assert "6 done before" in text
     code, text = call(*arguments, "--ratio", 0.8)
     assert code == 2
-    assert f"{output} holds results of other settings (ratio: 0.95 before, 0.8 now)" in text
+    assert f"{output} holds results of other settings (ratio: 1.0 before, 0.8 now)" in text
     code, text = call(
         *arguments, "--ratio", 0.8, "--geometry", "homography", "--overwrite", "--json"
     )

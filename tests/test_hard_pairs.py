@@ -57,9 +57,9 @@ def test_places_that_have_changed_are_matched_by_their_surroundings():
     generator = torch.Generator().manual_seed(0)
 
     def changed(image):
-        blobs = torch.randn(1, 1, 64, 64, generator=generator)
+        blobs = torch.randn(1, 1, 128, 128, generator=generator)
         pattern = torch.nn.functional.interpolate(blobs, size=(512, 512), mode="bicubic")[0, 0]
-        return (image + 0.24 * pattern).clamp(0, 1)
+        return (image + 0.3 * pattern).clamp(0, 1)
 
     pair = [changed(image) for image in shifted_pair()]
     plain, again = (
@@ -118,19 +118,6 @@ def test_unrelated_images_do_not_match_in_any_way():
     result = match_two(one, other, options)
     assert not result.estimate.ok
     assert result.described == "as given"
-
-
-def test_few_verified_matches_are_looked_for_without_a_ratio_test():
-    """Of a repeated pattern, the nearest two descriptors are about as near."""
-    generator = torch.Generator().manual_seed(0)
-    image = camera()[128:384, 128:384].repeat(2, 2)
-    pair = [
-        (x + 0.1 * torch.randn(x.shape, generator=generator)).clamp(0, 1) for x in (image, image)
-    ]
-    options = extraction(single_scale=True)
-    strict = MatchOptions(ratio=0.2, refine=False)
-    assert len(match_two(*pair, options, MatchOptions(ratio=0.2, retry=False)).matches) < 20
-    assert len(match_two(*pair, options, strict).matches) > 100
 
 
 def test_the_command_says_how_a_pair_was_described(tmp_path):

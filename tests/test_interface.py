@@ -245,6 +245,7 @@ def test_results_of_earlier_versions_are_resumed(photos, tmp_path):
     pytest.importorskip("h5py")
     arguments = ["match", photos, "--num-keypoints", 100, "--descriptor", "rootsift"]
     arguments += ["--single-scale", "--detector", "keynet", "--output", tmp_path / "m.h5"]
+    arguments += ["--ratio", 0.95, "--min-neighbors", 0]  # before matches had to agree
     assert call(*arguments)[0] == 0
     features = {
         **{"detector": "keynet", "descriptor": "rootsift", "num_points": 100},

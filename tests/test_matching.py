@@ -13,7 +13,13 @@ from torch.overrides import TorchFunctionMode
 
 from tiepoints import matching
 from tiepoints.errors import WeightsError
-from tiepoints.matching import LightGlueMatcher, filter_by_rotation, filter_by_scale, match
+from tiepoints.matching import (
+    LightGlueMatcher,
+    filter_by_neighbors,
+    filter_by_rotation,
+    filter_by_scale,
+    match,
+)
 from tiepoints.structs import Features, Keypoints, Matches
 
 
@@ -45,6 +51,114 @@ def noisy_pair(
 
 def pairs(matches: Matches) -> list[tuple[int, int]]:
     return [(i, j) for i, j in matches.index.tolist()]
+
+
+# ---- agreement of neighbors
+
+
+def mapped_points(
+    matrix: torch.Tensor, *, angles: bool = False, correct: int = 300, incorrect: int = 300
+) -> tuple[Features, Features, Matches, torch.Tensor]:
+    """Keypoints of a linear map (2,2) and of nothing; with their matches, and which are correct."""
+    rng = torch.Generator().manual_seed(3)
+    n = correct + incorrect
+    xy_a = 600 * torch.rand(n, 2, generator=rng)
+    xy_b = xy_a @ matrix.T.float()
+    low, high = xy_b.amin(0), xy_b.amax(0)
+    xy_b[correct:] = low + (high - low) * torch.rand(incorrect, 2, generator=rng)
+    size = float(torch.linalg.det(matrix).abs().sqrt())
+    scale = 1 + 3 * torch.rand(n, generator=rng)
+    angle = torch.zeros(n)
+    rotation = math.atan2(float(matrix[1, 0]), float(matrix[0, 0]))
+    if angles:
+        angle = 2 * math.pi * torch.rand(n, generator=rng)
+    noise = 1 + 0.1 * torch.randn(n, generator=rng)
+    a = Features(Keypoints(xy_a, scale, angle, torch.ones(n)), None, (600, 600))
+    turned = angle + rotation if angles else angle
+    b = Features(Keypoints(xy_b, size * scale * noise, turned, torch.ones(n)), None, (600, 600))
+    index = torch.arange(n)[:, None].expand(n, 2)
+    return a, b, Matches(index, torch.ones(n)), torch.arange(n) < correct
+
+
+def turn(degrees: float) -> torch.Tensor:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("angles", [False, True])
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        turn(0),
+        1.7 * turn(70),
+        0.4 * turn(-170),
+        turn(20) @ torch.diag(torch.tensor([1.8, 0.6])).double(),
+    ],
+    ids=["same", "rotated", "reduced", "oblique"],
+)
+def test_correct_matches_agree_with_their_neighbors(matrix, angles):
+    a, b, matches, correct = mapped_points(matrix, angles=angles)
+    kept = torch.zeros(len(matches), dtype=torch.bool)
+    kept[filter_by_neighbors(a, b, matches).index[:, 0]] = True
+    assert kept[correct].float().mean() > 0.95
+    assert kept[~correct].float().mean() < 0.15
+    assert len(filter_by_neighbors(a, b, matches, 0)) == len(matches)
+    assert len(filter_by_neighbors(a, b, matches, 12)) < int(kept.sum())
+
+
+def test_incorrect_matches_seldom_agree():
+    a, b, matches, _ = mapped_points(turn(0), correct=0, incorrect=600)
+    assert len(filter_by_neighbors(a, b, matches)) < 15
+
+
+def test_agreement_equals_its_definition(monkeypatch):
+    monkeypatch.setattr(matching, "LINEAR_STEPS", 0)
+    a, b, matches, _ = mapped_points(1.2 * turn(0), correct=60, incorrect=40)
+    rotation = matching._dominant_rotation(torch.ones(3, dtype=torch.complex128))
+    assert rotation == 1
+    monkeypatch.setattr(matching, "_dominant_rotation", lambda changes: rotation)
+    counts = []
+    for i in range(len(matches)):
+        distance = (a.xy - a.xy[i]).norm(dim=1)
+        distance[distance < 6 * a.scale[i]] = math.inf
+        others = distance.argsort()[: matching.NEIGHBORS].tolist()
+        ratio = b.scale[i] / a.scale[i]
+        count = 0
+        for j in others:
+            step, other = a.xy[j] - a.xy[i], b.xy[j] - b.xy[i]
+            change = float((b.scale[j] / a.scale[j] / ratio).log().abs())
+            count += bool(
+                other.norm() >= 6 * b.scale[i]
+                and change < math.log(1.7)
+                and (other - ratio * step).norm()
+                < 0.35 * ratio * step.norm() + 3 * ratio * a.scale[i]
+            )
+        counts.append(count)
+    assert matching._agreeing_neighbors(a, b, matches).tolist() == counts
+    assert max(counts) > 10
+
+
+def test_agreement_of_few_and_degenerate_matches():
+    a, b, matches, _ = mapped_points(turn(0))
+    for count in (0, 1, 2):
+        assert len(filter_by_neighbors(a, b, matches[torch.arange(count)])) == 0
+    for broken in (
+        Keypoints(torch.zeros(600, 2), a.scale, a.angle, a.score),
+        Keypoints(a.xy, torch.zeros(600), a.angle, a.score),
+        Keypoints(torch.full((600, 2), math.nan), a.scale, a.angle, a.score),
+    ):
+        one = Features(broken, None, (600, 600))
+        assert len(filter_by_neighbors(one, one, matches)) == 0
+    line = Keypoints(a.xy * torch.tensor([1.0, 0.0]), a.scale, a.angle, a.score)
+    one = Features(line, None, (600, 600))
+    assert len(filter_by_neighbors(one, one, matches)) > 590
+    for number in (-1, 25):
+        with pytest.raises(ValueError, match="min_neighbors must lie in"):
+            filter_by_neighbors(a, b, matches, number)
+        with pytest.raises(ValueError, match="min_neighbors must lie in"):
+            match(a, b, matcher=lambda a, b: matches, min_neighbors=number)
+    found = match(a, b, matcher=lambda a, b: matches, min_neighbors=2)
+    assert torch.equal(found.index, filter_by_neighbors(a, b, matches).index)
 
 
 # ---- nearest neighbors

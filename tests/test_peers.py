@@ -116,9 +116,12 @@ def test_the_matching_of_match_is_for_systems_that_it_extracts():
         assert peers.is_ours(name)
     for name in ("keynet@ti+hardnet", "keynet@official", "sift+hardnet", "xfeat", "colmap-sift"):
         assert not peers.is_ours(name)
-    matcher = peers._pair_matcher("keynet-tiny@all@affnet+hardnet")
-    assert matcher.extractor.describe.shape_net is not None
-    assert peers._pair_matcher("keynet-tiny@all+hardnet").extractor.describe.shape_net is None
+    extractor = peers._extractor("keynet-tiny@all@affnet+hardnet")
+    assert extractor.describe.shape_net is not None
+    assert extractor.options.per_scale
+    extractor = peers._extractor("keynet-tiny+hardnet")
+    assert extractor.describe.shape_net is None
+    assert not extractor.options.per_scale
 
 
 def test_digest_of_our_systems_includes_embedded_weights(tmp_path, monkeypatch):

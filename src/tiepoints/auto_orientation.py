@@ -27,9 +27,10 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .estimation import estimate
 from .extract import Extractor
 from .image import ImageLike
-from .matching import match
+from .matching import filter_by_neighbors, match
 from .pyramid import Pyramid
 from .structs import Features, Matches
+from .verification import Correspondences, verify_model
 
 #: Number of verified matches from which on a pair needs no search.
 MIN_SUPPORT = 15
@@ -64,10 +65,11 @@ class Oriented:
     """Matches of a pair.
 
     Attributes:
-        matches: indices into the given keypoints.
+        matches: indices into the given keypoints, of those that agree with their neighbors.
         b: features of the second image, with other angles and descriptors if described again.
         patches: deformation of the patches of b; by default they are as given.
-        support: number of matches that agree with one geometry beyond chance.
+        support: number of matches, also of those that do not agree with their neighbors, that
+            agree with one geometry beyond chance.
         measured: the deformation from a to b by these matches; none without any.
     """
 
@@ -100,20 +102,24 @@ class PairMatcher:
     Args:
         extractor: the extractor of the features.
         matcher: matches two ``Features``, such as ``matching.match`` with its options.
+        min_neighbors: see ``matching.filter_by_neighbors``; 0 = all matches.
 
     Raises:
         ValueError: the extractor does not describe keypoints upright (``can_reorient``).
     """
 
     def __init__(
-        self, extractor: Extractor, matcher: Callable[[Features, Features], Matches] = match
+        self,
+        extractor: Extractor,
+        matcher: Callable[[Features, Features], Matches] = match,
+        min_neighbors: int = 0,
     ):
         if not can_reorient(extractor):
             raise ValueError(
                 "only keypoints without angles can be described at other rotations; match these "
                 "features directly"
             )
-        self.extractor, self.matcher = extractor, matcher
+        self.extractor, self.matcher, self.min_neighbors = extractor, matcher, min_neighbors
         describe = extractor.describe
         self._dense = isinstance(describe, DenseDescriptor)
         self._smallest = (DENSE_ROTATION, DENSE_TILT) if self._dense else (MIN_ROTATION, MIN_TILT)
@@ -153,7 +159,7 @@ class PairMatcher:
         """The same without the search: ``b`` is only described again if the matches as given show
         how; parameters as above.
         """
-        best = self._verified(a, b, UNDEFORMED)
+        best = self.verified(a, b)
         if has_angles(a, b):
             return best
         return self.match_deformed(best, best.measured, a, image_b, key)
@@ -183,10 +189,9 @@ class PairMatcher:
             best, measured = deformed, deformed.measured
         return best
 
-    def _verified(self, a: Features, b: Features, patches: Deformation) -> Oriented:
+    def verified(self, a: Features, b: Features, patches: Deformation = UNDEFORMED) -> Oriented:
         """Match with b, whose patches have this deformation, and verify the matches."""
-        matches = self.matcher(a, b)
-        return Oriented(matches, b, patches, *geometric_support(a, b, matches))
+        return match_verified(a, b, self.matcher, self.min_neighbors, patches)
 
     def _rounded(self, measured: Deformation) -> Deformation:
         """A deformation in steps; of a dense network, rotations in those of the search, for which
@@ -201,7 +206,7 @@ class PairMatcher:
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, patches: Deformation
     ) -> Oriented:
         """Match with b described in patches of a rounded deformation."""
-        return self._verified(a, self._features(b, image_b, key, patches), patches)
+        return self.verified(a, self._features(b, image_b, key, patches), patches)
 
     def _features(
         self, b: Features, image_b: ImageLike, key: str | None, patches: Deformation
@@ -220,13 +225,16 @@ class PairMatcher:
         self, a: Features, b: Features, image_b: ImageLike, key: str | None, steps: list[int]
     ) -> Oriented | None:
         """Matches of the strongest keypoints of b, at the rotation with most verified ones."""
-        rotated = [self._rotated(b, image_b, key, step) for step in steps]
-        candidates = [Oriented(self.matcher(a, features), features) for features in rotated]
-        candidates.sort(key=lambda oriented: len(oriented.matches), reverse=True)
+        candidates = []
+        for step in steps:
+            rotated = self._rotated(b, image_b, key, step)
+            found = self.matcher(a, rotated)
+            kept = filter_by_neighbors(a, rotated, found, self.min_neighbors)
+            candidates.append((rotated, kept, found))
+        candidates.sort(key=lambda candidate: len(candidate[1]), reverse=True)
         verified = [
-            replace(oriented, support=support, measured=measured)
-            for oriented in candidates[:VERIFIED_STEPS]
-            for support, measured in [geometric_support(a, oriented.b, oriented.matches)]
+            Oriented(kept, rotated, UNDEFORMED, *geometric_support(a, rotated, kept, found))
+            for rotated, kept, found in candidates[:VERIFIED_STEPS]
         ]
         return max(
             verified, key=lambda found: (found.support, found.measured.rotation), default=None
@@ -282,18 +290,48 @@ def _difference(a: float, b: float) -> float:
     return abs((a - b + math.pi) % (2 * math.pi) - math.pi)
 
 
-def geometric_support(a: Features, b: Features, matches: Matches) -> tuple[int, Deformation]:
-    """Largest number of matches that agree with one geometry beyond chance, 0 if none do; and the
-    deformation from a to b by these matches.
+def match_verified(
+    a: Features,
+    b: Features,
+    matcher: Callable[[Features, Features], Matches] = match,
+    min_neighbors: int = 0,
+    patches: Deformation = UNDEFORMED,
+) -> Oriented:
+    """Match, filter and verify features as they are; arguments as of ``PairMatcher``.
+
+    Args:
+        patches: deformation in which b was described.
     """
-    xy_a, xy_b = matches.positions(a, b)
+    found = matcher(a, b)
+    kept = filter_by_neighbors(a, b, found, min_neighbors)
+    return Oriented(kept, b, patches, *geometric_support(a, b, kept, found))
+
+
+def geometric_support(
+    a: Features, b: Features, kept: Matches, found: Matches
+) -> tuple[int, Deformation]:
+    """Largest number of matches ``found`` that agree with one geometry beyond chance, 0 if none do;
+    and the deformation from a to b by these matches.
+
+    The geometry is that of the matches ``kept``. As incorrect matches may agree with their
+    neighbors, these do not tell what chance explains.
+    """
+    kept_a, kept_b = kept.positions(a, b)
+    xy_a, xy_b = found.positions(a, b)
     best = (0, UNDEFORMED)
     for geometry, threshold in GEOMETRIES.items():
         # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
         # fundamental matrix undetermined
-        inliers = estimate(
-            xy_a, xy_b, geometry, threshold=threshold, max_iterations=ITERATIONS
-        ).inliers
+        model = estimate(
+            *(kept_a, kept_b, geometry),
+            threshold=threshold,
+            max_iterations=ITERATIONS,
+            verify=False,
+        ).model
+        if model is None:
+            continue
+        matches = Correspondences(geometry, xy_a.double(), xy_b.double(), None, threshold)
+        inliers = verify_model(matches, model).inliers
         if int(inliers.sum()) > best[0]:
             best = int(inliers.sum()), measure_deformation(xy_a[inliers], xy_b[inliers])
         if best[0] >= ENOUGH_SUPPORT:

@@ -20,10 +20,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from .auto_orientation import (
-    UNDEFORMED,
     Oriented,
     PairMatcher,
-    geometric_support,
     has_angles,
 )
 from .describe import PatchDescriptor
@@ -116,8 +114,7 @@ def _shaped(matcher: PairMatcher, a: View, b: View, found: Oriented) -> Iterator
     )
     shaped = _with(extractor, describe)
     one, other = (_described(shaped, view).features for view in (a, b))
-    matches = matcher.matcher(one, other)
-    result = Oriented(matches, other, UNDEFORMED, *geometric_support(one, other, matches))
+    result = matcher.verified(one, other)
     yield Attempt(one, result, b.pixels, "affine shapes")
     if result.support > found.support:
         deformed = matcher.match_deformed(found, result.measured, a.features, b.pixels)
@@ -142,7 +139,7 @@ def _with_surroundings(matcher: PairMatcher) -> PairMatcher:
         backend=options.backend,
         affine=options.affine,
     )
-    return PairMatcher(_with(extractor, describe), matcher.matcher)
+    return PairMatcher(_with(extractor, describe), matcher.matcher, matcher.min_neighbors)
 
 
 def _with(extractor: Extractor, describe: Describe | None) -> Extractor:

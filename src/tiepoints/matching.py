@@ -73,7 +73,7 @@ def match(
             None = no test.
         min_similarity: smallest cosine of a match.
         min_neighbors: keep only matches with which as many neighboring ones agree, see
-            ``filter_by_neighbors`` (2 instead of a ratio test removes more wrong matches and fewer
+            ``filter_by_neighbors`` (2 instead of a ratio test removes more incorrect matches and fewer
             correct ones); 0 = all.
         rotation_tolerance: keep only matches near the dominant rotation, see
             ``filter_by_rotation`` (radians; REKD's is pi/6).
@@ -166,13 +166,12 @@ def _agreeing_neighbors(a: Features, b: Features, matches: Matches) -> Tensor:
     # positions as complex numbers: a rotation and change of size is a factor
     xy_a, xy_b = (torch.view_as_complex(xy) for xy in _of_matches(a.xy, b.xy, matches))
     ratio = scale_b / scale_a
-    near = _nearest_points(xy_a, NEIGHBORS + 1)
+    # others of about the same place, as at another scale, are not neighbors
+    nearest_a, nearest_b = (NEIGHBOR_DISTANCE * scale[:, None] for scale in (scale_a, scale_b))
+    near = _nearest_points(xy_a, nearest_a)
     to_a, to_b = xy_a[near] - xy_a[:, None], xy_b[near] - xy_b[:, None]
     distance = to_a.abs()
-    # also excludes the match itself, and others of the same place at another scale
-    valid = (distance >= NEIGHBOR_DISTANCE * scale_a[:, None]) & (
-        to_b.abs() >= NEIGHBOR_DISTANCE * scale_b[:, None]
-    )
+    valid = (distance >= nearest_a) & (to_b.abs() >= nearest_b)
     valid &= (ratio[near] / ratio[:, None]).log().abs() < math.log(MAX_SCALE_CHANGE)
     predicted = torch.polar(ratio, angle_b - angle_a)[:, None] * to_a
     change = to_b / predicted
@@ -208,17 +207,18 @@ def _linear_map(x: Tensor, y: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
     return (weight * p - square.conj() * q) / determinant, (weight * q - square * p) / determinant
 
 
-def _nearest_points(points: Tensor, count: int) -> Tensor:
-    """Indices (N,count) of the nearest of N points (complex) to each, itself included; fewer if
-    there are fewer.
+def _nearest_points(points: Tensor, smallest: Tensor) -> Tensor:
+    """Indices (N,min(N,NEIGHBORS)) of the nearest of N points (complex) to each that have at least
+    its ``smallest`` (N,1) distance; where there are fewer, others are the last.
     """
     xy = torch.view_as_real(points).float()
-    return torch.cat(
-        [
-            torch.cdist(part, xy).topk(min(count, len(xy)), dim=1, largest=False).indices
-            for part in xy.split(BLOCK)
-        ]
-    )
+    count = min(NEIGHBORS, len(xy))
+    near = []
+    for part, limit in zip(xy.split(BLOCK), smallest.float().split(BLOCK), strict=True):
+        distance = torch.cdist(part, xy)
+        distance[distance < limit] = math.inf
+        near.append(distance.topk(count, dim=1, largest=False).indices)
+    return torch.cat(near)
 
 
 def _dominant_rotation(changes: Tensor) -> Tensor:

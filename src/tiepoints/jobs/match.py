@@ -14,12 +14,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..auto_orientation import (
-    Oriented,
     PairMatcher,
     can_reorient,
+    match_verified,
 )
 from ..errors import DataError
 from ..estimation import estimate
@@ -136,23 +137,19 @@ class MatchOptions:
             raise ValueError(f"rotation_tolerance must lie in (0, pi], got {tolerance}")
 
     def matcher(self) -> Callable[[Features, Features], Matches]:
-        """``matching.match`` with these options."""
+        """``matching.match`` with these options, except for ``min_neighbors``."""
         ratio = None if self.ratio >= 1 else self.ratio
-        return partial(
-            match,
-            ratio=ratio,
-            min_neighbors=self.min_neighbors,
-            rotation_tolerance=self.rotation_tolerance,
-        )
+        return partial(match, ratio=ratio, rotation_tolerance=self.rotation_tolerance)
 
     def to_json(self, *, database: bool) -> dict[str, Any]:
         """The settings stored with matches."""
         content: dict[str, Any] = {
             "ratio": self.ratio,
-            "min_neighbors": self.min_neighbors,
             "model": self.geometry,
             "threshold": self.threshold,
         }
+        if self.min_neighbors:
+            content["min_neighbors"] = self.min_neighbors
         if self.rotation_tolerance is not None:
             content["rotation"] = self.rotation_tolerance
         if database:
@@ -242,6 +239,10 @@ def match_two(
     xy_a, xy_b = matches.positions(features_a, features_b)
     geometry = options.geometry or "fundamental"
     result = estimate(xy_a, xy_b, geometry, threshold=options.threshold)
+    if options.min_neighbors and not attempt.found.support and result.ok:
+        reason = f"{int(result.inliers.sum())} matches agree, no more than chance explains"
+        none = torch.zeros_like(result.inliers)
+        result = replace(result, model=None, inliers=none, ok=False, reason=reason)
     return PairResult(
         *(features_a, features_b, matches, xy_a, xy_b, result, a.pixels, b.pixels), attempt.way
     )
@@ -260,10 +261,10 @@ def match_views(
     options = options or MatchOptions()
     matcher = options.matcher()
     if extractor is None:
-        found = Oriented(matcher(a.features, b.features), b.features)
+        found = match_verified(a.features, b.features, matcher, options.min_neighbors)
         attempt = Attempt(a.features, found, b.pixels)
     else:
-        pair_matcher = PairMatcher(extractor, matcher)
+        pair_matcher = PairMatcher(extractor, matcher, options.min_neighbors)
         found = pair_matcher(a.features, b.features, b.pixels)
         attempt = Attempt(a.features, found, b.pixels)
         if options.retry:

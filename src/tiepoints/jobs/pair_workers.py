@@ -22,6 +22,7 @@ from ..auto_orientation import (
     can_reorient,
     has_angles,
     is_upright,
+    match_verified,
 )
 from ..errors import DataError
 from ..estimation import estimate
@@ -106,7 +107,7 @@ class PairWork:
         self.oriented: PairMatcher | None = None
         if extractor is not None and options.auto_orientation and can_reorient(extractor):
             self.extractor = extractor
-            self.oriented = PairMatcher(extractor, self.matcher)
+            self.oriented = PairMatcher(extractor, self.matcher, options.min_neighbors)
 
     def match(self, pair: Pair, block: _Block) -> PairOutcome:
         """Match a pair of a block."""
@@ -115,6 +116,9 @@ class PairWork:
             _check_dimensions(a, b)
             found, weak = self._oriented(pair, a, b, block)
             matches, verified = found.matches, False
+            if self.options.min_neighbors and not found.support:
+                # incorrect matches may agree with their neighbors, and then with a geometry
+                matches = matches[matches.index[:0, 0]]
             if self.options.geometry is not None:
                 xy_a, xy_b = a.xy[matches.index[:, 0]], b.xy[matches.index[:, 1]]
                 result = estimate(
@@ -132,7 +136,7 @@ class PairWork:
         """Matches of a pair, and whether a search may find more."""
         name = pair[1]
         if self.oriented is None or name not in self.images:
-            return Oriented(self.matcher(a, b), b), False
+            return match_verified(a, b, self.matcher, self.options.min_neighbors), False
         if pair in block.search:
             return self.oriented(a, b, self.images[name], name, block.search[pair]), False
         found = self.oriented.match_near(a, b, self.images[name], name)
