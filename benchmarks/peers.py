@@ -17,6 +17,8 @@ are those below, or any name of ``tiepoints evaluate`` (also LABEL=NAME):
   (the extra ``interop``), which do not need torchvision.
 - ``orb``: OpenCV's, with ``nfeatures=2048`` (``tiepoints evaluate`` uses 5000 and selects the
   strongest).
+- ``NAME+neighbors`` of another package's system: its matches must agree with their neighbors, as
+  ours do (``matching.filter_by_neighbors``).
 - ``colmap-sift``: COLMAP's own SIFT, the 2048 keypoints of largest scale. ``colmap-sift-own``: as
   in COLMAP for a budget of 2048, outside of the protocol: it keeps whole octaves (about 2,660
   keypoints) and matches with a ratio test.
@@ -83,7 +85,7 @@ from tiepoints.formats.interop import from_cv2
 from tiepoints.hard_pairs import View
 from tiepoints.image import load_image
 from tiepoints.jobs.match import MatchOptions, match_views, refine_database
-from tiepoints.matching import match
+from tiepoints.matching import MIN_NEIGHBORS, match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
 from tiepoints.names import DESCRIPTOR, DETECTORS
@@ -102,6 +104,8 @@ MUTUAL_THRESHOLD = 3.0
 #: angle between descriptors.
 COLMAP_RATIO = 0.8
 COLMAP_ANGLE = 0.7
+#: Ending of the names of systems whose matches must agree with their neighbors.
+FILTERED = "+neighbors"
 #: Parts of the package that do not affect features.
 NOT_FEATURES = ("evaluation", "training", "cli.py", "cli", "report")
 
@@ -272,6 +276,11 @@ PEERS = {
 }
 
 
+def spec_of(name: str) -> str:
+    """NAME of NAME, LABEL=NAME or one of them with ``FILTERED``."""
+    return (name.partition("=")[2] or name).removesuffix(FILTERED)
+
+
 def make(name: str) -> System:
     """Create the system NAME or LABEL=NAME, with at most ``NUM_POINTS`` keypoints.
 
@@ -279,7 +288,7 @@ def make(name: str) -> System:
         ValueError: unknown name.
         ImportError: a package is missing; the message names it.
     """
-    spec = name.partition("=")[2] or name
+    spec = spec_of(name)
     if spec in PEERS:
         return PEERS[spec].make()
     try:
@@ -295,7 +304,7 @@ def digest(name: str) -> str:
     For our systems it includes the whole package except for evaluation and training, so that
     features of older code or weights are not reused.
     """
-    spec = name.partition("=")[2] or name
+    spec = spec_of(name)
     total = hashlib.sha256(f"{spec} {NUM_POINTS}".encode())
     files: list[Path] = []
     if spec in OPENCV_SYSTEMS:
@@ -353,12 +362,13 @@ def match_pair(
     """Match the features of a system, for all sections.
 
     All systems use mutual nearest neighbors; ours also use the defaults of `tiepoints match`
-    (``is_ours``): the relative rotation and tilt of the pair, and, unless it is one of many, other
-    ways to describe images that hardly match, and subpixel refinement. ``colmap-sift-own`` uses
+    (``is_ours``): matches that agree with their neighbors, the relative rotation and tilt of the
+    pair, and, unless it is one of many, other ways to describe images that hardly match, and
+    subpixel refinement. ``colmap-sift-own`` uses
     COLMAP's ratio test, on angles between descriptors; up to its maximum distance they are within
     2 % of the Euclidean distances that ``match`` compares.
     """
-    if (name.partition("=")[2] or name) == "colmap-sift-own":
+    if spec_of(name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))
     elif is_ours(name):
         extractor = _extractor(name)
@@ -371,7 +381,7 @@ def match_pair(
         attempt = match_views(used, *views, options)
         found, a, b = attempt.found.matches, attempt.a, attempt.found.b
     else:
-        found = match(a, b)
+        found = match(a, b, min_neighbors=MIN_NEIGHBORS if name.endswith(FILTERED) else 0)
     return Matched(*found.positions(a, b), found.index)
 
 
@@ -379,13 +389,13 @@ def is_ours(name: str) -> bool:
     """Whether a system is a detector of this package, and extracted as `tiepoints extract` does:
     with its defaults (``@all`` for Key.Net) or affine shapes.
     """
-    detector, modes = split_modes((name.partition("=")[2] or name).partition("+")[0])
+    detector, modes = split_modes(spec_of(name).partition("+")[0])
     return detector in DETECTORS and set(modes) <= {"all", *AFFINE_NETWORKS}
 
 
 @lru_cache(maxsize=1)
 def _extractor(name: str) -> Extractor:
-    given, _, descriptor = (name.partition("=")[2] or name).partition("+")
+    given, _, descriptor = spec_of(name).partition("+")
     detector, modes = split_modes(given)
     affine = next((mode for mode in modes if mode in AFFINE_NETWORKS), "none")
     return build(

@@ -154,7 +154,7 @@ def test_benchmark_reads_our_submission(images, tmp_path):
         "config_pragueparks_multiview",
     }
     stereo = method["config_phototourism_stereo"]
-    assert stereo["matcher"]["filtering"] == {"type": "snn_ratio_pairwise", "threshold": 1.0}
+    assert stereo["matcher"]["filtering"] == {"type": "snn_ratio_pairwise", "threshold": 0.95}
     assert stereo["matcher"]["symmetric"] == {"enabled": True, "reduce": "both"}
     assert stereo["geom"]["method"] == "cmp-degensac-f"
     assert stereo["geom"]["max_iter"] == 100000

@@ -73,8 +73,8 @@ def match(
             None = no test.
         min_similarity: smallest cosine of a match.
         min_neighbors: keep only matches with which as many neighboring ones agree, see
-            ``filter_by_neighbors`` (2 instead of a ratio test removes more incorrect matches and fewer
-            correct ones); 0 = all.
+            ``filter_by_neighbors``; 0 = all. 2 instead of a ratio test removes more incorrect
+            matches and fewer correct ones.
         rotation_tolerance: keep only matches near the dominant rotation, see
             ``filter_by_rotation`` (radians; REKD's is pi/6).
         scale_tolerance: keep only matches near the dominant scale ratio, see ``filter_by_scale``

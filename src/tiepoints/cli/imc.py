@@ -72,7 +72,7 @@ def imc(
         typer.Option(
             min=0.1, max=1.0, help="Maximum ratio of nearest to second distance; 1 = off."
         ),
-    ] = 1.0,
+    ] = 0.95,
     threshold: Annotated[
         float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 0.5,

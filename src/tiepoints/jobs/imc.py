@@ -31,7 +31,8 @@ from .match import (
 from .pair_workers import PairWork
 
 #: Custom matches are verified by a fundamental matrix, as the challenge applies no RANSAC to them.
-MATCHING = MatchOptions(geometry="fundamental", threshold=0.5, refine=False)
+#: Without our matches, the benchmark matches by itself, with a ratio test only.
+MATCHING = MatchOptions(ratio=0.95, geometry="fundamental", threshold=0.5, refine=False)
 
 
 @dataclass
