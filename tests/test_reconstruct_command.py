@@ -739,3 +739,27 @@ def test_robust_adjustment_keeps_a_model_that_it_would_spoil(result, monkeypatch
     monkeypatch.undo()
     monkeypatch.setattr(mapping, "KEPT_RESIDUAL", 0.0)  # no observation is left
     assert mapping.adjust_robustly(model) is model
+
+
+def test_images_that_see_few_points_are_left_out(result):
+    import pycolmap
+
+    base, *_ = result
+    model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
+    assert mapping.without_uncertain_images(model) is model
+    count = model.num_reg_images()
+    last = model.image(max(model.reg_image_ids()))
+    seen = [point.point3D_id for point in last.points2D if point.has_point3D()]
+    for number, point in enumerate(last.points2D):
+        if point.has_point3D() and point.point3D_id in seen[29:]:
+            model.delete_observation(last.image_id, number)
+    assert last.num_points3D < 30
+    certain = mapping.without_uncertain_images(model)
+    assert certain.num_reg_images() == count - 1
+    assert last.image_id not in certain.reg_image_ids()
+    assert model.num_reg_images() == count
+    for image in list(model.reg_image_ids()):  # a model of uncertain images only
+        for number, point in enumerate(model.image(image).points2D):
+            if point.has_point3D() and number % 20:
+                model.delete_observation(image, number)
+    assert mapping.without_uncertain_images(model) is model

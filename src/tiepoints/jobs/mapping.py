@@ -38,6 +38,8 @@ LOSS_SCALE, KEPT_RESIDUAL = 2.0, 10.0
 #: Rounds of robust bundle adjustment, as the median falls with the outliers; smallest angle in
 #: degrees between the rays of the points that are kept, COLMAP's default.
 ROBUST_ROUNDS, MIN_ANGLE = 2, 1.5
+#: Number of points that an image of a model must see: COLMAP needs as many to register one.
+MIN_POINTS = 30
 #: A round ends when the loss falls by less than this fraction.
 TOLERANCE = 1e-5
 #: Images that share a camera are not of one if cameras of their own reduce the median residual
@@ -251,6 +253,27 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
         )
     seen = all(adjusted.image(image).num_points3D for image in adjusted.reg_image_ids())
     return model if not seen or _diverged(model, adjusted) else adjusted
+
+
+def without_uncertain_images(model: Any) -> Any:
+    """The model without images that see fewer than ``MIN_POINTS`` of its points, the fewest first;
+    their positions are often wrong.
+
+    Args:
+        model: a ``pycolmap.Reconstruction``; it is not changed.
+
+    Returns:
+        another ``pycolmap.Reconstruction``; or ``model``, if no image is uncertain or fewer than
+        two would remain.
+    """
+    certain = require_pycolmap().Reconstruction(model)
+    while certain.num_reg_images() > 1:
+        images = [certain.image(image) for image in certain.reg_image_ids()]
+        fewest = min(images, key=lambda image: image.num_points3D)
+        if fewest.num_points3D >= MIN_POINTS:
+            return model if len(images) == model.num_reg_images() else certain
+        certain.deregister_frame(fewest.frame_id)
+    return model
 
 
 def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:

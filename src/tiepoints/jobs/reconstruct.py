@@ -35,6 +35,7 @@ from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
     LOSS_SCALE,
+    MIN_POINTS,
     SEPARATE_FACTOR,
     SEPARATE_SHARE,
     MapOptions,
@@ -47,6 +48,7 @@ from .mapping import (
     median_angle,
     read_model,
     separate_cameras,
+    without_uncertain_images,
     write_models,
     write_ply,
 )
@@ -415,7 +417,7 @@ class _Reconstruction:
         record = {
             **asdict(self.options.mapping()),
             "matches": graph.digest,
-            "adjusted": [LOSS_SCALE, KEPT_RESIDUAL],
+            "adjusted": [LOSS_SCALE, KEPT_RESIDUAL, MIN_POINTS],
             "separated": [SEPARATE_SHARE, SEPARATE_FACTOR] if self._assumed else None,
         }
         stored = read_settings(settings) or {}
@@ -452,7 +454,9 @@ class _Reconstruction:
     def _adjusted(self, model: Any) -> Any:
         threads = self.options.threads
         adjusted = adjust_robustly(model, threads)
-        return separate_cameras(model, adjusted, threads) if self._assumed else adjusted
+        if self._assumed:
+            adjusted = separate_cameras(model, adjusted, threads)
+        return without_uncertain_images(adjusted)
 
     @property
     def _assumed(self) -> bool:
