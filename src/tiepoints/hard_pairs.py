@@ -19,11 +19,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .auto_orientation import (
-    Oriented,
-    PairMatcher,
-    has_angles,
-)
+from .auto_orientation import Oriented, PairMatcher, has_angles
 from .describe import PatchDescriptor
 from .device import float_precision
 from .extract import Describe, ExtractOptions, Extractor, build_descriptor, build_shapes

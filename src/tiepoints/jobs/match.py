@@ -17,11 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..auto_orientation import (
-    PairMatcher,
-    can_reorient,
-    match_verified,
-)
+from ..auto_orientation import PairMatcher, can_reorient, match_verified
 from ..errors import DataError
 from ..estimation import estimate
 from ..extract import ExtractOptions, Extractor
@@ -239,7 +235,7 @@ def match_two(
     xy_a, xy_b = matches.positions(features_a, features_b)
     geometry = options.geometry or "fundamental"
     result = estimate(xy_a, xy_b, geometry, threshold=options.threshold)
-    if options.min_neighbors and not attempt.found.support and result.ok:
+    if options.min_neighbors and not attempt.found.support and result.inliers.any():
         reason = f"{int(result.inliers.sum())} matches agree, no more than chance explains"
         none = torch.zeros_like(result.inliers)
         result = replace(result, model=None, inliers=none, ok=False, reason=reason)
