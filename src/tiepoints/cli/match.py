@@ -294,6 +294,8 @@ def _match_two(
                 f"{Path(images[0]).name} - {Path(images[1]).name}: {labels}, {estimate.geometry}, "
                 f"{inliers} inliers of {len(result.matches)} matches"
             )
+            if result.described != "as given":
+                caption += f" ({result.described})"
             draw_matches(
                 to_rgb(images[0], extraction),
                 to_rgb(images[1], extraction),
