@@ -193,7 +193,10 @@ def test_views(script, world, tmp_path):
     out = tmp_path / "v.json"
     script("views", world[0], *arguments, "--num-keypoints", 100, "--out", out)
     assert written(out)["systems"]["keynet-tiny+rootsift"]["right %"] >= 0
-    assert written(out)["options"] == {"num_keypoints": 100, "up_levels": None, "affine": "none"}
+    assert written(out)["options"] == {
+        **{"num_keypoints": 100, "up_levels": None, "affine": "none"},
+        **{"ratio": None, "min_neighbors": 0},
+    }
     row = written(out)["systems"]["keynet-tiny+rootsift"]
     assert 0 <= row["cells"] <= row["correct"] <= 100
     assert 0 <= row["AUC@5"] <= 100
