@@ -124,6 +124,18 @@ def test_the_matching_of_match_is_for_systems_that_it_extracts():
     assert not extractor.options.per_scale
 
 
+def test_systems_of_others_with_the_filter_of_matches(data, tmp_path):
+    names = ["orb", "orb+neighbors", "mine=sift+neighbors"]
+    out = tmp_path / "peers.json"
+    content, failed = peers.measure(["oxford"], names, data, tmp_path / "work", out)
+    assert not failed
+    assert peers.spec_of("mine=sift+neighbors") == "sift"
+    assert peers.digest("orb") == peers.digest("orb+neighbors")
+    plain, filtered = (numbers(content, "oxford", name) for name in names[:2])
+    assert 0 < filtered["matches"] < plain["matches"]
+    assert filtered["mma@3"] >= plain["mma@3"] - 0.01
+
+
 def test_digest_of_our_systems_includes_embedded_weights(tmp_path, monkeypatch):
     for name in ("keynet", "hardnet-light"):
         before = peers.digest("keynet")  # described by hardnet-light by default
