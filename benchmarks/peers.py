@@ -85,10 +85,10 @@ from tiepoints.formats.interop import from_cv2
 from tiepoints.hard_pairs import View
 from tiepoints.image import load_image
 from tiepoints.jobs.match import MatchOptions, match_views, refine_database
-from tiepoints.matching import MIN_NEIGHBORS, match
+from tiepoints.matching import match
 from tiepoints.metrics.geometry import error_auc, mean
 from tiepoints.metrics.repeatability import mutual_repeatability, rekd_repeatability
-from tiepoints.names import DESCRIPTOR, DETECTORS
+from tiepoints.names import DESCRIPTOR, DETECTORS, MIN_NEIGHBORS
 from tiepoints.report.page import Column, Row, Table
 from tiepoints.structs import Features, Keypoints, Matches
 from tiepoints.weights import DATA, table
@@ -364,9 +364,9 @@ def match_pair(
     All systems use mutual nearest neighbors; ours also use the defaults of `tiepoints match`
     (``is_ours``): matches that agree with their neighbors, the relative rotation and tilt of the
     pair, and, unless it is one of many, other ways to describe images that hardly match, and
-    subpixel refinement. ``colmap-sift-own`` uses
-    COLMAP's ratio test, on angles between descriptors; up to its maximum distance they are within
-    2 % of the Euclidean distances that ``match`` compares.
+    subpixel refinement. ``colmap-sift-own`` uses COLMAP's ratio test, on angles between
+    descriptors; up to its maximum distance they are within 2 % of the Euclidean distances that
+    ``match`` compares.
     """
     if spec_of(name) == "colmap-sift-own":
         found = match(a, b, ratio=COLMAP_RATIO, min_similarity=math.cos(COLMAP_ANGLE))

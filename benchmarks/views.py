@@ -47,7 +47,7 @@ from tiepoints.estimation import relative_pose
 from tiepoints.extract import Extractor, build
 from tiepoints.geometry import sample_at, warp_points
 from tiepoints.image import load_image
-from tiepoints.matching import Matcher, match
+from tiepoints.matching import Matcher, filter_by_neighbors, match
 from tiepoints.metrics.geometry import error_auc, pose_error
 from tiepoints.refine import refine_matches
 from tiepoints.report.page import Column, Row, Table
@@ -111,6 +111,7 @@ def measure(
     pairs: list[ReconstructionPair],
     rotations: list[float],
     matcher: Matcher = match,
+    min_neighbors: int = 0,
 ) -> dict[str, Any]:
     images = {
         path: load_image(path)
@@ -121,13 +122,13 @@ def measure(
     }
     rates, matches = [], 0
     counts, auto, cells, errors = [], [], [], []
-    oriented = PairMatcher(extract, matcher) if can_reorient(extract) else None
+    oriented = PairMatcher(extract, matcher, min_neighbors) if can_reorient(extract) else None
     within = {(kind, t): 0 for kind in ("detected", "refined") for t in SMALL_DISTANCES}
     spent = {"match": 0.0, "refine": 0.0}
     for pair in pairs:
         a, b = (features[path] for path in pair.images)
         started = time.process_time()
-        found = matcher(a, b)
+        found = filter_by_neighbors(a, b, matcher(a, b), min_neighbors)
         between = time.process_time()
         refined = refine_matches(a, b, found, (images[pair.images[0]], images[pair.images[1]]))
         spent["match"] += between - started
@@ -160,7 +161,7 @@ def measure(
     # pairs with few matches without rotation are not informative
     best = [pairs[i] for i in np.argsort(rates)[::-1][: len(pairs) // 2]]
     for degrees in rotations:
-        result.update(_rotation(extract, best, images, features, degrees, matcher))
+        result.update(_rotation(extract, best, images, features, degrees, matcher, min_neighbors))
     return result
 
 
@@ -171,11 +172,12 @@ def _rotation(
     features: dict[Path, Features],
     degrees: float,
     matcher: Matcher,
+    min_neighbors: int,
 ) -> dict[str, float]:
     """Mean number of correct matches of pairs whose second image is rotated, without and with
     estimation of the relative rotation.
     """
-    oriented = PairMatcher(extract, matcher) if can_reorient(extract) else None
+    oriented = PairMatcher(extract, matcher, min_neighbors) if can_reorient(extract) else None
     plain, auto = [], []
     for pair in pairs:
         a = features[pair.images[0]]
@@ -183,7 +185,7 @@ def _rotation(
         b = extract.extract(image)
         inverse = torch.linalg.inv(matrix)
         for counts, found in (
-            (plain, matcher(a, b)),
+            (plain, filter_by_neighbors(a, b, matcher(a, b), min_neighbors)),
             (auto, None if oriented is None else oriented(a, b, image).matches),
         ):
             if found is not None:
@@ -225,14 +227,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = {"nms_window": args.nms_size, "max_size": args.max_size, "per_scale": args.per_scale}
     options |= {name: value for name, value in given.items() if value is not None}
     rotations = [float(part) for part in args.rotations.split(",") if part]
-    matcher = partial(match, ratio=args.ratio, min_neighbors=args.min_neighbors)
+    matching = {"ratio": args.ratio, "min_neighbors": args.min_neighbors}
+    matcher = partial(match, ratio=args.ratio)
     rows: dict[str, dict[str, Any]] = {}
     for name in args.systems.split(","):
-        rows[name] = measure(extractor(name, **options), pairs, rotations, matcher)
+        rows[name] = measure(
+            extractor(name, **options), pairs, rotations, matcher, args.min_neighbors
+        )
         if args.out:  # after each system, so that an interrupted run keeps its results
             content = {
                 "machine": machine(),
-                "options": options | matcher.keywords,
+                "options": options | matching,
                 "scenes": [path.name for path in args.scenes],
                 "pairs": len(pairs),
                 "systems": rows,

@@ -1,6 +1,7 @@
 """Two images that hardly match, described again in other ways."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import tiepoints
 from helpers import call
 from test_auto_orientation import squeezed_pair
 from tiepoints import hard_pairs
+from tiepoints.deformation import UNDEFORMED
 from tiepoints.geometry import warp_points
 from tiepoints.jobs.match import MatchOptions, match_two
 
@@ -118,6 +120,34 @@ def test_unrelated_images_do_not_match_in_any_way():
     result = match_two(one, other, options)
     assert not result.estimate.ok
     assert result.described == "as given"
+
+
+def test_matches_that_chance_explains_have_no_geometry(monkeypatch):
+    monkeypatch.setattr("tiepoints.auto_orientation.geometric_support", lambda *_: (0, UNDEFORMED))
+    pair = shifted_pair()
+    options = MatchOptions(geometry="homography", retry=False)
+    result = match_two(*pair, extraction(), options)
+    assert len(result.matches) > 100
+    assert not result.estimate.ok
+    assert not result.estimate.inliers.any()
+    assert "no more than chance explains" in result.estimate.reason
+    # without the filter, the estimate itself is the test
+    assert match_two(*pair, extraction(), replace(options, min_neighbors=0)).estimate.ok
+
+
+def test_pairs_of_a_folder_that_chance_explains_have_no_matches(tmp_path):
+    pytest.importorskip("h5py")
+    for name, image in (("a", skimage_data.camera()), ("b", skimage_data.coins())):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    counts = []
+    for number in (0, 1):
+        output = tmp_path / f"{number}.h5"
+        arguments = ("--detector", "keynet-tiny", "--min-neighbors", number, "--output", output)
+        code, out, err = call("match", tmp_path, *arguments)
+        assert code == 0, err
+        counts.append(int(out.partition("(")[2].split()[0].replace(",", "")))
+    assert counts[0] > 50
+    assert counts[1] == 0
 
 
 def test_the_command_says_how_a_pair_was_described(tmp_path):

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +26,7 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .estimation import estimate
 from .extract import Extractor
 from .image import ImageLike
-from .matching import filter_by_neighbors, match
+from .matching import Matcher, filter_by_neighbors, match
 from .pyramid import Pyramid
 from .structs import Features, Matches
 from .verification import Correspondences, verify_model
@@ -111,7 +110,7 @@ class PairMatcher:
     def __init__(
         self,
         extractor: Extractor,
-        matcher: Callable[[Features, Features], Matches] = match,
+        matcher: Matcher = match,
         min_neighbors: int = 0,
     ):
         if not can_reorient(extractor):
@@ -293,7 +292,7 @@ def _difference(a: float, b: float) -> float:
 def match_verified(
     a: Features,
     b: Features,
-    matcher: Callable[[Features, Features], Matches] = match,
+    matcher: Matcher = match,
     min_neighbors: int = 0,
     patches: Deformation = UNDEFORMED,
 ) -> Oriented:

@@ -37,6 +37,9 @@ PAIR_PRESETS = (
 NUM_KEYPOINTS = 2048
 #: The published default of ``extract`` (PyTorch).
 EXTRACT_NUM_KEYPOINTS = 5000
+#: Number of the nearest matches that may agree with a match, and of those that must by default
+#: (``matching.filter_by_neighbors``).
+NEIGHBORS, MIN_NEIGHBORS = 24, 2
 #: Longest side in pixels of the images that are matched in pairs or stored in a COLMAP database;
 #: larger ones are reduced. More detail rarely matches (docs/how-to/speed.md).
 MATCH_MAX_SIZE = 1600

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..names import DESCRIPTOR, DETECTOR, MATCH_MAX_SIZE, MATCH_SUFFIXES, NUM_KEYPOINTS
+from ..names import (
+    DESCRIPTOR,
+    DETECTOR,
+    MATCH_MAX_SIZE,
+    MATCH_SUFFIXES,
+    MIN_NEIGHBORS,
+    NEIGHBORS,
+    NUM_KEYPOINTS,
+)
 from .common import (
     AffineOption,
     BackendOption,
@@ -120,10 +128,11 @@ def match(
         int,
         typer.Option(
             min=0,
-            max=24,
-            help="Number of neighboring matches, of 24, that must agree with a match; 0 = off.",
+            max=NEIGHBORS,
+            help=f"Number of neighboring matches, of {NEIGHBORS}, that must agree with a match; "
+            "0 = off.",
         ),
-    ] = 2,
+    ] = MIN_NEIGHBORS,
     threshold: Annotated[
         float, typer.Option(min=0.0, help="Maximum error of an inlier in pixels.")
     ] = 2.0,

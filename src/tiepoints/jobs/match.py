@@ -51,8 +51,8 @@ from ..formats.store import (
 )
 from ..hard_pairs import Attempt, View, match_again
 from ..image import ImageLike, Notices, ReadOptions, read_image
-from ..matching import MIN_NEIGHBORS, check_min_neighbors, match
-from ..names import GEOMETRIES, MATCH_MAX_SIZE, NUM_KEYPOINTS, PAIR_METHODS
+from ..matching import check_min_neighbors, match
+from ..names import GEOMETRIES, MATCH_MAX_SIZE, MIN_NEIGHBORS, NUM_KEYPOINTS, PAIR_METHODS
 from ..progress import Progress
 from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
