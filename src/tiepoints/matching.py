@@ -32,8 +32,8 @@ ROTATION_TOLERANCE = math.radians(30)
 #: ``filter_by_neighbors`` (chosen on training scenes, docs/diary.md): smallest distance of a
 #: neighbor, and error of positions, in units of the keypoints' scales; largest deviation from the
 #: predicted distance, as a fraction of it; largest factor between scale ratios; bins of the
-#: dominant rotation; and steps that fit a linear map to the neighbors that agree, and to this number
-#: of imaginary ones that are only rotated.
+#: dominant rotation; and steps that fit a linear map to the neighbors that agree, and to this
+#: number of imaginary ones that are only rotated.
 NEIGHBOR_DISTANCE, POSITION_ERROR, MAX_DEVIATION, MAX_SCALE_CHANGE = 6.0, 3.0, 0.35, 1.7
 ROTATION_BINS, LINEAR_STEPS, PRIOR_NEIGHBORS = 36, 2, 20
 #: Largest factor between the scale ratio of a match and the dominant one: an octave.
