@@ -60,6 +60,7 @@ from common import largest_model, machine
 from tiepoints.auto_orientation import can_reorient
 from tiepoints.datasets.benchmark import open_dataset
 from tiepoints.datasets.ground_truth import Dataset, Pair
+from tiepoints.detect import PUBLISHED
 from tiepoints.errors import DataError
 from tiepoints.evaluation.baselines import external, opencv
 from tiepoints.evaluation.pair import (
@@ -292,7 +293,8 @@ def make(name: str) -> System:
     if spec in PEERS:
         return PEERS[spec].make()
     try:
-        return system(spec, Options(num_keypoints=NUM_POINTS))
+        # keypoints as `tiepoints extract` selects them, not as in the papers
+        return system(spec, Options(num_keypoints=NUM_POINTS, extraction=dict.fromkeys(PUBLISHED)))
     except ValueError as error:
         raise ValueError(f"{error}; peers are {', '.join(PEERS)}") from error
 
@@ -387,10 +389,10 @@ def match_pair(
 
 def is_ours(name: str) -> bool:
     """Whether a system is a detector of this package, and extracted as `tiepoints extract` does:
-    with its defaults (``@all`` for Key.Net) or affine shapes.
+    with its defaults (``@all`` for Key.Net), affine shapes or on one scale.
     """
     detector, modes = split_modes(spec_of(name).partition("+")[0])
-    return detector in DETECTORS and set(modes) <= {"all", *AFFINE_NETWORKS}
+    return detector in DETECTORS and set(modes) <= {"all", "ti", *AFFINE_NETWORKS}
 
 
 @lru_cache(maxsize=1)
@@ -404,6 +406,7 @@ def _extractor(name: str) -> Extractor:
         num_keypoints=NUM_POINTS,
         affine=affine,
         per_scale="all" in modes,
+        single_scale="ti" in modes,
     )
 
 

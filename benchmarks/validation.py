@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from tiepoints.datasets.synthetic import PRESETS, find_photos
-from tiepoints.detect import DetectOptions, ScoreMapDetector
+from tiepoints.detect import PUBLISHED, DetectOptions, ScoreMapDetector
 from tiepoints.models.affnet import AffNet
 from tiepoints.models.desnet import DesNet
 from tiepoints.models.spec import fused
@@ -70,7 +70,9 @@ def by_tilt(
     square patches and with the shapes of each network.
     """
     photos = photographs(scenes)
-    detector = ScoreMapDetector(fused(load("keynet")), DetectOptions(num_keypoints=KEYPOINTS))
+    detector = ScoreMapDetector(
+        fused(load("keynet")), DetectOptions(num_keypoints=KEYPOINTS, **PUBLISHED)
+    )
     descriptor = fused(load("hardnet"))
     kinds = {f"tilts to {t:g}": dataclasses.replace(PRESETS["tilted"], tilt=t) for t in tilts}
     found: dict[str, float] = {}

@@ -3,8 +3,8 @@ refinement, and rotated cameras.
 
     python benchmarks/views.py SCENES... [--systems keynet+hardnet,...] [--pairs 24] \\
         [--rotations 0,30,60,90,180] [--num-keypoints 1000] [--upsampled-levels N] [--nms-size N]
-        [--max-size N] [--affine NAME] [--per-scale | --no-per-scale] [--ratio R] \\
-        [--min-neighbors N] [--out FILE.json]
+        [--max-size N] [--affine NAME] [--per-scale | --no-per-scale] [--single-scale] \\
+        [--ratio R] [--min-neighbors N] [--out FILE.json]
 
 SCENES: folders with COLMAP models and their images (docs/training.md). A system is
 DETECTOR+DESCRIPTOR, each a name or a weights file. Matches are mutual nearest neighbors that pass
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-size", type=int, help="longest side of the images in pixels")
     parser.add_argument("--affine", default="none", help="affine shapes, as of tiepoints extract")
     parser.add_argument("--per-scale", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--single-scale", action="store_true", help="without a pyramid")
     parser.add_argument("--ratio", type=float, help="ratio test of the matches (default: none)")
     parser.add_argument(
         "--min-neighbors", type=int, default=0, help="neighboring matches that must agree"
@@ -223,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     pairs = reconstruction_pairs(read_scenes(args.scenes), args.pairs, SEED)
     options = {"num_keypoints": args.num_keypoints, "up_levels": args.upsampled_levels}
-    options["affine"] = args.affine
+    options |= {"affine": args.affine, "single_scale": args.single_scale}
     given = {"nms_window": args.nms_size, "max_size": args.max_size, "per_scale": args.per_scale}
     options |= {name: value for name, value in given.items() if value is not None}
     rotations = [float(part) for part in args.rotations.split(",") if part]

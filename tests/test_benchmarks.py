@@ -194,7 +194,7 @@ def test_views(script, world, tmp_path):
     script("views", world[0], *arguments, "--num-keypoints", 100, "--out", out)
     assert written(out)["systems"]["keynet-tiny+rootsift"]["right %"] >= 0
     assert written(out)["options"] == {
-        **{"num_keypoints": 100, "up_levels": None, "affine": "none"},
+        **{"num_keypoints": 100, "up_levels": None, "affine": "none", "single_scale": False},
         **{"ratio": None, "min_neighbors": 0},
     }
     row = written(out)["systems"]["keynet-tiny+rootsift"]
@@ -204,6 +204,8 @@ def test_views(script, world, tmp_path):
     script("views", world[0], *arguments, *changed, "--num-keypoints", 100, "--out", out)
     options = written(out)["options"]
     assert (options["nms_window"], options["max_size"], options["per_scale"]) == (9, 200, True)
+    script("views", world[0], *arguments, "--single-scale", "--num-keypoints", 100, "--out", out)
+    assert written(out)["options"]["single_scale"]
 
 
 def test_validation(script, world, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from PIL import Image
 
 import tiepoints
 from tiepoints.checkpoints import load_official
-from tiepoints.detect import DetectOptions
+from tiepoints.detect import PUBLISHED, DetectOptions
 from tiepoints.extract import ExtractOptions, build
 from tiepoints.image import load_image
 from tiepoints.models.keynet import KeyNet
@@ -147,7 +147,9 @@ def test_extractor_can_be_pickled_and_has_a_repr(photo):
 
 
 def test_options_round_trip_as_json_and_from_earlier_versions():
-    options = ExtractOptions(detector="rekd", num_keypoints=77, per_scale=True, upright=True)
+    options = ExtractOptions(
+        detector="rekd", num_keypoints=77, per_scale=True, upright=True, nms_window=9, border=4
+    )
     content = json.loads(json.dumps(options.to_json()))
     assert ExtractOptions.from_json(content) == options
     before = {
@@ -275,6 +277,8 @@ def test_threshold_num_keypoints_border_and_window_are_used(photo):
     ).extract(photo)
     assert 0 < len(some) < len(one)
     assert float(some.score.min()) > middle
+    published = build("keynet", None, num_keypoints=1000, device="cpu", **PUBLISHED).extract(photo)
+    assert len(published) < len(many)
     wide = build("keynet", None, num_keypoints=1000, nms_window=31, device="cpu").extract(photo)
     assert len(wide) < len(many)
     inner = build(
@@ -300,6 +304,16 @@ def test_threshold_num_keypoints_border_and_window_are_used(photo):
 def test_invalid_arguments_raise_with_a_remedy(arguments, options, remedy):
     with pytest.raises(ValueError, match=remedy):
         build(*arguments, **options)
+
+
+def test_the_published_extraction_has_the_published_suppression():
+    for official, window, margin in ((False, 7, 8), (True, 15, 15)):
+        options = ExtractOptions(official=official)
+        assert (options.window, options.margin) == (window, margin)
+        content = options.to_json()
+        assert (content["nms_window"], content["border"]) == (window, margin)
+    given = ExtractOptions(official=True, nms_window=9, border=4)
+    assert (given.window, given.margin) == (9, 4)
 
 
 def test_public_names_are_complete_and_load():

@@ -162,6 +162,13 @@ def test_training_reduces_the_loss(tmp_path):
     assert not net.training
 
 
+def test_freed_memory_is_returned_while_training(tmp_path, monkeypatch):
+    released = []
+    monkeypatch.setattr(loop, "release_freed", lambda: released.append(0))
+    _, result = train(tmp_path / "state.ckpt")
+    assert len(released) == result.steps // loop.RELEASE_STEPS > 0
+
+
 def test_same_seed_same_weights(tmp_path, unbroken):
     net, result = train(tmp_path / "c")
     assert same(net, unbroken[0])

@@ -14,13 +14,14 @@ from PIL import Image
 
 from helpers import call
 from tiepoints.checkpoints import load_official
+from tiepoints.detect import PUBLISHED
 from tiepoints.evaluation.complexity import num_parameters, seconds_per_image
 from tiepoints.evaluation.pair import homography_metrics
 from tiepoints.evaluation.results import read_rows, read_run, stored_features
 from tiepoints.evaluation.systems import Options, split_modes, system
 from tiepoints.evaluation.systems import scales as scales_of
 from tiepoints.extract import build
-from tiepoints.image import read_image
+from tiepoints.image import load_image, read_image
 from tiepoints.matching import filter_by_rotation
 from tiepoints.models.keynet_legacy import LegacyKeyNet
 from tiepoints.models.rekd import REKD
@@ -156,6 +157,19 @@ def test_modes_of_a_name():
     assert found.tolist() == pytest.approx([1, 2**0.5, 2])
     with pytest.raises(ValueError, match="got 'T'"):
         split_modes("keynet@T")
+
+
+def test_systems_have_the_published_suppression(hpatches):
+    image = load_image(hpatches / "i_leuven" / "1.ppm")
+    options = {"num_keypoints": 400, "per_scale": False, "device": "cpu"}
+    published = system("keynet-tiny", Options(num_keypoints=400))(image)
+    expected = build("keynet-tiny", None, **options, **PUBLISHED).extract(image)
+    assert torch.equal(published.xy, expected.xy)
+    # the benchmark of peers extracts as `tiepoints extract` does
+    extraction = dict.fromkeys(PUBLISHED)
+    default = system("keynet-tiny", Options(num_keypoints=400, extraction=extraction))(image)
+    assert torch.equal(default.xy, build("keynet-tiny", None, **options).extract(image).xy)
+    assert len(default) > len(published)
 
 
 def test_regions_without_a_score_are_all_kept(hpatches):

@@ -111,10 +111,16 @@ def test_new_weights_are_measured_again(tmp_path):
 def test_the_matching_of_match_is_for_systems_that_it_extracts():
     for name in (
         *("keynet", "keynet-light@all+hardnet-light", "sobelnet+desnet", "mine=keynet@all+raw"),
-        "keynet@all@affnet+hardnet",
+        *("keynet@all@affnet+hardnet", "sobelnet@ti+desnet"),
     ):
         assert peers.is_ours(name)
-    for name in ("keynet@ti+hardnet", "keynet@official", "sift+hardnet", "xfeat", "colmap-sift"):
+    for name in (
+        "keynet@ti@official+hardnet",
+        "keynet@official",
+        "sift+hardnet",
+        "xfeat",
+        "colmap-sift",
+    ):
         assert not peers.is_ours(name)
     extractor = peers._extractor("keynet-tiny@all@affnet+hardnet")
     assert extractor.describe.shape_net is not None
@@ -122,6 +128,8 @@ def test_the_matching_of_match_is_for_systems_that_it_extracts():
     extractor = peers._extractor("keynet-tiny+hardnet")
     assert extractor.describe.shape_net is None
     assert not extractor.options.per_scale
+    assert not extractor.options.single_scale
+    assert peers._extractor("sobelnet@ti+desnet").options.single_scale
 
 
 def test_systems_of_others_with_the_filter_of_matches(data, tmp_path):

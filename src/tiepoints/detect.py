@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .geometry import sample_at
-from .keypoints import BORDER, NMS_WINDOW, local_maxima, refine, strongest
+from .keypoints import (
+    BORDER,
+    NMS_WINDOW,
+    SMALL_BORDER,
+    SMALL_WINDOW,
+    local_maxima,
+    refine,
+    strongest,
+)
 from .memory import release_freed
 from .names import EXTRACT_NUM_KEYPOINTS, NMS_SHAPES
 from .orientation import angle_at
@@ -22,6 +30,9 @@ from .pyramid import SCALE_STEP, Level, LevelBudget, Pyramid, level_budgets
 from .regions import TILE_PIXELS, Box
 from .structs import Keypoints
 
+#: The published suppression: options of evaluations, so that results are those of the papers, and
+#: of validations, so that those of training runs are comparable.
+PUBLISHED: dict[str, Any] = {"nms_window": NMS_WINDOW, "border": BORDER}
 #: Keypoints of different levels are duplicates if nearer than this, in pixels of the finer level.
 DUPLICATE_DISTANCE = 3.0
 #: Each level proposes this many times its budget, because duplicates are removed.
@@ -43,9 +54,11 @@ class DetectOptions:
             all.
         up_levels, down_levels: enlarged and reduced pyramid levels; None = as published for the
             network (``DetectorSpec``).
-        nms_window: odd side of the suppression window in pixels of the level.
+        nms_window: odd side of the suppression window in pixels of the level; None =
+            ``keypoints.SMALL_WINDOW``, with ``official`` the published ``keypoints.NMS_WINDOW``.
         nms_shape: ``square`` or ``round``; None = the network's (``DetectorSpec``).
-        border: width of the margin of each level without keypoints, in pixels.
+        border: width of the margin of each level without keypoints, in pixels; None =
+            ``keypoints.SMALL_BORDER``, with ``official`` the published ``keypoints.BORDER``.
         threshold: smallest response, before it is weighted by scale; responses up to that to a
             constant image are excluded too, except with ``official``.
         cut_ratio: smallest response as a fraction, in [0, 1), of the largest of its level; None =
@@ -60,26 +73,40 @@ class DetectOptions:
     per_scale: bool | None = None
     up_levels: int | None = None
     down_levels: int | None = None
-    nms_window: int = NMS_WINDOW
+    nms_window: int | None = None
     nms_shape: str | None = None
-    border: int = BORDER
+    border: int | None = None
     threshold: float = 0.0
     cut_ratio: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_keypoints < 1:
             raise ValueError(f"num_keypoints must be at least 1, got {self.num_keypoints}")
-        if self.nms_window < 1 or self.nms_window % 2 == 0:
+        if self.window < 1 or self.window % 2 == 0:
             raise ValueError(f"nms_window must be odd and positive, got {self.nms_window}")
         if self.nms_shape not in (None, *NMS_SHAPES):
             raise ValueError(
                 f"nms_shape must be one of {', '.join(NMS_SHAPES)}, or None for the network's; "
                 f"got {self.nms_shape!r}"
             )
-        if min(self.up_levels or 0, self.down_levels or 0, self.border) < 0:
+        if min(self.up_levels or 0, self.down_levels or 0, self.margin) < 0:
             raise ValueError("up_levels, down_levels and border must not be negative")
         if self.cut_ratio is not None and not 0 <= self.cut_ratio < 1:
             raise ValueError(f"cut_ratio must lie in [0, 1), got {self.cut_ratio}")
+
+    @property
+    def window(self) -> int:
+        """``nms_window``, or its default."""
+        if self.nms_window is not None:
+            return self.nms_window
+        return NMS_WINDOW if self.official else SMALL_WINDOW
+
+    @property
+    def margin(self) -> int:
+        """``border``, or its default."""
+        if self.border is not None:
+            return self.border
+        return BORDER if self.official else SMALL_BORDER
 
 
 def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:
@@ -170,7 +197,7 @@ class ScoreMapDetector:
         boxes = [whole] if part is None else whole.split(self.tile_pixels)
         for box in boxes:
             # a maximum is compared with others in its window, each of which has its own window
-            region = box.grow(max(2, 2 * (self.options.nms_window // 2)), level.size)
+            region = box.grow(max(2, 2 * (self.options.window // 2)), level.size)
             output = self.net(level.image) if part is None else part(level.source, region)
             score_map, angle_map = (output, None) if isinstance(output, Tensor) else output
             yield box, region, score_map, angle_map
@@ -210,17 +237,17 @@ class _Selection:
         self.maxima.append(score_map.max().to(torch.float64))
         self._respond(level, box, region, score_map)
         if self.official:
-            score_map = score_map * _inside(region, level.size, options.border).to(score_map)
+            score_map = score_map * _inside(region, level.size, options.margin).to(score_map)
             found = local_maxima(
-                score_map[None, None], options.nms_window, self.threshold, unique=False
+                score_map[None, None], options.window, self.threshold, unique=False
             )[0, 0]
         else:
             shape = options.nms_shape or "square"
             found = local_maxima(
-                score_map[None, None], options.nms_window, self.threshold, shape=shape
+                score_map[None, None], options.window, self.threshold, shape=shape
             )[0, 0]
         selected = torch.zeros_like(found)
-        inner = box.intersection(Box.whole(level.size).shrink(options.border))
+        inner = box.intersection(Box.whole(level.size).shrink(options.margin))
         inner.crop(selected, region).copy_(inner.crop(found, region))
         selected = self._masked(selected, region, level)
         xy, score = strongest(score_map, selected, self._count(number))

@@ -162,6 +162,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
         }
         content["precision"] = recorded_precision(self.chosen_precision)
         content["per_scale"] = self.keeps_scales
+        content["nms_window"], content["border"] = self.window, self.margin
         for name in ("detector", "descriptor", "affine"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(

@@ -557,7 +557,7 @@ class PipelineGraph(_Filters):
         super().__init__()
         if options.official or options.nms_shape == "round":
             raise ValueError("the published extraction and round windows cannot be exported")
-        if options.border < 1:
+        if options.margin < 1:
             raise ValueError("a border of at least 1 pixel is required for the export")
         spec = spec_of(detector)
         assert isinstance(spec, DetectorSpec)
@@ -646,7 +646,7 @@ class PipelineGraph(_Filters):
 
     def _detect(self, level: _Level, scores: Tensor, count: Tensor) -> _Candidates:
         h, w = scores.shape[-2:]
-        border = self.options.border
+        border = self.options.margin
         found = (scores == self._largest(scores)) & (scores > self.threshold)
         rows, columns = torch.arange(h), torch.arange(w)
         found = found & self._first_of_plateau(found, rows, columns)
@@ -674,11 +674,11 @@ class PipelineGraph(_Filters):
 
     def _largest(self, maps: Tensor) -> Tensor:
         """As ``keypoints.max_filter``."""
-        window = self.options.nms_window
+        window = self.options.window
         return F.max_pool2d(self._largest_of_row(maps), (window, 1), 1, (window // 2, 0))
 
     def _largest_of_row(self, maps: Tensor) -> Tensor:
-        window = self.options.nms_window
+        window = self.options.window
         return F.max_pool2d(maps, (1, window), 1, (0, window // 2))
 
     def _response(self, scores: Tensor, xy: Tensor) -> Tensor:

@@ -13,6 +13,10 @@ from torch import Tensor
 #: Published suppression window and width of the border without keypoints, in pixels.
 NMS_WINDOW = 15
 BORDER = 15
+#: The same by default: with a smaller window more of the strongest keypoints are kept, and more of
+#: them are matched (docs/diary.md).
+SMALL_WINDOW = 7
+SMALL_BORDER = 8
 
 
 def max_filter(score_map: Tensor, window: int) -> Tensor:

@@ -132,8 +132,8 @@ NmsSizeOption = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Odd side of the window of non-maximum suppression in pixels of a level (default: "
-        "15).",
+        help="Odd side of the window of non-maximum suppression in pixels of a level (default: 7; "
+        "15 in evaluations and with --official).",
     ),
 ]
 CutRatioOption = Annotated[

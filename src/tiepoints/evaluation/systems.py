@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..describe import PatchDescriptor
+from ..detect import PUBLISHED
 from ..errors import DataError, WeightsError
 from ..extract import build, build_descriptor, network_label
 from ..formats.hdf5 import require_h5py
@@ -242,7 +243,7 @@ def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Optio
         "upright": {"upright": True},
         "ti": {"single_scale": True},
     }
-    choice: dict[str, Any] = {"single_scale": options.single_scale, "per_scale": False}
+    choice = {"single_scale": options.single_scale, "per_scale": False, **PUBLISHED}
     for mode in modes:
         kind = "affine" if mode in AFFINE_NETWORKS else "orientation"
         choice |= choices.get(mode, {kind: mode})
@@ -254,8 +255,7 @@ def _ours(detector: str, modes: tuple[str, ...], descriptor: str, options: Optio
         _network(descriptor),
         device=options.device,
         num_keypoints=options.num_keypoints,
-        **choice,
-        **extraction,
+        **(choice | extraction),
     ).extract
     # the published extraction returns keypoints level by level
     return lambda image: _strongest_first(extract(image))

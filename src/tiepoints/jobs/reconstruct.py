@@ -79,7 +79,7 @@ class Quality:
     """What ``quality`` chooses.
 
     Attributes:
-        detector, descriptor, num_keypoints, max_size: see ``ExtractOptions``.
+        detector, descriptor, num_keypoints, max_size, down_levels: see ``ExtractOptions``.
         neighbors: of each image if not all pairs are matched.
     """
 
@@ -88,10 +88,11 @@ class Quality:
     num_keypoints: int
     max_size: int
     neighbors: int
+    down_levels: int | None = None
 
 
 QUALITY = {
-    "fast": Quality("sobelnet", "desnet", 1024, 1024, 10),
+    "fast": Quality("sobelnet", "desnet", 1024, 1024, 10, down_levels=2),
     "default": Quality(DETECTOR, DESCRIPTOR, 2048, 1600, 20),
     "best": Quality(DETECTOR, DESCRIPTOR, 4096, 3200, 40),
 }
@@ -104,7 +105,7 @@ class ReconstructOptions:
 
     Attributes:
         quality: ``fast``, ``default`` or ``best``: detector, descriptor, number of keypoints, image
-            size and number of pairs (``QUALITY``).
+            size and number of pairs (``QUALITY``), without an enlarged level of the pyramid.
         max_size: longest side of the processed images, instead of that of ``quality``; 0 = no
             limit.
         pairs: a method of ``names.PAIR_METHODS``, or a file with a list of pairs.
@@ -162,6 +163,9 @@ class ReconstructOptions:
             detector=chosen.detector,
             descriptor=chosen.descriptor,
             num_keypoints=chosen.num_keypoints,
+            # a third faster, and more images are registered than with an enlarged level
+            up_levels=0,
+            down_levels=chosen.down_levels,
             max_size=largest or None,
             device=self.device,
         )

@@ -277,7 +277,7 @@ class LegacyDetector:
     def __init__(self, net: nn.Module, options: Any):
         self.net, self.num_keypoints = net, options.num_keypoints
         self.up_levels, self.down_levels = options.up_levels, options.down_levels
-        self.nms_window, self.border = options.nms_window, options.border
+        self.nms_window, self.border = options.window, options.margin
         self.threshold, self.cut_ratio = max(0.0, options.threshold), options.cut_ratio or 0.0
 
     @torch.inference_mode()

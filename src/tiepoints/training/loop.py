@@ -27,6 +27,7 @@ from ..device import choose_device, fast_bfloat16
 from ..errors import WeightsError
 from ..files import atomic_path, require
 from ..formats.records import compatible_version
+from ..memory import release_freed
 from ..progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ Loss = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, dict[str, float]]]
 #: ``minutes``. If steps are slow, warm-up and timing end at these fractions of the minutes.
 TIMED_STEPS = 15
 TIMED_FRACTIONS = (0.1, 0.25)
+#: Number of steps after which freed memory is returned to the system: the gaps between blocks of
+#: various sizes grow from step to step, to 22 GB after 100 steps of a training of HyNet.
+RELEASE_STEPS = 5
 CHECKPOINT_VERSION = 2
 #: Entries of ``Task.identity`` that checkpoints of earlier versions do not contain.
 ADDED = ("files", "init_sha256", "version")
@@ -442,6 +446,8 @@ class Trainer:
                 self._validate_if_due(logs)
                 progress.set_values(**self._progress_values())
                 progress.update()
+                if self.step % RELEASE_STEPS == 0:
+                    release_freed()
                 due = time.monotonic() - self.saved > self.run.save_every
                 if due or self.step == self.total:
                     self.save()

@@ -15,6 +15,7 @@ from ..datasets.reconstructions import TrackScene
 from ..datasets.synthetic import PairDataset, PairSettings, unreadable_log
 from ..datasets.tracks import correct_share, reconstruction_pairs
 from ..describe import DenseDescriptor
+from ..detect import PUBLISHED
 from ..errors import DataError
 from ..extract import build
 from ..geometry import warp_points
@@ -267,6 +268,7 @@ class PosedCheck:
             up_levels=0,
             per_scale=False,
             device="cpu",
+            **PUBLISHED,
         )
         self.images: dict[Path, Tensor] = {}
         for path in dict.fromkeys(path for pair in self.pairs for path in pair.images):

@@ -21,7 +21,7 @@ from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
 from ...datasets.reconstructions import TrackScene, read_scenes
 from ...datasets.synthetic import PRESETS
 from ...datasets.tracks import Mixture, TrackPatches
-from ...detect import DetectOptions, ScoreMapDetector
+from ...detect import PUBLISHED, DetectOptions, ScoreMapDetector
 from ...models.affnet import AffNet
 from ...models.spec import fused
 from ...patches import HALF_SIDE, PATCH_SIZE, crop_patches
@@ -181,7 +181,7 @@ def shape_validation(
     without shapes is logged.
     """
     detector = ScoreMapDetector(
-        fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS)
+        fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS, **PUBLISHED)
     )
     size = {"patch_size": PATCHES.size, "half_side": PATCHES.half_side}
     checks = matching_checks(

@@ -22,7 +22,7 @@ from ...datasets.stored_patches import TARGETS, StoredPatches, write_patches, wr
 from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
 from ...describe import DESCRIBE_CHUNK
-from ...detect import DetectOptions, ScoreMapDetector
+from ...detect import PUBLISHED, DetectOptions, ScoreMapDetector
 from ...device import choose_device, fast_bfloat16
 from ...models.desnet import DesNet, sample, sample_batch
 from ...models.patchnets import HardNetContext, HardNetLight, PatchNet, parts_of, unit
@@ -381,7 +381,7 @@ def patch_validation(
     and, if given, reconstructions.
     """
     detector = ScoreMapDetector(
-        fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS)
+        fused(load("keynet")), DetectOptions(num_keypoints=MATCHING_KEYPOINTS, **PUBLISHED)
     )
     checks = matching_checks(
         held_out,
