@@ -13,16 +13,22 @@ import numpy as np
 import torch
 
 from tiepoints import build
+from tiepoints.detect import PUBLISHED
+from tiepoints.names import DESCRIPTOR, DETECTOR
 
 FILE = Path(__file__).parent / "data" / "outputs.npz"
 #: Name -> detector, descriptor, options.
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "keynet_hardnet": ("keynet", "hardnet", {"per_scale": False}),
-    "tiny_hynet_single": ("keynet-tiny", "hynet", {"single_scale": True}),
-    "sobelnet_desnet": ("sobelnet", "desnet", {}),
-    "rekd_light_sosnet": ("rekd-light", "sosnet", {}),
-    "keynet_rootsift": ("keynet", "rootsift", {"per_scale": True, "orientation": "dominant"}),
+    "keynet_hardnet": ("keynet", "hardnet", {"per_scale": False, **PUBLISHED}),
+    "tiny_hynet_single": ("keynet-tiny", "hynet", {"single_scale": True, **PUBLISHED}),
+    "sobelnet_desnet": ("sobelnet", "desnet", PUBLISHED),
+    "rekd_light_sosnet": ("rekd-light", "sosnet", PUBLISHED),
+    "keynet_rootsift": (
+        *("keynet", "rootsift"),
+        {"per_scale": True, "orientation": "dominant", **PUBLISHED},
+    ),
     "keynet_official": ("keynet", "none", {"official": True}),
+    "default": (DETECTOR, DESCRIPTOR, {}),
 }
 #: Number of descriptor columns stored.
 COLUMNS = 8

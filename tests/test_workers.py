@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -88,6 +89,36 @@ def test_tensors_are_sent_as_arrays():
 def test_workers_that_cannot_start_are_an_error():
     with pytest.raises(DataError, match=r"its first result \(exit code 1\); use --workers 1"):
         run_pool([1, 2], worker_tasks.never_ready)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_until_processes_are_started(number):
+    def handler(received, _):
+        raise KeyboardInterrupt(received)
+
+    def start():
+        with processes.interrupts_blocked():
+            wanted.set()
+            sender.join()
+            time.sleep(0.05)
+            passed.append(number)
+
+    def send():
+        wanted.wait()
+        os.kill(os.getpid(), number)
+        time.sleep(0.05)  # a thread that does not block the signal, as those of torch
+
+    before = signal.signal(number, handler)
+    passed, wanted = [], threading.Event()
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert passed == [number]
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_closed_pool_has_no_processes():

@@ -27,6 +27,7 @@ from .estimation import estimate
 from .extract import Extractor
 from .image import ImageLike
 from .matching import Matcher, filter_by_neighbors, match
+from .names import MIN_NEIGHBORS
 from .pyramid import Pyramid
 from .structs import Features, Matches
 from .verification import Correspondences, verify_model
@@ -40,7 +41,8 @@ ENOUGH_SUPPORT = 30
 SEARCH_KEYPOINTS = 300
 SEARCH_STEPS = 8
 SEARCH_STEP = 2 * math.pi / SEARCH_STEPS
-#: Number of rotations of the search, those with most matches, whose matches are verified.
+#: Number of rotations of the search, those with most matches that agree with their neighbors, whose
+#: matches are verified.
 VERIFIED_STEPS = 2
 #: Smallest rotation in radians, and smallest tilt, at which keypoints are described again; and the
 #: same of a dense network, which processes the whole image for it and has learned larger ones.
@@ -229,11 +231,15 @@ class PairMatcher:
             rotated = self._rotated(b, image_b, key, step)
             found = self.matcher(a, rotated)
             kept = filter_by_neighbors(a, rotated, found, self.min_neighbors)
-            candidates.append((rotated, kept, found))
-        candidates.sort(key=lambda candidate: len(candidate[1]), reverse=True)
+            # nearest neighbors alone are about as many at each rotation
+            agreeing = kept
+            if not self.min_neighbors:
+                agreeing = filter_by_neighbors(a, rotated, found, MIN_NEIGHBORS)
+            candidates.append((len(agreeing), rotated, kept, found))
+        candidates.sort(key=lambda candidate: candidate[0], reverse=True)
         verified = [
             Oriented(kept, rotated, UNDEFORMED, *geometric_support(a, rotated, kept, found))
-            for rotated, kept, found in candidates[:VERIFIED_STEPS]
+            for _, rotated, kept, found in candidates[:VERIFIED_STEPS]
         ]
         return max(
             verified, key=lambda found: (found.support, found.measured.rotation), default=None
