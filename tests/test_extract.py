@@ -14,6 +14,7 @@ from tiepoints.detect import PUBLISHED, DetectOptions
 from tiepoints.extract import ExtractOptions, build
 from tiepoints.image import load_image
 from tiepoints.models.keynet import KeyNet
+from tiepoints.models.spec import DetectorSpec
 from tiepoints.patches import extract_patches
 from tiepoints.pyramid import build_pyramid, level_budgets
 from tiepoints.structs import Keypoints, PaddedFeatures
@@ -310,10 +311,21 @@ def test_the_published_extraction_has_the_published_suppression():
     for official, window, margin in ((False, 7, 8), (True, 15, 15)):
         options = ExtractOptions(official=official)
         assert (options.window, options.margin) == (window, margin)
-        content = options.to_json()
-        assert (content["nms_window"], content["border"]) == (window, margin)
-    given = ExtractOptions(official=True, nms_window=9, border=4)
-    assert (given.window, given.margin) == (9, 4)
+        resolved = options.resolved(DetectorSpec())
+        assert (resolved.nms_window, resolved.border) == (window, margin)
+    given = ExtractOptions(official=True, nms_window=9, border=0)
+    assert (given.window, given.margin) == (9, 0)
+    resolved = given.resolved(DetectorSpec())
+    assert (resolved.nms_window, resolved.border) == (9, 0)
+
+
+def test_tiny_key_net_has_the_published_suppression(photo):
+    options = {"num_keypoints": 1000, "device": "cpu"}
+    default = build("keynet-tiny", None, **options).extract(photo)
+    published = build("keynet-tiny", None, **options, **PUBLISHED).extract(photo)
+    assert torch.equal(default.xy, published.xy)
+    small = build("keynet-tiny", None, **options, nms_window=7, border=8).extract(photo)
+    assert len(small) > len(default)
 
 
 def test_public_names_are_complete_and_load():

@@ -162,13 +162,13 @@ def test_modes_of_a_name():
 def test_systems_have_the_published_suppression(hpatches):
     image = load_image(hpatches / "i_leuven" / "1.ppm")
     options = {"num_keypoints": 400, "per_scale": False, "device": "cpu"}
-    published = system("keynet-tiny", Options(num_keypoints=400))(image)
-    expected = build("keynet-tiny", None, **options, **PUBLISHED).extract(image)
+    published = system("sobelnet", Options(num_keypoints=400))(image)
+    expected = build("sobelnet", None, **options, **PUBLISHED).extract(image)
     assert torch.equal(published.xy, expected.xy)
     # the benchmark of peers extracts as `tiepoints extract` does
     extraction = dict.fromkeys(PUBLISHED)
-    default = system("keynet-tiny", Options(num_keypoints=400, extraction=extraction))(image)
-    assert torch.equal(default.xy, build("keynet-tiny", None, **options).extract(image).xy)
+    default = system("sobelnet", Options(num_keypoints=400, extraction=extraction))(image)
+    assert torch.equal(default.xy, build("sobelnet", None, **options).extract(image).xy)
     assert len(default) > len(published)
 
 

@@ -105,8 +105,8 @@ def test_signals_wait_until_processes_are_started(number):
 
     def send():
         wanted.wait()
-        os.kill(os.getpid(), number)
-        time.sleep(0.05)  # a thread that does not block the signal, as those of torch
+        # to a thread that does not block it, as those of torch
+        signal.pthread_kill(threading.get_ident(), number)
 
     before = signal.signal(number, handler)
     passed, wanted = [], threading.Event()

@@ -54,11 +54,11 @@ class DetectOptions:
             all.
         up_levels, down_levels: enlarged and reduced pyramid levels; None = as published for the
             network (``DetectorSpec``).
-        nms_window: odd side of the suppression window in pixels of the level; None =
-            ``keypoints.SMALL_WINDOW``, with ``official`` the published ``keypoints.NMS_WINDOW``.
+        nms_window: odd side of the suppression window in pixels of the level; None = the network's
+            (``DetectorSpec``), with ``official`` the published ``keypoints.NMS_WINDOW``.
         nms_shape: ``square`` or ``round``; None = the network's (``DetectorSpec``).
-        border: width of the margin of each level without keypoints, in pixels; None =
-            ``keypoints.SMALL_BORDER``, with ``official`` the published ``keypoints.BORDER``.
+        border: width of the margin of each level without keypoints, in pixels; None = the
+            network's (``DetectorSpec``), with ``official`` the published ``keypoints.BORDER``.
         threshold: smallest response, before it is weighted by scale; responses up to that to a
             constant image are excluded too, except with ``official``.
         cut_ratio: smallest response as a fraction, in [0, 1), of the largest of its level; None =
@@ -96,14 +96,14 @@ class DetectOptions:
 
     @property
     def window(self) -> int:
-        """``nms_window``, or its default."""
+        """``nms_window``, or its default without a network."""
         if self.nms_window is not None:
             return self.nms_window
         return NMS_WINDOW if self.official else SMALL_WINDOW
 
     @property
     def margin(self) -> int:
-        """``border``, or its default."""
+        """``border``, or its default without a network."""
         if self.border is not None:
             return self.border
         return BORDER if self.official else SMALL_BORDER

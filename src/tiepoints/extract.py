@@ -28,6 +28,7 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, float_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
+from .keypoints import BORDER, NMS_WINDOW
 from .memory import check_image, keep_freed, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, StackInput, spec_of
@@ -162,7 +163,6 @@ class ExtractOptions(ReadOptions, DetectOptions):
         }
         content["precision"] = recorded_precision(self.chosen_precision)
         content["per_scale"] = self.keeps_scales
-        content["nms_window"], content["border"] = self.window, self.margin
         for name in ("detector", "descriptor", "affine"):
             if isinstance(content[name], nn.Module):
                 raise ValueError(
@@ -259,7 +259,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
 
     def resolved(self, spec: DetectorSpec) -> ExtractOptions:
         """The options with those of a detector's spec where they are None: levels, 0 with
-        ``single_scale``, suppression window and ``per_scale``.
+        ``single_scale``, suppression window, border and ``per_scale``.
         """
         levels = (0, 0) if self.single_scale else (self.up_levels, self.down_levels)
         up, down = (
@@ -273,9 +273,17 @@ class ExtractOptions(ReadOptions, DetectOptions):
             single_scale=False,
             up_levels=up,
             down_levels=down,
+            nms_window=self._chosen(self.nms_window, NMS_WINDOW, spec.nms_window),
+            border=self._chosen(self.border, BORDER, spec.border),
             nms_shape=shape,
             per_scale=spec.per_scale if self.per_scale is None else self.per_scale,
         )
+
+    def _chosen(self, given: int | None, published: int, default: int) -> int:
+        """An option, or its default for the extraction."""
+        if given is not None:
+            return given
+        return published if self.official else default
 
     def build(self) -> Extractor:
         """Build the extractor, see ``build``.

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from ..filters import binomial_blur, corner_strength, resize, sobel
 from ..kernels.column_pairs import apply_paired, paired
 from ..kernels.single_channel import SingleChannelConv2d
 from ..kernels.tiling import apply_tiled
+from ..keypoints import BORDER, NMS_WINDOW
 from ..regions import Box, InMemory, Resized, Source, resize_box, source_box
 from .spec import ConvStack, DetectorSpec
 
@@ -242,6 +244,9 @@ class KeyNet(nn.Module):
             if merge
             else None
         )
+        if not merge:
+            # with a small window, its strongest keypoints are those of leaves (docs/diary.md)
+            self.spec = replace(KeyNet.spec, nms_window=NMS_WINDOW, border=BORDER)
         self.initialize()
 
     @classmethod

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..keypoints import SMALL_BORDER, SMALL_WINDOW
+
 
 @dataclass(frozen=True)
 class DetectorSpec:
@@ -17,6 +19,8 @@ class DetectorSpec:
 
     Attributes:
         up_levels, down_levels: enlarged and reduced pyramid levels of the published extraction.
+        nms_window, border: side of the suppression window and width of the margin without
+            keypoints, in pixels of a level, by default.
         nms_shape: shape of the suppression window, ``square`` or ``round``.
         per_scale: whether extraction keeps keypoints of one location on several levels by default.
         scale_power: scores are multiplied by the scale of their level to this power before levels
@@ -28,6 +32,8 @@ class DetectorSpec:
 
     up_levels: int = 1
     down_levels: int = 4
+    nms_window: int = SMALL_WINDOW
+    border: int = SMALL_BORDER
     nms_shape: str = "square"
     per_scale: bool = False
     scale_power: float = 2.0
