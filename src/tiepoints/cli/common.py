@@ -133,7 +133,7 @@ NmsSizeOption = Annotated[
     typer.Option(
         min=1,
         help="Odd side of the window of non-maximum suppression in pixels of a level (default: 7; "
-        "15 in evaluations and with --official).",
+        "15 of keynet-tiny, in evaluations and with --official).",
     ),
 ]
 CutRatioOption = Annotated[
