@@ -83,7 +83,7 @@ def test_the_negative_of_a_photograph_is_matched(detector, tmp_path):
     descriptor = "desnet" if detector == "sobelnet" else "hardnet-light"
     options = extraction(detector, descriptor=descriptor)
     plain = match_two(a, 1 - b, options, MatchOptions(retry=False))
-    few = int(plain.estimate.inliers.sum()) if plain.estimate.ok else 0
+    assert not plain.estimate.ok
     again = match_two(a, 1 - b, options)
     assert (again.described, again.estimate.ok) == ("negative", True)
     usual = match_two(a, b, options)
@@ -92,7 +92,6 @@ def test_the_negative_of_a_photograph_is_matched(detector, tmp_path):
     assert torch.equal(again.image_b, 1 - usual.image_b)
     inliers = int(again.estimate.inliers.sum())
     assert inliers > 0.9 * int(usual.estimate.inliers.sum())
-    assert inliers > 10 * few
 
 
 def test_masks_hold_for_the_negative():

@@ -94,19 +94,28 @@ class DetectOptions:
         if self.cut_ratio is not None and not 0 <= self.cut_ratio < 1:
             raise ValueError(f"cut_ratio must lie in [0, 1), got {self.cut_ratio}")
 
+    def suppression(
+        self, window: int = SMALL_WINDOW, border: int = SMALL_BORDER
+    ) -> tuple[int, int]:
+        """``nms_window`` and ``border``: as given, else the published ones with ``official``, else
+        the defaults of a network.
+        """
+        if self.official:
+            window, border = NMS_WINDOW, BORDER
+        return (
+            window if self.nms_window is None else self.nms_window,
+            border if self.border is None else self.border,
+        )
+
     @property
     def window(self) -> int:
-        """``nms_window``, or its default without a network."""
-        if self.nms_window is not None:
-            return self.nms_window
-        return NMS_WINDOW if self.official else SMALL_WINDOW
+        """Side of the suppression window in pixels."""
+        return self.suppression()[0]
 
     @property
     def margin(self) -> int:
-        """``border``, or its default without a network."""
-        if self.border is not None:
-            return self.border
-        return BORDER if self.official else SMALL_BORDER
+        """Width of the margin without keypoints in pixels."""
+        return self.suppression()[1]
 
 
 def score_maps(net: Callable[[Tensor], Any]) -> Callable[[Tensor], Tensor]:

@@ -28,7 +28,6 @@ from .describe import DenseDescriptor, PatchDescriptor
 from .detect import DetectOptions, ScoreMapDetector
 from .device import choose_device, float_precision, processor_features
 from .image import ImageLike, Notices, Reading, ReadOptions, load_image, read_image, read_mask
-from .keypoints import BORDER, NMS_WINDOW
 from .memory import check_image, keep_freed, tile_pixels
 from .models.classical import RootSIFT
 from .models.spec import DenseSpec, DetectorSpec, PatchSpec, ShapeSpec, StackInput, spec_of
@@ -266,6 +265,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             default if level is None else level
             for level, default in zip(levels, (spec.up_levels, spec.down_levels), strict=True)
         )
+        window, border = self.suppression(spec.nms_window, spec.border)
         # the published extraction has a square suppression window
         shape = self.nms_shape or ("square" if self.official else spec.nms_shape)
         return replace(
@@ -273,17 +273,11 @@ class ExtractOptions(ReadOptions, DetectOptions):
             single_scale=False,
             up_levels=up,
             down_levels=down,
-            nms_window=self._chosen(self.nms_window, NMS_WINDOW, spec.nms_window),
-            border=self._chosen(self.border, BORDER, spec.border),
+            nms_window=window,
+            border=border,
             nms_shape=shape,
             per_scale=spec.per_scale if self.per_scale is None else self.per_scale,
         )
-
-    def _chosen(self, given: int | None, published: int, default: int) -> int:
-        """An option, or its default for the extraction."""
-        if given is not None:
-            return given
-        return published if self.official else default
 
     def build(self) -> Extractor:
         """Build the extractor, see ``build``.
