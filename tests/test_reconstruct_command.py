@@ -22,7 +22,7 @@ from tiepoints.datasets.reconstructions import find_models
 from tiepoints.exif import Position, local_meters, read_camera, read_position, shared_cameras
 from tiepoints.jobs import mapping
 from tiepoints.jobs.mapping import MapOptions, View, not_contained, write_models
-from tiepoints.jobs.reconstruct import Summary
+from tiepoints.jobs.reconstruct import ReconstructOptions, Summary
 from tiepoints.jobs.sift import compare_sift
 from tiepoints.panorama import rotation_share
 from tiepoints.report.reconstruction import Scene
@@ -113,6 +113,12 @@ def test_points_and_cameras_are_in_the_ply_file(result):
     vertices = np.frombuffer(body, np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)]))
     assert len(vertices) == count
     assert (vertices["rgb"][-5:] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("quality, down_levels", [("fast", 2), ("default", None), ("best", None)])
+def test_keypoints_are_detected_without_the_enlarged_level(quality, down_levels):
+    options = ReconstructOptions(quality=quality).extraction()
+    assert (options.up_levels, options.down_levels) == (0, down_levels)
 
 
 def test_the_same_command_resumes(result, monkeypatch):
