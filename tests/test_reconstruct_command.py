@@ -115,7 +115,9 @@ def test_points_and_cameras_are_in_the_ply_file(result):
     assert (vertices["rgb"][-5:] == (255, 0, 0)).all()
 
 
-@pytest.mark.parametrize("quality, down_levels", [("fast", 2), ("default", None), ("best", None)])
+@pytest.mark.parametrize(
+    ("quality", "down_levels"), [("fast", 2), ("default", None), ("best", None)]
+)
 def test_keypoints_are_detected_without_the_enlarged_level(quality, down_levels):
     options = ReconstructOptions(quality=quality).extraction()
     assert (options.up_levels, options.down_levels) == (0, down_levels)
