@@ -8,7 +8,6 @@ import pickle
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -91,34 +90,29 @@ def test_workers_that_cannot_start_are_an_error():
         run_pool([1, 2], worker_tasks.never_ready)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_wait_until_processes_are_started(number):
-    def handler(received, _):
-        raise KeyboardInterrupt(received)
-
-    def start():
-        with processes.interrupts_blocked():
-            wanted.set()
-            sender.join()
-            time.sleep(0.05)
-            passed.append(number)
-
-    def send():
-        wanted.wait()
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signals_wait_until_processes_are_started(name):
+    """In a process of its own: a signal that was not deferred would end that of the tests."""
+    script = (
+        "import signal, threading, time; from tiepoints import processes\n"
+        f"number = signal.{name}\n"
+        "def handler(received, _):\n"
+        "    raise KeyboardInterrupt\n"
+        "def send():\n"
+        "    wanted.wait()\n"
         # to a thread that does not block it, as those of torch
-        signal.pthread_kill(threading.get_ident(), number)
-
-    before = signal.signal(number, handler)
-    passed, wanted = [], threading.Event()
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start()
-        assert passed == [number]
-        assert signal.getsignal(number) is handler
-    finally:
-        signal.signal(number, before)
+        "    signal.pthread_kill(threading.get_ident(), number)\n"
+        "signal.signal(number, handler)\n"
+        "wanted = threading.Event(); sender = threading.Thread(target=send); sender.start()\n"
+        "try:\n"
+        "    with processes.interrupts_blocked():\n"
+        "        wanted.set(); sender.join(); time.sleep(0.05); print('started', flush=True)\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped', signal.getsignal(number) is handler)\n"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "started\nstopped True\n"), ended.stderr
 
 
 def test_a_closed_pool_has_no_processes():
