@@ -12,7 +12,13 @@ import torch
 from tiepoints.estimation import backends, estimate, relative_pose
 from tiepoints.geometry import warp_points
 from tiepoints.structs import Estimate
-from tiepoints.verification import Correspondences, decompose_homography, num_false_alarms
+from tiepoints.verification import (
+    Correspondences,
+    beyond_chance,
+    decompose_homography,
+    num_false_alarms,
+    verify_model,
+)
 
 KINDS = ("homography", "fundamental", "essential", "pose")
 WIDTH, HEIGHT = 640, 480
@@ -294,6 +300,21 @@ def test_few_consistent_matches_are_enough(kind):
     result = estimate(a, b, kind, threshold=1.0, **cameras(kind))
     assert result.ok, result.reason
     assert result.inliers.all()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_matches_beyond_chance_are_those_of_the_verification(flat):
+    """Also of a plane, which leaves the fundamental matrix undetermined."""
+    rng = generator(0)
+    a, b, _ = spoiled(*views(200, rng, flat=flat), rng, noise=0.5, outliers=0.3)
+    for x, y, agree in ((a, b, True), (anywhere(60, rng), anywhere(60, rng), False)):
+        model = estimate(x, y, "fundamental", threshold=2.0, verify=False).model
+        matches = Correspondences("fundamental", x, y, None, 2.0)
+        verified = verify_model(matches, model)
+        assert verified.ok == (agree and not flat)
+        inliers = beyond_chance(matches, model)
+        assert torch.equal(inliers, verified.inliers)
+        assert bool(inliers.any()) == agree
 
 
 def test_false_alarms_equal_the_formula():

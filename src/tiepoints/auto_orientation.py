@@ -30,7 +30,7 @@ from .matching import Matcher, filter_by_neighbors, match
 from .names import MIN_NEIGHBORS
 from .pyramid import Pyramid
 from .structs import Features, Matches
-from .verification import Correspondences, verify_model
+from .verification import Correspondences, beyond_chance
 
 #: Number of verified matches from which on a pair needs no search.
 MIN_SUPPORT = 15
@@ -336,7 +336,7 @@ def geometric_support(
         if model is None:
             continue
         matches = Correspondences(geometry, xy_a.double(), xy_b.double(), None, threshold)
-        inliers = verify_model(matches, model).inliers
+        inliers = beyond_chance(matches, model)
         if int(inliers.sum()) > best[0]:
             best = int(inliers.sum()), measure_deformation(xy_a[inliers], xy_b[inliers])
         if best[0] >= ENOUGH_SUPPORT:

@@ -170,16 +170,26 @@ def _collinear(xy: Tensor) -> bool:
     return float(spread[1]) <= COLLINEAR_RATIO * float(spread[0])
 
 
+def beyond_chance(matches: Correspondences, model: Tensor) -> Tensor:
+    """Matches (K,) bool that fit a model; none if chance explains them. Whether they determine the
+    model (``verify_model``) takes several times as long.
+    """
+    fits = matches.fits(model)
+    if _by_chance(matches, fits, _chance(matches, model)):
+        return torch.zeros_like(fits)
+    return fits
+
+
+def _by_chance(matches: Correspondences, inliers: Tensor, chance: float) -> bool:
+    sample, solutions = SAMPLES[matches.geometry]
+    return num_false_alarms(matches, inliers, sample, solutions, chance) > FALSE_ALARMS
+
+
 def verify_model(matches: Correspondences, model: Tensor) -> Estimate:
     """The estimate of a model, ``ok`` only if its support exceeds chance and is not degenerate."""
-    sample, solutions = SAMPLES[matches.geometry]
     chance = _chance(matches, model)
-
-    def by_chance(inliers: Tensor) -> bool:
-        return num_false_alarms(matches, inliers, sample, solutions, chance) > FALSE_ALARMS
-
     fits = matches.fits(model)
-    if by_chance(fits):
+    if _by_chance(matches, fits, chance):
         return matches.failed(
             f"{int(fits.sum())} of {len(matches)} matches agree, no more than chance explains"
         )
@@ -195,7 +205,7 @@ def verify_model(matches: Correspondences, model: Tensor) -> Estimate:
     if reason := _degenerate(matches, model, fits, rest_by_chance):
         return matches.failed(reason, fits)
     inliers = matches.inliers(model)
-    if by_chance(inliers):
+    if _by_chance(matches, inliers, chance):
         return matches.failed("most matches that agree lie behind a camera or the horizon")
     return Estimate(matches.geometry, normalize_model(matches.geometry, model), inliers, True)
 
