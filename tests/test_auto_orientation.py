@@ -9,9 +9,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import tiepoints
-from tiepoints.auto_orientation import Oriented, PairMatcher, can_reorient
+from tiepoints.auto_orientation import (
+    MIN_SUPPORT,
+    PLENTY_SUPPORT,
+    Oriented,
+    PairMatcher,
+    can_reorient,
+)
 from tiepoints.cli import app
-from tiepoints.deformation import UNDEFORMED
+from tiepoints.deformation import UNDEFORMED, Deformation
 from tiepoints.describe import DenseDescriptor, PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
@@ -259,3 +265,20 @@ def test_a_tilt_is_not_measured_for_descriptors_with_affine_shapes():
     assert found.support > 30
     assert found.measured.tilt > 2
     assert found.b is b
+
+
+@pytest.mark.parametrize(
+    ("degrees", "tilt", "few", "many"),
+    [
+        (5, 1.2, False, False),
+        (15, 1.2, True, False),
+        (-15, 1.4, True, True),
+        (0, 1.4, True, True),
+        (-30, 1.0, True, True),
+    ],
+)
+def test_small_rotations_of_many_matches_are_kept(extractor, degrees, tilt, few, many):
+    matcher = PairMatcher(extractor)
+    change = Deformation(math.radians(degrees), tilt)
+    assert matcher._is_large(change, MIN_SUPPORT) == few
+    assert matcher._is_large(change, PLENTY_SUPPORT) == many

@@ -496,6 +496,7 @@ def test_invalid_arguments_raise():
         "threshold": (0, -1.0, math.nan, math.inf),
         "confidence": (0.0, 1.0, math.nan),
         "max_iterations": (0, -5),
+        "min_iterations": (-1,),
         "seed": (-1,),
     }.items():
         for value in values:

@@ -525,18 +525,24 @@ class _Mapped:
 def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
     calls = []
 
-    def mapped(*arguments, refine=True):
+    def mapped(*arguments, refine, draft):
+        assert draft
         calls.append((arguments[3], refine))
         return [_Mapped("abcd", 9)] if not refine else [_Mapped("abc", 0), _Mapped("ab", 7)]
 
     monkeypatch.setattr(mapping, "_map_once", mapped)
     monkeypatch.setattr(mapping, "_refined", lambda model: model)
-    (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abcd"))
+
+    def models_of(names):
+        paths = tmp_path / "x.db", tmp_path / "work"
+        return mapping.map_images(*paths, images=list(names), draft=True)
+
+    (model,) = models_of("abcd")
     assert model.names == "abcd"
     # the model without points does not count
     assert calls == [(0, True), (1, True), (0, False)]
     calls.clear()
-    (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("ab"))
+    (model,) = models_of("ab")
     assert model.names == "ab"
     assert calls == [(0, True)]
 
@@ -544,7 +550,7 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
 def test_missing_images_are_mapped_from_another_start(tmp_path, monkeypatch):
     found = {0: [_Mapped("abc", 7)], 1: [_Mapped("abc", 9)]}
 
-    def mapped(*arguments, refine=True):
+    def mapped(*arguments, refine, **_):
         return found[arguments[3]] if refine else []
 
     monkeypatch.setattr(mapping, "_map_once", mapped)
@@ -567,7 +573,7 @@ def test_missing_images_are_mapped_from_another_start(tmp_path, monkeypatch):
 def test_images_are_mapped_again_if_a_focal_length_is_implausible(
     tmp_path, monkeypatch, names, kept
 ):
-    def mapped(*_, refine=True):
+    def mapped(*_, refine, **__):
         return [_Mapped("abc", 9, 1e7)] if refine else [_Mapped(names, 7)]
 
     monkeypatch.setattr(mapping, "_map_once", mapped)
@@ -579,6 +585,21 @@ def test_images_are_mapped_again_if_a_focal_length_is_implausible(
     else:
         assert wrong == []
         assert model.points == 7
+
+
+def test_drafts_have_as_many_images_and_points(result, tmp_path):
+    database = result[0] / "model" / "database.db"
+    options = mapping.MapOptions(threads=1)
+    exact, draft = (
+        mapping.ModelStatistics.of(
+            mapping.map_images(database, tmp_path / "work", options, draft=chosen)[0]
+        )
+        for chosen in (False, True)
+    )
+    assert draft != exact  # fewer adjustments
+    assert draft.images == exact.images
+    assert draft.points == pytest.approx(exact.points, rel=0.03)
+    assert draft.error == pytest.approx(exact.error, rel=0.03)
 
 
 def test_implausible_focal_lengths_are_a_warning(result, monkeypatch):

@@ -48,6 +48,8 @@ VERIFIED_STEPS = 2
 #: same of a dense network, which processes the whole image for it and has learned larger ones.
 MIN_ROTATION, MIN_TILT = math.radians(10), 1.3
 DENSE_ROTATION, DENSE_TILT = SEARCH_STEP / 2, 1.6
+#: With at least this number of verified matches, smaller rotations than ``DENSE_ROTATION`` add few.
+PLENTY_SUPPORT = 200
 #: Geometries that verify matches, and the largest error of a match in pixels: a homography is
 #: verified by fewer matches than a fundamental matrix.
 GEOMETRIES = {"fundamental": 2.0, "homography": 4.0}
@@ -57,8 +59,8 @@ PYRAMIDS, SEARCHES, DESCRIPTIONS = 2, 2048, 128
 #: Largest number of pairs in a chain that predicts a rotation (``KnownRotations``): errors add up;
 #: and of images among which it is searched.
 MAX_CHAIN, MAX_REACHED = 8, 1000
-#: Largest number of samples of an estimate.
-ITERATIONS = 2000
+#: Smallest and largest number of samples of an estimate.
+MIN_ITERATIONS, ITERATIONS = 100, 2000
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,6 @@ class PairMatcher:
         self.extractor, self.matcher, self.min_neighbors = extractor, matcher, min_neighbors
         describe = extractor.describe
         self._dense = isinstance(describe, DenseDescriptor)
-        self._smallest = (DENSE_ROTATION, DENSE_TILT) if self._dense else (MIN_ROTATION, MIN_TILT)
         self._shaped = isinstance(describe, PatchDescriptor) and describe.shape_net is not None
         self._pyramids: OrderedDict[str, Pyramid] = OrderedDict()
         self._searches: OrderedDict[tuple[str, int], Features] = OrderedDict()
@@ -176,12 +177,10 @@ class PairMatcher:
         """``best``, or matches with b described in patches of a measured deformation, if more of
         them are verified; parameters as above.
         """
-        smallest_rotation, smallest_tilt = self._smallest
         for _ in range(2):  # the measurement is more exact after describing again
             if self._shaped:  # the network of the shapes replaces the tilt
                 measured = Deformation(measured.rotation)
-            change = measured.after(best.patches)
-            if abs(change.rotation) < smallest_rotation and change.tilt < smallest_tilt:
+            if not self._is_large(measured.after(best.patches), best.support):
                 break
             deformed = self._described(a, best.b, image_b, key, self._rounded(measured))
             # the support is 0 if chance explains the matches, so nothing is replaced then
@@ -193,6 +192,13 @@ class PairMatcher:
     def verified(self, a: Features, b: Features, patches: Deformation = UNDEFORMED) -> Oriented:
         """Match with b, whose patches have this deformation, and verify the matches."""
         return match_verified(a, b, self.matcher, self.min_neighbors, patches)
+
+    def _is_large(self, change: Deformation, support: int) -> bool:
+        """Whether a deformation is worth describing keypoints again."""
+        few = support < PLENTY_SUPPORT and not self._dense
+        rotation = MIN_ROTATION if few else DENSE_ROTATION
+        tilt = DENSE_TILT if self._dense else MIN_TILT
+        return abs(change.rotation) >= rotation or change.tilt >= tilt
 
     def _rounded(self, measured: Deformation) -> Deformation:
         """A deformation in steps; of a dense network, rotations in those of the search, for which
@@ -330,6 +336,7 @@ def geometric_support(
         model = estimate(
             *(kept_a, kept_b, geometry),
             threshold=threshold,
+            min_iterations=MIN_ITERATIONS,
             max_iterations=ITERATIONS,
             verify=False,
         ).model

@@ -38,6 +38,7 @@ def estimate(
     threshold: float = 2.0,
     confidence: float = 0.9999,
     max_iterations: int = 10_000,
+    min_iterations: int = 1_000,
     seed: int = 0,
     verify: bool = True,
 ) -> Estimate:
@@ -57,6 +58,7 @@ def estimate(
         confidence: probability, in (0, 1), of having drawn a sample free of outliers, at which the
             search stops.
         max_iterations: largest number of samples, at least 1.
+        min_iterations: number of samples that PoseLib draws at least; OpenCV's backends have none.
         seed: of PoseLib's samples; OpenCV's estimators have a fixed generator of their own, so
             every backend but ``usac_parallel`` is repeatable.
         verify: False returns what the backend found, however few matches agree, as the protocols
@@ -71,7 +73,7 @@ def estimate(
         ValueError: invalid shapes, geometry, intrinsics, backend or number.
         ImportError: the backend needs OpenCV, which is missing.
     """
-    _check_options(geometry, threshold, confidence, max_iterations, seed)
+    _check_options(geometry, threshold, confidence, max_iterations, min_iterations, seed)
     a, b = _points("xy_a", xy_a), _points("xy_b", xy_b)
     if len(a) != len(b):
         raise ValueError(f"matched points come in pairs, got {len(a)} and {len(b)}")
@@ -81,7 +83,7 @@ def estimate(
     if reason := unusable(matches):
         return matches.failed(reason)
     models = (
-        _by_poselib(matches, confidence, int(max_iterations), int(seed))
+        _by_poselib(matches, confidence, int(max_iterations), int(min_iterations), int(seed))
         if method is None
         else _by_opencv(matches, method, confidence, int(max_iterations))
     )
@@ -136,7 +138,12 @@ def backends(geometry: str = "fundamental") -> list[str]:
 
 
 def _check_options(
-    geometry: str, threshold: float, confidence: float, max_iterations: int, seed: int
+    geometry: str,
+    threshold: float,
+    confidence: float,
+    max_iterations: int,
+    min_iterations: int,
+    seed: int,
 ) -> None:
     if geometry not in SAMPLES:
         raise ValueError(f"geometry must be one of {', '.join(SAMPLES)}; got {geometry!r}")
@@ -144,6 +151,7 @@ def _check_options(
         ("threshold", threshold, 0 < threshold < math.inf, "positive and finite"),
         ("confidence", confidence, 0 < confidence < 1, "in (0, 1)"),
         ("max_iterations", max_iterations, max_iterations >= 1, "at least 1"),
+        ("min_iterations", min_iterations, min_iterations >= 0, "at least 0"),
         ("seed", seed, seed >= 0, "at least 0"),
     ):
         if not valid:
@@ -237,10 +245,11 @@ def _oriented(matches: Correspondences, model: Tensor) -> Tensor:
 
 
 def _by_poselib(
-    matches: Correspondences, confidence: float, max_iterations: int, seed: int
+    matches: Correspondences, confidence: float, max_iterations: int, min_iterations: int, seed: int
 ) -> list[Tensor]:
     options: dict[str, Any] = {
         "max_iterations": max_iterations,
+        "min_iterations": min_iterations,
         "success_prob": confidence,
         "seed": seed,
         "max_reproj_error": matches.threshold,

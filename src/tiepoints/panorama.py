@@ -10,8 +10,9 @@ import poselib
 
 #: Range of focal lengths that is searched, in units of the longest side, and number of steps.
 FOCALS, STEPS = (0.5, 2.0), 25
-#: Matches from which a rotation is estimated.
-MIN_MATCHES = 8
+#: Matches from which a rotation is estimated; share of them that a homography must explain, as a
+#: rotation is one but for the distortion of the lens; smallest and largest number of its samples.
+MIN_MATCHES, MIN_PLANAR, ITERATIONS = 8, 0.5, (100, 1000)
 #: Largest error of a match that a rotation explains, in units of the longest side; the distortion
 #: of a lens is larger than the noise.
 TOLERANCE = 0.005
@@ -23,7 +24,8 @@ Size = tuple[int, int]
 def rotation_share(
     xy_a: np.ndarray, xy_b: np.ndarray, sizes: tuple[Size, Size], focal: float | None = None
 ) -> float:
-    """Largest share (0..1) of matches that one rotation of the camera explains.
+    """Largest share (0..1) of matches that one rotation of the camera explains; 0 if no homography
+    explains half of them.
 
     Args:
         xy_a, xy_b: (K,2) inliers of an epipolar geometry in pixels.
@@ -34,8 +36,8 @@ def rotation_share(
         return 0.0
     a, b = (_centered(xy, size) for xy, size in zip((xy_a, xy_b), sizes, strict=True))
     of_plane = _homography_inliers(a, b)
-    if of_plane.sum() < MIN_MATCHES:
-        return 0.0  # a rotation is a homography
+    if of_plane.sum() < max(MIN_MATCHES, MIN_PLANAR * len(a)):
+        return 0.0
     if focal is not None:
         return _explained(a, b, of_plane, focal)
     low, high = FOCALS
@@ -56,7 +58,13 @@ def _centered(xy: np.ndarray, size: Size) -> np.ndarray:
 
 
 def _homography_inliers(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    options = {"max_reproj_error": TOLERANCE, "max_iterations": 1000, "seed": 0}
+    least, most = ITERATIONS
+    options = {
+        "max_reproj_error": TOLERANCE,
+        "min_iterations": least,
+        "max_iterations": most,
+        "seed": 0,
+    }
     try:
         return np.asarray(poselib.estimate_homography(a, b, options, {})[1]["inliers"], dtype=bool)
     except (RuntimeError, ValueError):
