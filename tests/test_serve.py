@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tiepoints.estimation import estimate
 from tiepoints.jobs import serve
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
 STATE = "document.body?.dataset.state"
 FINISHED = f"['done', 'error'].includes({STATE})"
 STATUS = "document.getElementById('status').textContent"
@@ -50,6 +52,7 @@ const run = async ({ image, max_keypoints }) => {
   }
   return {
     keypoints: new Tensor("float32", Float32Array.from(xy), [xy.length / 2, 2]),
+    scales: new Tensor("float32", new Float32Array(xy.length / 2).fill(1), [xy.length / 2]),
     descriptors: new Tensor("float32", Float32Array.from(rows), [xy.length / 2, 49]),
   };
 };
@@ -288,14 +291,14 @@ def test_matching_and_geometry_agree_with_ours(address, tmp_path):
         "import('./match.js').then(({ mutualMatches, fundamental }) => {"
         f" const [a, b] = {json.dumps([d.ravel().tolist() for d in descriptors])};"
         f" const points = {json.dumps(np.hstack([a, b]).tolist())};"
-        " return [mutualMatches(a, b, 32, 0.9), fundamental(points, 2)] })"
+        " return [mutualMatches(a, b, 32), fundamental(points, 2)] })"
     )
     with Browser(tmp_path / "profile") as browser:
         browser.open(address)
         browser.wait(f"{STATE} == 'ready'")
         matches, found = browser.run(script)
         few = browser.run(
-            "import('./match.js').then(m => [m.mutualMatches([], [], 32, 0.9),"
+            "import('./match.js').then(m => [m.mutualMatches([], [], 32),"
             " m.fundamental([[1, 2, 3, 4]], 2)])"
         )
     from tiepoints.matching import match
@@ -306,7 +309,7 @@ def test_matching_and_geometry_agree_with_ours(address, tmp_path):
         Features(Keypoints(torch.zeros(300, 2), ones, ones, ones), torch.from_numpy(d), (640, 480))
         for d in descriptors
     ]
-    ours = match(*features, ratio=0.9).index.tolist()
+    ours = match(*features).index.tolist()
     assert [[m["a"], m["b"]] for m in matches] == ours
     assert len(ours) > 250
     expected = estimate(torch.from_numpy(a), torch.from_numpy(b), "fundamental", threshold=2.0)
@@ -322,6 +325,77 @@ def test_matching_and_geometry_agree_with_ours(address, tmp_path):
     assert few[1]["matrix"] is None
 
 
+def run_in_node(folder: Path, name: str, expression: str):
+    """Value of a JavaScript expression with the function ``name`` of match.js."""
+    # without a package.json, a module is a file that ends in .mjs
+    module = folder / "match.mjs"
+    module.write_text((Path(serve.__file__).parents[1] / "web" / "match.js").read_text())
+    script = (
+        f"import {{ {name} }} from {json.dumps(module.as_uri())};"
+        f" console.log(JSON.stringify({expression}));"
+    )
+    command = ["node", "--input-type=module", "-e", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+@needs_node
+def test_a_shifted_image_has_inliers(tmp_path):
+    """Many fundamental matrices fit it exactly, so that seven points leave more than two free."""
+    points = [[x, y, x + 16.0, y + 8.0] for x in range(0, 200, 20) for y in range(0, 100, 20)]
+    found = run_in_node(tmp_path, "fundamental", f"fundamental({json.dumps(points)}, 2)")
+    assert all(found["inliers"])
+    assert np.linalg.matrix_rank(np.reshape(found["matrix"], (3, 3)), tol=1e-9) == 2
+
+
+@needs_node
+def test_neighbors_agree_as_in_python(tmp_path):
+    """A rotated, oblique view with incorrect matches and keypoints of several scales."""
+    from tiepoints.matching import filter_by_neighbors
+    from tiepoints.structs import Features, Keypoints, Matches
+
+    rng = np.random.default_rng(0)
+    count = 300
+    a, scale_a = rng.uniform(0, 600, (count, 2)), rng.choice([1.0, 1.4, 2.0, 4.0], count)
+    linear = np.array([[0.9, 0.5], [-0.3, 0.7]])
+    b = a @ linear.T + [100, 200] + rng.normal(0, 1, a.shape)
+    scale_b = scale_a * rng.choice([0.7, 1.0], count)
+    b[200:] = rng.uniform(0, 600, (100, 2))
+    sides = ((a, scale_a), (b, scale_b))
+    keypoints = [{"xy": xy.tolist(), "scales": scale.tolist()} for xy, scale in sides]
+    indices = json.dumps([{"a": i, "b": i} for i in range(count)])
+    given = ", ".join(map(json.dumps, keypoints))
+    two, five, none = (
+        [match["a"] for match in run_in_node(tmp_path, "agreeingMatches", expression)]
+        for expression in (
+            f"agreeingMatches({indices}, {given}, 2)",
+            f"agreeingMatches({indices}, {given}, 5)",
+            f"agreeingMatches([], {given}, 2)",
+        )
+    )
+    features = [
+        Features(
+            Keypoints(
+                torch.from_numpy(xy).float(),
+                torch.from_numpy(scale).float(),
+                torch.zeros(count),
+                torch.ones(count),
+            ),
+            torch.ones(count, 2),
+            (600, 600),
+        )
+        for xy, scale in sides
+    ]
+    matches = Matches(torch.arange(count)[:, None].expand(count, 2), torch.ones(count))
+    for minimum, kept in ((2, two), (5, five)):
+        ours = filter_by_neighbors(*features, matches, minimum).index[:, 0].tolist()
+        assert len(set(ours) ^ set(kept)) <= 1  # in double precision
+        assert len([i for i in kept if i < 200]) > 150
+    assert len(five) < len(two) < 250
+    assert none == []
+
+
 @needs_chromium
 def test_page_works_with_the_keyboard_and_offline(runtime, tmp_path):
     """After the first visit, without the server; keys only."""
@@ -334,7 +408,8 @@ def test_page_works_with_the_keyboard_and_offline(runtime, tmp_path):
         browser.run("navigator.serviceWorker.ready.then(() => true)")
         server.shutdown()
         server.server_close()
-        browser.run("location.reload()")
+        # otherwise the state waited for would be that of the old page
+        browser.run("document.body.dataset.state = 'left'; location.reload()")
         browser.wait(f"{STATE} == 'ready'")
         focused = "document.activeElement?.id || document.activeElement?.type"
         reached = []
@@ -389,8 +464,7 @@ def test_stereo_pair_as_in_python(tmp_path, path):
         **int8,
     )
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    # the page has a ratio test only
-    same = tiepoints.MatchOptions(ratio=0.95, min_neighbors=0, refine=False, retry=False)
+    same = tiepoints.MatchOptions(refine=False, retry=False)
     ours = tiepoints.match_two(*names, options, same)
     expected = share(ours.xy_a[ours.estimate.inliers], ours.xy_b[ours.estimate.inliers])
     for address in running([path], runtime):

@@ -1,8 +1,8 @@
 // Extraction and matching, outside of the page's thread.
 import * as ort from "./runtime/ort.wasm.min.mjs";
-import { fundamental, mutualMatches } from "./match.js";
+import { agreeingMatches, fundamental, mutualMatches } from "./match.js";
 
-const RATIO = 0.95;
+const MIN_NEIGHBORS = 2; // matches that must agree with each
 const THRESHOLD = 2; // pixels
 const MAX_SIZE = 1600; // larger images are reduced, as by `tiepoints match`
 
@@ -46,7 +46,9 @@ async function extract(graph, bitmap, count) {
   for (let i = 0; i < positions.length; i += 2) {
     xy.push([0, 1].map((k) => (positions[i + k] + 0.5) * ratio[k] - 0.5));
   }
-  return { xy, descriptors: output.descriptors.data, dim: output.descriptors.dims[1] };
+  const factor = Math.sqrt(ratio[0] * ratio[1]);
+  const scales = Array.from(output.scales.data, (scale) => scale * factor);
+  return { xy, scales, descriptors: output.descriptors.data, dim: output.descriptors.dims[1] };
 }
 
 async function run({ url, bitmaps, count }) {
@@ -65,7 +67,8 @@ async function run({ url, bitmaps, count }) {
     lap(`features of image ${index + 1}`);
   }
   const [a, b] = features;
-  const matches = mutualMatches(a.descriptors, b.descriptors, a.dim, RATIO);
+  const nearest = mutualMatches(a.descriptors, b.descriptors, a.dim);
+  const matches = agreeingMatches(nearest, a, b, MIN_NEIGHBORS);
   lap("matching");
   const points = matches.map((m) => [...a.xy[m.a], ...b.xy[m.b]]);
   const { matrix, inliers } = fundamental(points, THRESHOLD);
