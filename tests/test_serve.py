@@ -350,6 +350,34 @@ def test_a_shifted_image_has_inliers(tmp_path):
 
 
 @needs_node
+def test_chance_is_measured_as_in_python(tmp_path):
+    from tiepoints.verification import Correspondences, beyond_chance
+
+    rng = np.random.default_rng(1)
+    matrix = np.array([[0, 0, 0], [0, 0, -1], [0, 1, 0]])  # a translation along x
+    sets = []
+    for count in (0, 12, 20, 25, 30, 40, 150):  # correct ones of 200
+        points = rng.uniform(0, 600, (200, 4))
+        points[:count, 3] = points[:count, 1] + rng.normal(0, 0.5, count)
+        sets.append(points)
+    sets.append(np.repeat(sets[-1][:8], 20, axis=0))  # eight places
+    given = ", ".join(json.dumps(points.tolist()) for points in sets)
+    rows = json.dumps(matrix.ravel().tolist())
+    found = run_in_node(
+        tmp_path, "beyondChance", f"[{given}].map((points) => beyondChance(points, {rows}, 2))"
+    )
+    expected = []
+    for points in sets:
+        a, b = torch.from_numpy(points[:, :2]), torch.from_numpy(points[:, 2:])
+        matches = Correspondences("fundamental", a, b, None, 2.0)
+        agreeing = beyond_chance(matches, torch.from_numpy(matrix).double())
+        expected.append(bool(agreeing.any()))
+    assert found == expected
+    assert 3 <= sum(expected) <= 4
+    assert not expected[-1]
+
+
+@needs_node
 def test_neighbors_agree_as_in_python(tmp_path):
     """A rotated, oblique view with incorrect matches and keypoints of several scales."""
     from tiepoints.matching import filter_by_neighbors

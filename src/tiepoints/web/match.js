@@ -8,6 +8,10 @@ const NEIGHBORS = 24, NEIGHBOR_DISTANCE = 6, POSITION_ERROR = 3;
 const MAX_DEVIATION = 0.35, MAX_SCALE_CHANGE = 1.7;
 const ROTATION_BINS = 36, LINEAR_STEPS = 2, PRIOR_NEIGHBORS = 20;
 
+// As in tiepoints.verification: matches that determine a matrix, how many there may be, the largest
+// expected number of as good ones by chance, and the incorrect matches that tell what chance is.
+const SAMPLE = 7, SOLUTIONS = 3, FALSE_ALARMS = 1e-3, RANDOM_PAIRS = 16384;
+
 // Mutual nearest neighbors of unit descriptors (rows of length dim): [{a, b, similarity}], in the
 // order of a.
 export function mutualMatches(a, b, dim) {
@@ -163,7 +167,7 @@ export function fundamental(
   const bound = (threshold * scale.factor) ** 2;
   let needed = limit;
   for (let i = 0; i < needed; i++) {
-    for (const matrix of sevenPoint(sample(scaled, 7, random))) {
+    for (const matrix of sevenPoint(sample(scaled, SAMPLE, random))) {
       const inliers = scaled.map((p) => sampson(matrix, p) <= bound);
       const count = inliers.filter(Boolean).length;
       if (count <= found.count) continue;
@@ -175,6 +179,43 @@ export function fundamental(
   }
   if (found.count < minimum) return { ...found, matrix: null, inliers: points.map(() => false) };
   return { ...found, matrix: unscale(found.matrix, scale) };
+}
+
+// Whether more of all nearest neighbors agree with a fundamental matrix than chance explains, by the
+// number of false alarms, as `verification` of the Python package has it. `points` as above.
+export function beyondChance(points, matrix, threshold) {
+  const bound = threshold ** 2;
+  const inliers = points.filter((p) => sampson(matrix, p) <= bound);
+  // keypoints of one place at several scales count once
+  const count = new Set(inliers.map((p) => p.map((v) => Math.floor(v / threshold)).join())).size;
+  if (count <= SAMPLE) return false;
+  const random = generator(0);
+  let [pairs, agreeing] = [0, 0];
+  for (let draw = 0; draw < RANDOM_PAIRS; draw++) {
+    const [one, other] = sample(points, 2, random);
+    if (one.every((value, k) => Math.abs(value - other[k]) <= threshold)) continue;
+    pairs++;
+    agreeing += sampson(matrix, [one[0], one[1], other[2], other[3]]) <= bound;
+  }
+  const chance = (agreeing + 1) / (pairs + 1);
+  const total = Math.max(count, Math.round(points.length * count / inliers.length));
+  return chance < 1 && logFalseAlarms(total, count, chance) <= Math.log(FALSE_ALARMS);
+}
+
+// log(3 C(n, 7) P(Binomial(n - 7, chance) >= k - 7)): of n matches, k agree with a matrix that seven
+// of them determine.
+function logFalseAlarms(n, k, chance) {
+  const factorial = [0]; // logarithms
+  for (let i = 1; i <= n; i++) factorial.push(factorial[i - 1] + Math.log(i));
+  const choose = (m, l) => factorial[m] - factorial[l] - factorial[m - l];
+  const rest = n - SAMPLE;
+  const terms = [];
+  for (let l = k - SAMPLE; l <= rest; l++) {
+    terms.push(choose(rest, l) + l * Math.log(chance) + (rest - l) * Math.log1p(-chance));
+  }
+  const largest = Math.max(...terms);
+  const tail = largest + Math.log(terms.reduce((s, term) => s + Math.exp(term - largest), 0));
+  return Math.log(SOLUTIONS) + choose(n, SAMPLE) + Math.min(0, tail);
 }
 
 // Random numbers in [0, 1) (Mulberry32).

@@ -1,6 +1,6 @@
 // Extraction and matching, outside of the page's thread.
 import * as ort from "./runtime/ort.wasm.min.mjs";
-import { agreeingMatches, fundamental, mutualMatches } from "./match.js";
+import { agreeingMatches, beyondChance, fundamental, mutualMatches } from "./match.js";
 
 const MIN_NEIGHBORS = 2; // matches that must agree with each
 const THRESHOLD = 2; // pixels
@@ -70,8 +70,12 @@ async function run({ url, bitmaps, count }) {
   const nearest = mutualMatches(a.descriptors, b.descriptors, a.dim);
   const matches = agreeingMatches(nearest, a, b, MIN_NEIGHBORS);
   lap("matching");
-  const points = matches.map((m) => [...a.xy[m.a], ...b.xy[m.b]]);
-  const { matrix, inliers } = fundamental(points, THRESHOLD);
+  const points = (found) => found.map((m) => [...a.xy[m.a], ...b.xy[m.b]]);
+  let { matrix, inliers } = fundamental(points(matches), THRESHOLD);
+  // incorrect matches may agree with their neighbors, too, so chance is measured among all
+  if (matrix && !beyondChance(points(nearest), matrix, THRESHOLD)) {
+    [matrix, inliers] = [null, inliers.map(() => false)];
+  }
   lap("geometry");
   return {
     keypoints: [a.xy, b.xy],
