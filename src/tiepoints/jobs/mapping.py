@@ -45,7 +45,7 @@ TOLERANCE = 1e-5
 #: Images that share a camera are not of one if cameras of their own reduce the median residual
 #: below this share (docs/results/reconstruction.md: above 0.9 for images of one camera), and
 #: their largest focal length is this factor above the smallest.
-SEPARATE_SHARE, SEPARATE_FACTOR = 0.75, 1.05
+SEPARATE_SHARE, SEPARATE_FACTOR = 0.85, 1.05
 #: Of models that are adjusted at the end: the incremental mapper adjusts all of a model when it has
 #: grown by this factor (COLMAP's default is 1.1), and ends when the loss falls by less than this
 #: fraction. Half the time for as many images and points, and camera errors as small.
