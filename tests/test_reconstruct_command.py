@@ -341,7 +341,8 @@ def test_rotation_and_parallax_are_told_apart():
     noise = rng.normal(0, 0.3, (200, 2))
     assert rotation_share(project(points), project(points @ R.T) + noise, sizes) > 0.95
     moved = project(points @ R.T + (0.6, 0, 0))
-    assert rotation_share(project(points), moved + noise, sizes) < 0.6
+    # no homography explains half of the matches
+    assert rotation_share(project(points), moved + noise, sizes) == 0
     plane = points * (1, 1, 0) + (0, 0, 5)  # a translation in front of a plane is no rotation
     moved = project(plane @ R.T + (0.6, 0, 0.2))
     assert rotation_share(project(plane), moved, sizes, focal=FOCAL / 320) < 0.85
