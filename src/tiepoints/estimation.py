@@ -108,6 +108,7 @@ def relative_pose(
     threshold: float = 1.0,
     confidence: float = 0.99999,
     max_iterations: int = 10_000,
+    min_iterations: int = 1_000,
     seed: int = 0,
     verify: bool = True,
 ) -> Estimate:
@@ -121,6 +122,7 @@ def relative_pose(
         "threshold": threshold,
         "confidence": confidence,
         "max_iterations": max_iterations,
+        "min_iterations": min_iterations,
         "seed": seed,
     }
     return estimate(xy_a, xy_b, "pose", K_a=K_a, K_b=K_b, backend=backend, verify=verify, **options)
