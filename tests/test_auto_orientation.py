@@ -277,7 +277,7 @@ def test_a_tilt_is_not_measured_for_descriptors_with_affine_shapes():
         (-30, 1.0, True, True),
     ],
 )
-def test_small_rotations_of_many_matches_are_kept(extractor, degrees, tilt, few, many):
+def test_small_rotations_add_few_to_many_matches(extractor, degrees, tilt, few, many):
     matcher = PairMatcher(extractor)
     change = Deformation(math.radians(degrees), tilt)
     assert matcher._is_large(change, MIN_SUPPORT) == few

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
+import poselib
 import pytest
 import torch
 
@@ -300,6 +302,27 @@ def test_few_consistent_matches_are_enough(kind):
     result = estimate(a, b, kind, threshold=1.0, **cameras(kind))
     assert result.ok, result.reason
     assert result.inliers.all()
+
+
+@pytest.mark.parametrize("kind", ["fundamental", "pose"])
+def test_poselib_draws_at_least_as_many_samples(kind):
+    """Matches without outliers need few."""
+    rng = generator(3)
+    a, b = views(200, rng)
+    name = "estimate_relative_pose" if kind == "pose" else "estimate_fundamental"
+    estimator = relative_pose if kind == "pose" else estimate
+    iterations = []
+
+    def counted(*arguments):
+        found = getattr(poselib, name)(*arguments)
+        iterations.append(found[1]["iterations"])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiepoints.estimation.poselib", SimpleNamespace(**{name: counted}))
+        for least in (1, 300):
+            assert estimator(a, b, **cameras(kind), min_iterations=least).ok
+    assert iterations[0] < 300 <= iterations[1] <= 400
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -526,8 +526,8 @@ class _Mapped:
 def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
     calls = []
 
-    def mapped(*arguments, refine, draft):
-        assert draft
+    def mapped(*arguments, refine, adjusted_later):
+        assert adjusted_later
         calls.append((arguments[3], refine))
         return [_Mapped("abcd", 9)] if not refine else [_Mapped("abc", 0), _Mapped("ab", 7)]
 
@@ -536,7 +536,7 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
 
     def models_of(names):
         paths = tmp_path / "x.db", tmp_path / "work"
-        return mapping.map_images(*paths, images=list(names), draft=True)
+        return mapping.map_images(*paths, images=list(names), adjusted_later=True)
 
     (model,) = models_of("abcd")
     assert model.names == "abcd"
@@ -588,19 +588,19 @@ def test_images_are_mapped_again_if_a_focal_length_is_implausible(
         assert model.points == 7
 
 
-def test_drafts_have_as_many_images_and_points(result, tmp_path):
+def test_models_to_be_adjusted_later_have_as_many_images_and_points(result, tmp_path):
     database = result[0] / "model" / "database.db"
     options = mapping.MapOptions(threads=1)
-    exact, draft = (
+    exact, coarse = (
         mapping.ModelStatistics.of(
-            mapping.map_images(database, tmp_path / "work", options, draft=chosen)[0]
+            mapping.map_images(database, tmp_path / "work", options, adjusted_later=chosen)[0]
         )
         for chosen in (False, True)
     )
-    assert draft != exact  # fewer adjustments
-    assert draft.images == exact.images
-    assert draft.points == pytest.approx(exact.points, rel=0.03)
-    assert draft.error == pytest.approx(exact.error, rel=0.03)
+    assert coarse != exact  # fewer adjustments
+    assert coarse.images == exact.images
+    assert coarse.points == pytest.approx(exact.points, rel=0.03)
+    assert coarse.error == pytest.approx(exact.error, rel=0.03)
 
 
 def test_implausible_focal_lengths_are_a_warning(result, monkeypatch):

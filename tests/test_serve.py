@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,13 @@ import numpy as np
 import pytest
 import torch
 
+import tiepoints
 from browser import CHROMIUM, Browser
 from helpers import call, texture
 from tiepoints.errors import DataError
 from tiepoints.estimation import estimate
 from tiepoints.jobs import serve
+from tiepoints.names import MATCH_MAX_SIZE
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js")
@@ -338,6 +341,45 @@ def run_in_node(folder: Path, name: str, expression: str):
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     return json.loads(ended.stdout)
+
+
+def test_constants_are_those_of_the_package():
+    """Two languages have them, so they could become different."""
+    from tiepoints import matching, names, verification
+
+    folder = Path(serve.__file__).parents[1] / "web"
+    found = {
+        name: float(value)
+        for script in ("match.js", "worker.js")
+        for name, value in re.findall(r"\b([A-Z_]+) = ([\d.e-]+)", (folder / script).read_text())
+    }
+    sample, solutions = verification.SAMPLES["fundamental"]
+    expected = {"SAMPLE": sample, "SOLUTIONS": solutions, "MIN_NEIGHBORS": names.MIN_NEIGHBORS}
+    shared = (
+        *("NEIGHBORS", "NEIGHBOR_DISTANCE", "POSITION_ERROR", "MAX_DEVIATION", "MAX_SCALE_CHANGE"),
+        *("ROTATION_BINS", "LINEAR_STEPS", "PRIOR_NEIGHBORS"),
+    )
+    expected |= {name: getattr(matching, name) for name in shared}
+    expected |= {name: getattr(verification, name) for name in ("FALSE_ALARMS", "RANDOM_PAIRS")}
+    expected |= {"THRESHOLD": tiepoints.MatchOptions().threshold}
+    assert found == {**expected, "MAX_SIZE": MATCH_MAX_SIZE}
+
+
+@needs_node
+def test_noise_leaves_as_many_inliers_as_in_python(tmp_path):
+    """A few samples free of outliers find fewer."""
+    rng = np.random.default_rng(0)
+    world = rng.uniform([-2, -1.5, 4], [2, 1.5, 8], (300, 3))
+    a, b = (
+        500 * p[:, :2] / p[:, 2:] + [320, 240] for p in (world, world + np.array([0.5, 0.1, 0.2]))
+    )
+    points = np.hstack([a, b]) + rng.normal(0, 0.5, (300, 4))
+    points[250:] = rng.uniform(0, 480, (50, 4))
+    options = [f"fundamental({json.dumps(points.tolist())}, 2, {{ seed: {i} }})" for i in range(5)]
+    found = run_in_node(tmp_path, "fundamental", f"[{', '.join(options)}]")
+    xy = torch.from_numpy(points)
+    ours = int(estimate(xy[:, :2], xy[:, 2:], "fundamental", threshold=2.0).inliers.sum())
+    assert min(sum(each["inliers"]) for each in found) > 0.98 * ours > 200
 
 
 @needs_node

@@ -49,7 +49,7 @@ SEPARATE_SHARE, SEPARATE_FACTOR = 0.85, 1.05
 #: Of models that are adjusted at the end: the incremental mapper adjusts all of a model when it has
 #: grown by this factor (COLMAP's default is 1.1), and ends when the loss falls by less than this
 #: fraction. Half the time for as many images and points, and camera errors as small.
-GROWTH, MAPPER_TOLERANCE = 1.3, 1e-4
+MAPPER_GROWTH, MAPPER_TOLERANCE = 1.3, 1e-4
 #: Color of the positions of the cameras in ``model.ply``.
 CAMERA_COLOR = (255, 0, 0)
 #: Bytes of a model per 2D and 3D point, at most.
@@ -116,7 +116,7 @@ def map_images(
     options: MapOptions | None = None,
     *,
     images: Sequence[str] | None = None,
-    draft: bool = False,
+    adjusted_later: bool = False,
     progress: bool = False,
 ) -> list[Any]:
     """Run COLMAP's mapper with its default options on a database of verified matches.
@@ -132,8 +132,8 @@ def map_images(
         database: ``.db`` file.
         work: folder that is created for COLMAP's files and removed.
         images: names of the images to use; None uses all and does not start again.
-        draft: the models are adjusted afterwards (``adjust_robustly``), so that fewer and less
-            exact adjustments during the incremental mapping suffice.
+        adjusted_later: the models are adjusted afterwards (``adjust_robustly``), so that fewer and
+            less exact adjustments during the incremental mapping suffice.
         progress: show the number of registered images.
 
     Returns:
@@ -148,7 +148,16 @@ def map_images(
 
     def run(seed: int, *, refine: bool = True) -> list[Any]:
         return _largest_first(
-            _map_once(database, work, options, seed, images, progress, refine=refine, draft=draft)
+            _map_once(
+                database,
+                work,
+                options,
+                seed,
+                images,
+                progress,
+                refine=refine,
+                adjusted_later=adjusted_later,
+            )
         )
 
     best: list[Any] = []
@@ -369,7 +378,7 @@ def _map_once(
     progress: bool,
     *,
     refine: bool,
-    draft: bool,
+    adjusted_later: bool,
 ) -> list[Any]:
     """Run the mapper once; without ``refine``, the cameras of the database are not changed."""
     colmap = require_pycolmap()
@@ -397,8 +406,10 @@ def _map_once(
                 settings.extract_colors = False
                 settings.ba_refine_focal_length = refine
                 settings.ba_refine_extra_params = refine
-                if draft:
-                    settings.ba_global_frames_ratio = settings.ba_global_points_ratio = GROWTH
+                if adjusted_later:
+                    settings.ba_global_frames_ratio = settings.ba_global_points_ratio = (
+                        MAPPER_GROWTH
+                    )
                     settings.ba_global_function_tolerance = MAPPER_TOLERANCE
                     settings.ba_local_function_tolerance = MAPPER_TOLERANCE
                 models = colmap.incremental_mapping(

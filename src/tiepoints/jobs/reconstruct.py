@@ -439,7 +439,7 @@ class _Reconstruction:
             self.folder / ".mapping",
             self.options.mapping(),
             images=sorted(matched),
-            draft=True,
+            adjusted_later=True,
             progress=self.progress,
         )
         bar = track(models, unit="model", label="adjust", enabled=self.progress)
