@@ -19,7 +19,9 @@ from PIL import Image, ImageFilter
 import tiepoints
 from helpers import call, texture
 from tiepoints.datasets.reconstructions import find_models
+from tiepoints.errors import DataError
 from tiepoints.exif import Position, local_meters, read_camera, read_position, shared_cameras
+from tiepoints.formats.colmap import ColmapDatabase, quiet_colmap
 from tiepoints.jobs import mapping
 from tiepoints.jobs.mapping import MapOptions, View, not_contained, write_models
 from tiepoints.jobs.reconstruct import ReconstructOptions, Summary
@@ -178,7 +180,7 @@ def test_copies_and_unrelated_images_are_refused(tmp_path):
             seed = 40 + k if name == "unrelated" else 0
             texture(seed, SIZE).save(tmp_path / name / f"{k}.png")
     for name, message in (("same", "the same view"), ("unrelated", "no overlap: none of 3")):
-        with pytest.raises(tiepoints.DataError, match=message):
+        with pytest.raises(DataError, match=message):
             tiepoints.reconstruct(
                 tmp_path / name, tmp_path / f"out-{name}", quality="fast", max_size=320
             )
@@ -300,10 +302,41 @@ def test_cameras_are_known_by_their_exif(tmp_path):
     assert shared(f=f, g=g, j=tmp_path / "j.jpg", k=tmp_path / "none.jpg") == {"fg"}
 
 
-def test_positions_become_pose_priors(tmp_path):
+def test_images_of_a_camera_are_separated(tmp_path):
     import pycolmap
 
-    from tiepoints.formats.colmap import ColmapDatabase
+    write_position(tmp_path / "a.jpg", Position(48.1, 11.5, 520.0))
+    features = tiepoints.build("sobelnet", "desnet").extract(tmp_path / "a.jpg")
+    shared = dict.fromkeys("abcd", 1)
+    with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
+        database.write("a", features, tmp_path / "a.jpg")
+        database.write("b", features)
+        first = database.read_camera("a")
+        unused = database.unused_camera()
+        assert unused > first.camera_id == database.read_camera("b").camera_id
+        for _ in range(2):  # the second time, nothing is left to do
+            database.separate({"a": unused + 7})
+        own = database.read_camera("a")
+        assert own.camera_id == unused + 7
+        assert own.params.tolist() == first.params.tolist()
+        assert database.read_camera("b").camera_id == first.camera_id
+        with pytest.raises(DataError, match="contains no image 'missing'"):
+            database.separate({"b": unused, "missing": unused + 1})
+        assert database.read_camera("b").camera_id == first.camera_id
+    with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
+        for name in "cd":
+            database.write(name, features)
+        assert len({database.read_camera(name).camera_id for name in "abcd"}) == 4
+    with pycolmap.Database.open(tmp_path / "d.db") as stored:
+        image = stored.read_image_with_name("a")
+        frame = stored.read_frame(image.frame_id)
+        assert frame.rig_id == stored.read_rig_with_sensor(image.data_id.sensor_id).rig_id
+        assert frame.rig_id == own.camera_id
+        assert stored.read_all_pose_priors()[0].corr_data_id == image.data_id
+
+
+def test_positions_become_pose_priors(tmp_path):
+    import pycolmap
 
     write_position(tmp_path / "a.jpg", Position(48.1, 11.5, 520.0))
     features = tiepoints.build("sobelnet", "desnet").extract(tmp_path / "a.jpg")
@@ -718,6 +751,19 @@ def test_images_of_several_cameras_are_a_warning(result, monkeypatch):
         (text,) = [text for text in summary["warnings"] if "camera of its own" in text]
         assert "--camera per-image" in text
         assert summary["cameras"] == summary["registered"] == 5
+    import pycolmap
+
+    # COLMAP continues with the model and the database, which have the same cameras
+    model = pycolmap.Reconstruction(base / "own" / "sparse" / "0")
+    database = base / "own" / "database.db"
+    with quiet_colmap(pycolmap):
+        found = pycolmap.triangulate_points(model, database, base / "photos", base / "continued")
+    assert found.num_reg_images() == 5
+    assert found.num_points3D() > 0.5 * model.num_points3D()
+    with pycolmap.Database.open(database) as stored:
+        for number in model.reg_image_ids():
+            camera = stored.read_camera(model.image(number).camera_id)
+            assert camera.params[0] == 1.2 * 320  # as before the model
 
 
 def test_shared_cameras_in_words():

@@ -58,6 +58,8 @@ SHIFT_TOLERANCE = 0.005
 TRANSACTION_BYTES = 2**18
 #: Bytes that are checked in advance for the next transactions.
 SPACE_BYTES = 2**25
+#: Bytes of a camera with its rig, at most.
+CAMERA_BYTES = 2**10
 #: Pairs that are verified at a time, and images whose keypoints are cached meanwhile.
 VERIFY_BATCH = 256
 #: COLMAP's default focal length without EXIF, in units of the longest side of the image.
@@ -146,11 +148,13 @@ class ColmapDatabase:
             self._open(overwrite=False)
             return
         self._ids = {image.name: image.image_id for image in images}
-        self._cameras = {
-            self._shared[image.name]: image.camera_id
-            for image in images
-            if image.name in self._shared
-        }
+        # key -> camera; None: its images have several
+        self._cameras: dict[Any, int | None] = {}
+        for image in images:
+            if (key := self._shared.get(image.name)) is not None:
+                number = self._cameras.setdefault(key, image.camera_id)
+                if number != image.camera_id:
+                    self._cameras[key] = None
 
     def _remove(self) -> None:
         for end in ("", "-wal", "-shm"):
@@ -310,7 +314,7 @@ class ColmapDatabase:
                 self._database.write_descriptors(image_id, descriptors)
         self._ids[name] = image_id
         if name in self._shared and camera is not None:
-            self._cameras[self._shared[name]] = camera.camera_id
+            self._cameras.setdefault(self._shared[name], camera.camera_id)
         return _digest(table, None if descriptors is None else descriptors.data)
 
     def digest(self, name: str) -> str:
@@ -391,16 +395,59 @@ class ColmapDatabase:
             self._database.update_camera(camera)
             return camera
         image.camera_id = self._store_camera(camera)
-        if hasattr(self._database, "write_rig"):
-            frame = self._frame(image)
-            frame.frame_id = image.frame_id
-            self._database.update_frame(frame)
-        self._database.update_image(image)
-        for prior in self._database.read_all_pose_priors():
-            if prior.corr_data_id.id == image_id:
-                prior.corr_data_id = image.data_id
-                self._database.update_pose_prior(prior)
+        self._change_cameras([image])
         return camera
+
+    def _change_cameras(self, images: Iterable[Any]) -> None:
+        """Store images with other cameras than before, in whose rigs their frames are then."""
+        changed = {}
+        for image in images:
+            if hasattr(self._database, "write_rig"):
+                frame = self._frame(image)
+                frame.frame_id = image.frame_id
+                self._database.update_frame(frame)
+            self._database.update_image(image)
+            changed[image.image_id] = image.data_id
+        for prior in self._database.read_all_pose_priors() if changed else ():
+            if prior.corr_data_id.id in changed:
+                prior.corr_data_id = changed[prior.corr_data_id.id]
+                self._database.update_pose_prior(prior)
+
+    def unused_camera(self) -> int:
+        """The smallest number above those of all cameras and rigs."""
+        used = [camera.camera_id for camera in self._database.read_all_cameras()]
+        if hasattr(self._database, "write_rig"):
+            used += [rig.rig_id for rig in self._database.read_all_rigs()]
+        return max(used, default=0) + 1
+
+    def separate(self, cameras: Mapping[str, int]) -> None:
+        """Give images cameras of their own, copies of those that they have, in one transaction.
+
+        Args:
+            cameras: image -> number of its new camera, and of the rig of that, which nothing has;
+                images that have it already are not changed.
+
+        Raises:
+            DataError: an image is not in the database, or it could not be written.
+            OSError: the disk is full.
+        """
+        changed = []
+        with self._transaction(len(cameras) * CAMERA_BYTES):
+            for name, number in cameras.items():
+                image = self._database.read_image(self._image_id(name))
+                if image.camera_id == number:
+                    continue
+                camera = self._database.read_camera(image.camera_id)
+                camera.camera_id = number
+                self._database.write_camera(camera, use_camera_id=True)
+                image.camera_id = number
+                if hasattr(self._database, "write_rig"):
+                    rig = self._colmap.Rig()
+                    rig.rig_id = number
+                    rig.add_ref_sensor(image.data_id.sensor_id)
+                    self._database.write_rig(rig, use_rig_id=True)
+                changed.append(image)
+            self._change_cameras(changed)
 
     def _camera(
         self, size: tuple[int, int], image: Path | None, name: str, *, replaced: bool = False

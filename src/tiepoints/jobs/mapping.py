@@ -296,7 +296,9 @@ def without_uncertain_images(model: Any) -> Any:
     return model
 
 
-def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:
+def separate_cameras(
+    model: Any, adjusted: Any, threads: int = -1, *, unused: int | None = None
+) -> Any:
     """The model with a camera for each image, adjusted robustly, if its images turn out to be not
     of one camera and zoom, as ``exif.shared_cameras`` assumes.
 
@@ -305,6 +307,7 @@ def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:
         adjusted: ``adjust_robustly(model)``; each adjustment removes the largest residuals, so both
             results must have had as many.
         threads: -1: all.
+        unused: of ``with_own_cameras``.
 
     Returns:
         another ``pycolmap.Reconstruction``; or ``adjusted``, if cameras of their own hardly differ
@@ -316,7 +319,7 @@ def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:
     shared = {camera for camera, images in users.items() if len(images) > 1}
     if not shared:
         return adjusted
-    separate = adjust_robustly(with_own_cameras(model, shared), threads)
+    separate = adjust_robustly(with_own_cameras(model, shared, unused), threads)
 
     def focal(image: int) -> float:
         return separate.camera(separate.image(image).camera_id).mean_focal_length()
@@ -327,10 +330,15 @@ def separate_cameras(model: Any, adjusted: Any, threads: int = -1) -> Any:
     return separate if differ and better else adjusted
 
 
-def with_own_cameras(model: Any, shared: set[int]) -> Any:
-    """A copy of a model with copies of the cameras ``shared``, one for each image."""
+def with_own_cameras(model: Any, shared: set[int], unused: int | None = None) -> Any:
+    """A copy of a model with copies of the cameras ``shared``, one for each image.
+
+    Args:
+        unused: number from which no cameras and rigs are; that of a copy is the sum with that of
+            its image. None: above the cameras of the model.
+    """
     colmap = require_pycolmap()
-    first = max(model.cameras) + 1
+    first = max(model.cameras) + 1 if unused is None else unused
     result = colmap.Reconstruction()
     for number in sorted(model.reg_image_ids()):
         given = model.image(number)

@@ -31,6 +31,7 @@ from ..image import load_image
 from ..names import DESCRIPTOR, DETECTOR, QUALITIES
 from ..panorama import rotation_share
 from ..progress import track
+from .extract import camera_keys
 from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
@@ -302,7 +303,7 @@ class _Reconstruction:
                     graph.pairs,
                     max_size=self.options.extraction().max_size,
                     camera=self.camera,
-                    groups=graph.cameras,
+                    groups=self._shared,
                     mapping=self.options.mapping(),
                     progress=self.progress,
                 )
@@ -443,7 +444,9 @@ class _Reconstruction:
             progress=self.progress,
         )
         bar = track(models, unit="model", label="adjust", enabled=self.progress)
-        models = [self._adjusted(model) for model in bar]
+        with ColmapDatabase(self.database) as database:
+            unused = database.unused_camera()
+        models = [self._adjusted(model, unused) for model in bar]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
@@ -453,15 +456,32 @@ class _Reconstruction:
         settings.unlink(missing_ok=True)
         write_models(models, sparse)
         write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
+        # so that COLMAP can continue with the database and the models
+        own = {
+            image.name: image.camera_id
+            for model in reversed(models)  # the largest one decides
+            for image in map(model.image, model.reg_image_ids())
+            if image.camera_id >= unused
+        }
+        if own:
+            with ColmapDatabase(self.database, write=True) as database:
+                database.separate(own)
         write_json(settings, {**record, "models": len(models)})
         return models
 
-    def _adjusted(self, model: Any) -> Any:
+    def _adjusted(self, model: Any, unused: int) -> Any:
         threads = self.options.threads
         adjusted = adjust_robustly(model, threads)
         if self._assumed:
-            adjusted = separate_cameras(model, adjusted, threads)
+            adjusted = separate_cameras(model, adjusted, threads, unused=unused)
         return without_uncertain_images(adjusted)
+
+    @cached_property
+    def _shared(self) -> dict[str, Any]:
+        """Image -> key of its camera, the same for images that are mapped as of one camera."""
+        if self.camera in ("auto", "per-image"):
+            return camera_keys(self.camera, self.tasks)
+        return dict.fromkeys(self.files, self.camera)
 
     @property
     def _assumed(self) -> bool:
@@ -542,7 +562,7 @@ class _Reconstruction:
             )
         used = {models[0].image(image).camera_id for image in models[0].reg_image_ids()}
         summary.cameras = len(used)
-        if len(used) > len({graph.cameras[name] for name in arrays.views}):
+        if len(used) > len({self._shared.get(name, name) for name in arrays.views}):
             focal = [models[0].camera(number).mean_focal_length() for number in used]
             summary.warnings.append(
                 f"the images are not of one camera and zoom: focal lengths from {min(focal):.0f} "
@@ -632,7 +652,6 @@ class Graph:
         keypoints: image -> number of its keypoints.
         pairs: the pairs that were matched.
         inliers: pair -> number of its verified matches, if there are some.
-        cameras: image -> number of its camera.
         digest: of keypoints, cameras and verified matches.
         still: share (0..1) of the verified matches in pairs that show no parallax.
         moved: median displacement of the verified matches, in units of the longest side.
@@ -641,7 +660,6 @@ class Graph:
     keypoints: dict[str, int]
     pairs: list[tuple[str, str]]
     inliers: dict[tuple[str, str], int]
-    cameras: dict[str, int]
     digest: str
     still: float
     moved: float
@@ -684,7 +702,6 @@ def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
         {name: len(xy) for name, xy in positions.items()},
         pairs,
         {pair: len(index) for pair, index in inliers.items()},
-        {name: camera.camera_id for name, camera in cameras.items()},
         json_digest(digests),
         still,
         moved,
