@@ -8,6 +8,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -63,6 +64,19 @@ def run_pool(tasks, work=worker_tasks.double, *arguments, count=2):
 def test_results_are_in_the_order_of_the_tasks():
     tasks = list(range(20))
     assert run_pool(tasks, worker_tasks.double, 0.3) == [(task, 2 * task) for task in tasks]
+
+
+def test_large_tasks_and_results_do_not_wait_for_each_other():
+    tasks = [bytes([number]) * 2**21 for number in range(6)]
+    found = []
+    with WorkerPool(2, worker_tasks.double, ()) as pool:
+        thread = threading.Thread(
+            target=lambda: found.extend(pool.results(deque(tasks))), daemon=True
+        )
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert found == [(task, 2 * task) for task in tasks]
 
 
 def test_only_the_task_that_ends_its_worker_fails():

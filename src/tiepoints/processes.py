@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import queue
 import signal
 import sys
 import threading
@@ -137,16 +138,36 @@ def _pickled(value: Any) -> bytes:
 class Inbox:
     """Tasks that a worker receives, and the results it sends; results are in the order of the
     tasks.
+
+    A thread receives the tasks, so that the parent, which sends the next one during the work on
+    another, need not wait: it receives no results meanwhile, and large ones would wait for it.
     """
 
     def __init__(self, connection: Connection):
         self._connection = connection
+        self._received: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        threading.Thread(target=self._receive, daemon=True).start()
+
+    def _receive(self) -> None:
+        try:
+            while True:
+                self._received.put(self._connection.recv_bytes())
+        except (EOFError, OSError):  # the parent has stopped
+            self._received.put(None)
 
     def next(self, *, wait: bool) -> Any:
-        """The next task; None if there are no more, or, without ``wait``, none yet."""
-        if not wait and not self._connection.poll():
+        """The next task; None if, without ``wait``, there is none yet.
+
+        Raises:
+            EOFError: the parent has stopped.
+        """
+        try:
+            task = self._received.get(block=wait)
+        except queue.Empty:
             return None
-        return pickle.loads(self._connection.recv_bytes())
+        if task is None:
+            raise EOFError
+        return pickle.loads(task)
 
     def send(self, result: Any) -> None:
         """Send the result of a task."""
@@ -159,7 +180,7 @@ Work = Callable[..., None]
 
 def _run_worker(connection: Connection, work: Work, arguments: tuple[Any, ...]) -> None:
     follow_parent()
-    with suppress(EOFError, BrokenPipeError):  # of a parent that has stopped
+    with suppress(EOFError, ConnectionError):  # of a parent that has stopped
         work(Inbox(connection), *arguments)
 
 
@@ -280,7 +301,7 @@ class WorkerPool:
             else:
                 return
             worker.tasks.append(index)
-            with suppress(BrokenPipeError):  # it has ended, which receiving finds
+            with suppress(ConnectionError):  # it has ended, which receiving finds
                 worker.connection.send_bytes(_pickled(self._given[index]))
 
     def _ready_workers(self) -> list[_Worker]:
