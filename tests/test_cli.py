@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -617,6 +618,74 @@ def test_interrupted_refinement_of_a_database_is_completed_by_the_next_run(
     call(*arguments, "--output", tmp_path / "stopped.db")  # no new pairs: nothing is refined again
     assert torch.equal(positions("stopped.db"), positions("whole.db"))
     assert not list(tmp_path.glob("*pending*"))
+
+
+def test_refinement_of_a_database_starts_from_the_detected_positions(views, tmp_path):
+    pytest.importorskip("pycolmap")
+    names = [name for name in NAMES if name != "flat.png"]
+    options = ["--num-keypoints", 150, "--single-scale", "--detector", "keynet-tiny"]
+    options += ["--root-images", views]
+
+    def positions(output, count, *more):
+        images = [views / name for name in names[:count]]
+        code, text = call("match", *images, "--output", tmp_path / output, *options, *more)
+        assert code == 0, text
+        with ColmapDatabase(tmp_path / output) as database:
+            return torch.cat([database.read(name).xy for name in names[:count]])
+
+    plain = positions("plain.db", 3, "--no-refine")
+    refined = positions("refined.db", 3)
+    assert not torch.equal(refined, plain)
+    assert torch.equal(positions("refined.db", 3, "--overwrite"), refined)
+    with ColmapDatabase(tmp_path / "refined.db") as database:
+        xy = torch.cat([database.read_detected(name).xy for name in names[:3]])
+        assert torch.equal(xy, plain)
+    positions("added.db", 2)
+    assert torch.equal(positions("added.db", 3), refined)
+    assert torch.equal(positions("refined.db", 3, "--no-refine", "--overwrite"), plain)
+    (tmp_path / "added.db.detected.sqlite").write_bytes(b"no database" * 99)
+    images = [views / name for name in names[:2]]
+    code, text = call("match", *images, "--output", tmp_path / "added.db", *options, "--overwrite")
+    assert code != 0
+    assert "added.db.detected.sqlite is damaged" in text
+
+
+def test_refinement_needs_the_images_of_all_pairs(views, tmp_path):
+    pytest.importorskip("pycolmap")
+    folder = tmp_path / "photos" / "inner"
+    folder.mkdir(parents=True)
+    for name in NAMES[2:]:
+        shutil.copy2(views / name, folder / name)
+    output = tmp_path / "out" / "database.db"
+    extraction = ["--num-keypoints", 150, "--single-scale", "--detector", "keynet-tiny"]
+    code, text = call(
+        "extract",
+        tmp_path / "photos",
+        "--output",
+        tmp_path / "out",
+        "--format",
+        "colmap",
+        *extraction,
+    )
+    assert code == 0, text
+
+    def positions():
+        with ColmapDatabase(output) as database:
+            assert database.names() == [f"inner/{name}" for name in NAMES[2:]]
+            return torch.cat([database.read(name).xy for name in database.names()])
+
+    plain = positions()
+    code, text = call("match", "--features", output, "--output", output)
+    assert code == 0
+    assert "keypoints are not refined" in text
+    assert "--no-refine" in text
+    assert torch.equal(positions(), plain)
+    # other paths than those that were extracted; the record has no orientation
+    code, text = call("match", folder, "--features", output, "--output", output)
+    assert code == 0, text
+    assert "not refined" not in text
+    assert not torch.equal(positions(), plain)
+    assert not list(output.parent.glob("*pending*"))
 
 
 def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from ..exif import read_position
 from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space
 from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
+from .positions import PositionFile
 from .records import array_digest
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,7 @@ class ColmapDatabase:
         self._shared = dict(shared or {}) if camera == "auto" else {}
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
+        self._detected = PositionFile(self.path)
         self._free_bytes = 0
         self._warned = False
         self._created = not self.path.exists()
@@ -159,6 +162,7 @@ class ColmapDatabase:
     def _remove(self) -> None:
         for end in ("", "-wal", "-shm"):
             self.path.with_name(self.path.name + end).unlink(missing_ok=True)
+        self._detected.clear()
 
     def _known_camera(self, camera: str) -> Any:
         """Camera of ``MODEL:p1,p2,...``; None for ``CAMERAS``."""
@@ -211,6 +215,7 @@ class ColmapDatabase:
         """
         with self._writing():
             self._database.clear_all_tables()
+        self._detected.clear()
         self._ids.clear()
         self._cameras.clear()
 
@@ -581,6 +586,49 @@ class ColmapDatabase:
                 )
         keypoints = Keypoints((table[:, :2] - HALF_PIXEL).float(), scale, angle, torch.ones(count))
         return Features(keypoints, descriptors, (camera.width, camera.height))
+
+    def read_detected(self, name: str) -> Features:
+        """``read`` with the positions that the keypoints had before ``keep_detected``, if that has
+        been called.
+        """
+        features = self.read(name)
+        xy = self._kept(name)
+        if xy is None:
+            return features
+        positions = torch.from_numpy(xy.copy()).float()
+        return replace(features, keypoints=replace(features.keypoints, xy=positions))
+
+    def _kept(self, name: str) -> np.ndarray | None:
+        """Positions of an image that ``keep_detected`` has stored and that are of its features."""
+        digest = self._detected.digests.get(name)
+        return None if digest is None or digest != self.digest(name) else self._detected.get(name)
+
+    def keep_detected(self, names: Iterable[str]) -> None:
+        """Remember the positions of the keypoints of images, which are going to be moved, in a file
+        next to the database; those that are remembered already are kept.
+
+        Raises:
+            DataError: no such image, or the file could not be written.
+            OSError: the disk is full.
+        """
+        known = self._detected.digests
+        digests = {name: self.digest(name) for name in names}
+        self._detected.put(
+            (name, digest, self.read_positions(name))
+            for name, digest in digests.items()
+            if known.get(name) != digest
+        )
+
+    def restore_detected(self, names: Iterable[str]) -> set[str]:
+        """Move the keypoints of images back to where they were detected; returns the images for
+        which ``keep_detected`` has remembered that.
+        """
+        moved = set()
+        for name in names:
+            if (xy := self._kept(name)) is not None:
+                self.move_keypoints(name, torch.from_numpy(xy.copy()))
+                moved.add(name)
+        return moved
 
     def move_keypoints(self, name: str, xy: torch.Tensor) -> None:
         """Replace the positions (N,2) of the keypoints of an image.

@@ -300,11 +300,14 @@ class MatchReport:
     selection: str = ""
 
 
-def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], list[tuple[str, str]]]:
-    """Names of images in ``store`` (the longest suffix of their path that it contains), and
-    failures for images without features.
+def stored_images(
+    tasks: list[Task], store: FeatureStore
+) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+    """Names of images in ``store`` (the longest suffix of their path that it contains) with their
+    files, and failures for images without features of their own.
     """
-    found, missing = [], []
+    found: dict[str, Path] = {}
+    missing = []
     for task in tasks:
         suffixes = [
             "/".join(parts[i:])
@@ -317,8 +320,11 @@ def stored_names(tasks: list[Task], store: FeatureStore) -> tuple[list[str], lis
         name = next((name for name in (str(task.relative), *suffixes) if name in store), None)
         if name is None:
             missing.append((str(task.path), f"{store.path} holds no features of it"))
+        elif name in found:
+            reason = f"{store.path} holds one image {name}, for which {found[name]} is taken"
+            missing.append((str(task.path), reason))
         else:
-            found.append(name)
+            found[name] = task.source
     return found, missing
 
 
@@ -354,7 +360,10 @@ class _FeatureCache:
             raise DataError(
                 f"{self.store.path} holds no features of it; it has {len(names)}{example}"
             )
-        features = self.store.read(name)
+        store = self.store
+        # not as an earlier refinement has moved them
+        read = store.read_detected if isinstance(store, ColmapDatabase) else store.read
+        features = read(name)
         if features.descriptors is None:
             raise DataError(
                 f"{self.store.path} has no descriptors of it; extract with a descriptor"
@@ -574,6 +583,7 @@ class _Source:
     Attributes:
         store: store of the features.
         names: names of the images to match.
+        files: name -> file of the images that were given.
         settings: settings of the extraction; for features of other programs, their path.
         failed: images without features, with a reason.
         extractor: of the features, if they were extracted now; it can describe them again.
@@ -583,6 +593,7 @@ class _Source:
 
     store: Any
     names: list[str]
+    files: dict[str, Path]
     settings: dict[str, Any]
     failed: list[tuple[str, str]]
     extractor: Extractor | None = None
@@ -666,11 +677,10 @@ def match_images(
             stored = output if shard is None else None
             source = _stored_source(stack, chosen, stored, features, descriptor)
         source.failed = found.refused + source.failed
-        files = {str(task.relative): task.source for task in tasks}
         choice = (
             PairChoice(listed, "list", f"the pairs of {pairs}")
             if listed
-            else _choose_pairs(source, files, method, neighbors, progress)
+            else _choose_pairs(source, method, neighbors, progress)
         )
         settings = {**options.to_json(database=database), "features": source.settings}
         if features is not None:  # without images, no rotation is estimated
@@ -681,7 +691,7 @@ def match_images(
         else:
             if not listed and not database:
                 _write_pairs(_sibling(output, "pairs.txt"), choice.pairs)
-            report = job.match(stack, choice.pairs, files, ray, workers)
+            report = job.match(stack, choice.pairs, ray, workers)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
     report.selection = choice.reason
@@ -725,7 +735,6 @@ class _Matching:
         self,
         stack: ExitStack,
         pairs: list[tuple[str, str]],
-        files: dict[str, Path],
         ray: str | None,
         workers: int | None,
     ) -> MatchReport:
@@ -733,7 +742,6 @@ class _Matching:
 
         Args:
             stack: closes the files.
-            files: image -> file.
             ray, workers: see ``match_images``.
         """
         source, options, progress = self.source, self.options, self.progress
@@ -749,14 +757,14 @@ class _Matching:
             )
         )
         refine = database and options.refine
-        with _Refinement(self.output, store, files, source.reading, enabled=refine) as refinement:
+        with _Refinement(self.output, source, enabled=refine) as refinement:
             if ray is not None:
-                self._match_on_ray(pairs, files, store, shards, ray, workers)
+                self._match_on_ray(pairs, store, shards, ray, workers)
             report = match_to_store(
                 pairs,
                 source.store,
                 store,
-                PairWork(options, source.extractor, files),
+                PairWork(options, source.extractor, source.files),
                 workers=workers if ray is None else 1,
                 overwrite=self.overwrite,
                 shards=shards,
@@ -775,7 +783,6 @@ class _Matching:
     def _match_on_ray(
         self,
         pairs: list[tuple[str, str]],
-        files: dict[str, Path],
         store: MatchStore,
         shards: MatchShards,
         ray: str,
@@ -805,7 +812,10 @@ class _Matching:
         with connect(ray, device=device, workers=workers) as cluster, bar:
             if extraction is not None:
                 extraction = cluster.worker_options(extraction)
-            arguments = source.store.path, extraction, files, self.options, self.settings
+            arguments = (
+                *(source.store.path, extraction, source.files),
+                *(self.options, self.settings),
+            )
             size = cluster.shard_size(len(todo), MAX_PAIRS)
             jobs = [(shard.path(self.output), part) for shard, part in blocks(todo, size)]
             for found in cluster.run(_shard_matcher, arguments, jobs):
@@ -867,14 +877,13 @@ def _record_source(store: MatchStore, settings: dict[str, Any]) -> None:
 
 def _choose_pairs(
     source: _Source,
-    files: dict[str, Path],
     method: str,
     neighbors: int | None,
     progress: bool,
 ) -> PairChoice:
     """Choose pairs of the images with features."""
     weights = source.settings.get("digests", {}).get("descriptor")
-    candidates = Candidates(source.names, source.store, weights, files)
+    candidates = Candidates(source.names, source.store, weights, source.files)
     choice = choose_image_pairs(candidates, method, neighbors, progress=progress)
     if not choice.pairs:
         reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
@@ -988,7 +997,7 @@ def _extract_source(
     if storing.ray is not None and isinstance(store, FeatureFile):
         store.close()  # complete, before other machines read it
         store = stack.enter_context(FeatureFile(store.path))
-    return _Source(store, names, settings, report.failed, extractor, extraction, extraction)
+    return _Source(store, names, files, settings, report.failed, extractor, extraction, extraction)
 
 
 def _stored_source(
@@ -1011,7 +1020,8 @@ def _stored_source(
         )
     store: Any = ColmapDatabase(features, write=True) if same_file else open_features(features)
     stack.enter_context(store)
-    names, missing = (store.names(), []) if tasks is None else stored_names(tasks, store)
+    files, missing = ({}, []) if tasks is None else stored_images(tasks, store)
+    names = store.names() if tasks is None else list(files)
     settings = own_settings(store)
     if settings is None:
         # of another program: identified by their path, and by the digests of each image
@@ -1022,26 +1032,19 @@ def _stored_source(
             f"{features} has {stored} descriptors, not {descriptor}; omit --descriptor or extract "
             "again"
         )
-    return _Source(store, names, settings, missing, reading=ReadOptions.of_record(settings))
+    return _Source(store, names, files, settings, missing, reading=ReadOptions.of_record(settings))
 
 
 class _Refinement:
-    """Refinement of the keypoints of a database after matching. A marker file exists from the first
-    match to the end of the refinement, so that the next run completes an interrupted one.
+    """Verification of the matches of a database, and refinement of its keypoints. A marker file
+    exists from the first match to the end of the refinement, so that the next run completes an
+    interrupted one, or one for which images were not given.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        store: Any,
-        images: dict[str, Path],
-        reading: ReadOptions,
-        *,
-        enabled: bool,
-    ):
+    def __init__(self, output: Path, source: _Source, *, enabled: bool):
         self.marker = record_path(output, "refinement-pending")
-        self.store, self.images, self.reading, self.enabled = store, images, reading, enabled
-        self.interrupted = self.marker.exists()
+        self.source, self.enabled = source, enabled
+        self.interrupted, self.complete = self.marker.exists(), True
 
     def __enter__(self) -> _Refinement:
         if self.enabled:
@@ -1049,20 +1052,33 @@ class _Refinement:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
+        if kind is None and self.complete:
             self.marker.unlink(missing_ok=True)
 
     def verify(self, pairs: list[tuple[str, str]], *, changed: bool, progress: bool) -> int:
         """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
-        verified = self.store.verify(pairs, max_trials=MAX_TRIALS, progress=progress)
-        complete = all(name in self.images for pair in pairs for name in pair)
-        if self.enabled and (changed or self.interrupted) and complete:
-            return refine_database(
-                *(self.store, pairs, self.images, self.reading),
-                max_trials=MAX_TRIALS,
-                progress=progress,
+        store, files = self.source.store, self.source.files
+        names = {name for pair in pairs for name in pair}
+        changed = changed or self.interrupted
+        if changed or not self.enabled:
+            moved = store.restore_detected(names)
+            affected = [pair for pair in pairs if not moved.isdisjoint(pair)]
+            store.forget_geometry(matched_pairs(affected, store.read_inliers))
+        verified = store.verify(pairs, max_trials=MAX_TRIALS, progress=progress)
+        if not self.enabled or not changed:
+            return verified
+        if missing := sorted(names - set(files)):
+            self.complete = False
+            logger.warning(
+                "%s: keypoints are not refined, for which all images of the pairs are needed (%s "
+                "is not among the given ones); give them and run again, or use --no-refine",
+                store.path,
+                printable(missing[0]),
             )
-        return verified
+            return verified
+        return refine_database(
+            store, pairs, files, self.source.reading, max_trials=MAX_TRIALS, progress=progress
+        )
 
 
 def refine_database(
@@ -1090,13 +1106,15 @@ def refine_database(
         DataError: an image cannot be read.
     """
     names = sorted({name for pair in pairs for name in pair})
-    keypoints = {name: database.read(name).keypoints for name in names}
+    keypoints = {name: database.read_detected(name).keypoints for name in names}
     inliers = matched_pairs(pairs, database.read_inliers)
 
     def pixels(name: str) -> Tensor:
         return read_image(images[name], reading).pixels
 
-    for name, xy in refine_tracks(keypoints, inliers, pixels, progress=progress).items():
+    refined = refine_tracks(keypoints, inliers, pixels, progress=progress)
+    database.keep_detected(refined)
+    for name, xy in refined.items():
         database.move_keypoints(name, xy)
     # without a geometry, a pair would need most of the time, and hardly ever gets one; of images of
     # one camera, only the inliers: COLMAP estimates their focal length, too, in six times the time

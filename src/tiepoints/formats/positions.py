@@ -1,0 +1,95 @@
+"""Detected positions of keypoints that a refinement has moved, next to a COLMAP database.
+
+Without them, each refinement would start from the result of the one before. COLMAP's tables have no
+place for them, and its own copy of SQLite has the database open, so they have a file of their own.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError
+from ..files import require_space
+from .records import record_path
+
+#: Bytes that a transaction needs in addition to its data.
+TRANSACTION_BYTES = 2**16
+
+
+class PositionFile:
+    """Positions (N,2) float64 by image, with a digest of the features that they belong to.
+
+    Args:
+        results: the COLMAP database; the file is created with the first positions.
+    """
+
+    def __init__(self, results: Path):
+        self.path = record_path(results, "detected.sqlite")
+        self._digests: dict[str, str] | None = None
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Image -> digest of its features.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if self._digests is None:
+            self._digests = {}
+            if self.path.exists():
+                with self._open() as connection:
+                    self._digests.update(connection.execute("SELECT name, digest FROM detected"))
+        return self._digests
+
+    def get(self, name: str) -> np.ndarray | None:
+        """Positions of an image; None if there are none."""
+        if name not in self.digests:
+            return None
+        with self._open() as connection:
+            query = "SELECT xy FROM detected WHERE name = ?"
+            (data,) = connection.execute(query, (name,)).fetchone()
+        return np.frombuffer(data, dtype="<f8").reshape(-1, 2)
+
+    def put(self, items: Iterable[tuple[str, str, np.ndarray]]) -> None:
+        """Store name, digest and positions of images in one transaction, in place of those before.
+
+        Raises:
+            OSError: the disk is full.
+            DataError: the file could not be written.
+        """
+        rows = [
+            (name, digest, np.ascontiguousarray(xy, dtype="<f8").tobytes())
+            for name, digest, xy in items
+        ]
+        if not rows:
+            return
+        known = self.digests
+        size = sum(len(data) for *_, data in rows)
+        require_space(self.path.parent, 2 * size + TRANSACTION_BYTES)
+        with self._open() as connection, connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS detected (name TEXT PRIMARY KEY, digest TEXT, xy BLOB)"
+            )
+            connection.executemany("INSERT OR REPLACE INTO detected VALUES (?, ?, ?)", rows)
+        known.update((name, digest) for name, digest, _ in rows)
+
+    def clear(self) -> None:
+        """Delete the file."""
+        self.path.unlink(missing_ok=True)
+        self._digests = None
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, timeout=60)) as connection:
+                yield connection
+        except sqlite3.Error as error:
+            raise DataError(
+                f"{self.path} is damaged or could not be written ({error}); delete it and its "
+                "database"
+            ) from error
