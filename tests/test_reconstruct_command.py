@@ -326,13 +326,19 @@ def test_images_of_a_camera_are_separated(tmp_path):
     with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
         for name in "cd":
             database.write(name, features)
-        assert len({database.read_camera(name).camera_id for name in "abcd"}) == 4
     with pycolmap.Database.open(tmp_path / "d.db") as stored:
         image = stored.read_image_with_name("a")
         frame = stored.read_frame(image.frame_id)
         assert frame.rig_id == stored.read_rig_with_sensor(image.data_id.sensor_id).rig_id
         assert frame.rig_id == own.camera_id
         assert stored.read_all_pose_priors()[0].corr_data_id == image.data_id
+    # images were added: all share one again, as in a new database
+    with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
+        files = dict.fromkeys("abcd", tmp_path / "a.jpg")
+        moved = database.assign_cameras(files)
+        assert len({database.read_camera(name).camera_id for name in "abcd"}) == 1
+        assert moved
+        assert database.assign_cameras(files) == set()
 
 
 def test_positions_become_pose_priors(tmp_path):

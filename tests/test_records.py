@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from typer.testing import CliRunner
 
 from tiepoints import ExtractOptions, MatchOptions, WeightsError
@@ -439,16 +439,22 @@ def test_a_changed_image_of_a_database_keeps_its_id(images, tmp_path, camera):
             cameras = {c.camera_id: (c.width, c.height) for c in database.read_all_cameras()}
             return {i.name: (i.image_id, i.camera_id) for i in database.read_all_images()}, cameras
 
-    ids, cameras = read()
+    ids, _ = read()
     draw(images / "0.png", 8)
     draw(images / "1.png", 9, (160, 120))
     assert not match(images, tmp_path / "m.db", camera=camera).failed
     new_ids, new_cameras = read()
-    number, own = new_ids.pop("1.png")
-    assert number == ids.pop("1.png")[0]
-    assert new_ids == ids  # the others, with their cameras
-    assert new_cameras == {**cameras, own: (160, 120)}
-    assert (own in cameras) == (camera == "per-image")  # the camera was its own before
+    assert {name: number for name, (number, _) in new_ids.items()} == {
+        name: number for name, (number, _) in ids.items()
+    }
+    # all were of one size, and shared a camera; in a new database, each would have its own, too
+    assert len({own for _, own in ids.values()}) == (1 if camera == "auto" else 3)
+    assert len({own for _, own in new_ids.values()}) == 3
+    number, own = new_ids["1.png"]
+    assert [new_cameras[used] for _, used in new_ids.values()].count((160, 120)) == 1
+    assert new_cameras[own] == (160, 120)
+    if camera == "per-image":
+        assert new_ids == ids
     with pycolmap.Database.open(tmp_path / "m.db") as database:
         image = database.read_image(number)
         frame = database.read_frame(image.frame_id)
@@ -767,3 +773,77 @@ def test_info_reports_files_of_other_programs(images, tmp_path):
     code, text = call("info", tmp_path / "missing")
     assert code == 2
     assert "no file or folder at" in text
+
+
+def test_cameras_of_a_database_do_not_depend_on_what_it_had_before(tmp_path):
+    """Cameras, GPS positions and verified matches are those of a new database."""
+    pycolmap = pytest.importorskip("pycolmap")
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (60, 80), dtype=np.uint8))
+    whole = coarse.resize((400, 300), Image.Resampling.BICUBIC)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+
+    def write(number: int, width: int = 280, focal: int | None = None, north: int = 0) -> None:
+        exif = Image.Exif()
+        if focal:
+            exif[ExifTags.Base.Model] = "M"
+            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal
+        if north:
+            gps = {1: "N", 2: (north, 0, 0), 3: "E", 4: (8, 0, 0), 5: b"\0", 6: 100}
+            exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
+        part = whole.crop((9 * number, 5 * number, 9 * number + width, 5 * number + 220))
+        part.save(photos / f"{number}.jpg", exif=exif, quality=95)
+
+    def read(path: Path):
+        names = sorted(photo.name for photo in photos.iterdir())
+        with pycolmap.Database.open(path) as database:
+            images = {image.name: image for image in database.read_all_images()}
+            users: dict[int, list[str]] = {}
+            for name in names:
+                users.setdefault(images[name].camera_id, []).append(name)
+            cameras = [
+                (group, database.read_camera(number).params.tolist())
+                for number, group in users.items()
+            ]
+            numbers = {images[name].image_id: name for name in names}
+            positions = {
+                numbers[prior.corr_data_id.id]: prior.position.ravel().tolist()
+                for prior in database.read_all_pose_priors()
+                if prior.corr_data_id.id in numbers and np.isfinite(prior.position).all()
+            }
+        with ColmapDatabase(path) as database:
+            inliers = {
+                pair: database.read_inliers(*pair).index.tolist()
+                for pair in database.pairs()
+                if set(pair) <= set(names)
+            }
+        assert all(len(found) > 30 for found in inliers.values())
+        return cameras, positions, inliers
+
+    def check():
+        match(photos, tmp_path / "m.db")
+        match(photos, tmp_path / "new.db")
+        found = read(tmp_path / "m.db")
+        assert found == read(tmp_path / "new.db")
+        match(photos, tmp_path / "m.db")  # nothing changed
+        assert read(tmp_path / "m.db") == found
+        for path in tmp_path.glob("new.db*"):
+            path.unlink()
+        return len(found[0]), found[1]
+
+    for number in range(3):
+        write(number)
+    assert check() == (1, {})
+    write(3, 270)  # photographs of several sizes are of several cameras
+    assert check() == (4, {})
+    (photos / "3.jpg").unlink()
+    assert check() == (1, {})
+    for number in range(2):  # tags are added, and changed
+        write(number, focal=28, north=50)
+    assert check() == (2, {"0.jpg": [50, 8, 100], "1.jpg": [50, 8, 100]})
+    write(1, focal=35, north=51)
+    assert check() == (3, {"0.jpg": [50, 8, 100], "1.jpg": [51, 8, 100]})
+    write(0)
+    write(1, focal=35)
+    assert check() == (2, {})

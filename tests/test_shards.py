@@ -112,7 +112,7 @@ def test_merged_database_is_that_of_one_process(photos, tmp_path):
         assert files(folder) == {
             *("database.db", "database.db.images.jsonl", "database.db.settings.json"),
             *("database.db.matches.jsonl", "database.db.matches.settings.json"),
-            "database.db.refinement-pending",  # which needs the images
+            *("database.db.cameras.json", "database.db.refinement-pending"),
         }
     assert matched[0] == matched[1]
     with ColmapDatabase(one / "database.db") as a, ColmapDatabase(many / "database.db") as b:

@@ -21,6 +21,7 @@ import os
 import shutil
 import sqlite3
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -35,11 +36,11 @@ from torch import Tensor
 
 from ..errors import DataError, first_line
 from ..exif import read_position
-from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space
+from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space, write_json
 from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
 from .positions import PositionFile
-from .records import array_digest
+from .records import array_digest, json_digest, read_settings, record_path
 
 logger = logging.getLogger(__name__)
 #: Center of the first pixel in COLMAP's coordinates.
@@ -121,6 +122,7 @@ class ColmapDatabase:
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
         self._detected = PositionFile(self.path)
+        self._rewritten: set[str] = set()  # images whose features were replaced
         self._free_bytes = 0
         self._warned = False
         self._created = not self.path.exists()
@@ -151,13 +153,11 @@ class ColmapDatabase:
             self._open(overwrite=False)
             return
         self._ids = {image.name: image.image_id for image in images}
-        # key -> camera; None: its images have several
-        self._cameras: dict[Any, int | None] = {}
-        for image in images:
-            if (key := self._shared.get(image.name)) is not None:
-                number = self._cameras.setdefault(key, image.camera_id)
-                if number != image.camera_id:
-                    self._cameras[key] = None
+        self._cameras = {
+            self._shared[image.name]: image.camera_id
+            for image in images
+            if image.name in self._shared
+        }
 
     def _remove(self) -> None:
         for end in ("", "-wal", "-shm"):
@@ -314,12 +314,13 @@ class ColmapDatabase:
                 image_id = self._add_image(name, camera, image)
             else:
                 camera = self._resize(image_id, features.image_size, image, name)
+                self._rewritten.add(name)
             self._database.write_keypoints(image_id, table)
             if descriptors is not None:
                 self._database.write_descriptors(image_id, descriptors)
         self._ids[name] = image_id
         if name in self._shared and camera is not None:
-            self._cameras.setdefault(self._shared[name], camera.camera_id)
+            self._cameras[self._shared[name]] = camera.camera_id
         return _digest(table, None if descriptors is None else descriptors.data)
 
     def digest(self, name: str) -> str:
@@ -418,6 +419,108 @@ class ColmapDatabase:
                 prior.corr_data_id = changed[prior.corr_data_id.id]
                 self._database.update_pose_prior(prior)
 
+    def assign_cameras(self, files: Mapping[str, Path]) -> set[str]:
+        """Give images the cameras and GPS positions that they would have in a new database.
+
+        They had others if images that share a camera were added, removed or replaced, or if their
+        EXIF was changed. The keys of the cameras are recorded; images are considered whose key has
+        changed since, or whose features were replaced, and those that share a camera with them.
+
+        Args:
+            files: image -> file.
+
+        Returns:
+            images whose camera has changed; their two-view geometries are removed.
+
+        Raises:
+            DataError: the database could not be written.
+            OSError: the disk is full.
+        """
+        record = record_path(self.path, "cameras.json")
+        before = read_settings(record) or {}
+        keys = {
+            name: json_digest(self._shared[name]) if name in self._shared else ""
+            for name in files
+            if name in self._ids
+        }
+        changed = {
+            name for name, key in keys.items() if before.get(name) != key or name in self._rewritten
+        }
+        if not changed:
+            return set()
+        moved: set[str] = set()
+        with self._transaction(len(changed) * CAMERA_BYTES):
+            if not self._single:
+                moved = self._regroup(keys, changed, files)
+            self._update_positions({self._ids[name]: files[name] for name in changed})
+        ids = [self._ids[name] for name in moved]
+        self._delete((), ("two_view_geometries",), ids)
+        write_json(record, {**before, **keys})
+        self._rewritten -= changed
+        return moved
+
+    def _regroup(
+        self, keys: Mapping[str, str], changed: set[str], files: Mapping[str, Path]
+    ) -> set[str]:
+        """Change the cameras of the groups of images that have a changed one; returns the images
+        with another camera than before.
+        """
+        images = {image.name: image for image in self._database.read_all_images()}
+        cameras = {camera.camera_id: camera for camera in self._database.read_all_cameras()}
+        users: dict[int, set[str]] = defaultdict(set)
+        for image in images.values():
+            users[image.camera_id].add(image.name)
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for name, key in keys.items():
+            camera = cameras[images[name].camera_id]
+            groups[(key, camera.width, camera.height) if key else name].append(name)
+        moved: list[str] = []
+        for names in groups.values():
+            if changed.isdisjoint(names):
+                continue
+            used = [images[name].camera_id for name in names]
+            now = cameras[used[0]]
+            camera = self._initial_camera((now.width, now.height), files[names[0]])
+            free = [number for number in used if users[number] <= set(names)]
+            if not free:
+                camera.camera_id = self._database.write_camera(camera)
+            elif _same_camera(cameras[free[0]], camera):
+                camera = cameras[free[0]]
+            else:
+                camera.camera_id = free[0]
+                self._database.update_camera(camera)
+                moved += [name for name in names if images[name].camera_id == free[0]]
+            others = [name for name in names if images[name].camera_id != camera.camera_id]
+            for name in others:
+                images[name].camera_id = camera.camera_id
+            self._change_cameras(images[name] for name in others)
+            moved += others
+        return set(moved)
+
+    def _update_positions(self, files: Mapping[int, Path]) -> None:
+        """Store the GPS positions of files by the id of their image, where they have changed."""
+        priors = {prior.corr_data_id.id: prior for prior in self._database.read_all_pose_priors()}
+        for image_id, file in files.items():
+            position, prior = read_position(file), priors.get(image_id)
+            if position is None or not all(map(math.isfinite, position)):
+                if prior is not None:  # pycolmap cannot delete it
+                    prior.position = np.full(3, np.nan)
+                    self._database.update_pose_prior(prior)
+            elif prior is None:
+                self._add_position(self._database.read_image(image_id), position)
+            elif not np.array_equal(prior.position.ravel(), position):
+                prior.position = np.array(position)
+                self._database.update_pose_prior(prior)
+
+    def _add_position(self, image: Any, position: Iterable[float]) -> None:
+        self._database.write_pose_prior(
+            self._colmap.PosePrior(
+                corr_data_id=image.data_id,
+                position=np.array(position),
+                coordinate_system=self._colmap.PosePriorCoordinateSystem.WGS84,
+            )
+        )
+
     def unused_camera(self) -> int:
         """The smallest number above those of all cameras and rigs."""
         used = [camera.camera_id for camera in self._database.read_all_cameras()]
@@ -480,6 +583,11 @@ class ColmapDatabase:
             camera = self._colmap.Camera(self._known.todict())
             camera.width, camera.height = size
             return camera
+        return self._initial_camera(size, image)
+
+    def _initial_camera(self, size: tuple[int, int], image: Path | None) -> Any:
+        """Camera by the EXIF of an image, or with the default focal length."""
+        width, height = size
         if image is not None:
             try:
                 camera = self._colmap.infer_camera_from_image(image)
@@ -506,12 +614,7 @@ class ColmapDatabase:
             database.write_frame(self._frame(image))
         position = None if file is None else read_position(file)
         if position is not None and all(map(math.isfinite, position)):
-            prior = colmap.PosePrior(
-                corr_data_id=image.data_id,
-                position=np.array(position),
-                coordinate_system=colmap.PosePriorCoordinateSystem.WGS84,
-            )
-            database.write_pose_prior(prior)
+            self._add_position(image, position)
         return image.image_id
 
     def _store_camera(self, camera: Any) -> int:
@@ -813,6 +916,14 @@ class ColmapDatabase:
 
     def _verified(self, a: str, b: str) -> bool:
         return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))
+
+
+def _same_camera(a: Any, b: Any) -> bool:
+    """Whether two cameras differ in their number only."""
+    return (
+        (a.model, a.width, a.height, a.has_prior_focal_length)
+        == (b.model, b.width, b.height, b.has_prior_focal_length)
+    ) and np.array_equal(a.params, b.params)
 
 
 def to_sift(values: np.ndarray) -> np.ndarray:

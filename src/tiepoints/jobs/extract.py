@@ -31,6 +31,7 @@ from ..formats.store import (
     foreign_message,
     holds_features,
     images_path,
+    refinement_path,
     settings_path,
 )
 from ..image import Notices
@@ -224,6 +225,7 @@ def extract_images(
                 ray=ray,
                 progress=progress,
             )
+            assign_cameras(store, tasks)
             notices.log()
         if shards is not None:
             shards.remove({str(task.relative) for task in tasks})
@@ -236,6 +238,17 @@ def camera_keys(camera: str, tasks: Iterable[Task]) -> dict[str, Any]:
     if camera != "auto":
         return {}
     return shared_cameras({str(task.relative): task.source for task in tasks})
+
+
+def assign_cameras(store: FeatureStore, tasks: Iterable[Task]) -> None:
+    """Give the images of a database the cameras that they would have in a new one; the matches of
+    those that had others are verified, and keypoints refined, by the next matching.
+    """
+    if not isinstance(store, ColmapDatabase):
+        return
+    moved = store.assign_cameras({str(task.relative): task.source for task in tasks})
+    if moved and store.holds_matches():
+        refinement_path(store.path).touch()
 
 
 def mask_settings(masks: Path | None) -> dict[str, Any]:

@@ -35,7 +35,6 @@ from ..formats.records import (
     RecordLog,
     file_stamp,
     json_digest,
-    record_path,
     with_program,
 )
 from ..formats.store import (
@@ -48,6 +47,7 @@ from ..formats.store import (
     matches_path,
     open_features,
     own_settings,
+    refinement_path,
 )
 from ..hard_pairs import Attempt, View, match_again
 from ..image import ImageLike, Notices, ReadOptions, read_image
@@ -58,6 +58,7 @@ from ..refine import matched_pairs, refine_matches, refine_tracks
 from ..structs import Estimate, Features, Matches
 from .extract import (
     ExtractReport,
+    assign_cameras,
     camera_keys,
     check_store,
     counted_pages,
@@ -992,6 +993,7 @@ def _extract_source(
     )
     shards.remove({str(task.relative) for task in tasks})
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
+    assign_cameras(store, tasks)
     files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]
     if storing.ray is not None and isinstance(store, FeatureFile):
@@ -1042,7 +1044,7 @@ class _Refinement:
     """
 
     def __init__(self, output: Path, source: _Source, *, enabled: bool):
-        self.marker = record_path(output, "refinement-pending")
+        self.marker = refinement_path(output)
         self.source, self.enabled = source, enabled
         self.interrupted, self.complete = self.marker.exists(), True
 
