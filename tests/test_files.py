@@ -101,5 +101,6 @@ def test_missing_library_is_named_with_its_extra():
 
 
 def test_natural_order():
+    assert natural("10²1")[:3] == [(0, 0, ""), (1, 10, ""), (0, 0, "²")]
     names = ["img10.png", "img2.png", "img1b.png", "img1a.png"]
     assert sorted(names, key=natural) == ["img1a.png", "img1b.png", "img2.png", "img10.png"]

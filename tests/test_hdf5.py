@@ -208,6 +208,12 @@ def test_matches_of_real_images_round_trip_and_in_hloc(tmp_path):
     assert torch.equal(again.score, found.score)
     assert (reverse.index[1:, 0] >= reverse.index[:-1, 0]).all()
     assert {(j, i) for i, j in reverse.index.tolist()} == {(i, j) for i, j in found.index.tolist()}
+    with MatchFile(tmp_path / "m.h5", write=True) as file:  # in place of both orders
+        file.write_matches("b.png", "e/a.png", Matches(torch.zeros(1, 2).long(), torch.ones(1)), 1)
+    with MatchFile(tmp_path / "m.h5") as file:
+        assert len(file.read_matches("e/a.png", "b.png")) == 1
+        assert len(file.read_matches("b.png", "e/a.png")) == 1
+    assert hloc_names(tmp_path / "m.h5") == {"s-a.png/b.png", "b.png/e-a.png"}
     for names in (("s/a.png", "b.png"), ("b.png", "s/a.png")):
         table, score = hloc_matches(tmp_path / "m.h5", *names)
         ours = found.index if names[0] == "s/a.png" else found.index.flip(1)

@@ -5,16 +5,18 @@ camera that moves sideways or only rotates.
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, TiffImagePlugin
 
 import tiepoints
 from helpers import call, texture
@@ -290,6 +292,8 @@ def test_cameras_are_known_by_their_exif(tmp_path):
         photo("d.jpg", "M", 5.0),
         photo("e.jpg", "M", 4.25, (48, 64)),
     )
+    unknown = {0x920A: 4.25, 0xA404: TiffImagePlugin.IFDRational(0, 0)}
+    assert read_camera(photo("unknown.jpg", "M", unknown)) == ("Maker", "M", 4.25, None, None)
     z = photo("z.jpg", "M", {0x920A: 4.25, 0xA405: 52})  # another lens or crop of the phone
     assert shared(a=a, b=b, c=c, d=d, e=e, z=z) == {"ab", "c", "d", "e", "z"}
     f, g, h = plain("f.jpg", (64, 48)), plain("g.jpg", (64, 48)), plain("h.jpg", (48, 64))
@@ -531,11 +535,11 @@ def test_cameras_are_not_refined_if_the_focal_length_diverges(result, monkeypatc
     import pycolmap
 
     model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
-    refined = mapping._refined(model)
+    refined = mapping._refined(model, 1)
     assert refined is not model
     assert refined.compute_mean_reprojection_error() < 0.5
     monkeypatch.setattr(mapping, "FOCAL_CHANGE", 1.0)  # any change is too large
-    assert mapping._refined(model) is model
+    assert mapping._refined(model, 1) is model
 
 
 class _Mapped:
@@ -571,7 +575,7 @@ def test_missing_images_are_mapped_with_constant_cameras(tmp_path, monkeypatch):
         return [_Mapped("abcd", 9)] if not refine else [_Mapped("abc", 0), _Mapped("ab", 7)]
 
     monkeypatch.setattr(mapping, "_map_once", mapped)
-    monkeypatch.setattr(mapping, "_refined", lambda model: model)
+    monkeypatch.setattr(mapping, "_refined", lambda model, threads: model)
 
     def models_of(names):
         paths = tmp_path / "x.db", tmp_path / "work"
@@ -617,7 +621,7 @@ def test_images_are_mapped_again_if_a_focal_length_is_implausible(
         return [_Mapped("abc", 9, 1e7)] if refine else [_Mapped(names, 7)]
 
     monkeypatch.setattr(mapping, "_map_once", mapped)
-    monkeypatch.setattr(mapping, "_refined", lambda model: model)
+    monkeypatch.setattr(mapping, "_refined", lambda model, threads: model)
     (model,) = mapping.map_images(tmp_path / "x.db", tmp_path / "work", images=list("abc"))
     wrong = mapping.implausible_focal_lengths(model)
     if kept == "diverged":  # fewer images with constant cameras
@@ -676,7 +680,7 @@ def test_robust_adjustment_resists_wrong_observations(result, capfd):
         return np.abs(distances(model) - distances(clean)).mean()
 
     plain, robust = pycolmap.Reconstruction(wrong), mapping.adjust_robustly(wrong)
-    mapping._adjust(plain)
+    mapping._adjust(plain, pycolmap.BundleAdjustmentOptions())
     assert capfd.readouterr().err == ""
     assert error(robust) < 0.5 * error(plain)
     assert robust.num_reg_images() == clean.num_reg_images()
@@ -770,6 +774,63 @@ def test_images_of_several_cameras_are_a_warning(result, monkeypatch):
         for number in model.reg_image_ids():
             camera = stored.read_camera(model.image(number).camera_id)
             assert camera.params[0] == 1.2 * 320  # as before the model
+
+
+def test_only_the_listed_pairs_are_mapped(result, tmp_path):
+    """Also if others were matched before; a list may name a pair twice."""
+    base, *_ = result
+    names = sorted(path.name for path in (base / "photos").glob("[0-9]*"))
+    listed = tmp_path / "pairs.txt"
+    pairs = list(itertools.combinations(names[:4], 2))
+    listed.write_text("".join(f"{a} {b}\n{b} {a}\n" for a, b in [*pairs, *pairs]))
+    shutil.copytree(base / "model", tmp_path / "model")
+    found = []
+    for output in (tmp_path / "model", tmp_path / "new"):
+        arguments = ("reconstruct", base / "photos", "--output", output, *FAST, "--json")
+        code, out, _ = call("-q", *arguments, "--pairs", listed)
+        assert code == 1  # the other photographs are not in the model
+        summary = json.loads(out)
+        assert (summary["images"], summary["registered"]) == (7, 4)
+        assert summary["pairs"]["chosen"] == summary["pairs"]["verified"] == 6
+        reasons = dict(summary["unregistered"])
+        assert set(reasons) == {*names[4:], "gray.png", "other.png"}
+        assert set(reasons.values()) == {f"{listed} has no pair of it"}
+        found.append([summary["models"][0]["points"], summary["models"][0]["observations"]])
+    assert found[0] == found[1]
+    listed.write_text("left.png right.png\n")
+    code, _, err = call(
+        "reconstruct", base / "photos", "--output", tmp_path / "none", *FAST, "--pairs", listed
+    )
+    assert code == 2
+    assert "lists none of the 7 images" in err
+    assert "left.png" in err
+
+
+def test_the_largest_model_decides_the_cameras_of_the_database(result, tmp_path, monkeypatch):
+    """A smaller one may give some of its images cameras of their own."""
+    import pycolmap
+
+    from tiepoints.jobs import reconstruct as job
+
+    base, *_ = result
+    model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
+    monkeypatch.setattr(job, "map_images", lambda *_, **__: [model, model])
+    given = iter([None, 100])
+
+    def adjusted(_, model, unused):
+        number = next(given)
+        return (
+            model if number is None else mapping.with_own_cameras(model, set(model.cameras), number)
+        )
+
+    monkeypatch.setattr(job._Reconstruction, "_adjusted", adjusted)
+    output = tmp_path / "model"
+    call("-q", "reconstruct", base / "photos", "--output", output, *FAST)
+    largest = pycolmap.Reconstruction(output / "sparse" / "0")
+    with ColmapDatabase(output / "database.db") as database:
+        for number in largest.reg_image_ids():
+            image = largest.image(number)
+            assert database.read_camera(image.name).camera_id == image.camera_id
 
 
 def test_shared_cameras_in_words():

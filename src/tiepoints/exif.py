@@ -93,7 +93,9 @@ def read_camera(path: str | Path) -> CameraTags:
             more = tags.get_ifd(ExifTags.IFD.Exif)
         wanted = base.FocalLength, base.FocalLengthIn35mmFilm, base.DigitalZoomRatio
         found = (more.get(tag) for tag in wanted)
-        numbers = (None if value is None else round(float(value), 3) for value in found)
+        values = (math.nan if value is None else float(value) for value in found)
+        # some cameras write 0/0 for an unknown digital zoom
+        numbers = (round(value, 3) if math.isfinite(value) else None for value in values)
         return CameraTags(tags.get(base.Make), tags.get(base.Model), *numbers)
     except Exception:  # see read_position
         return CameraTags()

@@ -284,9 +284,8 @@ def is_lfs_pointer(start: bytes) -> bool:
 
 def natural(name: str) -> list[Any]:
     """Sort key for natural order: img2 before img10."""
-    return [
-        (1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", name)
-    ]
+    parts = re.split(r"(\d+)", name)
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in parts]
 
 
 def is_image_name(path: Path) -> bool:

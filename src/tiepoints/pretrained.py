@@ -232,7 +232,9 @@ def _training(facts: dict[str, Any]) -> dict[str, Any]:
     schedule = facts.get("schedule")
     rows = {key: value for key, value in facts.items() if key != "schedule" and value != ""}
     if isinstance(schedule, dict):
-        names = ("steps", "batch_size", "optimiser", "learning_rate", "weight_decay", "seed")
+        if "optimiser" in schedule:  # of earlier files
+            schedule = {"optimizer": schedule["optimiser"], **schedule}
+        names = ("steps", "batch_size", "optimizer", "learning_rate", "weight_decay", "seed")
         rows |= {key: schedule[key] for key in names if key in schedule}
     return {
         key: Path(value).name if isinstance(value, str) and value.startswith("/") else value

@@ -616,7 +616,7 @@ class MatchFile(_GroupFile):
         return names
 
     def write_matches(self, a: str, b: str, matches: Matches, count: int) -> None:
-        """Write the matches of the images ``a`` and ``b``.
+        """Write the matches of the images ``a`` and ``b``, in place of those in either order.
 
         Args:
             a, b: names of the images.
@@ -637,7 +637,10 @@ class MatchFile(_GroupFile):
         partner[index[:, 0]] = index[:, 1]
         score[index[:, 0]] = matches.score.cpu().numpy()
         arrays: dict[str, np.ndarray] = {"matches0": partner, "matching_scores0": score}
-        self._put(pair_name(a, b), arrays)
+        name, reverse = pair_name(a, b), pair_name(b, a)
+        self._put(name, arrays)
+        if reverse != name:
+            self._delete([reverse])
 
     def read_matches(self, a: str, b: str) -> Matches:
         """Read the matches of a pair, sorted by the keypoint of ``a``, in either stored order.

@@ -82,6 +82,7 @@ def choose_image_pairs(
     method: str = "auto",
     neighbors: int | None = None,
     *,
+    usual: int | None = None,
     progress: bool = False,
 ) -> PairChoice:
     """Choose pairs by a method of ``names.PAIR_METHODS``.
@@ -90,7 +91,8 @@ def choose_image_pairs(
     most photographs have a position, else the most similar ones.
 
     Args:
-        neighbors: number of neighbors per image, by default ``NEIGHBORS``.
+        neighbors: number of neighbors per image; if it is given, ``auto`` never chooses all pairs.
+        usual: without it, the number for ``retrieval`` and ``gps``; by default ``NEIGHBORS``.
 
     Raises:
         ValueError: an unknown method, or ``neighbors`` of a method without.
@@ -109,6 +111,8 @@ def choose_image_pairs(
         method, because = _automatic(len(names), neighbors, list(positions.values()))
     if method == "exhaustive":
         return PairChoice(all_pairs(names), method, f"all pairs{because}")
+    if neighbors is None and method != "sequential":
+        neighbors = usual
     count = neighbors or NEIGHBORS[method]
     search = _Search(images, names, progress)
     if method == "sequential":

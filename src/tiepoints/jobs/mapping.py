@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -177,7 +178,7 @@ def map_images(
     if implausible or len(_names(best)) < len(images):
         models = run(options.seed, refine=False)
         if len(_names(models)) > len(_names(best)) - implausible:
-            best = [_refined(model) for model in models]
+            best = [_refined(model, options.threads) for model in models]
     return best
 
 
@@ -210,16 +211,19 @@ def _names(models: Iterable[Any]) -> set[str]:
     return {model.image(image).name for model in models for image in model.reg_image_ids()}
 
 
-def _refined(model: Any) -> Any:
+def _refined(model: Any, threads: int) -> Any:
     """The model with cameras, poses and points refined together; unchanged if a focal length
     diverges.
     """
-    refined = require_pycolmap().Reconstruction(model)
-    _adjust(refined)
+    colmap = require_pycolmap()
+    refined = colmap.Reconstruction(model)
+    options = colmap.BundleAdjustmentOptions()
+    options.ceres.solver_options.num_threads = threads
+    _adjust(refined, options)
     return model if _diverged(model, refined) else refined
 
 
-def _adjust(model: Any, options: Any = None) -> None:
+def _adjust(model: Any, options: Any) -> None:
     """Bundle adjustment of a model, which is changed; ``pycolmap.bundle_adjustment`` always writes
     to the standard error.
     """
@@ -228,7 +232,6 @@ def _adjust(model: Any, options: Any = None) -> None:
     for image in model.reg_image_ids():
         config.add_image(image)
     config.fix_gauge(colmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
-    options = options or colmap.BundleAdjustmentOptions()
     options.print_summary = False
     with quiet_colmap(colmap):
         colmap.create_default_bundle_adjuster(options, config, model).solve()
@@ -571,7 +574,7 @@ def median_angle(arrays: Model, limit: int = 2000) -> float:
     rays; 0 without points.
     """
     rays: dict[int, list[np.ndarray]] = {}
-    chosen = set(range(0, len(arrays.points), max(1, len(arrays.points) // limit)))
+    chosen = set(range(0, len(arrays.points), max(1, math.ceil(len(arrays.points) / limit))))
     for view in arrays.views.values():
         for point in view.point.tolist():
             if point in chosen:

@@ -289,6 +289,7 @@ class MatchReport:
         failed: (image or pair, reason); the pairs of an image that failed are not listed.
         ignored: number of files in the given folders that are not images.
         selection: how the pairs were chosen, and why.
+        pairs: the chosen pairs, of which some may have failed.
     """
 
     done: int = 0
@@ -299,6 +300,7 @@ class MatchReport:
     failed: list[tuple[str, str]] = field(default_factory=list)
     ignored: int = 0
     selection: str = ""
+    pairs: list[tuple[str, str]] = field(default_factory=list)
 
 
 def stored_images(
@@ -611,12 +613,14 @@ def match_images(
     *,
     pairs: str | Path | None = None,
     neighbors: int | None = None,
+    usual_neighbors: int | None = None,
     features: Path | None = None,
     root: Path | None = None,
     camera: str = "auto",
     masks: Path | None = None,
     pages: str = "first",
     overwrite: bool = False,
+    exclusive: bool = False,
     workers: int | None = 1,
     shard: Shard | None = None,
     ray: str | None = None,
@@ -631,13 +635,15 @@ def match_images(
             database. With ``features``, its descriptor must be that of the stored features.
         options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
             subpixel positions (``refine.refine_tracks``).
-        pairs, neighbors: a list of pairs (``read_pairs``), or arguments of
+        pairs, neighbors, usual_neighbors: a list of pairs (``read_pairs``), or arguments of
             ``image_pairs.choose_image_pairs``; by default ``auto``. Unless listed, pairs are
             written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``extract_images``.
         masks, pages: see ``extract_images``.
+        exclusive: remove the two-view geometries of other pairs from a database; their matches are
+            kept.
         workers: see ``extract_images`` and, of the pairs, ``pair_workers.PairRunner``.
         shard: match only this part of the pairs of stored ``features``, as one of several jobs, to
             a file of its own (``shards``). Matching without a shard then merges them.
@@ -649,7 +655,7 @@ def match_images(
     """
     options = options or MatchOptions()
     method = pairs if isinstance(pairs, str) and pairs in PAIR_METHODS else "auto"
-    listed = None if pairs is None or pairs == method else list(read_pairs(pairs))
+    listed = None if pairs is None or pairs == method else _distinct(read_pairs(pairs))
     if listed is not None and neighbors is not None:
         raise ValueError("a list of pairs has no number of neighbors; give one of the two")
     if listed is not None and not listed:
@@ -665,7 +671,14 @@ def match_images(
         if features is None:
             if listed is not None:
                 names = {name for pair in listed for name in pair}
-                tasks = [task for task in tasks if str(task.relative) in names]
+                chosen = [task for task in tasks if str(task.relative) in names]
+                if tasks and not chosen:
+                    raise DataError(
+                        f"{pairs} lists none of the {len(tasks)} images; their names are such as "
+                        f"{printable(str(tasks[0].relative))}, and the first one in the list is "
+                        f"{printable(listed[0][0])}"
+                    )
+                tasks = chosen
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
             storing = _Storing(camera, masks, overwrite, workers, ray, progress)
@@ -674,19 +687,19 @@ def match_images(
             if masks is not None:
                 raise ValueError("masks apply to the extraction: extract the features with --masks")
             descriptor = None if extraction is None else extraction.descriptor
-            chosen = tasks if images else None
+            given = tasks if images else None
             stored = output if shard is None else None
-            source = _stored_source(stack, chosen, stored, features, descriptor)
+            source = _stored_source(stack, given, stored, features, descriptor)
         source.failed = found.refused + source.failed
         choice = (
             PairChoice(listed, "list", f"the pairs of {pairs}")
             if listed
-            else _choose_pairs(source, method, neighbors, progress)
+            else _choose_pairs(source, method, neighbors, usual_neighbors, progress)
         )
         settings = {**options.to_json(database=database), "features": source.settings}
         if features is not None:  # without images, no rotation is estimated
             settings.pop("orientation", None)
-        job = _Matching(source, output, settings, options, overwrite, progress)
+        job = _Matching(source, output, settings, options, overwrite, exclusive, progress)
         if shard is not None:
             report = job.match_shard(shard, choice.pairs, workers)
         else:
@@ -695,8 +708,13 @@ def match_images(
             report = job.match(stack, choice.pairs, ray, workers)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
-    report.selection = choice.reason
+    report.selection, report.pairs = choice.reason, choice.pairs
     return report
+
+
+def _distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs without those that are repeated, in either order."""
+    return list({min(pair, pair[::-1]): pair for pair in reversed(list(pairs))}.values())[::-1]
 
 
 @dataclass(frozen=True)
@@ -713,6 +731,7 @@ class _Matching:
     settings: dict[str, Any]
     options: MatchOptions
     overwrite: bool
+    exclusive: bool
     progress: bool
 
     def match_shard(
@@ -773,8 +792,9 @@ class _Matching:
             )
             if database:
                 matched = [pair for pair in pairs if store.has_matches(*pair)]
+                changed = self.exclusive and _forget_others(store, matched)
                 report.verified = refinement.verify(
-                    matched, changed=report.done > 0, progress=progress
+                    matched, changed=changed or report.done > 0, progress=progress
                 )
             _record_source(store, self.settings)
         if shards.folder.is_dir():
@@ -880,12 +900,13 @@ def _choose_pairs(
     source: _Source,
     method: str,
     neighbors: int | None,
+    usual: int | None,
     progress: bool,
 ) -> PairChoice:
     """Choose pairs of the images with features."""
     weights = source.settings.get("digests", {}).get("descriptor")
     candidates = Candidates(source.names, source.store, weights, source.files)
-    choice = choose_image_pairs(candidates, method, neighbors, progress=progress)
+    choice = choose_image_pairs(candidates, method, neighbors, usual=usual, progress=progress)
     if not choice.pairs:
         reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
         count = f"{len(source.names)} image{'s' * (len(source.names) != 1)}"
@@ -1035,6 +1056,15 @@ def _stored_source(
             "again"
         )
     return _Source(store, names, files, settings, missing, reading=ReadOptions.of_record(settings))
+
+
+def _forget_others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> bool:
+    """Remove the verified matches of other pairs; returns whether there were any."""
+    chosen = {frozenset(pair) for pair in pairs}
+    others = [pair for pair in database.pairs() if frozenset(pair) not in chosen]
+    verified = matched_pairs(others, database.read_inliers)
+    database.forget_geometry(verified)
+    return bool(verified)
 
 
 class _Refinement:

@@ -8,6 +8,7 @@ docs/how-to/reconstruct.md describes the files.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -281,8 +282,14 @@ class _Reconstruction:
         with self._stage("match"):
             report = self._match()
         with self._stage("check"), ColmapDatabase(self.database) as database:
-            graph = read_graph(database, self.files)
-        summary.images = len(graph.keypoints)
+            graph = read_graph(database, report.pairs)
+        unlisted: list[str] = []
+        if Path(self.options.pairs).is_file():
+            listed = {name for pair in report.pairs for name in pair}
+            unlisted = [name for name in self.files if name not in listed]
+            reason = f"{self.options.pairs} has no pair of it"
+            summary.unregistered += [(name, reason) for name in unlisted]
+        summary.images = len(graph.keypoints) + len(unlisted)
         summary.camera = self.camera
         summary.pairs["verified"] = len(graph.inliers)
         self._check(graph)
@@ -368,26 +375,24 @@ class _Reconstruction:
 
     def _match(self) -> MatchReport:
         options = self.options
-        neighbors = options.neighbors
-        listed = Path(options.pairs).is_file()
-        if neighbors is None and not listed and options.pairs in ("retrieval", "gps"):
-            neighbors = QUALITY[options.quality].neighbors
         report = match_images(
             self.arguments,
             self.database,
             options.extraction(),
             MatchOptions(),
             pairs=options.pairs,
-            neighbors=neighbors,
+            neighbors=options.neighbors,
+            usual_neighbors=QUALITY[options.quality].neighbors,
             root=self.root,
             camera=self.camera,
             masks=None if options.masks is None else Path(options.masks),
             overwrite=self.overwrite,
+            exclusive=True,
             workers=options.workers,
             progress=self.progress,
         )
         self.summary.pairs = {
-            "chosen": report.done + report.skipped,
+            "chosen": len(report.pairs),
             "matched": report.done,
             "reason": report.selection,
         }
@@ -457,12 +462,12 @@ class _Reconstruction:
         write_models(models, sparse)
         write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
         # so that COLMAP can continue with the database and the models
-        own = {
+        cameras = {
             image.name: image.camera_id
             for model in reversed(models)  # the largest one decides
             for image in map(model.image, model.reg_image_ids())
-            if image.camera_id >= unused
         }
+        own = {name: number for name, number in cameras.items() if number >= unused}
         if own:
             with ColmapDatabase(self.database, write=True) as database:
                 database.separate(own)
@@ -586,7 +591,7 @@ class _Reconstruction:
         """Sharpness of the missing images, as a fraction of the median of registered ones."""
         if not missing:
             return {}
-        chosen = registered[:: max(1, len(registered) // SHARPNESS_IMAGES)]
+        chosen = registered[:: max(1, math.ceil(len(registered) / SHARPNESS_IMAGES))]
         measured: dict[str, float] = {}
         for name in [*chosen, *missing]:
             try:
@@ -678,11 +683,12 @@ class Graph:
         return Counter(name for pair in self.pairs for name in pair)
 
 
-def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
-    """Read the verified matches of the images ``names``."""
+def read_graph(database: ColmapDatabase, chosen: Iterable[tuple[str, str]]) -> Graph:
+    """Read the verified matches of the pairs ``chosen``."""
+    chosen = list(chosen)
     positions = {
         name: database.read_positions(name)
-        for name in names
+        for name in dict.fromkeys(name for pair in chosen for name in pair)
         if database.done(name, described=False)
     }
     cameras = {name: database.read_camera(name) for name in positions}
@@ -690,7 +696,8 @@ def read_graph(database: ColmapDatabase, names: Iterable[str]) -> Graph:
         [name, array_digest(xy), array_digest(np.asarray(cameras[name].params))]
         for name, xy in positions.items()
     ]
-    pairs = [pair for pair in database.pairs() if set(pair) <= set(positions)]
+    wanted = {frozenset(pair) for pair in chosen}
+    pairs = [pair for pair in database.pairs() if frozenset(pair) in wanted]
     inliers: dict[tuple[str, str], np.ndarray] = {}
     for a, b in pairs:
         index = database.read_inliers(a, b).index.numpy()
@@ -717,7 +724,7 @@ def _parallax(
     largest = sorted(inliers, key=lambda pair: -len(inliers[pair]))
     # evenly chosen, as neighbors in time have the most matches and the least parallax
     usable = [pair for pair in largest if len(inliers[pair]) >= ROTATION_MATCHES]
-    chosen = usable[:: max(1, len(usable) // ROTATION_PAIRS)]
+    chosen = usable[:: max(1, math.ceil(len(usable) / ROTATION_PAIRS))]
     total = still = 0
     moved = []
     for a, b in chosen:
