@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import tiepoints
 from tiepoints.cli import app, signals
 from tiepoints.cli.common import STOPPED, user_errors
+from tiepoints.evaluation import compare
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.formats.npy import read_features
 from tiepoints.jobs.extract import extract_images
@@ -200,7 +201,7 @@ def test_pictures_of_pairs_have_distinct_names(tmp_path):
     ]
 
 
-def test_compare_reports_the_better_system(tmp_path):
+def test_compare_reports_the_better_system(tmp_path, monkeypatch):
     rng = np.random.default_rng(1)
     for i in range(4):
         coarse = Image.fromarray(rng.integers(0, 256, (30, 40), dtype=np.uint8))
@@ -217,6 +218,15 @@ def test_compare_reports_the_better_system(tmp_path):
     code, out, _ = call("compare", "keynet-tiny", "keynet-tiny", *arguments)
     assert code == 0
     assert out.count("no difference shown") == 3
+    seen = []
+    measure = compare._measure
+    monkeypatch.setattr(
+        compare, "_measure", lambda *given: seen.append(given[1]) or measure(*given)
+    )
+    call("compare", "keynet-tiny", "keynet-tiny", *arguments)
+    warps = {pair.H_ab.tobytes() for pair in seen}
+    assert len(warps) == 4 * compare.VIEWS  # each view of each image has its own
+    assert len(seen) == 2 * len(warps)
     code, _, err = call("compare", "keynet-tiny", "nonsense", *arguments)
     assert code == 2
     assert "nonsense" in err

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..names import PAIR_PRESETS
+from ..names import AFFINE_SHAPES, PAIR_PRESETS
 from .common import (
     DeviceOption,
     JsonOption,
@@ -259,7 +259,7 @@ def train(
         raise
     except RuntimeError as error:  # the loss is not finite
         fail(str(error), stopped=stopped)
-    comparison = None
+    comparison, held_out = None, []
     if compare and output.is_file():
         from ..evaluation.compare import compare_trained
 
@@ -276,6 +276,11 @@ def train(
     )
     if comparison is not None:
         typer.echo(comparison.table())
+    elif compare and output.is_file() and arguments["network"] not in AFFINE_SHAPES:
+        typer.echo(
+            f"not compared with the shipped weights: {len(held_out)} held-out photographs, and at "
+            "least two with texture are needed; give more photographs, or others with --validation"
+        )
 
 
 def pairs(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..datasets.synthetic import PRESETS, Pair, PairDataset
+from ..datasets.synthetic import PRESETS, Pair, PairDataset, PairSettings
 from ..device import choose_device
 from ..errors import DataError
 from ..geometry import warp_points
@@ -23,6 +23,8 @@ from ..progress import track
 from ..weights import load
 from .systems import Options, System, system, system_label
 
+#: Pairs of views of each image.
+VIEWS = 3
 #: A keypoint or match is correct within this many pixels.
 DISTANCE = 3.0
 #: Bootstrap samples of the images for a confidence interval of 95 %.
@@ -148,16 +150,19 @@ def compare_systems(
     options = Options(num_keypoints=2 * settings.num_keypoints, device=device)
     systems = [system(name, options) for name in (a, b)]
     step = max(1, len(images) // settings.photos)
-    views = dataclasses.replace(PRESETS["default"], size=settings.size)
+    chosen = list(images)[::step][: settings.photos]
+    views = comparison_views(settings.size)
     rows: list[list[dict[str, float]]] = []
-    for path in track(
-        list(images)[::step][: settings.photos], unit="image", label="compare", enabled=progress
-    ):
-        try:
-            pair = PairDataset([path], views, seed=settings.seed, length=1).pair(0)
+    for number, path in enumerate(track(chosen, unit="image", label="compare", enabled=progress)):
+        dataset = PairDataset([path], views, seed=settings.seed, length=VIEWS * len(chosen))
+        try:  # the warps of each image are its own
+            pairs = [dataset.pair(VIEWS * number + view) for view in range(VIEWS)]
         except DataError:
             continue  # no texture
-        rows.append([_measure(detect, pair, settings.num_keypoints) for detect in systems])
+        measured = [
+            [_measure(detect, pair, settings.num_keypoints) for detect in systems] for pair in pairs
+        ]
+        rows.append([_mean(list(of_system)) for of_system in zip(*measured, strict=True)])
     if len(rows) < 2:
         raise DataError(
             f"{len(rows)} of {len(images)} images have texture in views of {settings.size} px, and "
@@ -165,6 +170,19 @@ def compare_systems(
         )
     found = {name: _interval(rows, name) for name in MEASURES}
     return Comparison(a, b, len(rows), {k: v for k, v in found.items() if v is not None})
+
+
+def comparison_views(size: int) -> PairSettings:
+    """How the views are drawn: as of cameras that are nearly level, as ``match`` estimates the
+    rotation of a pair before it describes the keypoints; of one plane, which the homography needs.
+    """
+    return dataclasses.replace(PRESETS["patches-upright"], size=size, layers=0.0)
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each measure over the views of an image that have it."""
+    names = {name for row in rows for name in row}
+    return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
 def _measure(detect: System, pair: Pair, num_keypoints: int) -> dict[str, float]:

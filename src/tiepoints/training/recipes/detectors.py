@@ -316,9 +316,12 @@ def _train(
         prepare=measure_bias,
     )
     if result.best <= 0:
+        few = result.steps <= settings.warmup
         logger.warning(
-            "the validation score of the network is 0; train again with another --seed or a lower "
-            "--learning-rate"
+            "the validation score of the network is 0; %s",
+            f"{result.steps} steps are too few: train longer"
+            if few
+            else "train again with another --seed or a lower --learning-rate",
         )
     return result
 
