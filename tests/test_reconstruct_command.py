@@ -742,6 +742,9 @@ def test_images_of_several_cameras_get_their_own(monkeypatch):
     found = [own.camera(own.image(k + 1).camera_id).mean_focal_length() for k in range(8)]
     np.testing.assert_allclose(found, focal, rtol=0.01)
     assert separated(own) is None
+    with monkeypatch.context() as patched:  # no model has more observations
+        patched.setattr(mapping, "SEPARATE_KEPT", 1.1)
+        assert separated(model) is None
     same = photographed([550.0] * 8)
     assert separated(same) is None
     monkeypatch.setattr(mapping, "SEPARATE_SHARE", 2.0)

@@ -47,6 +47,10 @@ TOLERANCE = 1e-5
 #: below this share (docs/results/reconstruction.md: above 0.9 for images of one camera), and
 #: their largest focal length is this factor above the smallest.
 SEPARATE_SHARE, SEPARATE_FACTOR = 0.85, 1.05
+#: They keep at least this share of the observations then (scenes with a zoom: 0.97 and more). Views
+#: that hardly determine the focal length have small residuals, too, if the cameras move together,
+#: which removes points (0.43).
+SEPARATE_KEPT = 0.9
 #: Of models that are adjusted at the end: the incremental mapper adjusts all of a model when it has
 #: grown by this factor (COLMAP's default is 1.1), and ends when the loss falls by less than this
 #: fraction. Half the time for as many images and points, and camera errors as small.
@@ -313,8 +317,8 @@ def separate_cameras(
         unused: of ``with_own_cameras``.
 
     Returns:
-        another ``pycolmap.Reconstruction``; or ``adjusted``, if cameras of their own hardly differ
-        or hardly reduce the residuals (``SEPARATE_SHARE``).
+        another ``pycolmap.Reconstruction``; or ``adjusted``, if cameras of their own hardly differ,
+        hardly reduce the residuals (``SEPARATE_SHARE``) or lose observations (``SEPARATE_KEPT``).
     """
     users: dict[int, list[int]] = defaultdict(list)
     for number in model.reg_image_ids():
@@ -330,7 +334,9 @@ def separate_cameras(
     lengths = [[focal(image) for image in users[camera]] for camera in shared]
     differ = any(max(found) > SEPARATE_FACTOR * min(found) for found in lengths)
     better = median_residual(separate) < SEPARATE_SHARE * median_residual(adjusted)
-    return separate if differ and better else adjusted
+    count = separate.compute_num_observations()
+    kept = count >= SEPARATE_KEPT * adjusted.compute_num_observations()
+    return separate if differ and better and kept else adjusted
 
 
 def with_own_cameras(model: Any, shared: set[int], unused: int | None = None) -> Any:

@@ -39,6 +39,7 @@ from .mapping import (
     LOSS_SCALE,
     MIN_POINTS,
     SEPARATE_FACTOR,
+    SEPARATE_KEPT,
     SEPARATE_SHARE,
     MapOptions,
     Model,
@@ -428,7 +429,10 @@ class _Reconstruction:
             **asdict(self.options.mapping()),
             "matches": graph.digest,
             "adjusted": [LOSS_SCALE, KEPT_RESIDUAL, MIN_POINTS],
-            "separated": [SEPARATE_SHARE, SEPARATE_FACTOR] if self._assumed else None,
+            "cameras": json_digest(sorted(self._shared.items())),
+            "separated": [SEPARATE_SHARE, SEPARATE_FACTOR, SEPARATE_KEPT]
+            if self._assumed
+            else None,
         }
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
@@ -570,8 +574,9 @@ class _Reconstruction:
         if len(used) > len({self._shared.get(name, name) for name in arrays.views}):
             focal = [models[0].camera(number).mean_focal_length() for number in used]
             summary.warnings.append(
-                f"the images are not of one camera and zoom: focal lengths from {min(focal):.0f} "
-                f"to {max(focal):.0f} pixels, so each has a camera of its own"
+                f"the images seem not to be of one camera and zoom: focal lengths from "
+                f"{min(focal):.0f} to {max(focal):.0f} pixels, so each has a camera of its own; if "
+                "they are of one, use --camera single --overwrite"
                 + ("; for the missing ones, use --camera per-image --overwrite" if missing else "")
             )
         if wrong := implausible_focal_lengths(models[0]):
