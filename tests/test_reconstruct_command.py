@@ -8,8 +8,11 @@ import base64
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -163,7 +166,7 @@ def test_interrupted_mapping_keeps_the_matches(result, monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: shifted(folder, 1), "two are needed"),
+        (lambda folder: shifted(folder, 1), "at least 3 that overlap"),
         (lambda folder: rotated(folder, 4), "the camera only rotated"),
     ],
 )
@@ -201,18 +204,29 @@ def test_two_scenes_become_two_models(tmp_path):
 
 
 def test_invalid_arguments(tmp_path):
-    photos = shifted(tmp_path / "photos", 2)
+    photos = shifted(tmp_path / "photos", 3)
+    (photos / "phone.heic").write_bytes(b"ftypheic")
+    pinhole = "SIMPLE_PINHOLE:nan,160,120"
     for arguments, message in (
         ((photos, "--output", photos / "model"), "is inside the folder of the photographs"),
         ((tmp_path / "gone", "--output", tmp_path / "o"), "no such file"),
         ((photos, "--output", tmp_path / "o", "--pairs", "all"), "no list of pairs at all"),
         ((photos, "--output", tmp_path / "o", "--camera", "x"), "camera must be auto"),
+        ((photos, "--output", tmp_path / "o", "--camera", pinhole), "all numbers finite"),
+        ((photos / "phone.heic", photos / "0_0.png", "--output", tmp_path / "o"), "convert it"),
+        ((photos / "0_[01].png", "--output", tmp_path / "o"), "2 photographs given"),
+        ((photos / "*.png", "--output", photos), "include results in --output"),
     ):
         code, _, err = call("-q", "reconstruct", *arguments)
         assert code == 2
         assert message in err, err
     with pytest.raises(ValueError, match="quality must be one of"):
         tiepoints.reconstruct(photos, tmp_path / "o", quality="ultra")
+    for options in ({"fps": math.inf}, {"neighbors": 0}, {"threads": -2}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+            ReconstructOptions(**options)
+    with pytest.raises(TypeError, match="got ndarray; save arrays"):
+        tiepoints.reconstruct([np.zeros((9, 9))], tmp_path / "o")
 
 
 def test_video(tmp_path):
@@ -777,6 +791,79 @@ def test_images_of_several_cameras_are_a_warning(result, monkeypatch):
         for number in model.reg_image_ids():
             camera = stored.read_camera(model.image(number).camera_id)
             assert camera.params[0] == 1.2 * 320  # as before the model
+
+
+def test_what_an_earlier_call_left(result, tmp_path, monkeypatch):
+    """A damaged model is mapped again, a damaged summary ignored, and old results are named."""
+    base, *_ = result
+    output = tmp_path / "model"
+    shutil.copytree(base / "model", output)
+    (output / "sparse" / "0" / "images.bin").write_bytes(b"")
+    (output / "summary.json").write_text('{"seconds": {"match": "x"}}')
+    (output / "image_folder.txt").write_text("moved")
+    (output / "dense").mkdir()
+    arguments = ("reconstruct", base / "photos", "--output", output, *FAST)
+    code, out, err = call(*arguments)
+    assert code == 1, err
+    assert "5 of 7 images" in out
+    assert "dense is of an earlier model" in err
+    shutil.copytree(base / "photos", tmp_path / "moved")
+    call("reconstruct", tmp_path / "moved", "--output", output, *FAST)
+    assert (output / "image_folder.txt").read_text().strip() == str(tmp_path / "moved")
+    gray = tmp_path / "gray"
+    gray.mkdir()
+    for k in range(3):
+        Image.new("RGB", SIZE, (128, 128, 120 + k)).save(gray / f"{k}.png")
+    code, _, err = call("reconstruct", gray, "--output", output, *FAST)
+    assert code == 2
+    assert "sparse, model.ply, report.html, dense in" in err
+    assert "are of an earlier call" in err
+
+
+def test_names_that_are_not_utf8_are_failures(tmp_path):
+    photos = shifted(tmp_path / os.fsdecode(b"caf\xe9"), 4)
+    try:
+        shutil.copy2(photos / "0_0.png", photos / os.fsdecode(b"\xe9.png"))
+    except OSError:
+        pytest.skip("the file system has Unicode names only")
+    code, out, err = call("reconstruct", photos, "--output", tmp_path / "o", *FAST)
+    assert code == 1
+    assert "4 of 4 images" in out
+    assert "not valid UTF-8" in err
+    assert (tmp_path / "o" / "report.html").stat().st_size > 10_000
+    assert find_models(tmp_path / "o")[0][1] == photos
+
+
+def test_images_that_colmap_cannot_read_are_not_in_the_undistorted_model(tmp_path):
+    import pycolmap
+
+    photos = shifted(tmp_path / "photos", 5)
+    Image.open(photos / "0_2.png").save(photos / "0_2.webp", lossless=True)
+    (photos / "0_2.png").unlink()
+    (tmp_path / "o" / "dense" / "images").mkdir(parents=True)
+    (tmp_path / "o" / "dense" / "images" / "removed.png").write_bytes(b"of an earlier model")
+    code, out, err = call("reconstruct", photos, "--output", tmp_path / "o", *FAST, "--undistort")
+    assert code == 1
+    assert "5 of 5 images" in out
+    assert "0_2.webp: COLMAP cannot read it" in err
+    dense = tmp_path / "o" / "dense"
+    model = pycolmap.Reconstruction(dense / "sparse")
+    names = sorted(model.image(number).name for number in model.reg_image_ids())
+    assert names == sorted(path.name for path in (dense / "images").iterdir())
+    assert names == [f"0_{k}.png" for k in (0, 1, 3, 4)]
+
+
+def test_sigterm_is_not_handled_by_the_logging_of_colmap():
+    script = (
+        "import signal; from tiepoints.cli.signals import *\n"
+        "def stop(*_): print('stopped'); raise SystemExit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "from tiepoints.formats.colmap import require_pycolmap; require_pycolmap()\n"
+        "signal.raise_signal(signal.SIGTERM)\n"
+    )
+    command = [sys.executable, "-c", script]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "stopped\n", "")
 
 
 def test_only_the_listed_pairs_are_mapped(result, tmp_path):

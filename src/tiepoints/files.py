@@ -112,9 +112,9 @@ def remove_temporary(path: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) atomically."""
+    """Write a text file (UTF-8) atomically; names of files that are not UTF-8 keep their bytes."""
     with atomic_path(path) as tmp_path:
-        tmp_path.write_text(text, encoding="utf-8")
+        tmp_path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_json(path: str | Path, content: Any) -> None:

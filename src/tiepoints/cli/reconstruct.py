@@ -109,7 +109,7 @@ def reconstruct(
         typer.echo(f"warning: {warning}", err=True)
     for name, reason in summary.unregistered:
         typer.echo(f"not in the model: {name}: {reason}", err=True)
-    finish(summary.failed, bad=not summary.complete)
+    finish(summary.failed, summary.ignored, bad=not summary.complete)
 
 
 def _print(summary: Summary) -> None:

@@ -19,7 +19,9 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sqlite3
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,12 +76,25 @@ PAIR_FACTOR = 2**31 - 1
 
 
 def require_pycolmap() -> Any:
-    pycolmap = require("pycolmap", extra="colmap", purpose="a COLMAP database")
+    with _signal_handlers_kept():
+        pycolmap = require("pycolmap", extra="colmap", purpose="a COLMAP database")
     if not hasattr(pycolmap, "FeatureDescriptors"):
         raise ImportError(
             "COLMAP databases need pycolmap 4.0 or newer: pip install -U 'tiepoints[colmap]'"
         )
     return pycolmap
+
+
+@contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Install the handlers of this process again if pycolmap is imported, whose logging library
+    replaces that of SIGTERM: it prints a stack trace and ends the process.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = None if "pycolmap" in sys.modules or not main else signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None:
+        signal.signal(signal.SIGTERM, handler)
 
 
 class ColmapDatabase:
@@ -185,6 +200,9 @@ class ColmapDatabase:
                 f"{model} has the parameters {known.params_info}; got {len(values)} numbers in "
                 f"{camera!r}"
             )
+        focal = [known.params[i] for i in known.focal_length_idxs()]
+        if not np.isfinite(known.params).all() or min(focal) <= 0:
+            raise ValueError(f"focal lengths must be positive, and all numbers finite: {camera!r}")
         known.has_prior_focal_length = True
         return known
 
@@ -980,12 +998,12 @@ def _as_matches(table: np.ndarray) -> Matches:
 
 
 @contextmanager
-def quiet_colmap(colmap: Any) -> Iterator[None]:
+def quiet_colmap(colmap: Any, *, errors: bool = True) -> Iterator[None]:
     """Suppress COLMAP's information and warnings, which it writes for every image; errors are
-    shown.
+    shown unless the caller reports them.
     """
     before = colmap.logging.minloglevel
-    colmap.logging.minloglevel = max(before, 2)
+    colmap.logging.minloglevel = max(before, 2 if errors else 3)
     try:
         yield
     finally:

@@ -409,7 +409,7 @@ def _map_once(
             bar.update()
 
     try:
-        with nullcontext() if options.verbose else quiet_colmap(colmap), bar:
+        with nullcontext() if options.verbose else quiet_colmap(colmap, errors=False), bar:
             if options.mapper == "global":
                 settings = colmap.GlobalPipelineOptions()
                 settings.image_names = list(images or ())

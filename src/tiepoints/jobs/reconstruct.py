@@ -27,9 +27,10 @@ from ..extract import ExtractOptions
 from ..files import Lock, Task, collect, is_disk_full, write_json, write_text
 from ..filters import fitting_size, laplacian_variance, reduce
 from ..formats.colmap import ColmapDatabase, quiet_colmap, require_pycolmap
+from ..formats.hdf5 import read_pairs
 from ..formats.records import array_digest, json_digest, read_settings, record_path
 from ..image import load_image
-from ..names import DESCRIPTOR, DETECTOR, QUALITIES
+from ..names import DESCRIPTOR, DETECTOR, PAIR_METHODS, QUALITIES
 from ..panorama import rotation_share
 from ..progress import track
 from .extract import camera_keys
@@ -37,6 +38,7 @@ from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
     LOSS_SCALE,
+    MIN_MODEL_SIZE,
     MIN_POINTS,
     SEPARATE_FACTOR,
     SEPARATE_KEPT,
@@ -73,6 +75,8 @@ FEW_KEYPOINTS = 50
 #: Images whose variance of the Laplacian, at this longest side, is less than this fraction of the
 #: median of the registered ones (of at most this number) are said to be blurred.
 SHARPNESS_SIZE, BLURRED, SHARPNESS_IMAGES = 800, 0.2, 20
+#: Results of the last stages.
+RESULTS = ("sparse", "model.ply", "report.html", "dense")
 #: Median angle between the rays of a point in degrees below which depths are uncertain.
 SMALL_ANGLE = 2.0
 
@@ -149,8 +153,12 @@ class ReconstructOptions:
             raise ValueError(f"quality must be one of {', '.join(QUALITY)}; got {self.quality!r}")
         if self.compare not in (None, "sift"):
             raise ValueError(f"compare must be sift or None, got {self.compare!r}")
-        if not self.fps > 0:
+        if not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be positive, got {self.fps}")
+        if self.neighbors is not None and self.neighbors < 1:
+            raise ValueError(f"neighbors must be at least 1, got {self.neighbors}")
+        if self.threads < -1:
+            raise ValueError(f"threads must be at least -1 (all), got {self.threads}")
         self.mapping()
         self.extraction()
 
@@ -187,6 +195,7 @@ class Summary:
         cameras: number of cameras of the largest model.
         unregistered: (image, reason) of images that are not in the largest model.
         failed: (image or pair, reason) of what could not be used.
+        ignored: number of files in the given folders that are not images.
         warnings: what users should know about the model.
         angle: median angle in degrees between two rays of a point of the largest model.
         seconds: duration of each stage; of an earlier call if its results were complete.
@@ -202,6 +211,7 @@ class Summary:
     cameras: int = 0
     unregistered: list[tuple[str, str]] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)
+    ignored: int = 0
     warnings: list[str] = field(default_factory=list)
     angle: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -259,10 +269,24 @@ def reconstruct(
     chosen = ReconstructOptions(**options)
     require_pycolmap()
     given = [images] if isinstance(images, str | os.PathLike) else list(images)
+    for image in given:
+        if not isinstance(image, str | os.PathLike):
+            raise TypeError(
+                f"images must be names of files or folders, got {type(image).__name__}; save "
+                "arrays as files first"
+            )
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     with Lock(folder):
-        return _Reconstruction(folder, chosen, overwrite, progress).run([str(i) for i in given])
+        job = _Reconstruction(folder, chosen, overwrite, progress)
+        try:
+            return job.run([str(i) for i in given])
+        except DataError as error:
+            if earlier := [name for name in RESULTS if (folder / name).exists()]:
+                raise DataError(
+                    f"{error} ({', '.join(earlier)} in {folder} are of an earlier call)"
+                ) from error
+            raise
 
 
 class _Reconstruction:
@@ -302,6 +326,8 @@ class _Reconstruction:
         if self.options.undistort:
             with self._stage("undistort"):
                 self._undistort()
+        elif not self.mapped_before and (self.folder / "dense").exists():
+            summary.warnings.append("dense is of an earlier model; use --undistort to renew it")
         if self.options.compare:
             with self._stage("sift"):
                 summary.sift = compare_sift(
@@ -315,7 +341,7 @@ class _Reconstruction:
                     mapping=self.options.mapping(),
                     progress=self.progress,
                 )
-        summary.failed = report.failed + summary.failed
+        summary.failed, summary.ignored = report.failed + summary.failed, report.ignored
         self._keep_seconds(report)
         with self._stage("report"):
             self._report(arrays, colors, graph, previews)
@@ -339,11 +365,14 @@ class _Reconstruction:
     def _keep_seconds(self, report: MatchReport) -> None:
         """Take the durations of stages whose results were stored from the earlier call."""
         summary = self.summary
-        before = (read_settings(self.folder / "summary.json") or {}).get("seconds", {})
+        before = (read_settings(self.folder / "summary.json") or {}).get("seconds")
+        before = before if isinstance(before, dict) else {}
         stored = {"match": report.done == 0, "map": self.mapped_before, "frames": True}
         for name, is_stored in stored.items():
             if is_stored and name in summary.seconds:
-                summary.seconds[name] = max(summary.seconds[name], before.get(name, 0.0))
+                seconds = before.get(name)
+                earlier = float(seconds) if isinstance(seconds, int | float) else 0.0
+                summary.seconds[name] = max(summary.seconds[name], earlier)
         if summary.sift is not None:
             summary.seconds["sift"] = max(summary.seconds["sift"], summary.sift["seconds"])
 
@@ -364,12 +393,30 @@ class _Reconstruction:
         else:
             for name in given:
                 if is_video(name):
-                    raise ValueError(f"{name} is not an image; only one video can be given, alone")
+                    raise ValueError(
+                        f"{name} is not an image that can be read; convert it, for example to JPEG "
+                        "(only one video can be given, alone)"
+                    )
             self.arguments, self.root = given, _common_folder(given, self.folder)
             camera = "auto"
         found = collect(self.arguments, root=self.root, inside=True)
+        own = self.folder.resolve()
+        if camera == "auto" and any(
+            task.source.resolve().is_relative_to(own) for task in found.tasks
+        ):
+            raise ValueError(
+                f"the given images include results in --output {self.folder}; choose a folder "
+                "outside of the photographs"
+            )
         self.tasks: list[Task] = found.tasks
         self.files = {str(task.relative): task.source for task in found.tasks}
+        if self.options.pairs not in PAIR_METHODS:
+            next(read_pairs(self.options.pairs), None)  # raises before any work
+        if 0 < len(found.tasks) < MIN_MODEL_SIZE:
+            raise DataError(
+                f"{len(found.tasks)} photograph{'s' * (len(found.tasks) > 1)} given, and a model "
+                f"needs at least {MIN_MODEL_SIZE} that overlap, from different positions"
+            )
         self.camera = camera if self.options.camera == "auto" else self.options.camera
 
     # ---- features and matches
@@ -405,6 +452,12 @@ class _Reconstruction:
         """Raise a ``DataError`` if nothing can be reconstructed."""
         if not graph.inliers:
             raise DataError(_no_overlap(graph))
+        overlapping = {name for pair in graph.inliers for name in pair}
+        if len(overlapping) < MIN_MODEL_SIZE:
+            raise DataError(
+                f"only {' and '.join(sorted(overlapping))} overlap, and a model needs at least "
+                f"{MIN_MODEL_SIZE} such photographs; take more from different positions"
+            )
         if graph.still < ROTATION_SCENE:
             return
         if graph.moved < SAME_VIEW:
@@ -434,6 +487,7 @@ class _Reconstruction:
             if self._assumed
             else None,
         }
+        write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
         stored = read_settings(settings) or {}
         count = stored.pop("models", 0)
         if stored == record and count and not self.overwrite:
@@ -441,7 +495,7 @@ class _Reconstruction:
                 models = [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
                 self.mapped_before = True
                 return models
-            except (RuntimeError, ValueError):
+            except (RuntimeError, ValueError, LookupError):
                 logger.info("%s is damaged; mapped again", sparse)
         matched = {name for pair in graph.inliers for name in pair}
         models = map_images(
@@ -464,7 +518,6 @@ class _Reconstruction:
             )
         settings.unlink(missing_ok=True)
         write_models(models, sparse)
-        write_text(self.folder / IMAGE_FOLDER, f"{os.path.abspath(self.root)}\n")
         # so that COLMAP can continue with the database and the models
         cameras = {
             image.name: image.camera_id
@@ -529,7 +582,7 @@ class _Reconstruction:
         """Write ``dense/``: images without distortion, and the model of them."""
         colmap = require_pycolmap()
         dense = self.folder / "dense"
-        with quiet_colmap(colmap):
+        with quiet_colmap(colmap, errors=False):
             try:
                 colmap.undistort_images(dense, self.folder / "sparse" / "0", self.root)
             except (RuntimeError, ValueError) as error:
@@ -537,7 +590,26 @@ class _Reconstruction:
                     ("undistort", f"COLMAP could not write {dense} ({first_line(error)})")
                 )
                 return
+            self._keep_readable(dense)
         self.summary.files["undistorted"] = str(dense)
+
+    def _keep_readable(self, dense: Path) -> None:
+        """Remove images that COLMAP cannot read, such as WebP, from the undistorted model, and the
+        images of earlier models.
+        """
+        model = require_pycolmap().Reconstruction(dense / "sparse")
+        images = {model.image(number).name: number for number in model.reg_image_ids()}
+        for path in (dense / "images").rglob("*"):
+            if path.is_file() and path.relative_to(dense / "images").as_posix() not in images:
+                path.unlink()
+        unread = sorted(name for name in images if not (dense / "images" / name).is_file())
+        for name in unread:
+            self.summary.failed.append(
+                (name, f"COLMAP cannot read it, so {dense} lacks it; convert it to JPEG or PNG")
+            )
+            model.deregister_frame(model.image(images[name]).frame_id)
+        if unread:
+            model.write(dense / "sparse")
 
     # ---- result
 
