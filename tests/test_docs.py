@@ -219,6 +219,21 @@ def test_every_page_is_in_the_navigation():
     assert listed == set((ROOT / "docs").rglob("*.md"))
 
 
+def test_the_reference_names_all_commands():
+
+    commands = typer.main.get_command(app).commands
+    text = (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
+    table = text[: text.index("**Exit codes.**")]
+    assert {name for name in commands if f"`{name}`" not in table} == set()
+    listed = set(re.split(r"[,\s]+", re.search(r"`--json`\s*\((.*?)\)", text, re.S)[1]))
+    with_json = {
+        name
+        for name, command in commands.items()
+        if any("--json" in option.opts for option in command.params)
+    }
+    assert listed == with_json
+
+
 def test_layers_of_the_architecture_page_are_those_of_the_contract():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
     (contract,) = tool["importlinter"]["contracts"]

@@ -59,7 +59,7 @@ def train(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="default; paper: the published data, loss and schedule; smoke: a few steps; msip: "
+            help="default; paper: the published data, loss and schedule; smoke: some minutes, to see that a folder trains; msip: "
             "Key.Net with its published loss; corners: Key.Net localized at corners."
         ),
     ] = None,
