@@ -14,7 +14,9 @@ from .common import (
     MasksOption,
     MaxSizeOption,
     NeighborsOption,
+    PagesOption,
     PairsOption,
+    ValueRangeOption,
     WorkersOption,
     finish,
     print_json,
@@ -46,6 +48,8 @@ def reconstruct(
     neighbors: NeighborsOption = None,
     camera: CameraOption = "auto",
     masks: MasksOption = None,
+    value_range: ValueRangeOption = "type",
+    pages: PagesOption = "first",
     mapper: Annotated[
         Mapper, typer.Option(help="COLMAP's mapper; global is faster for many images.")
     ] = "incremental",
@@ -92,6 +96,8 @@ def reconstruct(
             neighbors=neighbors,
             camera=camera,
             masks=masks,
+            value_range=value_range,
+            pages=pages,
             mapper=mapper,
             fps=fps,
             undistort=undistort,

@@ -59,8 +59,9 @@ def train(
     preset: Annotated[
         Preset | None,
         typer.Option(
-            help="default; paper: the published data, loss and schedule; smoke: some minutes, to see that a folder trains; msip: "
-            "Key.Net with its published loss; corners: Key.Net localized at corners."
+            help="default; paper: the published data, loss and schedule; smoke: some minutes, to "
+            "see that a folder trains; msip: Key.Net with its published loss; corners: Key.Net "
+            "localized at corners."
         ),
     ] = None,
     minutes: Annotated[

@@ -33,7 +33,7 @@ from ..image import load_image
 from ..names import DESCRIPTOR, DETECTOR, PAIR_METHODS, QUALITIES
 from ..panorama import rotation_share
 from ..progress import track
-from .extract import camera_keys
+from .extract import camera_keys, counted_pages
 from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
@@ -119,6 +119,7 @@ class ReconstructOptions:
         neighbors: number of neighbors per image, instead of that of ``quality``.
         camera: see ``extract_images``; of videos, ``auto`` is ``single``.
         masks: folder of masks, see ``extract_images``.
+        value_range, pages: see ``ReadOptions`` and ``extract_images``.
         mapper: ``incremental`` or ``global``.
         fps: frames per second of a video.
         undistort: write images without distortion for dense reconstruction.
@@ -139,6 +140,8 @@ class ReconstructOptions:
     neighbors: int | None = None
     camera: str = "auto"
     masks: str | Path | None = None
+    value_range: str = "type"
+    pages: str = "first"
     mapper: str = "incremental"
     fps: float = 2.0
     undistort: bool = False
@@ -178,6 +181,7 @@ class ReconstructOptions:
             up_levels=0,
             down_levels=chosen.down_levels,
             max_size=largest or None,
+            value_range=self.value_range,
             device=self.device,
         )
 
@@ -399,7 +403,8 @@ class _Reconstruction:
                     )
             self.arguments, self.root = given, _common_folder(given, self.folder)
             camera = "auto"
-        found = collect(self.arguments, root=self.root, inside=True)
+        pages = counted_pages(self.options.pages)
+        found = collect(self.arguments, root=self.root, inside=True, pages=pages)
         own = self.folder.resolve()
         if camera == "auto" and any(
             task.source.resolve().is_relative_to(own) for task in found.tasks
@@ -434,6 +439,7 @@ class _Reconstruction:
             root=self.root,
             camera=self.camera,
             masks=None if options.masks is None else Path(options.masks),
+            pages=options.pages,
             overwrite=self.overwrite,
             exclusive=True,
             workers=options.workers,
