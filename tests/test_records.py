@@ -847,3 +847,9 @@ def test_cameras_of_a_database_do_not_depend_on_what_it_had_before(tmp_path):
     write(0)
     write(1, focal=35)
     assert check() == (2, {})
+    write(3, 270)
+    assert check() == (4, {})
+    found = read(tmp_path / "m.db")
+    (tmp_path / "list.txt").write_text("0.jpg 2.jpg\n")  # of one size, unlike the others
+    match(photos, tmp_path / "m.db", pairs=tmp_path / "list.txt")
+    assert read(tmp_path / "m.db") == found

@@ -681,7 +681,9 @@ def match_images(
                 tasks = chosen
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
-            storing = _Storing(camera, masks, overwrite, workers, ray, progress)
+            # of all images, so that a list of pairs does not change the cameras
+            shared = camera_keys(camera, found.tasks) if database else {}
+            storing = _Storing(camera, shared, masks, overwrite, workers, ray, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             if masks is not None:
@@ -957,9 +959,12 @@ def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bo
 
 @dataclass(frozen=True)
 class _Storing:
-    """How features are extracted to a store; fields as the parameters of ``match_images``."""
+    """How features are extracted to a store; fields as the parameters of ``match_images``, and of
+    ``ColmapDatabase``.
+    """
 
     camera: str
+    shared: dict[str, Any]
     masks: Path | None
     overwrite: bool
     workers: int | None
@@ -985,7 +990,7 @@ def _extract_source(
             ColmapDatabase(
                 output,
                 camera=storing.camera,
-                shared=camera_keys(storing.camera, tasks),
+                shared=storing.shared,
                 write=True,
                 overwrite=storing.overwrite,
             )
