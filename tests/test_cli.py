@@ -707,6 +707,8 @@ def test_match_reports_invalid_input_with_a_remedy(views, tmp_path, monkeypatch)
         (["match"], "no images given"),
         (["match", views], "--output FILE.h5"),
         (["match", views, "--output", "m.png"], "got m.png"),
+        (["match", views / "v2.png"], "one image given"),
+        (["evaluate-patches", "gone"], "expected PhotoTour's"),
         (["match", "empty", "--output", "m.h5"], "no images in this folder"),
         (["match", "gone", "--output", "m.h5"], "no such file"),
         (

@@ -18,6 +18,7 @@ from .common import (
     SingleScaleOption,
     UpsampledLevelsOption,
     ValueRangeOption,
+    fail,
     print_json,
     progress_wanted,
     published_options,
@@ -215,6 +216,10 @@ def evaluate_patches(
     from ..formats.records import record_path, with_program
     from ..weights import digest
 
+    if not folder.is_dir():
+        fail(
+            f"no folder {folder}; expected PhotoTour's (info.txt) or HPatches' (v_wall and others)"
+        )
     has_info = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
     kind = "phototour" if has_info else "hpatches"
     found = {}

@@ -220,6 +220,8 @@ def match(
     if pictures is not None and not to_file:
         output, to_file = pictures / "matches.h5", True
     if output is None or not to_file:
+        if len(images) == 1 and Path(images[0]).is_file():
+            fail(f"one image given: {images[0]}; give two, or a folder and --output FILE.h5")
         fail(
             "matches of many pairs need --output FILE.h5 (hloc) or FILE.db (COLMAP), or "
             f"--pictures FOLDER; got {'nothing' if output is None else output.name}"
