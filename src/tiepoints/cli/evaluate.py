@@ -218,7 +218,7 @@ def evaluate_patches(
 
     if not folder.is_dir():
         fail(
-            f"no folder {folder}; expected PhotoTour's (info.txt) or HPatches' (v_wall and others)"
+            f"no folder {folder}; expected PhotoTour's (info.txt) or HPatches' (v_wall, ...)"
         )
     has_info = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
     kind = "phototour" if has_info else "hpatches"
