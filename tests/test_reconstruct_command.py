@@ -207,6 +207,8 @@ def test_invalid_arguments(tmp_path):
     photos = shifted(tmp_path / "photos", 3)
     (photos / "phone.heic").write_bytes(b"ftypheic")
     pinhole = "SIMPLE_PINHOLE:nan,160,120"
+    (tmp_path / "o" / "dense" / "images").mkdir(parents=True)
+    shutil.copy2(photos / "0_0.png", tmp_path / "o" / "dense" / "images")
     for arguments, message in (
         ((photos, "--output", photos / "model"), "is inside the folder of the photographs"),
         ((tmp_path / "gone", "--output", tmp_path / "o"), "no such file"),
@@ -215,7 +217,7 @@ def test_invalid_arguments(tmp_path):
         ((photos, "--output", tmp_path / "o", "--camera", pinhole), "all numbers finite"),
         ((photos / "phone.heic", photos / "0_0.png", "--output", tmp_path / "o"), "convert it"),
         ((photos / "0_[01].png", "--output", tmp_path / "o"), "2 photographs given"),
-        ((photos / "*.png", "--output", photos), "include results in --output"),
+        ((tmp_path / "**" / "*.png", "--output", tmp_path / "o"), "include results in --output"),
     ):
         code, _, err = call("-q", "reconstruct", *arguments)
         assert code == 2
@@ -353,10 +355,10 @@ def test_images_of_a_camera_are_separated(tmp_path):
     # images were added: all share one again, as in a new database
     with ColmapDatabase(tmp_path / "d.db", shared=shared, write=True) as database:
         files = dict.fromkeys("abcd", tmp_path / "a.jpg")
-        moved = database.assign_cameras(files)
+        moved = database.assign_cameras(files, shared)
         assert len({database.read_camera(name).camera_id for name in "abcd"}) == 1
         assert moved
-        assert database.assign_cameras(files) == set()
+        assert database.assign_cameras(files, shared) == set()
 
 
 def test_positions_become_pose_priors(tmp_path):
@@ -887,12 +889,32 @@ def test_only_the_listed_pairs_are_mapped(result, tmp_path):
         assert set(reasons.values()) == {f"{listed} has no pair of it"}
         found.append([summary["models"][0]["points"], summary["models"][0]["observations"]])
     assert found[0] == found[1]
+    photos = tmp_path / "photos"
+    shutil.copytree(base / "photos", photos)
+    arguments = (
+        "-q",
+        "reconstruct",
+        photos,
+        "--output",
+        tmp_path / "fewer",
+        *FAST,
+        "--pairs",
+        listed,
+    )
+    assert call(*arguments)[0] == 1
+    (photos / names[3]).unlink()
+    code, _, err = call(*arguments)
+    assert code in (1, 2)  # three views may not suffice for a model
+    assert f"{names[3]}: is not among the images, but in 3 of the listed pairs" in err or code == 2
+    with ColmapDatabase(tmp_path / "fewer" / "database.db") as database:
+        verified = [pair for pair in database.pairs() if len(database.read_inliers(*pair))]
+    assert all(names[3] not in pair for pair in verified)
     listed.write_text("left.png right.png\n")
     code, _, err = call(
         "reconstruct", base / "photos", "--output", tmp_path / "none", *FAST, "--pairs", listed
     )
     assert code == 2
-    assert "lists none of the 7 images" in err
+    assert "lists no pair of the 7 images" in err
     assert "left.png" in err
 
 

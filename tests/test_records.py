@@ -23,6 +23,7 @@ from tiepoints.evaluation.run import RunSettings, evaluate, label
 from tiepoints.extract import Extractor, network_label
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
+from tiepoints.formats.positions import PendingRefinement, PositionFile
 from tiepoints.formats.records import RecordLog
 from tiepoints.formats.store import open_features
 from tiepoints.jobs.extract import extract_images
@@ -775,81 +776,212 @@ def test_info_reports_files_of_other_programs(images, tmp_path):
     assert "no file or folder at" in text
 
 
-def test_cameras_of_a_database_do_not_depend_on_what_it_had_before(tmp_path):
-    """Cameras, GPS positions and verified matches are those of a new database."""
-    pycolmap = pytest.importorskip("pycolmap")
+def photograph(
+    folder: Path, number: int, width: int = 280, focal: int | None = None, north: int = 0
+) -> None:
+    """Write a part of a large image, with EXIF if it is given."""
+    folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (60, 80), dtype=np.uint8))
     whole = coarse.resize((400, 300), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if focal:
+        exif[ExifTags.Base.Model] = "M"
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal
+    if north:
+        gps = {1: "N", 2: (north, 0, 0), 3: "E", 4: (8, 0, 0), 5: b"\0", 6: 100}
+        exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
+    part = whole.crop((9 * number, 5 * number, 9 * number + width, 5 * number + 220))
+    part.save(folder / f"{number}.jpg", exif=exif, quality=95)
+
+
+def database_content(path: Path, photos: Path):
+    """Cameras with their images, GPS positions, and verified matches of existing photographs."""
+    import pycolmap
+
+    names = sorted(photo.name for photo in photos.iterdir())
+    with pycolmap.Database.open(path) as database:
+        images = {image.name: image for image in database.read_all_images()}
+        users: dict[int, list[str]] = {}
+        for name in names:
+            users.setdefault(images[name].camera_id, []).append(name)
+        cameras = [
+            (group, database.read_camera(number).params.tolist()) for number, group in users.items()
+        ]
+        numbers = {images[name].image_id: name for name in names}
+        positions = {
+            numbers[prior.corr_data_id.id]: prior.position.ravel().tolist()
+            for prior in database.read_all_pose_priors()
+            if prior.corr_data_id.id in numbers and np.isfinite(prior.position).all()
+        }
+    with ColmapDatabase(path) as database:
+        inliers = {
+            pair: database.read_inliers(*pair).index.tolist()
+            for pair in database.pairs()
+            if set(pair) <= set(names)
+        }
+    assert all(len(found) > 30 for found in inliers.values())
+    return cameras, positions, inliers
+
+
+def test_cameras_of_a_database_do_not_depend_on_what_it_had_before(tmp_path):
+    """Cameras, GPS positions and verified matches are those of a new database."""
+    pytest.importorskip("pycolmap")
     photos = tmp_path / "photos"
-    photos.mkdir()
-
-    def write(number: int, width: int = 280, focal: int | None = None, north: int = 0) -> None:
-        exif = Image.Exif()
-        if focal:
-            exif[ExifTags.Base.Model] = "M"
-            exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.FocalLengthIn35mmFilm] = focal
-        if north:
-            gps = {1: "N", 2: (north, 0, 0), 3: "E", 4: (8, 0, 0), 5: b"\0", 6: 100}
-            exif.get_ifd(ExifTags.IFD.GPSInfo).update(gps)
-        part = whole.crop((9 * number, 5 * number, 9 * number + width, 5 * number + 220))
-        part.save(photos / f"{number}.jpg", exif=exif, quality=95)
-
-    def read(path: Path):
-        names = sorted(photo.name for photo in photos.iterdir())
-        with pycolmap.Database.open(path) as database:
-            images = {image.name: image for image in database.read_all_images()}
-            users: dict[int, list[str]] = {}
-            for name in names:
-                users.setdefault(images[name].camera_id, []).append(name)
-            cameras = [
-                (group, database.read_camera(number).params.tolist())
-                for number, group in users.items()
-            ]
-            numbers = {images[name].image_id: name for name in names}
-            positions = {
-                numbers[prior.corr_data_id.id]: prior.position.ravel().tolist()
-                for prior in database.read_all_pose_priors()
-                if prior.corr_data_id.id in numbers and np.isfinite(prior.position).all()
-            }
-        with ColmapDatabase(path) as database:
-            inliers = {
-                pair: database.read_inliers(*pair).index.tolist()
-                for pair in database.pairs()
-                if set(pair) <= set(names)
-            }
-        assert all(len(found) > 30 for found in inliers.values())
-        return cameras, positions, inliers
 
     def check():
         match(photos, tmp_path / "m.db")
         match(photos, tmp_path / "new.db")
-        found = read(tmp_path / "m.db")
-        assert found == read(tmp_path / "new.db")
+        found = database_content(tmp_path / "m.db", photos)
+        assert found == database_content(tmp_path / "new.db", photos)
         match(photos, tmp_path / "m.db")  # nothing changed
-        assert read(tmp_path / "m.db") == found
+        assert database_content(tmp_path / "m.db", photos) == found
         for path in tmp_path.glob("new.db*"):
             path.unlink()
         return len(found[0]), found[1]
 
     for number in range(3):
-        write(number)
+        photograph(photos, number)
     assert check() == (1, {})
-    write(3, 270)  # photographs of several sizes are of several cameras
+    photograph(photos, 3, 270)  # photographs of several sizes are of several cameras
     assert check() == (4, {})
     (photos / "3.jpg").unlink()
     assert check() == (1, {})
     for number in range(2):  # tags are added, and changed
-        write(number, focal=28, north=50)
+        photograph(photos, number, focal=28, north=50)
     assert check() == (2, {"0.jpg": [50, 8, 100], "1.jpg": [50, 8, 100]})
-    write(1, focal=35, north=51)
+    photograph(photos, 1, focal=35, north=51)
     assert check() == (3, {"0.jpg": [50, 8, 100], "1.jpg": [51, 8, 100]})
-    write(0)
-    write(1, focal=35)
+    photograph(photos, 0)
+    photograph(photos, 1, focal=35)
     assert check() == (2, {})
-    write(3, 270)
+    photograph(photos, 3, 270)
     assert check() == (4, {})
-    found = read(tmp_path / "m.db")
-    (tmp_path / "list.txt").write_text("0.jpg 2.jpg\n")  # of one size, unlike the others
-    match(photos, tmp_path / "m.db", pairs=tmp_path / "list.txt")
-    assert read(tmp_path / "m.db") == found
+
+
+@pytest.mark.parametrize("width", [280, 270])
+def test_some_images_of_a_database_do_not_change_its_cameras(tmp_path, width):
+    """Neither if they are given alone, nor by a list of pairs, nor if the record is missing."""
+    pytest.importorskip("pycolmap")
+    photos, database = tmp_path / "photos", tmp_path / "m.db"
+    for number in range(3):
+        photograph(photos, number)
+    photograph(photos, 3, width)
+    match(photos, database)
+    found = database_content(database, photos)
+    assert len(found[0]) == (1 if width == 280 else 4)
+    listed = tmp_path / "pairs.txt"
+    listed.write_text("0.jpg 2.jpg\n")
+    options = MatchOptions(auto_orientation=False)
+    for _ in range(2):
+        match(photos, database, pairs=listed)
+        assert database_content(database, photos) == found
+        some = [str(photos / f"{number}.jpg") for number in (0, 2)]
+        match_images(some, database, OPTIONS, options, root=photos, progress=False)
+        assert database_content(database, photos) == found
+        (tmp_path / "m.db.cameras.json").unlink()
+    photograph(photos, 4)
+    listed.write_text("0.jpg 4.jpg\n1.jpg 4.jpg\n")
+    match(photos, database, pairs=listed)
+    cameras, _, inliers = database_content(database, photos)
+    assert len(cameras) == (1 if width == 280 else 5)
+    assert len(inliers) == 8
+    match(photos, database)
+    match(photos, tmp_path / "new.db")
+    new = database_content(tmp_path / "new.db", photos)
+    assert database_content(database, photos) == new
+
+
+def test_intrinsics_that_were_set_in_a_database_are_kept(tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    photos = tmp_path / "photos"
+    for number in range(3):
+        photograph(photos, number)
+    match(photos, tmp_path / "m.db")
+    with pycolmap.Database.open(tmp_path / "m.db") as database:
+        (camera,) = database.read_all_cameras()
+        camera.params = [555, 140, 110, 0.01]
+        database.update_camera(camera)
+    photograph(photos, 3)
+    match(photos, tmp_path / "m.db")
+    ((names, params),) = database_content(tmp_path / "m.db", photos)[0]
+    assert len(names) == 4
+    assert params == [555, 140, 110, 0.01]
+
+
+def test_a_stopped_change_of_cameras_is_completed(tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap")
+    photos = tmp_path / "photos"
+    for number in range(3):
+        photograph(photos, number)
+    match(photos, tmp_path / "m.db")
+    for number in range(3):
+        photograph(photos, number, focal=28)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for at in ("_change_cameras", "_update_positions", "_delete"):
+        with monkeypatch.context() as patched:
+            patched.setattr(ColmapDatabase, at, killed)
+            with pytest.raises(KeyboardInterrupt):
+                match(photos, tmp_path / "m.db")
+    match(photos, tmp_path / "m.db")
+    match(photos, tmp_path / "new.db")
+    new = database_content(tmp_path / "new.db", photos)
+    assert database_content(tmp_path / "m.db", photos) == new
+
+
+def test_a_stopped_write_of_detected_positions_is_no_damage(tmp_path):
+    file = PositionFile(tmp_path / "m.db")
+    file.path.touch()
+    assert file.digests == {}
+    assert file.get("a") is None
+    file.put([("a", "digest", np.ones((3, 2)))])
+    assert PositionFile(tmp_path / "m.db").get("a").tolist() == [[1, 1]] * 3
+    file.path.write_bytes(b"damaged" * 99)
+    damaged = PositionFile(tmp_path / "m.db")
+    for _ in range(2):
+        with pytest.raises(DataError, match="damaged"):
+            damaged.get("a")
+
+
+def test_images_are_pending_until_they_are_refined(tmp_path):
+    pytest.importorskip("pycolmap")
+    photos, database = tmp_path / "photos", tmp_path / "out" / "database.db"
+    for number in range(4):
+        photograph(photos, number)
+    extract_images([str(photos)], tmp_path / "out", OPTIONS, format="colmap", progress=False)
+
+    def positions():
+        with ColmapDatabase(database) as stored:
+            return {name: stored.read_positions(name).tolist() for name in stored.names()}
+
+    def run(*names, **more):
+        images = [str(photos / name) for name in names]
+        given = {"features": database, "progress": False, "root": photos, **more}
+        match_images(images, database, None, MatchOptions(auto_orientation=False), **given)
+
+    plain = positions()
+    run()  # no images: not refined
+    assert positions() == plain
+    run("0.jpg", "1.jpg")
+    some = positions()
+    moved = {name for name in plain if some[name] != plain[name]}
+    assert moved
+    assert moved <= {"0.jpg", "1.jpg"}
+    everything = [f"{number}.jpg" for number in range(4)]
+    run(*everything)
+    refined = positions()
+    assert sum(refined[name] != plain[name] for name in plain) >= 3  # one may be the reference
+    pending = PendingRefinement(database)
+    assert pending.read() == set()
+    run()  # nothing new: they stay refined
+    run("0.jpg", "1.jpg")
+    assert positions() == refined
+    assert pending.read() == set()
+    pending.path.touch()  # as earlier versions marked all images
+    assert pending.includes({"any"})
+    run(*everything)
+    assert positions() == refined
+    assert not pending.path.exists()

@@ -217,9 +217,7 @@ def evaluate_patches(
     from ..weights import digest
 
     if not folder.is_dir():
-        fail(
-            f"no folder {folder}; expected PhotoTour's (info.txt) or HPatches' (v_wall, ...)"
-        )
+        fail(f"no folder {folder}; expected PhotoTour's (info.txt) or HPatches' (v_wall, ...)")
     has_info = (folder / "info.txt").is_file() or any(folder.glob("*/info.txt"))
     kind = "phototour" if has_info else "hpatches"
     found = {}

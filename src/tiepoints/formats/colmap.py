@@ -41,8 +41,8 @@ from ..exif import read_position
 from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space, write_json
 from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
-from .positions import PositionFile
-from .records import array_digest, json_digest, read_settings, record_path
+from .positions import PendingRefinement, PositionFile
+from .records import array_digest, file_stamp, json_digest, read_settings, record_path
 
 logger = logging.getLogger(__name__)
 #: Center of the first pixel in COLMAP's coordinates.
@@ -137,7 +137,6 @@ class ColmapDatabase:
         self._lock = threading.Lock()
         self._file_lock: Lock | None = None
         self._detected = PositionFile(self.path)
-        self._rewritten: set[str] = set()  # images whose features were replaced
         self._free_bytes = 0
         self._warned = False
         self._created = not self.path.exists()
@@ -332,7 +331,6 @@ class ColmapDatabase:
                 image_id = self._add_image(name, camera, image)
             else:
                 camera = self._resize(image_id, features.image_size, image, name)
-                self._rewritten.add(name)
             self._database.write_keypoints(image_id, table)
             if descriptors is not None:
                 self._database.write_descriptors(image_id, descriptors)
@@ -437,18 +435,21 @@ class ColmapDatabase:
                 prior.corr_data_id = changed[prior.corr_data_id.id]
                 self._database.update_pose_prior(prior)
 
-    def assign_cameras(self, files: Mapping[str, Path]) -> set[str]:
+    def assign_cameras(self, files: Mapping[str, Path], shared: Mapping[str, Any]) -> set[str]:
         """Give images the cameras and GPS positions that they would have in a new database.
 
         They had others if images that share a camera were added, removed or replaced, or if their
-        EXIF was changed. The keys of the cameras are recorded; images are considered whose key has
-        changed since, or whose features were replaced, and those that share a camera with them.
+        EXIF was changed. Key, file and first parameters of the cameras are recorded; images are
+        considered whose key or file has changed since, and those that share a camera with them.
+        Parameters that others have set are kept, unless other images share the camera than before.
 
         Args:
-            files: image -> file.
+            files: image -> file, of all images that still exist.
+            shared: image -> key of its camera.
 
         Returns:
-            images whose camera has changed; their two-view geometries are removed.
+            images with another camera; their two-view geometries are removed, and they are marked
+            as not refined.
 
         Raises:
             DataError: the database could not be written.
@@ -456,64 +457,87 @@ class ColmapDatabase:
         """
         record = record_path(self.path, "cameras.json")
         before = read_settings(record) or {}
-        keys = {
-            name: json_digest(self._shared[name]) if name in self._shared else ""
-            for name in files
+        now: dict[str, dict[str, Any]] = {
+            name: {
+                "key": json_digest(shared[name]) if name in shared else "",
+                "file": file_stamp(file),
+            }
+            for name, file in files.items()
             if name in self._ids
         }
         changed = {
-            name for name, key in keys.items() if before.get(name) != key or name in self._rewritten
+            name
+            for name, entry in now.items()
+            if not isinstance(old := before.get(name), dict)
+            or (old.get("key"), old.get("file")) != (entry["key"], entry["file"])
         }
         if not changed:
             return set()
-        moved: set[str] = set()
-        with self._transaction(len(changed) * CAMERA_BYTES):
-            if not self._single:
-                moved = self._regroup(keys, changed, files)
+        images = {image.name: image for image in self._database.read_all_images()}
+        plan = [] if self._single else self._planned_cameras(images, now, changed, before, files)
+        moved = {name for _, names in plan for name in names}
+        # first, so that a stopped process leaves no geometries of other cameras
+        if moved and self.holds_matches():
+            PendingRefinement(self.path).add(moved)
+        self._delete((), ("two_view_geometries",), [self._ids[name] for name in moved])
+        with self._transaction((len(changed) + len(moved)) * CAMERA_BYTES):
+            for camera, names in plan:
+                if self._database.exists_camera(camera.camera_id):
+                    self._database.update_camera(camera)
+                else:
+                    camera.camera_id = self._database.write_camera(camera)
+                for name in names:
+                    images[name].camera_id = camera.camera_id
+            self._change_cameras(images[name] for name in moved)
             self._update_positions({self._ids[name]: files[name] for name in changed})
-        ids = [self._ids[name] for name in moved]
-        self._delete((), ("two_view_geometries",), ids)
-        write_json(record, {**before, **keys})
-        self._rewritten -= changed
+        new = {name: entry for name, entry in now.items() if name in changed or "camera" in entry}
+        write_json(record, {**before, **new})
         return moved
 
-    def _regroup(
-        self, keys: Mapping[str, str], changed: set[str], files: Mapping[str, Path]
-    ) -> set[str]:
-        """Change the cameras of the groups of images that have a changed one; returns the images
-        with another camera than before.
-        """
-        images = {image.name: image for image in self._database.read_all_images()}
+    def _planned_cameras(
+        self,
+        images: Mapping[str, Any],
+        now: dict[str, dict[str, Any]],
+        changed: set[str],
+        before: Mapping[str, Any],
+        files: Mapping[str, Path],
+    ) -> list[tuple[Any, list[str]]]:
+        """Cameras to write, and the images that get them; sets the first parameters in ``now``."""
         cameras = {camera.camera_id: camera for camera in self._database.read_all_cameras()}
         users: dict[int, set[str]] = defaultdict(set)
         for image in images.values():
             users[image.camera_id].add(image.name)
         groups: dict[Any, list[str]] = defaultdict(list)
-        for name, key in keys.items():
+        for name, entry in now.items():
             camera = cameras[images[name].camera_id]
+            key = entry["key"]
             groups[(key, camera.width, camera.height) if key else name].append(name)
-        moved: list[str] = []
+        plan = []
         for names in groups.values():
             if changed.isdisjoint(names):
                 continue
-            used = [images[name].camera_id for name in names]
-            now = cameras[used[0]]
-            camera = self._initial_camera((now.width, now.height), files[names[0]])
-            free = [number for number in used if users[number] <= set(names)]
-            if not free:
-                camera.camera_id = self._database.write_camera(camera)
-            elif _same_camera(cameras[free[0]], camera):
-                camera = cameras[free[0]]
+            members, used = set(names), [images[name].camera_id for name in names]
+            size = cameras[used[0]].width, cameras[used[0]].height
+            camera = self._initial_camera(size, files[names[0]])
+            first = _parameters(camera)
+            own = next((number for number in used if users[number] <= members), None)
+            if own is None:
+                camera.camera_id = max(cameras) + 1
+                cameras[camera.camera_id] = camera
             else:
-                camera.camera_id = free[0]
-                self._database.update_camera(camera)
-                moved += [name for name in names if images[name].camera_id == free[0]]
-            others = [name for name in names if images[name].camera_id != camera.camera_id]
-            for name in others:
-                images[name].camera_id = camera.camera_id
-            self._change_cameras(images[name] for name in others)
-            moved += others
-        return set(moved)
+                written = (before.get(name) for name in names)
+                known = [entry.get("camera") for entry in written if isinstance(entry, dict)]
+                if _parameters(cameras[own]) in known:  # nobody has set others
+                    camera.camera_id = own
+                else:
+                    camera = cameras[own]
+            same = own is not None and _parameters(camera) == _parameters(cameras[own])
+            other = [name for name in names if not same or images[name].camera_id != own]
+            if other:
+                plan.append((camera, other))
+            for name in names:
+                now[name]["camera"] = first
+        return plan
 
     def _update_positions(self, files: Mapping[int, Path]) -> None:
         """Store the GPS positions of files by the id of their image, where they have changed."""
@@ -550,8 +574,8 @@ class ColmapDatabase:
         """Give images cameras of their own, copies of those that they have, in one transaction.
 
         Args:
-            cameras: image -> number of its new camera, and of the rig of that, which nothing has;
-                images that have it already are not changed.
+            cameras: image -> number of its new camera, and of the rig of that, which no other image
+                has; images that have it already are not changed.
 
         Raises:
             DataError: an image is not in the database, or it could not be written.
@@ -564,15 +588,16 @@ class ColmapDatabase:
                 if image.camera_id == number:
                     continue
                 camera = self._database.read_camera(image.camera_id)
-                camera.camera_id = number
+                camera.camera_id = image.camera_id = number
+                changed.append(image)
+                if self._database.exists_camera(number):  # an earlier one of this image
+                    continue
                 self._database.write_camera(camera, use_camera_id=True)
-                image.camera_id = number
                 if hasattr(self._database, "write_rig"):
                     rig = self._colmap.Rig()
                     rig.rig_id = number
                     rig.add_ref_sensor(image.data_id.sensor_id)
                     self._database.write_rig(rig, use_rig_id=True)
-                changed.append(image)
             self._change_cameras(changed)
 
     def _camera(
@@ -741,12 +766,13 @@ class ColmapDatabase:
         )
 
     def restore_detected(self, names: Iterable[str]) -> set[str]:
-        """Move the keypoints of images back to where they were detected; returns the images for
-        which ``keep_detected`` has remembered that.
+        """Move the keypoints of images back to where ``keep_detected`` found them; returns the
+        images of which some have moved.
         """
         moved = set()
         for name in names:
-            if (xy := self._kept(name)) is not None:
+            xy = self._kept(name)
+            if xy is not None and not np.array_equal(xy, self.read_positions(name)):
                 self.move_keypoints(name, torch.from_numpy(xy.copy()))
                 moved.add(name)
         return moved
@@ -936,12 +962,10 @@ class ColmapDatabase:
         return self._database.exists_two_view_geometry(self._image_id(a), self._image_id(b))
 
 
-def _same_camera(a: Any, b: Any) -> bool:
-    """Whether two cameras differ in their number only."""
-    return (
-        (a.model, a.width, a.height, a.has_prior_focal_length)
-        == (b.model, b.width, b.height, b.has_prior_focal_length)
-    ) and np.array_equal(a.params, b.params)
+def _parameters(camera: Any) -> list[Any]:
+    """All of a camera but its number, as JSON."""
+    prior = bool(camera.has_prior_focal_length)
+    return [camera.model.name, camera.width, camera.height, prior, *camera.params.tolist()]
 
 
 def to_sift(values: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Detected positions of keypoints that a refinement has moved, next to a COLMAP database.
+"""Files next to a COLMAP database about the refinement of its keypoints: their detected positions,
+and the images for which it is pending.
 
-Without them, each refinement would start from the result of the one before. COLMAP's tables have no
-place for them, and its own copy of SQLite has the database open, so they have a file of their own.
+Without the positions, each refinement would start from the result of the one before. COLMAP's
+tables have no place for them, and its own copy of SQLite has the database open.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError
-from ..files import require_space
-from .records import record_path
+from ..files import require_space, write_json
+from .records import read_settings, record_path
 
 #: Bytes that a transaction needs in addition to its data.
 TRANSACTION_BYTES = 2**16
@@ -40,10 +41,13 @@ class PositionFile:
             DataError: the file is damaged.
         """
         if self._digests is None:
-            self._digests = {}
+            found: dict[str, str] = {}
             if self.path.exists():
                 with self._open() as connection:
-                    self._digests.update(connection.execute("SELECT name, digest FROM detected"))
+                    tables = "SELECT name FROM sqlite_master WHERE name = 'detected'"
+                    if connection.execute(tables).fetchone():  # not of a process that was stopped
+                        found.update(connection.execute("SELECT name, digest FROM detected"))
+            self._digests = found
         return self._digests
 
     def get(self, name: str) -> np.ndarray | None:
@@ -93,3 +97,40 @@ class PositionFile:
                 f"{self.path} is damaged or could not be written ({error}); delete it and its "
                 "database"
             ) from error
+
+
+class PendingRefinement:
+    """The images of a database whose keypoints still have to be refined, in a file that exists as
+    long as there are any.
+
+    Args:
+        results: the COLMAP database.
+    """
+
+    def __init__(self, results: Path):
+        self.path = record_path(results, "refinement-pending")
+
+    def read(self) -> set[str] | None:
+        """The images; None = all, as earlier versions marked them."""
+        if not self.path.exists():
+            return set()
+        images = (read_settings(self.path) or {}).get("images")
+        return set(images) if isinstance(images, list) else None
+
+    def includes(self, names: set[str]) -> bool:
+        """Whether one of the images is pending."""
+        found = self.read()
+        return found is None or not found.isdisjoint(names)
+
+    def add(self, names: Iterable[str]) -> None:
+        """Mark images."""
+        found = self.read()
+        if found is not None and (found := found | set(names)):
+            write_json(self.path, {"images": sorted(found)})
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Unmark images."""
+        if left := (self.read() or set()) - set(names):
+            write_json(self.path, {"images": sorted(left)})
+        else:
+            self.path.unlink(missing_ok=True)

@@ -142,11 +142,6 @@ def matches_path(store: MatchStore) -> Path:
     return record_path(store.path, "matches.jsonl")
 
 
-def refinement_path(database: Path) -> Path:
-    """Path of the file that exists while the keypoints of a database still have to be refined."""
-    return record_path(database, "refinement-pending")
-
-
 def _record(store: Any, end: str) -> Path:
     if isinstance(store, FeatureFolder):
         return store.path / end

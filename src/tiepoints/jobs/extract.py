@@ -31,7 +31,6 @@ from ..formats.store import (
     foreign_message,
     holds_features,
     images_path,
-    refinement_path,
     settings_path,
 )
 from ..image import Notices
@@ -225,7 +224,7 @@ def extract_images(
                 ray=ray,
                 progress=progress,
             )
-            assign_cameras(store, tasks)
+            assign_cameras(store, tasks, camera)
             notices.log()
         if shards is not None:
             shards.remove({str(task.relative) for task in tasks})
@@ -240,15 +239,30 @@ def camera_keys(camera: str, tasks: Iterable[Task]) -> dict[str, Any]:
     return shared_cameras({str(task.relative): task.source for task in tasks})
 
 
-def assign_cameras(store: FeatureStore, tasks: Iterable[Task]) -> None:
-    """Give the images of a database the cameras that they would have in a new one; the matches of
-    those that had others are verified, and keypoints refined, by the next matching.
+def assign_cameras(store: FeatureStore, tasks: Iterable[Task], camera: str) -> dict[str, Any]:
+    """Give the images of a database the cameras that they would have in a new one, also those that
+    are not among ``tasks`` but still exist; returns the key of the camera of each.
+
+    Matches of images that had other cameras are verified, and their keypoints refined, by the next
+    matching.
     """
     if not isinstance(store, ColmapDatabase):
-        return
-    moved = store.assign_cameras({str(task.relative): task.source for task in tasks})
-    if moved and store.holds_matches():
-        refinement_path(store.path).touch()
+        return {}
+    files = {str(task.relative): task.source for task in tasks}
+    # folders to which names are relative
+    roots = {
+        Path(str(file)[: -len(name)])
+        for name, file in files.items()
+        if str(file).endswith(f"/{name}")
+    }
+    for name in store.names():
+        if name not in files:
+            found = (root / name for root in sorted(roots) if (root / name).is_file())
+            if (file := next(found, None)) is not None:
+                files[name] = file
+    shared = shared_cameras(files) if camera == "auto" else {}
+    store.assign_cameras(files, shared)
+    return shared
 
 
 def mask_settings(masks: Path | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -31,6 +31,7 @@ from ..files import (
 )
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
+from ..formats.positions import PendingRefinement
 from ..formats.records import (
     RecordLog,
     file_stamp,
@@ -47,7 +48,6 @@ from ..formats.store import (
     matches_path,
     open_features,
     own_settings,
-    refinement_path,
 )
 from ..hard_pairs import Attempt, View, match_again
 from ..image import ImageLike, Notices, ReadOptions, read_image
@@ -290,6 +290,7 @@ class MatchReport:
         ignored: number of files in the given folders that are not images.
         selection: how the pairs were chosen, and why.
         pairs: the chosen pairs, of which some may have failed.
+        shared: image of a database -> key of its camera, see ``exif.shared_cameras``.
     """
 
     done: int = 0
@@ -301,6 +302,7 @@ class MatchReport:
     ignored: int = 0
     selection: str = ""
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 def stored_images(
@@ -592,6 +594,7 @@ class _Source:
         extractor: of the features, if they were extracted now; it can describe them again.
         reading: how the images were read.
         extraction: options of ``extractor``.
+        shared: image of a database -> key of its camera.
     """
 
     store: Any
@@ -602,6 +605,7 @@ class _Source:
     extractor: Extractor | None = None
     reading: ReadOptions = field(default_factory=ReadOptions)
     extraction: ExtractOptions | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -672,18 +676,18 @@ def match_images(
             if listed is not None:
                 names = {name for pair in listed for name in pair}
                 chosen = [task for task in tasks if str(task.relative) in names]
-                if tasks and not chosen:
+                if exclusive:
+                    listed = _among(listed, {str(t.relative) for t in chosen}, found.refused)
+                if not (chosen and listed):
+                    known = f", with names such as {tasks[0].relative}" if tasks else ""
                     raise DataError(
-                        f"{pairs} lists none of the {len(tasks)} images; their names are such as "
-                        f"{printable(str(tasks[0].relative))}, and the first one in the list is "
-                        f"{printable(listed[0][0])}"
+                        f"{pairs} lists no pair of the {len(tasks)} images{printable(known)}; it "
+                        f"has names such as {printable(min(names))}"
                     )
                 tasks = chosen
             largest = MATCH_MAX_SIZE if database else None
             extraction = extraction or ExtractOptions(num_keypoints=NUM_KEYPOINTS, max_size=largest)
-            # of all images, so that a list of pairs does not change the cameras
-            shared = camera_keys(camera, found.tasks) if database else {}
-            storing = _Storing(camera, shared, masks, overwrite, workers, ray, progress)
+            storing = _Storing(camera, found.tasks, masks, overwrite, workers, ray, progress)
             source = _extract_source(stack, tasks, output, extraction, options, storing)
         else:
             if masks is not None:
@@ -695,7 +699,7 @@ def match_images(
         source.failed = found.refused + source.failed
         choice = (
             PairChoice(listed, "list", f"the pairs of {pairs}")
-            if listed
+            if listed is not None
             else _choose_pairs(source, method, neighbors, usual_neighbors, progress)
         )
         settings = {**options.to_json(database=database), "features": source.settings}
@@ -711,12 +715,28 @@ def match_images(
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
     report.selection, report.pairs = choice.reason, choice.pairs
+    report.shared = source.shared
     return report
 
 
 def _distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Pairs without those that are repeated, in either order."""
-    return list({min(pair, pair[::-1]): pair for pair in reversed(list(pairs))}.values())[::-1]
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    for a, b in pairs:
+        found.setdefault((min(a, b), max(a, b)), (a, b))
+    return list(found.values())
+
+
+def _among(
+    pairs: list[tuple[str, str]], names: set[str], refused: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """The pairs of images ``names``; others are added to ``refused``."""
+    counts = Counter(name for pair in pairs for name in pair if name not in names)
+    refused += [
+        (name, f"is not among the images, but in {count} of the listed pairs")
+        for name, count in counts.items()
+    ]
+    return [pair for pair in pairs if names.issuperset(pair)]
 
 
 @dataclass(frozen=True)
@@ -779,7 +799,8 @@ class _Matching:
             )
         )
         refine = database and options.refine
-        with _Refinement(self.output, source, enabled=refine) as refinement:
+        names = {name for pair in pairs for name in pair} if database else set()
+        with _Refinement(self.output, source, names, enabled=refine) as refinement:
             if ray is not None:
                 self._match_on_ray(pairs, store, shards, ray, workers)
             report = match_to_store(
@@ -795,6 +816,9 @@ class _Matching:
             if database:
                 matched = [pair for pair in pairs if store.has_matches(*pair)]
                 changed = self.exclusive and _forget_others(store, matched)
+                if not self.exclusive:  # whose geometries were of other cameras
+                    others = _others(store, matched)
+                    store.verify(others, max_trials=MAX_TRIALS, progress=progress)
                 report.verified = refinement.verify(
                     matched, changed=changed or report.done > 0, progress=progress
                 )
@@ -959,12 +983,14 @@ def check_match_store(store: MatchStore, settings: dict[str, Any], overwrite: bo
 
 @dataclass(frozen=True)
 class _Storing:
-    """How features are extracted to a store; fields as the parameters of ``match_images``, and of
-    ``ColmapDatabase``.
+    """How features are extracted to a store; fields as the parameters of ``match_images``.
+
+    Attributes:
+        given: all images, also those of no pair, so that a list of pairs does not change cameras.
     """
 
     camera: str
-    shared: dict[str, Any]
+    given: list[Task]
     masks: Path | None
     overwrite: bool
     workers: int | None
@@ -990,7 +1016,7 @@ def _extract_source(
             ColmapDatabase(
                 output,
                 camera=storing.camera,
-                shared=storing.shared,
+                shared=camera_keys(storing.camera, storing.given),
                 write=True,
                 overwrite=storing.overwrite,
             )
@@ -1019,13 +1045,16 @@ def _extract_source(
     )
     shards.remove({str(task.relative) for task in tasks})
     notices.log(rotations=not (options.auto_orientation and can_reorient(extractor)))
-    assign_cameras(store, tasks)
+    shared = assign_cameras(store, storing.given, storing.camera)
     files = {str(task.relative): task.source for task in tasks}
     names = [name for name in files if store.done(name, described=True)]
     if storing.ray is not None and isinstance(store, FeatureFile):
         store.close()  # complete, before other machines read it
         store = stack.enter_context(FeatureFile(store.path))
-    return _Source(store, names, files, settings, report.failed, extractor, extraction, extraction)
+    source = _Source(
+        store, names, files, settings, report.failed, extractor, extraction, extraction
+    )
+    return replace(source, shared=shared)
 
 
 def _stored_source(
@@ -1065,57 +1094,69 @@ def _stored_source(
 
 def _forget_others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> bool:
     """Remove the verified matches of other pairs; returns whether there were any."""
-    chosen = {frozenset(pair) for pair in pairs}
-    others = [pair for pair in database.pairs() if frozenset(pair) not in chosen]
-    verified = matched_pairs(others, database.read_inliers)
+    verified = matched_pairs(_others(database, pairs), database.read_inliers)
     database.forget_geometry(verified)
     return bool(verified)
 
 
+def _others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The other pairs with matches."""
+    chosen = {frozenset(pair) for pair in pairs}
+    return [pair for pair in database.pairs() if frozenset(pair) not in chosen]
+
+
 class _Refinement:
-    """Verification of the matches of a database, and refinement of its keypoints. A marker file
-    exists from the first match to the end of the refinement, so that the next run completes an
-    interrupted one, or one for which images were not given.
+    """Verification of the matches of a database, and refinement of its keypoints. The images are
+    marked as pending from the first match to the end of the refinement, so that the next run
+    completes an interrupted one, or one for which images were not given.
+
+    Args:
+        names: the images that are matched.
     """
 
-    def __init__(self, output: Path, source: _Source, *, enabled: bool):
-        self.marker = refinement_path(output)
-        self.source, self.enabled = source, enabled
-        self.interrupted, self.complete = self.marker.exists(), True
+    def __init__(self, output: Path, source: _Source, names: set[str], *, enabled: bool):
+        self.pending = PendingRefinement(output)
+        self.source, self.names, self.enabled = source, names, enabled
+        self.before = self.pending.read()
+        self.interrupted = self.pending.includes(names)
+        #: Images that are not pending at the end.
+        self.done: set[str] = set()
 
     def __enter__(self) -> _Refinement:
         if self.enabled:
-            self.marker.touch()
+            self.pending.add(self.names)
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None and self.complete:
-            self.marker.unlink(missing_ok=True)
+        if kind is None:
+            self.pending.remove(self.done)
 
     def verify(self, pairs: list[tuple[str, str]], *, changed: bool, progress: bool) -> int:
         """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
         store, files = self.source.store, self.source.files
-        names = {name for pair in pairs for name in pair}
         changed = changed or self.interrupted
-        if changed or not self.enabled:
-            moved = store.restore_detected(names)
+        missing = sorted({name for pair in pairs for name in pair} - set(files))
+        refine = self.enabled and changed and not missing
+        if refine or not self.enabled:
+            moved = store.restore_detected({name for pair in pairs for name in pair})
             affected = [pair for pair in pairs if not moved.isdisjoint(pair)]
             store.forget_geometry(matched_pairs(affected, store.read_inliers))
+            self.done = self.names
+        elif not changed:
+            self.done = self.names - (self.before or set())
         verified = store.verify(pairs, max_trials=MAX_TRIALS, progress=progress)
-        if not self.enabled or not changed:
-            return verified
-        if missing := sorted(names - set(files)):
-            self.complete = False
+        if refine:
+            return refine_database(
+                store, pairs, files, self.source.reading, max_trials=MAX_TRIALS, progress=progress
+            )
+        if self.enabled and changed:
             logger.warning(
                 "%s: keypoints are not refined, for which all images of the pairs are needed (%s "
                 "is not among the given ones); give them and run again, or use --no-refine",
                 store.path,
                 printable(missing[0]),
             )
-            return verified
-        return refine_database(
-            store, pairs, files, self.source.reading, max_trials=MAX_TRIALS, progress=progress
-        )
+        return verified
 
 
 def refine_database(

@@ -33,7 +33,7 @@ from ..image import load_image
 from ..names import DESCRIPTOR, DETECTOR, PAIR_METHODS, QUALITIES
 from ..panorama import rotation_share
 from ..progress import track
-from .extract import camera_keys, counted_pages
+from .extract import counted_pages
 from .frames import is_video, save_frames
 from .mapping import (
     KEPT_RESIDUAL,
@@ -405,9 +405,11 @@ class _Reconstruction:
             camera = "auto"
         pages = counted_pages(self.options.pages)
         found = collect(self.arguments, root=self.root, inside=True, pages=pages)
-        own = self.folder.resolve()
+        results = [(self.folder / name).resolve() for name in ("dense", "frames")]
         if camera == "auto" and any(
-            task.source.resolve().is_relative_to(own) for task in found.tasks
+            task.source.resolve().is_relative_to(folder)
+            for task in found.tasks
+            for folder in results
         ):
             raise ValueError(
                 f"the given images include results in --output {self.folder}; choose a folder "
@@ -445,6 +447,10 @@ class _Reconstruction:
             workers=options.workers,
             progress=self.progress,
         )
+        #: Image -> key of its camera, the same for images that are mapped as of one camera.
+        self._shared = {name: report.shared[name] for name in self.files if name in report.shared}
+        if self.camera not in ("auto", "per-image"):
+            self._shared = dict.fromkeys(self.files, self.camera)
         self.summary.pairs = {
             "chosen": len(report.pairs),
             "matched": report.done,
@@ -500,6 +506,7 @@ class _Reconstruction:
             try:
                 models = [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
                 self.mapped_before = True
+                self._keep_cameras(models)
                 return models
             except (RuntimeError, ValueError, LookupError):
                 logger.info("%s is damaged; mapped again", sparse)
@@ -524,18 +531,26 @@ class _Reconstruction:
             )
         settings.unlink(missing_ok=True)
         write_models(models, sparse)
-        # so that COLMAP can continue with the database and the models
+        self._keep_cameras(models)
+        write_json(settings, {**record, "models": len(models)})
+        return models
+
+    def _keep_cameras(self, models: list[Any]) -> None:
+        """Give images of the database the cameras that they have in the models, so that COLMAP can
+        continue with both.
+        """
         cameras = {
             image.name: image.camera_id
             for model in reversed(models)  # the largest one decides
             for image in map(model.image, model.reg_image_ids())
         }
-        own = {name: number for name, number in cameras.items() if number >= unused}
-        if own:
+        with ColmapDatabase(self.database) as database:
+            other = any(
+                database.read_camera(name).camera_id != number for name, number in cameras.items()
+            )
+        if other:
             with ColmapDatabase(self.database, write=True) as database:
-                database.separate(own)
-        write_json(settings, {**record, "models": len(models)})
-        return models
+                database.separate(cameras)
 
     def _adjusted(self, model: Any, unused: int) -> Any:
         threads = self.options.threads
@@ -543,13 +558,6 @@ class _Reconstruction:
         if self._assumed:
             adjusted = separate_cameras(model, adjusted, threads, unused=unused)
         return without_uncertain_images(adjusted)
-
-    @cached_property
-    def _shared(self) -> dict[str, Any]:
-        """Image -> key of its camera, the same for images that are mapped as of one camera."""
-        if self.camera in ("auto", "per-image"):
-            return camera_keys(self.camera, self.tasks)
-        return dict.fromkeys(self.files, self.camera)
 
     @property
     def _assumed(self) -> bool:
