@@ -844,10 +844,12 @@ def test_images_that_colmap_cannot_read_are_not_in_the_undistorted_model(tmp_pat
     (photos / "0_2.png").unlink()
     (tmp_path / "o" / "dense" / "images").mkdir(parents=True)
     (tmp_path / "o" / "dense" / "images" / "removed.png").write_bytes(b"of an earlier model")
-    code, out, err = call("reconstruct", photos, "--output", tmp_path / "o", *FAST, "--undistort")
+    arguments = ("--undistort", "--compare", "sift")
+    code, out, err = call("reconstruct", photos, "--output", tmp_path / "o", *FAST, *arguments)
     assert code == 1
     assert "5 of 5 images" in out
     assert "0_2.webp: COLMAP cannot read it" in err
+    assert "COLMAP cannot read 1 images (0_2.webp, ...)" in err
     dense = tmp_path / "o" / "dense"
     model = pycolmap.Reconstruction(dense / "sparse")
     names = sorted(model.image(number).name for number in model.reg_image_ids())

@@ -345,6 +345,11 @@ class _Reconstruction:
                     mapping=self.options.mapping(),
                     progress=self.progress,
                 )
+            if unread := summary.sift.get("unread"):
+                summary.warnings.append(
+                    f"COLMAP cannot read {len(unread)} images ({unread[0]}, ...), so its SIFT is "
+                    "compared on fewer; convert them to JPEG or PNG"
+                )
         summary.failed, summary.ignored = report.failed + summary.failed, report.ignored
         self._keep_seconds(report)
         with self._stage("report"):

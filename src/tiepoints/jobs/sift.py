@@ -41,8 +41,8 @@ def compare_sift(
         groups: name -> key, the same for images that share a camera; others have their own.
 
     Returns:
-        ``models``, the statistics of each model; ``registered``, ``seconds`` and, if COLMAP failed,
-        ``error``.
+        ``models``, the statistics of each model; ``registered``, ``seconds``; ``unread``, the
+        images that COLMAP cannot read; and, if it failed, ``error``.
     """
     record = {
         "names": names,
@@ -73,10 +73,17 @@ def compare_sift(
     content = {
         "models": models,
         "registered": models[0]["images"] if models else 0,
+        "unread": sorted(set(names) - _stored(database)),
         "seconds": round(time.monotonic() - started, 2),
     }
     write_json(result, {"options": record, "result": content})
     return content
+
+
+def _stored(database: Path) -> set[str]:
+    """Names of the images that COLMAP has read."""
+    with require_pycolmap().Database.open(database) as stored:
+        return {image.name for image in stored.read_all_images()}
 
 
 # The options of the caller.
@@ -118,8 +125,9 @@ def _reconstruct(
         if any(character.isspace() for name in names for character in name):
             colmap.match_exhaustive(database, matching)
         else:
-            listed = database.with_name("pairs.txt")
-            write_text(listed, "".join(f"{a} {b}\n" for a, b in pairs))
+            listed, known = database.with_name("pairs.txt"), _stored(database)
+            chosen_pairs = [pair for pair in pairs if known.issuperset(pair)]
+            write_text(listed, "".join(f"{a} {b}\n" for a, b in chosen_pairs))
             chosen = colmap.ImportedPairingOptions()
             chosen.match_list_path = listed
             colmap.match_image_pairs(database, matching, chosen)
