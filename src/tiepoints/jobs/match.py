@@ -816,8 +816,8 @@ class _Matching:
             if database:
                 matched = [pair for pair in pairs if store.has_matches(*pair)]
                 changed = self.exclusive and _forget_others(store, matched)
-                if not self.exclusive:  # whose geometries were of other cameras
-                    others = _others(store, matched)
+                if not self.exclusive:  # geometries of other cameras were removed
+                    others = refinement.affected(_others(store, matched))
                     store.verify(others, max_trials=MAX_TRIALS, progress=progress)
                 report.verified = refinement.verify(
                     matched, changed=changed or report.done > 0, progress=progress
@@ -1130,6 +1130,11 @@ class _Refinement:
     def __exit__(self, kind: object, *error: object) -> None:
         if kind is None:
             self.pending.remove(self.done)
+
+    def affected(self, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """The pairs with an image that was pending at the start."""
+        before = self.before
+        return [pair for pair in pairs if before is None or not before.isdisjoint(pair)]
 
     def verify(self, pairs: list[tuple[str, str]], *, changed: bool, progress: bool) -> int:
         """Verify pairs, refine and verify again; returns the number of pairs with a geometry."""
