@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,14 @@ def write_photos(folder: Path, count: int = 4, size: tuple[int, int] = (330, 270
     for i in range(count):
         texture(i, size).save(folder / f"{i}.png")
     return folder
+
+
+def run_python(script: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of a script in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def call(*arguments: object) -> tuple[int, str, str]:

@@ -12,6 +12,7 @@ import torch
 
 import tiepoints
 from helpers import call, texture
+from tiepoints import pretrained
 from tiepoints.errors import WeightsError
 from tiepoints.names import DESCRIPTORS, DETECTORS
 from tiepoints.weights import DATA, table
@@ -62,6 +63,12 @@ def test_files_and_folders_have_the_roles_of_their_networks(folder):
     assert options_of(detector, descriptor="none") == (detector, "none")
     assert options_of(Path(descriptor), detector="sobelnet") == ("sobelnet", descriptor)
     assert options_of(folder) == (detector, descriptor)
+
+
+@pytest.mark.parametrize("name", ["optimizer", "optimiser"])
+def test_cards_have_the_optimizer(name):
+    rows = pretrained._training({"schedule": {name: "adam", "seed": 3, "clip": 1.0}})
+    assert rows == {"optimizer": "adam", "seed": 3}
 
 
 def test_sources_that_cannot_be_used(folder, tmp_path):

@@ -23,8 +23,8 @@ from tiepoints.evaluation.run import RunSettings, evaluate, label
 from tiepoints.extract import Extractor, network_label
 from tiepoints.formats.colmap import ColmapDatabase
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
-from tiepoints.formats.positions import PendingRefinement, PositionFile
 from tiepoints.formats.records import RecordLog
+from tiepoints.formats.refinement import PendingRefinement, PositionFile
 from tiepoints.formats.store import open_features
 from tiepoints.jobs.extract import extract_images
 from tiepoints.jobs.info import describe
@@ -860,7 +860,7 @@ def test_cameras_of_a_database_do_not_depend_on_what_it_had_before(tmp_path):
 
 
 @pytest.mark.parametrize("width", [280, 270])
-def test_some_images_of_a_database_do_not_change_its_cameras(tmp_path, width):
+def test_some_images_of_a_database_do_not_change_its_cameras(tmp_path, width, monkeypatch):
     """Neither if they are given alone, nor by a list of pairs, nor if the record is missing."""
     pytest.importorskip("pycolmap")
     photos, database = tmp_path / "photos", tmp_path / "m.db"
@@ -878,6 +878,10 @@ def test_some_images_of_a_database_do_not_change_its_cameras(tmp_path, width):
         assert database_content(database, photos) == found
         some = [str(photos / f"{number}.jpg") for number in (0, 2)]
         match_images(some, database, OPTIONS, options, root=photos, progress=False)
+        assert database_content(database, photos) == found
+        with monkeypatch.context() as patched:  # relative names
+            patched.chdir(photos)
+            match_images(["0.jpg", "2.jpg"], database, OPTIONS, options, progress=False)
         assert database_content(database, photos) == found
         (tmp_path / "m.db.cameras.json").unlink()
     photograph(photos, 4)

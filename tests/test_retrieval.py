@@ -141,10 +141,14 @@ def test_sequences_close_loops(candidates):
 
 def test_all_pairs_of_few_images(candidates):
     few = Candidates(candidates.names[:60], candidates.store, None, candidates.files)
-    choice = choose_image_pairs(few)
+    choice = choose_image_pairs(few, default_neighbors=3)
     assert (choice.method, len(choice.pairs)) == ("exhaustive", 60 * 59 // 2)
     choice = choose_image_pairs(candidates)
     assert choice.method == "retrieval"
+    fewer = choose_image_pairs(candidates, default_neighbors=3)
+    assert fewer.pairs == choose_image_pairs(candidates, "retrieval", 3).pairs
+    assert len(fewer.pairs) < len(choice.pairs)
+    assert choose_image_pairs(candidates, "retrieval", 3, default_neighbors=9).pairs == fewer.pairs
     assert "as there are 70 images, 0 of them with a GPS position" in choice.reason
 
 

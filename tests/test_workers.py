@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import worker_tasks
-from helpers import write_photos
+from helpers import run_python, write_photos
 from tiepoints import ExtractOptions, processes
 from tiepoints.errors import DataError
 from tiepoints.jobs import workers
@@ -124,9 +124,8 @@ def test_signals_wait_until_processes_are_started(name):
         "except KeyboardInterrupt:\n"
         "    print('stopped', signal.getsignal(number) is handler)\n"
     )
-    command = [sys.executable, "-c", script]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (ended.returncode, ended.stdout) == (0, "started\nstopped True\n"), ended.stderr
+    code, out, err = run_python(script)
+    assert (code, out) == (0, "started\nstopped True\n"), err
 
 
 def test_a_closed_pool_has_no_processes():

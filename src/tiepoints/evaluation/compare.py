@@ -151,7 +151,7 @@ def compare_systems(
     systems = [system(name, options) for name in (a, b)]
     step = max(1, len(images) // settings.photos)
     chosen = list(images)[::step][: settings.photos]
-    views = comparison_views(settings.size)
+    views = _views(settings.size)
     rows: list[list[dict[str, float]]] = []
     for number, path in enumerate(track(chosen, unit="image", label="compare", enabled=progress)):
         dataset = PairDataset([path], views, seed=settings.seed, length=VIEWS * len(chosen))
@@ -172,7 +172,7 @@ def compare_systems(
     return Comparison(a, b, len(rows), {k: v for k, v in found.items() if v is not None})
 
 
-def comparison_views(size: int) -> PairSettings:
+def _views(size: int) -> PairSettings:
     """How the views are drawn: as of cameras that are nearly level, as ``match`` estimates the
     rotation of a pair before it describes the keypoints; of one plane, which the homography needs.
     """

@@ -41,8 +41,8 @@ from ..exif import read_position
 from ..files import NOT_TEXT, Lock, is_text, printable, require, require_space, write_json
 from ..progress import Progress
 from ..structs import Features, Keypoints, Matches
-from .positions import PendingRefinement, PositionFile
 from .records import array_digest, file_stamp, json_digest, read_settings, record_path
+from .refinement import PendingRefinement, PositionFile
 
 logger = logging.getLogger(__name__)
 #: Center of the first pixel in COLMAP's coordinates.
@@ -563,7 +563,7 @@ class ColmapDatabase:
             )
         )
 
-    def unused_camera(self) -> int:
+    def next_camera_id(self) -> int:
         """The smallest number above those of all cameras and rigs."""
         used = [camera.camera_id for camera in self._database.read_all_cameras()]
         if hasattr(self._database, "write_rig"):

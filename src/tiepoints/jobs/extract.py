@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -249,11 +250,12 @@ def assign_cameras(store: FeatureStore, tasks: Iterable[Task], camera: str) -> d
     if not isinstance(store, ColmapDatabase):
         return {}
     files = {str(task.relative): task.source for task in tasks}
+    absolute = ((name, Path(os.path.abspath(file))) for name, file in files.items())
     # folders to which names are relative
     roots = {
-        Path(str(file)[: -len(name)])
-        for name, file in files.items()
-        if str(file).endswith(f"/{name}")
+        file.parents[len(Path(name).parts) - 1]
+        for name, file in absolute
+        if file.as_posix().endswith(f"/{name}")
     }
     for name in store.names():
         if name not in files:

@@ -82,7 +82,7 @@ def choose_image_pairs(
     method: str = "auto",
     neighbors: int | None = None,
     *,
-    usual: int | None = None,
+    default_neighbors: int | None = None,
     progress: bool = False,
 ) -> PairChoice:
     """Choose pairs by a method of ``names.PAIR_METHODS``.
@@ -92,7 +92,8 @@ def choose_image_pairs(
 
     Args:
         neighbors: number of neighbors per image; if it is given, ``auto`` never chooses all pairs.
-        usual: without it, the number for ``retrieval`` and ``gps``; by default ``NEIGHBORS``.
+        default_neighbors: without it, the number for ``retrieval`` and ``gps``, instead of
+            ``NEIGHBORS``.
 
     Raises:
         ValueError: an unknown method, or ``neighbors`` of a method without.
@@ -112,7 +113,7 @@ def choose_image_pairs(
     if method == "exhaustive":
         return PairChoice(all_pairs(names), method, f"all pairs{because}")
     if neighbors is None and method != "sequential":
-        neighbors = usual
+        neighbors = default_neighbors
     count = neighbors or NEIGHBORS[method]
     search = _Search(images, names, progress)
     if method == "sequential":

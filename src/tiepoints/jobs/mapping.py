@@ -304,7 +304,7 @@ def without_uncertain_images(model: Any) -> Any:
 
 
 def separate_cameras(
-    model: Any, adjusted: Any, threads: int = -1, *, unused: int | None = None
+    model: Any, adjusted: Any, threads: int = -1, *, first_id: int | None = None
 ) -> Any:
     """The model with a camera for each image, adjusted robustly, if its images turn out to be not
     of one camera and zoom, as ``exif.shared_cameras`` assumes.
@@ -314,7 +314,7 @@ def separate_cameras(
         adjusted: ``adjust_robustly(model)``; each adjustment removes the largest residuals, so both
             results must have had as many.
         threads: -1: all.
-        unused: of ``with_own_cameras``.
+        first_id: of ``with_own_cameras``.
 
     Returns:
         another ``pycolmap.Reconstruction``; or ``adjusted``, if cameras of their own hardly differ,
@@ -326,7 +326,7 @@ def separate_cameras(
     shared = {camera for camera, images in users.items() if len(images) > 1}
     if not shared:
         return adjusted
-    separate = adjust_robustly(with_own_cameras(model, shared, unused), threads)
+    separate = adjust_robustly(with_own_cameras(model, shared, first_id), threads)
 
     def focal(image: int) -> float:
         return separate.camera(separate.image(image).camera_id).mean_focal_length()
@@ -339,21 +339,21 @@ def separate_cameras(
     return separate if differ and better and kept else adjusted
 
 
-def with_own_cameras(model: Any, shared: set[int], unused: int | None = None) -> Any:
+def with_own_cameras(model: Any, shared: set[int], first_id: int | None = None) -> Any:
     """A copy of a model with copies of the cameras ``shared``, one for each image.
 
     Args:
-        unused: number from which no cameras and rigs are; that of a copy is the sum with that of
+        first_id: from which on no camera and rig has an id; a copy has the sum of it and the id of
             its image. None: above the cameras of the model.
     """
     colmap = require_pycolmap()
-    first = max(model.cameras) + 1 if unused is None else unused
+    first_id = max(model.cameras) + 1 if first_id is None else first_id
     result = colmap.Reconstruction()
     for number in sorted(model.reg_image_ids()):
         given = model.image(number)
         camera = colmap.Camera(model.camera(given.camera_id).todict())
         if given.camera_id in shared:
-            camera.camera_id = first + number
+            camera.camera_id = first_id + number
         if camera.camera_id not in result.cameras:
             result.add_camera_with_trivial_rig(camera)
         image = colmap.Image(name=given.name, camera_id=camera.camera_id, image_id=number)

@@ -31,13 +31,13 @@ from ..files import (
 )
 from ..formats.colmap import ColmapDatabase
 from ..formats.hdf5 import FeatureFile, MatchFile, pair_name, read_pairs
-from ..formats.positions import PendingRefinement
 from ..formats.records import (
     RecordLog,
     file_stamp,
     json_digest,
     with_program,
 )
+from ..formats.refinement import PendingRefinement
 from ..formats.store import (
     FeatureStore,
     MatchStore,
@@ -617,7 +617,7 @@ def match_images(
     *,
     pairs: str | Path | None = None,
     neighbors: int | None = None,
-    usual_neighbors: int | None = None,
+    default_neighbors: int | None = None,
     features: Path | None = None,
     root: Path | None = None,
     camera: str = "auto",
@@ -639,7 +639,7 @@ def match_images(
             database. With ``features``, its descriptor must be that of the stored features.
         options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
             subpixel positions (``refine.refine_tracks``).
-        pairs, neighbors, usual_neighbors: a list of pairs (``read_pairs``), or arguments of
+        pairs, neighbors, default_neighbors: a list of pairs (``read_pairs``), or arguments of
             ``image_pairs.choose_image_pairs``; by default ``auto``. Unless listed, pairs are
             written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
@@ -700,7 +700,7 @@ def match_images(
         choice = (
             PairChoice(listed, "list", f"the pairs of {pairs}")
             if listed is not None
-            else _choose_pairs(source, method, neighbors, usual_neighbors, progress)
+            else _choose_pairs(source, method, neighbors, default_neighbors, progress)
         )
         settings = {**options.to_json(database=database), "features": source.settings}
         if features is not None:  # without images, no rotation is estimated
@@ -926,13 +926,15 @@ def _choose_pairs(
     source: _Source,
     method: str,
     neighbors: int | None,
-    usual: int | None,
+    default_neighbors: int | None,
     progress: bool,
 ) -> PairChoice:
     """Choose pairs of the images with features."""
     weights = source.settings.get("digests", {}).get("descriptor")
     candidates = Candidates(source.names, source.store, weights, source.files)
-    choice = choose_image_pairs(candidates, method, neighbors, usual=usual, progress=progress)
+    choice = choose_image_pairs(
+        candidates, method, neighbors, default_neighbors=default_neighbors, progress=progress
+    )
     if not choice.pairs:
         reason = f"; {source.failed[0][0]}: {source.failed[0][1]}" if source.failed else ""
         count = f"{len(source.names)} image{'s' * (len(source.names) != 1)}"

@@ -304,6 +304,8 @@ class _Reconstruction:
         self.files: dict[str, Path] = {}
         self.root = Path()
         self.mapped_before = False
+        #: Image -> key of its camera, the same for images that are mapped as of one camera.
+        self._shared: dict[str, Any] = {}
 
     def run(self, given: list[str]) -> tuple[Any, Summary]:
         summary = self.summary
@@ -442,7 +444,7 @@ class _Reconstruction:
             MatchOptions(),
             pairs=options.pairs,
             neighbors=options.neighbors,
-            usual_neighbors=QUALITY[options.quality].neighbors,
+            default_neighbors=QUALITY[options.quality].neighbors,
             root=self.root,
             camera=self.camera,
             masks=None if options.masks is None else Path(options.masks),
@@ -452,7 +454,6 @@ class _Reconstruction:
             workers=options.workers,
             progress=self.progress,
         )
-        #: Image -> key of its camera, the same for images that are mapped as of one camera.
         self._shared = {name: report.shared[name] for name in self.files if name in report.shared}
         if self.camera not in ("auto", "per-image"):
             self._shared = dict.fromkeys(self.files, self.camera)
@@ -511,7 +512,7 @@ class _Reconstruction:
             try:
                 models = [colmap.Reconstruction(sparse / str(i)) for i in range(count)]
                 self.mapped_before = True
-                self._keep_cameras(models)
+                self._store_cameras(models)
                 return models
             except (RuntimeError, ValueError, LookupError):
                 logger.info("%s is damaged; mapped again", sparse)
@@ -526,8 +527,8 @@ class _Reconstruction:
         )
         bar = track(models, unit="model", label="adjust", enabled=self.progress)
         with ColmapDatabase(self.database) as database:
-            unused = database.unused_camera()
-        models = [self._adjusted(model, unused) for model in bar]
+            first_id = database.next_camera_id()
+        models = [self._adjusted(model, first_id) for model in bar]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
@@ -536,11 +537,11 @@ class _Reconstruction:
             )
         settings.unlink(missing_ok=True)
         write_models(models, sparse)
-        self._keep_cameras(models)
+        self._store_cameras(models)
         write_json(settings, {**record, "models": len(models)})
         return models
 
-    def _keep_cameras(self, models: list[Any]) -> None:
+    def _store_cameras(self, models: list[Any]) -> None:
         """Give images of the database the cameras that they have in the models, so that COLMAP can
         continue with both.
         """
@@ -557,11 +558,11 @@ class _Reconstruction:
             with ColmapDatabase(self.database, write=True) as database:
                 database.separate(cameras)
 
-    def _adjusted(self, model: Any, unused: int) -> Any:
+    def _adjusted(self, model: Any, first_id: int) -> Any:
         threads = self.options.threads
         adjusted = adjust_robustly(model, threads)
         if self._assumed:
-            adjusted = separate_cameras(model, adjusted, threads, unused=unused)
+            adjusted = separate_cameras(model, adjusted, threads, first_id=first_id)
         return without_uncertain_images(adjusted)
 
     @property
@@ -609,10 +610,10 @@ class _Reconstruction:
                     ("undistort", f"COLMAP could not write {dense} ({first_line(error)})")
                 )
                 return
-            self._keep_readable(dense)
+            self._remove_unread(dense)
         self.summary.files["undistorted"] = str(dense)
 
-    def _keep_readable(self, dense: Path) -> None:
+    def _remove_unread(self, dense: Path) -> None:
         """Remove images that COLMAP cannot read, such as WebP, from the undistorted model, and the
         images of earlier models.
         """
