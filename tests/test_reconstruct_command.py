@@ -1003,6 +1003,7 @@ def test_images_that_see_few_points_are_left_out(result):
     base, *_ = result
     model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
     assert mapping.without_uncertain_images(model) is model
+    assert mapping.is_certain(model)
     count = model.num_reg_images()
     last = model.image(max(model.reg_image_ids()))
     seen = [point.point3D_id for point in last.points2D if point.has_point3D()]
@@ -1019,3 +1020,25 @@ def test_images_that_see_few_points_are_left_out(result):
             if point.has_point3D() and number % 20:
                 model.delete_observation(image, number)
     assert mapping.without_uncertain_images(model) is model
+    assert not mapping.is_certain(model)
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_models_of_a_few_points(result, tmp_path, monkeypatch, certain):
+    """They are dropped beside others; the only one is kept, with a warning."""
+    import pycolmap
+
+    from tiepoints.jobs import reconstruct as job
+
+    base, *_ = result
+    model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
+    few = pycolmap.Reconstruction(model)
+    for number in list(few.points3D)[6:]:
+        few.delete_point3D(number)
+    monkeypatch.setattr(job, "map_images", lambda *_, **__: [model if certain else few, few])
+    monkeypatch.setattr(job._Reconstruction, "_adjusted", lambda _, model, first_id: model)
+    arguments = (base / "photos", "--output", tmp_path / "model", *FAST, "--json")
+    summary = json.loads(call("-q", "reconstruct", *arguments)[1])
+    assert len(summary["models"]) == 1
+    warnings = [text for text in summary["warnings"] if "only 6 points" in text]
+    assert len(warnings) == (not certain)

@@ -303,6 +303,11 @@ def without_uncertain_images(model: Any) -> Any:
     return model
 
 
+def is_certain(model: Any) -> bool:
+    """Whether each image of a model sees at least ``MIN_POINTS`` of its points."""
+    return all(model.image(image).num_points3D >= MIN_POINTS for image in model.reg_image_ids())
+
+
 def separate_cameras(
     model: Any, adjusted: Any, threads: int = -1, *, first_id: int | None = None
 ) -> Any:

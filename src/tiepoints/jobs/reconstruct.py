@@ -49,6 +49,7 @@ from .mapping import (
     adjust_robustly,
     color_points,
     implausible_focal_lengths,
+    is_certain,
     map_images,
     median_angle,
     read_model,
@@ -529,6 +530,8 @@ class _Reconstruction:
         with ColmapDatabase(self.database) as database:
             first_id = database.next_camera_id()
         models = [self._adjusted(model, first_id) for model in bar]
+        # of a few points, only the largest model is worth showing, with a warning
+        models = [model for model in models if is_certain(model)] or models[:1]
         if not models:
             raise DataError(
                 f"no model: {len(graph.inliers)} pairs of {len(matched)} images overlap, but no "
@@ -655,6 +658,11 @@ class _Reconstruction:
             summary.warnings.append(
                 f"{len(models)} models of {sizes} images: the photographs show {len(models)} "
                 "scenes, or parts of one without enough overlap between them"
+            )
+        if not is_certain(models[0]):
+            summary.warnings.append(
+                f"the model has only {summary.models[0].points} points, so the positions of its "
+                "cameras are uncertain; take photographs with more overlap"
             )
         if summary.angle < SMALL_ANGLE:
             summary.warnings.append(
