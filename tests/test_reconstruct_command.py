@@ -545,10 +545,8 @@ def test_models_contained_in_a_larger_one_are_dropped():
     assert not_contained([whole, part, other]) == [whole, other]
 
 
-def test_cameras_are_not_refined_if_the_focal_length_diverges(result, monkeypatch):
-    import pycolmap
-
-    model = pycolmap.Reconstruction(str(result[0] / "model" / "sparse" / "0"))
+def test_cameras_are_not_refined_if_the_focal_length_diverges(monkeypatch):
+    model = photographed([500.0] * 6)
     refined = mapping._refined(model, 1)
     assert refined is not model
     assert refined.compute_mean_reprojection_error() < 0.5
@@ -741,6 +739,61 @@ def photographed(focal: list[float], cameras: int = 1, points: int = 150):
     return model
 
 
+def joined(near, far, shared: int):
+    """A model of two others, the second 100 units away, whose points lack the coordinates of the
+    first; its first image sees ``shared`` points of the first model.
+    """
+    import pycolmap
+
+    model, images = pycolmap.Reconstruction(near), near.num_reg_images()
+    moved = pycolmap.Sim3d(1.0, pycolmap.Rotation3d(), np.array([100.0, 0, 0]))
+    other = pycolmap.Reconstruction(far)
+    other.transform(moved)
+    for number in sorted(other.reg_image_ids()):
+        image = other.image(number)
+        points = [point.xy for point in image.points2D]
+        if number == 1:  # where it would see the points of the first model
+            pose = image.cam_from_world()
+            camera = other.camera(image.camera_id)
+            seen = [
+                camera.img_from_cam(pose * p.xyz) for p in list(near.points3D.values())[:shared]
+            ]
+            points += seen
+        copy = pycolmap.Image(
+            name=f"far {image.name}", camera_id=image.camera_id, image_id=number + images
+        )
+        copy.points2D = [pycolmap.Point2D(xy) for xy in points]
+        model.add_image_with_trivial_frame(copy, image.cam_from_world())
+    for point in other.points3D.values():
+        elements = [
+            pycolmap.TrackElement(e.image_id + images, e.point2D_idx) for e in point.track.elements
+        ]
+        model.add_point3D(point.xyz, pycolmap.Track(elements=elements), np.zeros(3, np.uint8))
+    for i, number in enumerate(sorted(near.points3D)[:shared]):
+        element = pycolmap.TrackElement(1 + images, len(other.image(1).points2D) + i)
+        model.add_observation(number, element)
+    return model
+
+
+def test_a_model_falls_apart_where_nothing_connects_it():
+    near, far = photographed([500.0] * 6), photographed([500.0] * 4, points=120)
+    one = joined(near, far, 30)
+    assert mapping.connected_parts(one) == [set(range(1, 11))]
+    two = joined(near, far, 29)
+    assert mapping.connected_parts(two) == [set(range(1, 7)), set(range(7, 11))]
+    parts = mapping.adjusted_parts(two, 1)
+    assert [model.num_reg_images() for model, _ in parts] == [6, 4]
+    assert [after.num_points3D() for _, after in parts] == [150, 120]
+    ((before, after),) = mapping.adjusted_parts(near, 1)
+    assert before is near
+    assert after.num_reg_images() == 6
+    # no part has three images
+    few = photographed([500.0] * 3, points=20)
+    ((before, after),) = mapping.adjusted_parts(few, 1)
+    assert before is few
+    assert after.num_reg_images() == 3
+
+
 def test_images_of_several_cameras_get_their_own(monkeypatch):
     focal = [500.0, 600.0] * 4
 
@@ -927,19 +980,21 @@ def test_the_largest_model_decides_the_cameras_of_the_database(result, tmp_path,
 
     base, *_ = result
     model = pycolmap.Reconstruction(base / "model" / "sparse" / "0")
-    monkeypatch.setattr(job, "map_images", lambda *_, **__: [model, model])
+    images = sorted(model.reg_image_ids())
+    parts = [mapping._only(model, images[:4]), mapping._only(model, images[2:])]
+    monkeypatch.setattr(job, "map_images", lambda *_, **__: parts)
     given = iter([None, 100])
 
     def adjusted(_, model, first_id):
         number = next(given)
-        return (
-            model if number is None else mapping.with_own_cameras(model, set(model.cameras), number)
-        )
+        own = set(model.cameras)
+        return [model if number is None else mapping.with_own_cameras(model, own, number)]
 
     monkeypatch.setattr(job._Reconstruction, "_adjusted", adjusted)
     output = tmp_path / "model"
     call("-q", "reconstruct", base / "photos", "--output", output, *FAST)
-    largest = pycolmap.Reconstruction(output / "sparse" / "0")
+    largest, smaller = (pycolmap.Reconstruction(output / "sparse" / name) for name in "01")
+    assert {*smaller.reg_image_ids()} & {*largest.reg_image_ids()}
     with ColmapDatabase(output / "database.db") as database:
         for number in largest.reg_image_ids():
             image = largest.image(number)
@@ -1036,7 +1091,7 @@ def test_models_of_a_few_points(result, tmp_path, monkeypatch, certain):
     for number in list(few.points3D)[6:]:
         few.delete_point3D(number)
     monkeypatch.setattr(job, "map_images", lambda *_, **__: [model if certain else few, few])
-    monkeypatch.setattr(job._Reconstruction, "_adjusted", lambda _, model, first_id: model)
+    monkeypatch.setattr(job._Reconstruction, "_adjusted", lambda _, model, first_id: [model])
     arguments = (base / "photos", "--output", tmp_path / "model", *FAST, "--json")
     summary = json.loads(call("-q", "reconstruct", *arguments)[1])
     assert len(summary["models"]) == 1

@@ -183,6 +183,25 @@ def test_tracks_have_one_position_per_image():
     assert sorted(set(asked)) == ["a", "b", "c"]
 
 
+def test_tracks_of_large_images_are_aligned_as_exactly_as_pairs():
+    """Of an image that was reduced to detect coarse keypoints, too, the fine levels are used."""
+    base = textured(400, 480)
+    images = (base, warp_image(base, similarity(0, 1, (6.3, -3.8))[None].float()))
+    a = keypoints(2 * grid_points(), scale=2.5)
+    b = keypoints(2 * grid_points() + torch.tensor([6.8, -4.2]), scale=2.6)
+    index = torch.arange(len(a))[:, None].expand(-1, 2)
+    pair = refine_matches(
+        Features(a, None, (480, 400)),
+        Features(b, None, (480, 400)),
+        Matches(index, torch.ones(len(a))),
+        (images[0][0, 0], images[1][0, 0]),
+    )
+    views = dict(zip("ab", images, strict=True))
+    tracks = refine_tracks({"a": a, "b": b}, {("a", "b"): index}, lambda name: views[name][0, 0])
+    torch.testing.assert_close(tracks["b"], pair.xy_b, atol=1e-4, rtol=0)
+    assert not torch.equal(tracks["b"], b.xy)
+
+
 @pytest.mark.parametrize("camera", ["single", "per-image"])
 def test_database_is_refined_and_verified_again(tmp_path, monkeypatch, camera):
     pytest.importorskip("pycolmap")

@@ -149,7 +149,7 @@ def _align(
     warp, first, last = _register(pyramid_a, a, pyramid_b, b, identity, iterations)
     accepted = _plausible(warp - identity, warp, MAX_SHIFT) & (last > first)
     accepted &= last > MIN_CORRELATION
-    factor = (MIN_SCALE / torch.minimum(a.scale, b.scale)).clamp(FINE_FACTOR, 1)
+    factor = _fine_factor(torch.minimum(a.scale, b.scale))
     rows = accepted.nonzero()[:, 0]
     if len(rows):
         factor = factor[rows, None]
@@ -167,6 +167,11 @@ def _align(
     return Alignment(
         torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted
     )
+
+
+def _fine_factor(scale: Tensor) -> Tensor:
+    """Factors on scales (K,) for the second alignment."""
+    return (MIN_SCALE / scale).clamp(FINE_FACTOR, 1)
 
 
 def _plausible(change: Tensor, warp: Tensor, largest: float) -> Tensor:
@@ -471,8 +476,8 @@ class _Pyramids:
     def __call__(self, name: str) -> Pyramid:
         if name not in self.kept:
             levels = build_pyramid(load_image(self.image(name))).in_memory().levels
-            smallest = float(self.features[name].scale.min())
-            finest = int(_level_index(levels, torch.tensor([smallest]), SAMPLE_STEP))
+            smallest = self.features[name].scale.min()[None]
+            finest = int(_level_index(levels, smallest * _fine_factor(smallest), SAMPLE_STEP))
             self.kept[name] = Pyramid(levels[finest:], 0)
         self.kept.move_to_end(name)
         while len(self.kept) > 2 and sum(map(_size, self.kept.values())) > CACHE_BYTES:

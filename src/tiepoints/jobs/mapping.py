@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ LOSS_SCALE, KEPT_RESIDUAL = 2.0, 10.0
 #: Rounds of robust bundle adjustment, as the median falls with the outliers; smallest angle in
 #: degrees between the rays of the points that are kept, COLMAP's default.
 ROBUST_ROUNDS, MIN_ANGLE = 2, 1.5
-#: Number of points that an image of a model must see: COLMAP needs as many to register one.
+#: Number of points that an image of a model must see, and that parts of a model must share: COLMAP
+#: needs as many to register an image.
 MIN_POINTS = 30
 #: A round ends when the loss falls by less than this fraction.
 TOLERANCE = 1e-5
@@ -152,7 +154,7 @@ def map_images(
     options = options or MapOptions()
 
     def run(seed: int, *, refine: bool = True) -> list[Any]:
-        return _largest_first(
+        return largest_first(
             _map_once(
                 database,
                 work,
@@ -203,7 +205,7 @@ def implausible_focal_lengths(model: Any) -> list[str]:
     return sorted(image.name for image in images if image.camera_id in bad)
 
 
-def _largest_first(models: list[Any]) -> list[Any]:
+def largest_first(models: list[Any]) -> list[Any]:
     """The models with 3D points, that of the most images first, see ``not_contained``."""
     models = [model for model in models if model.num_points3D()]
     models.sort(key=lambda model: (-model.num_reg_images(), -model.num_points3D()))
@@ -280,6 +282,73 @@ def adjust_robustly(model: Any, threads: int = -1) -> Any:
         )
     seen = all(adjusted.image(image).num_points3D for image in adjusted.reg_image_ids())
     return model if not seen or _diverged(model, adjusted) else adjusted
+
+
+def adjusted_parts(model: Any, threads: int = -1) -> list[tuple[Any, Any]]:
+    """The model after ``adjust_robustly``, or its parts, each adjusted alone, if it falls apart.
+
+    Parts that the mapper connected by incorrect matches, as of repeated structure, are not
+    connected any more when those have been removed; nothing tells then where they are relative to
+    each other.
+
+    Args:
+        model: a ``pycolmap.Reconstruction``; it is not changed.
+        threads: -1: all.
+
+    Returns:
+        each part before and after the adjustment, that of the most images first; without those of
+        fewer than ``MIN_MODEL_SIZE`` images, unless all are.
+    """
+    adjusted = adjust_robustly(model, threads)
+    parts = connected_parts(adjusted)
+    large = [part for part in parts if len(part) >= MIN_MODEL_SIZE]
+    if len(parts) == 1 or not large:
+        return [(model, adjusted)]
+    return [one for part in large for one in adjusted_parts(_only(model, part), threads)]
+
+
+def connected_parts(model: Any) -> list[set[int]]:
+    """Numbers of the images of each part of a model, that of the most images first. Images, and
+    parts found so far, that share ``MIN_POINTS`` points belong to one part.
+    """
+    part = {image: image for image in model.reg_image_ids()}
+    views = [
+        {element.image_id for element in point.track.elements} for point in model.points3D.values()
+    ]
+    while True:
+        shared: Counter[tuple[int, int]] = Counter()
+        for images in views:
+            shared.update(combinations(sorted({part[image] for image in images}), 2))
+        joined = [pair for pair, count in shared.items() if count >= MIN_POINTS]
+        if not joined:
+            break
+        neighbors: dict[int, set[int]] = defaultdict(set)
+        for a, b in joined:
+            neighbors[a].add(b)
+            neighbors[b].add(a)
+        first = {number: number for number in part.values()}
+        reached: set[int] = set()
+        for start in sorted(neighbors):
+            ends = [start] if start not in reached else []
+            while ends:
+                number = ends.pop()
+                if number not in reached:
+                    reached.add(number)
+                    first[number] = start
+                    ends.extend(neighbors[number])
+        part = {image: first[number] for image, number in part.items()}
+    members: dict[int, set[int]] = defaultdict(set)
+    for image, number in part.items():
+        members[number].add(image)
+    return sorted(members.values(), key=len, reverse=True)
+
+
+def _only(model: Any, images: Collection[int]) -> Any:
+    """A copy of a model with these of its images."""
+    part = require_pycolmap().Reconstruction(model)
+    for image in sorted(set(part.reg_image_ids()) - set(images)):
+        part.deregister_frame(part.image(image).frame_id)
+    return part
 
 
 def without_uncertain_images(model: Any) -> Any:

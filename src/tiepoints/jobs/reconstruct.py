@@ -46,10 +46,11 @@ from .mapping import (
     MapOptions,
     Model,
     ModelStatistics,
-    adjust_robustly,
+    adjusted_parts,
     color_points,
     implausible_focal_lengths,
     is_certain,
+    largest_first,
     map_images,
     median_angle,
     read_model,
@@ -500,7 +501,7 @@ class _Reconstruction:
         record = {
             **asdict(self.options.mapping()),
             "matches": graph.digest,
-            "adjusted": [LOSS_SCALE, KEPT_RESIDUAL, MIN_POINTS],
+            "adjusted": [LOSS_SCALE, KEPT_RESIDUAL, MIN_POINTS, MIN_MODEL_SIZE],
             "cameras": json_digest(sorted(self._shared.items())),
             "separated": [SEPARATE_SHARE, SEPARATE_FACTOR, SEPARATE_KEPT]
             if self._assumed
@@ -529,7 +530,7 @@ class _Reconstruction:
         bar = track(models, unit="model", label="adjust", enabled=self.progress)
         with ColmapDatabase(self.database) as database:
             first_id = database.next_camera_id()
-        models = [self._adjusted(model, first_id) for model in bar]
+        models = largest_first([one for model in bar for one in self._adjusted(model, first_id)])
         # of a few points, only the largest model is worth showing, with a warning
         models = [model for model in models if is_certain(model)] or models[:1]
         if not models:
@@ -561,12 +562,15 @@ class _Reconstruction:
             with ColmapDatabase(self.database, write=True) as database:
                 database.separate(cameras)
 
-    def _adjusted(self, model: Any, first_id: int) -> Any:
+    def _adjusted(self, model: Any, first_id: int) -> list[Any]:
+        """The adjusted model, or several if it consists of parts that nothing connects."""
         threads = self.options.threads
-        adjusted = adjust_robustly(model, threads)
-        if self._assumed:
-            adjusted = separate_cameras(model, adjusted, threads, first_id=first_id)
-        return without_uncertain_images(adjusted)
+        found = []
+        for part, adjusted in adjusted_parts(model, threads):
+            if self._assumed:
+                adjusted = separate_cameras(part, adjusted, threads, first_id=first_id)
+            found.append(without_uncertain_images(adjusted))
+        return found
 
     @property
     def _assumed(self) -> bool:
