@@ -137,6 +137,8 @@ def test_masks_are_paths_images_arrays_or_tensors(extractor, photo, tmp_path):
         assert f.xy[:, 0].min() > 157
     with pytest.raises(FileNotFoundError, match=r"none\.png"):
         extractor.extract(photo, tmp_path / "none.png")
+    with pytest.raises(ValueError, match=r"got \(320, 240\); that of the image rotated"):
+        extractor.extract(photo, mask.T)
 
 
 def test_extractor_can_be_pickled_and_has_a_repr(photo):

@@ -4,6 +4,7 @@ model and read again.
 
 import logging
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -457,11 +458,12 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     for i in range(3):
         coarse = Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))
         coarse.resize((400, 400), Image.Resampling.BICUBIC).save(photos / f"{i}.png")
+    held_out = shutil.copytree(folder, tmp_path / "held out")
     data = TrainData(
         photos,
         validation=[folder / "images"],
         reconstructions=[folder],
-        validation_reconstructions=[folder],
+        validation_reconstructions=[held_out],
     )
     result = train("hardnet", data, tmp_path / "h.safetensors", **options)
     assert 0 < result.best <= 1
@@ -473,6 +475,11 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     for wrong, error, message in (
         (TrainData(photos, validation=[photos]), DataError, "disjoint"),
         (TrainData(photos, validation=[tmp_path / "empty"]), DataError, "no usable images in"),
+        (
+            TrainData(photos, reconstructions=[folder], validation_reconstructions=[folder]),
+            DataError,
+            "other reconstructions",
+        ),
         (
             TrainData(photos, patches=tmp_path, reconstructions=[folder]),
             ValueError,

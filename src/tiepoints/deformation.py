@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .geometry import distances
+
 #: Number of matches that are measured, number of neighbors of each, and their smallest distance in
 #: pixels: nearer ones may be one point at two scales.
 POINTS, NEIGHBORS, MIN_NEIGHBOR = 300, 4, 8.0
@@ -88,7 +90,7 @@ def measure_deformation(xy_a: Tensor, xy_b: Tensor) -> Deformation:
         return UNDEFORMED
     chosen = torch.arange(0, len(xy_a), -(-len(xy_a) // POINTS))
     a, b = xy_a.double(), xy_b.double()
-    distance = torch.cdist(a[chosen], a)
+    distance = distances(a[chosen], a)
     distance[distance < MIN_NEIGHBOR] = math.inf
     nearest = distance.topk(min(NEIGHBORS, len(a)), largest=False)
     used = nearest.values.isfinite()

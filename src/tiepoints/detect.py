@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .geometry import sample_at
+from .geometry import distances, sample_at
 from .keypoints import (
     BORDER,
     NMS_WINDOW,
@@ -419,7 +419,7 @@ def _duplicates(keypoints: Keypoints, level_of: Tensor, scales: list[float]) -> 
             continue
         for part in b.split(BLOCK):  # blocks bound the memory
             near_b, near_a = (
-                torch.cdist(keypoints.xy[part], keypoints.xy[a]) < DUPLICATE_DISTANCE * scale
+                distances(keypoints.xy[part], keypoints.xy[a]) < DUPLICATE_DISTANCE * scale
             ).nonzero(as_tuple=True)
             stronger = keypoints.score[part[near_b]] > keypoints.score[a[near_a]]
             drop[torch.where(stronger, a[near_a], part[near_b])] = True

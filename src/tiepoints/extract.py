@@ -490,8 +490,10 @@ def as_mask(mask: MaskLike | None, size: tuple[int, int]) -> Tensor | None:
         tensor = torch.as_tensor(
             np.ascontiguousarray(mask) if isinstance(mask, np.ndarray) else mask
         )
-    if tuple(tensor.shape) != tuple(size):
-        raise ValueError(f"mask must be (H,W) = {size} like its image, got {tuple(tensor.shape)}")
+    shape = tuple(tensor.shape)
+    if shape != tuple(size):
+        rotated = "; that of the image rotated by its EXIF?" if shape == tuple(size)[::-1] else ""
+        raise ValueError(f"mask must be (H,W) = {size} like its image, got {shape}{rotated}")
     return tensor != 0
 
 

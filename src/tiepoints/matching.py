@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import WeightsError
+from .geometry import distances
 from .image import ImageLike
 from .names import MIN_NEIGHBORS, NEIGHBORS
 from .refine import refine_matches
@@ -214,7 +215,7 @@ def _nearest_points(points: Tensor, smallest: Tensor) -> Tensor:
     count = min(NEIGHBORS, len(xy))
     near = []
     for part, limit in zip(xy.split(BLOCK), smallest.float().split(BLOCK), strict=True):
-        distance = torch.cdist(part, xy)
+        distance = distances(part, xy)
         distance[distance < limit] = math.inf
         near.append(distance.topk(count, dim=1, largest=False).indices)
     return torch.cat(near)

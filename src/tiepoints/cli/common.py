@@ -247,7 +247,7 @@ ExifOrientationOption = Annotated[
     ExifOrientation,
     typer.Option(
         help="ignore: keypoints are in pixels of the stored image, as in COLMAP; apply: of the "
-        "upright image."
+        "upright image, and so are masks."
     ),
 ]
 PagesOption = Annotated[

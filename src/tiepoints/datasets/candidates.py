@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..geometry import warp_points
+from ..geometry import distances, warp_points
 from .synthetic import PairDataset, PairSettings
 
 #: Number of candidates per view; missing ones are padded with NaN.
@@ -98,8 +98,8 @@ def candidate_pairs(xy_a: Tensor, xy_b: Tensor, H_ab: Tensor) -> tuple[Tensor, T
         (...,N,M) bool, more than ``NEGATIVE_DISTANCE`` px apart in both. Other pairs are neither.
     """
     H_ab = H_ab.to(torch.float64)
-    in_b = torch.cdist(warp_points(xy_a.double(), H_ab), xy_b.double())
-    in_a = torch.cdist(xy_a.double(), warp_points(xy_b.double(), torch.linalg.inv(H_ab)))
+    in_b = distances(warp_points(xy_a.double(), H_ab), xy_b.double())
+    in_a = distances(xy_a.double(), warp_points(xy_b.double(), torch.linalg.inv(H_ab)))
     positive = torch.maximum(in_a, in_b) <= POSITIVE_DISTANCE
     negative = torch.minimum(in_a, in_b) > NEGATIVE_DISTANCE
     return positive, negative

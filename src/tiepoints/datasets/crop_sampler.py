@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..geometry import distances
 from ..keypoints import clear_border, local_maxima, refine
 from .candidates import (
     CANDIDATE_POOL,
@@ -217,7 +218,7 @@ class CropSampler(DeviceSampler):
         tracks = _snapped(list(xy.split(2, dim=-1)), list(detected))
         kept = []
         for own, found in zip(tracks, detected, strict=True):
-            far = ~(torch.cdist(found, own) <= NEGATIVE_DISTANCE).any(dim=-1)  # NaN is not near
+            far = ~(distances(found, own) <= NEGATIVE_DISTANCE).any(dim=-1)  # NaN is not near
             candidates = torch.cat([own, found], dim=1)
             usable = torch.cat([torch.ones_like(own[..., 0], dtype=torch.bool), far], dim=1)
             kept.append(_first(candidates, usable & ~candidates.isnan().any(-1), self.count))
@@ -299,7 +300,7 @@ def _separated(xy: Tensor, distance: float) -> Tensor:
     """Points (B,N,4) of two views without an earlier one nearer than ``distance`` in either."""
     near = torch.zeros(*xy.shape[:2], xy.shape[1], dtype=torch.bool, device=xy.device)
     for one in xy.split(2, dim=-1):
-        near |= torch.cdist(one, one) < distance  # false for NaN
+        near |= distances(one, one) < distance  # false for NaN
     return ~near.tril(-1).any(dim=-1) & ~xy.isnan().any(dim=-1)
 
 
@@ -310,7 +311,7 @@ def _snapped(tracks: list[Tensor], detected: list[Tensor]) -> list[Tensor]:
     nearest = []
     near = torch.ones(tracks[0].shape[:2], dtype=torch.bool, device=tracks[0].device)
     for xy, found in zip(tracks, detected, strict=True):
-        distance, index = torch.cdist(xy, found).nan_to_num(nan=math.inf).min(dim=-1)
+        distance, index = distances(xy, found).nan_to_num(nan=math.inf).min(dim=-1)
         near &= distance <= SNAP_DISTANCE
         nearest.append(found.gather(1, index[..., None].expand(-1, -1, 2)))
     return [

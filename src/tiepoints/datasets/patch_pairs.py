@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from ..geometry import warp_points
+from ..geometry import distances, warp_points
 from ..keypoints import NMS_WINDOW, detect_peaks
 from ..patches import HALF_SIDE, PATCH_SIZE, crop_patches, extract_patches
 from ..pyramid import Pyramid, build_pyramid
@@ -192,7 +192,7 @@ class PatchPairs(Dataset):
             [strong[order[:cut]], random[:num_random], strong[order[cut:]], random[num_random:]]
         )
         kept: list[int] = []
-        near = torch.cdist(xy, xy) < s.min_distance
+        near = distances(xy, xy) < s.min_distance
         for i in range(len(xy)):
             if not kept or not bool(near[i, kept].any()):
                 kept.append(i)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
+from ..geometry import distances
 from .device_images import DeviceImages, DeviceSampler, TrackTable, random_angles, rotations
 from .patch_changes import change_patches, mixed_gray, normal, occlude, uniform
 from .patch_pairs import PatchSettings
@@ -343,7 +344,7 @@ def _apart(draw: _Draw, distance: float, valid: Tensor) -> Tensor:
     same = (draw.group[:, None] == draw.group) & valid
     earlier = same.tril(-1)
     for xy in draw.xy:
-        apart &= ~((torch.cdist(xy, xy) < distance) & earlier).any(dim=1)
+        apart &= ~((distances(xy, xy) < distance) & earlier).any(dim=1)
     return apart
 
 

@@ -182,7 +182,7 @@ def find_models(folder: str | Path) -> list[tuple[Path, Path]]:
 
     Raises:
         FileNotFoundError: no such folder.
-        DataError: no model, or one whose images cannot be with_images.
+        DataError: no model, or one whose images are not found.
     """
     folder = Path(folder)
     if not folder.is_dir():

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
+from ..geometry import distances
 from ..pyramid import Pyramid
 from .candidates import CANDIDATES, NEGATIVE_DISTANCE, POSITIVE_DISTANCE
 from .patch_pairs import PatchSettings, rotate_pair
@@ -290,7 +291,7 @@ def track_labels(xy_a: Tensor, xy_b: Tensor, num_tracks: Tensor) -> tuple[Tensor
     is_track = number < num_tracks[..., None]
     in_a, in_b = is_track[..., None], is_track[..., None, :]  # the candidate of a, and that of b
     positive = (number[:, None] == number) & in_a
-    near_a, near_b = (torch.cdist(xy, xy) <= NEGATIVE_DISTANCE for xy in (xy_a, xy_b))
+    near_a, near_b = (distances(xy, xy) <= NEGATIVE_DISTANCE for xy in (xy_a, xy_b))
     # certainly negative: one candidate is a track, and the other one is far from the position of
     # this track in its own image
     negative = (in_a | in_b) & ~(in_a & near_b) & ~(in_b & near_a)
@@ -375,7 +376,7 @@ def _nearest(points: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
     """Distance and index (N,) of the nearest of ``others`` (M,2) to each of ``points`` (N,2)."""
     a, b = (torch.from_numpy(np.ascontiguousarray(v, dtype=np.float64)) for v in (points, others))
     # exact also far from the origin
-    found, nearest = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    found, nearest = distances(a, b).min(dim=1)
     return found.numpy(), nearest.numpy()
 
 

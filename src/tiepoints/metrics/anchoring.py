@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..filters import corner_strength, gaussian_blur, percentile_rank
+from ..geometry import distances
 from ..render import render_outlines
 
 #: Gray image (1,1,H,W) in [0,1] -> keypoints (N,2), strongest first.
@@ -134,10 +135,10 @@ def layers(detect: Detector, background: Tensor, foreground: Tensor) -> Layers:
         return Layers(0, 0)
     outside = (a - center).norm(dim=1) - radius
     near = a[(outside > 1) & (outside < RIM) & ((a - center - shift).norm(dim=1) > radius + 1)]
-    stays = torch.cdist(near, b).amin(dim=1) <= SAME
-    moves = torch.cdist(near + shift, b).amin(dim=1) <= SAME
+    stays = distances(near, b).amin(dim=1) <= SAME
+    moves = distances(near + shift, b).amin(dim=1) <= SAME
     # a keypoint that the first frame already has at the shifted position did not move there
-    existing = torch.cdist(near + shift, a).amin(dim=1) <= SAME
+    existing = distances(near + shift, a).amin(dim=1) <= SAME
     incorrect = moves & ~stays & ~existing
     return Layers(int((stays | incorrect).sum()), int(incorrect.sum()))
 
@@ -214,7 +215,7 @@ def corners(detect: Detector, *, seed: int = 0) -> Corners:
     if not len(xy):
         return Corners(len(targets), 0, 0, math.nan)
     # matrix multiplication would cause errors of hundredths of a pixel
-    distance = torch.cdist(targets, xy, compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    distance = distances(targets, xy).amin(dim=1)
     near = distance <= NEAR
     error = float(distance[near].mean()) if bool(near.any()) else math.nan
     return Corners(len(targets), int((distance <= FOUND).sum()), int(near.sum()), error)

@@ -18,7 +18,7 @@ from ..describe import DenseDescriptor
 from ..detect import PUBLISHED
 from ..errors import DataError
 from ..extract import build
-from ..geometry import warp_points
+from ..geometry import distances, warp_points
 from ..image import load_image
 from ..keypoints import detect_peaks
 from ..matching import match
@@ -127,7 +127,7 @@ def correctly_matched(
     Returns:
         0..1; None without repeated keypoints.
     """
-    near = torch.cdist(warp_points(xy_a.double(), H_ab).float(), xy_b) <= reach
+    near = distances(warp_points(xy_a.double(), H_ab).float(), xy_b) <= reach
     repeated = min(int(near.any(dim=1).sum()), int(near.any(dim=0).sum()))
     if not repeated:
         return None

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...datasets.reconstructions import find_models
 from ...datasets.synthetic import damaged_photos, find_photos, split_readable
 from ...errors import DataError, WeightsError
 from ...formats.records import file_stamp, files_digest, json_digest, with_program
@@ -60,8 +61,17 @@ class TrainData:
 
         Raises:
             FileNotFoundError: no such folder.
-            DataError: too few usable images, or images in both sets.
+            DataError: too few usable images, or images or reconstructions in both sets.
         """
+        models = [
+            {model.resolve() for folder in as_folders(folders) for model, _ in find_models(folder)}
+            for folders in (self.reconstructions, self.validation_reconstructions)
+        ]
+        if both := models[0] & models[1]:
+            raise DataError(
+                f"{min(both)} is used for both training and validation; give other reconstructions "
+                "for one of them"
+            )
         if self.validation:
             training, held_out = (
                 find_photos(as_folders(f), log=log) for f in (self.images, self.validation)
