@@ -15,13 +15,14 @@ from tiepoints.auto_orientation import (
     Oriented,
     PairMatcher,
     can_reorient,
+    geometric_support,
 )
 from tiepoints.cli import app
 from tiepoints.deformation import UNDEFORMED, Deformation
 from tiepoints.describe import DenseDescriptor, PatchDescriptor
 from tiepoints.formats.hdf5 import MatchFile
 from tiepoints.geometry import warp_image, warp_points
-from tiepoints.structs import Keypoints
+from tiepoints.structs import Features, Keypoints, Matches
 
 skimage_data = pytest.importorskip("skimage.data")
 
@@ -193,6 +194,51 @@ def test_match_estimates_the_rotation_of_two_images_and_of_a_folder(photo, tmp_p
     for orientation, least, most in (("auto", 100, 400), ("none", 0, 30)):
         index = counts[orientation].index
         assert least <= int(((truth[index[:, 0]] - b[index[:, 1]]).norm(dim=1) < 3).sum()) <= most
+
+
+@pytest.mark.parametrize(("kept", "support"), [(14, 12), (24, 12), (25, 0), (80, 0)])
+def test_matches_that_agree_with_their_neighbors_must_agree_with_the_geometry(kept, support):
+    """12 of 150 matches agree beyond chance, which incorrect neighbors may do, too."""
+    generator = torch.Generator().manual_seed(0)
+    xy_a, xy_b = (
+        torch.rand(150, 2, generator=generator) * torch.tensor([600.0, 400.0]) for _ in range(2)
+    )
+    xy_b[:12] = xy_a[:12] + torch.tensor([20.0, 5.0])
+    a, b = (
+        Features(
+            Keypoints(xy, torch.ones(150), torch.zeros(150), torch.ones(150)), None, (600, 400)
+        )
+        for xy in (xy_a, xy_b)
+    )
+    found = Matches(torch.arange(150)[:, None].expand(-1, 2), torch.ones(150))
+    count, _, share = geometric_support(a, b, found[torch.arange(150) < kept], found)
+    assert count == support
+    assert share == pytest.approx(12 / kept if support else 0)
+
+
+def test_other_rotations_are_searched_unless_the_geometry_is_sure(photo, extractor, monkeypatch):
+    """Symmetric structure agrees with its own rotation, in a part of the matches."""
+    a = extractor.extract(photo)
+    half = Deformation(math.pi)
+    turned = Oriented(tiepoints.match(a, a), a, support=20, measured=half, share=0.9)
+    searched = []
+
+    def search(*arguments):
+        searched.append(arguments)
+        return turned
+
+    for support, share, found in ((46, 0.2, True), (46, 0.5, False), (14, 0.9, True)):
+        matcher = PairMatcher(extractor)
+        upright = Oriented(tiepoints.match(a, a), a, support=support, share=share)
+        described = Oriented(turned.matches, a, patches=half, support=300, share=0.9)
+        monkeypatch.setattr(
+            matcher, "verified", lambda *one, up=upright, d=described: d if one[2:] else up
+        )
+        monkeypatch.setattr(matcher, "_search", search)
+        searched.clear()
+        result = matcher(a, a, photo)
+        assert bool(searched) == found
+        assert (result is described) == found
 
 
 def test_unrelated_images_stay_upright_and_are_searched_once(photo, extractor, monkeypatch):

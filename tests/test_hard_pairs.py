@@ -123,7 +123,9 @@ def test_unrelated_images_do_not_match_in_any_way():
 
 
 def test_matches_that_chance_explains_have_no_geometry(monkeypatch):
-    monkeypatch.setattr("tiepoints.auto_orientation.geometric_support", lambda *_: (0, UNDEFORMED))
+    monkeypatch.setattr(
+        "tiepoints.auto_orientation.geometric_support", lambda *_: (0, UNDEFORMED, 0.0)
+    )
     pair = shifted_pair()
     options = MatchOptions(geometry="homography", retry=False)
     result = match_two(*pair, extraction(), options)

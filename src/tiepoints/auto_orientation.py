@@ -30,10 +30,17 @@ from .matching import Matcher, filter_by_neighbors, match
 from .names import MIN_NEIGHBORS
 from .pyramid import Pyramid
 from .structs import Features, Matches
-from .verification import Correspondences, beyond_chance
+from .verification import FALSE_ALARMS, Correspondences, beyond_chance
 
 #: Number of verified matches from which on a pair needs no search.
 MIN_SUPPORT = 15
+#: A correct geometry explains most of the matches that agree with their neighbors. If it explains
+#: less than this share of them, its matches must exceed chance by far, and a search may find more
+#: (docs/diary.md): incorrect matches agree with each other, too, in repeated and symmetric
+#: structure, and where many keypoints share their surroundings.
+SURE_SHARE = 0.5
+#: Largest expected number of geometries that chance supports as well, of such a geometry.
+UNSURE_ALARMS = 1e-24
 #: Number of matches verified by the first geometry from which the second is not estimated.
 ENOUGH_SUPPORT = 30
 #: Number of keypoints of b in the search (the strongest), and of rotations of the full circle,
@@ -74,6 +81,7 @@ class Oriented:
         support: number of matches, also of those that do not agree with their neighbors, that
             agree with one geometry beyond chance.
         measured: the deformation from a to b by these matches; none without any.
+        share: fraction of ``matches`` that agree with that geometry.
     """
 
     matches: Matches
@@ -81,6 +89,17 @@ class Oriented:
     patches: Deformation = UNDEFORMED
     support: int = 0
     measured: Deformation = UNDEFORMED
+    share: float = 0.0
+
+    @property
+    def sure(self) -> bool:
+        """Whether the geometry explains most matches, enough of them that no search is needed."""
+        return self.support >= MIN_SUPPORT and self.share >= SURE_SHARE
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """The larger, the better the rotation."""
+        return self.sure, self.support
 
 
 def can_reorient(extractor: Extractor | None) -> bool:
@@ -148,10 +167,10 @@ class PairMatcher:
                 to it are searched.
         """
         best = self.match_near(a, b, image_b, key)
-        if best.support >= MIN_SUPPORT or has_angles(a, b):
+        if best.sure or has_angles(a, b):
             return best
         found = self._search(a, b, image_b, key, _steps_near(predicted))
-        if found is None or found.support <= best.support:
+        if found is None or found.rank <= best.rank:
             return best
         return self.match_deformed(best, found.measured, a, image_b, key)
 
@@ -247,9 +266,7 @@ class PairMatcher:
             Oriented(kept, rotated, UNDEFORMED, *geometric_support(a, rotated, kept, found))
             for _, rotated, kept, found in candidates[:VERIFIED_STEPS]
         ]
-        return max(
-            verified, key=lambda found: (found.support, found.measured.rotation), default=None
-        )
+        return max(verified, key=lambda found: (*found.rank, found.measured.rotation), default=None)
 
     def _rotated(self, b: Features, image_b: ImageLike, key: str | None, step: int) -> Features:
         """The strongest keypoints of b, described at a rotation of the search."""
@@ -320,16 +337,16 @@ def match_verified(
 
 def geometric_support(
     a: Features, b: Features, kept: Matches, found: Matches
-) -> tuple[int, Deformation]:
+) -> tuple[int, Deformation, float]:
     """Largest number of matches ``found`` that agree with one geometry beyond chance, 0 if none do;
-    and the deformation from a to b by these matches.
+    the deformation from a to b by these matches; and the fraction of ``kept`` that agrees.
 
     The geometry is that of the matches ``kept``. As incorrect matches may agree with their
     neighbors, these do not tell what chance explains.
     """
     kept_a, kept_b = kept.positions(a, b)
     xy_a, xy_b = found.positions(a, b)
-    best = (0, UNDEFORMED)
+    best = (0, UNDEFORMED, 0.0)
     for geometry, threshold in GEOMETRIES.items():
         # inliers count even if the estimate is not ok: the matches of a plane agree, but leave the
         # fundamental matrix undetermined
@@ -342,10 +359,13 @@ def geometric_support(
         ).model
         if model is None:
             continue
+        agreeing = Correspondences(geometry, kept_a.double(), kept_b.double(), None, threshold)
+        share = float(agreeing.fits(model).double().mean())
         matches = Correspondences(geometry, xy_a.double(), xy_b.double(), None, threshold)
-        inliers = beyond_chance(matches, model)
+        alarms = FALSE_ALARMS if share >= SURE_SHARE else UNSURE_ALARMS
+        inliers = beyond_chance(matches, model, alarms)
         if int(inliers.sum()) > best[0]:
-            best = int(inliers.sum()), measure_deformation(xy_a[inliers], xy_b[inliers])
+            best = int(inliers.sum()), measure_deformation(xy_a[inliers], xy_b[inliers]), share
         if best[0] >= ENOUGH_SUPPORT:
             break
     return best

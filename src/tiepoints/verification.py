@@ -170,19 +170,22 @@ def _collinear(xy: Tensor) -> bool:
     return float(spread[1]) <= COLLINEAR_RATIO * float(spread[0])
 
 
-def beyond_chance(matches: Correspondences, model: Tensor) -> Tensor:
-    """Matches (K,) bool that fit a model; none if chance explains them. Whether they determine the
-    model (``verify_model``) takes several times as long.
+def beyond_chance(matches: Correspondences, model: Tensor, alarms: float = FALSE_ALARMS) -> Tensor:
+    """Matches (K,) bool that fit a model; none if chance explains them: if it is expected to
+    support more than ``alarms`` models as well. Whether they determine the model
+    (``verify_model``) takes several times as long.
     """
     fits = matches.fits(model)
-    if _by_chance(matches, fits, _chance(matches, model)):
+    if _by_chance(matches, fits, _chance(matches, model), alarms):
         return torch.zeros_like(fits)
     return fits
 
 
-def _by_chance(matches: Correspondences, inliers: Tensor, chance: float) -> bool:
+def _by_chance(
+    matches: Correspondences, inliers: Tensor, chance: float, alarms: float = FALSE_ALARMS
+) -> bool:
     sample, solutions = SAMPLES[matches.geometry]
-    return num_false_alarms(matches, inliers, sample, solutions, chance) > FALSE_ALARMS
+    return num_false_alarms(matches, inliers, sample, solutions, chance) > alarms
 
 
 def verify_model(matches: Correspondences, model: Tensor) -> Estimate:

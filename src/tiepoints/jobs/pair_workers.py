@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..auto_orientation import (
-    MIN_SUPPORT,
     KnownRotations,
     Oriented,
     PairMatcher,
@@ -56,7 +55,7 @@ class PairOutcome:
         matches: None if it failed.
         count: number of keypoints of the first image.
         verified: whether a requested geometry was found.
-        support: see ``Oriented``.
+        support: see ``Oriented``; 0 if not sure.
         rotation: from the first image to the second in radians, as measured.
         weak: whether a search may find another rotation with more matches.
         reason: why it failed.
@@ -128,7 +127,8 @@ class PairWork:
         except (ValueError, DataError, OSError) as error:
             return PairOutcome(reason=str(error))
         rotation = found.measured.rotation
-        return PairOutcome(matches, len(a), verified, found.support, rotation, weak)
+        support = found.support if found.sure else 0
+        return PairOutcome(matches, len(a), verified, support, rotation, weak)
 
     def _oriented(
         self, pair: Pair, a: Features, b: Features, block: _Block
@@ -140,7 +140,7 @@ class PairWork:
         if pair in block.search:
             return self.oriented(a, b, self.images[name], name, block.search[pair]), False
         found = self.oriented.match_near(a, b, self.images[name], name)
-        return found, found.support < MIN_SUPPORT and not has_angles(a, b)
+        return found, not found.sure and not has_angles(a, b)
 
 
 def _check_dimensions(a: Features, b: Features) -> None:
