@@ -264,6 +264,10 @@ def test_pairs_command_writes_file_and_preview(photos, tmp_path):
         cwd=tmp_path,
     )
     assert Image.open(tmp_path / "g.png").size[0] > 1000
+    before = (tmp_path / "p.st").read_bytes()
+    again = ("pairs", "--images", photos, "--output", "p.st", "--count", 2)
+    assert "--overwrite" in run(*again, cwd=tmp_path, ok=False).stderr
+    assert (tmp_path / "p.st").read_bytes() == before
     run(
         "train",
         "keynet-tiny",

@@ -239,6 +239,11 @@ def test_wrong_arguments_of_export(tmp_path, arguments, message):
 def test_the_output_must_be_an_onnx_file(tmp_path):
     code, _, err = call("export", "sobelnet", "--output", tmp_path / "x.bin")
     assert (code, "must end in .onnx" in err) == (2, True)
+    arguments = ("export", "desnet", "--detector", "sobelnet", "--output", tmp_path / "x.onnx")
+    code, _, err = call(*arguments)
+    assert (code, "--detector is an option of a pipeline" in err) == (2, True)
+    code, _, err = call("export", "affnet", "--output", tmp_path / "x.onnx")
+    assert (code, "affnet: affine shapes cannot be exported" in err) == (2, True)
 
 
 def test_an_unknown_form_and_an_older_torch(tmp_path, monkeypatch):

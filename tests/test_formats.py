@@ -206,6 +206,14 @@ def test_drawings_show_keypoints_and_matches(tmp_path):
         image, image, xy, xy, correct=torch.tensor([True, False]), width=50, caption=""
     )
     assert shown.size == (108, 40)
+    same = draw_matches(
+        *[image] * 2, *[xy.tolist()] * 2, correct=[True, False], width=50, caption=""
+    )
+    assert np.array_equal(np.asarray(same), np.asarray(shown))
+    with pytest.raises(ValueError, match=r"as many; got \[2, 2, 3\]"):
+        draw_matches(image, image, xy, xy, [True, False, True])
+    with pytest.raises(ValueError, match="finite"):
+        draw_matches(image, image, xy, xy * math.nan)
     for keypoints in (some(3), some(3).keypoints, some(3).xy):
         assert draw_keypoints(image, keypoints, path=tmp_path / "k.png").size == (100, 80)
 

@@ -1,6 +1,8 @@
 """The command line as a whole: consistent names, exit codes, JSON, masks, images."""
 
+import importlib
 import json
+import shutil
 import signal
 
 import click
@@ -81,6 +83,20 @@ def test_stopped_commands_print_one_message(monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {STOPPED}\n"
 
 
+def test_a_training_stopped_early_names_no_checkpoint(photos, tmp_path, monkeypatch):
+    def stop(arguments, output, options):
+        raise KeyboardInterrupt
+
+    module = importlib.import_module("tiepoints.training.recipes.train")
+    monkeypatch.setattr(module, "train_from", stop)
+    arguments = ("train", "keynet-tiny", "--images", photos, "--output", tmp_path / "a.safetensors")
+    _, _, err = call(*arguments)
+    assert "run the same command again" in err
+    (tmp_path / "a.safetensors.checkpoint").touch()
+    _, _, err = call(*arguments)
+    assert f"--resume ({tmp_path / 'a.safetensors.checkpoint'})" in err
+
+
 def test_version():
     code, out, _ = call("--version")
     assert (code, out) == (0, f"tiepoints {tiepoints.__version__}\n")
@@ -149,6 +165,17 @@ def test_masks_and_transparency_exclude_keypoints(photos, tmp_path):
         assert code == 0, err
         found[name] = min(x for x, _ in json.loads(out)["xy_a"])
     assert found["masked"] > 157 > found["all"]
+    # a mask is named by the path of its image in the given folder, in all formats
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    shutil.copy(photos / "0.png", tmp_path / "folder" / "a" / "b.png")
+    (tmp_path / "nested" / "a").mkdir(parents=True)
+    Image.fromarray(mask).save(tmp_path / "nested" / "a" / "b.png.png")
+    for kind, root in (("npy", []), ("npy", ["--root-images", tmp_path / "folder"]), ("h5", [])):
+        code, _, err = call(
+            *("extract", tmp_path / "folder", "--masks", tmp_path / "nested", "--format", kind),
+            *(*root, *arguments, tmp_path / f"{kind}{len(root)}"),
+        )
+        assert code == 0, err
     code, _, err = call(
         "extract", photos, "--masks", tmp_path / "masks", *arguments, tmp_path / "b"
     )

@@ -421,8 +421,10 @@ def test_damaged_image_in_a_folder_is_skipped_and_named(tmp_path):
     folder = write_images(tmp_path / "frames", moving(5))
     good = (folder / "f2.png").read_bytes()
     (folder / "f2.png").write_bytes(good[: len(good) // 2])
-    done = run(folder, "--output", tmp_path / "out.avi")
+    done = run(folder, "--output", tmp_path / "out.avi", ok=False)
+    assert done.exit_code == 1
     assert "f2.png" in done.stderr
+    assert "\r" not in done.stderr  # no bar without a terminal
     assert "frames     4" in done.stdout
     assert len(read_video(tmp_path / "out.avi")[0]) == 4
 

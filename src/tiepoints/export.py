@@ -41,7 +41,7 @@ from .formats.records import program_version
 from .graphs import LEAST_SIDE, MAX_SIDE, ColmapGraph, PipelineGraph, network_graph
 from .models.patchnets import PATCH_SIZE
 from .models.spec import DetectorSpec, PatchSpec, ShapeSpec, spec_of
-from .names import DESCRIPTORS, DETECTORS
+from .names import AFFINE_SHAPES, DESCRIPTORS, DETECTORS
 from .onnx_conversion import OPSETS, convert
 from .weights import (
     file_checksum,
@@ -334,7 +334,8 @@ def _part(name: Any, *, int8: bool) -> _Part:
             raise ValueError(f"{name} has weights of eight bits; export it with --int8")
         net = load_beside_graph(Path(name))
         return _Part(name, net, Path(name))
-    net = load(name) if name in (*DETECTORS, *DESCRIPTORS) else load_file(name)
+    known = (*DETECTORS, *DESCRIPTORS, *AFFINE_SHAPES)
+    net = load(name) if name in known else load_file(name)
     return _Part(name, net, int8_graph(name) if int8 else None)
 
 

@@ -363,11 +363,13 @@ class Task:
         path: the file.
         relative: the name of the image, ``NAME#2`` for page 2 of the file ``NAME``.
         page: page of the file, from 1.
+        inner: the path in the given folder, by which its mask is named; None: ``relative``.
     """
 
     path: Path
     relative: PurePosixPath
     page: int = 1
+    inner: PurePosixPath | None = None
 
     @property
     def source(self) -> Path:
@@ -417,7 +419,7 @@ class _Collector:
         self.refused: list[tuple[str, str]] = []
         self.skipped = 0
 
-    def add(self, path: Path, name: str) -> None:
+    def add(self, path: Path, name: str, inner: str | None = None) -> None:
         if self.inside and not is_text(name):
             self.refused.append((str(path), NOT_TEXT))
             return
@@ -431,10 +433,12 @@ class _Collector:
             reason = f"its results would overwrite those of {known.path}; extract to another folder"
             self.refused.append((str(path), reason))
             return
-        self.tasks[relative] = Task(path, relative)
+        in_folder = relative if inner is None else PurePosixPath(inner)
+        self.tasks[relative] = Task(path, relative, inner=in_folder)
         for page in range(2, 1 + (1 if self.pages is None else self.pages(path))):
             paged = relative.with_name(f"{relative.name}#{page}")
-            self.tasks[paged] = Task(path, paged, page)
+            own = in_folder.with_name(f"{in_folder.name}#{page}")
+            self.tasks[paged] = Task(path, paged, page, own)
 
     def add_inside(self, path: Path, folder: Path) -> None:
         start = folder if self.root is None else self.root
@@ -449,9 +453,9 @@ class _Collector:
         if self.inside:
             self.add_inside(path, path.parent)
         elif path.is_absolute() or ".." in path.parts:
-            self.add(path, path.name)
+            self.add(path, path.name, self._inner(path, path.parent))
         else:
-            self.add(path, str(path))
+            self.add(path, str(path), self._inner(path, path.parent))
 
     def add_folder(self, folder: Path) -> None:
         images, skipped, refused = list_images(folder)
@@ -468,7 +472,12 @@ class _Collector:
             if self.inside:
                 self.add_inside(path, folder)
             else:
-                self.add(path, os.path.join(base, path.relative_to(folder)))
+                name = os.path.join(base, path.relative_to(folder))
+                self.add(path, name, self._inner(path, folder))
+
+    def _inner(self, path: Path, folder: Path) -> str | None:
+        """Name of a file relative to the root, or without one to the folder that was given."""
+        return _relative(path, folder if self.root is None else self.root)
 
 
 def _relative(path: Path, start: Path) -> str | None:

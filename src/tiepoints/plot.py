@@ -152,12 +152,24 @@ def draw_matches(
         width: maximum width of each image in pixels; None = its own.
         caption: line above the images; None = the number of matches, ``""`` = none.
         path: file to write.
+
+    Raises:
+        ValueError: positions that are not finite, or arguments of other lengths.
     """
+    xy_a, xy_b = (torch.as_tensor(xy).reshape(-1, 2) for xy in (xy_a, xy_b))
+    inliers, correct = (
+        None if selected is None else torch.as_tensor(selected).bool().cpu()
+        for selected in (inliers, correct)
+    )
+    lengths = [len(given) for given in (xy_a, xy_b, inliers, correct) if given is not None]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"positions and their selections must be as many; got {lengths}")
+    if not (xy_a.isfinite().all() and xy_b.isfinite().all()):
+        raise ValueError("positions must be finite")
     canvas = _Canvas([image_a, image_b], width, brightness=0.75)
     starts, ends = canvas.positions(xy_a, 0), canvas.positions(xy_b, 1)
     count = len(starts)
     if correct is not None:
-        correct = correct.cpu()
         for color, selected, thickness in ((INCORRECT, ~correct, 1.0), (CORRECT, correct, 1.5)):
             for i in _subsample(selected.nonzero()[:, 0], max_lines):
                 canvas.line(starts[i], ends[i], color, thickness)
@@ -165,7 +177,7 @@ def draw_matches(
                     canvas.circle(point, 2, color, fill=False)
         text = f"{count} matches, {int(correct.sum())} correct (blue)"
     else:
-        kept = torch.ones(count, dtype=torch.bool) if inliers is None else inliers.cpu()
+        kept = torch.ones(count, dtype=torch.bool) if inliers is None else inliers
         if outliers:
             for i in (~kept).nonzero()[:, 0].tolist():
                 for point in (starts[i], ends[i]):

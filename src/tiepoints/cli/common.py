@@ -13,7 +13,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -258,20 +258,21 @@ PagesOption = Annotated[
 ]
 
 
-def fail(message: str, code: int = 2, *, stopped: str = STOPPED) -> NoReturn:
+def fail(message: str, code: int = 2, *, stopped: str | Callable[[], str] = STOPPED) -> NoReturn:
     """Print an error and exit; errors after a signal are a consequence of it, reported as
-    ``stopped``.
+    ``stopped``, or what that returns.
     """
     if is_stopped() and code == 2:
-        message, code = stopped, exit_code()
+        message, code = stopped if isinstance(stopped, str) else stopped(), exit_code()
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
 
 
 @contextmanager
-def user_errors(stopped: str = STOPPED) -> Iterator[None]:
+def user_errors(stopped: str | Callable[[], str] = STOPPED) -> Iterator[None]:
     """Turn errors that a user can correct into a message and exit code 2, and a signal that stops
-    the command into a message and its exit code (``signals.exit_code``).
+    the command into a message (``stopped``, or what that returns) and its exit code
+    (``signals.exit_code``).
     """
     try:
         with missing_library():
@@ -279,7 +280,7 @@ def user_errors(stopped: str = STOPPED) -> Iterator[None]:
     except USER_ERRORS as error:
         fail(str(error), stopped=stopped)
     except KeyboardInterrupt:
-        fail(stopped, exit_code())
+        fail(stopped if isinstance(stopped, str) else stopped(), exit_code())
 
 
 @contextmanager

@@ -69,13 +69,18 @@ def export(
     """Export a network, or a detector and descriptor with all steps between, as one ONNX file for
     images of any size.
 
-    The file is written only if ONNX Runtime computes with it what torch computes. REKD cannot be
-    exported, and the keypoints of a pipeline are upright (no orientations).
+    The file is written only if ONNX Runtime computes with it what torch computes. REKD and AffNet
+    cannot be exported, and the keypoints of a pipeline are upright (no orientations).
     """
     if form == "network" and name is None:
         fail("--form network requires the name of a network, such as: tiepoints export desnet")
     if form in ("pipeline", "colmap") and name is not None:
         fail(f"--form {form} takes --detector and --descriptor, and not {name!r}")
+    if name is not None:
+        for given in ("detector", "descriptor"):
+            source = context.get_parameter_source(given)
+            if source is not None and source.name != "DEFAULT":
+                fail(f"--{given} is an option of a pipeline; give it or the network {name}")
     options = extract_options(context, precision="int8" if int8 else "float32")
     from ..export import export_network, export_pipeline
 

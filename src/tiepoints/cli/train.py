@@ -247,7 +247,13 @@ def train(
     }
     arguments["windows"] = _numbers("--windows", windows, int)
     arguments["window_weights"] = _numbers("--window-weights", window_weights, float)
-    stopped = f"stopped; resume with --resume ({output}.checkpoint)"
+
+    def stopped() -> str:
+        checkpoint = Path(f"{output}.checkpoint")
+        if checkpoint.is_file():
+            return f"stopped; resume with --resume ({checkpoint})"
+        return "stopped before the first checkpoint; run the same command again"
+
     try:
         with user_errors(stopped):
             if resume:
@@ -306,6 +312,7 @@ def pairs(
     preview: Annotated[
         Path | None, typer.Option(help="Image file that shows the first pairs.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
 ) -> None:
     """Write training pairs to a file, to train several times on the same data."""
     from ..datasets.pairs import PairFile, write_pairs
@@ -328,6 +335,8 @@ def pairs(
         if validation:
             path = output.with_name(f"{output.stem}-validation{output.suffix}")
             sets.append((path, held_out, validation))
+        if existing := [path for path, *_ in sets if path.exists() and not overwrite]:
+            fail(f"{existing[0]} exists; give another --output or --overwrite")
         for path, used, number in sets:
             write_pairs(
                 *(path, used, settings, number),

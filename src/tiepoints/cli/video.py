@@ -133,6 +133,8 @@ def live(
         typer.echo(f"skipped: {name}: {reason}", err=True)
     if summary.failure:
         fail(summary.failure, 1 if summary.frames else 2)
+    if summary.skipped:
+        raise typer.Exit(1)
 
 
 def _print_summary(summary: Summary, written: Path | None, as_json: bool) -> None:

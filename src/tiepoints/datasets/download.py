@@ -93,7 +93,8 @@ def _download(url: str, part: Path) -> str:
     try:
         with urllib.request.urlopen(url, timeout=30) as response, part.open("wb") as file:
             total = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=total or None, unit="B", unit_scale=True) as bar:
+            # without a terminal, no bar
+            with tqdm(total=total or None, unit="B", unit_scale=True, disable=None) as bar:
                 while block := response.read(1 << 20):
                     file.write(block)
                     digest.update(block)

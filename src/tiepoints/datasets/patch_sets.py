@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ..errors import DataError, first_line
 from ..files import atomic_path, write_json
 from ..formats.records import file_stamp, read_settings, record_path
+from ..progress import track
 
 PATCH_SIZE = 32
 PHOTOTOUR_SIDE = 64
@@ -134,7 +134,7 @@ def open_phototour(folder: str | Path, *, cache: str | Path | None = None) -> Pa
 
     def blocks() -> Iterator[np.ndarray]:
         remaining = len(points)
-        for path in tqdm(mosaics, desc=folder.name, unit="mosaic", leave=False):
+        for path in track(mosaics, label=folder.name, unit="mosaic"):
             yield shrink(read_mosaic(path)[:remaining])
             remaining -= PER_MOSAIC
 
@@ -311,9 +311,7 @@ def open_hpatches(
             and the remedy.
     """
     sets = []
-    for sequence in tqdm(
-        hpatches_sequences(folder, names), desc="hpatches", unit="sequence", leave=False
-    ):
+    for sequence in track(hpatches_sequences(folder, names), label="hpatches", unit="sequence"):
         count = len(read_column(sequence / "ref.png"))
         sources = [sequence / f"{name}.png" for name in COLUMNS]
 

@@ -145,7 +145,10 @@ def compare_systems(
     """
     settings = settings or CompareSettings()
     if len(images) < 2:
-        raise ValueError(f"a comparison needs at least two images, got {len(images)}")
+        raise ValueError(
+            f"a comparison needs at least two images, got {len(images)}; those with a side below "
+            f"{settings.size // 2} px, half of --size, are not used"
+        )
     device = str(choose_device(settings.device))
     options = Options(num_keypoints=2 * settings.num_keypoints, device=device)
     systems = [system(name, options) for name in (a, b)]

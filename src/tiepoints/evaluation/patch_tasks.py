@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..datasets.patch_sets import (
     COLUMNS,
@@ -45,6 +44,7 @@ from ..metrics.patches import (
     squared_distances,
     verification_scores,
 )
+from ..progress import track
 
 Net = Callable[[Tensor], Tensor]
 
@@ -196,7 +196,7 @@ def describe_hpatches(
     """
     sequences = hpatches_sequences(folder, names)
     counts, tables, contrast = [], [], []
-    for sequence in tqdm(sequences, desc="hpatches", unit="sequence", leave=False):
+    for sequence in track(sequences, label="hpatches", unit="sequence"):
         for i, column in enumerate(read_columns(sequence)):
             if i == 0:
                 counts.append(len(column))
@@ -442,7 +442,8 @@ def retrieval(
     ]
     distractors = _gather(described, tasks.distractors[:, 0], 0, tasks.distractors[:, 1]).to(device)
     sums = {noise: np.zeros(len(sizes)) for noise in NOISES}
-    for start in tqdm(range(0, len(tasks.queries), QUERIES_AT_ONCE), desc="retrieval", leave=False):
+    starts = range(0, len(tasks.queries), QUERIES_AT_ONCE)
+    for start in track(starts, label="retrieval", unit="batch"):
         batch = tasks.queries[start : start + QUERIES_AT_ONCE]
         for noise, ap in _retrieval_batch(
             described, batch, tasks.distractors[:, 0], distractors, sizes

@@ -28,8 +28,10 @@ NextTask = Callable[[bool], Task | None]
 READERS = 2
 
 
-def _mask_names(task: Task) -> tuple[str, str]:
-    return f"{task.relative}.png", str(task.relative.with_suffix(".png"))
+def _mask_names(task: Task) -> list[str]:
+    """Names of the mask of an image, by its path in the given folder or by that of its results."""
+    paths = dict.fromkeys((task.inner or task.relative, task.relative))
+    return [str(name) for path in paths for name in (f"{path}.png", path.with_suffix(".png"))]
 
 
 def find_mask(task: Task, folder: Path | None) -> Path | None:
@@ -54,7 +56,7 @@ def mask_loader(folder: Path | None) -> MaskLoader | None:
     def load_mask(task: Task) -> Any:
         path = find_mask(task, folder)
         if path is None:
-            names = " or ".join(str(folder / name) for name in _mask_names(task))
+            names = " or ".join(str(folder / name) for name in _mask_names(task)[:2])
             raise DataError(f"no mask {names}")
         return read_mask(path)
 

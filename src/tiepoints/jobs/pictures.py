@@ -59,6 +59,10 @@ def draw_best_pairs(
         store if database else open_features(source) as stored,
     ):
         reading = ReadOptions.of_record(own_settings(stored) or {})
+        if not files:
+            raise DataError(
+                f"pictures need the photographs of {matches}; name them, or their folder"
+            )
         names = sorted((name for name in stored.names() if name in files), key=natural)
         if not database:
             names = _distinct(names)

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import DataError, first_line
 from ..extract import Extractor
@@ -37,6 +36,7 @@ from ..files import (
 )
 from ..image import load_image, to_rgb
 from ..plot import draw_caption, draw_tracks
+from ..progress import track
 from ..tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -444,9 +444,7 @@ def live(
     size: tuple[int, int] | None = None
     started = time.monotonic()
     try:
-        for frame in tqdm(
-            frames, total=total, unit="frame", disable=not progress, dynamic_ncols=True
-        ):
+        for frame in track(frames, total=total, unit="frame", label="live", enabled=progress):
             before = time.perf_counter()
             features = extractor.extract(frame.image)
             tracks = tracker.update(features)
