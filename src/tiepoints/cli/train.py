@@ -312,10 +312,12 @@ def pairs(
     preview: Annotated[
         Path | None, typer.Option(help="Image file that shows the first pairs.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files of other pairs.")
+    ] = False,
 ) -> None:
     """Write training pairs to a file, to train several times on the same data."""
-    from ..datasets.pairs import PairFile, write_pairs
+    from ..datasets.pairs import PairFile, contains_pairs, write_pairs
     from ..datasets.pairs import preview as draw
     from ..datasets.synthetic import PRESETS, find_photos, split_readable
 
@@ -335,8 +337,10 @@ def pairs(
         if validation:
             path = output.with_name(f"{output.stem}-validation{output.suffix}")
             sets.append((path, held_out, validation))
-        if existing := [path for path, *_ in sets if path.exists() and not overwrite]:
-            fail(f"{existing[0]} exists; give another --output or --overwrite")
+        for path, used, number in sets:
+            same = contains_pairs(path, used, settings, number, seed, preset)
+            if path.exists() and not same and not overwrite:
+                fail(f"{path} has other pairs; give another --output or --overwrite")
         for path, used, number in sets:
             write_pairs(
                 *(path, used, settings, number),
@@ -344,6 +348,7 @@ def pairs(
                 workers=workers,
                 preset=preset,
                 progress=progress_wanted(),
+                keep=not overwrite,
             )
             typer.echo(f"{number} pairs of {len(used)} photographs -> {path}")
         if preview is not None:

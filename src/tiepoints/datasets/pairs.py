@@ -140,6 +140,13 @@ def write_pairs(
             array.flush()
 
 
+def contains_pairs(
+    path: Path, photos: list[Path], settings: PairSettings, count: int, seed: int, preset: str = ""
+) -> bool:
+    """Whether a file has the pairs that ``write_pairs`` would write."""
+    return _contains(path, _metadata(photos, settings, count, seed, preset))
+
+
 def _contains(path: Path, metadata: dict[str, Any]) -> bool:
     """Whether a file has pairs of this description, of this version of the package."""
     try:
