@@ -268,6 +268,9 @@ def test_pairs_command_writes_file_and_preview(photos, tmp_path):
     again = ("pairs", "--images", photos, "--output", "p.st", "--count", 2)
     assert "--overwrite" in run(*again, cwd=tmp_path, ok=False).stderr
     assert (tmp_path / "p.st").read_bytes() == before
+    run(*again[:3], "--output", "q.st", "--count", 2, cwd=tmp_path)
+    run(*again[:3], "--output", "q.st", "--count", 1, "--overwrite", cwd=tmp_path)
+    assert len(PairFile(tmp_path / "q.st")) == 1
     run(
         "train",
         "keynet-tiny",

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import tiepoints
 from tiepoints.cli import app, signals
 from tiepoints.cli.common import STOPPED, user_errors
+from tiepoints.errors import DataError
 from tiepoints.evaluation import compare
 from tiepoints.formats.hdf5 import FeatureFile, MatchFile
 from tiepoints.formats.npy import read_features
@@ -219,6 +220,8 @@ def test_pictures_of_pairs_have_distinct_names(tmp_path):
         for a, b in pairs:
             file.write_matches(a, b, Matches(index, torch.ones(9)), 9)
     given = [str(folder / name) for name in names]
+    with pytest.raises(DataError, match="name them, or their folder"):
+        draw_best_pairs(matches, [], tmp_path / "best")
     written = draw_best_pairs(matches, given, tmp_path / "best", root=folder)
     assert sorted(path.name for path in written) == ["x-y-z-2.jpg", "x-y-z.jpg"]
     assert all(path.is_file() for path in written)

@@ -263,9 +263,13 @@ def fail(message: str, code: int = 2, *, stopped: str | Callable[[], str] = STOP
     ``stopped``, or what that returns.
     """
     if is_stopped() and code == 2:
-        message, code = stopped if isinstance(stopped, str) else stopped(), exit_code()
+        message, code = _text(stopped), exit_code()
     typer.echo(f"error: {message}", err=True)
     raise typer.Exit(code)
+
+
+def _text(message: str | Callable[[], str]) -> str:
+    return message if isinstance(message, str) else message()
 
 
 @contextmanager
@@ -280,7 +284,7 @@ def user_errors(stopped: str | Callable[[], str] = STOPPED) -> Iterator[None]:
     except USER_ERRORS as error:
         fail(str(error), stopped=stopped)
     except KeyboardInterrupt:
-        fail(stopped if isinstance(stopped, str) else stopped(), exit_code())
+        fail(_text(stopped), exit_code())
 
 
 @contextmanager
