@@ -569,7 +569,7 @@ def test_match_into_a_colmap_database(views, tmp_path):
     ]
     code, text = call(*arguments, "--camera", "PINHOLE:400,400,180,150")
     assert code == 1  # the image without content has another size than the shared camera
-    assert "flat.png is 120 x 90 but the single camera is 360 x 300" in text
+    assert "flat.png is 120 x 90 but the one camera of all images" in text
     assert "3 pairs matched" in text
     assert "3 pairs with a geometry" in text
     with ColmapDatabase(output) as database:

@@ -292,7 +292,7 @@ def test_cameras(tmp_path):
             with ColmapDatabase(path, camera=camera, write=True) as database:
                 database.write(f"{again}.webp", some(3))
                 other = Features(some(3).keypoints, None, (50, 80))
-                with pytest.raises(DataError, match="50 x 80 but the single camera is 100 x 80"):
+                with pytest.raises(DataError, match="50 x 80 but the one camera of all images"):
                     database.write("other.png", other)
                 assert "other.png" not in database
         ((model, data, known),) = tables(

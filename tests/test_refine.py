@@ -10,7 +10,7 @@ import tiepoints
 from tiepoints.filters import gaussian_blur
 from tiepoints.geometry import warp_image, warp_points
 from tiepoints.pyramid import build_pyramid
-from tiepoints.refine import align, build_tracks, refine_matches, refine_tracks
+from tiepoints.refine import align, refine_matches, refine_tracks
 from tiepoints.structs import Features, Keypoints, Matches
 
 
@@ -134,16 +134,6 @@ def test_match_refines_if_images_are_given():
     assert torch.equal(chosen.xy_b, found.xy_b[::2])
 
 
-def test_tracks_are_connected_without_contradictions():
-    pairs = {
-        ("a", "b"): torch.tensor([[0, 1], [2, 3], [4, 4]]),
-        ("b", "c"): torch.tensor([[1, 5], [3, 3]]),
-        ("a", "c"): torch.tensor([[0, 5], [7, 3]]),  # a2 - b3 - c3 - a7: two keypoints of a
-    }
-    assert build_tracks(pairs) == [[("a", 0), ("b", 1), ("c", 5)], [("a", 4), ("b", 4)]]
-    assert build_tracks({}) == []
-
-
 def test_tracks_have_one_position_per_image():
     base = textured()
     moves = {"a": (0.0, 0.0), "b": (3.3, 1.7), "c": (-2.6, 4.4)}
@@ -164,7 +154,8 @@ def test_tracks_have_one_position_per_image():
         features["a"], scale=0.9 * features["a"].scale
     )  # the reference of every track
     index = torch.arange(len(grid_points()) - 1)
-    matches = {pair: torch.stack([index, index], dim=1) for pair in (("a", "b"), ("b", "c"))}
+    pairs = ("a", "b"), ("b", "c"), ("a", "c")
+    matches = {pair: torch.stack([index, index], dim=1) for pair in pairs}
     asked = []
 
     def image(name):
@@ -200,6 +191,48 @@ def test_tracks_of_large_images_are_aligned_as_exactly_as_pairs():
     tracks = refine_tracks({"a": a, "b": b}, {("a", "b"): index}, lambda name: views[name][0, 0])
     torch.testing.assert_close(tracks["b"], pair.xy_b, atol=1e-4, rtol=0)
     assert not torch.equal(tracks["b"], b.xy)
+
+
+def test_tracks_of_rotated_images_are_aligned():
+    """Keypoints are upright: the matches tell how far the cameras are rotated."""
+    base = textured()
+    H = similarity(0.9, 0.9, (3.0, -2.0))
+    views = {"a": base, "b": warp_image(base, H[None].float())}
+    truth = warp_points(grid_points().double(), H).float()
+    inside = ((truth > 12) & (truth < torch.tensor([228.0, 188.0]))).all(dim=1)
+    a = keypoints(grid_points()[inside])
+    missed = torch.rand(len(a), 2, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    b = keypoints(truth[inside] + missed)
+    index = torch.arange(len(a))[:, None].expand(-1, 2)
+    refined = refine_tracks({"a": a, "b": b}, {("a", "b"): index}, lambda name: views[name][0, 0])
+    errors = (refined["b"] - truth[inside]).norm(dim=1)
+    assert len(a) > 20
+    assert float(errors.median()) < 0.1
+    upright = align(build_pyramid(views["a"]), a, build_pyramid(views["b"]), b)
+    assert float(upright.accepted.float().mean()) < 0.5
+
+
+def test_keypoints_of_one_place_get_one_position():
+    """Those of two scales, which matches connect with each other."""
+    base = textured()
+    views = {"a": base, "b": warp_image(base, similarity(0, 1, (3.0, 2.0))[None].float())}
+    points = grid_points()
+    n = len(points)
+    a = keypoints(torch.cat([points, points + 0.8]))
+    a = dataclasses.replace(a, scale=torch.cat([torch.ones(n), 1.4 * torch.ones(n)]))
+    b = keypoints(points + torch.tensor([3.6, 1.5]))
+    rows = torch.arange(n)
+    # the keypoint of b matches that of the first scale, which was matched with the second one
+    matches = {
+        ("a", "b"): torch.stack([rows, rows], dim=1),
+        ("b", "c"): torch.stack([rows, rows], dim=1),
+        ("a", "c"): torch.stack([rows + n, rows], dim=1),
+    }
+    features, images = {"a": a, "b": b, "c": b}, {**views, "c": views["b"]}
+    refined = refine_tracks(features, matches, lambda name: images[name][0, 0])
+    first, second = refined["a"].split(n)
+    assert float((first - second).norm(dim=1).median()) < 0.1
+    assert float((refined["b"] - first - torch.tensor([3.0, 2.0])).norm(dim=1).median()) < 0.1
 
 
 @pytest.mark.parametrize("camera", ["single", "per-image"])

@@ -461,7 +461,7 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     held_out = shutil.copytree(folder, tmp_path / "held out")
     data = TrainData(
         photos,
-        validation=[folder / "images"],
+        validation=[held_out / "images"],
         reconstructions=[folder],
         validation_reconstructions=[held_out],
     )
@@ -474,6 +474,11 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     (tmp_path / "empty").mkdir()
     for wrong, error, message in (
         (TrainData(photos, validation=[photos]), DataError, "disjoint"),
+        (
+            TrainData(photos, validation=[folder / "images"], reconstructions=[folder]),
+            DataError,
+            "for validation",
+        ),
         (TrainData(photos, validation=[tmp_path / "empty"]), DataError, "no usable images in"),
         (
             TrainData(photos, reconstructions=[folder], validation_reconstructions=[folder]),

@@ -16,6 +16,8 @@ from .geometry import distances
 #: Number of matches that are measured, number of neighbors of each, and their smallest distance in
 #: pixels: nearer ones may be one point at two scales.
 POINTS, NEIGHBORS, MIN_NEIGHBOR = 300, 4, 8.0
+#: Number of neighbors of ``local_maps``.
+LOCAL_NEIGHBORS = 24
 #: Iterations of the reweighted least squares; residual, in units of the distance of neighbors,
 #: below which weights are about equal; and weight of the similarity, in neighbors.
 ITERATIONS, RESIDUAL, PRIOR = 8, 0.1, 2.0
@@ -103,13 +105,62 @@ def measure_deformation(xy_a: Tensor, xy_b: Tensor) -> Deformation:
     if not len(from_a):
         return Deformation(rotation)
     similarity = from_b.norm(dim=1).median() * _rotation(rotation)
-    matrix = similarity
-    for _ in range(ITERATIONS):
-        weight = 1 / ((from_b - from_a @ matrix.T).norm(dim=1, keepdim=True) + RESIDUAL)
-        prior = PRIOR * weight.mean()
-        moments = from_a.T @ (weight * from_a) + prior * torch.eye(2, dtype=torch.float64)
-        matrix = (from_b.T @ (weight * from_a) + prior * similarity) @ torch.linalg.inv(moments)
+    matrix = _fitted(from_a, from_b, torch.ones_like(from_a[:, 0]), similarity)
     return Deformation.of(matrix) if torch.linalg.det(matrix) > 0 else Deformation(rotation)
+
+
+def local_maps(
+    xy_a: Tensor, xy_b: Tensor, points_a: Tensor, points_b: Tensor, scale: Tensor
+) -> Tensor:
+    """Linear maps (K,2,2) from the surroundings of points (K,2) of a to those of the same points of
+    b, which include the change of size.
+
+    Args:
+        points_a, points_b: (M,2) the same points of the two images, from whose positions relative
+            to ``xy_a`` and ``xy_b`` the maps are estimated. The fewer there are near a point, the
+            more its map is that of all; without any it is the identity.
+        scale: (K,) scales of the points of a: those within ``MIN_NEIGHBOR`` times the smallest one
+            may be the same points and are not used.
+    """
+    a, b, near_a, near_b = (xy.double() for xy in (xy_a, xy_b, points_a, points_b))
+    identity = torch.eye(2, dtype=torch.float64)
+    distance = distances(a, near_a)
+    distance[distance < MIN_NEIGHBOR * scale.min()] = math.inf
+    nearest = distance.topk(min(LOCAL_NEIGHBORS, len(near_a)), largest=False)
+    used = nearest.values.isfinite()
+    unit = nearest.values.where(used, torch.ones(()).double())[..., None]
+    from_a, from_b = (
+        (near[nearest.indices] - xy[:, None]) / unit * used[..., None]
+        for near, xy in ((near_a, a), (near_b, b))
+    )
+    if not used.any():
+        return identity.repeat(len(a), 1, 1).to(xy_a)
+    turn = torch.sgn(torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()).sum()
+    rotation = math.atan2(float(turn.imag), float(turn.real))
+    similarity = from_b[used].norm(dim=1).median() * _rotation(rotation)
+    common = _fitted(from_a[used], from_b[used], torch.ones_like(from_a[used][:, 0]), similarity)
+    maps = _fitted(from_a, from_b, used.double(), common)
+    return maps.where(torch.linalg.det(maps)[:, None, None] > 0, similarity).to(xy_a)
+
+
+def _fitted(from_a: Tensor, from_b: Tensor, used: Tensor, prior: Tensor) -> Tensor:
+    """The linear maps (...,2,2) from vectors (...,N,2) of a to those of b with the least sum of
+    distances, of the vectors with a weight in ``used`` (...,N); ``PRIOR`` more agree with the map
+    ``prior``.
+    """
+    matrix = prior
+    identity = torch.eye(2, dtype=prior.dtype)
+    for _ in range(ITERATIONS):
+        residual = (from_b - from_a @ matrix.transpose(-1, -2)).norm(dim=-1)
+        weight = used / (residual + RESIDUAL)
+        mean = weight.sum(dim=-1) / used.sum(dim=-1).clamp(min=1)
+        strength = PRIOR * mean.clamp(min=1e-6)[..., None, None]  # positive without any vector
+        weighted = weight[..., None] * from_a
+        moments = from_a.transpose(-1, -2) @ weighted + strength * identity
+        matrix = (from_b.transpose(-1, -2) @ weighted + strength * prior) @ torch.linalg.inv(
+            moments
+        )
+    return matrix
 
 
 def _rotation(angle: float) -> Tensor:

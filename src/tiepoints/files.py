@@ -296,13 +296,17 @@ def is_image_name(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
+#: Suffixes of photographs that cannot be read.
+UNREADABLE_PHOTOS = tuple(".heic .heif .arw .cr2 .cr3 .dng .nef .orf .raf .rw2".split())
+
+
 class Listing(NamedTuple):
     """Content of a folder.
 
     Attributes:
         images: the image files, sorted by path.
         skipped: number of other files, without those in hidden folders.
-        refused: (path, reason) of links and folders that cannot be read.
+        refused: (path, reason) of links, folders and photographs that cannot be read.
     """
 
     images: list[Path]
@@ -322,6 +326,7 @@ def list_images(folder: Path, *, recursive: bool = True) -> Listing:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of images at {folder}")
     images: list[Path] = []
+    unreadable: list[Path] = []
     refused: list[tuple[str, str]] = []
     skipped = 0
     seen: dict[str, Path] = {}
@@ -350,8 +355,19 @@ def list_images(folder: Path, *, recursive: bool = True) -> Listing:
                 refused.append((str(path), "a broken link"))
             elif is_image_name(path) and path.is_file():
                 images.append(path)
+            elif path.suffix.lower() in UNREADABLE_PHOTOS:
+                unreadable.append(path)
             else:
                 skipped += 1
+    # cameras write a JPEG file of the same name next to a raw one
+    readable = {path.with_suffix("") for path in images}
+    photos = [path for path in unreadable if path.with_suffix("") not in readable]
+    skipped += len(unreadable) - len(photos)
+    if photos:
+        formats = ", ".join(sorted({path.suffix for path in photos}))
+        count = f"{len(photos)} photograph{'s' * (len(photos) > 1)}"
+        reason = f"{count} in a format that cannot be read ({formats}); convert to JPEG"
+        refused.append((str(folder), reason))
     return Listing(sorted(images), skipped, sorted(refused))
 
 

@@ -203,8 +203,8 @@ class Notices:
             self._log(
                 logging.INFO,
                 self.rotated,
-                "stored rotated (EXIF orientation) and read as stored; match with --orientation "
-                "auto, or use --exif-orientation apply",
+                "stored rotated (EXIF orientation) and read as stored; match, which extracts them, "
+                "finds their rotations; else, except for COLMAP, use --exif-orientation apply",
             )
 
     def _log(self, level: int, names: list[str], text: str) -> None:

@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .deformation import local_maps
 from .image import ImageLike, load_image
+from .keypoint_tracks import Tracks, connect
 from .progress import track
 from .pyramid import Level, Pyramid, build_pyramid
 from .structs import Features, Keypoints, Matches
@@ -69,14 +70,16 @@ def align(
     pyramid_b: Pyramid,
     keypoints_b: Keypoints,
     *,
+    maps: Tensor | None = None,
     iterations: int = ITERATIONS,
 ) -> Alignment:
     """Align each keypoint of b with the keypoint of a in the same row.
 
     Args:
         pyramid_a, pyramid_b: of one image each (``pyramid.build_pyramid``).
-        keypoints_a, keypoints_b: K matched keypoints; their scales and angles give the initial
-            affine change.
+        keypoints_a, keypoints_b: K matched keypoints.
+        maps: (K,2,2) initial linear maps from the surroundings of the keypoints of a to those of b
+            (``deformation.local_maps``); by default those of their scales and angles.
         iterations: Gauss-Newton steps at the scale of the keypoints.
 
     Raises:
@@ -86,8 +89,11 @@ def align(
         raise ValueError(
             f"expected matched keypoints, got {len(keypoints_a)} and {len(keypoints_b)}"
         )
+    start = torch.eye(3, device=keypoints_a.xy.device).repeat(len(keypoints_a), 1, 1)
+    if maps is not None:
+        start[:, :2, :2] = torch.linalg.inv(_frame(keypoints_b)) @ maps @ _frame(keypoints_a)
     parts = [
-        _align(pyramid_a, keypoints_a[part], pyramid_b, keypoints_b[part], iterations)
+        _align(pyramid_a, keypoints_a[part], pyramid_b, keypoints_b[part], start[part], iterations)
         for part in torch.arange(len(keypoints_a)).split(CHUNK)
     ]
     if not parts:
@@ -143,11 +149,15 @@ def _linearize(pyramid: Pyramid, keypoints: Keypoints, step: float) -> _Template
 
 
 def _align(
-    pyramid_a: Pyramid, a: Keypoints, pyramid_b: Pyramid, b: Keypoints, iterations: int
+    pyramid_a: Pyramid,
+    a: Keypoints,
+    pyramid_b: Pyramid,
+    b: Keypoints,
+    start: Tensor,
+    iterations: int,
 ) -> Alignment:
-    identity = torch.eye(3, device=a.xy.device).repeat(len(a), 1, 1)
-    warp, first, last = _register(pyramid_a, a, pyramid_b, b, identity, iterations)
-    accepted = _plausible(warp - identity, warp, MAX_SHIFT) & (last > first)
+    warp, first, last = _register(pyramid_a, a, pyramid_b, b, start, iterations)
+    accepted = _plausible(warp - start, warp, MAX_SHIFT) & (last > first)
     accepted &= last > MIN_CORRELATION
     factor = _fine_factor(torch.minimum(a.scale, b.scale))
     rows = accepted.nonzero()[:, 0]
@@ -226,6 +236,12 @@ def _to_image(offset: Tensor, keypoints: Keypoints) -> Tensor:
     )
 
 
+def _frame(keypoints: Keypoints) -> Tensor:
+    """The linear maps (K,2,2) of ``_to_image``."""
+    axes = torch.eye(2, device=keypoints.xy.device).expand(len(keypoints), -1, -1)
+    return _to_image(axes, keypoints).transpose(1, 2)
+
+
 def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[Tensor], Tensor]:
     """Function from offsets (K,S,2) in the frames of the keypoints to gray values (K,S).
 
@@ -297,84 +313,15 @@ def refine_matches(
     return replace(
         matches,
         xy_a=chosen_a.xy,
-        xy_b=align(pyramids[0], chosen_a, pyramids[1], chosen_b, iterations=iterations).xy,
+        xy_b=align(
+            *(pyramids[0], chosen_a, pyramids[1], chosen_b),
+            maps=_maps(a.keypoints, b.keypoints, index, index),
+            iterations=iterations,
+        ).xy,
     )
 
 
 # ---- tracks
-
-
-@dataclass(frozen=True)
-class _Tracks:
-    """Keypoints of tracks as arrays (M,), sorted by track, image and index.
-
-    Attributes:
-        names: of the images, sorted.
-        track: number of the track, increasing.
-        image: index of the image among ``names``.
-        index: of the keypoint.
-    """
-
-    names: list[str]
-    track: np.ndarray
-    image: np.ndarray
-    index: np.ndarray
-
-
-def _tracks(matches: Mapping[tuple[str, str], Tensor]) -> _Tracks:
-    """Tracks of matched keypoints, see ``build_tracks``; a few dozen bytes for each match."""
-    names = sorted({name for pair in matches for name in pair})
-    number = {name: i for i, name in enumerate(names)}
-    counts = np.zeros(len(names) + 1, np.int64)
-    for pair, index in matches.items():
-        if len(index):
-            for name, largest in zip(pair, index.max(dim=0).values.tolist(), strict=True):
-                counts[number[name] + 1] = max(counts[number[name] + 1], largest + 1)
-    first = counts.cumsum()  # number of the first keypoint of each image
-    edges = [
-        index.numpy() + first[[number[name] for name in pair]] for pair, index in matches.items()
-    ]
-    a, b = np.concatenate([np.zeros((0, 2), np.int64), *edges]).T
-    used = np.zeros(first[-1], bool)
-    used[a] = used[b] = True
-    nodes = np.flatnonzero(used)
-    root = _components(a, b, int(first[-1]))[nodes]
-    nodes = nodes[np.argsort(root, kind="stable")]
-    root = np.sort(root)
-    image = np.searchsorted(first, nodes, side="right") - 1
-    twice = (root[1:] == root[:-1]) & (image[1:] == image[:-1])
-    kept = ~np.isin(root, root[1:][twice])
-    return _Tracks(names, root[kept], image[kept], (nodes - first[image])[kept])
-
-
-def _components(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
-    """Smallest node (``count``,) of the connected component of each node, for edges a-b (E,)."""
-    parent = np.arange(count)
-    while len(a):
-        a, b = parent[a], parent[b]
-        a, b = (values[a != b] for values in (a, b))
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(above := parent[parent], parent):
-            parent = above
-    return parent
-
-
-def build_tracks(matches: Mapping[tuple[str, str], Tensor]) -> list[list[tuple[str, int]]]:
-    """Tracks of matched keypoints: connected keypoints of different images, each as (image, index),
-    sorted.
-
-    Connected components with two keypoints in one image are inconsistent and skipped.
-
-    Args:
-        matches: (image a, image b) -> (K,2) indices, such as the verified ones.
-    """
-    found = _tracks(matches)
-    starts = np.flatnonzero(np.diff(found.track, prepend=-1))
-    nodes = [
-        (found.names[i], j) for i, j in zip(found.image.tolist(), found.index.tolist(), strict=True)
-    ]
-    bounds = [*starts.tolist(), len(nodes)]
-    return [nodes[start:end] for start, end in pairwise(bounds)]
 
 
 def refine_tracks(
@@ -386,13 +333,14 @@ def refine_tracks(
 ) -> dict[str, Tensor]:
     """One sub-pixel position for each keypoint of each image, consistent along tracks.
 
-    The reference of a track is its keypoint with the smallest scale, which has the most detail; the
-    others are aligned with it, in as many threads as torch uses. The pyramids of at most
+    The reference of a track (``keypoint_tracks.build_tracks``) is a keypoint of a small scale,
+    which has the most detail, with many matches, which shows the point from between the others;
+    these are aligned with it, in as many threads as torch uses. The pyramids of at most
     ``CACHE_BYTES``, and of the pairs of images in work, are in memory at a time.
 
     Args:
         features: keypoints of each image.
-        matches: see ``build_tracks``.
+        matches: (image a, image b) -> (K,2) indices, such as the verified ones.
         image: name -> the image (see ``image.load_image``).
 
     Returns:
@@ -400,7 +348,7 @@ def refine_tracks(
     """
     positions = {name: keypoints.xy.clone() for name, keypoints in features.items()}
     pyramids = _Pyramids(features, image)
-    aligned = _reference_pairs(_tracks(matches), features)
+    aligned = _reference_pairs(connect(matches, features), features)
     aligned.sort(key=lambda entry: (sorted(entry[0]), entry[0]))  # both directions together
     count = torch.get_num_threads()
     pending: deque[tuple[str, Tensor, Future[Alignment]]] = deque()
@@ -413,7 +361,8 @@ def refine_tracks(
     with _threads() as pool:
         for (a, b), index in track(aligned, unit="pair", label="refine", enabled=progress):
             chosen_a, chosen_b = features[a][index[:, 0]], features[b][index[:, 1]]
-            future = pool.submit(align, pyramids(a), chosen_a, pyramids(b), chosen_b)
+            maps = _maps(features[a], features[b], index, _between(a, b, matches))
+            future = pool.submit(align, pyramids(a), chosen_a, pyramids(b), chosen_b, maps=maps)
             pending.append((b, index[:, 1], future))
             if len(pending) > count:
                 store()
@@ -434,8 +383,26 @@ def _threads() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(count)
 
 
+def _between(a: str, b: str, matches: Mapping[tuple[str, str], Tensor]) -> Tensor:
+    """The matches (K,2) from image a to image b."""
+    if (a, b) in matches:
+        return matches[a, b]
+    return matches[b, a].flip(1) if (b, a) in matches else torch.zeros(0, 2, dtype=torch.long)
+
+
+def _maps(a: Keypoints, b: Keypoints, index: Tensor, matched: Tensor) -> Tensor:
+    """Linear maps (K,2,2) at the keypoints of ``index`` (K,2), by all that are known to be the same
+    points of the two images: these, and the matches (M,2) of the images.
+    """
+    known = torch.unique(torch.cat([index, matched]), dim=0)
+    (near_a, near_b), (at_a, at_b) = (
+        (a.xy[rows[:, 0]], b.xy[rows[:, 1]]) for rows in (known, index)
+    )
+    return local_maps(at_a, at_b, near_a, near_b, a.scale[index[:, 0]])
+
+
 def _reference_pairs(
-    tracks: _Tracks, features: Mapping[str, Keypoints]
+    tracks: Tracks, features: Mapping[str, Keypoints]
 ) -> list[tuple[tuple[str, str], Tensor]]:
     """Pairs of images, sorted, each with the keypoints (K,2) of references in the first one, and of
     the same tracks in the second one.
@@ -446,8 +413,8 @@ def _reference_pairs(
     for name, start, end in zip(tracks.names, bounds[:-1], bounds[1:], strict=True):
         rows = by_image[start:end]
         scale[rows] = features[name].scale.numpy()[tracks.index[rows]]
-    # the first of each track is its reference, the first of the smallest ones
-    order = np.lexsort((scale, tracks.track))
+    # the first of each track is its reference
+    order = np.lexsort((scale / (tracks.matched + 1), tracks.track))
     is_first = np.diff(tracks.track, prepend=-1) > 0
     reference = order[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]]
     rest = np.flatnonzero(np.arange(len(order)) != reference)
@@ -493,6 +460,6 @@ def _size(pyramid: Pyramid) -> int:
 def matched_pairs(
     pairs: Iterable[tuple[str, str]], read: Callable[[str, str], Matches]
 ) -> dict[tuple[str, str], Tensor]:
-    """Indices of the matches of each pair that has any, as input of ``build_tracks``."""
+    """Indices of the matches of each pair that has any, as input of ``refine_tracks``."""
     found = {pair: read(*pair).index for pair in pairs}
     return {pair: index for pair, index in found.items() if len(index)}

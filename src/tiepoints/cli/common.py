@@ -287,6 +287,14 @@ def user_errors(stopped: str | Callable[[], str] = STOPPED) -> Iterator[None]:
         fail(_text(stopped), exit_code())
 
 
+def refuse_source(output: Path, sources: Iterable[str | Path], option: str = "--output") -> None:
+    """End the command if ``output`` is one of the files that it reads."""
+    if output.exists() and any(
+        Path(source).exists() and output.samefile(source) for source in sources
+    ):
+        fail(f"{option} {output} is one of the given files; use another file")
+
+
 @contextmanager
 def missing_library() -> Iterator[None]:
     """Turn the absence of a library, as of torch in an installation for ``lite`` alone, into a

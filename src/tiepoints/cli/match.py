@@ -56,6 +56,7 @@ from .common import (
     finish,
     print_json,
     progress_wanted,
+    refuse_source,
     user_errors,
 )
 
@@ -217,6 +218,18 @@ def match(
     # with stored features, an explicit descriptor is compared with theirs
     source = context.get_parameter_source("descriptor")
     explicit = features is None or (source is not None and source.name != "DEFAULT")
+    inside = [
+        name
+        for name in images
+        if pictures is not None
+        and Path(name).is_dir()
+        and pictures.resolve().is_relative_to(Path(name).resolve())
+    ]
+    if inside:
+        fail(
+            f"--pictures {pictures} is inside the folder of the images, {inside[0]}, where the "
+            "next call would read them; choose one outside"
+        )
     if pictures is not None and not to_file:
         output, to_file = pictures / "matches.h5", True
     if output is None or not to_file:
@@ -290,6 +303,8 @@ def _match_two(
     from ..jobs.match import match_two
     from ..plot import draw_matches
 
+    if output is not None:
+        refuse_source(output, images if masks is None else [*images, masks])
     with user_errors():
         load_mask = mask_loader(masks)
         found = [
@@ -301,8 +316,9 @@ def _match_two(
         inliers = int(estimate.inliers.sum())
         if output is not None:
             labels = " + ".join(map(network_label, (extraction.detector, extraction.descriptor)))
+            geometry = estimate.geometry if estimate.ok else f"no {estimate.geometry}"
             caption = (
-                f"{Path(images[0]).name} - {Path(images[1]).name}: {labels}, {estimate.geometry}, "
+                f"{Path(images[0]).name} - {Path(images[1]).name}: {labels}, {geometry}, "
                 f"{inliers} inliers of {len(result.matches)} matches"
             )
             if result.described != "as given":

@@ -24,6 +24,7 @@ from .common import (
     fail,
     print_json,
     progress_wanted,
+    refuse_source,
     user_errors,
 )
 
@@ -89,14 +90,8 @@ def live(
     """
     if descriptor == "none":
         fail("tracking needs descriptors; --descriptor must not be none")
-    if (
-        output is not None
-        and len(source) == 1
-        and output.exists()
-        and Path(source[0]).exists()
-        and output.samefile(source[0])
-    ):
-        fail(f"--output {output} is the source; use another file")
+    if output is not None:
+        refuse_source(output, source)
     # a keypoint at every scale of a location would be a track of its own
     options = dataclasses.replace(extract_options(context), per_scale=False)
     from ..jobs.video import VideoFile, VideoFrames, Window, open_source

@@ -190,10 +190,15 @@ class DeviceSampler(Dataset, ABC):
         """A batch of ``num_warps`` warped pairs and ``num_tracks`` pairs of reconstructions."""
 
     def _photos(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ``count`` photographs (count,)."""
-        return torch.randint(
-            self.images.num_photos, (count,), generator=generator, device=self.device
-        )
+        """Draw ``count`` photographs (count,), different ones as long as there are any: a batch
+        would take the same point of two views of one photograph as a negative.
+        """
+        number = self.images.num_photos
+        rounds = [
+            torch.randperm(number, generator=generator, device=self.device)
+            for _ in range(-(-count // number))
+        ]
+        return torch.cat(rounds)[:count] if rounds else torch.zeros(0, dtype=torch.long)
 
 
 def random_angles(count: int, largest: float, power: float, generator: torch.Generator) -> Tensor:

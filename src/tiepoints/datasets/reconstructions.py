@@ -8,7 +8,7 @@ import logging
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -127,6 +127,8 @@ class TrackScene:
         self.images, self.settings = list(images), settings
         self.rotation, self.translation, self.focal = rotation, translation, focal
         self.observations, self.points = list(observations), points
+        #: Images of which no pairs are used.
+        self.without: set[int] = set()
         self._centers = -np.einsum("iab,ia->ib", rotation, translation)  # camera centers, -R^T t
 
     @cached_property
@@ -138,6 +140,8 @@ class TrackScene:
         num_shared = visible @ visible.T
         pairs = []
         enough = np.triu(num_shared >= self.settings.min_shared, 1)
+        excluded = list(self.without)
+        enough[excluded] = enough[:, excluded] = False
         for a, b in zip(*np.nonzero(enough), strict=True):
             both = np.nonzero(visible[a] * visible[b])[0]
             rays = [self.points[both] - self._centers[i] for i in (a, b)]
@@ -400,10 +404,15 @@ def read_packed(file: Path, settings: TrackSettings | None = None) -> TrackScene
 def read_scenes(
     folders: Sequence[str | Path] | str | Path,
     settings: TrackSettings | None = None,
+    *,
+    without: Collection[Path] = (),
 ) -> list[TrackScene]:
     """Read all reconstructions below ``folders``, COLMAP models or packed ones (``pack_scene``).
 
     Reconstructions without a usable pair of images are skipped.
+
+    Args:
+        without: image files, resolved, of which no pairs are used.
 
     Raises:
         FileNotFoundError, ImportError, DataError: see ``find_models`` and ``read_scene``.
@@ -419,6 +428,7 @@ def read_scenes(
                 for model, images in find_models(folder)
             ]
         for model, scene in candidates:
+            scene.without = {i for i, p in enumerate(scene.images) if p.resolve() in without}
             logger.info(
                 "%s: %d images, %d 3D points, %d pairs of views",
                 model,
@@ -429,9 +439,10 @@ def read_scenes(
             if scene.pairs:
                 scenes.append(scene)
     if not scenes:
+        others = ", not counting the images for validation" if without else ""
         raise DataError(
-            f"no reconstruction in {folders} has two images that share enough 3D points; see "
-            "docs/training.md"
+            f"no reconstruction in {folders} has two images that share enough 3D points{others}; "
+            "see docs/training.md"
         )
     return scenes
 

@@ -243,13 +243,16 @@ def list_photos(folder: str | Path) -> list[Path]:
 def find_photos(
     folders: Sequence[str | Path], min_side: int = MIN_SIDE, *, log: bool = True
 ) -> list[Path]:
-    """List the usable photographs in folders (``usable_photos``); others are logged.
+    """List the usable photographs in folders (``usable_photos``), each file once; log the others.
 
     Raises:
         FileNotFoundError: no such folder.
     """
     listings = [list_images(Path(folder)) for folder in folders]
-    usable, rejected = usable_photos([p for listing in listings for p in listing.images], min_side)
+    paths: dict[Path, Path] = {}
+    for path in (path for listing in listings for path in listing.images):
+        paths.setdefault(path.resolve(), path)
+    usable, rejected = usable_photos([*paths.values()], min_side)
     refused = [f"{path}: {reason}" for listing in listings for path, reason in listing.refused]
     if log:
         _log_skipped(refused + rejected)

@@ -9,7 +9,7 @@ that only the other changes remain to be learned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ SNAP_DISTANCE = 2.0
 REPEATED_DISTANCE = 3.0
 #: Shared points drawn per requested patch pair.
 POINTS_PER_PATCH = 4
-#: Pairs of images tried per item before an error is raised.
+#: Random pairs of images tried per item before all are.
 ATTEMPTS = 20
 
 
@@ -49,17 +49,15 @@ def _draw_item(
     required: str,
     unreadable: UnreadableLog,
 ) -> dict[str, Tensor]:
-    """Apply ``extract`` to random pairs of images until it succeeds; unreadable images are logged.
+    """Apply ``extract`` to random pairs of images until it succeeds, at last to each; unreadable
+    images are logged.
 
     The probability of a scene is proportional to the square root of its number of pairs.
 
     Raises:
-        DataError: none of ``ATTEMPTS`` pairs had what is ``required``.
+        DataError: no pair had what is ``required``.
     """
-    weight = np.sqrt([len(scene.pairs) for scene in scenes])
-    for _ in range(ATTEMPTS):
-        scene = scenes[rng.choice(len(scenes), p=weight / weight.sum())]
-        pair = scene.pairs[rng.integers(len(scene.pairs))]
+    for scene, pair in _random_pairs(scenes, rng):
         try:
             item = extract(scene, pair if rng.random() < 0.5 else pair[::-1], rng)
         except UnreadableImage as error:
@@ -68,9 +66,23 @@ def _draw_item(
         if item is not None:
             return item
     raise DataError(
-        f"{ATTEMPTS} consecutive pairs of images had no {required}; the reconstructions are too "
-        "sparse"
+        f"no pair of images of the reconstructions had {required}; these are too sparse"
     )
+
+
+def _random_pairs(
+    scenes: Sequence[TrackScene], rng: np.random.Generator
+) -> Iterator[tuple[TrackScene, tuple[int, int]]]:
+    """``ATTEMPTS`` random pairs of images, and then all in random order, as most of a sparse
+    reconstruction may be unusable.
+    """
+    weight = np.sqrt([len(scene.pairs) for scene in scenes])
+    for _ in range(ATTEMPTS):
+        scene = scenes[rng.choice(len(scenes), p=weight / weight.sum())]
+        yield scene, scene.pairs[rng.integers(len(scene.pairs))]
+    every = [(scene, pair) for scene in scenes for pair in scene.pairs]
+    for index in rng.permutation(len(every)):
+        yield every[index]
 
 
 class TrackPatches(Dataset):

@@ -152,8 +152,8 @@ def compare_systems(
     device = str(choose_device(settings.device))
     options = Options(num_keypoints=2 * settings.num_keypoints, device=device)
     systems = [system(name, options) for name in (a, b)]
-    step = max(1, len(images) // settings.photos)
-    chosen = list(images)[::step][: settings.photos]
+    count = min(len(images), settings.photos)
+    chosen = [images[index * len(images) // count] for index in range(count)]
     views = _views(settings.size)
     rows: list[list[dict[str, float]]] = []
     for number, path in enumerate(track(chosen, unit="image", label="compare", enabled=progress)):

@@ -58,9 +58,9 @@ SIFT_SHIFT = 0.25
 #: Largest relative difference of the sum of a shifted descriptor from that of the shift alone (the
 #: median of an image). SIFT has other sums.
 SHIFT_TOLERANCE = 0.005
-#: Bytes that a transaction needs in addition to its data: pages of indices, and the shared memory
-#: of the write-ahead log.
-TRANSACTION_BYTES = 2**18
+#: Bytes that a transaction needs in addition to its data: pages of indices, the shared memory of
+#: the write-ahead log, and what this (1,000 pages of 4 KiB) adds to the database at the end.
+TRANSACTION_BYTES = 2**18 + 5 * 2**20
 #: Bytes that are checked in advance for the next transactions.
 SPACE_BYTES = 2**25
 #: Bytes of a camera with its rig, at most.
@@ -614,8 +614,9 @@ class ColmapDatabase:
             camera = self._database.read_all_cameras()[0]
             if (camera.width, camera.height) != size:
                 raise DataError(
-                    f"{name} is {width} x {height} but the single camera is {camera.width} x "
-                    f"{camera.height}; use camera 'auto'"
+                    f"{name} is {width} x {height} but the one camera of all images, that of the "
+                    f"first one, is {camera.width} x {camera.height}; use images of one size or "
+                    "camera 'auto'"
                 )
             return camera
         if not replaced and (number := self._cameras.get(self._shared.get(name))) is not None:
@@ -625,6 +626,13 @@ class ColmapDatabase:
         if self._known is not None:
             camera = self._colmap.Camera(self._known.todict())
             camera.width, camera.height = size
+            x, y = camera.principal_point_x, camera.principal_point_y
+            if not (0 <= x <= width and 0 <= y <= height):
+                raise DataError(
+                    f"{name} is {width} x {height}, but the principal point of the given camera, "
+                    f"({x:g}, {y:g}), lies outside of it; give the parameters of images of this "
+                    "size"
+                )
             return camera
         return self._initial_camera(size, image)
 

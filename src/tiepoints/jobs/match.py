@@ -595,6 +595,7 @@ class _Source:
         reading: how the images were read.
         extraction: options of ``extractor``.
         shared: image of a database -> key of its camera.
+        missing: other images of the store whose files do not exist any more.
     """
 
     store: Any
@@ -606,6 +607,7 @@ class _Source:
     reading: ReadOptions = field(default_factory=ReadOptions)
     extraction: ExtractOptions | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
 
 
 # One call per command of the command line, whose options are its parameters.
@@ -640,8 +642,8 @@ def match_images(
         options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
             subpixel positions (``refine.refine_tracks``).
         pairs, neighbors, default_neighbors: a list of pairs (``read_pairs``), or arguments of
-            ``image_pairs.choose_image_pairs``; by default ``auto``. Unless listed, pairs are
-            written to ``NAME.pairs.txt``, which hloc requires.
+            ``image_pairs.choose_image_pairs``; by default ``auto``. Those that
+            did not fail are written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``extract_images``.
@@ -709,14 +711,26 @@ def match_images(
         if shard is not None:
             report = job.match_shard(shard, choice.pairs, workers)
         else:
-            if not listed and not database:
-                _write_pairs(_sibling(output, "pairs.txt"), choice.pairs)
+            own = _sibling(output, "pairs.txt")
+            same = listed is not None and Path(str(pairs)).resolve() == own.resolve()
+            written = not database and not same
+            if written:
+                _write_pairs(own, choice.pairs)
             report = job.match(stack, choice.pairs, ray, workers)
+            succeeded = _without_failed(choice.pairs, report)
+            if written and len(succeeded) < len(choice.pairs):  # hloc reads the matches of each
+                _write_pairs(own, succeeded)
     report.failed = source.failed + report.failed
     report.ignored = found.skipped
     report.selection, report.pairs = choice.reason, choice.pairs
     report.shared = source.shared
     return report
+
+
+def _without_failed(pairs: list[tuple[str, str]], report: MatchReport) -> list[tuple[str, str]]:
+    """The pairs that did not fail, and whose images did not."""
+    failed = {name for name, _ in report.failed}
+    return [pair for pair in pairs if failed.isdisjoint((*pair, " ".join(pair)))]
 
 
 def _distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -816,8 +830,11 @@ class _Matching:
             if database:
                 matched = [pair for pair in pairs if store.has_matches(*pair)]
                 changed = self.exclusive and _forget_others(store, matched)
-                if not self.exclusive:  # geometries of other cameras were removed
-                    others = refinement.affected(_others(store, matched))
+                if not self.exclusive:
+                    gone = _forget_missing(store, source.missing)
+                    others = [p for p in _others(store, matched) if gone.isdisjoint(p)]
+                    # geometries of other cameras were removed
+                    others = refinement.affected(others)
                     store.verify(others, max_trials=MAX_TRIALS, progress=progress)
                 report.verified = refinement.verify(
                     matched, changed=changed or report.done > 0, progress=progress
@@ -1056,7 +1073,24 @@ def _extract_source(
     source = _Source(
         store, names, files, settings, report.failed, extractor, extraction, extraction
     )
-    return replace(source, shared=shared)
+    return replace(source, shared=shared, missing=_missing_files(store.names(), storing.given))
+
+
+def _missing_files(names: Iterable[str], given: list[Task]) -> set[str]:
+    """The names that are not of given images, and of no file in the folders to which the names of
+    these are relative.
+    """
+    known = {str(task.relative) for task in given}
+    folders = {
+        task.path.parents[len(task.relative.parts) - 1]
+        for task in given
+        if task.path.parts[-len(task.relative.parts) :] == task.relative.parts
+    }
+    return {
+        name
+        for name in set(names) - known
+        if folders and not any((folder / name.partition("#")[0]).exists() for folder in folders)
+    }
 
 
 def _stored_source(
@@ -1099,6 +1133,24 @@ def _forget_others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> bo
     verified = matched_pairs(_others(database, pairs), database.read_inliers)
     database.forget_geometry(verified)
     return bool(verified)
+
+
+def _forget_missing(database: ColmapDatabase, missing: set[str]) -> set[str]:
+    """Remove the verified matches of images whose files do not exist any more, which a mapper would
+    add to a model; returns the images.
+    """
+    pairs = [pair for pair in database.pairs() if not missing.isdisjoint(pair)]
+    verified = matched_pairs(pairs, database.read_inliers)
+    if verified:
+        database.forget_geometry(verified)
+        concerned = sorted(missing & {name for pair in verified for name in pair})
+        logger.warning(
+            "%s: %d image%s, such as %s, %s not among the files any more; the geometries of their "
+            "%d pairs are removed, their keypoints and matches are kept",
+            *(database.path, len(concerned), "s" * (len(concerned) > 1)),
+            *(printable(concerned[0]), "are" if len(concerned) > 1 else "is", len(verified)),
+        )
+    return missing
 
 
 def _others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

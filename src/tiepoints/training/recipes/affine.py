@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
-from ...datasets.reconstructions import TrackScene, read_scenes
+from ...datasets.reconstructions import TrackScene
 from ...datasets.synthetic import PRESETS
 from ...datasets.tracks import Mixture, TrackPatches
 from ...detect import PUBLISHED, DetectOptions, ScoreMapDetector
@@ -104,7 +104,7 @@ def train_shapes(job: TrainJob) -> FitResult:
     recipe = choose(SHAPE_RECIPES, job.preset)
     data, fit = job.data, with_schedule(recipe.fit, job.schedule)
     training, held_out = data.photographs()
-    scenes = read_scenes(data.reconstructions) if data.reconstructions else []
+    scenes = data.scenes(held_out)
     trained = patch_descriptor(job.options.get("descriptor", recipe.descriptor), "descriptor")
     descriptor = fused(trained).requires_grad_(False)
     if job.options.get("on_device"):

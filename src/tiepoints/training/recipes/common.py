@@ -7,13 +7,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...datasets.reconstructions import find_models
+from ...datasets.reconstructions import TrackScene, find_models, read_scenes
 from ...datasets.synthetic import damaged_photos, find_photos, split_readable
 from ...errors import DataError, WeightsError
 from ...formats.records import file_stamp, files_digest, json_digest, with_program
@@ -40,7 +41,8 @@ class TrainData:
         patches: HardNet, HyNet, SOSNet: folder of PhotoTour or HPatches patches for training;
             ``images`` are then used for validation.
         reconstructions: descriptors: folders of COLMAP models with their images
-            (``reconstructions.find_models``), whose tracks are half of the training pairs.
+            (``reconstructions.find_models``), whose tracks are half of the training pairs, except
+            for the images for validation.
         validation_reconstructions: descriptors: folders of COLMAP models for validation; the score
             is then the mean of that on photographs and of ``tracks.correct_share``.
     """
@@ -90,10 +92,53 @@ class TrainData:
             photos = find_photos(as_folders(self.images), log=log)
             training, held_out = split_readable(photos, log=log)
         level = logging.INFO if log else logging.DEBUG
+        checked = self._checked_images()
+        kept = [path for path in training if path.resolve() not in checked]
+        if not kept:
+            raise DataError(
+                "all images are of the reconstructions for validation; give other images"
+            )
+        if len(kept) < len(training):
+            logger.log(
+                level,
+                "%d photographs are of the reconstructions for validation and not trained on",
+                len(training) - len(kept),
+            )
+            training = kept
         logger.log(
             level, "%d photographs for training, %d for validation", len(training), len(held_out)
         )
         return training, held_out
+
+    def scenes(self, held_out: Sequence[Path]) -> list[TrackScene]:
+        """Read the reconstructions for training, without the pairs of images that are ``held_out``
+        or in the reconstructions for validation.
+
+        Raises:
+            FileNotFoundError, ImportError, DataError: see ``read_scenes``.
+        """
+        if not self.reconstructions:
+            return []
+        without = {path.resolve() for path in held_out} | self._checked_images()
+        return read_scenes(self.reconstructions, without=without)
+
+    def checked_scenes(self) -> list[TrackScene]:
+        """Read the reconstructions for validation, once.
+
+        Raises:
+            FileNotFoundError, ImportError, DataError: see ``read_scenes``.
+        """
+        folders = self.validation_reconstructions
+        return _read_once(tuple(map(str, as_folders(folders)))) if folders else []
+
+    def _checked_images(self) -> set[Path]:
+        """The images of the reconstructions for validation."""
+        return {path.resolve() for scene in self.checked_scenes() for path in scene.images}
+
+
+@lru_cache(maxsize=1)
+def _read_once(folders: tuple[str, ...]) -> list[TrackScene]:
+    return read_scenes(folders)
 
 
 #: Arguments of a training that are data -> field of ``TrainData``.

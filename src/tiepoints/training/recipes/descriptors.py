@@ -17,7 +17,7 @@ from ...datasets.crop_sampler import CropSampler
 from ...datasets.patch_pairs import PatchPairs, PatchSettings, peak_detector
 from ...datasets.patch_sampler import PatchSampler
 from ...datasets.patch_sets import PatchBatches, PatchSet, open_hpatches, open_phototour
-from ...datasets.reconstructions import TrackScene, read_scenes
+from ...datasets.reconstructions import TrackScene
 from ...datasets.stored_patches import TARGETS, StoredPatches, write_patches, write_targets
 from ...datasets.synthetic import PRESETS, PairSettings
 from ...datasets.tracks import Mixture, TrackCrops, TrackPatches
@@ -143,7 +143,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     """
     data, recipe = job.data, _patch_recipe(name, job)
     training, held_out = data.photographs()
-    scenes = read_scenes(data.reconstructions) if data.reconstructions else []
+    scenes = data.scenes(held_out)
     views = PRESETS["patches-upright" if scenes else "patches"]
     reach = DESCRIPTORS[name].spec.reach
     teacher = None if recipe.teacher is None else patch_descriptor(recipe.teacher, "teacher")
@@ -161,7 +161,10 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         make_batches = _patch_batches(data, recipe, training, scenes, views, patches)
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
-        made_from = [recipe.fit.seed, data_identity(data, training)]
+        made_from = [
+            *(recipe.fit.seed, data_identity(data, training)),
+            *(dataclasses.asdict(views), dataclasses.asdict(patches)),
+        ]
         # descriptors of the surroundings are not stored
         stored = teacher if len(reach) == 1 else None
         make_batches = _stored_batches(job, recipe, make_batches, made_from, stored)
@@ -189,9 +192,14 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
         return taught_loss(name, network, both, targets, recipe.teacher_weight)
 
     validate = patch_validation(data, held_out, views, reach)
-    net = initialized(make_network, recipe.fit.seed)
-    if isinstance(net, HardNetContext) and isinstance(teacher, HardNetLight):
-        net.start_from(teacher)
+
+    def make_started() -> nn.Module:
+        net = make_network()
+        if isinstance(net, HardNetContext) and isinstance(teacher, HardNetLight):
+            net.start_from(teacher)
+        return net
+
+    net = initialized(make_started, recipe.fit.seed)
     load_init(net, job.init)
     identity = {
         "model": name,
@@ -410,7 +418,7 @@ def posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedC
     """Validation on the reconstructions of the data, None without any."""
     if not data.validation_reconstructions:
         return None
-    return PosedCheck(read_scenes(data.validation_reconstructions), detector)
+    return PosedCheck(data.checked_scenes(), detector)
 
 
 def load_init(net: nn.Module, init: str | Path | None) -> None:
@@ -488,7 +496,7 @@ def train_dense(
         )
     training, held_out = data.photographs()
     detect = peak_detector(fused(candidate_net), CANDIDATE_POOL, window=CANDIDATE_WINDOW)
-    scenes = read_scenes(data.reconstructions) if data.reconstructions else []
+    scenes = data.scenes(held_out)
     views = PRESETS["dense-upright" if scenes else "dense"]
 
     def make_batches(length: int) -> Dataset:

@@ -102,6 +102,18 @@ def floored_tiny() -> KeyNet:
     return net
 
 
+def _without_offsets(net: nn.Module) -> None:
+    """Set the mean and the biases of ``floored_tiny`` to 0, which others of its weights may have:
+    ``UncenteredNorm`` ignores them, but the ordinary norm of the written network would not.
+    """
+    block = cast(nn.Sequential, cast(KeyNet, net).blocks[0])
+    norm = cast(nn.BatchNorm2d, block[1])
+    with torch.no_grad():
+        for values in (norm.running_mean, norm.bias, cast(nn.Conv2d, block[0]).bias):
+            if values is not None:
+                values.zero_()
+
+
 def train_score_map(name: str, job: TrainJob) -> FitResult:
     """Train ``keynet``, ``keynet-light``, ``keynet-tiny`` or ``sobelnet``; see ``train``."""
     recipes = {
@@ -136,6 +148,8 @@ def train_score_map(name: str, job: TrainJob) -> FitResult:
                     "from weights of the same network"
                 )
             net.load_state_dict(start.state_dict())
+            if floored:
+                _without_offsets(net)
         return net
 
     return _train(
