@@ -549,6 +549,36 @@ def test_match_a_list_of_pairs_with_missing_images(views, tmp_path):
     assert "not matched with itself" in text
     with FeatureFile(tmp_path / "m.features.h5") as file:
         assert file.names() == ["sub/v3.png", "v2.png"]  # only images of the list
+    # hloc reads the matches of each listed pair
+    assert (tmp_path / "m.pairs.txt").read_text() == "v2.png sub/v3.png\n"
+
+
+def test_missing_photographs_are_not_mapped(views, tmp_path):
+    pytest.importorskip("pycolmap")
+    folder, output = tmp_path / "v", tmp_path / "d.db"
+    shutil.copytree(views, folder)
+    (folder / "flat.png").unlink()
+    arguments = ["match", folder, "--output", output, "--num-keypoints", 150]
+    arguments += ["--descriptor", "rootsift"]
+    code, text = call(*arguments)
+    assert (code, "3 pairs with a geometry" in text) == (0, True), text
+    content = (folder / "v10.png").read_bytes()
+    (folder / "v10.png").unlink()
+    code, text = call(*arguments)
+    assert code == 0, text
+    assert "1 image, such as v10.png, is not among the files any more; the geometries" in text
+    with ColmapDatabase(output) as database:
+        assert len(database.read_inliers("v2.png", "v10.png")) == 0
+        assert len(database.read_inliers("v2.png", "sub/v3.png")) > 30
+        assert len(database.read_matches("v2.png", "v10.png")) > 30
+    code, text = call(*arguments)
+    assert (code, "any more" in text) == (0, False), text
+    (folder / "v10.png").write_bytes(content)
+    code, text = call(*arguments)
+    assert (code, "3 pairs with a geometry" in text) == (0, True), text
+    # images of another folder are only not given now
+    code, text = call("match", folder / "sub", folder / "v2.png", *arguments[2:], "--root", folder)
+    assert "any more" not in text
 
 
 def test_match_into_a_colmap_database(views, tmp_path):

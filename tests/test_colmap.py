@@ -286,6 +286,11 @@ def test_cameras(tmp_path):
             each.write(name, some(3))
     assert tables(tmp_path / "each.db", "SELECT COUNT(*) FROM cameras") == [(3,)]
 
+    with ColmapDatabase(tmp_path / "far.db", camera="PINHOLE:90,91,300,40", write=True) as database:
+        image = some(3)
+        with pytest.raises(DataError, match=r"principal point .* \(300, 40\), lies outside"):
+            database.write("a.png", image)
+
     for camera, params in (("single", [120, 50, 40, 0]), ("PINHOLE:90,91,50,40", [90, 91, 50, 40])):
         path = tmp_path / f"{camera[:3]}.db"
         for again in range(2):  # second iteration: in a database that has the camera

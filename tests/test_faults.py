@@ -284,6 +284,16 @@ def test_images_below_a_linked_root(photos, tmp_path):
 JUNK = ("._a.png", "b.mpg", "c.pdf", "m.h5", "Thumbs.db")
 
 
+def test_photographs_in_other_formats_are_named(photos, tmp_path):
+    for name in ("phone.HEIC", "raw.dng", f"{next(photos.glob('*.png')).stem}.cr2"):
+        (photos / name).write_bytes(b"no image")
+    listing = list_images(photos)
+    assert len(listing.images) == 3
+    assert listing.skipped == 1  # a raw file next to its image
+    reason = "2 photographs in a format that cannot be read (.HEIC, .dng); convert to JPEG"
+    assert listing.refused == [(str(photos), reason)]
+
+
 def test_other_files_are_skipped_with_one_line(photos, tmp_path, caplog):
     for name in JUNK:
         (photos / name).write_bytes(b"no image")
@@ -294,6 +304,9 @@ def test_other_files_are_skipped_with_one_line(photos, tmp_path, caplog):
     caplog.set_level("INFO", logger="tiepoints")
     assert len(find_photos([photos])) == 3
     assert caplog.messages == ["skipped: 5 files that are not images"]
+    again = photos.with_name("again")
+    again.symlink_to(photos)
+    assert len(find_photos([photos, again])) == 3  # each file once
     sequence = tmp_path / "imc" / "phototourism" / "s"
     shutil.copytree(photos, sequence)
     found = find_sequences(tmp_path / "imc")

@@ -202,6 +202,37 @@ def test_match_draws_two_images_and_the_best_pairs_in_color(photos, tmp_path):
     assert "intrinsics" in err
 
 
+def test_match_refuses_to_write_to_its_photographs(photos, tmp_path):
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    images = [folder / "0.png", folder / "1.png"]
+    before = images[1].read_bytes()
+    code, _, err = call("match", *images, "--output", images[1])
+    assert code == 2
+    assert "is one of the given files" in err
+    assert images[1].read_bytes() == before
+    output = tmp_path / "m.h5"
+    code, _, err = call("match", folder, "--output", output, "--pictures", folder / "drawn")
+    assert code == 2
+    assert "inside the folder of the images" in err
+    assert not output.exists()
+
+
+def test_options_that_do_not_apply_are_refused(photos, tmp_path):
+    images = [photos / "0.png", photos / "1.png"]
+    many = ["match", photos, "--output", tmp_path / "m.h5"]
+    for arguments, message in (
+        (["match", *images, "--pictures", tmp_path / "p"], "--pictures is for many images"),
+        ([*many, "--outliers"], "--outliers is for two images"),
+        ([*many, "--camera", "single"], "--camera is for COLMAP"),
+        (["extract", photos, "--camera", "single"], "--camera is for --format colmap, not for npy"),
+        (["extract", photos, "--half"], "--half is for --format h5, not for npy"),
+    ):
+        code, _, err = call(*arguments)
+        assert code == 2, arguments
+        assert message in err
+
+
 def test_pictures_of_pairs_have_distinct_names(tmp_path):
     """x + y-z and x-y + z are two pairs, as are those of folders; names alike but for / are one."""
     pytest.importorskip("h5py")

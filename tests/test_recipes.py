@@ -64,6 +64,26 @@ def test_tiny_in_training_scores_constant_images_zero() -> None:
         assert plain(torch.full((1, 1, 20, 20), 0.4)).abs().max() == 0
 
 
+def test_tiny_trains_from_weights_with_offsets(photos, tmp_path) -> None:
+    """The written network is that which was trained, which has no offsets."""
+    start = KeyNet.tiny()
+    block = start.blocks[0]
+    block[1].running_mean.fill_(0.2)
+    block[1].bias.data.fill_(0.1)
+    save(start, tmp_path / "start.safetensors")
+    train(
+        "keynet-tiny",
+        photos,
+        tmp_path / "t.safetensors",
+        init=tmp_path / "start.safetensors",
+        steps=1,
+        num_training_data=4,
+    )
+    net = load(tmp_path / "t.safetensors")
+    with torch.no_grad():
+        assert net(torch.full((1, 1, 20, 20), 0.4)).abs().max() == 0
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")

@@ -24,11 +24,12 @@ from tiepoints.datasets.reconstructions import (
     read_scene,
     read_scenes,
 )
-from tiepoints.datasets.synthetic import PairSettings
+from tiepoints.datasets.synthetic import PairSettings, unreadable_log
 from tiepoints.datasets.tracks import (
     Mixture,
     TrackCrops,
     TrackPatches,
+    _draw_item,
     correct_share,
     onto_keypoints,
     reconstruction_pairs,
@@ -302,6 +303,39 @@ def test_models_are_found_and_errors_are_named(world, tmp_path):
         find_models(tmp_path)
     with pytest.raises(DataError, match="share enough"):
         read_scenes(folder, TrackSettings(min_shared=10_000))
+
+
+def test_an_item_is_found_among_many_unusable_pairs(scene):
+    """As in a sparse reconstruction: one pair of hundreds has enough tracks."""
+
+    class Sparse:
+        pairs = tuple((0, i) for i in range(1, 500))
+
+    tried = []
+
+    def extract(_, pair, rng):
+        tried.append(frozenset(pair))
+        return {"anchor": torch.zeros(1)} if 77 in pair else None
+
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        item = _draw_item([Sparse()], extract, rng, "tracks", unreadable_log())
+        assert "anchor" in item
+    tried.clear()
+    with pytest.raises(DataError, match="no pair of images of the reconstructions had tracks"):
+        _draw_item(
+            [Sparse()], lambda _, pair, rng: tried.append(pair), rng, "tracks", unreadable_log()
+        )
+    assert len({frozenset(pair) for pair in tried}) == 499
+
+
+def test_scenes_without_images(world):
+    folder, _ = world
+    (every,) = read_scenes(folder, CLEAN)
+    held_out = every.images[1].resolve()
+    (kept,) = read_scenes(folder, CLEAN, without={held_out})
+    assert kept.pairs == [pair for pair in every.pairs if 1 not in pair]
+    assert len(kept.pairs) < len(every.pairs)
 
 
 def test_text_models_equal_binary_ones(world, tmp_path):

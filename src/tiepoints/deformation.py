@@ -17,7 +17,9 @@ from .geometry import distances
 #: pixels: nearer ones may be one point at two scales.
 POINTS, NEIGHBORS, MIN_NEIGHBOR = 300, 4, 8.0
 #: Number of neighbors of ``local_maps``.
-LOCAL_NEIGHBORS = 24
+LOCAL_NEIGHBORS = 12
+#: Points whose neighbors are searched at a time, to bound the memory.
+BLOCK = 1024
 #: Iterations of the reweighted least squares; residual, in units of the distance of neighbors,
 #: below which weights are about equal; and weight of the similarity, in neighbors.
 ITERATIONS, RESIDUAL, PRIOR = 8, 0.1, 2.0
@@ -122,19 +124,22 @@ def local_maps(
         scale: (K,) scales of the points of a: those within ``MIN_NEIGHBOR`` times the smallest one
             may be the same points and are not used.
     """
-    a, b, near_a, near_b = (xy.double() for xy in (xy_a, xy_b, points_a, points_b))
-    identity = torch.eye(2, dtype=torch.float64)
-    distance = distances(a, near_a)
-    distance[distance < MIN_NEIGHBOR * scale.min()] = math.inf
-    nearest = distance.topk(min(LOCAL_NEIGHBORS, len(near_a)), largest=False)
-    used = nearest.values.isfinite()
-    unit = nearest.values.where(used, torch.ones(()).double())[..., None]
+    a, b, near_a, near_b = (xy.cpu().float() for xy in (xy_a, xy_b, points_a, points_b))
+    smallest = MIN_NEIGHBOR * float(scale.min()) if len(scale) else 0.0
+    found = []
+    for part in a.split(BLOCK):
+        distance = distances(part, near_a)
+        distance[distance < smallest] = math.inf
+        found.append(distance.topk(min(LOCAL_NEIGHBORS, len(near_a)), largest=False))
+    distance, nearest = (torch.cat(parts) for parts in zip(*found, strict=True))
+    used = distance.isfinite()
+    if not used.any():
+        return torch.eye(2).repeat(len(a), 1, 1).to(xy_a)
+    unit = distance.where(used, torch.ones(()))[..., None]
     from_a, from_b = (
-        (near[nearest.indices] - xy[:, None]) / unit * used[..., None]
+        ((near[nearest] - xy[:, None]) / unit * used[..., None]).double()
         for near, xy in ((near_a, a), (near_b, b))
     )
-    if not used.any():
-        return identity.repeat(len(a), 1, 1).to(xy_a)
     turn = torch.sgn(torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()).sum()
     rotation = math.atan2(float(turn.imag), float(turn.real))
     similarity = from_b[used].norm(dim=1).median() * _rotation(rotation)

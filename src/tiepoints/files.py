@@ -297,7 +297,9 @@ def is_image_name(path: Path) -> bool:
 
 
 #: Suffixes of photographs that cannot be read.
-UNREADABLE_PHOTOS = tuple(".heic .heif .arw .cr2 .cr3 .dng .nef .orf .raf .rw2".split())
+UNREADABLE_PHOTOS = frozenset(
+    ".heic .heif .arw .cr2 .cr3 .dng .nef .orf .raf .rw2".split()  # noqa: SIM905
+)
 
 
 class Listing(NamedTuple):

@@ -36,7 +36,7 @@ SAMPLE_STEP = 2 * RADIUS / (SAMPLES - 1)
 #: Gauss-Newton steps at the scale of the keypoints, and then at ``FINE_FACTOR`` times this scale,
 #: at least ``MIN_SCALE`` in both images: the position of a coarse keypoint is as uncertain as its
 #: window is large.
-ITERATIONS, FINE_ITERATIONS = 5, 3
+ITERATIONS, FINE_ITERATIONS = 4, 2
 FINE_FACTOR, MIN_SCALE = 0.5, 0.7
 #: An alignment is accepted if the normalized cross-correlation rises, to more than
 #: ``MIN_CORRELATION``, and the keypoint moves by less than ``MAX_SHIFT`` pixels of its scale; at

@@ -130,6 +130,10 @@ def extract(
         fail("no images given; name images, folders or patterns, or use --list-images")
     if method_name in (".", "..") or (method_name and ("/" in method_name or "\\" in method_name)):
         fail(f"--method-name must be a folder name, not a path; got {method_name!r}")
+    if camera != "auto" and form != "colmap":
+        fail(f"--camera is for --format colmap, not for {form}")
+    if half and form != "h5":
+        fail(f"--half is for --format h5, not for {form}")
     options = extract_options(context, max_size=MATCH_MAX_SIZE if form == "colmap" else None)
     from ..extract import network_label
     from ..jobs.extract import extract_images

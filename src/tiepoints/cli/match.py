@@ -212,6 +212,12 @@ def match(
             auto_orientation=orientation == "auto",
             retry=retry,
         )
+    if not many and pictures is not None:
+        fail("--pictures is for many images; for two, give --output FILE.jpg")
+    if many and outliers:
+        fail("--outliers is for two images")
+    if camera != "auto" and not database:
+        fail("--camera is for COLMAP databases; give --output FILE.db")
     if not many:
         _match_two(images, output, extraction, options, masks, outliers, as_json)
         return

@@ -26,7 +26,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -58,9 +58,9 @@ SIFT_SHIFT = 0.25
 #: Largest relative difference of the sum of a shifted descriptor from that of the shift alone (the
 #: median of an image). SIFT has other sums.
 SHIFT_TOLERANCE = 0.005
-#: Bytes that a transaction needs in addition to its data: pages of indices, the shared memory of
-#: the write-ahead log, and what this (1,000 pages of 4 KiB) adds to the database at the end.
-TRANSACTION_BYTES = 2**18 + 5 * 2**20
+#: Bytes that a transaction needs in addition to its data: pages of indices, and the shared memory
+#: of the write-ahead log.
+TRANSACTION_BYTES = 2**18
 #: Bytes that are checked in advance for the next transactions.
 SPACE_BYTES = 2**25
 #: Bytes of a camera with its rig, at most.
@@ -248,8 +248,13 @@ class ColmapDatabase:
                 ) from error
 
     def _require_space(self, size: int) -> None:
-        """``files.require_space`` for several transactions at a time, as it takes a millisecond."""
+        """``files.require_space`` for several transactions at a time, as it takes a millisecond;
+        with what the write-ahead log adds to the database when it is closed.
+        """
         folder = self.path.parent
+        log = self.path.with_name(f"{self.path.name}-wal")
+        with suppress(FileNotFoundError):
+            size += log.stat().st_size
         if size > self._free_bytes or shutil.disk_usage(folder).free < size + SPACE_BYTES:
             try:
                 require_space(folder, size + SPACE_BYTES)
