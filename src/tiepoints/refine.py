@@ -129,9 +129,9 @@ def _linearize(pyramid: Pyramid, keypoints: Keypoints, step: float) -> _Template
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     outer = torch.stack([u, v], dim=-1)  # one more sample on each side, for the derivatives
     grid = outer[1:-1, 1:-1].reshape(1, -1, 2)
-    window = _sampler(pyramid, keypoints, step)(
-        outer.reshape(1, -1, 2).expand(len(keypoints), -1, -1)
-    ).view(-1, SAMPLES + 2, SAMPLES + 2)
+    unchanged = torch.eye(3, device=keypoints.xy.device).expand(len(keypoints), -1, -1)
+    window = _sampler(pyramid, keypoints, step, outer.reshape(1, -1, 2))(unchanged)
+    window = window.view(-1, SAMPLES + 2, SAMPLES + 2)
     dx = (window[:, 1:-1, 2:] - window[:, 1:-1, :-2]).flatten(1) / (2 * step)
     dy = (window[:, 2:, 1:-1] - window[:, :-2, 1:-1]).flatten(1) / (2 * step)
     values, deviation = _normalized(window[:, 1:-1, 1:-1].flatten(1))
@@ -173,7 +173,7 @@ def _align(
         better &= after > MIN_CORRELATION
         finer[:, :2, 2] *= factor
         warp[rows[better]] = finer[better]
-    moved = b.xy + _to_image(warp[:, None, :2, 2], b)[:, 0]
+    moved = b.xy + (_frame(b) @ warp[:, :2, 2:])[..., 0]
     return Alignment(
         torch.where(accepted[:, None], moved, b.xy), torch.where(accepted, last, first), accepted
     )
@@ -209,13 +209,8 @@ def _register(
     ``warp``; and the normalized cross-correlations (K,) before and after.
     """
     template = _linearize(pyramid_a, a, SAMPLE_STEP)
-    sample_b = _sampler(pyramid_b, b, SAMPLE_STEP)
-
-    def warped_b() -> Tensor:
-        offset = template.grid @ warp[:, :2, :2].transpose(1, 2) + warp[:, None, :2, 2]
-        return _normalized(sample_b(offset))[0]
-
-    values = warped_b()
+    sample_b = _sampler(pyramid_b, b, SAMPLE_STEP, template.grid)
+    values = _normalized(sample_b(warp))[0]
     first = (values * template.values).mean(dim=1)
     for _ in range(iterations):
         change = (template.solve @ (values - template.values)[..., None])[..., 0].clamp(-1, 1)
@@ -223,37 +218,37 @@ def _register(
         update[:, 0, 2], update[:, 1, 2] = change[:, 0], change[:, 1]
         update[:, :2, :2] += change[:, 2:].view(-1, 2, 2).clamp(-0.3, 0.3)
         warp = warp @ torch.linalg.inv(update)
-        values = warped_b()
+        values = _normalized(sample_b(warp))[0]
     return warp, first, (values * template.values).mean(dim=1)
 
 
-def _to_image(offset: Tensor, keypoints: Keypoints) -> Tensor:
-    """Offsets (K,S,2) in the frames of keypoints as offsets in pixels of the image."""
-    cos, sin = (keypoints.scale * f(keypoints.angle) for f in (torch.cos, torch.sin))
-    x, y = offset[..., 0], offset[..., 1]
-    return torch.stack(
-        [x * cos[:, None] - y * sin[:, None], x * sin[:, None] + y * cos[:, None]], dim=-1
-    )
-
-
 def _frame(keypoints: Keypoints) -> Tensor:
-    """The linear maps (K,2,2) of ``_to_image``."""
-    axes = torch.eye(2, device=keypoints.xy.device).expand(len(keypoints), -1, -1)
-    return _to_image(axes, keypoints).transpose(1, 2)
+    """Linear maps (K,2,2) from offsets in the frames of keypoints to pixels of the image."""
+    cos, sin = (keypoints.scale * f(keypoints.angle) for f in (torch.cos, torch.sin))
+    return torch.stack([cos, -sin, sin, cos], dim=-1).view(-1, 2, 2)
 
 
-def _sampler(pyramid: Pyramid, keypoints: Keypoints, step: float) -> Callable[[Tensor], Tensor]:
-    """Function from offsets (K,S,2) in the frames of the keypoints to gray values (K,S).
+def _sampler(
+    pyramid: Pyramid, keypoints: Keypoints, step: float, grid: Tensor
+) -> Callable[[Tensor], Tensor]:
+    """Function from affine maps (K,3,3) of the offsets ``grid`` (1,S,2) in frames of the keypoints
+    to gray values (K,S).
 
     Each keypoint is sampled on the coarsest level whose pixels are no larger than the sampling
     step.
     """
+    frame = _frame(keypoints)
+    offsets = grid.expand(len(keypoints), -1, -1)
     chosen = _level_index(pyramid.levels, keypoints.scale, step)
     groups = [(level, (chosen == i).nonzero()[:, 0]) for i, level in enumerate(pyramid.levels)]
     groups = [(level, rows) for level, rows in groups if len(rows)]
 
-    def sample(offset: Tensor) -> Tensor:
-        xy = keypoints.xy[:, None] + _to_image(offset, keypoints)
+    def sample(warp: Tensor) -> Tensor:
+        in_image = frame @ warp[:, :2]  # (K,2,3)
+        center = keypoints.xy[:, None] + in_image[:, None, :, 2]
+        xy = torch.baddbmm(center, offsets, in_image[:, :, :2].transpose(1, 2))
+        if len(groups) == 1:
+            return groups[0][0].sample(xy.reshape(-1, 2)).view(xy.shape[:2])
         out = xy.new_empty(xy.shape[:2])
         for level, rows in groups:
             out[rows] = level.sample(xy[rows].reshape(-1, 2)).view(len(rows), -1)
