@@ -130,7 +130,7 @@ class ExtractOptions(ReadOptions, DetectOptions):
             if isinstance(value, str) and value not in known and not Path(value).is_file():
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, a weights file or a network; got "
-                    f"{value!r}"
+                    f"{value!r}, which is no file"
                 )
 
     @classmethod

@@ -448,7 +448,10 @@ class _Collector:
             return
         known = self.tasks.get(relative)
         if known is not None and known.path.resolve() != path.resolve():
-            reason = f"its results would overwrite those of {known.path}; extract to another folder"
+            reason = (
+                f"its results would overwrite those of {known.path}; name results relative to a "
+                "folder of both (--root-images), or extract to another folder"
+            )
             self.refused.append((str(path), reason))
             return
         in_folder = relative if inner is None else PurePosixPath(inner)
@@ -547,7 +550,9 @@ def collect(
             raise FileNotFoundError(f"no list of images at {list_file}")
         # as file names are decoded: other bytes than UTF-8 are valid
         text = os.fsdecode(list_file.read_bytes().removeprefix(codecs.BOM_UTF8))
-        for line in text.split("\n"):
-            if name := line.strip():
-                found.add(Path(name) if root is None else root / name, name)
+        names = [name for line in text.split("\n") if (name := line.strip())]
+        if not names:
+            found.refused.append((str(list_file), "lists no images"))
+        for name in names:
+            found.add(Path(name) if root is None else root / name, name)
     return Collected(list(found.tasks.values()), found.refused, found.skipped)

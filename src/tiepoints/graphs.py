@@ -555,8 +555,10 @@ class PipelineGraph(_Filters):
         int8: tuple[Path | None, Path | None] = (None, None),
     ):
         super().__init__()
-        if options.official or options.nms_shape == "round":
-            raise ValueError("the published extraction and round windows cannot be exported")
+        if options.official:
+            raise ValueError("the published extraction (official) cannot be exported")
+        if options.nms_shape == "round":
+            raise ValueError("detectors with round suppression windows, REKD's, cannot be exported")
         if options.margin < 1:
             raise ValueError("a border of at least 1 pixel is required for the export")
         spec = spec_of(detector)
