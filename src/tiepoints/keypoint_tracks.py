@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .structs import Keypoints
 
-#: Keypoints of one image are one point, detected at several scales, if they lie within so many
+#: Largest extent of the keypoints of one image that are one point, detected at several scales, in
 #: pixels of the smallest scale (chosen on held-out scenes, docs/diary.md).
 SAME_PLACE = 3.0
 #: Keypoints looked up at a time in ``_support``, to bound the memory.
