@@ -1139,9 +1139,8 @@ def _forget_missing(database: ColmapDatabase, missing: set[str]) -> set[str]:
     """Remove the verified matches of images whose files do not exist any more, which a mapper would
     add to a model; returns the images.
     """
-    pairs = [pair for pair in database.pairs() if not missing.isdisjoint(pair)]
-    verified = matched_pairs(pairs, database.read_inliers)
-    if verified:
+    pairs = [p for p in database.pairs() if not missing.isdisjoint(p)] if missing else []
+    if verified := matched_pairs(pairs, database.read_inliers):
         database.forget_geometry(verified)
         concerned = sorted(missing & {name for pair in verified for name in pair})
         logger.warning(

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -122,23 +122,19 @@ class TrainData:
         without = {path.resolve() for path in held_out} | self._checked_images()
         return read_scenes(self.reconstructions, without=without)
 
+    @cached_property
     def checked_scenes(self) -> list[TrackScene]:
-        """Read the reconstructions for validation, once.
+        """The reconstructions for validation, read once.
 
         Raises:
             FileNotFoundError, ImportError, DataError: see ``read_scenes``.
         """
         folders = self.validation_reconstructions
-        return _read_once(tuple(map(str, as_folders(folders)))) if folders else []
+        return read_scenes(as_folders(folders)) if folders else []
 
     def _checked_images(self) -> set[Path]:
         """The images of the reconstructions for validation."""
-        return {path.resolve() for scene in self.checked_scenes() for path in scene.images}
-
-
-@lru_cache(maxsize=1)
-def _read_once(folders: tuple[str, ...]) -> list[TrackScene]:
-    return read_scenes(folders)
+        return {path.resolve() for scene in self.checked_scenes for path in scene.images}
 
 
 #: Arguments of a training that are data -> field of ``TrainData``.

@@ -418,7 +418,7 @@ def posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedC
     """Validation on the reconstructions of the data, None without any."""
     if not data.validation_reconstructions:
         return None
-    return PosedCheck(data.checked_scenes(), detector)
+    return PosedCheck(data.checked_scenes, detector)
 
 
 def load_init(net: nn.Module, init: str | Path | None) -> None:
