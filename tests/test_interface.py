@@ -226,6 +226,11 @@ def test_options_that_do_not_apply_are_refused(photos, tmp_path):
         ([*many, "--outliers"], "--outliers is for two images"),
         ([*many, "--camera", "single"], "--camera is for COLMAP"),
         (["extract", photos, "--camera", "single"], "--camera is for --format colmap, not for npy"),
+        (
+            ["match", "--features", "f.h5", "--detector", "keynet"],
+            "--detector is for the extraction",
+        ),
+        (["match", "--features", "f.h5", "--max-size", 800], "--max-size is for the extraction"),
         (["extract", photos, "--half"], "--half is for --format h5, not for npy"),
     ):
         code, _, err = call(*arguments)

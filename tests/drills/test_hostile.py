@@ -236,7 +236,7 @@ def test_names_do_not_lead_outside(photos, tmp_path, drill):
         ("extract", "../b/p0.png", "../../a/b/p1.png", "--output", "out2", *FEW),
         ("match", "p0.png", "p1.png", "--pairs", "pairs.txt", "--output", "m.h5", *FEW),
         ("match", "--features", "f.h5", "--output", "n.h5"),
-        ("match", ".", "--features", "f.h5", "--pictures", "pictures"),
+        ("match", "p0.png", "p1.png", "--features", "f.h5", "--pictures", "pictures"),
     ]
     before = outside(tmp_path, box)
     for arguments in commands:

@@ -63,6 +63,12 @@ from .common import (
 if TYPE_CHECKING:
     from ..jobs.match import MatchReport
 
+#: Parameters of ``match`` that do not apply to stored features.
+EXTRACTION_OPTIONS = (
+    *("detector", "num_keypoints", "max_size", "single_scale", "per_scale", "official"),
+    *("pyramid_levels", "upsampled_levels", "nms_size", "cut_ratio", "upright", "affine"),
+)
+
 
 def match(
     context: typer.Context,
@@ -216,6 +222,12 @@ def match(
         fail("--pictures is for many images; for two, give --output FILE.jpg")
     if many and outliers:
         fail("--outliers is for two images")
+    if features is not None:
+        for name in EXTRACTION_OPTIONS:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                option = f"--{name.replace('_', '-')}"
+                fail(f"{option} is for the extraction, and --features {features} is one; omit it")
     if camera != "auto" and not database:
         fail("--camera is for COLMAP databases; give --output FILE.db")
     if not many:
