@@ -16,7 +16,9 @@ from .structs import Keypoints
 #: pixels of the smallest scale (chosen on held-out scenes, docs/diary.md).
 SAME_PLACE = 3.0
 #: Keypoints looked up at a time in ``_support``, to bound the memory.
-BLOCK = 2**22
+BLOCK = 2**20
+#: Parts of the matches that are joined one after the other.
+PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def build_tracks(
 def connect(
     matches: Mapping[tuple[str, str], Tensor], features: Mapping[str, Keypoints] | None = None
 ) -> Tracks:
-    """The tracks of ``build_tracks`` as arrays; a few dozen bytes for each match."""
+    """The tracks of ``build_tracks`` as arrays; about 100 bytes for each match."""
     names = sorted({name for pair in matches for name in pair})
     number = {name: i for i, name in enumerate(names)}
     counts = np.zeros(len(names) + 1, np.int64)
@@ -73,18 +75,22 @@ def connect(
             for name, largest in zip(pair, index.max(dim=0).values.tolist(), strict=True):
                 counts[number[name] + 1] = max(counts[number[name] + 1], largest + 1)
     first = counts.cumsum()  # number of the first keypoint of each image
-    parts = [
-        index.numpy() + first[[number[name] for name in pair]] for pair, index in matches.items()
-    ]
-    edges = np.concatenate([np.zeros((0, 2), np.int64), *parts])
+    whole = np.int32 if first[-1] < 2**31 else np.int64  # half the memory, if possible
+    edges = np.zeros((sum(len(index) for index in matches.values()), 2), whole)
+    start = 0
+    for pair, index in matches.items():
+        end = start + len(index)
+        edges[start:end] = index.numpy() + first[[number[name] for name in pair]]
+        start = end
     matched = np.bincount(edges.ravel(), minlength=first[-1])
     nodes = np.flatnonzero(matched)
     image = np.searchsorted(first, nodes, side="right") - 1
     index = nodes - first[image]
     places = None if features is None else _places(names, image, index, features)
-    compact = np.zeros(first[-1], np.int64)
+    compact = np.zeros(first[-1], whole)
     compact[nodes] = np.arange(len(nodes))
-    track = _divided(compact[edges], image, places)
+    edges = compact[edges]
+    track = _divided(edges, image, places)
     order = np.argsort(track, kind="stable")
     order = order[np.bincount(track, minlength=len(nodes))[track[order]] > 1]
     return Tracks(names, track[order], image[order], index[order], matched[nodes[order]])
@@ -109,7 +115,7 @@ def _divided(edges: np.ndarray, image: np.ndarray, places: np.ndarray | None) ->
     chosen = np.flatnonzero(divided[label])
     if not len(chosen):
         return label
-    compact = np.zeros(len(image), np.int64)
+    compact = np.zeros(len(image), edges.dtype)
     compact[chosen] = np.arange(len(chosen))
     inner = compact[edges[divided[label[edges[:, 0]]]]]
     inner = inner[np.argsort(-_support(inner, len(chosen)), kind="stable")]
@@ -125,33 +131,40 @@ def _joined(edges: np.ndarray, image: np.ndarray, places: np.ndarray | None) -> 
     In each round all edges are joined that are the first ones of both of their tracks: nothing that
     comes before concerns these tracks, so that the result is that of one edge after the other.
     """
-    label = np.arange(len(image))
-    while True:
-        ends = label[edges]
-        kept = ends[:, 0] != ends[:, 1]
-        edges, ends = edges[kept], ends[kept]
-        if not len(edges):
-            return label
-        rows = np.arange(len(edges))
-        first = np.full(len(image), len(edges))
-        np.minimum.at(first, ends, rows[:, None])
-        joined = np.flatnonzero((first[ends] == rows[:, None]).all(axis=1))
-        target = np.arange(len(image))
-        target[ends[joined, 1]] = ends[joined, 0]
-        # the members of the tracks that would be joined
-        touched = np.zeros(len(image), bool)
-        touched[ends[joined]] = True
-        members = np.flatnonzero(touched[label])
-        conflict = _conflicting(
-            target[label[members]],
-            image[members],
-            None if places is None else places[members],
-            len(image),
-        )[ends[joined, 0]]
-        refused = joined[conflict]
-        target[ends[refused, 1]] = ends[refused, 1]
-        label = target[label]
-        edges = np.delete(edges, refused, axis=0)
+    label = np.arange(len(image), dtype=edges.dtype)
+    for part in np.array_split(edges, PARTS):  # later edges need not be looked at in each round
+        while len(part):
+            ends = label[part]
+            kept = ends[:, 0] != ends[:, 1]
+            part, ends = part[kept], ends[kept]
+            rows = np.arange(len(part))
+            first = np.full(len(image), len(part))
+            np.minimum.at(first, ends.ravel(), np.repeat(rows, 2))
+            joined = np.flatnonzero((first[ends] == rows[:, None]).all(axis=1))
+            label, refused = _join_some(label, ends[joined], image, places)
+            part = np.delete(part, joined[refused], axis=0)
+    return label
+
+
+def _join_some(
+    label: np.ndarray, ends: np.ndarray, image: np.ndarray, places: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels with the pairs of tracks ``ends`` (K,2), all different, joined unless that would be a
+    conflict, and whether it would (K,).
+    """
+    target = np.arange(len(image), dtype=label.dtype)
+    target[ends[:, 1]] = ends[:, 0]
+    touched = np.zeros(len(image), bool)
+    touched[ends] = True
+    members = np.flatnonzero(touched[label])
+    conflict = _conflicting(
+        target[label[members]],
+        image[members],
+        None if places is None else places[members],
+        len(image),
+    )[ends[:, 0]]
+    target[ends[conflict, 1]] = ends[conflict, 1]
+    return target[label], conflict
 
 
 def _conflicting(
@@ -178,7 +191,7 @@ def _conflicting(
 
 def _components(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
     """Smallest node (``count``,) of the connected component of each node, for edges a-b (E,)."""
-    parent = np.arange(count)
+    parent = np.arange(count, dtype=a.dtype)
     while len(a):
         a, b = parent[a], parent[b]
         a, b = (values[a != b] for values in (a, b))
@@ -190,14 +203,16 @@ def _components(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
 
 def _support(edges: np.ndarray, count: int) -> np.ndarray:
     """Number (E,) of nodes that edges connect with both ends of each of ``edges`` (E,2)."""
-    arcs = np.concatenate([edges, edges[:, ::-1]])
-    known = np.unique(arcs[:, 0] * count + arcs[:, 1])
-    source, neighbor = np.divmod(known, count)
-    starts = np.searchsorted(source, np.arange(count + 1))
+    known = np.concatenate([edges[:, end].astype(np.int64) * count for end in (0, 1)])
+    known[: len(edges)] += edges[:, 1]
+    known[len(edges) :] += edges[:, 0]
+    known.sort()
+    known = known[np.diff(known, prepend=-1) > 0]  # both directions of each edge, once
+    starts = np.searchsorted(known, np.arange(count + 1) * count)
     degree = np.diff(starts)
     few, many = np.where(degree[edges[:, :1]] <= degree[edges[:, 1:]], edges, edges[:, ::-1]).T
     lookups = degree[few].cumsum()
-    support = np.zeros(len(edges), np.int64)
+    support = np.zeros(len(edges), np.int32)
     start = 0
     while start < len(edges):
         done = lookups[start] - degree[few[start]]
@@ -205,7 +220,8 @@ def _support(edges: np.ndarray, count: int) -> np.ndarray:
         each = degree[few[start:end]]
         row = np.repeat(np.arange(end - start), each)
         offset = np.arange(len(row)) - np.repeat(each.cumsum() - each, each)
-        wanted = many[start:end][row] * count + neighbor[starts[few[start:end]][row] + offset]
+        neighbor = known[starts[few[start:end]][row] + offset] % count
+        wanted = many[start:end].astype(np.int64)[row] * count + neighbor
         at = np.searchsorted(known, wanted)
         found = known[np.minimum(at, len(known) - 1)] == wanted
         support[start:end] = np.bincount(row[found], minlength=end - start)
