@@ -673,6 +673,28 @@ def test_extraction_on_a_full_disk(small_disk, tmp_path):
         assert f"{12 - extracted} done before" in output
 
 
+def test_matching_to_a_database_on_a_full_disk(small_disk, tmp_path):
+    pytest.importorskip("pycolmap")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(6):
+        picture(i, 2).save(photos / f"p{i}.png")
+    output = small_disk / "m.db"
+    command = ["match", photos, *SYSTEM, "--output", output]
+    command[command.index("150")] = "500"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    for left in range(100_000, free, 150_000):  # full in each of the stages
+        filler = small_disk / "more"
+        filler.write_bytes(bytes(free - left))
+        ((code, text),) = run_all([command])
+        assert code in (0, 2), text
+        assert code == 0 or "No space left on device" in text
+        filler.unlink()
+        output.unlink(missing_ok=True)
+        for path in small_disk.glob("m.db*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def test_space_is_checked(small_disk):
     require_space(small_disk, 1_000_000)
     with pytest.raises(OSError, match="No space left"):

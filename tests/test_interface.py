@@ -4,6 +4,7 @@ import importlib
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import click
 import numpy as np
@@ -202,6 +203,23 @@ def test_match_draws_two_images_and_the_best_pairs_in_color(photos, tmp_path):
     assert "intrinsics" in err
 
 
+def test_compare_takes_images_from_the_whole_list(monkeypatch):
+    seen = []
+
+    class Dataset:
+        def __init__(self, paths, *_, **__):
+            seen.extend(path.stem for path in paths)
+
+        def pair(self, index):
+            raise DataError("no texture")
+
+    monkeypatch.setattr(compare, "PairDataset", Dataset)
+    images = [Path(f"{number}.png") for number in range(8)]
+    with pytest.raises(DataError, match="texture"):
+        compare.compare_systems("random", "random", images, compare.CompareSettings(photos=5))
+    assert seen == ["0", "1", "3", "5", "7"]
+
+
 def test_match_refuses_to_write_to_its_photographs(photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
@@ -228,9 +246,9 @@ def test_options_that_do_not_apply_are_refused(photos, tmp_path):
         (["extract", photos, "--camera", "single"], "--camera is for --format colmap, not for npy"),
         (
             ["match", "--features", "f.h5", "--detector", "keynet"],
-            "--detector is for the extraction",
+            "--detector does not apply to stored",
         ),
-        (["match", "--features", "f.h5", "--max-size", 800], "--max-size is for the extraction"),
+        (["match", "--features", "f.h5", "--max-size", 800], "--max-size does not apply to stored"),
         (["extract", photos, "--half"], "--half is for --format h5, not for npy"),
     ):
         code, _, err = call(*arguments)

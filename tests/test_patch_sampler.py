@@ -25,6 +25,7 @@ from tiepoints.datasets.synthetic import PairSettings, list_photos
 from tiepoints.errors import DataError
 from tiepoints.training.loop import RunOptions
 from tiepoints.training.recipes import TrainData, train
+from tiepoints.weights import load
 
 CPU = torch.device("cpu")
 EXACT = PatchSettings(per_view=24, position_sigma=0.0, scale_sigma=0.0)
@@ -214,6 +215,36 @@ def test_occlusion_leaves_the_center():
     assert 0.2 < share < 0.5
     assert not different[:, 14:18, 14:18].any()
     assert torch.equal(occlude(colors, group, torch.zeros(1), generator()), colors)
+
+
+def test_photographs_of_a_batch_differ(photos):
+    sampler = PatchSampler(
+        photos, [], grid, torch.device("cpu"), views=len(photos), settings=EXACT, length=1
+    )
+    assert sorted(sampler._photos(len(photos), generator()).tolist()) == list(range(len(photos)))
+    counts = torch.bincount(sampler._photos(2 * len(photos) + 1, generator()))
+    assert set(counts.tolist()) == {2, 3}
+    assert len(sampler._photos(0, generator())) == 0
+
+
+def test_the_seed_determines_the_start_of_the_context(tmp_path, photos):
+    found = []
+    for number in (0, 1):
+        torch.manual_seed(number)
+        output = tmp_path / f"{number}.safetensors"
+        train(
+            "hardnet-context",
+            TrainData(images=photos[0].parent),
+            output,
+            run=RunOptions(device="cpu", progress=False),
+            network={"on_device": True},
+            steps=1,
+            batch_size=2,
+            validate_every=1,
+        )
+        found.append(load(output).state_dict())
+    one, two = found
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.parametrize("name", ["hardnet", "hardnet-context", "affnet"])

@@ -24,7 +24,7 @@ from tiepoints.datasets.reconstructions import (
     read_scene,
     read_scenes,
 )
-from tiepoints.datasets.synthetic import PairSettings, unreadable_log
+from tiepoints.datasets.synthetic import PairSettings, find_photos, unreadable_log
 from tiepoints.datasets.tracks import (
     Mixture,
     TrackCrops,
@@ -333,7 +333,7 @@ def test_scenes_without_images(world):
     folder, _ = world
     (every,) = read_scenes(folder, CLEAN)
     held_out = every.images[1].resolve()
-    (kept,) = read_scenes(folder, CLEAN, without={held_out})
+    (kept,) = read_scenes(folder, CLEAN, excluded={held_out})
     assert kept.pairs == [pair for pair in every.pairs if 1 not in pair]
     assert len(kept.pairs) < len(every.pairs)
 
@@ -505,8 +505,22 @@ def test_descriptors_train_on_a_reconstruction(world, tmp_path, caplog):
     result = train("desnet", data, tmp_path / "d.safetensors", network={"width": 2}, **options)
     assert 0 < result.best <= 1
     assert load(tmp_path / "d.safetensors").settings == {"dim": 128, "width": 2}
+    # images of the reconstructions for validation are not trained on
+    shutil.copy(photos / "0.png", held_out / "images")
+    mixed = TrainData([photos, held_out / "images"], validation_reconstructions=[held_out])
+    training, validation = mixed.photographs()
+    known = {path.resolve() for path in (held_out / "images").iterdir()}
+    trained = {path.resolve() for path in training}
+    assert {path.name for path in trained & known} <= {"0.png"}  # of no reconstruction
+    assert len(training) + len(validation) < len(find_photos([photos, held_out / "images"]))
+    assert "are of the reconstructions for validation and not trained on" in caplog.text
     (tmp_path / "empty").mkdir()
     for wrong, error, message in (
+        (
+            TrainData(folder / "images", validation=[photos], validation_reconstructions=[folder]),
+            DataError,
+            "all images are of the reconstructions for validation",
+        ),
         (TrainData(photos, validation=[photos]), DataError, "disjoint"),
         (
             TrainData(photos, validation=[folder / "images"], reconstructions=[folder]),

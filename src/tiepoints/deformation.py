@@ -101,12 +101,9 @@ def measure_deformation(xy_a: Tensor, xy_b: Tensor) -> Deformation:
     from_a, from_b = (
         (xy[nearest.indices] - xy[chosen, None])[used] / nearest.values[used, None] for xy in (a, b)
     )
-    # of directions as complex numbers, so that no pair of points outweighs the others
-    turn = torch.sgn(torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()).sum()
-    rotation = math.atan2(float(turn.imag), float(turn.real))
     if not len(from_a):
-        return Deformation(rotation)
-    similarity = from_b.norm(dim=1).median() * _rotation(rotation)
+        return UNDEFORMED
+    rotation, similarity = _similarity(from_a, from_b)
     matrix = _fitted(from_a, from_b, torch.ones_like(from_a[:, 0]), similarity)
     return Deformation.of(matrix) if torch.linalg.det(matrix) > 0 else Deformation(rotation)
 
@@ -140,12 +137,21 @@ def local_maps(
         ((near[nearest] - xy[:, None]) / unit * used[..., None]).double()
         for near, xy in ((near_a, a), (near_b, b))
     )
-    turn = torch.sgn(torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()).sum()
-    rotation = math.atan2(float(turn.imag), float(turn.real))
-    similarity = from_b[used].norm(dim=1).median() * _rotation(rotation)
-    common = _fitted(from_a[used], from_b[used], torch.ones_like(from_a[used][:, 0]), similarity)
+    all_a, all_b = from_a[used], from_b[used]
+    _, similarity = _similarity(all_a, all_b)
+    common = _fitted(all_a, all_b, torch.ones_like(all_a[:, 0]), similarity)
     maps = _fitted(from_a, from_b, used.double(), common)
     return maps.where(torch.linalg.det(maps)[:, None, None] > 0, similarity).to(xy_a)
+
+
+def _similarity(from_a: Tensor, from_b: Tensor) -> tuple[float, Tensor]:
+    """The rotation in radians from vectors (N,2) of unit length to those of b, and the matrix (2,2)
+    with their change of size.
+    """
+    # of directions as complex numbers, so that no pair of points outweighs the others
+    turn = torch.sgn(torch.view_as_complex(from_b) * torch.view_as_complex(from_a).conj()).sum()
+    rotation = math.atan2(float(turn.imag), float(turn.real))
+    return rotation, from_b.norm(dim=1).median() * _rotation(rotation)
 
 
 def _fitted(from_a: Tensor, from_b: Tensor, used: Tensor, prior: Tensor) -> Tensor:

@@ -287,12 +287,12 @@ def user_errors(stopped: str | Callable[[], str] = STOPPED) -> Iterator[None]:
         fail(_text(stopped), exit_code())
 
 
-def refuse_source(output: Path, sources: Iterable[str | Path], option: str = "--output") -> None:
+def refuse_source(output: Path | None, sources: Iterable[str]) -> None:
     """End the command if ``output`` is one of the files that it reads."""
-    if output.exists() and any(
-        Path(source).exists() and output.samefile(source) for source in sources
-    ):
-        fail(f"{option} {output} is one of the given files; use another file")
+    if output is None or not output.exists():
+        return
+    if any(Path(source).exists() and output.samefile(source) for source in sources):
+        fail(f"--output {output} is one of the given files; use another file")
 
 
 @contextmanager

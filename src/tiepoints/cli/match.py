@@ -19,6 +19,8 @@ from ..names import (
     NUM_KEYPOINTS,
 )
 from .common import (
+    EXTRACT_PARAMETERS,
+    PUBLISHED_PARAMETERS,
     AffineOption,
     BackendOption,
     BandsOption,
@@ -63,11 +65,9 @@ from .common import (
 if TYPE_CHECKING:
     from ..jobs.match import MatchReport
 
-#: Parameters of ``match`` that do not apply to stored features.
-EXTRACTION_OPTIONS = (
-    *("detector", "num_keypoints", "max_size", "single_scale", "per_scale", "official"),
-    *("pyramid_levels", "upsampled_levels", "nms_size", "cut_ratio", "upright", "affine"),
-)
+#: Parameters of the extraction that stored features are compared with, or that do not concern it
+#: alone.
+SHARED_PARAMETERS = ("descriptor", "orientation", "device", "backend", "precision")
 
 
 def match(
@@ -223,11 +223,11 @@ def match(
     if many and outliers:
         fail("--outliers is for two images")
     if features is not None:
-        for name in EXTRACTION_OPTIONS:
+        for name in (*EXTRACT_PARAMETERS, *PUBLISHED_PARAMETERS, "max_size"):
             source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
+            if name not in SHARED_PARAMETERS and source is not None and source.name != "DEFAULT":
                 option = f"--{name.replace('_', '-')}"
-                fail(f"{option} is for the extraction, and --features {features} is one; omit it")
+                fail(f"{option} does not apply to stored features ({features}); omit it")
     if camera != "auto" and not database:
         fail("--camera is for COLMAP databases; give --output FILE.db")
     if not many:
@@ -321,8 +321,7 @@ def _match_two(
     from ..jobs.match import match_two
     from ..plot import draw_matches
 
-    if output is not None:
-        refuse_source(output, images if masks is None else [*images, masks])
+    refuse_source(output, images)
     with user_errors():
         load_mask = mask_loader(masks)
         found = [

@@ -90,8 +90,7 @@ def live(
     """
     if descriptor == "none":
         fail("tracking needs descriptors; --descriptor must not be none")
-    if output is not None:
-        refuse_source(output, source)
+    refuse_source(output, source)
     # a keypoint at every scale of a location would be a track of its own
     options = dataclasses.replace(extract_options(context), per_scale=False)
     from ..jobs.video import VideoFile, VideoFrames, Window, open_source

@@ -196,9 +196,9 @@ class DeviceSampler(Dataset, ABC):
         number = self.images.num_photos
         rounds = [
             torch.randperm(number, generator=generator, device=self.device)
-            for _ in range(-(-count // number))
+            for _ in range(0, max(count, 1), number)
         ]
-        return torch.cat(rounds)[:count] if rounds else torch.zeros(0, dtype=torch.long)
+        return torch.cat(rounds)[:count]
 
 
 def random_angles(count: int, largest: float, power: float, generator: torch.Generator) -> Tensor:

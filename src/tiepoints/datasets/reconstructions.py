@@ -128,7 +128,7 @@ class TrackScene:
         self.rotation, self.translation, self.focal = rotation, translation, focal
         self.observations, self.points = list(observations), points
         #: Images of which no pairs are used.
-        self.without: set[int] = set()
+        self.excluded: set[int] = set()
         self._centers = -np.einsum("iab,ia->ib", rotation, translation)  # camera centers, -R^T t
 
     @cached_property
@@ -140,7 +140,7 @@ class TrackScene:
         num_shared = visible @ visible.T
         pairs = []
         enough = np.triu(num_shared >= self.settings.min_shared, 1)
-        excluded = list(self.without)
+        excluded = list(self.excluded)
         enough[excluded] = enough[:, excluded] = False
         for a, b in zip(*np.nonzero(enough), strict=True):
             both = np.nonzero(visible[a] * visible[b])[0]
@@ -405,14 +405,14 @@ def read_scenes(
     folders: Sequence[str | Path] | str | Path,
     settings: TrackSettings | None = None,
     *,
-    without: Collection[Path] = (),
+    excluded: Collection[Path] = (),
 ) -> list[TrackScene]:
     """Read all reconstructions below ``folders``, COLMAP models or packed ones (``pack_scene``).
 
     Reconstructions without a usable pair of images are skipped.
 
     Args:
-        without: image files, resolved, of which no pairs are used.
+        excluded: image files, resolved, of which no pairs are used.
 
     Raises:
         FileNotFoundError, ImportError, DataError: see ``find_models`` and ``read_scene``.
@@ -428,7 +428,7 @@ def read_scenes(
                 for model, images in find_models(folder)
             ]
         for model, scene in candidates:
-            scene.without = {i for i, p in enumerate(scene.images) if p.resolve() in without}
+            scene.excluded = {i for i, p in enumerate(scene.images) if p.resolve() in excluded}
             logger.info(
                 "%s: %d images, %d 3D points, %d pairs of views",
                 model,
@@ -439,7 +439,7 @@ def read_scenes(
             if scene.pairs:
                 scenes.append(scene)
     if not scenes:
-        others = ", not counting the images for validation" if without else ""
+        others = ", not counting the images for validation" if excluded else ""
         raise DataError(
             f"no reconstruction in {folders} has two images that share enough 3D points{others}; "
             "see docs/training.md"

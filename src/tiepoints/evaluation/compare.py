@@ -153,7 +153,7 @@ def compare_systems(
     options = Options(num_keypoints=2 * settings.num_keypoints, device=device)
     systems = [system(name, options) for name in (a, b)]
     count = min(len(images), settings.photos)
-    chosen = [images[index * len(images) // count] for index in range(count)]
+    chosen = [images[index] for index in np.linspace(0, len(images) - 1, count, dtype=int)]
     views = _views(settings.size)
     rows: list[list[dict[str, float]]] = []
     for number, path in enumerate(track(chosen, unit="image", label="compare", enabled=progress)):

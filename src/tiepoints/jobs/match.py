@@ -642,8 +642,8 @@ def match_images(
         options: see ``MatchOptions``; ``refine`` refines the keypoints of a database to consistent
             subpixel positions (``refine.refine_tracks``).
         pairs, neighbors, default_neighbors: a list of pairs (``read_pairs``), or arguments of
-            ``image_pairs.choose_image_pairs``; by default ``auto``. Those that
-            did not fail are written to ``NAME.pairs.txt``, which hloc requires.
+            ``image_pairs.choose_image_pairs``; by default ``auto``. Those that did
+            not fail are written to ``NAME.pairs.txt``, which hloc requires.
         features: stored features, see ``open_features``.
         root: see ``collect``.
         camera: see ``extract_images``.
@@ -831,8 +831,8 @@ class _Matching:
                 matched = [pair for pair in pairs if store.has_matches(*pair)]
                 changed = self.exclusive and _forget_others(store, matched)
                 if not self.exclusive:
-                    gone = _forget_missing(store, source.missing)
-                    others = [p for p in _others(store, matched) if gone.isdisjoint(p)]
+                    _forget_missing(store, source.missing)
+                    others = [p for p in _others(store, matched) if source.missing.isdisjoint(p)]
                     # geometries of other cameras were removed
                     others = refinement.affected(others)
                     store.verify(others, max_trials=MAX_TRIALS, progress=progress)
@@ -1135,9 +1135,9 @@ def _forget_others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> bo
     return bool(verified)
 
 
-def _forget_missing(database: ColmapDatabase, missing: set[str]) -> set[str]:
+def _forget_missing(database: ColmapDatabase, missing: set[str]) -> None:
     """Remove the verified matches of images whose files do not exist any more, which a mapper would
-    add to a model; returns the images.
+    add to a model.
     """
     pairs = [p for p in database.pairs() if not missing.isdisjoint(p)] if missing else []
     if verified := matched_pairs(pairs, database.read_inliers):
@@ -1149,7 +1149,6 @@ def _forget_missing(database: ColmapDatabase, missing: set[str]) -> set[str]:
             *(database.path, len(concerned), "s" * (len(concerned) > 1)),
             *(printable(concerned[0]), "are" if len(concerned) > 1 else "is", len(verified)),
         )
-    return missing
 
 
 def _others(database: ColmapDatabase, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -92,8 +92,8 @@ class TrainData:
             photos = find_photos(as_folders(self.images), log=log)
             training, held_out = split_readable(photos, log=log)
         level = logging.INFO if log else logging.DEBUG
-        checked = self._checked_images()
-        kept = [path for path in training if path.resolve() not in checked]
+        validation = self._validation_images()
+        kept = [path for path in training if path.resolve() not in validation]
         if not kept:
             raise DataError(
                 "all images are of the reconstructions for validation; give other images"
@@ -119,11 +119,11 @@ class TrainData:
         """
         if not self.reconstructions:
             return []
-        without = {path.resolve() for path in held_out} | self._checked_images()
-        return read_scenes(self.reconstructions, without=without)
+        excluded = {path.resolve() for path in held_out} | self._validation_images()
+        return read_scenes(self.reconstructions, excluded=excluded)
 
     @cached_property
-    def checked_scenes(self) -> list[TrackScene]:
+    def validation_scenes(self) -> list[TrackScene]:
         """The reconstructions for validation, read once.
 
         Raises:
@@ -132,9 +132,9 @@ class TrainData:
         folders = self.validation_reconstructions
         return read_scenes(as_folders(folders)) if folders else []
 
-    def _checked_images(self) -> set[Path]:
+    def _validation_images(self) -> set[Path]:
         """The images of the reconstructions for validation."""
-        return {path.resolve() for scene in self.checked_scenes for path in scene.images}
+        return {path.resolve() for scene in self.validation_scenes for path in scene.images}
 
 
 #: Arguments of a training that are data -> field of ``TrainData``.

@@ -162,7 +162,7 @@ def train_patches(name: str, job: TrainJob) -> FitResult:
     make_batches(1)[0]  # raises for photographs without texture before the training starts
     if recipe.num_views:
         made_from = [
-            *(recipe.fit.seed, data_identity(data, training)),
+            *(recipe.fit.seed, data_identity(data, training), data_identity(data, held_out)),
             *(dataclasses.asdict(views), dataclasses.asdict(patches)),
         ]
         # descriptors of the surroundings are not stored
@@ -418,7 +418,7 @@ def posed_check(data: TrainData, detector: str | nn.Module = "keynet") -> PosedC
     """Validation on the reconstructions of the data, None without any."""
     if not data.validation_reconstructions:
         return None
-    return PosedCheck(data.checked_scenes, detector)
+    return PosedCheck(data.validation_scenes, detector)
 
 
 def load_init(net: nn.Module, init: str | Path | None) -> None:
